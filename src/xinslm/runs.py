@@ -1,0 +1,43 @@
+"""The tables of a run folder that several commands add to: evaluation.json, samples.json, files.json.
+
+A row is named; writing a row of the same name again replaces it, so that a command can be repeated.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from xinslm.errors import UsageError, XinslmError
+from xinslm.files import read_json, write_json
+
+Table = Literal["evaluation.json", "samples.json", "files.json"]
+
+
+def require_run(folder: Path) -> None:
+    """Raise UsageError unless `folder` is a run folder; called before the work whose row it is to hold."""
+    if not (folder / "config.yaml").is_file() and not (folder / "metrics.jsonl").is_file():
+        what = "has neither config.yaml nor metrics.jsonl" if folder.is_dir() else "does not exist"
+        raise UsageError(f"--run {folder} is not a run folder: it {what}. Give what `xinslm distill` or pretrain wrote")
+
+
+def read_rows(folder: Path, table: Table) -> list[dict[str, Any]]:
+    """Read a table's rows; none where there is no such file yet."""
+    path = folder / table
+    if not path.is_file():
+        return []
+    content = read_json(path)
+    rows = content.get("rows") if isinstance(content, dict) else None
+    if not isinstance(rows, list) or not all(isinstance(row, dict) and "name" in row for row in rows):
+        raise XinslmError(f'{path}: must hold {{"rows": [{{"name": ...}}, ...]}}; delete it and run the commands again')
+    return rows
+
+
+def add_row(folder: Path, table: Table, row: Mapping[str, Any]) -> None:
+    """Put a row into a table, in the place of the one of the same name if there is one; atomic."""
+    rows = read_rows(folder, table)
+    names = [old["name"] for old in rows]
+    if row["name"] in names:
+        rows[names.index(row["name"])] = dict(row)
+    else:
+        rows.append(dict(row))
+    write_json(folder / table, {"rows": rows})
