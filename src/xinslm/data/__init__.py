@@ -1,0 +1,1 @@
+"""Raw corpora in, datasets of tokens out, and the fixed-shape batches that are made of them."""

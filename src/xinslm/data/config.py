@@ -1,0 +1,46 @@
+"""Settings of `xinslm prepare`."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+SplitDocuments = Literal["auto", "file", "blank-line", "line"]
+DocumentEnd = Literal["eos", "bos", "none"]
+
+
+@dataclass(frozen=True)
+class PrepareConfig:
+    """Turn raw text and conversations into a dataset of tokens with a loss mask and a validation split."""
+
+    data_path: tuple[str, ...]
+    """Files (.txt .json .jsonl .parquet, also .gz), folders of them, Hugging Face datasets (OWNER/NAME)."""
+    tokenizer_path: Path
+    """Folder of the tokenizer; a model's folder will do."""
+    output_dir: Path
+    """Folder to write the dataset to."""
+    validation_fraction: float = 0.05
+    """Share of the documents held back to measure on; a document's own content and the seed decide which."""
+    validation_path: tuple[str, ...] = ()
+    """Files, folders or datasets to measure on, instead of a share of the data."""
+    document_end: DocumentEnd = "eos"
+    """Token that closes a plain text (llama2.c models close with BOS); chats close as their template says."""
+    max_tokens: int | None = None
+    """Stop at the first document that brings the training split to this many tokens; fewer is an error."""
+    keep_duplicates: bool = False
+    """Keep documents that are exactly equal to an earlier one."""
+    split_documents: SplitDocuments = "auto"
+    """What is one document of a .txt file; auto: the parts between lines of <|endoftext|>, else the file."""
+    text_field: str | None = None
+    """Key or column that holds the text, where it is not called 'text'."""
+    dataset_name: str | None = None
+    """Configuration of a Hugging Face dataset that has several ('wikitext-2-raw-v1')."""
+    dataset_split: str = "train"
+    """Split of a Hugging Face dataset to read."""
+    train_on_prompts: bool = False
+    """Count the prompt's tokens as targets too, not only the answer's."""
+    show: int = 0
+    """Number of documents to print, token by token, with their mask."""
+    seed: int = 0
+    """Changes which documents are held back."""
+    force: bool = False
+    """Replace the output folder if it already holds something."""

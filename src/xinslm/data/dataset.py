@@ -1,0 +1,94 @@
+"""The dataset folder as the later stages see it: mapped token streams, document offsets, loss mask.
+
+Layout (kind "dataset", version 1), for each of `train/` and `validation/`: `tokens.bin` (little-endian
+uint16, or uint32 for more than 65,536 ids; all documents one after another), `mask.bin` (uint8, 1 = this
+token counts as a target), `documents.npy` (int64 offsets, n+1), `document_bytes.npy` (int64, UTF-8 bytes of
+each document's text). `tokenizer/` holds the tokenizer, so that the folder stands alone.
+
+    dataset = open_dataset(Path("data"))
+    rows = PackedRows(dataset.split("train"), row_length=512)
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from xinslm.errors import UsageError, XinslmError
+from xinslm.files import read_manifest, sha256_json
+
+KIND, VERSION = "dataset", 1
+
+
+@dataclass(frozen=True)
+class Split:
+    """The documents of one split, one after another."""
+
+    tokens: np.ndarray
+    """Token ids, uint16 or uint32, (tokens,)."""
+    mask: np.ndarray
+    """1 where the token is a target that counts, uint8, (tokens,); never on a document's first token."""
+    documents: np.ndarray
+    """Offsets of the documents in the stream, int64, (documents + 1,)."""
+    document_bytes: np.ndarray
+    """UTF-8 bytes of each document's text, of a chat's answers only; int64, (documents,)."""
+    vocab_size: int
+    """Number of ids of the tokenizer; all tokens are below it."""
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """An opened dataset folder."""
+
+    folder: Path
+    manifest: dict[str, Any]
+    fingerprint: str
+    """Names the tokens, not the folder: the same data prepared again, elsewhere, has the same fingerprint."""
+    tokenizer_fingerprint: str
+
+    def split(self, name: str) -> Split:
+        """Map the split 'train' or 'validation' into memory."""
+        splits, vocab_size = self.manifest["splits"], self.manifest["vocab_size"]
+        if name not in splits:
+            raise UsageError(f"{self.folder} has no split '{name}'. It has: {', '.join(splits)}")
+        folder = self.folder / name
+        split = Split(
+            tokens=_map(folder / "tokens.bin", np.dtype(self.manifest["dtype"]).newbyteorder("<")),
+            mask=_map(folder / "mask.bin", np.dtype(np.uint8)),
+            documents=np.load(folder / "documents.npy", allow_pickle=False),
+            document_bytes=np.load(folder / "document_bytes.npy", allow_pickle=False),
+            vocab_size=vocab_size,
+        )
+        ends, count = split.documents[-1], len(split.documents) - 1
+        if not (ends == len(split.tokens) == len(split.mask) and count == len(split.document_bytes)):
+            raise XinslmError(
+                f"{folder}: its files do not belong together. Make the dataset anew with `xinslm prepare`"
+            )
+        return split
+
+
+def _map(path: Path, dtype: np.dtype) -> np.ndarray:
+    """Map a file of numbers; an empty file cannot be mapped and gives an empty array."""
+    return np.memmap(path, dtype, mode="r") if path.stat().st_size else np.empty(0, dtype)
+
+
+def open_dataset(folder: Path) -> Dataset:
+    """Open a folder that `xinslm prepare` made, after checking that it is one and is complete."""
+    folder = Path(folder)
+    manifest = read_manifest(folder, KIND, VERSION, "xinslm prepare")
+    tokenizer = manifest["inputs"]["tokenizer"]
+    hashes = {name: facts["sha256"] for name, facts in manifest["files"].items()}
+    contents = {name: hash for name, hash in hashes.items() if name.startswith(("train/", "validation/"))}
+    return Dataset(folder, manifest, sha256_json({"files": contents, "tokenizer": tokenizer}), tokenizer)
+
+
+def require_tokenizer(dataset: Dataset, fingerprint: str, what: str) -> None:
+    """Raise UsageError unless `what` ('the model runs/a') uses the tokenizer of the dataset."""
+    if fingerprint != dataset.tokenizer_fingerprint:
+        raise UsageError(
+            f"the tokenizer of {what} ({fingerprint[:12]}) is not the one that {dataset.folder} was made "
+            f"with ({dataset.tokenizer_fingerprint[:12]}): the same ids mean other text. Prepare the data "
+            f"again with `xinslm prepare --tokenizer-path` of {what}, or use what belongs to "
+            f"{dataset.folder / 'tokenizer'}"
+        )

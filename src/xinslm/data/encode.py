@@ -1,0 +1,96 @@
+"""Documents to token ids with a loss mask: what exactly a model sees of a text or of a chat."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import groupby, pairwise
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from xinslm.data.config import DocumentEnd
+from xinslm.data.records import Document
+from xinslm.errors import UsageError, XinslmError
+
+if TYPE_CHECKING:
+    from xinslm.tokenizer.base import Tokenizer
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """One document as the dataset holds it."""
+
+    tokens: np.ndarray
+    mask: np.ndarray
+    """uint8, 1 = this token counts as a target; the first never does, for nothing predicts it."""
+    num_bytes: int
+    """UTF-8 bytes of the text that the targets stand for: of a chat, the answers."""
+
+
+class Encoder:
+    """Encodes documents with one tokenizer; `document_end` names the token that closes a plain text."""
+
+    def __init__(self, tokenizer: "Tokenizer", document_end: DocumentEnd, train_on_prompts: bool) -> None:
+        self.tokenizer = tokenizer
+        self.train_on_prompts = train_on_prompts
+        first = tokenizer.bos_id if tokenizer.bos_id is not None else tokenizer.eos_id
+        last = {"eos": tokenizer.eos_id, "bos": tokenizer.bos_id, "none": None}[document_end]
+        if document_end != "none" and last is None:
+            raise UsageError(
+                f"--document-end {document_end}: the tokenizer has no {document_end.upper()} token; choose another"
+            )
+        self._prefix = [] if first is None else [first]
+        self._end = [] if last is None else [last]
+
+    def __call__(self, documents: Sequence[Document]) -> list[Encoded]:
+        """Encode documents, plain texts in one batch."""
+        texts = [document.text for document in documents if document.text is not None]
+        ids, offsets = self.tokenizer.encode_batch(texts)
+        plain = (ids[begin:end] for begin, end in pairwise(offsets))
+        return [
+            self._chat(document) if document.text is None else self._plain(next(plain), document.text)
+            for document in documents
+        ]
+
+    def _plain(self, ids: np.ndarray, text: str) -> Encoded:
+        tokens = np.concatenate([self._prefix, ids, self._end]).astype(np.int64)
+        mask = np.ones(len(tokens), np.uint8)
+        mask[:1] = 0
+        return Encoded(tokens, mask, len(text.encode()))
+
+    def _chat(self, document: Document) -> Encoded:
+        if self.tokenizer.chat_template is None:
+            raise XinslmError(
+                f"{document.source} is a chat, but the tokenizer has no chat template. Put one into the "
+                f"tokenizer's folder as chat_template.jinja, or use a tokenizer that has one "
+                f"(`xinslm tokenizer train` adds it)"
+            )
+        messages = [dict(message) for message in document.messages or ()]
+        ids, targets = self.tokenizer.apply_chat_template(messages)
+        mask = np.ones(len(ids), np.uint8) if self.train_on_prompts else np.asarray(targets, np.uint8)
+        mask[:1] = 0
+        counted = [m["content"] for m in messages if self.train_on_prompts or m["role"] == "assistant"]
+        return Encoded(np.asarray(ids, np.int64), mask, sum(len(content.encode()) for content in counted))
+
+
+def show(tokenizer: "Tokenizer", document: Document, encoded: Encoded) -> str:
+    """Print a document's tokens, '|' between them, in runs of equal mask: `-` is context, `+` is learnt."""
+    targets = int(encoded.mask.sum())
+    lines = [f"{document.source}: {len(encoded.tokens):,} tokens, {targets:,} of them targets"]
+    pairs = zip(encoded.mask.tolist(), encoded.tokens.tolist(), strict=True)
+    for mask, run in groupby(pairs, key=lambda pair: pair[0]):
+        line = sign = "  + " if mask else "  - "
+        for _, token in run:
+            text = _visible(tokenizer.token_bytes(token)) + "|"
+            if len(line) + len(text) > 110 and line != sign:
+                lines.append(line)
+                line = sign
+            line += text
+        lines.append(line.removesuffix("|"))
+    return "\n".join(lines) + "\n"
+
+
+def _visible(data: bytes) -> str:
+    """Make one token readable in a line: `·` is a space, `⏎` a line end, half a character is escaped."""
+    text = data.decode("utf-8", errors="backslashreplace")
+    names = {" ": "·", "\n": "⏎", "\t": "→"}
+    return "".join(names.get(c, c if c.isprintable() else f"\\x{ord(c):02x}") for c in text)

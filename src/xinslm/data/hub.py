@@ -1,0 +1,61 @@
+"""Records of Hugging Face datasets: a name on the Hub, or a folder that `save_to_disk` made.
+
+The `datasets` library owns the formats and the cache; a Hub dataset is streamed, so nothing is downloaded
+that is not read. What goes wrong there comes in many exception types, and becomes one message that says what
+to do.
+"""
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from xinslm.errors import UsageError, XinslmError
+
+
+def is_saved_dataset(path: Path) -> bool:
+    """Tell whether a folder was written by `Dataset.save_to_disk` or `DatasetDict.save_to_disk`."""
+    return (path / "dataset_dict.json").is_file() or (path / "state.json").is_file()
+
+
+def read_saved(folder: Path, split: str) -> Iterator[tuple[Any, str]]:
+    """Read a saved dataset (of a saved dict, the given split): records with 'folder:row'."""
+    import datasets
+
+    try:
+        data = datasets.load_from_disk(str(folder))
+    except Exception as error:
+        raise XinslmError(f"{folder}: not a sound saved dataset ({_first_line(error)})") from None
+    if isinstance(data, datasets.DatasetDict):
+        if split not in data:
+            splits = ", ".join(data)
+            raise UsageError(f"{folder} has no split '{split}'; choose with --dataset-split: {splits}")
+        data = data[split]
+    yield from _numbered(data, str(folder))
+
+
+def read_hub(name: str, configuration: str | None, split: str) -> Iterator[tuple[Any, str]]:
+    """Stream a dataset of the Hub: records with 'name:row'."""
+    import datasets
+
+    try:
+        data = datasets.load_dataset(name, configuration, split=split, streaming=True)
+        yield from _numbered(data, name)
+    except XinslmError:
+        raise
+    except Exception as error:
+        raise XinslmError(
+            f"{name} is no path here, and the Hugging Face dataset of that name could not be read "
+            f"({type(error).__name__}: {_first_line(error)}). Check the spelling, --dataset-name, "
+            f"--dataset-split and the connection; without one, give --data-path the files or a folder that "
+            f"save_to_disk made"
+        ) from None
+
+
+def _numbered(records: Iterable[Any], name: str) -> Iterator[tuple[Any, str]]:
+    for row, record in enumerate(records, start=1):
+        yield record, f"{name}:{row}"
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0][:300] if lines else type(error).__name__

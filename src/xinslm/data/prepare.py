@@ -1,0 +1,231 @@
+"""The stage `prepare`: raw text and chats in, a dataset folder out.
+
+    xinslm prepare --data-path stories.jsonl.gz --tokenizer-path runs/tokenizer --output-dir runs/data
+
+A plain text becomes BOS (EOS where the tokenizer has no BOS), its tokens, and the closing token; all but the
+first count as targets. A chat becomes what the chat template makes of it; the answers count. Everything is
+streamed: memory holds one batch of documents and a hash of each.
+"""
+
+import hashlib
+import itertools
+import time
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from xinslm.config import to_dict
+from xinslm.data.config import PrepareConfig
+from xinslm.data.dataset import KIND, VERSION
+from xinslm.data.encode import Encoded, Encoder, show
+from xinslm.data.holdout import cut_text, draw_number
+from xinslm.data.read import ReadOptions, read_documents
+from xinslm.data.records import Document
+from xinslm.data.writer import SplitWriter
+from xinslm.errors import UsageError, XinslmError
+from xinslm.files import new_folder, refuse_existing, write_manifest
+from xinslm.progress import Listener, Progress, ignore
+
+if TYPE_CHECKING:
+    from xinslm.tokenizer.base import Tokenizer
+
+_BATCH_CHARACTERS, _BATCH_DOCUMENTS = 1 << 20, 1024
+
+
+@dataclass(frozen=True)
+class PrepareResult:
+    """What was written."""
+
+    output_dir: Path
+    splits: dict[str, dict[str, int]]
+    duplicates_dropped: int
+    without_targets: int
+    samples: tuple[str, ...]
+
+    def describe(self) -> str:
+        """Table of the splits, and the documents that were asked to be shown."""
+        columns = ("documents", "tokens", "targets", "bytes")
+        lines = [
+            *self.samples,
+            " " * 10 + "".join(f"{column:>16}" for column in columns) + "    bytes/target",
+        ]
+        for name, split in self.splits.items():
+            ratio = split["bytes"] / max(split["targets"], 1)
+            lines.append(f"{name:10}" + "".join(f"{split[c]:16,}" for c in columns) + f"{ratio:16.2f}")
+        lines.append(f"exact duplicates dropped: {self.duplicates_dropped:,}")
+        if self.without_targets:
+            lines.append(f"documents without an answer dropped: {self.without_targets:,}")
+        return "\n".join([*lines, f"written to {self.output_dir}"])
+
+
+def run(config: PrepareConfig, on_progress: Listener = ignore) -> PrepareResult:
+    """Write the dataset folder `config.output_dir`, whole or not at all."""
+    from xinslm.tokenizer.load import load_tokenizer
+
+    _check(config)
+    tokenizer = load_tokenizer(config.tokenizer_path)
+    return _Stage(config, tokenizer, on_progress).run()
+
+
+def _check(config: PrepareConfig) -> None:
+    if not 0 <= config.validation_fraction < 1:
+        raise UsageError(f"--validation-fraction must be at least 0 and below 1, not {config.validation_fraction}")
+    if config.max_tokens is not None and config.max_tokens < 1:
+        raise UsageError(f"--max-tokens must be at least 1, not {config.max_tokens}")
+    refuse_existing(config.output_dir, config.force)
+
+
+class _Stage:
+    """One run: the writers, the hashes of what was seen, and the counts."""
+
+    def __init__(self, config: PrepareConfig, tokenizer: "Tokenizer", on_progress: Listener) -> None:
+        self.config, self.tokenizer, self.on_progress = config, tokenizer, on_progress
+        self.encoder = Encoder(tokenizer, config.document_end, config.train_on_prompts)
+        self.seen: set[bytes] = set()
+        # (draw, index) of the training document that was nearest to be held back, and the other way round.
+        self.lowest, self.highest = (1.0, 0), (-1.0, 0)
+        self.sources: Counter[str] = Counter()
+        self.duplicates = self.without_targets = 0
+        self.samples: list[str] = []
+        self.started = time.monotonic()
+
+    def run(self) -> PrepareResult:
+        config = self.config
+        dtype = np.dtype(np.uint16 if self.tokenizer.vocab_size <= 1 << 16 else np.uint32)
+        with new_folder(config.output_dir, config.force) as folder:
+            with (
+                SplitWriter(folder / "train", dtype) as train,
+                SplitWriter(folder / "validation", dtype) as validation,
+            ):
+                self.writers = {"train": train, "validation": validation}
+                self._fill()
+                self._require()
+                splits = {name: writer.finish() for name, writer in self.writers.items()}
+            self.tokenizer.save(folder / "tokenizer")
+            write_manifest(
+                folder, KIND, VERSION, to_dict(config), {"tokenizer": self.tokenizer.fingerprint()},
+                vocab_size=self.tokenizer.vocab_size, dtype=dtype.name, document_end=config.document_end,
+                splits=splits, duplicates_dropped=self.duplicates, sources=dict(self.sources),
+                without_targets_dropped=self.without_targets,
+            )  # fmt: skip
+        return PrepareResult(config.output_dir, splits, self.duplicates, self.without_targets, tuple(self.samples))
+
+    def _fill(self) -> None:
+        """Read all data into the two splits."""
+        config, options = self.config, ReadOptions.of(self.config, self._note)
+        documents = read_documents(config.data_path, options)
+        if config.validation_path:
+            # What is measured on comes first: a copy of it in the training data is then the duplicate.
+            self._write(read_documents(config.validation_path, options), "validation")
+            self._write(documents, "train")
+        elif config.validation_fraction == 0:
+            self._write(documents, "train")
+        else:
+            first = list(itertools.islice(documents, 2))
+            if len(first) == 1 and len(first[0].text or "") > 1:
+                head, tail = cut_text(first[0], config.validation_fraction)
+                self._note(
+                    f"{first[0].source} is the only document; its last {len(tail.plain_text):,} characters "
+                    f"are held back for validation"
+                )
+                self._write([tail], "validation")
+                self._write([head], "train")
+            else:
+                self._write(itertools.chain(first, documents), None)
+                self._balance()
+
+    def _write(self, documents: Iterable[Document], split: str | None) -> None:
+        """Tokenize documents into one split, or each into the one its content draws."""
+        for batch in _batches(self._new(documents)):
+            for (document, digest), encoded in zip(batch, self.encoder([d for d, _ in batch]), strict=True):
+                if not encoded.mask.any():
+                    self.without_targets += 1
+                    continue
+                draw = draw_number(digest, self.config.seed)
+                target = split or ("validation" if draw < self.config.validation_fraction else "train")
+                self._append(target, document, encoded, draw)
+                if self._enough() and target == "train":
+                    self._report()
+                    return
+            self._report()
+
+    def _new(self, documents: Iterable[Document]) -> Iterator[tuple[Document, bytes]]:
+        """Give the documents that were not seen before, with the hash of their content."""
+        for document in documents:
+            digest = hashlib.blake2b(document.content(), digest_size=16).digest()
+            if not self.config.keep_duplicates:
+                if digest in self.seen:
+                    self.duplicates += 1
+                    continue
+                self.seen.add(digest)
+            yield document, digest
+
+    def _append(self, split: str, document: Document, encoded: Encoded, draw: float) -> None:
+        self.writers[split].append(encoded.tokens, encoded.mask, encoded.num_bytes)
+        place = (draw, len(self.writers[split]) - 1)
+        if split == "train":
+            self.lowest = min(self.lowest, place)
+        else:
+            self.highest = max(self.highest, place)
+        self.sources[document.source.rpartition(":")[0]] += 1
+        if len(self.samples) < self.config.show:
+            self.samples.append(show(self.tokenizer, document, encoded))
+
+    def _balance(self) -> None:
+        """Where all of several documents fell into one split, give the other the one that came nearest."""
+        train, validation = self.writers["train"], self.writers["validation"]
+        if len(train) >= 2 and not len(validation):
+            validation.append(*train.take(self.lowest[1]))
+        elif len(validation) >= 2 and not len(train):
+            train.append(*validation.take(self.highest[1]))
+        elif not len(validation):
+            self._note("there is only one document, so none is held back; give --validation-path")
+
+    def _enough(self) -> bool:
+        limit = self.config.max_tokens
+        return limit is not None and self.writers["train"].num_tokens >= limit
+
+    def _require(self) -> None:
+        """Raise unless there is something to train on, and as much as was asked for."""
+        train, limit = self.writers["train"].num_tokens, self.config.max_tokens
+        if train == 0:
+            raise XinslmError(
+                f"nothing is left to train on: {self.duplicates:,} documents were dropped as duplicates, "
+                f"{self.without_targets:,} because they hold no answer. Give --data-path other data"
+            )
+        if limit is not None and train < limit:
+            raise XinslmError(
+                f"--max-tokens asks for {limit:,} tokens to train on, but the data holds {train:,}. Ask for "
+                f"at most {train:,}, leave --max-tokens out, or add data"
+            )
+
+    def _note(self, note: str) -> None:
+        self.on_progress(Progress("prepare", note=note))
+
+    def _report(self) -> None:
+        tokens = sum(writer.num_tokens for writer in self.writers.values())
+        self.on_progress(
+            Progress(
+                "prepare",
+                done=sum(len(writer) for writer in self.writers.values()),
+                unit="documents",
+                values={"tokens": tokens, "tokens/s": tokens / max(time.monotonic() - self.started, 1e-9)},
+            )
+        )
+
+
+def _batches(documents: Iterable[tuple[Document, bytes]]) -> Iterator[list[tuple[Document, bytes]]]:
+    batch: list[tuple[Document, bytes]] = []
+    size = 0
+    for item in documents:
+        batch.append(item)
+        size += len(item[0].plain_text)
+        if size >= _BATCH_CHARACTERS or len(batch) >= _BATCH_DOCUMENTS:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch

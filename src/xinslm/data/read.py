@@ -1,0 +1,121 @@
+"""Raw corpora as a stream of documents: files, folders of files, and Hugging Face datasets.
+
+    for document in read_documents(["stories.jsonl.gz", "books/", "roneneldan/TinyStories"]):
+        print(document.source, document.text or document.messages)
+
+A path that exists wins over a dataset of the same name; all paths are checked before the first is read.
+"""
+
+import difflib
+import re
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from xinslm.data.config import PrepareConfig, SplitDocuments
+from xinslm.data.formats import ENDINGS, SUFFIXES, read_file, suffix
+from xinslm.data.hub import is_saved_dataset, read_hub, read_saved
+from xinslm.data.records import Document, to_document
+from xinslm.errors import UsageError, XinslmError
+
+
+@dataclass(frozen=True)
+class ReadOptions:
+    """How to read; the fields are those of `PrepareConfig`."""
+
+    split_documents: SplitDocuments = "auto"
+    text_field: str | None = None
+    dataset_name: str | None = None
+    dataset_split: str = "train"
+    on_note: Callable[[str], None] = lambda note: None
+    """Is told what was left out, a sentence each."""
+
+    @classmethod
+    def of(cls, config: PrepareConfig, on_note: Callable[[str], None]) -> "ReadOptions":
+        """Take the options that a configuration gives."""
+        return cls(config.split_documents, config.text_field, config.dataset_name, config.dataset_split, on_note)
+
+
+def read_documents(paths: Iterable[str], options: ReadOptions | None = None) -> Iterator[Document]:
+    """Read all documents of files, folders and Hugging Face datasets, in the order given.
+
+    Empty documents are left out; nothing but empty ones is an XinslmError. A missing path is a UsageError.
+    """
+    options = options or ReadOptions()
+    paths = list(paths)
+    if not paths:
+        raise UsageError("no data given; name files, folders or Hugging Face datasets with --data-path")
+    sources = [_resolve(path) for path in paths]  # every path is checked before the first is read
+    found = False
+    for source in sources:
+        for document in _read_source(source, options):
+            found = True
+            yield document
+    if not found:
+        raise XinslmError(f"{', '.join(paths)}: no text in there; every document is empty")
+
+
+def _resolve(path: str) -> Path | str:
+    """Give the path that `path` names, or `path` itself where it names a dataset of the Hugging Face Hub."""
+    here = Path(path).expanduser()
+    if here.exists():
+        return here
+    is_hub_name = re.fullmatch(r"\w[\w.-]*/[\w.-]+", path) and not here.parent.exists()
+    if is_hub_name and suffix(here) not in SUFFIXES:
+        return path
+    raise UsageError(f"{path} does not exist.{_near(here)}")
+
+
+def _near(path: Path) -> str:
+    """Name what stands beside a missing path and is spelt alike."""
+    parent = path.parent
+    while not parent.exists():
+        path, parent = parent, parent.parent
+    near = difflib.get_close_matches(path.name, sorted(entry.name for entry in parent.iterdir()), n=3)
+    if near:
+        return f" Did you mean {' or '.join(str(parent / name) for name in near)}?"
+    return f" {parent.resolve()} is there, but holds nothing of a similar name"
+
+
+def _read_source(source: Path | str, options: ReadOptions) -> Iterator[Document]:
+    """Read what `_resolve` gave, without its empty documents; an empty file is noted."""
+    if isinstance(source, str):
+        yield from _to_documents(read_hub(source, options.dataset_name, options.dataset_split), options)
+    elif is_saved_dataset(source):
+        yield from _to_documents(read_saved(source, options.dataset_split), options)
+    elif source.is_file() and suffix(source) not in SUFFIXES:
+        raise UsageError(f"{source}: unknown kind of file. Known endings: {ENDINGS}; rename it if it is one")
+    else:
+        for file in _files(source, options) if source.is_dir() else [source]:
+            found = False
+            for document in _nonempty(read_file(file, options.split_documents, options.text_field)):
+                found = True
+                yield document
+            if not found:
+                options.on_note(f"{file} is empty")
+
+
+def _to_documents(records: Iterable[tuple[Any, str]], options: ReadOptions) -> Iterator[Document]:
+    return _nonempty(to_document(record, where, options.text_field) for record, where in records)
+
+
+def _nonempty(documents: Iterable[Document]) -> Iterator[Document]:
+    for document in documents:
+        if document.messages is not None or (document.text and not document.text.isspace()):
+            yield document
+
+
+def _files(folder: Path, options: ReadOptions) -> list[Path]:
+    """List the usable files below a folder, sorted; hidden ones are passed over."""
+    below = [p for p in folder.rglob("*") if p.is_file()]
+    files = sorted(p for p in below if not any(x.startswith(".") for x in p.relative_to(folder).parts))
+    usable = [file for file in files if suffix(file) in SUFFIXES]
+    ignored = [str(file.relative_to(folder)) for file in files if suffix(file) not in SUFFIXES]
+    if not usable:
+        what = f"only {', '.join(ignored[:5])}" if ignored else "no file"
+        raise UsageError(f"{folder} holds {what}. Known endings: {ENDINGS}")
+    if ignored:
+        more = f" and {len(ignored) - 5:,} more" if len(ignored) > 5 else ""
+        options.on_note(f"{folder}: left out {', '.join(ignored[:5])}{more} (known endings: {ENDINGS})")
+    return usable

@@ -1,0 +1,127 @@
+"""What a record of a data file means: plain text, or a conversation whose answers are learnt.
+
+    {"text"}                             plain text (another key with `text_field`)
+    {"messages": [{"role", "content"}]}  chat
+    {"conversations": [{"from", "value"}]}  chat, as ShareGPT writes it
+    {"instruction", "input", "output"}   Alpaca: one question, one answer; "input" may be missing or empty
+    {"prompt", "response" | "completion"}  the same
+
+A record that has several of these is read by the first that fits, chats before text.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from xinslm.errors import XinslmError
+
+RECOGNISED = (
+    '{"text"}, {"messages": [{"role", "content"}]}, {"conversations": [{"from", "value"}]}, '
+    '{"instruction", "input", "output"}, {"prompt", "response"} and {"prompt", "completion"}'
+)
+_ROLES = {
+    "system": "system",
+    "user": "user",
+    "human": "user",
+    "assistant": "assistant",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "bot": "assistant",
+}
+
+
+@dataclass(frozen=True)
+class Document:
+    """One document: either `text` or `messages` is set."""
+
+    source: str
+    """Where it was read, 'file:line'."""
+    text: str | None = None
+    messages: tuple[dict[str, str], ...] | None = None
+    """A chat: {"role": "system" | "user" | "assistant", "content": ...} each."""
+
+    @property
+    def plain_text(self) -> str:
+        """The text, or what all the messages of a chat say, a line end between them."""
+        return "\n".join(m["content"] for m in self.messages) if self.messages else self.text or ""
+
+    def content(self) -> bytes:
+        """Bytes that are equal exactly for equal documents."""
+        if self.text is not None:
+            return b"text\n" + self.text.encode()
+        return b"chat\n" + json.dumps(self.messages, sort_keys=True).encode()
+
+
+def to_document(record: Any, source: str, text_field: str | None = None) -> Document:
+    """Read one record; an XinslmError names `source` and what is wrong with it."""
+    if not isinstance(record, Mapping):
+        raise XinslmError(
+            f"{source}: holds {_kind(record)}, but a record must be an object. Recognised are {RECOGNISED}"
+        )
+    if text_field is not None:
+        return Document(source, text=_string(record, text_field, source))
+    if "messages" in record:
+        return Document(source, messages=_messages(record["messages"], "messages", source))
+    if "conversations" in record:
+        return Document(source, messages=_messages(record["conversations"], "conversations", source))
+    if "instruction" in record and "output" in record:
+        question = _string(record, "instruction", source)
+        if record.get("input"):
+            question += "\n\n" + _string(record, "input", source)
+        return _exchange(question, _string(record, "output", source), source)
+    if "prompt" in record:
+        for key in ("response", "completion"):
+            if key in record:
+                return _exchange(_string(record, "prompt", source), _string(record, key, source), source)
+    if "text" in record:
+        return Document(source, text=_string(record, "text", source))
+    keys = ", ".join(repr(str(key)) for key in list(record)[:12]) or "none"
+    raise XinslmError(
+        f"{source}: nothing to learn found. Keys here: {keys}. Recognised are {RECOGNISED}; "
+        f"a text under another key is read with --text-field KEY"
+    )
+
+
+def _exchange(question: str, answer: str, source: str) -> Document:
+    return Document(source, messages=({"role": "user", "content": question}, {"role": "assistant", "content": answer}))
+
+
+def _messages(value: Any, key: str, source: str) -> tuple[dict[str, str], ...]:
+    if not isinstance(value, list) or not value:
+        raise XinslmError(f"{source}: '{key}' must be a list of messages, but is {_kind(value)}")
+    messages = []
+    for index, message in enumerate(value):
+        where = f"{source}: {key}[{index}]"
+        if not isinstance(message, Mapping):
+            raise XinslmError(f"{where} must be an object, but is {_kind(message)}")
+        role_key, content_key = ("role", "content") if "role" in message else ("from", "value")
+        role = _string(message, role_key, where)
+        if role not in _ROLES:
+            raise XinslmError(f"{where} has the role '{role}'. Known roles: {', '.join(_ROLES)}")
+        messages.append({"role": _ROLES[role], "content": _string(message, content_key, where)})
+    return tuple(messages)
+
+
+def _string(record: Mapping[str, Any], key: str, source: str) -> str:
+    if key not in record:
+        keys = ", ".join(repr(str(k)) for k in list(record)[:12]) or "none"
+        raise XinslmError(f"{source}: has no '{key}'. Keys here: {keys}")
+    value = record[key]
+    if not isinstance(value, str):
+        raise XinslmError(f"{source}: '{key}' must be text, but is {_kind(value)}")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise XinslmError(
+            f"{source}: '{key}' holds half a surrogate pair (\\u{ord(value[error.start]):04x}) at character "
+            f"{error.start}; it is no valid Unicode text"
+        ) from None
+    return value
+
+
+def _kind(value: Any) -> str:
+    names = {type(None): "null", bool: "true or false", int: "a number", float: "a number", str: "a string"}
+    if isinstance(value, list):
+        return "a list" if value else "an empty list"
+    return names.get(type(value), "an object" if isinstance(value, Mapping) else type(value).__name__)

@@ -1,0 +1,99 @@
+"""One split of a dataset folder, written as a stream.
+
+Tokens and mask go to the disk as they come; only offsets stay in memory.
+"""
+
+import io
+from pathlib import Path
+from types import TracebackType
+
+import numpy as np
+
+_CHUNK = 1 << 22  # elements moved at once when a document is taken out again
+
+
+class SplitWriter:
+    """The files of `folder` (train or validation), open for appending documents."""
+
+    def __init__(self, folder: Path, dtype: np.dtype) -> None:
+        folder.mkdir()
+        self.folder = folder
+        self.dtype = np.dtype(dtype).newbyteorder("<")
+        self.documents = [0]
+        self.document_bytes: list[int] = []
+        self.targets = 0
+        self._tokens = open(folder / "tokens.bin", "w+b")  # noqa: SIM115 closed by __exit__
+        self._mask = open(folder / "mask.bin", "w+b")  # noqa: SIM115
+
+    def __enter__(self) -> "SplitWriter":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            self._tokens.close()
+        finally:
+            self._mask.close()
+
+    def __len__(self) -> int:
+        return len(self.document_bytes)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens written so far."""
+        return self.documents[-1]
+
+    def append(self, tokens: np.ndarray, mask: np.ndarray, num_bytes: int) -> None:
+        """Write one document: token ids, their mask (1 = target), and the bytes of its text."""
+        self._tokens.write(np.ascontiguousarray(tokens, self.dtype).tobytes())
+        self._mask.write(np.ascontiguousarray(mask, np.uint8).tobytes())
+        self.documents.append(self.documents[-1] + len(tokens))
+        self.document_bytes.append(num_bytes)
+        self.targets += int(np.count_nonzero(mask))
+
+    def take(self, index: int) -> tuple[np.ndarray, np.ndarray, int]:
+        """Remove a document and return what was appended; the ones behind it move up."""
+        begin, end = self.documents[index], self.documents[index + 1]
+        tokens = _cut(self._tokens, self.dtype, begin, end, self.num_tokens)
+        mask = _cut(self._mask, np.dtype(np.uint8), begin, end, self.num_tokens)
+        self.documents[index + 1 :] = [offset - (end - begin) for offset in self.documents[index + 2 :]]
+        self.targets -= int(np.count_nonzero(mask))
+        return tokens, mask, self.document_bytes.pop(index)
+
+    def finish(self) -> dict[str, int]:
+        """Write the offsets and return the figures of the split for the manifest."""
+        self._tokens.flush()
+        self._mask.flush()
+        _save(self.folder / "documents.npy", self.documents)
+        _save(self.folder / "document_bytes.npy", self.document_bytes)
+        return {
+            "documents": len(self),
+            "tokens": self.num_tokens,
+            "targets": self.targets,
+            "bytes": sum(self.document_bytes),
+        }
+
+
+def _cut(file: io.BufferedRandom, dtype: np.dtype, begin: int, end: int, total: int) -> np.ndarray:
+    """Remove elements [begin, end) of a file of `total` elements, and return them."""
+
+    def read(first: int, last: int) -> bytes:
+        file.seek(first * dtype.itemsize)
+        return file.read((last - first) * dtype.itemsize)
+
+    removed = np.frombuffer(read(begin, end), dtype)
+    for first in range(end, total, _CHUNK):
+        data = read(first, min(first + _CHUNK, total))
+        file.seek((first - (end - begin)) * dtype.itemsize)
+        file.write(data)
+    file.seek((total - (end - begin)) * dtype.itemsize)
+    file.truncate()
+    return removed
+
+
+def _save(path: Path, values: list[int]) -> None:
+    """Write an int64 .npy file; np.save to a path would hide the reason of a failed write (a full disk)."""
+    buffer = io.BytesIO()
+    np.save(buffer, np.asarray(values, np.int64), allow_pickle=False)
+    path.write_bytes(buffer.getvalue())
