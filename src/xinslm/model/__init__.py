@@ -1,0 +1,1 @@
+"""The student: its shape, its weights on disk, the transformer itself."""

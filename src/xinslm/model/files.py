@@ -1,0 +1,152 @@
+"""Model folders in Hugging Face's layout: `config.json`, `model.safetensors` or its shards, tokenizer files.
+
+Weights are safetensors only; a pickle can run code when it is opened, so none ever is.
+"""
+
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from xinslm.errors import UsageError, XinslmError
+from xinslm.files import new_file, read_json, sha256_file, sha256_json, write_json
+from xinslm.model.config import ModelConfig
+from xinslm.model.transformer import Transformer
+
+WEIGHTS = "model.safetensors"
+HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.jinja"]
+
+
+def resolve_model(path: Path | str) -> Path:
+    """Find the model folder that `path` means: itself, a run's best checkpoint, or a Hub name, downloaded."""
+    folder = Path(path)
+    for candidate in (folder, folder / "checkpoints" / "best", folder / "checkpoints" / "last"):
+        if (candidate / "config.json").is_file():
+            return candidate
+    if folder.exists():
+        raise UsageError(f"{folder} is not a model folder: it has no config.json (and no checkpoints/best/config.json)")
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)):
+        raise UsageError(
+            f"there is no model at {path}: give a model folder, a run folder or a Hub name such as org/name"
+        )
+    import huggingface_hub
+
+    try:
+        return Path(huggingface_hub.snapshot_download(str(path), allow_patterns=HUB_FILES))
+    except Exception as error:  # the hub client raises a dozen kinds: offline, no such repository, gated
+        raise UsageError(
+            f"there is no folder {path}, and the Hub did not give a model of that name: {error}"
+        ) from error
+
+
+def load_config(folder: Path) -> ModelConfig:
+    """Read `config.json` of a Llama or Mistral folder."""
+    path = Path(folder) / "config.json"
+    if not path.is_file():
+        raise UsageError(f"{folder} is not a model folder: it has no config.json")
+    return ModelConfig.from_hf(read_json(path), str(path))
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """Safetensors files of a model folder, all shards; a folder that has only pickles is refused."""
+    folder = Path(folder)
+    index = folder / f"{WEIGHTS}.index.json"
+    if index.is_file():
+        files = [folder / name for name in sorted(set(read_json(index)["weight_map"].values()))]
+        for file in files:
+            if not file.is_file():
+                raise XinslmError(f"{file} is missing; {index.name} lists it. Copy the whole model folder")
+        return files
+    if (folder / WEIGHTS).is_file():
+        return [folder / WEIGHTS]
+    pickles = sorted(p.name for suffix in ("bin", "pt", "pth", "ckpt", "pkl") for p in folder.glob(f"*.{suffix}"))
+    if pickles:
+        raise XinslmError(
+            f"{folder} has its weights in {pickles[0]}, a pickle, which can run code when opened; "
+            f"xinslm reads only safetensors. Convert it where you trust it: "
+            f"load with transformers, then save_pretrained"
+        )
+    raise XinslmError(f"{folder} has no {WEIGHTS}")
+
+
+def read_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
+    """Give each weight of a model folder by name, one at a time, from a memory map."""
+    for file in weight_files(folder):
+        with open_tensors(file) as tensors:
+            for name in tensors.keys():  # noqa: SIM118 - not a dict
+                yield name, tensors.get_tensor(name)
+
+
+def open_tensors(file: Path) -> safe_open:
+    """Open a safetensors file; an XinslmError says when it is damaged."""
+    try:
+        return safe_open(file, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise XinslmError(f"{file} is not a whole safetensors file ({error}); copy or make it again") from None
+
+
+def load_model(folder: Path | str, dtype: torch.dtype = torch.float32, checkpointing: bool = False) -> Transformer:
+    """Load a Llama or Mistral folder into the student's model, weights converted to `dtype`."""
+    folder = resolve_model(folder)
+    config = load_config(folder)
+    with torch.device("meta"):
+        model = Transformer(config, checkpointing)
+    expected = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    loaded: dict[str, Tensor] = {}
+    for name, tensor in read_tensors(folder):
+        if (name == "lm_head.weight" and config.tie_word_embeddings) or name.endswith("rotary_emb.inv_freq"):
+            continue
+        if name not in expected:
+            raise XinslmError(f"{folder}: weight '{name}' has no place in a {config.to_hf()['model_type']} model")
+        if tensor.shape != expected[name]:
+            raise XinslmError(
+                f"{folder}: weight '{name}' has shape {tuple(tensor.shape)}, "
+                f"config.json asks for {tuple(expected[name])}"
+            )
+        loaded[name] = tensor.to(dtype)
+    missing = sorted(expected.keys() - loaded.keys())
+    if missing:
+        raise XinslmError(f"{folder}: {len(missing)} weights are missing, the first is '{missing[0]}'")
+    model.load_state_dict(loaded, assign=True)
+    rebuild_buffers(model)
+    return model.eval()
+
+
+def rebuild_buffers(model: Transformer) -> None:
+    """Compute the rotary frequencies of a model that was made on the meta device."""
+    from xinslm.model.transformer import rotary_frequencies
+
+    model.frequencies = rotary_frequencies(model.config)
+
+
+def save_model(model: Transformer, folder: Path, dtype: torch.dtype | None = None) -> None:
+    """Write `config.json` and `model.safetensors` into `folder`; a tied head is written once.
+
+    `dtype` is the type on disk, by default the weights' own.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {
+        name: tensor.detach().to("cpu", dtype or tensor.dtype).contiguous()
+        for name, tensor in model.state_dict().items()
+    }
+    kinds = {tensor.dtype for tensor in tensors.values()}
+    name = str(kinds.pop()).removeprefix("torch.") if len(kinds) == 1 else "float32"
+    write_json(folder / "config.json", {**model.config.to_hf(), "dtype": name})
+    write_json(
+        folder / "generation_config.json",
+        {k: v for k in ("bos_token_id", "eos_token_id", "pad_token_id") if (v := getattr(model.config, k)) is not None},
+    )
+    with new_file(folder / WEIGHTS) as partial:
+        save_file(tensors, partial, metadata={"format": "pt"})
+
+
+def model_fingerprint(folder: Path) -> str:
+    """Hash that names a model's weights and shape, whatever the folder is called."""
+    folder = Path(folder)
+    files = [folder / "config.json", *weight_files(folder)]
+    return sha256_json([[os.path.basename(file), sha256_file(file)] for file in files])

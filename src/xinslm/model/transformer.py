@@ -1,0 +1,236 @@
+"""The student: a LLaMA-style decoder in plain PyTorch, with Hugging Face's parameter names.
+
+RMSNorm before each half of a block, grouped-query attention, rotary positions, SwiGLU, tied embeddings,
+optional sliding window. The `state_dict` is the checkpoint format of transformers, so nothing is ever
+converted; logits equal theirs (`tests/model/test_transformer.py`). Shapes: B rows, T positions, H query
+heads, K key heads, D head width.
+
+    model = Transformer(config)
+    logits = model.logits(model.hidden(input_ids))      # (B, T) -> (B, T, vocabulary)
+"""
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from xinslm.model.config import ModelConfig
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm (Zhang and Sennrich 2019), computed in float32."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., size) -> (..., size), in x's dtype."""
+        wide = x.float()
+        wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
+        return self.weight * wide.to(x.dtype)
+
+
+def rotary_frequencies(config: ModelConfig) -> Tensor:
+    """Radians a position for each of the head's D/2 pairs, float32, LLaMA-3's rescaling included."""
+    exponents = torch.arange(0, config.head_dim, 2, dtype=torch.int64).float() / config.head_dim
+    frequencies = 1.0 / (config.rope_theta**exponents)
+    if config.rope_scaling is None:
+        return frequencies
+    s = config.rope_scaling
+    wavelengths = 2 * math.pi / frequencies
+    old_context = s["original_max_position_embeddings"]
+    low, high = s["low_freq_factor"], s["high_freq_factor"]
+    blend = ((old_context / wavelengths - low) / (high - low)).clamp(0, 1)
+    return blend * frequencies + (1 - blend) * frequencies / s["factor"]
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn each pair (i, i + D/2) of a head by its position's angle; tables (B or 1, 1, T, D)."""
+    half = x.shape[-1] // 2
+    turned = torch.cat((-x[..., half:], x[..., :half]), dim=-1)
+    return x * cos + turned * sin
+
+
+class KVCache:
+    """Keys and values of past positions, allocated once at full length: (layers, B, K, max_length, D)."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        batch: int,
+        max_length: int,
+        dtype: torch.dtype = torch.float32,
+        device: Any = None,
+    ):
+        shape = (config.num_hidden_layers, batch, config.num_key_value_heads, max_length, config.head_dim)
+        self.keys = torch.zeros(shape, dtype=dtype, device=device)
+        self.values = torch.zeros(shape, dtype=dtype, device=device)
+        self.length = 0
+        """Positions filled so far, the same for all rows."""
+
+    def extend(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Store (B, K, T, D) behind the past, return both together; `length` moves after all layers."""
+        end = self.length + keys.shape[2]
+        if end > self.keys.shape[3]:
+            raise ValueError(f"the cache holds {self.keys.shape[3]} positions, {end} are needed")
+        self.keys[layer, :, :, self.length : end] = keys
+        self.values[layer, :, :, self.length : end] = values
+        return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
+
+
+class Attention(nn.Module):
+    """Causal self-attention with fewer key than query heads (GQA, arXiv:2305.13245)."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.layer, self.head_dim = layer, config.head_dim
+        query, shared = (
+            config.num_attention_heads * config.head_dim,
+            config.num_key_value_heads * config.head_dim,
+        )
+        self.q_proj = nn.Linear(config.hidden_size, query, bias=False)
+        self.k_proj = nn.Linear(config.hidden_size, shared, bias=False)
+        self.v_proj = nn.Linear(config.hidden_size, shared, bias=False)
+        self.o_proj = nn.Linear(query, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: KVCache | None) -> Tensor:
+        """(B, T, hidden) -> (B, T, hidden); no mask means plain causal."""
+        b, t, _ = x.shape
+        q = self.q_proj(x).view(b, t, -1, self.head_dim).transpose(1, 2)  # (B, H, T, D)
+        k = self.k_proj(x).view(b, t, -1, self.head_dim).transpose(1, 2)  # (B, K, T, D)
+        v = self.v_proj(x).view(b, t, -1, self.head_dim).transpose(1, 2)
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        if cache is not None:
+            k, v = cache.extend(self.layer, k, v)
+        y = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=mask is None and t > 1, enable_gqa=q.shape[1] != k.shape[1]
+        )
+        return self.o_proj(y.transpose(1, 2).reshape(b, t, -1))
+
+
+class FeedForward(nn.Module):
+    """SwiGLU (arXiv:2002.05202): down(silu(gate(x)) * up(x))."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., hidden) -> (..., hidden)."""
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Block(nn.Module):
+    """One decoder layer: attention, then feed-forward, each on the normalised residual stream."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.self_attn = Attention(config, layer)
+        self.mlp = FeedForward(config)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: KVCache | None = None) -> Tensor:
+        """(B, T, hidden) -> (B, T, hidden)."""
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask, cache)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Decoder(nn.Module):
+    """Embedding, blocks and final norm: what Hugging Face names `model`."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+
+class Transformer(nn.Module):
+    """A causal language model; `checkpointing` trades a second forward pass for memory in training."""
+
+    frequencies: Tensor
+
+    def __init__(self, config: ModelConfig, checkpointing: bool = False) -> None:
+        super().__init__()
+        config.check()
+        self.config, self.checkpointing = config, checkpointing
+        self.model = Decoder(config)
+        if not config.tie_word_embeddings:
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.register_buffer("frequencies", rotary_frequencies(config), persistent=False)
+
+    def initialise(self, generator: torch.Generator | None = None) -> None:
+        """Draw weights from N(0, 0.02), the residual stream's writers sqrt(2 layers) smaller (GPT-2)."""
+        residual = 0.02 / math.sqrt(2 * self.config.num_hidden_layers)
+        for name, weight in self.named_parameters():
+            if weight.dim() > 1:
+                deviation = residual if name.endswith(("o_proj.weight", "down_proj.weight")) else 0.02
+                nn.init.normal_(weight, std=deviation, generator=generator)
+
+    @property
+    def head_weight(self) -> Tensor:
+        """Output matrix (vocabulary, hidden): the embedding itself where tied."""
+        return self.model.embed_tokens.weight if self.config.tie_word_embeddings else self.lm_head.weight
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(..., hidden) -> (..., vocabulary)."""
+        return F.linear(hidden, self.head_weight)
+
+    def rotary(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Cosine and sine tables (B or 1, 1, T, D) for positions (B or 1, T)."""
+        angles = positions[:, None, :, None].float() * self.frequencies
+        angles = torch.cat((angles, angles), dim=-1)
+        return angles.cos().to(dtype), angles.sin().to(dtype)
+
+    def mask(self, length: int, past: int, segments: Tensor | None, device: torch.device) -> Tensor | None:
+        """What each query may see, (B or 1, 1, T, past + T) of bool; None where plain causal says it all."""
+        window = self.config.sliding_window
+        if window is not None and past + length <= window:
+            window = None
+        if segments is None and window is None and (past == 0 or length == 1):
+            return None
+        key = torch.arange(past + length, device=device)
+        query = key[past:, None]
+        allowed = key <= query
+        if window is not None:
+            allowed &= key > query - window
+        if segments is None:
+            return allowed[None, None]
+        return (allowed & (segments[:, :, None] == segments[:, None, :]))[:, None]
+
+    def hidden(
+        self,
+        input_ids: Tensor,
+        positions: Tensor | None = None,
+        segments: Tensor | None = None,
+        cache: KVCache | None = None,
+    ) -> Tensor:
+        """Run the blocks and the final norm: ids (B, T) -> (B, T, hidden).
+
+        `positions` (B, T) restart at each document of a packed row, `segments` (B, T) number those documents:
+        attention never crosses them. With a `cache` the ids continue what it holds; packed rows have none.
+        """
+        assert cache is None or segments is None, "packed rows are for training, a cache is for generation"
+        past = cache.length if cache is not None else 0
+        length = input_ids.shape[1]
+        if positions is None:
+            positions = torch.arange(past, past + length, device=input_ids.device)[None]
+        mask = self.mask(length, past, segments, input_ids.device)
+        x = self.model.embed_tokens(input_ids)
+        cos, sin = self.rotary(positions, x.dtype)
+        for block in self.model.layers:
+            if self.checkpointing and self.training:
+                x = checkpoint(block, x, cos, sin, mask, use_reentrant=False)
+            else:
+                x = block(x, cos, sin, mask, cache)
+        if cache is not None:
+            cache.length += length
+        return self.model.norm(x)
