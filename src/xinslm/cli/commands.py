@@ -1,0 +1,55 @@
+"""The commands: a name, a sentence, where its configuration and its function live. Nothing is imported until used."""
+
+import importlib
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Command:
+    """One command of the tool; `config` and `run` are 'module:name' inside the package."""
+
+    summary: str
+    config: str
+    run: str
+    present: str = ""
+    """How the result reaches the terminal where printing `result.describe()` is not all; a function of `present`."""
+
+    def load(self, what: str) -> Any:
+        """Import the configuration class or the function."""
+        module, _, name = getattr(self, what).partition(":")
+        return getattr(importlib.import_module(f"xinslm.{module}"), name)
+
+
+COMMANDS = {
+    "demo": Command(
+        "the whole pipeline on built-in data, in a few minutes", "demo.config:DemoConfig", "cli.demo:run", "play_demo"
+    ),
+    "tokenizer train": Command(
+        "learn a byte-level BPE from text, or cut one out of a teacher's",
+        "tokenizer.config:TrainConfig",
+        "tokenizer.train:run",
+    ),
+    "tokenizer show": Command(
+        "tokens of a text in colour, and the merges that made them",
+        "tokenizer.config:ShowConfig",
+        "tokenizer.show:run",
+        "show_tokens",
+    ),
+    "prepare": Command("text or instructions to token shards", "data.config:PrepareConfig", "data.prepare:run"),
+    "pretrain": Command(
+        "train a model on text, without a teacher", "distill.config:PretrainConfig", "distill.train:run"
+    ),
+    "cache": Command("let a teacher score a dataset, once", "distill.config:CacheConfig", "distill.score:run"),
+    "distill": Command("train a student from a teacher", "distill.config:DistillConfig", "distill.train:run"),
+    "evaluate": Command(
+        "bits per byte and perplexity of a model", "evaluate.config:EvaluateConfig", "evaluate.run:run"
+    ),
+    "quantize": Command("4-bit weights by GPTQ, or 8-bit", "quantize.config:QuantizeConfig", "quantize.run:run"),
+    "export gguf": Command("write a GGUF file for llama.cpp", "export.config:GgufConfig", "export.gguf:run"),
+    "generate": Command(
+        "continue a prompt", "inference.config:GenerateConfig", "inference.generate:run", "stream_text"
+    ),
+    "chat": Command("talk to a model", "inference.config:ChatConfig", "inference.chat:run", "converse"),
+    "report": Command("an HTML page of what a run did", "report.config:ReportConfig", "report.run:run"),
+}

@@ -1,0 +1,139 @@
+"""The command line: finds the command, reads YAML and flags into its configuration, runs it, prints.
+
+    xinslm distill --config recipe.yaml --learning-rate 1e-3
+
+Flags win over YAML, YAML over defaults. Exit codes: 0 done, 1 failure, 2 wrong usage, 130 stopped by Ctrl-C. A mistake
+of the user's is one message without a traceback; `--debug` shows it.
+"""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from xinslm import __version__
+from xinslm.cli.commands import COMMANDS, Command
+from xinslm.errors import UsageError, XinslmError
+
+SEE_HELP = "See `xinslm --help`."
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; return the exit code."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in words
+    words = [word for word in words if word != "--debug"]
+    try:
+        return _dispatch(words)
+    except SystemExit as stop:  # tyro ends usage errors and --help this way
+        return stop.code if isinstance(stop.code, int) else 2
+    except BaseException as error:
+        if debug:
+            raise
+        return _explain(error)
+
+
+def _dispatch(words: list[str]) -> int:
+    if not words or words[0] in ("-h", "--help", "help"):
+        print(_overview())
+        return 0 if words else 2
+    if words[0] in ("-V", "--version"):
+        print(f"xinslm {__version__}")
+        return 0
+    for size in (2, 1):
+        name = " ".join(words[:size])
+        if name in COMMANDS:
+            return _run(name, COMMANDS[name], words[size:])
+    raise UsageError(_unknown(words))
+
+
+def _run(name: str, command: Command, words: list[str]) -> int:
+    config = _parse(name, command, words)
+    from xinslm.cli import live, present
+
+    if command.present:
+        getattr(present, command.present)(command.load("run"), config)
+        return 0
+    with live.listener() as on_progress:
+        result = command.load("run")(config, on_progress)
+    print(result.describe())
+    return 0
+
+
+def _parse(name: str, command: Command, words: list[str]) -> Any:
+    """Read `--config FILE` (any number of them) and flags into the command's configuration."""
+    import tyro
+
+    from xinslm.config import from_yaml
+
+    files, rest = _take_config_files(words)
+    cls = command.load("config")
+    options: dict[str, Any] = {"default": from_yaml(cls, files, tyro.MISSING)} if files else {}
+    summary = f"{command.summary[0].upper()}{command.summary[1:]}. --config FILE reads these settings from YAML."
+    return tyro.cli(cls, args=rest, prog=f"xinslm {name}", description=summary, **options)
+
+
+def _take_config_files(words: list[str]) -> tuple[list[Path], list[str]]:
+    files, rest, pending = [], [], iter(words)
+    for word in pending:
+        if word == "--config":
+            path = next(pending, None)
+            if path is None:
+                raise UsageError("--config needs a file")
+            files.append(Path(path))
+        elif word.startswith("--config="):
+            files.append(Path(word.removeprefix("--config=")))
+        else:
+            rest.append(word)
+    return files, rest
+
+
+def _overview() -> str:
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:<{width}}  {command.summary}" for name, command in COMMANDS.items()]
+    return "\n".join(
+        [
+            f"xinslm {__version__}: large open language models in, small ones that run on a laptop out.",
+            "",
+            "  xinslm COMMAND [--config FILE.yaml] [flags]      `xinslm COMMAND --help` lists a command's flags",
+            "",
+            *lines,
+            "",
+            "  --debug after a command shows the traceback of an error.",
+        ]
+    )
+
+
+def _unknown(words: list[str]) -> str:
+    import difflib
+
+    groups = sorted(name for name in COMMANDS if name.startswith(f"{words[0]} "))
+    if groups:
+        return f"'{words[0]}' needs one of: {', '.join(name.split()[1] for name in groups)}. {SEE_HELP}"
+    near = difflib.get_close_matches(words[0], [name.split()[0] for name in COMMANDS], n=1)
+    return f"unknown command '{words[0]}'." + (f" Did you mean '{near[0]}'?" if near else "") + f" {SEE_HELP}"
+
+
+def _explain(error: BaseException) -> int:
+    """Print one message for an error; return the exit code."""
+    if isinstance(error, KeyboardInterrupt):
+        print("interrupted", file=sys.stderr)
+        return 130
+    if isinstance(error, UsageError):
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    if isinstance(error, XinslmError):
+        print(f"error: {error}", file=sys.stderr)
+        return 130 if type(error).__name__ == "Interrupted" else 1
+    if isinstance(error, BrokenPipeError):
+        return 1
+    if isinstance(error, OSError):
+        where = f" ({error.filename})" if error.filename else ""
+        print(f"error: {error.strerror or error}{where}. Nothing half-written was left behind", file=sys.stderr)
+        return 1
+    print(f"internal error: {type(error).__name__}: {error}. Add --debug for the traceback", file=sys.stderr)
+    return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

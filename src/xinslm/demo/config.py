@@ -1,0 +1,27 @@
+"""Configuration of `demo`."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+
+@dataclass(frozen=True)
+class DemoConfig:
+    """Run the whole pipeline on built-in data."""
+
+    output_dir: Annotated[Path, tyro.conf.arg(aliases=["-o"])] = Path("demo-run")
+    """Folder for everything the demo makes."""
+    megabytes: float = 4.0
+    """Text to generate; more text and more steps make better models."""
+    vocab_size: int = 1024
+    """Vocabulary of the tokenizer."""
+    teacher_steps: int = 500
+    """Optimiser steps of the teacher."""
+    student_steps: int = 300
+    """Optimiser steps of each student."""
+    seed: int = 0
+    """Seed of the text, the weights and the sampling."""
+    force: bool = False
+    """Replace what stands in the output folder."""

@@ -1,0 +1,1 @@
+"""Losses, the teacher cache, and the one training loop."""

@@ -1,0 +1,115 @@
+"""Checkpoints of a run: whole model folders, plus what an exact continuation needs.
+
+`checkpoints/step-000200/` is written under a temporary name and renamed; `last` and `best` are links that are swapped
+atomically, so at every moment both lead to a whole folder. Folders that neither link names are deleted. The optimiser's
+state stands beside the weights as safetensors; only `last` keeps it.
+"""
+
+import os
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from xinslm.errors import XinslmError
+from xinslm.files import new_folder, read_json, sync_folder, write_json
+from xinslm.model.files import load_model, save_model
+from xinslm.model.transformer import Transformer
+
+OPTIMIZER, STATE = "optimizer.safetensors", "training_state.json"
+
+
+@dataclass(frozen=True)
+class TrainingState:
+    """Where a run stands; the order of rows follows from seed and step, so no generator's state is needed."""
+
+    step: int = 0
+    """Optimiser steps done."""
+    tokens: int = 0
+    """Target tokens seen."""
+    seconds: float = 0.0
+    """Time spent in training."""
+    best_validation: float | None = None
+    """Lowest validation cross-entropy so far, nats a token."""
+
+
+def save_checkpoint(
+    run: Path,
+    model: Transformer,
+    tokenizer: Any,
+    optimizer: torch.optim.Optimizer,
+    state: TrainingState,
+    is_best: bool,
+) -> None:
+    """Write the state as `last`, and as `best` if it is."""
+    folder = run / "checkpoints" / f"step-{state.step:06d}"
+    with new_folder(folder, force=True) as partial:
+        save_model(model, partial)
+        tokenizer.save(partial)
+        save_file(_optimizer_tensors(model, optimizer), partial / OPTIMIZER)
+        write_json(partial / STATE, asdict(state))
+    _point(folder.parent / "last", folder.name)
+    if is_best:
+        _point(folder.parent / "best", folder.name)
+    prune(folder.parent)
+
+
+def save_best(run: Path, model: Transformer, tokenizer: Any, step: int) -> None:
+    """Write the weights alone as `best`."""
+    folder = run / "checkpoints" / f"step-{step:06d}"
+    with new_folder(folder, force=True) as partial:
+        save_model(model, partial)
+        tokenizer.save(partial)
+    _point(folder.parent / "best", folder.name)
+    prune(folder.parent)
+
+
+def _point(link: Path, target: str) -> None:
+    fresh = link.with_name(f".{link.name}.link")
+    fresh.unlink(missing_ok=True)
+    os.symlink(target, fresh)
+    os.replace(fresh, link)
+    sync_folder(link.parent)
+
+
+def prune(folder: Path) -> None:
+    """Delete step folders that no link names, temporary ones, and the optimiser's state where it is not `last`'s."""
+    named = {os.readlink(link): link.name for link in (folder / "best", folder / "last") if link.is_symlink()}
+    for entry in folder.iterdir():
+        if entry.is_symlink() or not entry.is_dir():
+            continue
+        if entry.name not in named:
+            shutil.rmtree(entry, ignore_errors=True)
+        elif named[entry.name] == "best":
+            (entry / OPTIMIZER).unlink(missing_ok=True)
+
+
+def _optimizer_tensors(model: Transformer, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    tensors = {}
+    for name, parameter in model.named_parameters():
+        for key, value in optimizer.state[parameter].items():
+            tensors[f"{key}.{name}"] = value.detach().cpu().contiguous()
+    return tensors
+
+
+def load_checkpoint(folder: Path, model: Transformer, optimizer: torch.optim.Optimizer) -> TrainingState:
+    """Put a checkpoint's weights and moments into `model` and `optimizer`, in place."""
+    stored = load_model(folder).state_dict()
+    moments = load_file(folder / OPTIMIZER)
+    try:
+        for name, parameter in model.named_parameters():
+            parameter.data.copy_(stored[name])
+            optimizer.state[parameter] = {
+                key: _place(moments[f"{key}.{name}"], key, parameter) for key in ("step", "exp_avg", "exp_avg_sq")
+            }
+    except (KeyError, RuntimeError) as error:
+        raise XinslmError(f"{folder} does not fit this run ({error}); add --force to begin anew") from None
+    return TrainingState(**read_json(folder / STATE))
+
+
+def _place(moment: Tensor, key: str, parameter: Tensor) -> Tensor:
+    return moment.to(parameter.device) if key != "step" or parameter.is_cuda else moment

@@ -1,0 +1,221 @@
+"""Configuration of `cache`, `pretrain` and `distill`."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from xinslm.errors import UsageError
+
+Device = Literal["auto", "cpu", "cuda", "mps"]
+Dtype = Literal["float32", "bfloat16", "float16"]
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """(alpha * CE + beta * T^2 * KD) / N, N the target tokens of the whole optimiser step."""
+
+    alpha: float = 0.1
+    """Weight of the cross-entropy against the text."""
+    beta: float = 0.9
+    """Weight of the divergence from the teacher."""
+    temperature: float = 1.0
+    """T, which softens both distributions; T^2 keeps the gradient's size."""
+    temperature_mode: Literal["decoupled", "full"] = "decoupled"
+    """decoupled: T inside the cached head only, exact. full: T everywhere, the cache's own T required."""
+    tail_weight: float = 1.0
+    """How much the draws from the teacher's tail count: 1 is unbiased, 0 makes the tail one bucket."""
+
+    def errors(self) -> list[str]:
+        """What cannot work, a sentence each."""
+        wrong = []
+        if self.alpha < 0 or self.beta < 0 or self.alpha + self.beta == 0:
+            wrong.append(f"loss.alpha ({self.alpha}) and loss.beta ({self.beta}) must not be negative, nor both 0")
+        if self.temperature <= 0:
+            wrong.append(f"loss.temperature is {self.temperature}, but must be above 0")
+        if not 0 <= self.tail_weight <= 1:
+            wrong.append(f"loss.tail_weight is {self.tail_weight}, but must be between 0 and 1")
+        if self.temperature_mode == "full" and self.temperature != 1 and self.tail_weight:
+            wrong.append("loss.temperature_mode full has no draws at T: set loss.tail_weight to 0")
+        return wrong
+
+
+@dataclass(frozen=True)
+class CacheConfig:
+    """Score a dataset with a teacher, once, into a sparse cache."""
+
+    teacher: Annotated[str, tyro.conf.Positional]
+    """Teacher: a model folder or a Hub name; any Hugging Face causal language model."""
+    data_path: Path
+    """Dataset folder made by `xinslm prepare`."""
+    output_dir: Annotated[Path, tyro.conf.arg(aliases=["-o"])]
+    """Cache folder to write; a run that was interrupted continues there."""
+    head: int = 8
+    """Most likely tokens kept exactly at each position."""
+    draws: int = 4
+    """Tokens drawn from the rest of the distribution; take 8 for three epochs and more."""
+    temperature: float = 2.0
+    """Temperature whose normaliser is stored, for a loss with temperature_mode full."""
+    max_seq_length: int = 512
+    """Longest context in tokens the teacher sees; use the student's."""
+    batch_tokens: int = 8192
+    """Tokens a teacher's forward pass takes."""
+    shard_positions: int = 1 << 18
+    """Positions a shard file holds, about: what an interruption costs at most."""
+    dtype: Dtype = "float32"
+    """The teacher's number type."""
+    device: Device = "auto"
+    """Where the teacher runs; auto takes cuda, then mps, then cpu."""
+    revision: str | None = None
+    """Hub revision of the teacher."""
+    trust_remote_code: bool = False
+    """Run Python code that the teacher's repository brings."""
+    seed: int = 0
+    """Seed of the draws."""
+    force: bool = False
+    """Replace what stands in the output folder."""
+
+    def check(self) -> None:
+        """Raise UsageError listing everything that cannot work."""
+        wrong = []
+        for name, least in (
+            ("head", 1),
+            ("draws", 0),
+            ("max_seq_length", 2),
+            ("batch_tokens", 1),
+            ("shard_positions", 1),
+        ):
+            if getattr(self, name) < least:
+                wrong.append(f"{name} is {getattr(self, name)}, but must be at least {least}")
+        if self.temperature <= 0:
+            wrong.append(f"temperature is {self.temperature}, but must be above 0")
+        if wrong:
+            raise UsageError("\n".join(wrong))
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainConfig:
+    """Train a model on text, without a teacher."""
+
+    data_path: Path
+    """Dataset folder made by `xinslm prepare`, or raw text, which is then prepared into the run folder."""
+    output_dir: Annotated[Path, tyro.conf.arg(aliases=["-o"])]
+    """Run folder to write; a run that was interrupted continues there."""
+    tokenizer_path: Path | None = None
+    """Tokenizer for raw text; without one, a new one is trained on it."""
+    init_from: Path | None = None
+    """Model folder whose weights to start from; its shape is used."""
+    preset: Literal["1m", "10m", "135m", "360m", "1b"] = "1m"
+    """Shape of the model, by parameters; the fields below change single sizes of it."""
+    vocab_size: int | None = None
+    """Vocabulary of a tokenizer trained on the way (8192 if not given)."""
+    hidden_size: int | None = None
+    """Width of the residual stream."""
+    num_layers: int | None = None
+    """Decoder blocks."""
+    num_heads: int | None = None
+    """Query heads."""
+    num_kv_heads: int | None = None
+    """Key and value heads (GQA)."""
+    head_dim: int | None = None
+    """Width of a head; hidden_size / num_heads where one of these is given."""
+    intermediate_size: int | None = None
+    """Width of the feed-forward."""
+    tie_word_embeddings: bool = True
+    """Use the embedding as output head."""
+    sliding_window: int | None = None
+    """Tokens each token sees; all, if not given."""
+    max_seq_length: int = 512
+    """Tokens in a packed row; the model's context."""
+    batch_size: int = 16
+    """Rows in an optimiser step."""
+    micro_batch_size: int | None = None
+    """Rows in one forward pass; the step accumulates over them. All, if not given."""
+    num_epochs: float = 1.0
+    """Passes over the training split."""
+    max_steps: int | None = None
+    """Optimiser steps, instead of epochs."""
+    learning_rate: float = 2e-3
+    """Peak of the warm-up-stable-decay schedule."""
+    warmup_fraction: float = 0.05
+    """Share of the steps in which the rate rises from 0."""
+    decay_fraction: float = 0.3
+    """Share of the steps in which it falls linearly to 0."""
+    weight_decay: float = 0.1
+    """AdamW's, on matrices only."""
+    beta1: float = 0.9
+    """AdamW's decay of the first moment."""
+    beta2: float = 0.95
+    """AdamW's decay of the second moment."""
+    clip_norm: float = 1.0
+    """Longest gradient, as its L2 norm; 0 for no limit."""
+    validate_every: int = 100
+    """Steps between validations; there is one at the end in any case."""
+    validation_rows: int = 64
+    """Packed validation rows to use at most; 0 for all."""
+    save_every: int = 200
+    """Steps between checkpoints; there is one at the end and on Ctrl-C in any case."""
+    log_every: int = 10
+    """Steps between lines of metrics.jsonl."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Number type of the forward pass; the weights are float32."""
+    device: Device = "auto"
+    """Where to train; auto takes cuda, then mps, then cpu."""
+    checkpointing: bool = False
+    """Compute activations a second time in the backward pass to save memory."""
+    compile: bool = False
+    """Compile the blocks with torch.compile."""
+    seed: int = 0
+    """Seed of the starting weights and of the order of rows."""
+    force: bool = False
+    """Replace what stands in the run folder."""
+
+    def errors(self) -> list[str]:
+        """What cannot work, a sentence each."""
+        wrong = []
+        least = {"max_seq_length": 2, "batch_size": 1, "validate_every": 1, "save_every": 1, "log_every": 1}
+        for name, bound in least.items():
+            if getattr(self, name) < bound:
+                wrong.append(f"{name} is {getattr(self, name)}, but must be at least {bound}")
+        if self.micro_batch_size is not None and (self.micro_batch_size < 1 or self.batch_size % self.micro_batch_size):
+            wrong.append(f"micro_batch_size ({self.micro_batch_size}) must divide batch_size ({self.batch_size})")
+        if self.num_epochs <= 0 or (self.max_steps is not None and self.max_steps < 1):
+            wrong.append("num_epochs and max_steps must be above 0")
+        if self.learning_rate <= 0:
+            wrong.append(f"learning_rate is {self.learning_rate}, but must be above 0")
+        if min(self.warmup_fraction, self.decay_fraction) < 0 or self.warmup_fraction + self.decay_fraction > 1:
+            wrong.append("warmup_fraction and decay_fraction must not be negative, nor add up to more than 1")
+        if self.vocab_size is not None and self.tokenizer_path is not None:
+            wrong.append("vocab_size is for a tokenizer trained on the way, tokenizer_path gives one: drop one of them")
+        return wrong
+
+    def check(self) -> None:
+        """Raise UsageError listing everything that cannot work."""
+        if wrong := self.errors():
+            raise UsageError("\n".join(wrong))
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistillConfig(PretrainConfig):
+    """Train a student from a teacher's cache, or from a live teacher."""
+
+    cache: Path | None = None
+    """Cache folder made by `xinslm cache` from the same dataset."""
+    teacher: str | None = None
+    """Live teacher instead of a cache: a model folder or a Hub name with the dataset's tokenizer."""
+    teacher_dtype: Dtype = "float32"
+    """Number type of a live teacher."""
+    trust_remote_code: bool = False
+    """Run Python code that the teacher's repository brings."""
+    loss: LossConfig = field(default_factory=LossConfig)
+    """The loss."""
+
+    def errors(self) -> list[str]:
+        """What cannot work, a sentence each."""
+        wrong = [*super().errors(), *self.loss.errors()]
+        if (self.cache is None) == (self.teacher is None):
+            wrong.append(
+                "give either --cache (made by `xinslm cache`) or --teacher; without both, use `xinslm pretrain`"
+            )
+        return wrong

@@ -1,0 +1,232 @@
+"""The one training loop, with or without a teacher.
+
+Fixed-shape packed rows; the loss is normalised by the target tokens of the whole optimiser step, however it is split
+into micro-batches. Which rows a step takes follows from the seed and the step alone, so a continued run repeats the
+uninterrupted one bit for bit on one machine's CPU. Ctrl-C ends after the running step, with a checkpoint.
+"""
+
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from types import FrameType
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from xinslm.data.packing import Batch, PackedRows
+from xinslm.distill.checkpoint import TrainingState
+from xinslm.distill.config import LossConfig, PretrainConfig
+from xinslm.distill.losses import fused_loss
+from xinslm.distill.targets import TargetSource
+from xinslm.errors import XinslmError
+from xinslm.model.transformer import Transformer
+
+
+class Interrupted(XinslmError):
+    """The run was stopped by Ctrl-C or a termination signal, after a checkpoint."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """Figures of one optimiser step, averages per target token in nats."""
+
+    step: int
+    tokens: int
+    loss: float
+    ce: float
+    kd: float
+    learning_rate: float
+    grad_norm: float
+
+
+@dataclass(frozen=True)
+class Validation:
+    """Averages over the validation rows, nats a target token."""
+
+    ce: float
+    kd: float | None
+
+
+def learning_rate(step: int, total: int, peak: float, warmup_fraction: float, decay_fraction: float) -> float:
+    """Warm-up-stable-decay (arXiv:2404.06395): up from 0, flat, down to 0 at the end; `step` counts from 0."""
+    warmup, decay = warmup_fraction * total, decay_fraction * total
+    rising = (step + 1) / warmup if step + 1 < warmup else 1.0
+    falling = (total - step) / decay if total - step < decay else 1.0
+    return peak * min(rising, falling)
+
+
+def rows_of_step(step: int, batch_size: int, num_rows: int, seed: int) -> np.ndarray:
+    """Indices of a step's rows: consecutive places in an endless chain of permutations, one an epoch."""
+    places = np.arange(step * batch_size, (step + 1) * batch_size)
+    epochs, within = places // num_rows, places % num_rows
+    orders = {e: np.random.default_rng((seed, int(e))).permutation(num_rows) for e in np.unique(epochs)}
+    return np.array([orders[e][i] for e, i in zip(epochs, within, strict=True)])
+
+
+def make_optimizer(model: Transformer, config: PretrainConfig) -> torch.optim.AdamW:
+    """AdamW (arXiv:1711.05101), decay on matrices only."""
+    matrices = [p for p in model.parameters() if p.dim() > 1]
+    vectors = [p for p in model.parameters() if p.dim() <= 1]
+    groups = [
+        {"params": matrices, "weight_decay": config.weight_decay},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(config.beta1, config.beta2), fused=True)
+
+
+class Trainer:
+    """A model, its optimiser and its data; `step` is one optimiser step, `validate` a pass over held-out rows."""
+
+    def __init__(
+        self, model: Transformer, config: PretrainConfig, loss: LossConfig, rows: PackedRows,
+        total_steps: int, source: TargetSource | None, device: torch.device,
+    ) -> None:  # fmt: skip
+        self.model, self.config, self.loss, self.rows = model, config, loss, rows
+        self.total_steps, self.source, self.device = total_steps, source, device
+        self.optimizer = make_optimizer(model, config)
+        self.forward: Callable[..., Tensor] = torch.compile(model.hidden) if config.compile else model.hidden
+
+    def precision(self) -> AbstractContextManager[Any]:
+        """Autocast for the forward pass, nothing in float32."""
+        if self.config.dtype == "float32":
+            return nullcontext()
+        return torch.autocast(self.device.type, torch.bfloat16)
+
+    def _loss(self, batch: Batch, source: TargetSource | None, normaliser: float, chosen: np.ndarray) -> Any:
+        def on_device(array: np.ndarray) -> Tensor:
+            return torch.from_numpy(array).to(self.device)
+
+        with self.precision():
+            hidden = self.forward(on_device(batch.input_ids), on_device(batch.positions), on_device(batch.segments))
+        where = on_device(chosen)
+        hidden = hidden.reshape(-1, hidden.shape[-1])[where]
+        if self.config.dtype == "bfloat16":
+            hidden = hidden.bfloat16()
+        labels = on_device(batch.labels.ravel())[where]
+        targets = source.targets(batch, chosen, self.device) if source is not None else None
+        return fused_loss(hidden, self.model.head_weight, labels, targets, self.loss, normaliser)
+
+    def step(self, number: int) -> Step:
+        """Take optimiser step `number` (from 0). Raises XinslmError, the weights untouched, if it is not finite."""
+        config = self.config
+        indices = rows_of_step(number, config.batch_size, len(self.rows), config.seed)
+        micro = config.micro_batch_size or config.batch_size
+        batches = [self.rows.batch(indices[at : at + micro]) for at in range(0, len(indices), micro)]
+        chosen = [np.flatnonzero(batch.labels.ravel() >= 0) for batch in batches]
+        count = sum(len(c) for c in chosen)
+        self.model.train()
+        self.optimizer.zero_grad(set_to_none=True)
+        ce = kd = total = 0.0
+        for batch, where in zip(batches, chosen, strict=True):
+            if len(where) == 0:
+                continue
+            loss, figures = self._loss(batch, self.source, count, where)
+            if not math.isfinite(loss.item()):
+                raise XinslmError(self._not_finite(number, "loss", loss.item(), batch))
+            loss.backward()
+            total, ce, kd = total + loss.item(), ce + figures.ce, kd + figures.kd
+        limit = config.clip_norm or math.inf
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit).item()
+        if not math.isfinite(norm):
+            raise XinslmError(self._not_finite(number, "gradient", norm, *batches))
+        rate = learning_rate(
+            number, self.total_steps, config.learning_rate, config.warmup_fraction, config.decay_fraction
+        )
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.optimizer.step()
+        return Step(number + 1, count, total, ce / max(count, 1), kd / max(count, 1), rate, norm)
+
+    def _not_finite(self, number: int, what: str, value: float, *batches: Batch) -> str:
+        starts = self.rows.split.documents
+        streams = np.concatenate([batch.stream[batch.stream >= 0] for batch in batches])
+        documents = np.unique(np.searchsorted(starts, streams, side="right") - 1)
+        named = ", ".join(map(str, documents[:8])) + (", ..." if len(documents) > 8 else "")
+        return (
+            f"the {what} is {value} at step {number + 1}, on training documents {named}. Training has stopped; the "
+            f"last checkpoint is from before. Try a smaller --learning-rate or a longer --warmup-fraction"
+        )
+
+    @torch.no_grad()
+    def validate(self, rows: PackedRows, source: TargetSource | None, limit: int) -> Validation:
+        """Score the first `limit` rows (0: all)."""
+        self.model.eval()
+        micro = self.config.micro_batch_size or self.config.batch_size
+        last = min(len(rows), limit) if limit else len(rows)
+        ce = kd = 0.0
+        count = 0
+        for at in range(0, last, micro):
+            batch = rows.batch(np.arange(at, min(at + micro, last)))
+            chosen = np.flatnonzero(batch.labels.ravel() >= 0)
+            if len(chosen):
+                _, figures = self._loss(batch, source, 1.0, chosen)
+                ce, kd, count = ce + figures.ce, kd + figures.kd, count + len(chosen)
+        return Validation(ce / max(count, 1), kd / max(count, 1) if source is not None else None)
+
+
+@contextmanager
+def deferred_interrupt() -> Iterator[Callable[[], bool]]:
+    """Give a function that tells whether Ctrl-C or a termination signal came; a second Ctrl-C stops at once."""
+    came: list[int] = []
+
+    def note(number: int, frame: FrameType | None) -> None:
+        if came:
+            raise KeyboardInterrupt
+        came.append(number)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: False
+        return
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: bool(came)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def train(
+    trainer: Trainer, state: TrainingState, validation_rows: PackedRows | None, validation_source: TargetSource | None,
+    on_step: Callable[[Step, TrainingState], None],
+    on_validation: Callable[[Validation, TrainingState], None],
+    save: Callable[[TrainingState, bool], None],
+    save_best: Callable[[TrainingState], None],
+) -> TrainingState:  # fmt: skip
+    """Run from `state` to the last step, validating and saving on the way; return the final state."""
+    config = trainer.config
+    with deferred_interrupt() as interrupted:
+        while state.step < trainer.total_steps:
+            began = time.monotonic()
+            step = trainer.step(state.step)
+            state = replace(
+                state,
+                step=step.step,
+                tokens=state.tokens + step.tokens,
+                seconds=state.seconds + time.monotonic() - began,
+            )
+            on_step(step, state)
+            final = state.step == trainer.total_steps
+            is_best = False
+            if validation_rows is not None and (final or state.step % config.validate_every == 0):
+                result = trainer.validate(validation_rows, validation_source, config.validation_rows)
+                is_best = state.best_validation is None or result.ce < state.best_validation
+                if is_best:
+                    state = replace(state, best_validation=result.ce)
+                on_validation(result, state)
+            stop = interrupted() and not final
+            if final or stop or state.step % config.save_every == 0:
+                save(state, is_best or validation_rows is None)
+            elif is_best:
+                save_best(state)
+            if stop:
+                raise Interrupted(
+                    f"interrupted after step {state.step} of {trainer.total_steps}; the run is saved. "
+                    f"The same command continues it"
+                )
+    return state

@@ -1,0 +1,304 @@
+"""The stages `pretrain` and `distill`: one run folder from a dataset, with or without a teacher.
+
+    xinslm distill --data-path data --cache cache --output-dir runs/student
+
+The folder holds `config.yaml` (resolved), `run.json` (inputs and size), `metrics.jsonl` and `checkpoints/`. The same
+command on an unfinished folder continues it exactly; another configuration is refused by the names of its keys.
+"""
+
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from xinslm.config import to_dict, to_yaml
+from xinslm.data.dataset import Dataset
+from xinslm.data.packing import PackedRows
+from xinslm.device import pick_device
+from xinslm.distill.cache import Cache
+from xinslm.distill.checkpoint import TrainingState, load_checkpoint, prune, save_best, save_checkpoint
+from xinslm.distill.config import DistillConfig, LossConfig, PretrainConfig
+from xinslm.distill.inputs import differing_keys, find_dataset, shape
+from xinslm.distill.loop import Step, Trainer, Validation, train
+from xinslm.distill.targets import CachedTargets, LiveTargets, TargetSource
+from xinslm.errors import UsageError
+from xinslm.files import manifest_fingerprint, read_json, refuse_existing, write_json, write_text
+from xinslm.model.files import load_config, load_model, model_fingerprint, resolve_model
+from xinslm.model.transformer import Transformer
+from xinslm.progress import Listener, Progress, ignore
+from xinslm.teachers.huggingface import HuggingFaceTeacher
+from xinslm.tokenizer.load import load_tokenizer
+
+CONFIG, METRICS, RUN = "config.yaml", "metrics.jsonl", "run.json"
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a training run made."""
+
+    folder: Path
+    parameters: int
+    state: TrainingState
+    validation: Validation | None
+    warnings: tuple[str, ...] = ()
+
+    def describe(self) -> str:
+        """Lines for the terminal."""
+        best = self.state.best_validation
+        lines = [
+            f"model       {self.folder / 'checkpoints' / 'best'} ({self.parameters:,} parameters)",
+            f"trained     {self.state.step:,} steps, {self.state.tokens:,} tokens in {self.state.seconds:.0f} s "
+            f"({self.state.tokens / max(self.state.seconds, 1e-9):,.0f} tokens/s)",
+        ]
+        if best is not None:
+            lines.append(f"validation  {best:.4f} nats a token at best")
+        return "\n".join(lines + [f"note        {warning}" for warning in self.warnings])
+
+
+@dataclass(frozen=True)
+class _Teaching:
+    """Loss and sources of teacher distributions; none in pre-training."""
+
+    loss: LossConfig
+    train: TargetSource | None = None
+    validation: TargetSource | None = None
+    inputs: tuple[tuple[str, str], ...] = ()
+    warnings: tuple[str, ...] = ()
+
+
+def run(config: PretrainConfig, on_progress: Listener = ignore) -> TrainResult:
+    """Train a model; with a `DistillConfig`, from its cache or live teacher.
+
+    Raises UsageError where stages do not fit each other or the run folder holds something else, XinslmError at the
+    first loss that is not finite, `loop.Interrupted` (after a checkpoint) on Ctrl-C.
+    """
+    config.check()
+    command = "distill" if isinstance(config, DistillConfig) else "pretrain"
+    _open_run(config)
+    dataset = find_dataset(config, on_progress)
+    device = pick_device(config.device)
+    tokenizer = load_tokenizer(dataset.folder / "tokenizer")
+    teaching = _teaching(config, dataset, device)
+    rows = PackedRows(dataset.split("train"), config.max_seq_length)
+    if len(rows) < config.batch_size:
+        raise UsageError(
+            f"batch_size is {config.batch_size} rows of {config.max_seq_length} tokens, but {dataset.folder} has only "
+            f"{len(rows)} such rows to train on: give more text, or a smaller --batch-size or --max-seq-length"
+        )
+    total_steps = config.max_steps or max(1, round(config.num_epochs * len(rows) / config.batch_size))
+    model = _start(config, dataset, tokenizer).to(device)
+    trainer = Trainer(model, config, teaching.loss, rows, total_steps, teaching.train, device)
+    inputs = {"dataset": dataset.fingerprint, **dict(teaching.inputs)}
+    facts = {
+        "command": command,
+        "total_steps": total_steps,
+        "parameters": model.config.num_parameters,
+        "inputs": inputs,
+    }
+    state = _resume(config, command, facts, trainer)
+    held_out = (
+        PackedRows(dataset.split("validation"), config.max_seq_length)
+        if "validation" in dataset.manifest["splits"]
+        else None
+    )
+    if held_out is not None and len(held_out) == 0:
+        held_out = None
+    warnings = teaching.warnings
+    if held_out is None:
+        warnings += ("there is no validation split: the last checkpoint counts as the best",)
+
+    log = _Log(config, total_steps, state, on_progress, command, with_kd=teaching.train is not None)
+    for warning in warnings:
+        on_progress(Progress(command, note=warning))
+    state = train(
+        trainer, state, held_out, teaching.validation, log.step, log.validation,
+        lambda at, best: save_checkpoint(config.output_dir, model, tokenizer, trainer.optimizer, at, best),
+        lambda at: save_best(config.output_dir, model, tokenizer, at.step),
+    )  # fmt: skip
+    return TrainResult(config.output_dir, model.config.num_parameters, state, log.last_validation, warnings)
+
+
+def _settings(config: PretrainConfig) -> dict[str, Any]:
+    return {k: v for k, v in to_dict(config).items() if k not in ("force", "output_dir")}
+
+
+def _open_run(config: PretrainConfig) -> None:
+    """Clear the folder with --force; let a fresh one or the same unfinished run pass; refuse anything else."""
+    folder = config.output_dir
+    if config.force and (folder / CONFIG).is_file():
+        shutil.rmtree(folder)
+    if not (folder / CONFIG).is_file():
+        refuse_existing(folder, force=False)
+        return
+    differing = differing_keys(_settings(config), _stored_settings(folder))
+    if differing:
+        raise UsageError(
+            f"{folder} holds a run with another {', '.join(differing)}. Choose another --output-dir, give its settings "
+            f"again to continue it (--config {folder / CONFIG}), or add --force to replace it"
+        )
+
+
+def _stored_settings(folder: Path) -> dict[str, Any]:
+    stored = yaml.safe_load((folder / CONFIG).read_text(encoding="utf-8")) or {}
+    return {k: v for k, v in stored.items() if k not in ("force", "output_dir")}
+
+
+def _teaching(config: PretrainConfig, dataset: Dataset, device: torch.device) -> _Teaching:
+    if not isinstance(config, DistillConfig):
+        return _Teaching(LossConfig(alpha=1.0, beta=0.0))
+    if config.teacher is not None:
+        teacher = HuggingFaceTeacher(
+            config.teacher, config.teacher_dtype, device, trust_remote_code=config.trust_remote_code
+        )
+        if teacher.tokenizer.fingerprint() != dataset.tokenizer_fingerprint:
+            raise UsageError(
+                f"a live teacher must share the dataset's tokenizer, and {config.teacher}'s differs from the one of "
+                f"{dataset.folder}. Prepare the data with the teacher's, or use `xinslm cache`, which maps nested ones"
+            )
+        if teacher.max_length < config.max_seq_length:
+            raise UsageError(
+                f"max_seq_length is {config.max_seq_length}, but teacher {config.teacher} has a context of "
+                f"{teacher.max_length} tokens"
+            )
+        source = LiveTargets(teacher)
+        return _Teaching(config.loss, source, source, (("teacher", teacher.fingerprint),))
+    assert config.cache is not None
+    cache = Cache(config.cache)
+    cache.require_dataset(dataset.fingerprint, dataset.folder)
+    loss, warnings = config.loss, []
+    if loss.temperature_mode == "full" and loss.temperature not in (1.0, cache.format.temperature):
+        raise UsageError(
+            f"loss.temperature is {loss.temperature} in mode full, but cache {config.cache} stores the normaliser for "
+            f"{cache.format.temperature}: use that, mode decoupled, or `xinslm cache --temperature {loss.temperature}`"
+        )
+    cached_length = cache.manifest["config"]["max_seq_length"]
+    if cached_length != config.max_seq_length:
+        warnings.append(
+            f"the teacher saw contexts of {cached_length} tokens when it was cached, the student sees "
+            f"{config.max_seq_length}"
+        )
+    splits = {name: cache.split(name) for name in ("train", "validation")}
+    assert splits["train"] is not None
+    held_out = CachedTargets(splits["validation"]) if splits["validation"] is not None else None
+    inputs = (("cache", manifest_fingerprint(config.cache)),)
+    return _Teaching(loss, CachedTargets(splits["train"]), held_out, inputs, tuple(warnings))
+
+
+def _start(config: PretrainConfig, dataset: Dataset, tokenizer: Any) -> Transformer:
+    """The model at step 0: drawn from the seed, or read from `init_from`."""
+    if config.init_from is None:
+        model = Transformer(shape(config, tokenizer), config.checkpointing)
+        model.initialise(torch.Generator().manual_seed(config.seed))
+        return model
+    folder = resolve_model(config.init_from)
+    changed = (
+        "hidden_size",
+        "num_layers",
+        "num_heads",
+        "num_kv_heads",
+        "head_dim",
+        "intermediate_size",
+        "sliding_window",
+    )
+    if given := [name for name in changed if getattr(config, name) is not None]:
+        raise UsageError(f"init_from fixes the model's shape: drop {', '.join(given)}")
+    if load_tokenizer(folder).fingerprint() != dataset.tokenizer_fingerprint:
+        raise UsageError(
+            f"model {folder} and dataset {dataset.folder} have different tokenizers; prepare the data with the model's"
+        )
+    if (longest := load_config(folder).max_position_embeddings) < config.max_seq_length:
+        raise UsageError(
+            f"max_seq_length is {config.max_seq_length}, but model {folder} has a context of {longest} tokens"
+        )
+    return load_model(folder, checkpointing=config.checkpointing)
+
+
+def _resume(config: PretrainConfig, command: str, facts: dict[str, Any], trainer: Trainer) -> TrainingState:
+    """Continue from `last` if the folder has it; otherwise write what a run folder begins with."""
+    folder, last = config.output_dir, config.output_dir / "checkpoints" / "last"
+    if config.init_from is not None:
+        facts["inputs"]["init_from"] = model_fingerprint(resolve_model(config.init_from))
+    if (folder / RUN).is_file() and last.is_dir():
+        changed = differing_keys(facts, read_json(folder / RUN))
+        if changed:
+            raise UsageError(
+                f"{folder} cannot be continued: {', '.join(changed)} changed since it began. Choose another "
+                f"--output-dir, or add --force to begin anew"
+            )
+        state = load_checkpoint(last, trainer.model, trainer.optimizer)
+        if state.step >= trainer.total_steps:
+            raise UsageError(f"{folder} already holds this run, finished. Choose another --output-dir, or add --force")
+        prune(last.parent)
+        _cut_metrics(folder / METRICS, state.step)
+        return state
+    folder.mkdir(parents=True, exist_ok=True)
+    write_text(folder / CONFIG, to_yaml(config, command))
+    write_json(folder / RUN, facts)
+    (folder / METRICS).write_bytes(b"")
+    return TrainingState()
+
+
+def _cut_metrics(path: Path, step: int) -> None:
+    """Drop lines that belong to steps after the checkpoint, and a half-written last one."""
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+        except (json.JSONDecodeError, KeyError):
+            break
+    write_text(path, "".join(kept))
+
+
+class _Log:
+    """Writes metrics.jsonl and tells the listener."""
+
+    def __init__(
+        self,
+        config: PretrainConfig,
+        total: int,
+        start: TrainingState,
+        on_progress: Listener,
+        stage: str,
+        with_kd: bool,
+    ) -> None:
+        self.path, self.every, self.total = config.output_dir / METRICS, config.log_every, total
+        self.on_progress, self.stage, self.with_kd = on_progress, stage, with_kd
+        self.since = start
+        self.last_validation: Validation | None = None
+        if start.step:
+            on_progress(Progress(stage, start.step, total, "steps", note=f"continuing after step {start.step}"))
+
+    def _write(self, values: dict[str, float]) -> None:
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(values) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+    def step(self, step: Step, state: TrainingState) -> None:
+        """Log every `log_every` steps, the first and the last."""
+        if step.step % self.every and step.step not in (1, self.total):
+            return
+        seconds = state.seconds - self.since.seconds
+        speed = (state.tokens - self.since.tokens) / max(seconds, 1e-9)
+        self.since = state
+        kd = {"kd": step.kd} if self.with_kd else {}
+        self._write(
+            {"step": step.step, "tokens": state.tokens, "loss": step.loss, "ce": step.ce, **kd,
+             "lr": step.learning_rate, "grad_norm": step.grad_norm, "tokens_per_second": speed,
+             "seconds": state.seconds}
+        )  # fmt: skip
+        values = {"loss": step.loss, "ce": step.ce, **kd, "lr": step.learning_rate, "tokens/s": speed}
+        self.on_progress(Progress(self.stage, step.step, self.total, "steps", values))
+
+    def validation(self, result: Validation, state: TrainingState) -> None:
+        """Log a validation."""
+        self.last_validation = result
+        kd = {} if result.kd is None else {"validation_kd": result.kd}
+        self._write({"step": state.step, "tokens": state.tokens, "validation_ce": result.ce, **kd})
+        self.on_progress(Progress(self.stage, state.step, self.total, "steps", {"validation": result.ce}, note=""))

@@ -1,0 +1,1 @@
+"""Teacher adapters, one a file."""

@@ -1,0 +1,121 @@
+"""A Hugging Face causal language model as teacher: a local folder or a Hub name, any architecture.
+
+`hidden` and `logits` are apart so that a caller can apply the head to a few rows at a time and never holds
+(positions, vocabulary). Models that do more after the head (soft caps, scales) are recognised by comparing both ways
+on a short input when the teacher is loaded; for those, `logits` comes from whole forward passes.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from xinslm.errors import UsageError, XinslmError
+from xinslm.model.files import model_fingerprint, resolve_model
+
+
+class HuggingFaceTeacher:
+    """Scores sequences of token ids.
+
+    `vocab_size` counts the tokenizer's ids; rows of the head beyond them are padding and are cut off.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        dtype: str = "float32",
+        device: torch.device | str = "cpu",
+        revision: str | None = None,
+        trust_remote_code: bool = False,
+    ) -> None:
+        from transformers import AutoModelForCausalLM
+        from transformers.utils import logging
+
+        from xinslm.tokenizer.load import load_tokenizer
+
+        self.name = name
+        self.folder = _local_folder(name, revision)
+        self.tokenizer = load_tokenizer(self.folder)
+        self.vocab_size = self.tokenizer.vocab_size
+        self.device = torch.device(device)
+        logging.disable_progress_bar()
+        try:
+            model: Any = AutoModelForCausalLM.from_pretrained(
+                self.folder,
+                dtype=getattr(torch, dtype),
+                use_safetensors=True,
+                trust_remote_code=trust_remote_code,
+            )
+        except (OSError, ValueError, KeyError, ImportError) as error:
+            first = str(error).strip().splitlines()[0]
+            raise XinslmError(f"transformers cannot load teacher {name}: {first}") from error
+        self.model: Any = model.to(self.device).eval().requires_grad_(False)
+        self.max_length: int = getattr(self.model.config, "max_position_embeddings", None) or 1 << 30
+        head = self.model.get_output_embeddings()
+        rows = head.weight.shape[0] if head is not None else 0
+        if rows < self.vocab_size:
+            raise XinslmError(
+                f"teacher {name}: its tokenizer has {self.vocab_size} ids, its output only {rows} rows; "
+                f"the tokenizer belongs to another model"
+            )
+        self._split = self._head_is_plain()
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of the weights and the shape."""
+        return model_fingerprint(self.folder)
+
+    def _head_is_plain(self) -> bool:
+        ids = torch.arange(8, device=self.device)[None] % self.vocab_size
+        with torch.no_grad():
+            whole = self.model(input_ids=ids, use_cache=False).logits.float()
+            backbone = getattr(self.model, self.model.base_model_prefix, None)
+            if backbone is None or backbone is self.model:
+                return False
+            hidden = backbone(input_ids=ids, use_cache=False)[0]
+            apart = self.model.get_output_embeddings()(hidden).float()
+        return apart.shape == whole.shape and bool((apart - whole).abs().max() <= 1e-3 * whole.abs().max().clamp_min(1))
+
+    @torch.no_grad()
+    def states(self, sequences: list[np.ndarray]) -> Tensor:
+        """Run sequences of ids, right-padded into one batch; return what `logits` needs for each of their tokens.
+
+        The rows of all sequences stand one after another: (total tokens, ...), pads left out. Causal attention
+        makes right pads harmless.
+        """
+        longest = max(len(s) for s in sequences)
+        if longest > self.max_length:
+            raise UsageError(f"teacher {self.name} has a context of {self.max_length} tokens, {longest} are asked for")
+        batch = np.zeros((len(sequences), longest), dtype=np.int64)
+        real = np.zeros((len(sequences), longest), dtype=bool)
+        for row, ids in enumerate(sequences):
+            batch[row, : len(ids)], real[row, : len(ids)] = ids, True
+        inputs = torch.from_numpy(batch).to(self.device)
+        if self._split:
+            backbone = getattr(self.model, self.model.base_model_prefix)
+            out = backbone(input_ids=inputs, use_cache=False)[0]
+        else:
+            out = self.model(input_ids=inputs, use_cache=False).logits
+        rows: Tensor = out[torch.from_numpy(real).to(self.device)]
+        return rows
+
+    @torch.no_grad()
+    def logits(self, states: Tensor) -> Tensor:
+        """(rows, ...) from `states` -> logits (rows, vocab_size) float32."""
+        out = self.model.get_output_embeddings()(states) if self._split else states
+        return out[:, : self.vocab_size].float()
+
+
+def _local_folder(name: str, revision: str | None) -> Path:
+    if revision is not None and not Path(name).exists():
+        import huggingface_hub
+
+        from xinslm.model.files import HUB_FILES
+
+        try:
+            return Path(huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=HUB_FILES))
+        except Exception as error:
+            raise UsageError(f"the Hub did not give {name} at revision {revision}: {error}") from error
+    return resolve_model(name)

@@ -1,0 +1,122 @@
+"""The command line's own duties: dispatch, help without torch, errors without tracebacks."""
+
+import resource
+import subprocess
+import sys
+
+import pytest
+
+from xinslm.cli import commands
+from xinslm.cli.commands import COMMANDS, Command
+from xinslm.cli.live import PlainLines
+from xinslm.cli.main import main
+from xinslm.progress import Progress
+
+
+def test_help_is_quick_and_free_of_torch():
+    code = (
+        "import sys, time; from xinslm.cli.main import main; main(['--help']); "
+        "assert 'torch' not in sys.modules and 'transformers' not in sys.modules; "
+        "print(time.process_time())"
+    )
+    before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - before < 0.3
+    for name in COMMANDS:
+        assert name in out
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_has_help_and_a_function(name, capsys):
+    assert main([*name.split(), "--help"]) == 0
+    assert "usage: xinslm " + name in capsys.readouterr().out
+    assert callable(COMMANDS[name].load("run"))
+
+
+def test_help_of_a_command_imports_no_torch():
+    code = (
+        "import sys; from xinslm.cli.main import main\n"
+        "for name in ('distill', 'quantize', 'generate', 'evaluate', 'prepare', 'report'):\n"
+        "    main([name, '--help'])\n"
+        "assert 'torch' not in sys.modules and 'transformers' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], capture_output=True, check=True)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["distil"], "Did you mean 'distill'?"),
+        (["tokenizer"], "'tokenizer' needs one of: show, train"),
+        (["export", "pickle"], "'export' needs one of: gguf"),
+        (["distill", "--config"], "--config needs a file"),
+        (["distill", "--config", "/nowhere.yaml"], "/nowhere.yaml: No such file or directory"),
+        (["distill", "--data-path", "x", "-o", "y"], "give either --cache"),
+    ],
+)
+def test_usage_errors_have_exit_code_2_and_no_traceback(words, message, capsys):
+    assert main(words) == 2
+    err = capsys.readouterr().err
+    assert message in err and "Traceback" not in err
+
+
+def test_unknown_flag_is_refused_with_a_suggestion(capsys):
+    assert main(["distill", "--data-path", "x", "-o", "y", "--los.temperature", "2"]) == 2
+    captured = capsys.readouterr()
+    assert "--loss.temperature" in captured.out + captured.err
+
+
+def test_flags_win_over_yaml_and_yaml_over_defaults(tmp_path, monkeypatch, capsys):
+    seen = []
+    command = COMMANDS["distill"]
+
+    class Result:
+        def describe(self):
+            return "done"
+
+    def fake(self, what):
+        if what == "run":
+            return lambda config, on_progress: seen.append(config) or Result()
+        return Command.load(command, what)
+
+    monkeypatch.setitem(commands.COMMANDS, "distill", type("C", (Command,), {"load": fake})(*vars(command).values()))
+    (tmp_path / "a.yaml").write_text("data_path: d\noutput_dir: o\ncache: c\nseed: 5\nloss:\n  alpha: 0.5\n")
+    assert main(["distill", "--config", str(tmp_path / "a.yaml"), "--seed", "6", "--max_seq_length", "128"]) == 0
+    assert (seen[0].seed, seen[0].loss.alpha, seen[0].loss.beta, seen[0].max_seq_length) == (6, 0.5, 0.9, 128)
+    assert capsys.readouterr().out == "done\n"
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "message"),
+    [
+        (
+            OSError(28, "No space left on device", "/out/tokens.bin"),
+            1,
+            "No space left on device (/out/tokens.bin)",
+        ),
+        (KeyboardInterrupt(), 130, "interrupted"),
+        (
+            ZeroDivisionError("oops"),
+            1,
+            "internal error: ZeroDivisionError: oops. Add --debug for the traceback",
+        ),
+    ],
+)
+def test_failures_are_one_line(error, code, message, monkeypatch, capsys):
+    def fail(self, what):
+        raise error
+
+    monkeypatch.setattr(Command, "load", fail)
+    assert main(["distill"]) == code
+    assert message in capsys.readouterr().err
+    with pytest.raises(type(error)):
+        main(["distill", "--debug"])
+
+
+def test_plain_lines_show_figures_and_end(capsys):
+    listen = PlainLines()
+    for done in range(1, 6):
+        listen(Progress("distill", done, 5, "steps", {"loss": 2.34567, "tokens/s": 12345.6}))
+    listen(Progress("distill", note="careful"))
+    lines = capsys.readouterr().out.splitlines()
+    assert lines == ["distill  5/5 steps  loss 2.3457  tokens/s 12,346", "distill: careful"]
