@@ -1,0 +1,127 @@
+"""The interface every tokenizer has, and what can be said through it alone: clean text, ids in bulk, live decoding.
+
+Two classes implement it: `BPETokenizer` (ours, byte-level BPE) and `HFTokenizer` (any other Hugging Face
+tokenizer as it is). Both encode without BOS and EOS, and read special tokens in text as ordinary text unless asked.
+"""
+
+import codecs
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from xinslm.errors import XinslmError
+
+
+class Tokenizer(Protocol):
+    """Text to ids and back."""
+
+    vocab_size: int
+    """Number of ids, special tokens included: ids are 0 to vocab_size - 1."""
+    special_tokens: dict[str, int]
+    """Control tokens: content to id."""
+    bos_id: int | None
+    eos_id: int | None
+    pad_id: int | None
+    chat_template: str | None
+    """Jinja template of a conversation; None where the tokenizer has none."""
+    strips_first_space: bool
+    """Whether decoding drops one leading space, which sentencepiece adds when it encodes."""
+
+    def encode(self, text: str, allowed_special: bool = False) -> list[int]:
+        """Turn text into ids, without BOS and EOS; control tokens in it count only with `allowed_special`."""
+        ...
+
+    def encode_batch(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        """Encode texts into flat ids (uint16 when vocab_size <= 65,536, else uint32) and int64 offsets (n + 1)."""
+        ...
+
+    def decode(self, ids: Sequence[int], skip_special: bool = False) -> str:
+        """Turn ids into text; bytes that are not UTF-8 become U+FFFD."""
+        ...
+
+    def token_bytes(self, token: int) -> bytes:
+        """Return the bytes of one token; of a special token, its content's UTF-8; of an unused id, nothing."""
+        ...
+
+    def apply_chat_template(
+        self, messages: list[dict[str, str]], add_generation_prompt: bool = False
+    ) -> tuple[list[int], list[int]]:
+        """Turn a conversation into ids and a loss mask: 1 on what the assistant says and its end token, else 0."""
+        ...
+
+    def fingerprint(self) -> str:
+        """Return a hash that two tokenizers share if and only if the same ids mean the same."""
+        ...
+
+    def save(self, path: Path) -> None:
+        """Write the files that `transformers.AutoTokenizer` loads into folder `path`."""
+        ...
+
+
+def clean_surrogates(text: str) -> str:
+    """Replace lone surrogates, which UTF-8 cannot hold, with U+FFFD; a split pair becomes its character."""
+    return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+
+
+def id_dtype(vocab_size: int) -> type[np.uint16] | type[np.uint32]:
+    """Return the narrowest type that holds the ids of a vocabulary."""
+    return np.uint16 if vocab_size <= 65_536 else np.uint32
+
+
+def check_id(token: int, vocab_size: int) -> None:
+    """Raise XinslmError when a token id is outside the vocabulary."""
+    if not 0 <= token < vocab_size:
+        raise XinslmError(f"token id {token} is not in 0..{vocab_size - 1}: these ids were made with another tokenizer")
+
+
+def join_bytes(tokenizer: Tokenizer, ids: Iterable[int], skip_special: bool) -> bytes:
+    """Concatenate the bytes of tokens, with or without the control tokens."""
+    skip = set(tokenizer.special_tokens.values()) if skip_special else set()
+    return b"".join(tokenizer.token_bytes(token) for token in ids if token not in skip)
+
+
+def fingerprint(tokenizer: Tokenizer, split_rule: str) -> str:
+    """Hash what the ids mean: the bytes of each, which are control tokens, BOS / EOS / pad, and the split rule."""
+    meaning = {
+        "bytes": [tokenizer.token_bytes(token).hex() for token in range(tokenizer.vocab_size)],
+        "special": sorted(tokenizer.special_tokens.values()),
+        "roles": [tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id],
+        "split": split_rule,
+    }
+    return hashlib.sha256(json.dumps(meaning).encode()).hexdigest()
+
+
+class StreamDecoder:
+    """Turns ids into text as they come, holding back the bytes of a character that is not complete yet.
+
+    decoder = StreamDecoder(tokenizer)
+    for token in tokens:
+        print(decoder.add(token), end="")
+    print(decoder.finish())
+    """
+
+    def __init__(self, tokenizer: Tokenizer, skip_special: bool = True, at_start: bool = True):
+        """`at_start` is whether the text begins here; False when it continues a prompt shown before."""
+        self._tokenizer = tokenizer
+        self._skip = skip_special
+        self._strip = tokenizer.strips_first_space and at_start
+        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def add(self, *tokens: int) -> str:
+        """Take tokens and return the text that they complete, possibly none."""
+        return self._text(join_bytes(self._tokenizer, tokens, self._skip), False)
+
+    def finish(self) -> str:
+        """Return what is left of an incomplete character, as U+FFFD."""
+        return self._text(b"", True)
+
+    def _text(self, data: bytes, final: bool) -> str:
+        text = self._utf8.decode(data, final)
+        if self._strip and text:
+            self._strip = False
+            text = text.removeprefix(" ")
+        return text

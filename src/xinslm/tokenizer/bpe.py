@@ -1,0 +1,241 @@
+"""`BPETokenizer`: byte-level BPE, trained, saved, loaded, encoded and decoded in plain Python.
+
+    tokenizer = BPETokenizer(vocab_size=30000)
+    tokenizer.train(texts)
+    tokenizer.save("my-tokenizer")
+    ids = BPETokenizer.load("my-tokenizer").encode("Once upon a time")
+
+Merges and ids are those of Hugging Face `tokenizers`; the saved folder loads in `transformers.AutoTokenizer`.
+"""
+
+from collections.abc import Iterable, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Self
+from unicodedata import normalize
+
+import numpy as np
+import regex
+
+from xinslm.errors import UsageError, XinslmError
+from xinslm.progress import Listener, Progress, ignore
+from xinslm.tokenizer import base, chat, files
+from xinslm.tokenizer.alphabet import ALPHABET, SPLITS, unspell
+from xinslm.tokenizer.learn import MergeLearner, count_pieces, pieces_of
+from xinslm.tokenizer.merges import Merger, PieceTable
+
+DEFAULT_SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|pad|>")
+
+
+class BPETokenizer:
+    """A byte-level BPE tokenizer; `vocab_size` is the total, special tokens included, which have the last ids.
+
+    Until it is trained it knows single bytes. Ids of ordinary text do not move when special tokens are added.
+    """
+
+    strips_first_space = False
+
+    def __init__(
+        self,
+        vocab_size: int = 30_000,
+        special_tokens: Sequence[str] = DEFAULT_SPECIAL_TOKENS,
+        min_frequency: int = 0,
+        max_token_length: int | None = None,
+        split: str = "llama-bpe",
+    ):
+        """Ask for a vocabulary of `vocab_size`, to be filled by `train`.
+
+        Pairs rarer than `min_frequency` are not merged (0, as in Hugging Face's trainer: no limit);
+        `max_token_length` is in bytes; `split` is 'llama-bpe', 'gpt-2' or 'qwen2'. The first special token is BOS
+        and EOS, the last is the pad.
+        """
+        if split not in SPLITS:
+            raise UsageError(f"unknown split rule '{split}'; known are {', '.join(SPLITS)}")
+        if len(set(special_tokens)) != len(special_tokens) or not all(special_tokens):
+            raise UsageError("special tokens must differ from each other and not be empty")
+        smallest = len(ALPHABET) + len(special_tokens)
+        if vocab_size < smallest:
+            raise UsageError(
+                f"vocab_size is {vocab_size}, but 256 bytes and {len(special_tokens)} special tokens need {smallest}"
+            )
+        if max_token_length is not None and max_token_length < 2:
+            raise UsageError("max_token_length must be at least 2 bytes")
+        self._target, self._min_frequency, self._longest = vocab_size, min_frequency, max_token_length
+        self._take(files.new_definition(list(ALPHABET), [], list(special_tokens), split))
+
+    def _take(self, definition: files.Definition) -> None:
+        """Become the tokenizer that `definition` describes."""
+        self.definition = definition
+        self.split_name = definition.split
+        self.merges = definition.merges
+        self.special_tokens = definition.special_tokens
+        self.added_tokens = definition.added_tokens
+        self.chat_template = definition.chat_template
+        self.bos_id, self.eos_id, self.pad_id = definition.roles()
+        self.vocab_size = definition.vocab_size
+        self._split = SPLITS[definition.split]
+        self._merger = Merger(definition.vocab, definition.merges, definition.ignore_merges)
+        self._table = PieceTable(self._merger, self.vocab_size)
+        self._plain_finder = _finder(self.added_tokens)
+        self._all_finder = _finder(self.added_tokens | self.special_tokens)
+        vars(self).pop("_bytes", None)
+
+    @classmethod
+    def _of(cls, definition: files.Definition) -> Self:
+        made = cls.__new__(cls)
+        made._target, made._min_frequency, made._longest = definition.vocab_size, 0, None
+        made._take(definition)
+        return made
+
+    @classmethod
+    def load(cls, path: Path | str) -> Self:
+        """Read a folder or a tokenizer.json; XinslmError says what is not a byte-level BPE we know about it."""
+        return cls._of(files.read(Path(path)))
+
+    @classmethod
+    def prefix_of(cls, teacher: Any, vocab_size: int, special_tokens: Sequence[str] | None = None) -> Self:
+        """Make the nested tokenizer of `vocab_size` that has the teacher's first merges (see `nested.py`)."""
+        from xinslm.tokenizer.nested import prefix_definition
+
+        return cls._of(prefix_definition(teacher, vocab_size, special_tokens))
+
+    def save(self, path: Path | str) -> None:
+        """Write tokenizer.json, tokenizer_config.json and chat_template.jinja into folder `path`."""
+        files.write(self.definition, Path(path))
+
+    def train(self, texts: Iterable[str], on_progress: Listener = ignore) -> None:
+        """Learn the vocabulary from texts, which are read once and not kept.
+
+        When the texts have fewer pairs than asked for, the vocabulary is smaller than `vocab_size`.
+        """
+        if isinstance(texts, str):
+            raise UsageError("train takes a list or stream of texts; put the one text into a list")
+        read = 0
+
+        def on_text(characters: int) -> None:
+            nonlocal read
+            if read // 1_000_000 != (read + characters) // 1_000_000:
+                on_progress(Progress("count pieces", read + characters, None, "characters"))
+            read += characters
+
+        pieces = count_pieces(texts, self._split, on_text)
+        if not pieces:
+            raise XinslmError("there is no text to train a tokenizer on: all documents are empty")
+        special = list(self.special_tokens)
+        wanted = self._target - len(special)
+        learner = MergeLearner(pieces, self._min_frequency, self._longest)
+        step = max(1, wanted // 100)
+        for size in learner.run(wanted):
+            if size % step == 0 or size == wanted:
+                on_progress(Progress("learn merges", size - len(ALPHABET), wanted - len(ALPHABET), "merges"))
+        definition = files.new_definition(learner.tokens, learner.merges, special, self.split_name)
+        self._take(definition)
+
+    def encode(self, text: str, allowed_special: bool = False) -> list[int]:
+        """Turn text into ids; with `allowed_special` control tokens in it become their ids."""
+        ids: list[int] = np.frombuffer(self._pack(text, allowed_special), self._table.dtype).tolist()
+        return ids
+
+    def encode_batch(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        """Encode texts into flat ids and offsets: text i is `ids[offsets[i]:offsets[i + 1]]`."""
+        packed = [self._pack(text, False) for text in texts]
+        offsets = np.zeros(len(packed) + 1, np.int64)
+        np.cumsum([len(data) for data in packed], out=offsets[1:])
+        return np.frombuffer(b"".join(packed), self._table.dtype), offsets // self._table.dtype.itemsize
+
+    def _pack(self, text: str, allowed_special: bool) -> bytes:
+        """Encode into the bytes of an id array."""
+        finder = self._all_finder if allowed_special else self._plain_finder
+        try:
+            if finder is None:
+                return self._pack_ordinary(text)
+            packed, done = [], 0
+            for match in finder.finditer(text):
+                packed.append(self._pack_ordinary(text[done : match.start()]))
+                packed.append(np.array(self._token_id(match[0]), self._table.dtype).tobytes())
+                done = match.end()
+            packed.append(self._pack_ordinary(text[done:]))
+            return b"".join(packed)
+        except UnicodeEncodeError:
+            return self._pack(base.clean_surrogates(text), allowed_special)
+
+    def _pack_ordinary(self, text: str) -> bytes:
+        if self.definition.normalizer:
+            text = normalize(self.definition.normalizer, text)
+        return b"".join(map(self._table.__getitem__, pieces_of(text, self._split)))
+
+    def _token_id(self, content: str) -> int:
+        token = self.special_tokens.get(content)
+        return self.added_tokens[content] if token is None else token
+
+    def decode(self, ids: Sequence[int], skip_special: bool = False) -> str:
+        """Turn ids into text; bytes that are not UTF-8 become U+FFFD."""
+        return base.join_bytes(self, ids, skip_special).decode("utf-8", "replace")
+
+    def token_bytes(self, token: int) -> bytes:
+        """Return the bytes of one token; of a special token, its content's UTF-8."""
+        base.check_id(token, self.vocab_size)
+        return self._bytes[token]
+
+    @cached_property
+    def _bytes(self) -> list[bytes]:
+        table = [b""] * self.vocab_size
+        for token, index in self.definition.vocab.items():
+            spelled = unspell(token)
+            table[index] = token.encode() if spelled is None else spelled
+        for content, index in (self.added_tokens | self.special_tokens).items():
+            table[index] = content.encode()
+        return table
+
+    def merge_steps(self, piece: bytes) -> tuple[list[int], list[tuple[int, int]]]:
+        """Return a piece's byte ids and the merges that follow: the rank and the index of each."""
+        symbols = [token for byte in piece if (token := self._merger.bytes_to_id[byte]) is not None]
+        return list(symbols), list(self._merger.steps(symbols))
+
+    def encode_piece(self, piece: bytes) -> list[int]:
+        """Encode bytes as one piece: merges only, no split."""
+        return self._merger.encode(piece)
+
+    def pieces(self, text: str) -> list[str]:
+        """Cut text into the pieces that merges never cross."""
+        return list(pieces_of(text, self._split))
+
+    def apply_chat_template(
+        self, messages: list[dict[str, str]], add_generation_prompt: bool = False
+    ) -> tuple[list[int], list[int]]:
+        """Turn a conversation into ids and a loss mask: 1 on what the assistant says and its end token, else 0."""
+        special, template = list(self.special_tokens), self.chat_template
+        names = self.definition.named_tokens
+        return chat.encode_chat(template, messages, add_generation_prompt, names, special, self._encode_segments)
+
+    def _encode_segments(self, segments: list[tuple[str, bool]]) -> tuple[list[int], list[tuple[int, int]]]:
+        ids: list[int] = []
+        spans: list[tuple[int, int]] = []
+        start = 0
+        for text, is_control in segments:
+            new = [self.special_tokens[text]] if is_control else self.encode(text)
+            ids += new
+            spans += [(start, start + len(text))] if is_control else self._spans(text, new, start)
+            start += len(text)
+        return ids, spans
+
+    def _spans(self, text: str, ids: list[int], start: int) -> list[tuple[int, int]]:
+        """Give the range of characters that each token of an ordinary text covers, wholly or in part."""
+        sizes = np.array([0, *(len(self._bytes[token]) for token in ids)], np.int64)
+        edges = np.cumsum(sizes)
+        lengths = [len(char.encode("utf-8", "replace")) for char in text]
+        owner = np.repeat(np.arange(len(text)), lengths)
+        first = np.minimum(edges[:-1], len(owner) - 1)
+        last = np.minimum(edges[1:] - 1, len(owner) - 1)
+        return [(start + int(a), start + int(b) + 1) for a, b in zip(owner[first], owner[last], strict=True)]
+
+    def fingerprint(self) -> str:
+        """Return a hash that two tokenizers share if and only if the same ids mean the same."""
+        normalizer = self.definition.normalizer or ""
+        return base.fingerprint(self, f"{self.split_name} {normalizer}".strip())
+
+
+def _finder(tokens: dict[str, int]) -> regex.Pattern[str] | None:
+    """Return the pattern that finds tokens in text, the longest where several begin at one place."""
+    longest_first = sorted(tokens, key=len, reverse=True)
+    return regex.compile("|".join(map(regex.escape, longest_first))) if tokens else None

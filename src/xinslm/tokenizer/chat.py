@@ -1,0 +1,204 @@
+"""Conversations: render a chat template, encode it, and mark what the assistant says.
+
+Ids and mask equal those of transformers' `apply_chat_template(..., return_assistant_tokens_mask=True)`. Two things go
+further. A template without `{% generation %}` marks gets its mask by rendering with invisible characters around what
+the assistant says. And control tokens inside a message stay ordinary text, so that no message can fake a turn.
+"""
+
+import json
+from collections.abc import Callable, Sequence
+from datetime import datetime
+from functools import lru_cache
+from typing import Any
+
+import jinja2
+import jinja2.ext
+import jinja2.sandbox
+import numpy as np
+import regex
+
+from xinslm.errors import XinslmError
+from xinslm.tokenizer.base import clean_surrogates
+
+CHATML = (
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\\n' }}"
+    "{% if message['role'] == 'assistant' %}"
+    "{% generation %}{{ message['content'] + '<|im_end|>' }}{% endgeneration %}"
+    "{% else %}{{ message['content'] + '<|im_end|>' }}{% endif %}"
+    "{{ '\\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+"""The template of our own tokenizers: `<|im_start|>role`, a line break, the content, `<|im_end|>`, a line break."""
+
+# Noncharacters of Unicode: they can stand in no text that is meant for exchange.
+_BEGIN, _END, _CONTROL = "\ufdd0", "\ufdd1", "\ufdd2"
+_MARKS = regex.compile(f"[{_BEGIN}{_END}]")
+
+Message = dict[str, str]
+EncodeWithSpans = Callable[[list[tuple[str, bool]]], tuple[list[int], list[tuple[int, int]]]]
+"""Encodes segments (text, whether it is a control token) and gives each token's range of characters in them all."""
+
+
+class _Generation(jinja2.ext.Extension):
+    """`{% generation %}...{% endgeneration %}`: puts marks around what it holds."""
+
+    tags = {"generation"}  # noqa: RUF012 (jinja2 declares it so)
+
+    def parse(self, parser: Any) -> jinja2.nodes.Node:
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return jinja2.nodes.CallBlock(self.call_method("_mark"), [], [], body).set_lineno(line)
+
+    def _mark(self, caller: Callable[[], str]) -> str:
+        return _BEGIN + caller() + _END
+
+
+def _raise(message: str) -> None:
+    raise jinja2.TemplateError(message)
+
+
+def _tojson(value: Any, ensure_ascii: bool = False, **options: Any) -> str:
+    return json.dumps(value, ensure_ascii=ensure_ascii, **options)
+
+
+@lru_cache(maxsize=16)
+def _compile(template: str) -> jinja2.Template:
+    """Compile a template in a sandbox, with the settings and functions that transformers gives it."""
+    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
+    )
+    environment.filters["tojson"] = _tojson
+    environment.globals["raise_exception"] = _raise
+    environment.globals["strftime_now"] = lambda pattern: datetime.now().strftime(pattern)
+    return environment.from_string(template)
+
+
+def _render(template: str, messages: list[Message], prompt: bool, names: dict[str, str]) -> str:
+    try:
+        return _compile(template).render(messages=messages, add_generation_prompt=prompt, **names)
+    except jinja2.TemplateError as error:
+        raise XinslmError(f"the tokenizer's chat template refuses this conversation: {error}") from None
+    except (TypeError, KeyError, ValueError) as error:
+        raise XinslmError(f"the tokenizer's chat template fails on this conversation: {error!r}") from None
+
+
+def _check(messages: list[Message]) -> None:
+    for index, message in enumerate(messages):
+        for key in ("role", "content"):
+            if not isinstance(message, dict) or not isinstance(message.get(key), str):
+                raise XinslmError(f"message {index} of the conversation has no text under '{key}': {message!r}")
+    if not messages:
+        raise XinslmError("the conversation has no messages")
+
+
+def encode_chat(
+    template: str | None,
+    messages: list[Message],
+    add_generation_prompt: bool,
+    names: dict[str, str],
+    control: Sequence[str],
+    encode: EncodeWithSpans,
+) -> tuple[list[int], list[int]]:
+    """Turn a conversation into ids and a loss mask of the same length.
+
+    `names` are the template's variables ('bos_token'), `control` the contents of the special tokens.
+    """
+    if template is None:
+        raise XinslmError(
+            "this tokenizer has no chat template. Put a chat_template.jinja beside its tokenizer.json, or use plain "
+            "text instead of messages"
+        )
+    _check(messages)
+    tokens = sorted(control, key=len, reverse=True)
+    finder = regex.compile("|".join(map(regex.escape, tokens)) or r"(?!)")
+    hidden = [
+        {key: _hide(value, finder, tokens) if isinstance(value, str) else value for key, value in message.items()}
+        for message in messages
+    ]
+    marked = _marked(template, hidden, add_generation_prompt, names, finder)
+    text, ranges = _take_marks(clean_surrogates(marked))
+    segments, moved = _segments(text, finder, tokens)
+    ids, spans = encode(segments)
+    mask = np.zeros(len(ids), np.int64)
+    starts, ends = np.array([s for s, _ in spans], np.int64), np.array([e for _, e in spans], np.int64)
+    for begin, end in ranges:
+        mask[(starts < moved(end)) & (ends > moved(begin))] = 1
+    return ids, mask.tolist()
+
+
+def _hide(content: str, finder: regex.Pattern[str], tokens: list[str]) -> str:
+    """Replace control tokens in a message by placeholders that are no control tokens."""
+    clean = regex.sub(f"[{_BEGIN}{_END}{_CONTROL}]", "\ufffd", content)
+    return finder.sub(lambda match: f"{_CONTROL}{tokens.index(match[0])}{_CONTROL}", clean)
+
+
+def _marked(
+    template: str, messages: list[Message], prompt: bool, names: dict[str, str], finder: regex.Pattern[str]
+) -> str:
+    """Render with marks around what the assistant says and its end token."""
+    if regex.search(r"\{%-?\s*generation\s*-?%\}", template):
+        return _render(template, messages, prompt, names)
+    plain = _render(template, messages, prompt, names)
+    said = sum(message["role"] == "assistant" for message in messages)
+    # Marks around all of the content; where the template trims it, around what it keeps.
+    for pattern in (r"(?s)()^(.*)$()", r"(?s)^(\s*)(.*?)(\s*)$"):
+        wrapped = [
+            message | {"content": regex.sub(pattern, rf"\1{_BEGIN}\2{_END}\3", message["content"], count=1)}
+            if message["role"] == "assistant"
+            else message
+            for message in messages
+        ]
+        marked = _render(template, wrapped, prompt, names)
+        if _MARKS.sub("", marked) == plain and marked.count(_BEGIN) == marked.count(_END) == said:
+            break
+    else:
+        raise XinslmError(
+            "cannot tell which tokens the assistant says: the tokenizer's chat template changes their content and has "
+            "no {% generation %} marks. Add these around the assistant's content and end token in chat_template.jinja"
+        )
+    end = regex.escape(names.get("eos_token") or "") or r"(?!)"
+    end_token = regex.compile(rf"{_END}(\s*{end}|{finder.pattern})")
+    return end_token.sub(rf"\1{_END}", marked)
+
+
+def _take_marks(marked: str) -> tuple[str, list[tuple[int, int]]]:
+    """Remove the marks; return the text and the ranges of characters that were between them."""
+    parts = _MARKS.split(marked)
+    edges = np.cumsum([len(part) for part in parts[:-1]], dtype=np.int64).tolist()
+    return "".join(parts), list(zip(edges[::2], edges[1::2], strict=True))
+
+
+def _segments(
+    text: str, finder: regex.Pattern[str], tokens: list[str]
+) -> tuple[list[tuple[str, bool]], Callable[[int], int]]:
+    """Cut a rendered text at its control tokens and put back what `_hide` took out.
+
+    Also returns the function from an index in `text` to the index in the segments laid end to end.
+    """
+    segments: list[tuple[str, bool]] = []
+    before, after = [0], [0]
+    done = 0
+
+    placeholder = regex.compile(rf"{_CONTROL}(\d+){_CONTROL}")
+    for match in [*finder.finditer(text), None]:
+        ordinary = text[done : match.start() if match else len(text)]
+        if ordinary:
+            restored, at = "", 0
+            for hole in placeholder.finditer(ordinary):
+                content = tokens[int(hole[1])]
+                restored += ordinary[at : hole.start()] + content
+                at = hole.end()
+                before.append(done + at)
+                after.append(after[-1] + before[-1] - before[-2] - len(hole[0]) + len(content))
+            segments.append((restored + ordinary[at:], False))
+        if match:
+            segments.append((match[0], True))
+            done = match.end()
+
+    def moved(index: int) -> int:
+        at = int(np.searchsorted(before, index, side="right")) - 1
+        return after[at] + index - before[at]
+
+    return segments, moved

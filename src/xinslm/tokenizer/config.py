@@ -1,0 +1,44 @@
+"""Settings of `xinslm tokenizer train` and `xinslm tokenizer show`."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Learn a byte-level BPE tokenizer from text, or cut a nested one out of a teacher's."""
+
+    output_dir: Path
+    """Folder to write the tokenizer to."""
+    data_path: tuple[str, ...] = ()
+    """Files (.txt .json .jsonl .parquet, also .gz), folders of them, Hugging Face datasets (OWNER/NAME)."""
+    vocab_size: int = 30_000
+    """Number of ids in all, special tokens included."""
+    min_frequency: int = 0
+    """Do not merge pairs that occur less often than this in the text; 0 is no limit, as in Hugging Face's trainer."""
+    max_token_length: int | None = None
+    """Longest token in bytes; 16 to 32 keeps long runs of spaces and rulers out of the vocabulary."""
+    special_tokens: tuple[str, ...] | None = None
+    """Control tokens; the first ends texts, the last pads. Left out: <|endoftext|> <|im_start|> <|im_end|> <|pad|>,
+    or the teacher's."""
+    prefix_of: Path | None = None
+    """Take the first merges of this tokenizer (a folder; a model's will do) instead of learning from text."""
+    force: bool = False
+    """Replace the output folder if it already holds something."""
+
+
+@dataclass(frozen=True)
+class ShowConfig:
+    """Show how a text is cut into tokens, and by which merges."""
+
+    text: Annotated[str, tyro.conf.Positional]
+    """The text."""
+    tokenizer_path: Path | None = None
+    """Folder of the tokenizer; a model's folder will do. Without one, a tokenizer is learnt from the text itself."""
+    num_pieces: int = 8
+    """How many different pieces of the text have their merges shown."""
+    allow_special: bool = False
+    """Read control tokens in the text as such, not as ordinary text."""

@@ -1,0 +1,268 @@
+"""The files of a byte-level BPE: tokenizer.json, tokenizer_config.json and chat_template.jinja, read and written.
+
+What `read` accepts is exactly what this package encodes like Hugging Face does; anything else it refuses by name.
+tokenizer_config.json says `PreTrainedTokenizerFast`, the class name that every version of transformers and
+swift-transformers knows. `ignore_merges` is written as true for the LLaMA-3 split because llama.cpp sets it for
+`pre = llama-bpe`; a learned vocabulary gives the same ids either way (see learn.py).
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from xinslm.errors import XinslmError
+from xinslm.files import read_json, write_json, write_text
+from xinslm.tokenizer.alphabet import ALPHABET, SPLITS
+from xinslm.tokenizer.chat import CHATML
+
+TOKENIZER, CONFIG, TEMPLATE = "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"
+NAMES = ("bos_token", "eos_token", "pad_token", "unk_token")
+
+
+class UnsupportedTokenizerError(XinslmError):
+    """The file is sound, but not a byte-level BPE with a known split rule."""
+
+
+@dataclass(frozen=True)
+class Definition:
+    """Everything that a byte-level BPE's files say."""
+
+    vocab: dict[str, int]
+    """Tokens, spelled in the byte alphabet, to ids; special tokens stand in it only where the file has them there."""
+    merges: list[tuple[str, str]]
+    special_tokens: dict[str, int]
+    added_tokens: dict[str, int]
+    """Tokens that are found in any text before it is split, but that are no control tokens."""
+    split: str
+    ignore_merges: bool
+    named_tokens: dict[str, str]
+    """'bos_token', 'eos_token', 'pad_token', 'unk_token': their contents."""
+    chat_template: str | None = None
+    normalizer: Literal["NFC"] | None = None
+    post_processor: dict[str, Any] | None = None
+    """What transformers adds around a text (BOS); kept for it, never applied here."""
+    config: dict[str, Any] = field(default_factory=dict)
+    """Further entries of tokenizer_config.json that are kept: model_max_length."""
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of ids, unused ones included."""
+        return max([*self.vocab.values(), *self.special_tokens.values(), *self.added_tokens.values()]) + 1
+
+    def id_of(self, content: str) -> int | None:
+        """Return the id of a token by its spelling or content."""
+        return (self.vocab | self.added_tokens | self.special_tokens).get(content)
+
+    def roles(self) -> list[int | None]:
+        """Return the ids of BOS, EOS and pad."""
+        contents = (self.named_tokens.get(name) for name in NAMES[:3])
+        return [None if content is None else self.id_of(content) for content in contents]
+
+
+def new_definition(tokens: list[str], merges: list[tuple[str, str]], special: list[str], split: str) -> Definition:
+    """Define a vocabulary: tokens in id order, then the special tokens, of which the first ends texts."""
+    return Definition(
+        vocab={token: index for index, token in enumerate(tokens)},
+        merges=merges,
+        special_tokens={content: len(tokens) + index for index, content in enumerate(special)},
+        added_tokens={},
+        split=split,
+        ignore_merges=split == "llama-bpe",
+        named_tokens=default_names(special),
+        chat_template=default_template(special),
+    )
+
+
+def default_names(special: list[str]) -> dict[str, str]:
+    """Return the roles of new special tokens: the first begins and ends texts, the last pads."""
+    return {"bos_token": special[0], "eos_token": special[0], "pad_token": special[-1]} if special else {}
+
+
+def default_template(special: list[str]) -> str | None:
+    """Return ChatML where the special tokens allow it."""
+    return CHATML if {"<|im_start|>", "<|im_end|>"} <= set(special) else None
+
+
+def write(definition: Definition, folder: Path) -> None:
+    """Write a tokenizer's files into a folder, each atomically."""
+    added = [(content, index, True) for content, index in definition.special_tokens.items()]
+    added += [(content, index, False) for content, index in definition.added_tokens.items()]
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+    rule = {"Regex": SPLITS[definition.split].pattern}
+    content = {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [
+            {
+                "id": index, "content": content, "single_word": False, "lstrip": False, "rstrip": False,
+                "normalized": False, "special": special,
+            }
+            for content, index, special in sorted(added, key=lambda entry: entry[1])
+        ],
+        "normalizer": {"type": definition.normalizer} if definition.normalizer else None,
+        "pre_tokenizer": {
+            "type": "Sequence",
+            "pretokenizers": [
+                {"type": "Split", "pattern": rule, "behavior": "Isolated", "invert": False},
+                byte_level,
+            ],
+        },
+        "post_processor": definition.post_processor,
+        "decoder": byte_level,
+        "model": {
+            "type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
+            "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False,
+            "ignore_merges": definition.ignore_merges, "vocab": definition.vocab, "merges": definition.merges,
+        },
+    }  # fmt: skip
+    write_text(folder / TOKENIZER, json.dumps(content, ensure_ascii=False, separators=(",", ":")) + "\n")
+    write_config(folder, definition.named_tokens, definition.chat_template, definition.config)
+
+
+def write_config(folder: Path, named: dict[str, str], template: str | None, more: Mapping[str, Any]) -> None:
+    """Write tokenizer_config.json and chat_template.jinja; a template that stood there and is not ours goes."""
+    # transformers' own writer names a class that other programs do not know (TokenizersBackend).
+    fixed = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+    write_json(folder / CONFIG, {**fixed, **named, **more})
+    if template is None:
+        (folder / TEMPLATE).unlink(missing_ok=True)
+    else:
+        write_text(folder / TEMPLATE, template)
+
+
+def read(path: Path) -> Definition:
+    """Read a folder, a tokenizer.json, or a folder with GPT-2's vocab.json and merges.txt."""
+    folder = path if path.is_dir() else path.parent
+    if path.is_dir() and not (path / TOKENIZER).is_file() and (path / "vocab.json").is_file():
+        return _read_gpt2(path)
+    file = path / TOKENIZER if path.is_dir() else path
+    content = read_tokenizer_json(file)
+    try:
+        definition = _define(content, file)
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        if isinstance(error, XinslmError):
+            raise
+        raise XinslmError(f"{file}: not a sound tokenizer.json ({error!r})") from None
+    named, template, more = read_config(folder)
+    return replace(definition, named_tokens=named, chat_template=template, config=more)
+
+
+def read_tokenizer_json(file: Path) -> dict[str, Any]:
+    """Read a tokenizer.json as it is, and refuse what would silently change texts: truncation and padding."""
+    if file.is_file():
+        with open(file, "rb") as opened:
+            if opened.read(1) == b"\x80":
+                raise XinslmError(f"{file} is a pickle, which can run code; xinslm reads tokenizer.json only")
+    elif file.parent.is_dir() and file.name == TOKENIZER:
+        raise XinslmError(f"{file.parent} holds no tokenizer: there is no {TOKENIZER} in it")
+    content = read_json(file)
+    if not isinstance(content, dict) or not isinstance(content.get("model"), dict):
+        raise XinslmError(f"{file}: not a tokenizer.json: it has no 'model'")
+    for setting in ("truncation", "padding"):
+        if content.get(setting) is not None:
+            raise XinslmError(
+                f'{file}: "{setting}" is set ({json.dumps(content[setting])}); it would silently change every text '
+                f'that is encoded. Set "{setting}" to null in that file'
+            )
+    return content
+
+
+def read_config(folder: Path) -> tuple[dict[str, str], str | None, dict[str, Any]]:
+    """Read tokenizer_config.json and chat_template.jinja: named tokens, template, and what else is kept."""
+    config = read_json(folder / CONFIG) if (folder / CONFIG).is_file() else {}
+    if not isinstance(config, dict):
+        raise XinslmError(f"{folder / CONFIG}: must be an object of keys and values")
+    named = {}
+    for name in NAMES:
+        entry = config.get(name)
+        content = entry.get("content") if isinstance(entry, dict) else entry
+        if isinstance(content, str):
+            named[name] = content
+    template = config.get("chat_template")
+    if isinstance(template, list):
+        template = next((entry["template"] for entry in template if entry.get("name") == "default"), None)
+    if (folder / TEMPLATE).is_file():
+        template = (folder / TEMPLATE).read_bytes().decode("utf-8", "replace")
+    return named, template, {key: config[key] for key in ("model_max_length",) if key in config}
+
+
+def _read_gpt2(folder: Path) -> Definition:
+    vocab = read_json(folder / "vocab.json")
+    lines = (folder / "merges.txt").read_text(encoding="utf-8").split("\n")
+    merges = [_pair(line) for line in lines if line and not line.startswith("#version")]
+    special = {content: vocab[content] for content in ("<|endoftext|>",) if content in vocab}
+    _check_merges(vocab, merges, folder / "merges.txt")
+    named, template, more = read_config(folder)
+    named = named or {name: content for content in special for name in ("bos_token", "eos_token")}
+    return Definition(vocab, merges, special, {}, "gpt-2", False, named, template, config=more)
+
+
+def _pair(entry: str | list[str]) -> tuple[str, str]:
+    left, right = entry.split(" ") if isinstance(entry, str) else entry
+    return left, right
+
+
+def _check_merges(vocab: dict[str, int], merges: list[tuple[str, str]], file: Path) -> None:
+    for rank, (left, right) in enumerate(merges):
+        if left not in vocab or right not in vocab or left + right not in vocab:
+            raise XinslmError(f"{file}: merge {rank} ({left!r}, {right!r}) has a token that the vocabulary lacks")
+
+
+def _define(content: dict[str, Any], file: Path) -> Definition:
+    model = content["model"]
+    _require(model.get("type", "BPE") == "BPE", file, f"its model is {model.get('type')}, not BPE")
+    vocab: dict[str, int] = model["vocab"]
+    merges = [_pair(entry) for entry in model["merges"]]
+    split = _split_name(content.get("pre_tokenizer"))
+    _require(split is not None, file, "it does not split text like LLaMA-3, GPT-2 or Qwen2")
+    for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback"):
+        _require(not model.get(key), file, f"its model has {key}")
+    complete = all(char in vocab for char in ALPHABET)
+    _require(model.get("unk_token") is None or complete, file, "its vocabulary lacks bytes and has an unknown token")
+    _require((content.get("decoder") or {}).get("type") == "ByteLevel", file, "its decoder is not ByteLevel")
+    normalizer = content.get("normalizer")
+    _require(normalizer in (None, {"type": "NFC"}), file, "it normalizes text in another way than NFC")
+    added = content.get("added_tokens") or []
+    following = max(vocab.values()) + 1
+    for token in added:
+        expected = vocab.get(token["content"], following)
+        following += token["content"] not in vocab
+        _require(token["id"] == expected, file, f"its token {token['content']!r} does not have the id {expected}")
+        strips = token.get("single_word") or token.get("lstrip") or token.get("rstrip")
+        _require(not strips, file, f"its token {token['content']!r} takes in the spaces around it")
+    _check_merges(vocab, merges, file)
+    return Definition(
+        vocab=vocab,
+        merges=merges,
+        special_tokens={token["content"]: token["id"] for token in added if token["special"]},
+        added_tokens={token["content"]: token["id"] for token in added if not token["special"]},
+        split=str(split),
+        ignore_merges=bool(model.get("ignore_merges")),
+        named_tokens={},
+        normalizer="NFC" if normalizer else None,
+        post_processor=content.get("post_processor"),
+    )
+
+
+def _require(met: bool, file: Path, reason: str) -> None:
+    if not met:
+        raise UnsupportedTokenizerError(f"{file} is no byte-level BPE that BPETokenizer can be: {reason}")
+
+
+def _split_name(pre_tokenizer: dict[str, Any] | None) -> str | None:
+    """Return the name of a known split rule from its tokenizer.json form; None for any other."""
+    steps = (pre_tokenizer or {}).get("pretokenizers") or [pre_tokenizer or {}]
+    last = steps[-1]
+    if last.get("type") != "ByteLevel" or last.get("add_prefix_space", True):
+        return None
+    if len(steps) == 1:
+        return "gpt-2" if last.get("use_regex", True) else None
+    first = steps[0]
+    plain = first.get("behavior") == "Isolated" and not first.get("invert") and not last.get("use_regex", True)
+    if len(steps) != 2 or first.get("type") != "Split" or not plain:
+        return None
+    pattern = first["pattern"].get("Regex")
+    return next((split.name for split in SPLITS.values() if split.pattern == pattern), None)

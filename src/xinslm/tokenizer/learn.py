@@ -1,0 +1,131 @@
+"""Learning the merges: count the distinct pieces of a text, then join the most frequent pair again and again.
+
+The result is identical to Hugging Face's `BpeTrainer` (Sennrich et al. 2016, byte-level): ties go to the smallest pair
+of ids. Counts are Python integers, which do not overflow where 32-bit ones do. Only distinct pieces are kept, never
+the text. A token's string has one derivation: whatever surrounds it, the merges before its own leave the same two
+parts in it. So no merge makes a string that exists, and `ignore_merges` changes nothing for a learned vocabulary.
+"""
+
+import heapq
+import itertools
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator
+from operator import methodcaller
+
+from xinslm.tokenizer.alphabet import ALPHABET, Split, spell
+from xinslm.tokenizer.base import clean_surrogates
+from xinslm.tokenizer.merges import Pair
+
+_FINDALL_CHARACTERS = 1 << 20
+
+
+def pieces_of(text: str, split: Split) -> Iterable[str]:
+    """Cut a text into pieces; a long text lazily, so that its pieces are never all in memory."""
+    if len(text) <= _FINDALL_CHARACTERS:
+        found: list[str] = split.regex.findall(text)
+        return found
+    return map(methodcaller("group"), split.regex.finditer(text))
+
+
+def count_pieces(texts: Iterable[str], split: Split, on_text: Callable[[int], None]) -> Counter[bytes]:
+    """Count the distinct pieces of all texts, as UTF-8; `on_text` is told the characters of each text."""
+    counts: Counter[str] = Counter()
+    for text in texts:
+        counts.update(pieces_of(text, split))
+        on_text(len(text))
+    encoded: Counter[bytes] = Counter()
+    for piece, count in counts.items():
+        try:
+            encoded[piece.encode()] += count
+        except UnicodeEncodeError:
+            encoded[clean_surrogates(piece).encode()] += count
+    return encoded
+
+
+class MergeLearner:
+    """The state of learning: words as lists of ids, the count of each pair, and the words it occurs in."""
+
+    def __init__(self, pieces: Counter[bytes], min_frequency: int, max_token_length: int | None):
+        """`max_token_length` is in bytes; a pair that would make a longer token is never counted."""
+        self.tokens = list(ALPHABET)
+        self.merges: list[tuple[str, str]] = []
+        self._minimum = max(1, min_frequency)
+        self._longest = max_token_length
+        ids = {char: index for index, char in enumerate(ALPHABET)}
+        self._words = [[ids[char] for char in spell(piece)] for piece in pieces]
+        self._frequency = list(pieces.values())
+        self._counts: defaultdict[Pair, int] = defaultdict(int)
+        self._where: defaultdict[Pair, set[int]] = defaultdict(set)
+        for index, word in enumerate(self._words):
+            self._change(index, itertools.pairwise(word), 1)
+        self._heap = [(-count, pair) for pair, count in self._counts.items()]
+        heapq.heapify(self._heap)
+
+    def _change(self, index: int, pairs: Iterable[Pair], sign: int) -> None:
+        amount = sign * self._frequency[index]
+        for pair in pairs:
+            if self._fits(pair):
+                self._counts[pair] += amount
+                self._where[pair].add(index)
+
+    def _fits(self, pair: Pair) -> bool:
+        return self._longest is None or len(self.tokens[pair[0]]) + len(self.tokens[pair[1]]) <= self._longest
+
+    def run(self, num_tokens: int) -> Iterator[int]:
+        """Learn until the vocabulary has `num_tokens` tokens or no pair is left; give its size after each merge."""
+        while len(self.tokens) < num_tokens and self._heap:
+            negative, pair = heapq.heappop(self._heap)
+            count = self._counts.get(pair, 0)
+            if count != -negative:  # later merges took occurrences away: put it back where it belongs
+                if count >= self._minimum:
+                    heapq.heappush(self._heap, (-count, pair))
+                continue
+            if count < self._minimum:
+                return
+            self._merge(pair)
+            yield len(self.tokens)
+
+    def _merge(self, pair: Pair) -> None:
+        left, right = self.tokens[pair[0]], self.tokens[pair[1]]
+        joined = len(self.tokens)
+        self.tokens.append(left + right)
+        self.merges.append((left, right))
+        touched: set[Pair] = set()
+        for index in self._where.pop(pair):
+            touched |= self._merge_word(index, pair, joined)
+        self._counts.pop(pair, None)
+        for new in touched:
+            if (count := self._counts.get(new, 0)) > 0:
+                heapq.heappush(self._heap, (-count, new))
+
+    def _merge_word(self, index: int, pair: Pair, joined: int) -> set[Pair]:
+        """Merge a pair everywhere in one word, keep the counts true, and return the pairs that came to be."""
+        word, frequency, counts = self._words[index], self._frequency[index], self._counts
+        first, second = pair
+        touched: set[Pair] = set()
+        at, last = 0, len(word) - 1
+        while at < last:
+            if word[at] != first or word[at + 1] != second:
+                at += 1
+                continue
+            if at > 0:
+                before = word[at - 1]
+                counts[before, first] -= frequency
+                touched.add((before, joined))
+            if at + 2 <= last:
+                after = word[at + 2]
+                counts[second, after] -= frequency
+                touched.add((joined, after))
+            word[at : at + 2] = [joined]
+            last -= 1
+            self._count_new(index, word, at)
+            at += 1
+        return touched
+
+    def _count_new(self, index: int, word: list[int], at: int) -> None:
+        neighbours = []
+        if at > 0:
+            neighbours.append((word[at - 1], word[at]))
+        if at + 1 < len(word):
+            neighbours.append((word[at], word[at + 1]))
+        self._change(index, neighbours, 1)

@@ -1,0 +1,131 @@
+"""The stage `tokenizer train`: text in, a tokenizer folder out; or a teacher's tokenizer in, a nested one out.
+
+xinslm tokenizer train --data-path stories.jsonl.gz --vocab-size 4096 --output-dir runs/tokenizer
+xinslm tokenizer train --prefix-of TEACHER --vocab-size 2048 --output-dir runs/nested
+"""
+
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+from xinslm.config import to_dict
+from xinslm.errors import UsageError
+from xinslm.files import new_folder, refuse_existing, write_manifest
+from xinslm.progress import Listener, Progress, ignore
+from xinslm.tokenizer.bpe import DEFAULT_SPECIAL_TOKENS, BPETokenizer
+from xinslm.tokenizer.config import TrainConfig
+from xinslm.tokenizer.load import load_tokenizer
+
+KIND, VERSION = "tokenizer", 1
+_SAMPLE_CHARACTERS = 200_000
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What was written."""
+
+    output_dir: Path
+    vocab_size: int
+    num_merges: int
+    special_tokens: tuple[str, ...]
+    bytes_per_token: float | None
+    """On the first 200,000 characters of the text; None where no text was given."""
+    seconds: float
+
+    def describe(self) -> str:
+        """Sizes, compression, and the folder."""
+        ratio = "not measured (no text)" if self.bytes_per_token is None else f"{self.bytes_per_token:.3f}"
+        return "\n".join(
+            (
+                f"vocabulary       {self.vocab_size:,} ids",
+                f"merges           {self.num_merges:,}",
+                f"special tokens   {' '.join(self.special_tokens) or 'none'}",
+                f"bytes per token  {ratio}",
+                f"seconds          {self.seconds:.1f}",
+                f"written to       {self.output_dir}",
+            )
+        )
+
+
+def run(config: TrainConfig, on_progress: Listener = ignore) -> TrainResult:
+    """Learn or cut the tokenizer and write its folder."""
+    _check(config)
+    refuse_existing(config.output_dir, config.force)
+    started = time.perf_counter()
+    texts = _Texts(config.data_path)
+    if config.prefix_of is not None:
+        teacher = load_tokenizer(config.prefix_of)
+        tokenizer = BPETokenizer.prefix_of(teacher, config.vocab_size, config.special_tokens)
+        inputs = {"teacher": teacher.fingerprint()}
+        texts.read_sample()
+    else:
+        special = DEFAULT_SPECIAL_TOKENS if config.special_tokens is None else config.special_tokens
+        tokenizer = BPETokenizer(config.vocab_size, special, config.min_frequency, config.max_token_length)
+        tokenizer.train(texts, on_progress)
+        inputs = {}
+    if tokenizer.vocab_size < config.vocab_size:
+        note = f"the text gives {tokenizer.vocab_size:,} ids, not the {config.vocab_size:,} asked for: it is too small"
+        on_progress(Progress("learn merges", note=note))
+    with new_folder(config.output_dir, config.force) as folder:
+        tokenizer.save(folder)
+        write_manifest(
+            folder,
+            KIND,
+            VERSION,
+            to_dict(config),
+            inputs,
+            vocab_size=tokenizer.vocab_size,
+            fingerprint=tokenizer.fingerprint(),
+        )
+    return TrainResult(
+        output_dir=config.output_dir,
+        vocab_size=tokenizer.vocab_size,
+        num_merges=len(tokenizer.merges),
+        special_tokens=tuple(tokenizer.special_tokens),
+        bytes_per_token=texts.bytes_per_token(tokenizer),
+        seconds=time.perf_counter() - started,
+    )
+
+
+def _check(config: TrainConfig) -> None:
+    if config.prefix_of is None:
+        if not config.data_path:
+            raise UsageError("no text to learn from: give --data-path, or --prefix-of TOKENIZER for a nested tokenizer")
+        return
+    defaults = {field.name: field.default for field in fields(config)}
+    for name in ("min_frequency", "max_token_length"):
+        if getattr(config, name) != defaults[name]:
+            flag = "--" + name.replace("_", "-")
+            raise UsageError(f"{flag} has no effect with --prefix-of: the merges are the teacher's. Leave it out")
+
+
+class _Texts:
+    """The texts of some files, read once as a stream; keeps the first ones to measure on."""
+
+    def __init__(self, paths: Iterable[str]):
+        self._paths = tuple(paths)
+        self._sample: list[str] = []
+        self._left = _SAMPLE_CHARACTERS
+
+    def __iter__(self) -> Iterator[str]:
+        from xinslm.data.read import read_documents
+
+        for document in read_documents(self._paths):
+            text = document.plain_text
+            if self._left > 0:
+                self._sample.append(text[: self._left])
+                self._left -= len(self._sample[-1])
+            yield text
+
+    def read_sample(self) -> None:
+        """Read only as much as is measured on."""
+        for _ in self if self._paths else ():
+            if self._left <= 0:
+                return
+
+    def bytes_per_token(self, tokenizer: BPETokenizer) -> float | None:
+        """Measure how many bytes of text a token holds."""
+        ids, _ = tokenizer.encode_batch(self._sample)
+        size = sum(len(text.encode("utf-8", "replace")) for text in self._sample)
+        return size / len(ids) if len(ids) else None

@@ -1,0 +1,131 @@
+"""The stages `tokenizer train` and `tokenizer show`."""
+
+import itertools
+import json
+
+import pytest
+
+from xinslm.errors import UsageError, XinslmError
+from xinslm.files import read_manifest
+from xinslm.tokenizer import BPETokenizer, show, train
+from xinslm.tokenizer.config import ShowConfig, TrainConfig
+
+
+@pytest.fixture
+def text_file(tmp_path, prose):
+    file = tmp_path / "text.jsonl"
+    rows = [{"text": text} for text in prose[:50]]
+    chat = {"messages": [{"role": "user", "content": "zebra zebra"}, {"role": "assistant", "content": "yes"}]}
+    file.write_text("\n".join(json.dumps(row) for row in [*rows, chat]), "utf-8")
+    return file
+
+
+def test_train_writes_a_tokenizer_folder(tmp_path, text_file, prose):
+    config = TrainConfig(tmp_path / "out", (str(text_file),), vocab_size=600)
+    notes = []
+    result = train.run(config, notes.append)
+    manifest = read_manifest(config.output_dir, "tokenizer", 1, "xinslm tokenizer train")
+    made = BPETokenizer.load(config.output_dir)
+    assert manifest["fingerprint"] == made.fingerprint() and manifest["vocab_size"] == made.vocab_size == 600
+    expected = BPETokenizer(600)
+    expected.train([*prose[:50], "zebra zebra\nyes"])
+    assert made.merges == expected.merges
+    assert f"{result.vocab_size:,} ids" in result.describe() and str(config.output_dir) in result.describe()
+    tokens = sum(len(made.encode(text)) for text in [*prose[:50], "zebra zebra\nyes"])
+    size = sum(len(text.encode()) for text in [*prose[:50], "zebra zebra\nyes"])
+    assert result.bytes_per_token == pytest.approx(size / tokens)
+    assert not any(note.note for note in notes)
+
+
+def test_nothing_is_overwritten_without_force(tmp_path, text_file):
+    config = TrainConfig(tmp_path / "out", (str(text_file),), vocab_size=300)
+    train.run(config)
+    before = (tmp_path / "out/tokenizer.json").read_bytes()
+    with pytest.raises(UsageError, match="--force"):
+        train.run(TrainConfig(tmp_path / "out", (str(text_file),), vocab_size=310))
+    assert (tmp_path / "out/tokenizer.json").read_bytes() == before
+    train.run(TrainConfig(tmp_path / "out", (str(text_file),), vocab_size=310, force=True))
+    assert BPETokenizer.load(tmp_path / "out").vocab_size == 310
+
+
+def test_failure_leaves_nothing(tmp_path, text_file):
+    text_file.write_text('{"text": "fine"}\nnot json\n')
+    with pytest.raises(XinslmError, match=r"text\.jsonl:2"):
+        train.run(TrainConfig(tmp_path / "out", (str(text_file),), vocab_size=300))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["text.jsonl"]
+
+
+def test_small_text_is_noted(tmp_path, text_file):
+    notes = []
+    train.run(TrainConfig(tmp_path / "out", (str(text_file),), vocab_size=90_000), notes.append)
+    assert any("it is too small" in note.note for note in notes)
+
+
+def test_nested_from_a_teacher(tmp_path, text_file):
+    train.run(TrainConfig(tmp_path / "teacher", (str(text_file),), vocab_size=600))
+    config = TrainConfig(tmp_path / "out", (str(text_file),), vocab_size=400, prefix_of=tmp_path / "teacher")
+    result = train.run(config)
+    teacher = BPETokenizer.load(tmp_path / "teacher")
+    assert BPETokenizer.load(tmp_path / "out").merges == teacher.merges[: 400 - 260]
+    assert read_manifest(tmp_path / "out", "tokenizer", 1, "")["inputs"] == {"teacher": teacher.fingerprint()}
+    assert result.bytes_per_token is not None and result.bytes_per_token > 1
+    silent = train.run(TrainConfig(tmp_path / "bare", vocab_size=400, prefix_of=tmp_path / "teacher"))
+    assert silent.bytes_per_token is None and "not measured" in silent.describe()
+
+
+def test_options_without_effect_or_text_are_refused(tmp_path):
+    with pytest.raises(UsageError, match="--data-path, or --prefix-of"):
+        train.run(TrainConfig(tmp_path / "out"))
+    with pytest.raises(UsageError, match="--min-frequency has no effect"):
+        train.run(TrainConfig(tmp_path / "out", prefix_of=tmp_path, min_frequency=3))
+
+
+def test_show_follows_the_merges(tmp_path, text_file):
+    train.run(TrainConfig(tmp_path / "out", (str(text_file),), vocab_size=600))
+    tokenizer = BPETokenizer.load(tmp_path / "out")
+    text = "zebra thing é🙂\n<|im_end|>"
+    result = show.run(ShowConfig(text, tmp_path / "out"))
+    assert list(result.ids) == tokenizer.encode(text) and b"".join(result.tokens) == text.encode()
+    for piece in result.pieces:
+        data = piece.piece.encode()
+        tokens = [bytes([byte]) for byte in data]
+        for step in piece.steps:
+            assert tokenizer.merges[step.rank] == tuple(spelled(part) for part in (step.left, step.right))
+            assert len(step.tokens) == len(tokens) - 1 and b"".join(step.tokens) == data
+            tokens = list(step.tokens)
+        assert [tokenizer.token_bytes(t) for t in tokenizer.encode_piece(data)] == tokens
+    described = result.describe()
+    assert "tokens for" in described and " ".join(map(str, result.ids)) in described
+    controlled = show.run(ShowConfig(text, tmp_path / "out", allow_special=True))
+    assert controlled.ids[-1] == tokenizer.special_tokens["<|im_end|>"]
+
+
+def spelled(part):
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+    return "".join(bytes_to_unicode()[byte] for byte in part)
+
+
+def test_show_without_a_tokenizer_learns_from_the_text():
+    result = show.run(ShowConfig("banana banana"))
+    assert [token.decode() for token in result.tokens] == ["banana", " ", "banana"] or len(result.ids) < 13
+    assert "learnt from the text itself" in result.describe()
+    with pytest.raises(UsageError, match="empty"):
+        show.run(ShowConfig(""))
+
+
+def test_colours_separate_neighbours():
+    from rich.text import Text
+
+    result = show.run(ShowConfig("banana bandana"))
+    drawn = show.render(result)
+    assert isinstance(drawn, Text)
+    styles = [str(span.style) for span in drawn.spans][: len(result.ids)]
+    assert all(a != b for a, b in itertools.pairwise(styles))
+    assert drawn.plain.splitlines()[1] == " ".join(map(str, result.ids))
+
+
+def test_bytes_that_are_no_text_are_visible():
+    assert show.visible(b" a\n\t") == "·a↵⇥"
+    assert show.visible(b"\xf0\x9f") == "\\xf0\\x9f"
+    assert show.visible(b"\x1b[31m") == "\\x1b[31m"
