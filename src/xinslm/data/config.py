@@ -2,7 +2,9 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
+
+import tyro
 
 SplitDocuments = Literal["auto", "file", "blank-line", "line"]
 DocumentEnd = Literal["eos", "bos", "none"]
@@ -16,7 +18,7 @@ class PrepareConfig:
     """Files (.txt .json .jsonl .parquet, also .gz), folders of them, Hugging Face datasets (OWNER/NAME)."""
     tokenizer_path: Path
     """Folder of the tokenizer; a model's folder will do."""
-    output_dir: Path
+    output_dir: Annotated[Path, tyro.conf.arg(aliases=["-o"])]
     """Folder to write the dataset to."""
     validation_fraction: float = 0.05
     """Share of the documents held back to measure on; a document's own content and the seed decide which."""

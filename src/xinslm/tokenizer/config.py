@@ -11,7 +11,7 @@ import tyro
 class TrainConfig:
     """Learn a byte-level BPE tokenizer from text, or cut a nested one out of a teacher's."""
 
-    output_dir: Path
+    output_dir: Annotated[Path, tyro.conf.arg(aliases=["-o"])]
     """Folder to write the tokenizer to."""
     data_path: tuple[str, ...] = ()
     """Files (.txt .json .jsonl .parquet, also .gz), folders of them, Hugging Face datasets (OWNER/NAME)."""

@@ -1,0 +1,113 @@
+"""What is measured: documents of a dataset folder or of raw files, encoded for the model at hand.
+
+A dataset made with the model's own tokenizer is scored as it is, so of chats the answers alone. Another
+tokenizer's dataset is turned back into text first, which plain texts allow and chats, whose marks are not
+text, do not.
+"""
+
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from xinslm.errors import UsageError, XinslmError
+from xinslm.evaluate.perplexity import Item
+from xinslm.files import MANIFEST
+
+if TYPE_CHECKING:
+    from xinslm.data.dataset import Dataset
+    from xinslm.data.records import Document
+    from xinslm.tokenizer.base import Tokenizer
+
+
+def read_items(data: tuple[str, ...], split: str, tokenizer: "Tokenizer", max_documents: int | None) -> list[Item]:
+    """Read and encode the documents; UsageError if there are fewer than `max_documents`."""
+    if tokenizer.bos_id is None and tokenizer.eos_id is None:
+        raise UsageError(
+            "the model's tokenizer has neither a BOS nor an EOS token to predict a text's first token from"
+        )
+    if any((Path(path) / MANIFEST).is_file() for path in data):
+        if len(data) > 1:
+            raise UsageError("give one dataset folder, or raw files, with --data-path; not several datasets")
+        items: Iterable[Item] = _dataset_items(Path(data[0]), split, tokenizer)
+    else:
+        from xinslm.data.read import read_documents
+
+        items = _encode(read_documents(data), tokenizer)
+    found = list(islice(items, max_documents))
+    if max_documents is not None and len(found) < max_documents:
+        raise UsageError(f"--max-documents {max_documents}: {' '.join(data)} has only {len(found):,} documents")
+    if not any(item.scored.any() for item in found):
+        raise XinslmError(f"{' '.join(data)}: there is nothing to score in its {len(found):,} documents")
+    return found
+
+
+def _encode(documents: Iterable["Document"], tokenizer: "Tokenizer") -> Iterator[Item]:
+    """Encode raw documents; chats by the tokenizer's template."""
+    from xinslm.data.encode import Encoder
+
+    encoder = Encoder(tokenizer, "none", train_on_prompts=False)
+    documents = iter(documents)
+    while batch := list(islice(documents, 256)):
+        for document, encoded in zip(batch, encoder(batch), strict=True):
+            yield _item(document.source, encoded.tokens, encoded.mask, encoded.num_bytes, tokenizer)
+
+
+def _item(source: str, tokens: np.ndarray, mask: np.ndarray, num_bytes: int, tokenizer: "Tokenizer") -> Item:
+    """Mark what is scored, and drop the tokens behind the last of it."""
+    special = np.fromiter(tokenizer.special_tokens.values(), np.int64)
+    scored = (mask > 0) & ~np.isin(tokens, special)
+    scored[:1] = False
+    end = int(scored.nonzero()[0][-1]) + 1 if scored.any() else 1
+    return Item(source, tokens[:end].astype(np.int64), scored[:end], int(num_bytes))
+
+
+def _dataset_items(folder: Path, split: str, tokenizer: "Tokenizer") -> Iterator[Item]:
+    from xinslm.data.dataset import open_dataset
+    from xinslm.tokenizer.load import load_tokenizer
+
+    dataset = open_dataset(folder)
+    if dataset.tokenizer_fingerprint != tokenizer.fingerprint():
+        yield from _encode(_texts(dataset, split, load_tokenizer(folder / "tokenizer")), tokenizer)
+        return
+    for source, tokens, mask, num_bytes in _stored(dataset, split):
+        yield _item(source, tokens, mask, num_bytes, tokenizer)
+
+
+def _stored(dataset: "Dataset", split: str) -> Iterator[tuple[str, np.ndarray, np.ndarray, int]]:
+    """Give the documents of a split: source, tokens, mask, bytes."""
+    stored = dataset.split(split)
+    for index, num_bytes in enumerate(stored.document_bytes):
+        part = slice(stored.documents[index], stored.documents[index + 1])
+        yield (
+            f"{dataset.folder} {split} document {index}",
+            stored.tokens[part],
+            stored.mask[part],
+            int(num_bytes),
+        )
+
+
+def _texts(dataset: "Dataset", split: str, tokenizer: "Tokenizer") -> Iterator["Document"]:
+    """Turn a dataset's documents back into text with its own tokenizer."""
+    from xinslm.data.records import Document
+
+    special = np.fromiter(tokenizer.special_tokens.values(), np.int64)
+    prefixed = tokenizer.bos_id is not None or tokenizer.eos_id is not None
+    for source, tokens, mask, num_bytes in _stored(dataset, split):
+        ids = tokens[1:] if prefixed else tokens
+        if len(ids) and ids[-1] in (tokenizer.eos_id, tokenizer.bos_id):
+            ids = ids[:-1]
+        if not mask[1:].all() or np.isin(ids, special).any():
+            raise UsageError(
+                f"{source} is a chat that was encoded with another tokenizer than the model's, and cannot be "
+                f"turned back. Prepare the data again with the model's tokenizer, or give the raw files"
+            )
+        text = tokenizer.decode(ids.tolist())
+        if len(text.encode()) != num_bytes:
+            raise XinslmError(
+                f"{source}: the dataset's tokenizer does not give its text back ({len(text.encode()):,} "
+                f"bytes, not {num_bytes:,}). Give the raw files with --data-path"
+            )
+        yield Document(source, text=text)

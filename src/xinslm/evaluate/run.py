@@ -1,0 +1,103 @@
+"""The stage `xinslm evaluate`: load a model, score documents, and put the figures into a run folder.
+
+Bits per byte is the figure to compare models of different tokenizers by; perplexity is per token of the
+model's own.
+
+    xinslm evaluate runs/student --data-path data/stories --run runs/student --name student
+"""
+
+import math
+import time
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from xinslm.evaluate.config import EvaluateConfig
+from xinslm.progress import Listener, Progress, ignore
+
+
+@dataclass(frozen=True)
+class Result:
+    """The figures of one model on one text; the fields are those of a row of evaluation.json."""
+
+    name: str
+    model: str
+    kind: str
+    parameters: int
+    file_bytes: int
+    data: str
+    documents: int
+    tokens: int
+    """Scored tokens."""
+    bytes: int
+    """UTF-8 bytes of the text that they stand for."""
+    nats_per_token: float
+    perplexity: float
+    bits_per_byte: float
+    tokens_per_second: float
+
+    def row(self) -> dict[str, Any]:
+        """The row for evaluation.json."""
+        return asdict(self)
+
+    def describe(self) -> str:
+        """A few aligned lines for the terminal."""
+        megabytes = self.file_bytes / 1e6
+        lines = [
+            ("model", f"{self.name} ({self.kind}, {self.parameters:,} parameters, {megabytes:,.2f} MB)"),
+            (
+                "data",
+                f"{self.data}: {self.documents:,} documents, {self.bytes:,} bytes, {self.tokens:,} tokens",
+            ),
+            ("bits per byte", f"{self.bits_per_byte:.4f}"),
+            ("perplexity", f"{self.perplexity:.3f} per token ({self.nats_per_token:.4f} nats)"),
+            ("speed", f"{self.tokens_per_second:,.0f} tokens/s"),
+        ]
+        return "\n".join(f"{label:<14}{text}" for label, text in lines)
+
+
+def run(config: EvaluateConfig, on_progress: Listener = ignore) -> Result:
+    """Measure bits per byte and perplexity of a model on a dataset or on raw files."""
+    from xinslm.device import pick_device
+    from xinslm.evaluate.documents import read_items
+    from xinslm.evaluate.perplexity import score
+    from xinslm.evaluate.scorers import load_scorer
+    from xinslm.runs import add_row, require_run
+
+    config.check()
+    if config.run is not None:
+        require_run(config.run)
+    scorer, facts = load_scorer(config.model, pick_device(config.device), config.dtype, config.context)
+    on_progress(Progress("read documents"))
+    items = read_items(config.data_path, config.split, scorer.tokenizer, config.max_documents)
+    total = sum(len(item.tokens) - 1 for item in items)
+    done = 0
+    start = time.perf_counter()
+
+    def report(tokens: int) -> None:
+        nonlocal done
+        done = min(done + tokens, total)  # windows overlap, so their sum exceeds the documents'
+        speed = done / (time.perf_counter() - start)
+        on_progress(Progress("evaluate", done, total, "tokens", {"tokens/s": speed}))
+
+    scores = score(scorer, items, config.batch_tokens, report)
+    seconds = time.perf_counter() - start
+    nats, tokens = -sum(s.log_likelihood for s in scores), sum(s.tokens for s in scores)
+    num_bytes = sum(item.num_bytes for item in items)
+    result = Result(
+        name=config.name or config.model.name,
+        model=str(config.model),
+        kind=str(facts["kind"]),
+        parameters=int(facts["parameters"]),
+        file_bytes=int(facts["file_bytes"]),
+        data=" ".join(config.data_path),
+        documents=len(items),
+        tokens=tokens,
+        bytes=num_bytes,
+        nats_per_token=nats / tokens,
+        perplexity=math.exp(nats / tokens),
+        bits_per_byte=nats / math.log(2) / num_bytes,
+        tokens_per_second=tokens / seconds,
+    )
+    if config.run is not None:
+        add_row(config.run, "evaluation.json", result.row())
+    return result

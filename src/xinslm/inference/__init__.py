@@ -1,0 +1,1 @@
+"""Text from a model: sampling, streaming, chat, behind one `Engine` interface."""

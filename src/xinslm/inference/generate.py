@@ -1,0 +1,256 @@
+"""Write text with a model, token by token; and the stage `xinslm generate`.
+
+engine = TorchEngine.load("runs/student")
+for piece in generate(engine, prompt_ids, Sampling(seed=1)):
+    print(piece.text, end="", flush=True)
+"""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from xinslm.errors import UsageError, XinslmError
+from xinslm.inference.config import GenerateConfig, Sampling
+from xinslm.inference.engine import Engine
+
+if TYPE_CHECKING:
+    from xinslm.tokenizer.base import Tokenizer
+
+Stop = Literal["end token", "stop text", "length", "context"]
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One token of the writing."""
+
+    text: str
+    """Text that the token completed: none for half a character, or while it may be the start of a stop text."""
+    token: int
+    log_probability: float
+    """Of the token under the model itself, before filters and temperature; nats."""
+    stop: Stop | None = None
+    """Why this piece is the last one; None if it is not."""
+
+
+def end_ids(tokenizer: "Tokenizer") -> frozenset[int]:
+    """Tokens that end a text: EOS, BOS (llama2.c's models close with it), and what closes an assistant's turn."""
+    ids = {tokenizer.eos_id, tokenizer.bos_id}
+    if tokenizer.chat_template is not None:
+        turn = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+        tokens, mask = tokenizer.apply_chat_template(turn)
+        last = next((token for token, counts in zip(reversed(tokens), reversed(mask), strict=True) if counts), None)
+        if last in tokenizer.special_tokens.values():
+            ids.add(last)
+    return frozenset(id for id in ids if id is not None)
+
+
+def generate(
+    engine: Engine,
+    prompt_ids: Sequence[int],
+    sampling: Sampling | None = None,
+    max_tokens: int | None = None,
+    stop_ids: frozenset[int] | None = None,
+    stop_strings: Sequence[str] = (),
+    at_start: bool = True,
+) -> Iterator[Piece]:
+    """Continue `prompt_ids`; the last piece says why it is the last.
+
+    The writing ends at a token of `stop_ids` (by default `end_ids`), whose piece has no text, before a text of
+    `stop_strings`, after `max_tokens` tokens, or when the context is full. `at_start` says that no text stands
+    before this one, so a sentencepiece tokenizer's first space is dropped. UsageError for a prompt beyond the context.
+    """
+    from xinslm.inference.sampling import Sampler, log_probability
+    from xinslm.tokenizer.base import StreamDecoder
+
+    if max_tokens is not None and max_tokens < 1:
+        raise UsageError(f"max_new_tokens is {max_tokens}, but must be at least 1")
+    sampler = Sampler(sampling or Sampling())
+    ends = end_ids(engine.tokenizer) if stop_ids is None else stop_ids
+    decoder = StreamDecoder(engine.tokenizer, at_start=at_start)
+    watch = _StopWatch(stop_strings)
+    logits = engine.start(prompt_ids)
+    count = 0
+    while True:
+        token = sampler.draw(logits)
+        likelihood = log_probability(logits, token)
+        count += 1
+        if token in ends:
+            yield Piece(watch.add(decoder.finish()) + watch.rest(), token, likelihood, "end token")
+            return
+        text = watch.add(decoder.add(token))
+        stop: Stop | None = None
+        if watch.found:
+            stop = "stop text"
+        elif count == max_tokens:
+            stop = "length"
+        elif engine.position == engine.context_length:
+            stop = "context"
+        if stop and not watch.found:
+            text += watch.add(decoder.finish()) + watch.rest()
+        yield Piece(text, token, likelihood, stop)
+        if stop:
+            return
+        logits = engine.step(token)
+
+
+class _StopWatch:
+    """Passes text on, but holds back what may be the start of a stop text, and ends before a whole one."""
+
+    def __init__(self, stops: Sequence[str]) -> None:
+        self._stops = [stop for stop in stops if stop]
+        self._held = ""
+        self.found = False
+
+    def add(self, text: str) -> str:
+        self._held += text
+        places = [place for stop in self._stops if (place := self._held.find(stop)) >= 0]
+        if places:
+            self.found = True
+            text, self._held = self._held[: min(places)], ""
+            return text
+        keep = max((_overlap(self._held, stop) for stop in self._stops), default=0)
+        cut = len(self._held) - keep
+        text, self._held = self._held[:cut], self._held[cut:]
+        return text
+
+    def rest(self) -> str:
+        """Give what was held back."""
+        text, self._held = self._held, ""
+        return text
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Length of the longest end of `text` that `stop` begins with."""
+    return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)
+
+
+@dataclass
+class Clock:
+    """Times a generation: everything up to the first token is the prompt's."""
+
+    prompt_tokens: int = 0
+    new_tokens: int = 0
+    prompt_seconds: float = 0.0
+    seconds: float = 0.0
+    """Of the tokens after the first."""
+
+    def watch(self, pieces: Iterator[Piece]) -> Iterator[Piece]:
+        """Pass pieces on, counting and timing them; time that the reader takes in between is not counted."""
+        while True:
+            start = time.perf_counter()
+            piece = next(pieces, None)
+            took = time.perf_counter() - start
+            if piece is None:
+                return
+            if self.new_tokens == 0:
+                self.prompt_seconds = took
+            else:
+                self.seconds += took
+            self.new_tokens += 1
+            yield piece
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Writing speed, the first token excluded."""
+        return (self.new_tokens - 1) / self.seconds if self.seconds else 0.0
+
+    @property
+    def prompt_tokens_per_second(self) -> float:
+        """Reading speed."""
+        return self.prompt_tokens / self.prompt_seconds if self.prompt_seconds else 0.0
+
+    def describe(self) -> str:
+        """The line that ends a turn: '123 tokens, 45.1 tok/s, prompt 812 tok/s'."""
+        speed = f"{self.tokens_per_second:,.1f} tok/s, " if self.seconds else ""
+        return f"{self.new_tokens:,} tokens, {speed}prompt {self.prompt_tokens_per_second:,.0f} tok/s"
+
+
+@dataclass(frozen=True)
+class Result:
+    """What was written, and how fast."""
+
+    prompt: str
+    text: str
+    """The continuation alone."""
+    stop: Stop
+    prompt_tokens: int
+    new_tokens: int
+    tokens_per_second: float
+    prompt_tokens_per_second: float
+    summary: str
+
+    def describe(self) -> str:
+        """One line for the terminal; the text itself was streamed."""
+        reasons = {
+            "end token": "the model ended the text",
+            "stop text": "a stop text was reached",
+            "length": "--max-new-tokens was reached",
+            "context": "the model's context is full",
+        }
+        return f"{self.summary} ({reasons[self.stop]})"
+
+
+def run(config: GenerateConfig, on_text: Callable[[str], None] = lambda text: None) -> Result:
+    """Continue a prompt; `on_text` receives the continuation as it is written."""
+    from xinslm.inference.torch_engine import TorchEngine
+    from xinslm.runs import add_row, require_run
+
+    config.check()
+    prompt = _read_prompt(config)
+    if config.max_new_tokens < 1:
+        raise UsageError(f"--max-new-tokens is {config.max_new_tokens}, but must be at least 1")
+    if config.run is not None:
+        require_run(config.run)
+    engine = TorchEngine.load(config.model, config.device, config.dtype, config.context)
+    ids = prompt_ids(engine.tokenizer, prompt, config.chat)
+    clock = Clock(len(ids))
+    pieces = generate(engine, ids, config, config.max_new_tokens, None, config.stop, config.chat or not prompt)
+    texts = []
+    for piece in clock.watch(pieces):
+        texts.append(piece.text)
+        on_text(piece.text)
+    assert piece.stop is not None
+    text = "".join(texts)
+    if config.run is not None:
+        settings = {f.name: getattr(config, f.name) for f in fields(Sampling) if getattr(config, f.name) is not None}
+        row = {"name": config.name or config.model.name, "model": str(config.model), "prompt": prompt, "text": text}
+        add_row(config.run, "samples.json", {**row, "settings": settings})
+    speeds = clock.tokens_per_second, clock.prompt_tokens_per_second
+    return Result(prompt, text, piece.stop, len(ids), clock.new_tokens, *speeds, clock.describe())
+
+
+def prompt_ids(tokenizer: "Tokenizer", prompt: str, chat: bool) -> list[int]:
+    """Encode a prompt behind BOS (else EOS), as documents are trained; or as a user's message of a chat."""
+    if chat:
+        require_chat_template(tokenizer)
+        return tokenizer.apply_chat_template([{"role": "user", "content": prompt}], add_generation_prompt=True)[0]
+    first = tokenizer.bos_id if tokenizer.bos_id is not None else tokenizer.eos_id
+    ids = ([] if first is None else [first]) + tokenizer.encode(prompt)
+    if not ids:
+        raise UsageError("the prompt is empty, and the tokenizer has no BOS or EOS token to start from; give --prompt")
+    return ids
+
+
+def require_chat_template(tokenizer: "Tokenizer") -> None:
+    """Raise UsageError if the tokenizer cannot format a conversation."""
+    if tokenizer.chat_template is None:
+        raise UsageError(
+            "the model's tokenizer has no chat template: it was not trained to talk. Use `xinslm generate` "
+            "without --chat to continue a text, or put a chat_template.jinja into the model's folder"
+        )
+
+
+def _read_prompt(config: GenerateConfig) -> str:
+    if config.prompt_file is None:
+        return config.prompt
+    if config.prompt:
+        raise UsageError("give --prompt or --prompt-file, not both")
+    path: Path = config.prompt_file
+    try:
+        return path.read_bytes().decode("utf-8")
+    except OSError as error:
+        raise UsageError(f"--prompt-file {path}: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise XinslmError(f"--prompt-file {path}: byte {error.start:,} is not UTF-8 text") from None

@@ -1,0 +1,66 @@
+"""Choose the next token from logits: top-k, top-p, min-p, then temperature, in llama.cpp's order.
+
+The filters look at the model's own distribution, and temperature only reshapes what they kept: a high
+temperature cannot bring nonsense in. (transformers divides by the temperature first.) Computed with numpy in
+float64, so that a seed gives the same text on every device whose logits agree.
+
+Nucleus: Holtzman et al., arXiv:1904.09751. Min-p: arXiv:2407.01082.
+"""
+
+import numpy as np
+
+from xinslm.inference.config import Sampling
+
+
+class Sampler:
+    """Draws tokens by `settings`; one for each text, for it holds the random state."""
+
+    def __init__(self, settings: Sampling) -> None:
+        settings.check()
+        self.settings = settings
+        self._random = np.random.default_rng(settings.seed)
+
+    def distribution(self, logits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Give the tokens that may follow, most likely first (ties by id), and their probabilities."""
+        s = self.settings
+        if s.temperature == 0:
+            return np.array([int(logits.argmax())]), np.ones(1)
+        tokens = _most_likely(logits, s.top_k)
+        kept = logits[tokens].astype(np.float64)
+        probabilities = _softmax(kept)
+        count = len(tokens)
+        if s.top_p < 1:
+            # as many as it takes to reach top_p, the one that reaches it included
+            count = int(np.searchsorted(probabilities.cumsum(), s.top_p * (1 - 1e-12))) + 1
+        if s.min_p > 0:
+            count = min(count, int((probabilities >= s.min_p * probabilities[0]).sum()))
+        return tokens[:count], _softmax(kept[:count] / s.temperature)
+
+    def draw(self, logits: np.ndarray) -> int:
+        """Draw one token from (vocabulary,) logits."""
+        tokens, probabilities = self.distribution(logits)
+        place = np.searchsorted(probabilities.cumsum(), self._random.random(), side="right")
+        return int(tokens[min(int(place), len(tokens) - 1)])
+
+
+def log_probability(logits: np.ndarray, token: int) -> float:
+    """Natural logarithm of the model's own probability of `token`, before any filter or temperature."""
+    wide = logits.astype(np.float64)
+    top = wide.max()
+    return float(wide[token] - top - np.log(np.exp(wide - top).sum()))
+
+
+def _most_likely(logits: np.ndarray, top_k: int) -> np.ndarray:
+    """Sort ids by falling logit, ties by id; only the first `top_k` (0: all)."""
+    if 0 < top_k < len(logits):
+        threshold = np.partition(logits, -top_k)[-top_k]
+        candidates = np.flatnonzero(logits >= threshold)
+    else:
+        candidates = np.arange(len(logits))
+    order = np.argsort(-logits[candidates], kind="stable")
+    return candidates[order][: top_k or None]
+
+
+def _softmax(x: np.ndarray) -> np.ndarray:
+    e = np.exp(x - x.max())
+    return e / e.sum()

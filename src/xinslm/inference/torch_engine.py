@@ -1,0 +1,130 @@
+"""The reference engine: the student in PyTorch with a key-value cache, from any folder we write.
+
+Weights of the canonical 4-bit folder are expanded on loading: the numbers are those of the 4-bit model, the
+memory and the speed are not.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from xinslm.errors import UsageError, XinslmError
+from xinslm.inference.engine import common_prefix
+from xinslm.model.files import load_model, resolve_model
+from xinslm.model.transformer import KVCache, Transformer
+
+if TYPE_CHECKING:
+    from xinslm.tokenizer.base import Tokenizer
+
+FIRST_CACHE_TOKENS = 256
+
+
+def load_transformer(path: Path | str, dtype: torch.dtype = torch.float32) -> Transformer:
+    """Load the student from a model, run or canonical 4-bit folder, or a Hub name."""
+    from xinslm.quantize.canonical import is_quantized, load_quantized
+
+    folder = resolve_model(path)
+    return load_quantized(folder, dtype) if is_quantized(folder) else load_model(folder, dtype)
+
+
+def check_vocabulary(rows: int, tokenizer: "Tokenizer", name: str) -> None:
+    """Raise XinslmError if the tokenizer has ids that the model has no rows for."""
+    if tokenizer.vocab_size > rows:
+        raise XinslmError(
+            f"{name}: the tokenizer beside the model has {tokenizer.vocab_size:,} ids, the model only "
+            f"{rows:,} rows; the tokenizer belongs to another model"
+        )
+
+
+class TorchEngine:
+    """An `Engine` on a `Transformer`.
+
+    Rows of a padded vocabulary, beyond the tokenizer's ids, are cut off: they are never sampled.
+    """
+
+    def __init__(
+        self,
+        model: Transformer,
+        tokenizer: "Tokenizer",
+        name: str = "model",
+        device: torch.device | str = "cpu",
+        context_length: int | None = None,
+    ) -> None:
+        own = model.config.max_position_embeddings
+        if context_length is not None and not 1 <= context_length <= own:
+            raise UsageError(f"--context {context_length}: the context of {name} holds 1 to {own:,} tokens")
+        check_vocabulary(model.config.vocab_size, tokenizer, name)
+        self.model = model.to(device).eval().requires_grad_(False)
+        self.tokenizer, self.name = tokenizer, name
+        self.context_length = context_length or own
+        self.device = torch.device(device)
+        self.reused = 0
+        self._ids: list[int] = []
+        self._cache = self._new_cache(min(FIRST_CACHE_TOKENS, self.context_length))
+
+    @classmethod
+    def load(
+        cls, path: Path | str, device: str = "auto", dtype: str = "float32", context_length: int | None = None
+    ) -> "TorchEngine":
+        """Load a model folder, a run folder, a canonical 4-bit folder or a Hub name, with its tokenizer."""
+        from xinslm.device import pick_device
+        from xinslm.tokenizer.load import load_tokenizer
+
+        place = pick_device(device)
+        model = load_transformer(path, getattr(torch, dtype))
+        return cls(model, load_tokenizer(resolve_model(path)), str(path), place, context_length)
+
+    @property
+    def position(self) -> int:
+        """Tokens that the sequence has."""
+        return len(self._ids)
+
+    def start(self, ids: Sequence[int]) -> np.ndarray:
+        """Make `ids` the sequence; only what follows the prefix shared with the last sequence is computed."""
+        if not ids:
+            raise ValueError("a text needs at least one token to start from")
+        self._require_room(len(ids))
+        self.reused = min(common_prefix(self._ids, ids), len(ids) - 1)  # the last one gives the logits
+        self._ids, self._cache.length = self._ids[: self.reused], self.reused
+        return self._run(list(ids[self.reused :]))
+
+    def step(self, token: int) -> np.ndarray:
+        """Append one token; return the logits of the token after it."""
+        self._require_room(self.position + 1)
+        return self._run([token])
+
+    def reset(self) -> None:
+        """Forget the sequence."""
+        self._ids, self._cache.length, self.reused = [], 0, 0
+
+    @torch.inference_mode()
+    def _run(self, ids: list[int]) -> np.ndarray:
+        self._reserve(self.position + len(ids))
+        hidden = self.model.hidden(torch.tensor([ids], device=self.device), cache=self._cache)
+        logits = self.model.logits(hidden[0, -1])[: self.tokenizer.vocab_size]
+        self._ids += ids
+        result: np.ndarray = logits.float().cpu().numpy()
+        return result
+
+    def _require_room(self, length: int) -> None:
+        if length > self.context_length:
+            raise UsageError(
+                f"the text has {length:,} tokens, the context of {self.name} holds {self.context_length:,}; "
+                f"shorten the text"
+            )
+
+    def _reserve(self, length: int) -> None:
+        """Let the cache grow by doubling, so that a long context costs nothing until it is used."""
+        old, size = self._cache, self._cache.keys.shape[3]
+        if length <= size:
+            return
+        self._cache = self._new_cache(min(max(2 * size, length), self.context_length))
+        self._cache.length = old.length
+        self._cache.keys[:, :, :, : old.length] = old.keys[:, :, :, : old.length]
+        self._cache.values[:, :, :, : old.length] = old.values[:, :, :, : old.length]
+
+    def _new_cache(self, length: int) -> KVCache:
+        return KVCache(self.model.config, 1, length, self.model.head_weight.dtype, self.device)

@@ -1,0 +1,23 @@
+"""Settings of `xinslm report`."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+
+@dataclass(frozen=True)
+class ReportConfig:
+    """Turn a run folder into report.html, one page that needs nothing else, and report.md."""
+
+    run: Annotated[Path, tyro.conf.Positional]
+    """Run folder."""
+    compare: tuple[Path, ...] = ()
+    """Other run folders whose curves and figures stand beside this run's."""
+    output_dir: Annotated[Path | None, tyro.conf.arg(aliases=["-o"])] = None
+    """Folder to write to, by default the run folder; an older report there is replaced."""
+    x: Literal["tokens", "step"] = "tokens"
+    """What the curves run along: target tokens seen, or optimiser steps."""
+    log_x: bool = False
+    """Make that axis logarithmic."""

@@ -1,0 +1,49 @@
+"""The report as Markdown, for a model card or a pull request: the same tables, without the curves."""
+
+import re
+from collections.abc import Sequence
+
+from xinslm.report.read import RunData
+from xinslm.report.tables import Table, files, summary, training
+
+
+def render(run: RunData, others: Sequence[RunData]) -> str:
+    """Write the report of `run`, with the figures of `others` beside it."""
+    parts = [f"# {_inline(run.name)}"]
+    parts += [f"> {_inline(r.name)}: {note}" for r in [run, *others] for note in r.notes]
+    if tables := [_table(t) for t in summary(run, others)]:
+        parts += ["## Summary", *tables]
+    if trained := training([run, *others]):
+        parts += ["## Training", _table(trained)]
+    rows = [(r, row) for r in [run, *others] for row in r.samples]
+    if rows:
+        parts.append("## Samples")
+    for r, row in rows:
+        name = f"{row['name']} ({r.name})" if others else str(row["name"])
+        parts.append(f"**{_inline(name)}**\n\n{_fenced(str(row.get('prompt', '')) + str(row.get('text', '')))}")
+    if made := files(run):
+        parts += ["## Files", _table(made)]
+    if run.command:
+        parts += ["## Run it again", _fenced(run.command)]
+    return "\n\n".join(parts) + "\n"
+
+
+def _table(table: Table) -> str:
+    rule = [":--" if i in table.left else "--:" for i in range(len(table.head))]
+    lines = [table.head, rule, *table.rows]
+    text = "\n".join(
+        f"| {' | '.join(_inline(cell) if line is not rule else cell for cell in line)} |" for line in lines
+    )
+    return f"{text}\n\n{_inline(table.note)}" if table.note else text
+
+
+def _inline(text: str) -> str:
+    """Keep a text from being read as markup."""
+    return re.sub(r"([\\`*_\[\]<>|#])", r"\\\1", " ".join(text.split()))
+
+
+def _fenced(text: str) -> str:
+    """Put a text into a code block that it cannot end."""
+    longest = max((len(run) for run in re.findall(r"`+", text)), default=0)
+    fence = "`" * max(3, longest + 1)
+    return f"{fence}text\n{text}\n{fence}"

@@ -1,0 +1,243 @@
+"""Model folders: exchanged with transformers in both directions, and every damaged kind refused by name."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+)
+
+from xinslm.errors import UsageError, XinslmError
+from xinslm.model.config import ModelConfig
+from xinslm.model.files import load_config, load_model, model_fingerprint, resolve_model, save_model
+from xinslm.model.transformer import Transformer
+
+TINY = ModelConfig(
+    vocab_size=97,
+    hidden_size=64,
+    intermediate_size=96,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=16,
+    max_position_embeddings=128,
+)
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+WRONG_KIND = '{"model_type": "llama", "vocab_size": 9, "hidden_size": "x", "num_attention_heads": 2}'
+IDS = torch.randint(0, 97, (2, 40), generator=torch.Generator().manual_seed(1))
+
+
+def shape(**changes) -> ModelConfig:
+    return dataclasses.replace(TINY, **changes)
+
+
+def random_model(config: ModelConfig, seed: int = 0) -> Transformer:
+    """Our model with random weights and norms."""
+    model = Transformer(config).eval()
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.copy_(torch.randn(weight.shape, generator=generator) * 0.2 + (weight.dim() == 1))
+    return model
+
+
+def logits_of(model: Transformer) -> torch.Tensor:
+    with torch.no_grad():
+        return model.logits(model.hidden(IDS))
+
+
+def assert_near(found: torch.Tensor, expected: torch.Tensor) -> None:
+    assert expected.abs().max() > 0.5
+    assert (found - expected).abs().max() < 1e-5 * expected.abs().max()
+
+
+CONFIGS = {
+    "llama": (TINY, LlamaForCausalLM),
+    "llama untied": (shape(tie_word_embeddings=False), LlamaForCausalLM),
+    "llama3 rope": (shape(rope_scaling=LLAMA3_ROPE, rope_theta=500000.0), LlamaForCausalLM),
+    "mistral": (shape(sliding_window=6), MistralForCausalLM),
+}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A whole model folder."""
+    save_model(random_model(TINY), tmp_path / "model")
+    return tmp_path / "model"
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_transformers_loads_what_we_save(name: str, tmp_path: Path) -> None:
+    config, kind = CONFIGS[name]
+    model = random_model(config)
+    save_model(model, tmp_path)
+    other, report = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert type(other) is kind
+    assert not report["missing_keys"] and not report["unexpected_keys"]
+    with torch.no_grad():
+        assert_near(logits_of(model), other(IDS).logits)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_we_load_what_transformers_saves(name: str, tmp_path: Path) -> None:
+    config, kind = CONFIGS[name]
+    values = {k: v for k, v in config.to_hf().items() if k not in ("architectures", "model_type")}
+    reference = kind({LlamaForCausalLM: LlamaConfig, MistralForCausalLM: MistralConfig}[kind](**values)).eval()
+    with torch.no_grad():
+        for weight in reference.parameters():
+            weight.copy_(torch.randn_like(weight) * 0.2 + (weight.dim() == 1))
+    reference.save_pretrained(tmp_path)
+    model = load_model(tmp_path)
+    assert not model.training
+    with torch.no_grad():
+        assert_near(logits_of(model), reference(IDS).logits)
+
+
+def test_a_saved_config_reads_back_equal(tmp_path: Path) -> None:
+    config = shape(sliding_window=6, bos_token_id=1, eos_token_id=2, pad_token_id=0)
+    save_model(random_model(config), tmp_path)
+    assert load_config(tmp_path) == config
+
+
+def test_several_shards_are_one_model(folder: Path, tmp_path: Path) -> None:
+    other = AutoModelForCausalLM.from_pretrained(folder)
+    other.save_pretrained(tmp_path / "shards", max_shard_size="100KB")
+    assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 2
+    assert torch.equal(logits_of(load_model(tmp_path / "shards")), logits_of(load_model(folder)))
+    first = min((tmp_path / "shards").glob("*.safetensors"))
+    first.unlink()
+    with pytest.raises(XinslmError, match=f"{first.name} is missing"):
+        load_model(tmp_path / "shards")
+
+
+def test_half_precision_on_disk(tmp_path: Path) -> None:
+    model = random_model(TINY)
+    save_model(model, tmp_path, dtype=torch.bfloat16)
+    loaded = load_model(tmp_path)
+    for name, weight in model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], weight.bfloat16().float())
+    assert json.loads((tmp_path / "config.json").read_text())["dtype"] == "bfloat16"
+
+
+def test_a_pickle_is_never_opened(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    (folder / "pytorch_model.bin").write_bytes(b"cos\nsystem\n(S'touch /tmp/owned'\ntR.")
+    with pytest.raises(XinslmError, match=r"pytorch_model\.bin, a pickle"):
+        load_model(folder)
+
+
+@pytest.mark.parametrize("size", [0, 5, 200, -1])
+def test_a_half_written_weight_file_is_refused(folder: Path, size: int) -> None:
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:size])
+    with pytest.raises(XinslmError, match=r"model\.safetensors is not a whole safetensors file"):
+        load_model(folder)
+
+
+def change(folder: Path, edit) -> None:
+    """Rewrite the weights after `edit` has changed them."""
+    tensors = load_file(folder / "model.safetensors")
+    tensors = {name: tensor.clone() for name, tensor in tensors.items()}
+    edit(tensors)
+    save_file(tensors, folder / "model.safetensors")
+
+
+def test_wrong_weights_are_named(folder: Path) -> None:
+    name = "model.layers.1.mlp.up_proj.weight"
+    change(folder, lambda tensors: tensors.update({name: torch.zeros(5, 64)}))
+    with pytest.raises(XinslmError, match=rf"'{name}' has shape \(5, 64\), config.json asks for \(96, 64\)"):
+        load_model(folder)
+    change(folder, lambda tensors: tensors.pop(name))
+    with pytest.raises(XinslmError, match=f"1 weights are missing, the first is '{name}'"):
+        load_model(folder)
+    change(folder, lambda tensors: tensors.update({"model.layers.0.extra": torch.zeros(2)}))
+    with pytest.raises(XinslmError, match=r"'model\.layers\.0\.extra' has no place"):
+        load_model(folder)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("model_type", "gpt2", "model_type is 'gpt2'"),
+        ("hidden_act", "gelu", "hidden_act is 'gelu'"),
+        ("attention_bias", True, "attention_bias is True"),
+        ("rope_parameters", {"rope_type": "yarn", "factor": 4.0}, "rope_type is 'yarn'"),
+        ("num_key_value_heads", 3, "must divide num_attention_heads"),
+    ],
+)
+def test_what_the_model_cannot_express_is_refused(folder: Path, key: str, value, message: str) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), key: value}))
+    with pytest.raises(XinslmError, match=message):
+        load_config(folder)
+
+
+@pytest.mark.parametrize("content", ["{", "", "[1]", "null", '{"model_type": "llama"}', WRONG_KIND])
+def test_a_broken_config_is_an_error_that_names_it(folder: Path, content: str) -> None:
+    (folder / "config.json").write_text(content)
+    with pytest.raises(XinslmError, match=r"config\.json"):
+        load_config(folder)
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral"])
+def test_keys_left_out_mean_what_transformers_takes_them_for(folder: Path, family: str) -> None:
+    path = folder / "config.json"
+    kept = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")
+    values = {k: v for k, v in json.loads(path.read_text()).items() if k in kept}
+    path.write_text(json.dumps({**values, "model_type": family, "num_attention_heads": 16}))
+    ours, theirs = load_config(folder), AutoConfig.from_pretrained(folder)
+    for key in (
+        "num_key_value_heads",
+        "head_dim",
+        "max_position_embeddings",
+        "rms_norm_eps",
+        "tie_word_embeddings",
+    ):
+        assert getattr(ours, key) == getattr(theirs, key), key
+    assert ours.sliding_window == getattr(theirs, "sliding_window", None)
+    assert ours.rope_theta == theirs.rope_parameters["rope_theta"]
+
+
+def test_a_run_folder_means_its_best_checkpoint(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    last = tmp_path / "run" / "checkpoints" / "last"
+    folder.rename(last)
+    assert resolve_model(tmp_path / "run") == last
+    best = tmp_path / "run" / "checkpoints" / "best"
+    save_model(random_model(TINY, seed=5), best)
+    assert resolve_model(tmp_path / "run") == best
+    assert resolve_model(best) == best
+
+
+def test_what_is_no_model_is_said_plainly(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="is not a model folder"):
+        resolve_model(tmp_path)
+    with pytest.raises(UsageError, match="there is no model at"):
+        resolve_model(tmp_path / "absent" / "deep")
+
+
+def test_the_fingerprint_follows_the_weights_not_the_folder(folder: Path, tmp_path: Path) -> None:
+    model = random_model(TINY)
+    save_model(model, tmp_path / "again")
+    assert model_fingerprint(tmp_path / "again") == model_fingerprint(folder)
+    with torch.no_grad():
+        model.model.norm.weight[0] += 1e-3
+    save_model(model, tmp_path / "again")
+    assert model_fingerprint(tmp_path / "again") != model_fingerprint(folder)
+    save_model(random_model(shape(rope_theta=5e5)), tmp_path / "theta")
+    assert model_fingerprint(tmp_path / "theta") != model_fingerprint(folder)
