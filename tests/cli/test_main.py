@@ -51,7 +51,7 @@ def test_help_of_a_command_imports_no_torch():
         (["export", "pickle"], "'export' needs one of: gguf"),
         (["distill", "--config"], "--config needs a file"),
         (["distill", "--config", "/nowhere.yaml"], "/nowhere.yaml: No such file or directory"),
-        (["distill", "--data-path", "x", "-o", "y"], "give either --cache"),
+        (["distill", "--data-path", "x", "-o", "y"], "give --cache"),
     ],
 )
 def test_usage_errors_have_exit_code_2_and_no_traceback(words, message, capsys):

@@ -138,6 +138,17 @@ def test_no_gradient_where_the_student_equals_the_teacher(mode):
     assert abs(kd.item()) < 1e-4
 
 
+def test_divergence_is_never_negative_and_needs_no_clamp():
+    """A truncated top-k sum is negative wherever the student is surer than the teacher (seen in a peer)."""
+    _, _, labels, teacher = problem(rows=200)
+    for scale in (0.1, 1.0, 5.0):
+        student = scale * torch.randn(200, VOCAB, generator=torch.Generator().manual_seed(2))
+        for row in range(0, 200, 20):
+            part = slice(row, row + 1)
+            config = LossConfig(0.0, 1.0, 1.0, "decoupled", 0.0)
+            assert chunk_loss(student[part].clone(), labels[part], sparsify(teacher)[part], config)[1] >= 0
+
+
 def test_expected_sparse_gradient_is_the_full_vocabulary_one():
     _, _, labels, teacher = problem(rows=4)
     student = torch.randn(4, VOCAB, generator=torch.Generator().manual_seed(9))
@@ -233,7 +244,7 @@ def test_bfloat16_head_gradient_does_not_drift_over_64_chunks():
         hidden,
         weight,
     )[2]
-    assert F.cosine_similarity(exact.flatten(), half.flatten(), dim=0) > 0.9999
+    assert F.cosine_similarity(exact.flatten().double(), half.flatten().double(), dim=0) > 0.99999
 
 
 def test_scaled_loss_scales_gradients_and_evaluation_needs_none():

@@ -1,11 +1,13 @@
 """The cache stage: equal to a direct computation, exact after a kill, and what it refuses."""
 
 import dataclasses
+import errno
 import json
 import shutil
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -149,7 +151,7 @@ def nested_world(world, tmp_path, vocab_size=300):
 
 
 def test_nested_distributions_equal_a_sum_over_teacher_tokens(world, tmp_path):
-    student, teacher, data = nested_world(world, tmp_path)
+    student, teacher, _ = nested_world(world, tmp_path)
     assert is_nested(student, teacher) and not is_nested(teacher, student)
     push = PushForward(student, teacher)
     probs = (3 * torch.randn(40, teacher.vocab_size, generator=torch.Generator().manual_seed(0))).softmax(1)
@@ -212,12 +214,42 @@ def test_other_refusals(world, tmp_path):
     with pytest.raises(UsageError, match="already holds something"):
         score.run(config(world, tmp_path / "full", force=True))
     score.run(config(world, tmp_path / "done"))
-    with pytest.raises(UsageError, match="already holds something.*--force"):
+    with pytest.raises(UsageError, match=r"already holds something.*--force"):
         score.run(config(world, tmp_path / "done"))
     damaged = next((tmp_path / "done").glob("train/*.bin"))
     damaged.write_bytes(damaged.read_bytes()[:-5])
     with pytest.raises(XinslmError, match="damaged or half-copied"):
         Cache(tmp_path / "done")
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()])
+def test_full_disk_and_ctrl_c_cost_one_shard(world, tmp_path, monkeypatch, error):
+    folder, real, calls = tmp_path / "cache", Path.write_bytes, []
+
+    def fail(self, data):
+        if ".bin" in self.name:
+            calls.append(self)
+            if len(calls) == 3:
+                real(self, data[: len(data) // 2])
+                raise error
+        return real(self, data)
+
+    monkeypatch.setattr(Path, "write_bytes", fail)
+    with pytest.raises(type(error)):
+        score.run(config(world, folder))
+    monkeypatch.undo()
+    assert sorted(p.name for p in (folder / "train").iterdir()) == ["00000.bin", "00001.bin"]
+    score.run(config(world, folder))
+    assert shards(folder) == shards(world.cache)
+
+
+def test_tokenizer_of_another_model_in_the_teachers_folder(world, tmp_path):
+    """More ids than the model has rows: the tokenizer files were copied from elsewhere."""
+    small = Transformer(dataclasses.replace(load_model(world.teacher).config, vocab_size=350))
+    save_model(small, tmp_path / "small")
+    load_tokenizer(world.teacher).save(tmp_path / "small")
+    with pytest.raises(XinslmError, match="its tokenizer has 400 ids, its output only 350 rows"):
+        score.run(config(world, tmp_path / "c", teacher=str(tmp_path / "small")))
 
 
 def test_teacher_that_is_not_finite_is_named_and_nothing_is_half_written(world, tmp_path):

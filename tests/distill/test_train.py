@@ -3,6 +3,7 @@
 import dataclasses
 import errno
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -283,16 +284,47 @@ def test_stages_that_do_not_fit_are_refused_by_name(world, tmp_path):
     config = dataclasses.replace(world.distill(tmp_path / "r"), data_path=other)
     with pytest.raises(UsageError, match=r"was made from another dataset than .*other"):
         train.run(config)
-    with pytest.raises(UsageError, match="batch_size is 5000 rows of 64 tokens, but .* has only"):
+    with pytest.raises(UsageError, match=r"batch_size is 5000 rows of 64 tokens, but .* has only"):
         train.run(world.distill(tmp_path / "r", batch_size=5000))
-    with pytest.raises(UsageError, match="mode full, but cache .* stores the normaliser for 2.0"):
+    with pytest.raises(UsageError, match=r"mode full, but cache .* stores the normaliser for 2.0"):
         train.run(world.distill(tmp_path / "r", loss=LossConfig(0.1, 0.9, 3.0, "full", 0.0)))
     with pytest.raises(UsageError, match="is not a cache folder: it has no manifest"):
         train.run(world.distill(tmp_path / "r", cache=world.folder))
-    with pytest.raises(UsageError, match="num_key_value_heads .5. must divide num_attention_heads"):
+    with pytest.raises(UsageError, match=r"num_key_value_heads .5. must divide num_attention_heads"):
         train.run(world.distill(tmp_path / "r", num_kv_heads=5))
-    with pytest.raises(UsageError, match="micro_batch_size .3. must divide batch_size .4."):
+    with pytest.raises(UsageError, match=r"micro_batch_size .3. must divide batch_size .4."):
         train.run(world.distill(tmp_path / "r", micro_batch_size=3))
+
+
+def test_cache_of_another_teacher_is_refused_by_name(world, tmp_path):
+    revised = tmp_path / "revised"
+    shutil.copytree(world.teacher, revised)
+    tensors = load_file(revised / "model.safetensors")
+    tensors["model.norm.weight"] *= 1.01
+    save_file(tensors, revised / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UsageError, match=r"made by another teacher, or another revision of it, than .*revised"):
+        train.run(world.distill(tmp_path / "a", teacher=str(revised), cache=world.cache))
+    train.run(world.distill(tmp_path / "b", teacher=str(world.teacher), cache=world.cache))
+
+
+def test_pads_change_nothing(world, tmp_path):
+    """Wider rows hold other numbers of pads and other neighbours; the loss of each document stays what it was."""
+    lines = [json.dumps({"text": f"The {word} is here."}) + "\n" for word in ("cat", "dog", "little bird", "tall tree")]
+    (tmp_path / "short.jsonl").write_text("".join(lines))
+    prepare.run(
+        PrepareConfig(
+            data_path=(str(tmp_path / "short.jsonl"),),
+            tokenizer_path=world.tokenizer,
+            output_dir=tmp_path / "data",
+            validation_fraction=0.25,
+        )
+    )
+    split = open_dataset(tmp_path / "data").split("train")
+    model = load_model(world.teacher)
+    narrow, wide = PackedRows(split, 20), PackedRows(split, 64)
+    assert len(narrow) > len(wide) == 1
+    checker = trainer(world, model=model, loss=LossConfig(1.0, 0.0))
+    assert checker.validate(narrow, None, 0).ce == pytest.approx(checker.validate(wide, None, 0).ce, rel=1e-6)
 
 
 def test_live_teacher_with_another_tokenizer_is_refused(world, tmp_path):

@@ -212,6 +212,15 @@ class Cache:
                 f"{fingerprint[:12]}). Give the dataset that was cached, or run `{MADE_BY}` on this one"
             )
 
+    def require_teacher(self, fingerprint: str, name: str) -> None:
+        """Raise UsageError unless the teacher with this fingerprint made the cache."""
+        if self.manifest["inputs"]["teacher"] != fingerprint:
+            raise UsageError(
+                f"cache {self.folder} was made by another teacher, or another revision of it, than {name}: by "
+                f"{self.manifest['config']['teacher']} (fingerprints {self.manifest['inputs']['teacher'][:12]} and "
+                f"{fingerprint[:12]}). Give the cache of this teacher, or run `{MADE_BY}` with it"
+            )
+
 
 PLAN = "unfinished.json"
 """Stands in a cache folder until the cache is whole, and says what it is to become."""

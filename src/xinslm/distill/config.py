@@ -203,7 +203,8 @@ class DistillConfig(PretrainConfig):
     cache: Path | None = None
     """Cache folder made by `xinslm cache` from the same dataset."""
     teacher: str | None = None
-    """Live teacher instead of a cache: a model folder or a Hub name with the dataset's tokenizer."""
+    """Without a cache: live teacher, a model folder or Hub name with the dataset's tokenizer. With one: the teacher
+    that the cache must be of."""
     teacher_dtype: Dtype = "float32"
     """Number type of a live teacher."""
     trust_remote_code: bool = False
@@ -214,8 +215,6 @@ class DistillConfig(PretrainConfig):
     def errors(self) -> list[str]:
         """What cannot work, a sentence each."""
         wrong = [*super().errors(), *self.loss.errors()]
-        if (self.cache is None) == (self.teacher is None):
-            wrong.append(
-                "give either --cache (made by `xinslm cache`) or --teacher; without both, use `xinslm pretrain`"
-            )
+        if self.cache is None and self.teacher is None:
+            wrong.append("give --cache (made by `xinslm cache`) or --teacher; without both, use `xinslm pretrain`")
         return wrong

@@ -118,7 +118,7 @@ def run(config: CacheConfig, on_progress: Listener = ignore) -> CacheResult:
                 work = _work(split, first, last, push)
                 records = _score(work, start, end - start, teacher, push, fmt, config, tell)
                 with new_file(path) as partial:
-                    records.tofile(partial)
+                    partial.write_bytes(records.tobytes())  # tofile would lose the errno of a full disk
             done += end - start
             on_progress(Progress("cache", done, total, "tokens"))
     inputs = plan["inputs"]
@@ -211,7 +211,6 @@ def _work(split: Split, first: int, last: int, push: PushForward | None) -> Work
     start, end = int(documents[0]), int(documents[-1])
     tokens = np.asarray(split.tokens[start:end]).astype(np.int64)
     counts = np.asarray(split.mask[start:end]) != 0
-    counts[documents[:-1] - start] = False  # a document's first token is nobody's prediction
     targets = np.flatnonzero(counts)
     if push is None:
         return Work(tokens, documents - start, start + targets - 1, tokens[targets], targets - 1, None)

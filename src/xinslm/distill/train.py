@@ -151,29 +151,34 @@ def _stored_settings(folder: Path) -> dict[str, Any]:
 def _teaching(config: PretrainConfig, dataset: Dataset, device: torch.device) -> _Teaching:
     if not isinstance(config, DistillConfig):
         return _Teaching(LossConfig(alpha=1.0, beta=0.0))
-    if config.teacher is not None:
-        teacher = HuggingFaceTeacher(
-            config.teacher, config.teacher_dtype, device, trust_remote_code=config.trust_remote_code
+    return _live(config, dataset, device) if config.cache is None else _cached(config, dataset, config.cache)
+
+
+def _live(config: DistillConfig, dataset: Dataset, device: torch.device) -> _Teaching:
+    assert config.teacher is not None, "DistillConfig.check sees to it"
+    teacher = HuggingFaceTeacher(config.teacher, config.teacher_dtype, device, None, config.trust_remote_code)
+    if teacher.tokenizer.fingerprint() != dataset.tokenizer_fingerprint:
+        raise UsageError(
+            f"a live teacher must share the dataset's tokenizer, and {config.teacher}'s differs from the one of "
+            f"{dataset.folder}. Prepare the data with the teacher's, or use `xinslm cache`, which maps nested ones"
         )
-        if teacher.tokenizer.fingerprint() != dataset.tokenizer_fingerprint:
-            raise UsageError(
-                f"a live teacher must share the dataset's tokenizer, and {config.teacher}'s differs from the one of "
-                f"{dataset.folder}. Prepare the data with the teacher's, or use `xinslm cache`, which maps nested ones"
-            )
-        if teacher.max_length < config.max_seq_length:
-            raise UsageError(
-                f"max_seq_length is {config.max_seq_length}, but teacher {config.teacher} has a context of "
-                f"{teacher.max_length} tokens"
-            )
-        source = LiveTargets(teacher)
-        return _Teaching(config.loss, source, source, (("teacher", teacher.fingerprint),))
-    assert config.cache is not None
-    cache = Cache(config.cache)
+    if teacher.max_length < config.max_seq_length:
+        raise UsageError(
+            f"max_seq_length is {config.max_seq_length}, but teacher {config.teacher} has a context of "
+            f"{teacher.max_length} tokens"
+        )
+    source = LiveTargets(teacher)
+    return _Teaching(config.loss, source, source, (("teacher", teacher.fingerprint),))
+
+
+def _cached(config: DistillConfig, dataset: Dataset, folder: Path) -> _Teaching:
+    cache, loss, warnings = Cache(folder), config.loss, []
     cache.require_dataset(dataset.fingerprint, dataset.folder)
-    loss, warnings = config.loss, []
+    if config.teacher is not None:
+        cache.require_teacher(model_fingerprint(resolve_model(config.teacher)), config.teacher)
     if loss.temperature_mode == "full" and loss.temperature not in (1.0, cache.format.temperature):
         raise UsageError(
-            f"loss.temperature is {loss.temperature} in mode full, but cache {config.cache} stores the normaliser for "
+            f"loss.temperature is {loss.temperature} in mode full, but cache {folder} stores the normaliser for "
             f"{cache.format.temperature}: use that, mode decoupled, or `xinslm cache --temperature {loss.temperature}`"
         )
     cached_length = cache.manifest["config"]["max_seq_length"]
@@ -182,11 +187,10 @@ def _teaching(config: PretrainConfig, dataset: Dataset, device: torch.device) ->
             f"the teacher saw contexts of {cached_length} tokens when it was cached, the student sees "
             f"{config.max_seq_length}"
         )
-    splits = {name: cache.split(name) for name in ("train", "validation")}
-    assert splits["train"] is not None
-    held_out = CachedTargets(splits["validation"]) if splits["validation"] is not None else None
-    inputs = (("cache", manifest_fingerprint(config.cache)),)
-    return _Teaching(loss, CachedTargets(splits["train"]), held_out, inputs, tuple(warnings))
+    records, held_out = cache.split("train"), cache.split("validation")
+    assert records is not None, "every dataset has a train split"
+    sources = CachedTargets(records), CachedTargets(held_out) if held_out is not None else None
+    return _Teaching(loss, *sources, (("cache", manifest_fingerprint(folder)),), tuple(warnings))
 
 
 def _start(config: PretrainConfig, dataset: Dataset, tokenizer: Any) -> Transformer:

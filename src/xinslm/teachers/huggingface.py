@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from xinslm.errors import UsageError, XinslmError
+from xinslm.files import read_json
 from xinslm.model.files import model_fingerprint, resolve_model
 
 
@@ -40,6 +41,8 @@ class HuggingFaceTeacher:
         self.tokenizer = load_tokenizer(self.folder)
         self.vocab_size = self.tokenizer.vocab_size
         self.device = torch.device(device)
+        settings = read_json(self.folder / "config.json")
+        self._require_rows(settings.get("vocab_size") or settings.get("text_config", {}).get("vocab_size"))
         logging.disable_progress_bar()
         try:
             model: Any = AutoModelForCausalLM.from_pretrained(
@@ -54,18 +57,21 @@ class HuggingFaceTeacher:
         self.model: Any = model.to(self.device).eval().requires_grad_(False)
         self.max_length: int = getattr(self.model.config, "max_position_embeddings", None) or 1 << 30
         head = self.model.get_output_embeddings()
-        rows = head.weight.shape[0] if head is not None else 0
-        if rows < self.vocab_size:
-            raise XinslmError(
-                f"teacher {name}: its tokenizer has {self.vocab_size} ids, its output only {rows} rows; "
-                f"the tokenizer belongs to another model"
-            )
+        self._require_rows(None if head is None else head.weight.shape[0])
         self._split = self._head_is_plain()
 
     @property
     def fingerprint(self) -> str:
         """Hash of the weights and the shape."""
         return model_fingerprint(self.folder)
+
+    def _require_rows(self, rows: int | None) -> None:
+        """Raise XinslmError if the output has fewer rows than the tokenizer has ids."""
+        if rows is not None and rows < self.vocab_size:
+            raise XinslmError(
+                f"teacher {self.name}: its tokenizer has {self.vocab_size} ids, its output only {rows} rows; "
+                f"the tokenizer belongs to another model"
+            )
 
     def _head_is_plain(self) -> bool:
         ids = torch.arange(8, device=self.device)[None] % self.vocab_size
