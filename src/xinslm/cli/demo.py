@@ -83,8 +83,11 @@ def commands(config: DemoConfig) -> list[str]:
         f"evaluate {d}/student {evaluated} --name student",
         f"evaluate {d}/undistilled {evaluated} --name 'student without teacher'",
         f"evaluate {d}/student-4bit {evaluated} --name 'student, 4-bit'",
-        *(f"generate {d}/student-4bit --prompt {shlex.quote(p)} {sample} --name 'student, 4-bit'" for p in PROMPTS),
-        f"generate {d}/teacher --prompt {shlex.quote(PROMPTS[0])} {sample} --name teacher",
+        *(
+            f"generate {d}/{folder} --prompt {shlex.quote(prompt)} {sample} --name '{name}: {prompt}'"
+            for prompt in PROMPTS
+            for name, folder in (("teacher", "teacher"), ("student, 4-bit", "student-4bit"))
+        ),
         f"report {d}/student --compare {d}/undistilled {d}/teacher",
     ]
     return lines

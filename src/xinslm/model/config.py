@@ -65,6 +65,11 @@ class ModelConfig:
                 f"num_key_value_heads ({self.num_key_value_heads}) must divide num_attention_heads "
                 f"({self.num_attention_heads})"
             )
+        if self.num_attention_heads > 0 and self.hidden_size % self.num_attention_heads:
+            wrong.append(
+                f"hidden_size ({self.hidden_size}) must be a multiple of num_attention_heads "
+                f"({self.num_attention_heads}), or transformers refuses the model"
+            )
         if self.head_dim < 2 or self.head_dim % 2:
             wrong.append(f"head_dim is {self.head_dim}, but the rotary embedding needs an even number")
         if self.sliding_window is not None and self.sliding_window < 1:

@@ -1,0 +1,151 @@
+"""What quantization costs a model, and what each part of GPTQ brings, in the same bytes.
+
+    python benchmarks/quantization.py --model MODEL --data DATASET > quantization.jsonl
+
+Each variant quantizes MODEL with rows of DATASET's train split and is measured on the whole validation split against
+the unquantized model: KL divergence a token (nats), how often the most likely token is the same, bits per byte. The
+unquantized model is its own first row; its KL is exactly 0, which checks the measuring. One JSON line a variant; the
+seeds of a calibrated variant choose other calibration rows.
+"""
+
+import argparse
+import json
+import math
+import platform
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from xinslm.data.dataset import open_dataset
+from xinslm.data.packing import Batch, PackedRows
+from xinslm.model.files import load_config, load_model, resolve_model
+from xinslm.model.transformer import Transformer
+from xinslm.quantize.calibration import read_rows
+from xinslm.quantize.canonical import load_quantized
+from xinslm.quantize.grids import Q4_0, decode, encode, fit_scales
+from xinslm.quantize.pipeline import Quantization
+from xinslm.quantize.run import write_folder
+from xinslm.quantize.stream import WeightReader
+from xinslm.tokenizer.load import load_tokenizer
+
+ROWS_A_BATCH = 4
+VARIANTS: list[tuple[str, dict[str, Any]]] = [
+    ("Q8_0", {"bits": 8}),
+    ("Q4_0, nearest, largest weight / -8 (llama.cpp's rule)", {"search": False}),
+    ("Q4_0, nearest, searched scales", {}),
+    ("Q4_0, GPTQ, largest weight / -8", {"rows": True, "search": False, "act_order": False}),
+    ("Q4_0, GPTQ, largest weight / -8, act-order", {"rows": True, "search": False}),
+    ("Q4_0, GPTQ, searched scales", {"rows": True, "act_order": False}),
+    ("Q4_0, GPTQ, searched scales, act-order (the default)", {"rows": True}),
+]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", type=Path, required=True, help="model folder, not quantized")
+    parser.add_argument("--data", type=Path, required=True, help="dataset folder made with the model's tokenizer")
+    parser.add_argument("--calibration-rows", type=int, default=128)
+    parser.add_argument("--seeds", type=int, default=3, help="draws of calibration rows for the default variant")
+    parser.add_argument("--only", default="", help="measure only variants whose name holds this text")
+    options = parser.parse_args()
+    source = resolve_model(options.model)
+    config = load_config(source)
+    length = min(config.max_position_embeddings, 512)
+    split = open_dataset(options.data).split("validation")
+    rows = PackedRows(split, length)
+    batches = [rows.batch(np.arange(i, min(i + ROWS_A_BATCH, len(rows)))) for i in range(0, len(rows), ROWS_A_BATCH)]
+    num_bytes = int(split.document_bytes.sum())
+    fingerprint = load_tokenizer(source).fingerprint()
+    original = load_model(source)
+    report(original, original, batches, num_bytes, {"variant": "not quantized", "model": source.name})
+    report_scale_precision(original)
+    for name, changes in VARIANTS:
+        if options.only not in name:
+            continue
+        seeds = range(options.seeds if name.endswith("(the default)") else 1)
+        for seed in seeds:
+            settings = dict(changes)
+            bits = settings.pop("bits", 4)
+            calibration: list[Batch] = []
+            if settings.pop("rows", False):
+                calibration, _ = read_rows(options.data, fingerprint, config, options.calibration_rows, length, seed)
+            with tempfile.TemporaryDirectory() as folder, torch.no_grad():
+                start = time.perf_counter()
+                work = Quantization(config, WeightReader(source), bits, calibration, **settings)
+                write_folder(work, source, Path(folder), {}, {}, "benchmark")
+                seconds = time.perf_counter() - start
+                facts = {
+                    "variant": name,
+                    "seed": seed,
+                    "calibration_rows": len(calibration) and options.calibration_rows,
+                }
+                report(
+                    original, load_quantized(Path(folder)), batches, num_bytes,
+                    facts | {"quantize_seconds": round(seconds, 1)},
+                )  # fmt: skip
+
+
+@torch.no_grad()
+def report(
+    original: Transformer, model: Transformer, batches: list[Batch], num_bytes: int, facts: dict[str, Any]
+) -> None:
+    """Print one JSON line: divergence and bits per byte of `model` over all validation rows."""
+    totals = {"kl": 0.0, "same": 0.0, "nats": 0.0}
+    tokens = targets = 0
+    for batch in batches:
+        labels = torch.from_numpy(batch.labels)
+        keep = torch.from_numpy(batch.segments >= 0)
+        p, q = _logprobs(original, batch)[keep], _logprobs(model, batch)[keep]
+        totals["kl"] += float((p.exp() * (p - q)).sum(-1).double().sum())
+        totals["same"] += float((p.argmax(-1) == q.argmax(-1)).sum())
+        wanted = labels[keep]
+        counted = wanted >= 0
+        totals["nats"] -= float(q[counted].gather(1, wanted[counted, None]).double().sum())
+        tokens, targets = tokens + len(p), targets + int(counted.sum())
+    print(
+        json.dumps(
+            facts
+            | {
+                "kl": totals["kl"] / tokens,
+                "same_top": totals["same"] / tokens,
+                "nats_per_token": totals["nats"] / targets,
+                "bits_per_byte": totals["nats"] / math.log(2) / num_bytes,
+                "tokens": tokens,
+                "machine": platform.processor() or platform.machine(),
+                "threads": torch.get_num_threads(),
+            }
+        ),
+        flush=True,
+    )
+
+
+def _logprobs(model: Transformer, batch: Batch) -> Tensor:
+    ids, positions, segments = (torch.from_numpy(a) for a in (batch.input_ids, batch.positions, batch.segments))
+    return model.logits(model.hidden(ids, positions, segments)).float().log_softmax(-1)
+
+
+def report_scale_precision(model: Transformer) -> None:
+    """Print the squared error of nearest rounding with scales of 11 and of 8 significant bits."""
+    weights = [w.detach() for name, w in model.named_parameters() if name.endswith("_proj.weight")]
+    weights = [w for w in weights if w.shape[1] % 32 == 0]
+
+    def error(bf16_exact: bool) -> float:
+        return sum(_squared_error(w, lambda w: fit_scales(w, Q4_0, bf16_exact=bf16_exact)) for w in weights)
+
+    float16, bfloat16 = error(False), error(True)
+    print(json.dumps({"squared_error_of_8_bit_scales_over_11_bit": bfloat16 / float16}), flush=True)
+
+
+def _squared_error(weight: Tensor, fit: Callable[[Tensor], Tensor]) -> float:
+    scales = fit(weight)
+    return float((weight - decode(encode(weight, scales, Q4_0), scales)).double().square().sum())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Formats of other people's runtimes, one file each."""

@@ -1,0 +1,23 @@
+"""Options of `xinslm export`."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+
+@dataclass(frozen=True)
+class GgufConfig:
+    """Write a model as one GGUF file for llama.cpp, Ollama and LM Studio."""
+
+    model: Annotated[Path, tyro.conf.Positional]
+    """Quantized folder, model folder, run folder (its best checkpoint) or Hub name."""
+    output_path: Annotated[Path, tyro.conf.arg(aliases=["-o"])]
+    """File to write, by custom ending in .gguf."""
+    dtype: Literal["f32", "f16", "bf16"] | None = None
+    """Type of the matrices of an unquantized model, f16 where not given; a quantized one keeps its own."""
+    run: Path | None = None
+    """Run folder whose report lists the file."""
+    force: bool = False
+    """Replace the file where it exists."""

@@ -1,0 +1,125 @@
+"""The canonical quantized folder: int4 or int8 codes and one fp16 scale per 32 weights, in safetensors.
+
+Every runtime's format is transcribed from this one without rounding again. For a weight `NAME.weight` of
+(rows, columns) the file holds `NAME.codes` (uint8 (rows, columns / 2) in Q4_0's nibble order, or int8 (rows,
+columns)) and `NAME.scales` (float16 (rows, columns / 32)); norms, and weights whose rows are no multiple of
+32, stand there plainly.
+
+    for name, weight in dequantized_tensors(folder): ...
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from xinslm.errors import XinslmError
+from xinslm.files import MANIFEST, read_json, read_manifest
+from xinslm.model.config import ModelConfig
+from xinslm.model.files import WEIGHTS, load_config, open_tensors, rebuild_buffers
+from xinslm.model.transformer import Transformer
+from xinslm.quantize.grids import BLOCK, GRIDS, Q4_0, decode, to_ggml, unpack_nibbles
+
+KIND, VERSION = "quantized", 1
+_MADE_BY = "xinslm quantize"
+_PLAIN = {"f16": torch.float16, "f32": torch.float32}
+
+
+@dataclass(frozen=True)
+class StoredWeight:
+    """One weight as it lies in the folder."""
+
+    format: str
+    """'q4_0', 'q8_0', 'f16' or 'f32'."""
+    shape: tuple[int, ...]
+    """Shape of the weight that is meant."""
+    data: Tensor
+    """Codes as stored (packed uint8, or int8), or the plain tensor."""
+    scales: Tensor | None
+    """Float16 (rows, columns / 32); None for a plain tensor."""
+
+    def dequantize(self) -> Tensor:
+        """Give the weight in float32."""
+        if self.scales is None:
+            return self.data.float()
+        return decode(unpack_nibbles(self.data) if self.format == Q4_0.name else self.data, self.scales)
+
+    def ggml_rows(self) -> np.ndarray:
+        """Give codes and scales as llama.cpp's blocks, uint8 (rows, bytes), or the plain array."""
+        return self.data.numpy() if self.scales is None else to_ggml(self.data, self.scales)
+
+
+class QuantizedModel:
+    """An opened quantized folder; weights are read when they are asked for."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = Path(folder)
+        self.manifest: dict[str, Any] = read_manifest(self.folder, KIND, VERSION, _MADE_BY)
+        self.config: ModelConfig = load_config(self.folder)
+        self.formats: dict[str, str] = {f"{name}.weight": kind for name, kind in self.manifest["formats"].items()}
+        """Format of every weight, by its Hugging Face parameter name."""
+        self._file = open_tensors(self.folder / WEIGHTS)
+        with torch.device("meta"):
+            self.shapes = {name: tuple(w.shape) for name, w in Transformer(self.config).state_dict().items()}
+        if self.formats.keys() != self.shapes.keys():
+            odd = sorted(self.formats.keys() ^ self.shapes.keys())
+            raise XinslmError(f"{folder}: weight '{odd[0]}' is in only one of config.json and {MANIFEST}")
+
+    def read(self, name: str) -> StoredWeight:
+        """Read one weight by its Hugging Face name; XinslmError where it is not what it should be."""
+        kind, shape, stem = self.formats[name], self.shapes[name], name.removesuffix(".weight")
+        if kind in _PLAIN:
+            return StoredWeight(kind, shape, self._tensor(name, _PLAIN[kind], shape), None)
+        if kind not in GRIDS:
+            raise XinslmError(f"{self.folder / MANIFEST}: '{stem}' has the unknown format '{kind}'")
+        scales = self._tensor(f"{stem}.scales", torch.float16, (shape[0], shape[1] // BLOCK))
+        if not torch.isfinite(scales).all():
+            raise XinslmError(f"{self.folder / WEIGHTS}: '{stem}.scales' holds NaN or infinity; quantize again")
+        if kind == Q4_0.name:
+            codes = self._tensor(f"{stem}.codes", torch.uint8, (shape[0], shape[1] // 2))
+        else:
+            codes = self._tensor(f"{stem}.codes", torch.int8, shape)
+        return StoredWeight(kind, shape, codes, scales)
+
+    def _tensor(self, name: str, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
+        if name not in self._file.keys():  # noqa: SIM118 - not a dict
+            raise XinslmError(f"{self.folder / WEIGHTS} has no '{name}'; quantize again with `{_MADE_BY}`")
+        tensor: Tensor = self._file.get_tensor(name)
+        if tensor.dtype != dtype or tuple(tensor.shape) != shape:
+            raise XinslmError(
+                f"{self.folder / WEIGHTS}: '{name}' is {tensor.dtype} {tuple(tensor.shape)}, "
+                f"but must be {dtype} {shape}; quantize again with `{_MADE_BY}`"
+            )
+        return tensor
+
+
+def is_quantized(folder: Path) -> bool:
+    """Whether a folder says of itself that it holds a quantized model."""
+    path = Path(folder) / MANIFEST
+    return path.is_file() and read_json(path).get("kind") == KIND
+
+
+def open_quantized(folder: Path) -> QuantizedModel:
+    """Open a folder `xinslm quantize` wrote; UsageError where it is none, XinslmError where damaged."""
+    return QuantizedModel(folder)
+
+
+def dequantized_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
+    """Give each weight by its Hugging Face name in float32, one at a time."""
+    model = open_quantized(folder)
+    for name in model.formats:
+        yield name, model.read(name).dequantize()
+
+
+def load_quantized(folder: Path, dtype: torch.dtype = torch.float32) -> Transformer:
+    """Load a quantized folder into the PyTorch model, its weights dequantized to `dtype`."""
+    with torch.device("meta"):
+        model = Transformer(load_config(folder))
+    weights = {name: weight.to(dtype) for name, weight in dequantized_tensors(folder)}
+    model.load_state_dict(weights, assign=True)
+    rebuild_buffers(model)
+    return model.eval()

@@ -1,0 +1,54 @@
+"""Options of `xinslm quantize`."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from xinslm.errors import UsageError
+
+
+@dataclass(frozen=True)
+class QuantizeConfig:
+    """Turn a model's weights into 4-bit or 8-bit codes with one fp16 scale per 32 weights."""
+
+    model: Annotated[Path, tyro.conf.Positional]
+    """Model folder, run folder (its best checkpoint) or Hub name to quantize."""
+    output_dir: Annotated[Path, tyro.conf.arg(aliases=["-o"])]
+    """Folder to write: codes, scales, config and tokenizer."""
+    data_path: Path | None = None
+    """Dataset folder made with this model's tokenizer; its train split calibrates GPTQ (4 bits)."""
+    bits: int = 4
+    """Bits a weight of the linear layers, 4 or 8; embedding and head have 8 bits either way."""
+    method: Literal["gptq", "rtn"] = "gptq"
+    """gptq feeds rounding errors forward (needs --data-path), rtn rounds to nearest; 8 bits always round."""
+    calibration_rows: int = 128
+    """Number of packed rows of the train split that calibrate GPTQ."""
+    calibration_length: int | None = None
+    """Tokens a calibration row; the model's context, at most 512, where not given."""
+    seed: int = 0
+    """Chooses which rows calibrate."""
+    run: Path | None = None
+    """Run folder whose report lists the result."""
+    force: bool = False
+    """Replace what stands at the output folder."""
+
+    def check(self) -> None:
+        """Raise UsageError where the options contradict each other."""
+        if self.bits not in (4, 8):
+            raise UsageError(f"--bits is {self.bits}, but must be 4 or 8")
+        if self.calibration_rows < 1:
+            raise UsageError(f"--calibration-rows is {self.calibration_rows}, but must be at least 1")
+        if self.calibration_length is not None and self.calibration_length < 1:
+            raise UsageError(f"--calibration-length is {self.calibration_length}, but must be at least 1")
+        if self.calibrates and self.data_path is None:
+            raise UsageError(
+                "GPTQ at 4 bits needs text to calibrate on: add --data-path DATASET (a folder that "
+                "`xinslm prepare` made), or choose --method rtn, which needs none and loses more"
+            )
+
+    @property
+    def calibrates(self) -> bool:
+        """Whether calibration text is used."""
+        return self.bits == 4 and self.method == "gptq"

@@ -1,0 +1,149 @@
+"""GPTQ (Frantar et al., arXiv:2210.17323) on llama.cpp's Q4_0 grid.
+
+Columns are rounded one after another; each column's error is moved onto the columns not yet rounded, by the
+inverse Hessian of the layer's squared output error. Scales are fixed beforehand from the original weights
+("static groups"), so columns may be taken in order of importance ("act-order") and the codes still go back to
+their own places. The result is never worse than rounding to nearest, by the layer's own loss: where it is,
+that is kept instead.
+
+    hessian = Hessian(columns); hessian.add(inputs)
+    result = quantize_weight(weight, factorise(hessian.mean()))
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from xinslm.quantize.grids import BLOCK, Q4_0, decode, encode, fit_scales
+
+DAMPING_LADDER = (0.01, 0.02, 0.05, 0.1)
+_CHUNK_ROWS = 2048
+_LAZY_COLUMNS = 128
+
+
+class Hessian:
+    """Sum of X^T X over a layer's inputs: products in float32 a chunk, chunks summed in float64."""
+
+    def __init__(self, columns: int) -> None:
+        self.sum = torch.zeros(columns, columns, dtype=torch.float64)
+        self.tokens = 0
+
+    def add(self, inputs: Tensor) -> None:
+        """Take in inputs (tokens, columns); leave padding out."""
+        for chunk in inputs.float().split(_CHUNK_ROWS):
+            self.sum += chunk.T @ chunk
+        self.tokens += len(inputs)
+
+    def mean(self) -> Tensor:
+        """Average over tokens, float64 (columns, columns)."""
+        return self.sum / max(self.tokens, 1)
+
+
+@dataclass(frozen=True)
+class Factor:
+    """What all weights that read the same inputs share."""
+
+    hessian: Tensor
+    """Mean of X^T X, float32 (columns, columns)."""
+    order: Tensor
+    """Columns in the order they are rounded, int64."""
+    upper: Tensor
+    """Upper Cholesky factor of the damped inverse Hessian, float32, in `order`."""
+    importance: Tensor
+    """1 / diag(H^-1), float32 (columns,): what an error in a column costs after the others make up for it."""
+    damping: float
+    """Share of the mean diagonal that was added to make the Hessian invertible."""
+
+
+def factorise(hessian: Tensor, act_order: bool = True) -> Factor | None:
+    """Invert and factorise a float64 Hessian (columns, columns); None where no damping allows that."""
+    diagonal = hessian.diagonal()
+    mean = float(diagonal.mean())
+    if not torch.isfinite(hessian).all() or mean <= 0:
+        return None
+    order = diagonal.argsort(descending=True, stable=True) if act_order else torch.arange(len(hessian))
+    ordered = hessian[order[:, None], order]
+    dead = ordered.diagonal() == 0  # inputs that were always zero: their weights are rounded, not dropped
+    for damping in DAMPING_LADDER:
+        damped = ordered.clone()
+        damped.diagonal().add_(damping * mean)
+        damped.diagonal()[dead] = mean
+        lower, failed = torch.linalg.cholesky_ex(damped)
+        if failed:
+            continue
+        del damped
+        inverse = torch.cholesky_inverse(lower)
+        del lower
+        importance = torch.empty(len(hessian))
+        importance[order] = inverse.diagonal().reciprocal().float()
+        upper, failed = torch.linalg.cholesky_ex(inverse, upper=True)
+        if not failed and torch.isfinite(upper).all() and torch.isfinite(importance).all():
+            return Factor(hessian.float(), order, upper.float(), importance, damping)
+    return None
+
+
+@dataclass(frozen=True)
+class QuantizedLinear:
+    """Codes and scales of one weight matrix, and what they cost."""
+
+    codes: Tensor
+    """Int8 (rows, columns)."""
+    scales: Tensor
+    """Float32 values that float16 holds exactly, (rows, columns / 32)."""
+    method: Literal["gptq", "rtn"]
+    """What made the codes that were kept."""
+    loss: float | None = None
+    """Mean squared output error a token, tr(E H E^T); None where there is no Hessian."""
+    rtn_loss: float | None = None
+    """The same of rounding to nearest with the same kind of scales."""
+
+
+def round_to_nearest(weight: Tensor, search: bool = True) -> QuantizedLinear:
+    """Quantize float32 weights (rows, columns) without looking at inputs."""
+    scales = fit_scales(weight, Q4_0, search=search)
+    return QuantizedLinear(encode(weight, scales, Q4_0), scales, "rtn")
+
+
+def quantize_weight(weight: Tensor, factor: Factor | None, search: bool = True) -> QuantizedLinear:
+    """Quantize float32 weights (rows, columns) by GPTQ, or to nearest where that has the smaller layer loss.
+
+    `search` chooses scales by weighted squared error; without it they are the largest weight over -8.
+    """
+    nearest = round_to_nearest(weight, search)
+    if factor is None:
+        return nearest
+    rtn_loss = layer_loss(weight, decode(nearest.codes, nearest.scales), factor.hessian)
+    scales = fit_scales(weight, Q4_0, factor.importance, search)
+    codes = feed_back_errors(weight, scales, factor)
+    loss = layer_loss(weight, decode(codes, scales), factor.hessian)
+    if loss <= rtn_loss:
+        return QuantizedLinear(codes, scales, "gptq", loss, rtn_loss)
+    return QuantizedLinear(nearest.codes, nearest.scales, "rtn", rtn_loss, rtn_loss)
+
+
+def feed_back_errors(weight: Tensor, scales: Tensor, factor: Factor) -> Tensor:
+    """Choose int8 codes (rows, columns) for fixed scales: all rows at once, updates in blocks of 128."""
+    order, upper = factor.order, factor.upper
+    work = weight.T[order].contiguous()  # (columns, rows): a column's weights lie together
+    groups, codes = scales.T[order // BLOCK], torch.empty_like(work, dtype=torch.int8)
+    for start in range(0, len(work), _LAZY_COLUMNS):
+        stop = min(start + _LAZY_COLUMNS, len(work))
+        errors = torch.empty_like(work[start:stop])
+        for i in range(start, stop):
+            chosen = (work[i] / groups[i]).round_().clamp_(Q4_0.lowest, Q4_0.highest)
+            codes[i] = chosen
+            error = (work[i] - chosen * groups[i]) / upper[i, i]
+            errors[i - start] = error
+            work[i + 1 : stop].addr_(upper[i, i + 1 : stop], error, alpha=-1)
+        work[stop:].addmm_(upper[start:stop, stop:].T, errors, alpha=-1)
+    restored = torch.empty_like(codes)
+    restored[order] = codes
+    return restored.T.contiguous()
+
+
+def layer_loss(weight: Tensor, quantized: Tensor, hessian: Tensor) -> float:
+    """Mean squared output error a token, tr((W - Q) H (W - Q)^T), of float32 (rows, columns) weights."""
+    error = weight - quantized
+    return float(((error @ hessian) * error).sum(dtype=torch.float64))

@@ -1,0 +1,200 @@
+"""The quantization of one model, streamed: one layer in memory at a time.
+
+Within a layer the order is q, k, v -> o -> gate, up -> down, each step fitted to inputs that the earlier
+steps' codes produce. Linear layers get Q4_0 codes by GPTQ; the embedding (and an untied head) gets Q8_0,
+because a 4-bit table would cost as much quality as the whole body. What no grid can hold stays at 16 bits,
+and a note says so.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from xinslm.data.packing import Batch
+from xinslm.model.config import ModelConfig
+from xinslm.model.files import WEIGHTS
+from xinslm.model.transformer import Block, Transformer
+from xinslm.progress import Listener, Progress, ignore
+from xinslm.quantize.calibration import Calibration
+from xinslm.quantize.gptq import Factor, QuantizedLinear, factorise, quantize_weight
+from xinslm.quantize.grids import (
+    BLOCK,
+    Q4_0,
+    Q8_0,
+    Grid,
+    check_range,
+    decode,
+    encode,
+    fit_scales,
+    pack_nibbles,
+)
+from xinslm.quantize.stream import SafetensorsWriter, WeightReader
+
+LINEARS = {
+    "self_attn": (("q_proj", "k_proj", "v_proj"), ("o_proj",)),
+    "mlp": (("gate_proj", "up_proj"), ("down_proj",)),
+}
+"""The linears of each half of a block in the order they are quantized; those in one group read the same inputs."""
+_TABLE_ROWS = 8192
+
+
+class Quantization:
+    """One run: reads weights from `reader`, quantizes, writes `model.safetensors` into `folder`.
+
+    `batches` are the calibration rows; without any, weights are rounded to nearest. `act_order` and `search` are off
+    only where it is measured what each of them brings.
+    """
+
+    def __init__(
+        self,
+        model: ModelConfig,
+        reader: WeightReader,
+        bits: int,
+        batches: list[Batch],
+        on_progress: Listener = ignore,
+        act_order: bool = True,
+        search: bool = True,
+    ) -> None:
+        self.act_order, self.search = act_order, search
+        self.model, self.reader, self.on_progress = model, reader, on_progress
+        self.grid = Q4_0 if bits == 4 else Q8_0
+        self.batches = batches
+        with torch.device("meta"):
+            self.shapes = {name: tuple(w.shape) for name, w in Transformer(model).state_dict().items()}
+        self.formats: dict[str, str] = {}
+        """Format by weight name without '.weight'."""
+        self.losses: dict[str, dict[str, Any]] = {}
+        """Method and layer losses of each calibrated linear."""
+        self._noted: dict[str, list[str]] = {}
+        self._calibration: Calibration | None = None
+
+    @property
+    def notes(self) -> list[str]:
+        """What was done otherwise than asked, a sentence a reason with the weights it concerns."""
+        return [
+            f"{names[0]}{f' and {len(names) - 1} more' if len(names) > 1 else ''}: {reason}"
+            for reason, names in self._noted.items()
+        ]
+
+    @torch.no_grad()
+    def write(self, folder: Path) -> None:
+        """Quantize everything into the folder's safetensors file."""
+        layers = self.model.num_hidden_layers
+        stems = [name.removesuffix("weight") for name in self.shapes]
+        with SafetensorsWriter(
+            folder / WEIGHTS, [stem + end for stem in stems for end in ("codes", "scales")]
+        ) as self._out:
+            look_up = self._table("model.embed_tokens.weight")
+            if self.batches:
+                states = [look_up(torch.from_numpy(batch.input_ids)) for batch in self.batches]
+                self._calibration = Calibration(self.model, self.batches, states)
+            for layer in range(layers):
+                self.on_progress(Progress("quantize", layer, layers, "layers"))
+                self._layer(layer)
+            self._plain("model.norm.weight", self.reader.read("model.norm.weight", self.shapes["model.norm.weight"]))
+            if not self.model.tie_word_embeddings:
+                self._table("lm_head.weight")
+        self.on_progress(Progress("quantize", layers, layers, "layers"))
+
+    def _layer(self, index: int) -> None:
+        """Quantize one block, and move the calibration rows through it."""
+        prefix = f"model.layers.{index}."
+        names = [name for name in self.shapes if name.startswith(prefix)]
+        with torch.device("meta"):
+            block = Block(self.model, index)
+        weights = {name.removeprefix(prefix): self.reader.read(name, self.shapes[name]) for name in names}
+        block.load_state_dict(weights, assign=True)
+        for stem in ("input_layernorm", "post_attention_layernorm"):
+            self._plain(f"{prefix}{stem}.weight", weights[f"{stem}.weight"])
+        for part, groups in LINEARS.items():
+            half = block.get_submodule(part)
+            for group in groups:
+                linears = [cast(nn.Linear, half.get_submodule(stem)) for stem in group]
+                factor = self._factor(block, half, linears[0], f"{prefix}{part}.{group[0]}")
+                for stem, linear in zip(group, linears, strict=True):
+                    stored = self._linear(f"{prefix}{part}.{stem}", linear.weight.data, factor)
+                    linear.weight = nn.Parameter(stored)
+            if self._calibration is not None:
+                self._calibration.advance(block, half)
+
+    def _factor(self, block: Block, half: nn.Module, linear: nn.Linear, name: str) -> Factor | None:
+        """Factorise the Hessian of what a linear reads, or give None where there is nothing to calibrate."""
+        if self._calibration is None or linear.in_features % BLOCK:
+            return None
+        factor = factorise(self._calibration.hessian(block, half, linear).mean(), self.act_order)
+        if factor is None:
+            self._note(name, "no damping makes its inputs' Hessian invertible, rounded to nearest")
+        return factor
+
+    def _linear(self, name: str, weight: Tensor, factor: Factor | None) -> Tensor:
+        """Quantize and write one linear's float32 weight, and return what was stored, dequantized."""
+        if not self._fits(name, weight, self.grid):
+            return self._half(f"{name}.weight", weight)
+        if self.grid is Q8_0:
+            scales = fit_scales(weight, Q8_0)
+            result = QuantizedLinear(encode(weight, scales, Q8_0), scales, "rtn")
+        else:
+            result = quantize_weight(weight, factor, self.search)
+        if factor is not None:
+            self.losses[name] = {"method": result.method, "loss": result.loss, "rtn_loss": result.rtn_loss}
+            if result.method == "rtn":
+                self._note(name, "GPTQ did not beat rounding to nearest, which was kept")
+        codes = pack_nibbles(result.codes) if self.grid is Q4_0 else result.codes
+        self._coded(name, self.grid, codes, result.scales)
+        return decode(result.codes, result.scales)
+
+    def _table(self, name: str) -> Callable[[Tensor], Tensor]:
+        """Write the embedding or head at 8 bits, some rows at a time; return a lookup of what was stored."""
+        shape, stem = self.shapes[name], name.removesuffix(".weight")
+        starts = range(0, shape[0], _TABLE_ROWS)
+        parts = [(start, min(start + _TABLE_ROWS, shape[0])) for start in starts]
+        if not all(self._fits(stem, self.reader.read_rows(name, shape, *part), Q8_0) for part in parts):
+            kept = self._half(name, self.reader.read(name, shape))
+            return lambda ids: kept[ids]
+        codes, scales = torch.empty(shape, dtype=torch.int8), torch.empty(shape[0], shape[1] // BLOCK)
+        for start, stop in parts:
+            weight = self.reader.read_rows(name, shape, start, stop)
+            scales[start:stop] = fit_scales(weight, Q8_0)
+            codes[start:stop] = encode(weight, scales[start:stop], Q8_0)
+        self._coded(stem, Q8_0, codes, scales)
+        return lambda ids: decode(codes[ids].flatten(0, -2), scales[ids].flatten(0, -2)).view(*ids.shape, -1)
+
+    def _fits(self, name: str, weight: Tensor, grid: Grid) -> bool:
+        """Whether a matrix can have this grid; notes why not."""
+        if weight.shape[1] % BLOCK:
+            self._note(name, f"rows of {weight.shape[1]} are no multiple of {BLOCK}, kept at 16 bits")
+            return False
+        report = check_range(weight, grid)
+        if not report.fits:
+            self._note(name, "magnitudes that float16 scales cannot hold, kept unquantized")
+        elif report.small_blocks:
+            self._note(name, "some blocks are too small for a fine float16 scale")
+        return report.fits
+
+    def _coded(self, name: str, grid: Grid, codes: Tensor, scales: Tensor) -> None:
+        self.formats[name] = grid.name
+        self._out.add(f"{name}.codes", codes)
+        self._out.add(f"{name}.scales", scales.half())
+
+    def _plain(self, name: str, weight: Tensor) -> None:
+        self.formats[name.removesuffix(".weight")] = "f32"
+        self._out.add(name, weight)
+
+    def _half(self, name: str, weight: Tensor) -> Tensor:
+        """Write a weight in float16, or in float32 where float16 loses it; return what was stored."""
+        half = weight.half()
+        lost = (half.float() - weight).double().square().sum()
+        if not torch.isfinite(half).all() or lost > 1e-6 * weight.double().square().sum():
+            self._plain(name, weight)
+            return weight
+        self.formats[name.removesuffix(".weight")] = "f16"
+        self._out.add(name, half)
+        return half.float()
+
+    def _note(self, name: str, reason: str) -> None:
+        names = self._noted.setdefault(reason, [])
+        if name not in names:
+            names.append(name)

@@ -1,0 +1,142 @@
+"""`xinslm quantize`: a model folder in, the canonical quantized folder out (see `pipeline` for how).
+
+run(QuantizeConfig(model=Path("model"), output_dir=Path("model-4bit"), data_path=Path("dataset")))
+"""
+
+import math
+import shutil
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from xinslm.config import to_dict
+from xinslm.data.packing import Batch
+from xinslm.errors import UsageError
+from xinslm.files import new_folder, refuse_existing, write_manifest
+from xinslm.model.config import ModelConfig
+from xinslm.model.files import WEIGHTS, load_config, model_fingerprint, resolve_model
+from xinslm.progress import Listener, ignore
+from xinslm.quantize.calibration import read_rows
+from xinslm.quantize.canonical import KIND, VERSION, is_quantized
+from xinslm.quantize.config import QuantizeConfig
+from xinslm.quantize.grids import GRIDS, Q4_0
+from xinslm.quantize.pipeline import Quantization
+from xinslm.quantize.stream import WeightReader
+from xinslm.runs import add_row, require_run
+
+_COPIED = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "tokenizer.model",
+    "vocab.json",
+    "merges.txt",
+)
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a quantization produced."""
+
+    folder: Path
+    formats: dict[str, tuple[int, int]]
+    """By format: number of weight tensors, number of weights."""
+    bits_per_weight: float
+    """Of all weights, scales and plain tensors included."""
+    file_bytes: int
+    source_bytes: int
+    loss_ratio: float | None
+    """Layer loss of GPTQ over rounding to nearest, geometric mean over the linears."""
+    notes: tuple[str, ...]
+
+    def describe(self) -> str:
+        """Say in a few lines what was written."""
+        lines = [
+            f"{kind:<7}{tensors:>5} tensors {weights:>15,} weights"
+            for kind, (tensors, weights) in sorted(self.formats.items())
+        ]
+        smaller = self.source_bytes / self.file_bytes
+        lines.append(
+            f"size   {self.file_bytes / 2**20:.2f} MiB, {self.bits_per_weight:.3f} bits a weight; "
+            f"source {self.source_bytes / 2**20:.2f} MiB, {smaller:.1f} times as large"
+        )
+        if self.loss_ratio is not None:
+            lines.append(f"loss   {self.loss_ratio:.3f} of what rounding to nearest costs a layer (geometric mean)")
+        lines += [f"note   {note}" for note in self.notes]
+        return "\n".join([*lines, f"output {self.folder}"])
+
+
+def run(config: QuantizeConfig, on_progress: Listener = ignore) -> Result:
+    """Quantize a model folder into the canonical folder."""
+    config.check()
+    refuse_existing(config.output_dir, config.force)
+    if config.run is not None:
+        require_run(config.run)
+    source = resolve_model(config.model)
+    if is_quantized(source):
+        raise UsageError(f"{source} is quantized already; quantize the model that it was made from")
+    model = load_config(source)
+    inputs = {"model": model_fingerprint(source)}
+    batches: list[Batch] = []
+    if config.calibrates:
+        batches, inputs["dataset"] = _calibration_rows(config, source, model)
+    work = Quantization(model, WeightReader(source), config.bits, batches, on_progress)
+    method = "gptq" if config.calibrates else "rtn"
+    with torch.no_grad(), new_folder(config.output_dir, config.force) as folder:
+        write_folder(work, source, folder, to_dict(config), inputs, method)
+    result = _result(work, config.output_dir)
+    if config.run is not None:
+        row = {"name": f"quantized {result.folder.name}", "path": str(result.folder)}
+        size = {"bytes": result.file_bytes, "bits_per_weight": result.bits_per_weight}
+        add_row(config.run, "files.json", row | size)
+    return result
+
+
+def write_folder(
+    work: Quantization, source: Path, folder: Path, config: dict[str, Any], inputs: dict[str, str], method: str
+) -> None:
+    """Quantize into an empty `folder`: weights, the source's config and tokenizer, manifest."""
+    work.write(folder)
+    for name in _COPIED:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, folder / name)
+    content: dict[str, Any] = {"method": method, "formats": work.formats, "layers": work.losses, "notes": work.notes}
+    write_manifest(folder, KIND, VERSION, config, inputs, bits=4 if work.grid is Q4_0 else 8, **content)
+
+
+def _calibration_rows(config: QuantizeConfig, source: Path, model: ModelConfig) -> tuple[list[Batch], str]:
+    """Read the calibration rows and the dataset's fingerprint."""
+    from xinslm.tokenizer.load import load_tokenizer
+
+    assert config.data_path is not None, "QuantizeConfig.check sees to it"
+    length = config.calibration_length or min(model.max_position_embeddings, 512)
+    if length > model.max_position_embeddings:
+        raise UsageError(
+            f"--calibration-length is {length}, but the model reads at most {model.max_position_embeddings}"
+        )
+    fingerprint = load_tokenizer(source).fingerprint()
+    return read_rows(config.data_path, fingerprint, model, config.calibration_rows, length, config.seed)
+
+
+def _result(work: Quantization, folder: Path) -> Result:
+    bits = {"f16": 16.0, "f32": 32.0} | {grid.name: grid.bits_per_weight for grid in GRIDS.values()}
+    tensors, weights = Counter(work.formats.values()), Counter[str]()
+    for name, kind in work.formats.items():
+        weights[kind] += math.prod(work.shapes[f"{name}.weight"])
+    ratios = [loss["loss"] / loss["rtn_loss"] for loss in work.losses.values() if loss["loss"] and loss["rtn_loss"]]
+    return Result(
+        folder,
+        {kind: (tensors[kind], weights[kind]) for kind in tensors},
+        sum(bits[kind] * count for kind, count in weights.items()) / sum(weights.values()),
+        (folder / WEIGHTS).stat().st_size,
+        work.reader.bytes,
+        math.exp(sum(map(math.log, ratios)) / len(ratios)) if ratios else None,
+        tuple(work.notes),
+    )
