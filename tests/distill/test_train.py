@@ -67,7 +67,7 @@ def trainer(world, micro=None, source=None, loss=None, model=None, **changes):
     config = world.distill(world.folder / "unused", micro_batch_size=micro, **changes)
     rows = PackedRows(open_dataset(world.data).split("train"), config.max_seq_length)
     if model is None:
-        model = Transformer(dataclasses.replace(load_config(world.teacher), hidden_size=32, head_dim=16))
+        model = Transformer(dataclasses.replace(load_config(world.teacher), hidden_size=36, head_dim=12))
         model.initialise(torch.Generator().manual_seed(0))
     return Trainer(model, config, loss or config.loss, rows, 8, source, CPU)
 
@@ -137,7 +137,7 @@ def test_prompts_are_not_trained_on(world, tmp_path):
     )
     split = open_dataset(tmp_path / "data").split("train")
     rows = PackedRows(split, 64)
-    model = Transformer(dataclasses.replace(load_config(world.teacher), hidden_size=32, head_dim=16))
+    model = Transformer(dataclasses.replace(load_config(world.teacher), hidden_size=36, head_dim=12))
     step = Trainer(
         model, world.pretrain(tmp_path / "r", batch_size=len(rows)), LossConfig(1.0, 0.0), rows, 2, None, CPU
     ).step(0)
