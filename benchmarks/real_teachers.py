@@ -25,12 +25,15 @@ RECIPES = {
         "prepare": "--data-path {data}/text/stories_train.jsonl.gz --validation-path {data}/text/stories_valid.jsonl.gz",
         "length": 256,
         "train": "--max-seq-length 256 --batch-size 16 --num-epochs 1 --learning-rate 4e-3 --validate-every 100",
-        "students": {"same vocabulary": (None, ONE_M), "nested 2,048": (2048, f"{ONE_M} --num-layers 7")},
+        "students": {
+            "same vocabulary": (None, ONE_M),
+            "nested 2,048": (2048, f"{ONE_M} --num-layers 7 --batch-size 8 --max-steps 270"),
+        },
     },
     "stories260K": {
         "prepare": "--data-path {data}/text/tinystories_docs.jsonl --document-end bos --validation-fraction 0.15",
         "length": 512,
-        "train": "--max-seq-length 512 --batch-size 8 --num-epochs 24 --learning-rate 4e-3 --validate-every 50",
+        "train": "--max-seq-length 512 --batch-size 8 --num-epochs 8 --learning-rate 4e-3 --validate-every 25",
         "students": {
             "same vocabulary": (
                 None,

@@ -14,8 +14,8 @@ from xinslm.demo.config import DemoConfig
 from xinslm.errors import XinslmError
 from xinslm.files import read_json, refuse_existing
 
-TEACHER = "--hidden-size 192 --num-layers 6 --num-heads 6 --num-kv-heads 3 --intermediate-size 512"
-STUDENT = "--hidden-size 96 --num-layers 4 --num-heads 3 --num-kv-heads 1 --intermediate-size 256"
+TEACHER = "--hidden-size 128 --num-layers 6 --num-heads 4 --num-kv-heads 2 --intermediate-size 384"
+STUDENT = "--hidden-size 64 --num-layers 4 --num-heads 2 --num-kv-heads 1 --intermediate-size 192"
 PROMPTS = ("One morning", "Yesterday, a little")
 
 
@@ -66,7 +66,7 @@ class DemoResult:
 def commands(config: DemoConfig) -> list[str]:
     """The command lines, in order, without the leading `xinslm`."""
     d = shlex.quote(str(config.output_dir))
-    train = f"--max-seq-length 256 --batch-size 16 --validate-every 100 --seed {config.seed}"
+    train = f"--max-seq-length 256 --batch-size 8 --learning-rate 4e-3 --seed {config.seed}"
     student = f"{train} {STUDENT} --max-steps {config.student_steps}"
     evaluated = f"--data-path {d}/data --run {d}/student"
     sample = f"--max-new-tokens 80 --seed {config.seed} --run {d}/student"
@@ -77,7 +77,8 @@ def commands(config: DemoConfig) -> list[str]:
         f"cache {d}/teacher --data-path {d}/data --output-dir {d}/cache --max-seq-length 256",
         f"distill --data-path {d}/data --cache {d}/cache --output-dir {d}/student {student}",
         f"pretrain --data-path {d}/data --output-dir {d}/undistilled {student}",
-        f"quantize {d}/student --data-path {d}/data --output-dir {d}/student-4bit --run {d}/student",
+        f"quantize {d}/student --data-path {d}/data --output-dir {d}/student-4bit --run {d}/student "
+        f"--calibration-rows 64",
         f"export gguf {d}/student-4bit --output-path {d}/student.gguf --run {d}/student",
         f"evaluate {d}/teacher {evaluated} --name teacher",
         f"evaluate {d}/student {evaluated} --name student",

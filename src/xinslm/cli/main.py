@@ -52,7 +52,7 @@ def _run(name: str, command: Command, words: list[str]) -> int:
     from xinslm.cli import live, present
 
     if command.present:
-        getattr(present, command.present)(command.load("run"), config)
+        getattr(present, command.present)(command.load("run"), config, main)
         return 0
     with live.listener() as on_progress:
         result = command.load("run")(config, on_progress)

@@ -1,11 +1,14 @@
 """Commands whose output is more than a few lines at the end: streamed text, a conversation, coloured tokens."""
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
+Entry = Callable[[Sequence[str]], int]
+"""The command line itself, for what runs further commands."""
 
-def stream_text(run: Callable[..., Any], config: Any) -> None:
+
+def stream_text(run: Callable[..., Any], config: Any, command: Entry) -> None:
     """Print a continuation as it comes, then its figures on the error stream, so that the text can be piped."""
 
     def write(text: str) -> None:
@@ -16,7 +19,7 @@ def stream_text(run: Callable[..., Any], config: Any) -> None:
     print(result.describe(), file=sys.stderr)
 
 
-def converse(run: Callable[..., Any], config: Any) -> None:
+def converse(run: Callable[..., Any], config: Any, command: Entry) -> None:
     """Hold a conversation on the terminal."""
 
     def write(text: str) -> None:
@@ -25,7 +28,7 @@ def converse(run: Callable[..., Any], config: Any) -> None:
     run(config, input, write)
 
 
-def show_tokens(run: Callable[..., Any], config: Any) -> None:
+def show_tokens(run: Callable[..., Any], config: Any, command: Entry) -> None:
     """Print tokens in colour and the merges that made them."""
     from rich.console import Console
 
@@ -39,11 +42,10 @@ def show_tokens(run: Callable[..., Any], config: Any) -> None:
         print(result.describe())
 
 
-def play_demo(run: Callable[..., Any], config: Any) -> None:
+def play_demo(run: Callable[..., Any], config: Any, command: Entry) -> None:
     """Run the demo, each of its commands through the entry point that a user's would take."""
-    from xinslm.cli.main import main
 
     def say(text: str) -> None:
         print(text, flush=True)
 
-    print(run(config, main, say).describe())
+    print(run(config, command, say).describe())

@@ -13,11 +13,11 @@ class DemoConfig:
 
     output_dir: Annotated[Path, tyro.conf.arg(aliases=["-o"])] = Path("demo-run")
     """Folder for everything the demo makes."""
-    megabytes: float = 4.0
+    megabytes: float = 2.0
     """Text to generate; more text and more steps make better models."""
     vocab_size: int = 1024
     """Vocabulary of the tokenizer."""
-    teacher_steps: int = 500
+    teacher_steps: int = 300
     """Optimiser steps of the teacher."""
     student_steps: int = 300
     """Optimiser steps of each student."""
