@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from xinslm.errors import UsageError, XinslmError
-from xinslm.files import new_file, new_folder, read_json, read_manifest, write_manifest
+from xinslm.files import new_file, new_folder, read_json, read_manifest, refuse_inside, write_manifest
 
 
 def make(folder, text="x"):
@@ -64,6 +64,22 @@ with new_folder(Path({str(tmp_path / "out")!r})) as partial:
     assert [p.name.startswith(".out.partial-") for p in tmp_path.iterdir()] == [True]
     make(tmp_path / "out")
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_kill_between_the_two_renames_loses_nothing(tmp_path):
+    make(tmp_path / "out")
+    os.rename(tmp_path / "out", tmp_path / ".out.old-999999999")
+    with pytest.raises(UsageError, match="already holds something"):
+        make(tmp_path / "out", "y")
+    assert (tmp_path / "out" / "a.txt").read_text() == "x"
+
+
+def test_an_input_is_never_replaced(tmp_path):
+    (tmp_path / "out" / "deep").mkdir(parents=True)
+    for given in (tmp_path / "out", tmp_path / "out" / "deep", str(tmp_path / "out" / ".." / "out")):
+        with pytest.raises(UsageError, match="--force would delete"):
+            refuse_inside(tmp_path / "out", [None, given])
+    refuse_inside(tmp_path / "out" / "deep", [tmp_path / "out", tmp_path / "absent", "org/name"])
 
 
 def test_file_is_replaced_whole_or_not_at_all(tmp_path):

@@ -18,6 +18,9 @@ import yaml
 
 from xinslm.errors import UsageError
 
+HEADER = "# Resolved configuration."
+"""How a file that `to_yaml` wrote begins."""
+
 
 def from_yaml(cls: type, paths: list[Path], missing: Any) -> Any:
     """Read YAML files, later over earlier, into an instance of dataclass `cls`.
@@ -173,4 +176,4 @@ def to_dict(config: Any) -> dict[str, Any]:
 def to_yaml(config: Any, command: str) -> str:
     """Write a configuration as YAML that `xinslm COMMAND --config FILE` reads back to an equal one."""
     body = yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True)
-    return f"# Resolved configuration. Run it again with: xinslm {command} --config THIS_FILE\n{body}"
+    return f"{HEADER} Run it again with: xinslm {command} --config THIS_FILE\n{body}"

@@ -4,11 +4,12 @@ A stage writes into `with new_folder(path) as folder:`. A crash, a full disk or 
 `.NAME.partial-PID` beside the target, which the next run removes.
 """
 
+import glob
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -27,13 +28,25 @@ def refuse_existing(path: Path, force: bool) -> None:
         raise UsageError(f"{path} already holds something. Choose another --output-dir, or add --force to replace it")
 
 
+def refuse_inside(output: Path, inputs: Iterable[Path | str | None]) -> None:
+    """Raise UsageError if replacing `output` would delete an input: one that it is, or that lies in it."""
+    target = Path(output).resolve()
+    for given in inputs:
+        if given is not None and Path(given).exists():
+            source = Path(given).resolve()
+            if source == target or target in source.parents:
+                raise UsageError(
+                    f"--force would delete {given}, which is read: it lies in {output}. Choose another output"
+                )
+
+
 @contextmanager
 def new_folder(path: Path, force: bool = False) -> Iterator[Path]:
     """Give a temporary folder that becomes `path` when the block ends without an error, and vanishes otherwise."""
-    path = Path(path)
-    refuse_existing(path, force)
+    path = Path(path).resolve()
     path.parent.mkdir(parents=True, exist_ok=True)
     remove_partials(path)
+    refuse_existing(path, force)
     partial = path.parent / f".{path.name}.partial-{os.getpid()}"
     partial.mkdir()
     try:
@@ -56,12 +69,19 @@ def replace_folder(new: Path, path: Path) -> None:
 
 
 def remove_partials(path: Path) -> None:
-    """Delete what killed runs left beside `path`; partial folders of processes that still live are kept."""
-    for left in path.parent.glob(f".{path.name}.partial-*"):
-        pid = left.name.rpartition("-")[2]
-        if pid.isdigit() and int(pid) != os.getpid() and _is_alive(int(pid)):
-            continue
-        shutil.rmtree(left, ignore_errors=True)
+    """Tidy what killed runs left beside `path`: half-written folders go, a folder moved aside comes back.
+
+    What belongs to processes that still live is kept.
+    """
+    for kind in ("partial", "old"):
+        for left in path.parent.glob(f".{glob.escape(path.name)}.{kind}-*"):
+            pid = left.name.rpartition("-")[2]
+            if pid.isdigit() and int(pid) != os.getpid() and _is_alive(int(pid)):
+                continue
+            if kind == "old" and not path.exists():
+                os.rename(left, path)
+            else:
+                shutil.rmtree(left, ignore_errors=True)
 
 
 def _is_alive(pid: int) -> bool:
@@ -187,6 +207,8 @@ def read_manifest(folder: Path, kind: str, version: int, made_by: str) -> dict[s
         raise UsageError(f"{folder} is not a {kind} folder: it {where}. Make one with `{made_by}`")
     manifest: dict[str, Any] = read_json(path)
     found = manifest.get("kind") if isinstance(manifest, dict) else None
+    if found == kind and not {"version", "files", "inputs", "config"} <= manifest.keys():
+        raise XinslmError(f"{path} is incomplete. Make the folder anew with `{made_by}`")
     if found != kind:
         raise UsageError(
             f"{folder} is a {found or 'foreign'} folder, but a {kind} folder is needed. Make one with `{made_by}`"

@@ -258,6 +258,17 @@ def test_scaled_loss_scales_gradients_and_evaluation_needs_none():
         assert fused_loss(hidden, weight, labels, sparse, LossConfig())[0].item() == pytest.approx(one[0].item())
 
 
+def test_without_draws_the_tail_is_one_bucket():
+    """No draws must not leave half an estimate: the gradient of a softmax sums to zero in each row."""
+    _, _, labels, teacher = problem()
+    z = problem(seed=4)[3]
+    none, bucket = z.clone(), z.clone()
+    chunk_loss(none, labels, sparsify(teacher, draws=0), LossConfig(0.0, 1.0, tail_weight=1.0))
+    chunk_loss(bucket, labels, sparsify(teacher), LossConfig(0.0, 1.0, tail_weight=0.0))
+    torch.testing.assert_close(none, bucket)
+    assert none.sum(1).abs().max() < 1e-5
+
+
 def test_full_temperature_refuses_draws():
     hidden, weight, labels, teacher = problem()
     with pytest.raises(ValueError, match="tail_weight"):

@@ -252,6 +252,40 @@ def test_tokenizer_of_another_model_in_the_teachers_folder(world, tmp_path):
         score.run(config(world, tmp_path / "c", teacher=str(tmp_path / "small")))
 
 
+def test_teacher_with_missing_or_quantized_weights_is_refused(world, tmp_path):
+    """transformers draws what is missing at random and goes on."""
+    from safetensors.torch import load_file, save_file
+
+    from xinslm.quantize.config import QuantizeConfig
+    from xinslm.quantize.run import run as quantize
+
+    shutil.copytree(world.teacher, tmp_path / "part")
+    tensors = load_file(tmp_path / "part" / "model.safetensors")
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+    save_file(tensors, tmp_path / "part" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(
+        XinslmError, match=r"1 weights are missing or misshapen, such as 'model.layers.1.mlp.up_proj.weight'"
+    ):
+        score.run(config(world, tmp_path / "c", teacher=str(tmp_path / "part")))
+    quantize(QuantizeConfig(world.teacher, tmp_path / "q", method="rtn"))
+    with pytest.raises(UsageError, match="is quantized; a teacher must be a model folder"):
+        score.run(config(world, tmp_path / "c", teacher=str(tmp_path / "q")))
+    (tmp_path / "part" / "model.safetensors").write_bytes(b"1234")
+    with pytest.raises(XinslmError, match="transformers cannot load teacher"):
+        score.run(config(world, tmp_path / "c", teacher=str(tmp_path / "part")))
+
+
+def test_force_never_deletes_what_is_read(world, tmp_path):
+    shutil.copytree(world.data, tmp_path / "data")
+    with pytest.raises(UsageError, match="already holds something"):
+        score.run(config(world, tmp_path / "data", data_path=tmp_path / "data", force=True))
+    score.run(config(world, tmp_path / "c"))
+    shutil.copytree(world.data, tmp_path / "c" / "data")
+    with pytest.raises(UsageError, match="--force would delete"):
+        score.run(config(world, tmp_path / "c", data_path=tmp_path / "c" / "data", force=True))
+    assert (tmp_path / "data" / "train" / "tokens.bin").is_file()
+
+
 def test_teacher_that_is_not_finite_is_named_and_nothing_is_half_written(world, tmp_path):
     model = load_model(world.teacher)
     with torch.no_grad():

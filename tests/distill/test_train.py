@@ -30,6 +30,16 @@ from xinslm.model.files import load_config, load_model
 from xinslm.model.transformer import Transformer
 from xinslm.teachers.huggingface import HuggingFaceTeacher
 
+SMALL = {
+    "hidden_size": 32,
+    "num_layers": 2,
+    "num_heads": 2,
+    "num_kv_heads": 1,
+    "intermediate_size": 64,
+    "max_seq_length": 64,
+    "batch_size": 4,
+    "device": "cpu",
+}
 CPU = torch.device("cpu")
 
 
@@ -238,6 +248,81 @@ def test_run_folders_are_never_overwritten_by_accident(world, tmp_path):
         with pytest.raises(UsageError, match="already holds something"):
             train.run(world.distill(tmp_path / "notes", force=force))
     assert (tmp_path / "notes" / "diary.txt").read_text() == "dear"
+
+
+def test_force_deletes_nothing_before_the_new_run_can_begin(world, tmp_path):
+    run = tmp_path / "r"
+    train.run(world.distill(run, max_steps=2))
+    before = weights(run)
+    for broken in (
+        dataclasses.replace(world.distill(run, force=True), data_path=tmp_path / "nowhere.jsonl"),
+        world.distill(run, force=True, num_kv_heads=5),
+        world.distill(run, force=True, batch_size=5000),
+        world.pretrain(run, force=True, init_from=run / "checkpoints" / "best"),
+    ):
+        with pytest.raises(UsageError):
+            train.run(broken)
+        assert all(torch.equal(before[k], v) for k, v in weights(run).items())
+    assert [p.name for p in tmp_path.iterdir()] == ["r"]
+
+
+def test_a_folder_with_somebody_elses_config_is_never_replaced(world, tmp_path):
+    (tmp_path / "project" / "src").mkdir(parents=True)
+    (tmp_path / "project" / "config.yaml").write_text("name: mine\n")
+    with pytest.raises(UsageError, match="already holds something"):
+        train.run(world.distill(tmp_path / "project", force=True))
+    assert (tmp_path / "project" / "src").is_dir()
+
+
+def test_force_is_not_written_into_the_runs_own_settings(world, tmp_path):
+    """Otherwise continuing from config.yaml would wipe the run."""
+    run = tmp_path / "r"
+    train.run(world.distill(run, force=True))
+    assert from_yaml(DistillConfig, [run / "config.yaml"], None).force is False
+
+
+def test_raw_text_run_that_never_began_can_be_started_again_with_other_settings(world, tmp_path):
+    run = tmp_path / "r"
+    settings = {**SMALL, "max_steps": 2, "vocab_size": 300}
+    with pytest.raises(UsageError, match="batch_size is 5000"):
+        train.run(PretrainConfig(data_path=world.text, output_dir=run, **{**settings, "batch_size": 5000}))
+    assert (run / "data" / "manifest.json").is_file(), "what was prepared is kept"
+    train.run(PretrainConfig(data_path=world.text, output_dir=run, **{**settings, "vocab_size": 320}))
+    assert load_config(run / "checkpoints" / "best").vocab_size == 320
+
+
+def test_a_continued_run_may_log_and_split_its_batches_otherwise(world, tmp_path):
+    run, whole = world.distill(tmp_path / "r"), world.distill(tmp_path / "whole")
+    train.run(whole)
+    run_in_subprocess(run, "SIGKILL", 5)
+    train.run(dataclasses.replace(run, micro_batch_size=2, save_every=1))
+    ours, theirs = weights(tmp_path / "r"), weights(tmp_path / "whole")
+    for name in theirs:
+        torch.testing.assert_close(ours[name], theirs[name], atol=1e-5, rtol=1e-3)
+
+
+def test_best_is_linked_before_the_state_that_knows_of_it(world, tmp_path, monkeypatch):
+    """A kill between the two links must not leave a `last` whose best loss belongs to no checkpoint."""
+    linked = []
+    real = checkpoint._point
+    monkeypatch.setattr(checkpoint, "_point", lambda link, target: linked.append(link.name) or real(link, target))
+    train.run(world.distill(tmp_path / "r", max_steps=2))
+    assert linked == ["best", "last"]
+
+
+def test_live_teacher_beside_a_student_with_padded_rows(world, tmp_path):
+    wide = tmp_path / "wide"
+    model = Transformer(dataclasses.replace(load_config(world.teacher), vocab_size=416))
+    model.initialise(torch.Generator().manual_seed(0))
+    checkpoint.save_model(model, wide)
+    from xinslm.tokenizer.load import load_tokenizer
+
+    load_tokenizer(world.teacher).save(wide)
+    config = DistillConfig(
+        data_path=world.data, output_dir=tmp_path / "r", teacher=str(world.teacher), init_from=wide,
+        max_seq_length=64, batch_size=4, max_steps=2, device="cpu",
+    )  # fmt: skip
+    assert train.run(config).state.step == 2
 
 
 def test_a_loss_that_is_not_finite_stops_at_once_and_is_placed(world, tmp_path):

@@ -104,7 +104,10 @@ def run(config: DemoConfig, command: Callable[[Sequence[str]], int], say: Callab
     write_sample(config.output_dir / "text", int(config.megabytes * 1e6), config.seed)
     for line in commands(config):
         say(f"\n$ xinslm {line}")
-        if command(shlex.split(line)) != 0:
+        code = command(shlex.split(line))
+        if code == 130:
+            raise KeyboardInterrupt
+        if code != 0:
             raise XinslmError(f"the demo stopped at: xinslm {line}")
     rows = read_json(config.output_dir / "student" / "evaluation.json")["rows"]
     return DemoResult(config.output_dir, tuple(rows), time.monotonic() - began)

@@ -60,6 +60,7 @@ def listener() -> Iterator[Listener]:
     if not sys.stdout.isatty():
         yield PlainLines()
         return
+    from rich.markup import escape
     from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
     from rich.progress import Progress as Bars
 
@@ -72,7 +73,7 @@ def listener() -> Iterator[Listener]:
 
         def listen(progress: Progress) -> None:
             if progress.note:
-                bars.console.print(f"[yellow]{progress.stage}:[/] {progress.note}", highlight=False)
+                bars.console.print(f"[yellow]{progress.stage}:[/] {escape(progress.note)}", highlight=False)
             if progress.stage not in tasks:
                 tasks[progress.stage] = (bars.add_task(progress.stage, total=None, unit="", figures=""), {})
             task, values = tasks[progress.stage]

@@ -129,7 +129,16 @@ def _explain(error: BaseException) -> int:
         return 1
     if isinstance(error, OSError):
         where = f" ({error.filename})" if error.filename else ""
-        print(f"error: {error.strerror or error}{where}. Nothing half-written was left behind", file=sys.stderr)
+        print(f"error: {error.strerror or error}{where}", file=sys.stderr)
+        return 1
+    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and "memory" in str(error)):
+        print(
+            f"error: out of memory: {str(error).splitlines()[0]}. Take smaller batches or a smaller model",
+            file=sys.stderr,
+        )
+        return 1
+    if type(error).__module__.startswith(("torch._inductor", "torch._dynamo")):
+        print(f"error: torch.compile failed ({str(error).splitlines()[0]}). Leave --compile out", file=sys.stderr)
         return 1
     print(f"internal error: {type(error).__name__}: {error}. Add --debug for the traceback", file=sys.stderr)
     return 1

@@ -52,9 +52,9 @@ def save_checkpoint(
         tokenizer.save(partial)
         save_file(_optimizer_tensors(model, optimizer), partial / OPTIMIZER)
         write_json(partial / STATE, asdict(state))
-    _point(folder.parent / "last", folder.name)
-    if is_best:
+    if is_best:  # first: a `last` that knows of a better loss must never stand beside an older best
         _point(folder.parent / "best", folder.name)
+    _point(folder.parent / "last", folder.name)
     prune(folder.parent)
 
 
@@ -104,12 +104,8 @@ def load_checkpoint(folder: Path, model: Transformer, optimizer: torch.optim.Opt
         for name, parameter in model.named_parameters():
             parameter.data.copy_(stored[name])
             optimizer.state[parameter] = {
-                key: _place(moments[f"{key}.{name}"], key, parameter) for key in ("step", "exp_avg", "exp_avg_sq")
+                key: moments[f"{key}.{name}"].to(parameter.device) for key in ("step", "exp_avg", "exp_avg_sq")
             }
     except (KeyError, RuntimeError) as error:
         raise XinslmError(f"{folder} does not fit this run ({error}); add --force to begin anew") from None
     return TrainingState(**read_json(folder / STATE))
-
-
-def _place(moment: Tensor, key: str, parameter: Tensor) -> Tensor:
-    return moment.to(parameter.device) if key != "step" or parameter.is_cuda else moment

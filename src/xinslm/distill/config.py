@@ -7,9 +7,45 @@ from typing import Annotated, Literal
 import tyro
 
 from xinslm.errors import UsageError
+from xinslm.ranges import POSITIVE, SEED, SHARE, Range, range_errors
 
 Device = Literal["auto", "cpu", "cuda", "mps"]
 Dtype = Literal["float32", "bfloat16", "float16"]
+
+_CONTEXT = Range(2, 1_000_000)
+_LOSS = {"alpha": Range(0), "beta": Range(0), "temperature": POSITIVE, "tail_weight": SHARE}
+_CACHE = {
+    "head": Range(1, 256),
+    "draws": Range(0, 64),
+    "temperature": POSITIVE,
+    "max_seq_length": _CONTEXT,
+    "batch_tokens": Range(1),
+    "shard_positions": Range(1),
+    "seed": SEED,
+}
+_SIZES = (
+    "vocab_size", "hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim", "intermediate_size",
+    "sliding_window",
+)  # fmt: skip
+_TRAINING = {
+    **dict.fromkeys(_SIZES, Range(1)),
+    "max_seq_length": _CONTEXT,
+    "batch_size": Range(1, 1_000_000),
+    "num_epochs": POSITIVE,
+    "max_steps": Range(1),
+    "learning_rate": POSITIVE,
+    "warmup_fraction": SHARE,
+    "decay_fraction": SHARE,
+    "weight_decay": Range(0),
+    "beta1": Range(0, 1, below=True),
+    "beta2": Range(0, 1, below=True),
+    "clip_norm": Range(0),
+    "validate_every": Range(1),
+    "validation_rows": Range(0),
+    "save_every": Range(1),
+    "log_every": Range(1),
+    "seed": SEED,
+}
 
 
 @dataclass(frozen=True)
@@ -29,13 +65,9 @@ class LossConfig:
 
     def errors(self) -> list[str]:
         """What cannot work, a sentence each."""
-        wrong = []
-        if self.alpha < 0 or self.beta < 0 or self.alpha + self.beta == 0:
-            wrong.append(f"loss.alpha ({self.alpha}) and loss.beta ({self.beta}) must not be negative, nor both 0")
-        if self.temperature <= 0:
-            wrong.append(f"loss.temperature is {self.temperature}, but must be above 0")
-        if not 0 <= self.tail_weight <= 1:
-            wrong.append(f"loss.tail_weight is {self.tail_weight}, but must be between 0 and 1")
+        wrong = range_errors(self, _LOSS, "loss.")
+        if self.alpha == self.beta == 0:
+            wrong.append("loss.alpha and loss.beta are both 0: there is no loss to train with")
         if self.temperature_mode == "full" and self.temperature != 1 and self.tail_weight:
             wrong.append("loss.temperature_mode full has no draws at T: set loss.tail_weight to 0")
         return wrong
@@ -78,19 +110,7 @@ class CacheConfig:
 
     def check(self) -> None:
         """Raise UsageError listing everything that cannot work."""
-        wrong = []
-        for name, least in (
-            ("head", 1),
-            ("draws", 0),
-            ("max_seq_length", 2),
-            ("batch_tokens", 1),
-            ("shard_positions", 1),
-        ):
-            if getattr(self, name) < least:
-                wrong.append(f"{name} is {getattr(self, name)}, but must be at least {least}")
-        if self.temperature <= 0:
-            wrong.append(f"temperature is {self.temperature}, but must be above 0")
-        if wrong:
+        if wrong := range_errors(self, _CACHE):
             raise UsageError("\n".join(wrong))
 
 
@@ -103,7 +123,7 @@ class PretrainConfig:
     output_dir: Annotated[Path, tyro.conf.arg(aliases=["-o"])]
     """Run folder to write; a run that was interrupted continues there."""
     tokenizer_path: Path | None = None
-    """Tokenizer for raw text; without one, a new one is trained on it."""
+    """Tokenizer for raw text: its folder, a model or run folder, or a Hub name; without one, one is trained on it."""
     init_from: Path | None = None
     """Model folder whose weights to start from; its shape is used."""
     preset: Literal["1m", "10m", "135m", "360m", "1b"] = "1m"
@@ -128,7 +148,7 @@ class PretrainConfig:
     """Tokens each token sees; all, if not given."""
     max_seq_length: int = 512
     """Tokens in a packed row; the model's context."""
-    batch_size: int = 16
+    batch_size: int = 8
     """Rows in an optimiser step."""
     micro_batch_size: int | None = None
     """Rows in one forward pass; the step accumulates over them. All, if not given."""
@@ -173,19 +193,14 @@ class PretrainConfig:
 
     def errors(self) -> list[str]:
         """What cannot work, a sentence each."""
-        wrong = []
-        least = {"max_seq_length": 2, "batch_size": 1, "validate_every": 1, "save_every": 1, "log_every": 1}
-        for name, bound in least.items():
-            if getattr(self, name) < bound:
-                wrong.append(f"{name} is {getattr(self, name)}, but must be at least {bound}")
+        wrong = range_errors(self, _TRAINING)
         if self.micro_batch_size is not None and (self.micro_batch_size < 1 or self.batch_size % self.micro_batch_size):
             wrong.append(f"micro_batch_size ({self.micro_batch_size}) must divide batch_size ({self.batch_size})")
-        if self.num_epochs <= 0 or (self.max_steps is not None and self.max_steps < 1):
-            wrong.append("num_epochs and max_steps must be above 0")
-        if self.learning_rate <= 0:
-            wrong.append(f"learning_rate is {self.learning_rate}, but must be above 0")
-        if min(self.warmup_fraction, self.decay_fraction) < 0 or self.warmup_fraction + self.decay_fraction > 1:
-            wrong.append("warmup_fraction and decay_fraction must not be negative, nor add up to more than 1")
+        if self.warmup_fraction + self.decay_fraction > 1:
+            wrong.append(
+                f"warmup_fraction ({self.warmup_fraction}) and decay_fraction ({self.decay_fraction}) "
+                f"must not add up to more than 1"
+            )
         if self.vocab_size is not None and self.tokenizer_path is not None:
             wrong.append("vocab_size is for a tokenizer trained on the way, tokenizer_path gives one: drop one of them")
         return wrong

@@ -36,7 +36,7 @@ def find_dataset(config: PretrainConfig, on_progress: Listener) -> Dataset:
     if tokenizer is None:
         tokenizer = config.output_dir / "tokenizer"
         if not (tokenizer / MANIFEST).is_file():
-            vocab_size = config.vocab_size or 8192
+            vocab_size = 8192 if config.vocab_size is None else config.vocab_size
             tokenizer_train.run(
                 TrainConfig(data_path=(str(path),), output_dir=tokenizer, vocab_size=vocab_size), on_progress
             )
@@ -47,18 +47,21 @@ def find_dataset(config: PretrainConfig, on_progress: Listener) -> Dataset:
 def shape(config: PretrainConfig, tokenizer: Any) -> ModelConfig:
     """The student's shape: the preset, changed by the single sizes given, with the tokenizer's vocabulary."""
     preset = PRESETS[config.preset]
-    heads = config.num_heads or preset.num_attention_heads
-    shared = preset.num_attention_heads // preset.num_key_value_heads
+    heads = preset.num_attention_heads if config.num_heads is None else config.num_heads
+    kv_heads = config.num_kv_heads
+    if kv_heads is None:
+        shared = preset.num_attention_heads // preset.num_key_value_heads
+        kv_heads = heads // shared if heads % shared == 0 else heads
     given = {
         "hidden_size": config.hidden_size,
         "intermediate_size": config.intermediate_size,
         "num_hidden_layers": config.num_layers,
         "num_attention_heads": config.num_heads,
-        "num_key_value_heads": config.num_kv_heads or (heads // shared if heads % shared == 0 else heads),
+        "num_key_value_heads": kv_heads,
         "head_dim": config.head_dim,
     }
     sizes = {**dataclasses.asdict(preset), **{k: v for k, v in given.items() if v is not None}}
-    if config.head_dim is None and (config.hidden_size or config.num_heads):
+    if config.head_dim is None and not (config.hidden_size is None and config.num_heads is None):
         sizes["head_dim"] = sizes["hidden_size"] // heads
     result = ModelConfig(
         vocab_size=tokenizer.vocab_size,

@@ -5,6 +5,7 @@ into micro-batches. Which rows a step takes follows from the seed and the step a
 uninterrupted one bit for bit on one machine's CPU. Ctrl-C ends after the running step, with a checkpoint.
 """
 
+import functools
 import math
 import signal
 import threading
@@ -65,8 +66,12 @@ def rows_of_step(step: int, batch_size: int, num_rows: int, seed: int) -> np.nda
     """Indices of a step's rows: consecutive places in an endless chain of permutations, one an epoch."""
     places = np.arange(step * batch_size, (step + 1) * batch_size)
     epochs, within = places // num_rows, places % num_rows
-    orders = {e: np.random.default_rng((seed, int(e))).permutation(num_rows) for e in np.unique(epochs)}
-    return np.array([orders[e][i] for e, i in zip(epochs, within, strict=True)])
+    return np.array([_order(seed, int(e), num_rows)[i] for e, i in zip(epochs, within, strict=True)])
+
+
+@functools.lru_cache(maxsize=2)
+def _order(seed: int, epoch: int, num_rows: int) -> np.ndarray:
+    return np.random.default_rng((seed, epoch)).permutation(num_rows)
 
 
 def make_optimizer(model: Transformer, config: PretrainConfig) -> torch.optim.AdamW:
@@ -227,6 +232,6 @@ def train(
             if stop:
                 raise Interrupted(
                     f"interrupted after step {state.step} of {trainer.total_steps}; the run is saved. "
-                    f"The same command continues it"
+                    f"The same command{' without --force' if config.force else ''} continues it"
                 )
     return state

@@ -97,6 +97,8 @@ def fused_loss(
     if isinstance(targets, SparseTargets) and config.temperature_mode == "full" and config.tail_weight:
         raise ValueError("full temperature has no draws to estimate the tail from: set tail_weight to 0")
     count = float(normaliser if normaliser is not None else hidden.shape[0])
+    if not torch.is_grad_enabled():
+        hidden, weight = hidden.detach(), weight.detach()
     loss, sums = _FusedHead.apply(hidden, weight, labels, targets, config, count, chunk_rows)
     ce, kd = sums.tolist()
     return loss, LossFigures(ce, kd)
@@ -114,7 +116,7 @@ class _FusedHead(torch.autograd.Function):
         matrix = weight.to(hidden.dtype)  # (V, d)
         grad_hidden = torch.empty_like(hidden) if wants_hidden else None
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if wants_weight else None
-        sums = torch.zeros(2, dtype=torch.float64, device=hidden.device)
+        sums = torch.zeros(2, dtype=_widest(hidden), device=hidden.device)
         for start in range(0, hidden.shape[0], chunk_rows):
             rows = slice(start, min(start + chunk_rows, hidden.shape[0]))
             z = F.linear(hidden[rows], matrix).float()  # (rows, V); becomes the gradient
@@ -158,12 +160,17 @@ def chunk_loss(
     A Tensor as `targets` is a dense teacher's logits of the same shape.
     """
     if targets is None or config.beta == 0.0:
-        return _cross_entropy(z, labels, config.alpha), z.new_zeros((), dtype=torch.float64)
+        return _cross_entropy(z, labels, config.alpha), z.new_zeros((), dtype=_widest(z))
     if isinstance(targets, Tensor):
         return _dense(z, labels, targets, config)
     if config.temperature_mode == "full" and config.temperature != 1.0:
         return _sparse_full(z, labels, targets, config)
     return _sparse_decoupled(z, labels, targets, config)
+
+
+def _widest(x: Tensor) -> torch.dtype:
+    """Type for sums: float64, which Apple's GPUs do not have."""
+    return torch.float32 if x.device.type == "mps" else torch.float64
 
 
 def _softmax_(z: Tensor) -> Tensor:
@@ -184,15 +191,17 @@ def _cross_entropy(z: Tensor, labels: Tensor, alpha: float) -> Tensor:
     ce = _softmax_(z) - at_label
     z.mul_(alpha)
     _add_at(z, labels[:, None], torch.full_like(at_label, -alpha))
-    return ce.sum(dtype=torch.float64)
+    return ce.sum(dtype=_widest(z))
 
 
 def _dense(z: Tensor, labels: Tensor, teacher: Tensor, config: LossConfig) -> tuple[Tensor, Tensor]:
     """Exact KL(p^T || q^T) over the whole vocabulary; gradient beta * T * (q^T - p^T)."""
     t = config.temperature
+    if teacher.shape[1] < z.shape[1]:  # rows that no token has
+        teacher = F.pad(teacher, (0, z.shape[1] - teacher.shape[1]), value=-1e30)
     log_p = torch.log_softmax(teacher.float() / t, dim=1)
     log_q = torch.log_softmax(z / t, dim=1)
-    kd = t * t * F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(dtype=torch.float64)
+    kd = t * t * F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(dtype=_widest(z))
     ce = _cross_entropy(z, labels, config.alpha)
     z.add_(log_q.exp_().sub_(log_p.exp_()), alpha=config.beta * t)
     return ce, kd
@@ -221,12 +230,12 @@ def _sparse_decoupled(z: Tensor, labels: Tensor, s: SparseTargets, config: LossC
     p, log_p = s.head_log_probs.exp(), s.head_log_probs
     tail, head_mass = s.log_tail.exp()[:, None], p.sum(dim=1, keepdim=True)
     q_mass = q_head.sum(dim=1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
-    lam = config.tail_weight * s.has_draws[:, None].float()
+    draws = at_draws.shape[1]
+    lam = (config.tail_weight if draws else 0.0) * s.has_draws[:, None].float()
 
     log_p_in, log_q_in = torch.log_softmax(log_p / t, dim=1), torch.log_softmax(at_head / t, dim=1)
     inside = (log_p_in.exp() * (log_p_in - log_q_in)).sum(dim=1, keepdim=True)
     split = _part(head_mass, q_mass) + _part(tail, q_tail)
-    draws = at_draws.shape[1]
     within_tail = (
         lam * tail * (q_tail.log() - (at_draws - log_total).mean(dim=1, keepdim=True)) if draws else 0.0 * tail
     )
@@ -238,7 +247,7 @@ def _sparse_decoupled(z: Tensor, labels: Tensor, s: SparseTargets, config: LossC
     if draws:
         _add_at(z, s.tail_ids, (-beta * lam * tail / draws).expand(-1, draws))
     _add_at(z, labels[:, None], torch.full_like(at_label, -alpha))
-    return (log_total - at_label).sum(dtype=torch.float64), kd.sum(dtype=torch.float64)
+    return (log_total - at_label).sum(dtype=_widest(z)), kd.sum(dtype=_widest(z))
 
 
 def _sparse_full(z: Tensor, labels: Tensor, s: SparseTargets, config: LossConfig) -> tuple[Tensor, Tensor]:
@@ -259,7 +268,7 @@ def _sparse_full(z: Tensor, labels: Tensor, s: SparseTargets, config: LossConfig
     q.scatter_(1, s.head_ids, q_head - p)
     ce = _cross_entropy(z, labels, config.alpha)
     z.add_(q.mul_(beta))
-    return ce, t * t * kd.sum(dtype=torch.float64)
+    return ce, t * t * kd.sum(dtype=_widest(z))
 
 
 def _part(p: Tensor, q: Tensor) -> Tensor:

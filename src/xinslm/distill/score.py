@@ -9,7 +9,7 @@ positions whose next token counts as a target are scored.
 
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,9 +26,9 @@ from xinslm.distill.cache import KIND, PLAN, VERSION, Cache, CacheFormat, decode
 from xinslm.distill.config import CacheConfig
 from xinslm.distill.nested import PushForward, is_nested
 from xinslm.errors import UsageError, XinslmError
-from xinslm.files import MANIFEST, new_file, read_json, write_json, write_manifest
+from xinslm.files import MANIFEST, new_file, read_json, refuse_inside, write_json, write_manifest
 from xinslm.progress import Listener, Progress, ignore
-from xinslm.teachers.huggingface import HuggingFaceTeacher
+from xinslm.teachers.huggingface import HuggingFaceTeacher, batches_by_length
 
 LOGITS_AT_ONCE = 1 << 22
 """Numbers in one block of logits (16 MiB of float32)."""
@@ -165,7 +165,8 @@ def _plan(config: CacheConfig, dataset: Dataset, teacher: HuggingFaceTeacher, fm
 def _begin(config: CacheConfig, plan: dict[str, Any]) -> None:
     """Make the folder, or find that an unfinished cache of the very same plan stands there."""
     folder, note = config.output_dir, config.output_dir / PLAN
-    if folder.is_dir() and config.force and ((folder / MANIFEST).exists() or note.exists()):
+    if config.force and (note.is_file() or _is_cache(folder)):
+        refuse_inside(folder, (config.teacher, config.data_path))
         shutil.rmtree(folder)
     if note.is_file():
         found = read_json(note)
@@ -180,10 +181,15 @@ def _begin(config: CacheConfig, plan: dict[str, Any]) -> None:
             )
         return
     if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
-        hint = "or add --force to replace it" if (folder / MANIFEST).is_file() else "it is not a cache"
+        hint = "or add --force to replace it" if _is_cache(folder) else "it is not a cache"
         raise UsageError(f"{folder} already holds something. Choose another --output-dir ({hint})")
     folder.mkdir(parents=True, exist_ok=True)
     write_json(note, plan)
+
+
+def _is_cache(folder: Path) -> bool:
+    manifest = read_json(folder / MANIFEST) if (folder / MANIFEST).is_file() else None
+    return isinstance(manifest, dict) and manifest.get("kind") == KIND
 
 
 def _remove_other_files(folder: Path, listed: set[str]) -> None:
@@ -230,16 +236,6 @@ def _work(split: Split, first: int, last: int, push: PushForward | None) -> Work
     )  # fmt: skip
 
 
-def _batches(starts: np.ndarray, lengths: np.ndarray, batch_tokens: int) -> Iterator[np.ndarray]:
-    """Indices of sequences, longest first, whose padded size stays within `batch_tokens`."""
-    order = np.lexsort((starts, -lengths))
-    at = 0
-    while at < len(order):
-        rows = max(1, batch_tokens // max(int(lengths[order[at]]), 1))
-        yield order[at : at + rows]
-        at += rows
-
-
 def _score(
     work: Work, start: int, count: int, teacher: HuggingFaceTeacher, push: PushForward | None, fmt: CacheFormat,
     config: CacheConfig, tell: Callable[[int], None],
@@ -249,7 +245,7 @@ def _score(
     starts, lengths = sequences(work.documents, config.max_seq_length)
     chunk = max(1, LOGITS_AT_ONCE // teacher.vocab_size)
     seen = 0
-    for batch in _batches(starts, lengths, config.batch_tokens):
+    for batch in batches_by_length(lengths, config.batch_tokens):
         states = teacher.states([work.tokens[starts[k] : starts[k] + lengths[k]] for k in batch])
         picked, offset = [], 0
         state_rows = []
@@ -272,6 +268,8 @@ def _score(
 
 
 def _encode(probs: Tensor, work: Work, part: np.ndarray, fmt: CacheFormat, seed: int, name: str) -> np.ndarray:
+    if probs.device.type == "mps":  # no float64 there, which the draws need
+        probs = probs.cpu()
     device = probs.device
     labels = torch.from_numpy(work.labels[part]).to(device)
     positions = torch.from_numpy(work.positions[part]).to(device)

@@ -8,7 +8,10 @@ import torch
 from xinslm.data.packing import Batch
 from xinslm.distill.cache import CacheSplit
 from xinslm.distill.losses import DenseTargets, Targets
-from xinslm.teachers.huggingface import HuggingFaceTeacher
+from xinslm.teachers.huggingface import HuggingFaceTeacher, batches_by_length
+
+BATCH_TOKENS = 8192
+"""Tokens of one forward pass of a live teacher."""
 
 
 class TargetSource(Protocol):
@@ -40,8 +43,17 @@ class LiveTargets:
         """Run the teacher on the batch; its head is applied when the loss asks for a chunk."""
         real = batch.segments.ravel() >= 0
         ids, starts = batch.input_ids.ravel()[real], batch.positions.ravel()[real] == 0
-        states = self.teacher.states(np.split(ids, np.flatnonzero(starts)[1:]))
-        row_of = np.cumsum(real) - 1
+        sequences = np.split(np.arange(len(ids)), np.flatnonzero(starts)[1:])
+        lengths = np.array([len(sequence) for sequence in sequences])
+        order, parts = [], []
+        for batch_of in batches_by_length(lengths, BATCH_TOKENS):
+            order += [sequences[k] for k in batch_of]
+            parts.append(self.teacher.states([ids[sequences[k]] for k in batch_of]))
+        states = torch.cat(parts)
+        place = np.empty(len(ids), dtype=np.int64)  # where a token's state ended up
+        place[np.concatenate(order)] = np.arange(len(ids))
+        row_of = np.zeros(len(real), dtype=np.int64)
+        row_of[real] = place
         wanted = torch.from_numpy(row_of[chosen]).to(states.device)
 
         def logits(rows: slice) -> torch.Tensor:

@@ -9,14 +9,16 @@ command on an unfinished folder continues it exactly; another configuration is r
 import json
 import os
 import shutil
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
 
-from xinslm.config import to_dict, to_yaml
+from xinslm.config import HEADER, to_dict, to_yaml
 from xinslm.data.dataset import Dataset
 from xinslm.data.packing import PackedRows
 from xinslm.device import pick_device
@@ -26,8 +28,16 @@ from xinslm.distill.config import DistillConfig, LossConfig, PretrainConfig
 from xinslm.distill.inputs import differing_keys, find_dataset, shape
 from xinslm.distill.loop import Step, Trainer, Validation, train
 from xinslm.distill.targets import CachedTargets, LiveTargets, TargetSource
-from xinslm.errors import UsageError
-from xinslm.files import manifest_fingerprint, read_json, refuse_existing, write_json, write_text
+from xinslm.errors import UsageError, XinslmError
+from xinslm.files import (
+    manifest_fingerprint,
+    read_json,
+    refuse_existing,
+    refuse_inside,
+    remove_partials,
+    write_json,
+    write_text,
+)
 from xinslm.model.files import load_config, load_model, model_fingerprint, resolve_model
 from xinslm.model.transformer import Transformer
 from xinslm.progress import Listener, Progress, ignore
@@ -79,36 +89,31 @@ def run(config: PretrainConfig, on_progress: Listener = ignore) -> TrainResult:
     """
     config.check()
     command = "distill" if isinstance(config, DistillConfig) else "pretrain"
-    _open_run(config)
-    dataset = find_dataset(config, on_progress)
-    device = pick_device(config.device)
-    tokenizer = load_tokenizer(dataset.folder / "tokenizer")
-    teaching = _teaching(config, dataset, device)
-    rows = PackedRows(dataset.split("train"), config.max_seq_length)
-    if len(rows) < config.batch_size:
-        raise UsageError(
-            f"batch_size is {config.batch_size} rows of {config.max_seq_length} tokens, but {dataset.folder} has only "
-            f"{len(rows)} such rows to train on: give more text, or a smaller --batch-size or --max-seq-length"
-        )
-    total_steps = config.max_steps or max(1, round(config.num_epochs * len(rows) / config.batch_size))
-    model = _start(config, dataset, tokenizer).to(device)
-    trainer = Trainer(model, config, teaching.loss, rows, total_steps, teaching.train, device)
-    inputs = {"dataset": dataset.fingerprint, **dict(teaching.inputs)}
-    facts = {
-        "command": command,
-        "total_steps": total_steps,
-        "parameters": model.config.num_parameters,
-        "inputs": inputs,
-    }
-    state = _resume(config, command, facts, trainer)
-    held_out = (
-        PackedRows(dataset.split("validation"), config.max_seq_length)
-        if "validation" in dataset.manifest["splits"]
-        else None
-    )
-    if held_out is not None and len(held_out) == 0:
-        held_out = None
-    warnings = teaching.warnings
+    with _run_folder(config, command):
+        dataset = find_dataset(config, on_progress)
+        device = pick_device(config.device)
+        tokenizer = load_tokenizer(dataset.folder / "tokenizer")
+        teaching = _teaching(config, dataset, device)
+        rows = PackedRows(dataset.split("train"), config.max_seq_length)
+        if len(rows) < config.batch_size:
+            raise UsageError(
+                f"batch_size is {config.batch_size} rows of {config.max_seq_length} tokens, but {dataset.folder} has "
+                f"only {len(rows)} such rows to train on: give more text, or a smaller --batch-size or --max-seq-length"
+            )
+        total_steps = config.max_steps or max(1, round(config.num_epochs * len(rows) / config.batch_size))
+        model = _start(config, dataset, tokenizer).to(device)
+        trainer = Trainer(model, config, teaching.loss, rows, total_steps, teaching.train, device)
+        inputs = {"dataset": dataset.fingerprint, **dict(teaching.inputs)}
+        if config.init_from is not None:
+            inputs["init_from"] = model_fingerprint(resolve_model(config.init_from))
+        facts = {
+            "command": command,
+            "total_steps": total_steps,
+            "parameters": model.config.num_parameters,
+            "inputs": inputs,
+        }
+        state = _resume(config.output_dir, facts, trainer)
+    held_out, warnings = _held_out(dataset, config.max_seq_length), teaching.warnings
     if held_out is None:
         warnings += ("there is no validation split: the last checkpoint counts as the best",)
 
@@ -123,29 +128,86 @@ def run(config: PretrainConfig, on_progress: Listener = ignore) -> TrainResult:
     return TrainResult(config.output_dir, model.config.num_parameters, state, log.last_validation, warnings)
 
 
-def _settings(config: PretrainConfig) -> dict[str, Any]:
-    return {k: v for k, v in to_dict(config).items() if k not in ("force", "output_dir")}
+def _held_out(dataset: Dataset, max_seq_length: int) -> PackedRows | None:
+    if "validation" not in dataset.manifest["splits"]:
+        return None
+    rows = PackedRows(dataset.split("validation"), max_seq_length)
+    return rows if len(rows) else None
 
 
-def _open_run(config: PretrainConfig) -> None:
-    """Clear the folder with --force; let a fresh one or the same unfinished run pass; refuse anything else."""
-    folder = config.output_dir
-    if config.force and (folder / CONFIG).is_file():
-        shutil.rmtree(folder)
-    if not (folder / CONFIG).is_file():
+INDIFFERENT = (
+    "force",
+    "output_dir",
+    "log_every",
+    "save_every",
+    "micro_batch_size",
+    "checkpointing",
+    "device",
+    "compile",
+)
+"""Settings that a continued run may change: they do not change what is computed."""
+PATHS = ("data_path", "tokenizer_path", "init_from", "cache")
+
+
+def _settings(stored: dict[str, Any]) -> dict[str, Any]:
+    settings = {k: v for k, v in stored.items() if k not in INDIFFERENT}
+    return settings | {k: str(Path(settings[k]).resolve()) for k in PATHS if settings.get(k)}
+
+
+@contextmanager
+def _run_folder(config: PretrainConfig, command: str) -> Iterator[None]:
+    """Hold the run folder for the time of the setup: what it replaces comes back if the setup fails.
+
+    A fresh folder, one whose training never began and the same unfinished run pass; --force replaces a run; anything
+    else is refused. Nothing that is not a run's is ever deleted.
+    """
+    folder = config.output_dir.resolve()
+    remove_partials(folder)
+    aside = None
+    if _is_run(folder) and config.force:
+        refuse_inside(folder, (getattr(config, name, None) for name in (*PATHS, "teacher")))
+        aside = folder.with_name(f".{folder.name}.old-{os.getpid()}")
+        os.rename(folder, aside)
+    elif not _is_run(folder):
         refuse_existing(folder, force=False)
-        return
-    differing = differing_keys(_settings(config), _stored_settings(folder))
-    if differing:
-        raise UsageError(
-            f"{folder} holds a run with another {', '.join(differing)}. Choose another --output-dir, give its settings "
-            f"again to continue it (--config {folder / CONFIG}), or add --force to replace it"
-        )
+    elif differing := differing_keys(_settings(to_dict(config)), _settings(_stored(folder))):
+        if (folder / RUN).is_file():
+            raise UsageError(
+                f"{config.output_dir} holds a run with another {', '.join(differing)}. Choose another --output-dir, "
+                f"give its settings again to continue it (--config {config.output_dir / CONFIG}), or add --force to "
+                f"replace it"
+            )
+        for name in ("data", "tokenizer"):  # made on the way for settings that have changed; nothing was trained
+            shutil.rmtree(folder / name, ignore_errors=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_text(folder / CONFIG, to_yaml(replace(config, force=False), command))
+    try:
+        yield
+    except BaseException:
+        if aside is not None:
+            shutil.rmtree(folder, ignore_errors=True)
+            os.rename(aside, folder)
+        elif [p.name for p in folder.iterdir()] == [CONFIG]:
+            shutil.rmtree(folder)
+        raise
+    if aside is not None:
+        shutil.rmtree(aside, ignore_errors=True)
 
 
-def _stored_settings(folder: Path) -> dict[str, Any]:
-    stored = yaml.safe_load((folder / CONFIG).read_text(encoding="utf-8")) or {}
-    return {k: v for k, v in stored.items() if k not in ("force", "output_dir")}
+def _is_run(folder: Path) -> bool:
+    """Whether a folder's config.yaml is one that a run wrote."""
+    path = folder / CONFIG
+    return path.is_file() and path.read_bytes().startswith(HEADER.encode())
+
+
+def _stored(folder: Path) -> dict[str, Any]:
+    try:
+        stored = yaml.safe_load((folder / CONFIG).read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError):
+        stored = None
+    if not isinstance(stored, dict):
+        raise XinslmError(f"{folder / CONFIG} is damaged; add --force to begin anew")
+    return stored
 
 
 def _teaching(config: PretrainConfig, dataset: Dataset, device: torch.device) -> _Teaching:
@@ -222,11 +284,9 @@ def _start(config: PretrainConfig, dataset: Dataset, tokenizer: Any) -> Transfor
     return load_model(folder, checkpointing=config.checkpointing)
 
 
-def _resume(config: PretrainConfig, command: str, facts: dict[str, Any], trainer: Trainer) -> TrainingState:
+def _resume(folder: Path, facts: dict[str, Any], trainer: Trainer) -> TrainingState:
     """Continue from `last` if the folder has it; otherwise write what a run folder begins with."""
-    folder, last = config.output_dir, config.output_dir / "checkpoints" / "last"
-    if config.init_from is not None:
-        facts["inputs"]["init_from"] = model_fingerprint(resolve_model(config.init_from))
+    last = folder / "checkpoints" / "last"
     if (folder / RUN).is_file() and last.is_dir():
         changed = differing_keys(facts, read_json(folder / RUN))
         if changed:
@@ -240,8 +300,6 @@ def _resume(config: PretrainConfig, command: str, facts: dict[str, Any], trainer
         prune(last.parent)
         _cut_metrics(folder / METRICS, state.step)
         return state
-    folder.mkdir(parents=True, exist_ok=True)
-    write_text(folder / CONFIG, to_yaml(config, command))
     write_json(folder / RUN, facts)
     (folder / METRICS).write_bytes(b"")
     return TrainingState()

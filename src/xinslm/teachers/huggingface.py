@@ -5,6 +5,7 @@
 on a short input when the teacher is loaded; for those, `logits` comes from whole forward passes.
 """
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,18 @@ import torch
 from torch import Tensor
 
 from xinslm.errors import UsageError, XinslmError
-from xinslm.files import read_json
+from xinslm.files import MANIFEST, read_json
 from xinslm.model.files import model_fingerprint, resolve_model
+
+
+def batches_by_length(lengths: np.ndarray, batch_tokens: int) -> Iterator[np.ndarray]:
+    """Indices of sequences, longest first, in batches whose padded size stays within `batch_tokens`."""
+    order = np.argsort(-lengths, kind="stable")
+    at = 0
+    while at < len(order):
+        rows = max(1, batch_tokens // max(int(lengths[order[at]]), 1))
+        yield order[at : at + rows]
+        at += rows
 
 
 class HuggingFaceTeacher:
@@ -41,19 +52,25 @@ class HuggingFaceTeacher:
         self.tokenizer = load_tokenizer(self.folder)
         self.vocab_size = self.tokenizer.vocab_size
         self.device = torch.device(device)
-        settings = read_json(self.folder / "config.json")
-        self._require_rows(settings.get("vocab_size") or settings.get("text_config", {}).get("vocab_size"))
+        self._require_rows(_configured_rows(self.folder))
         logging.disable_progress_bar()
         try:
-            model: Any = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
                 self.folder,
                 dtype=getattr(torch, dtype),
                 use_safetensors=True,
                 trust_remote_code=trust_remote_code,
+                output_loading_info=True,
             )
-        except (OSError, ValueError, KeyError, ImportError) as error:
-            first = str(error).strip().splitlines()[0]
+        except Exception as error:  # transformers, safetensors and huggingface_hub raise a dozen kinds for bad folders
+            first = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise XinslmError(f"transformers cannot load teacher {name}: {first}") from error
+        model, report = loaded
+        lacking = sorted({*report["missing_keys"], *(str(key) for key in report["mismatched_keys"])})
+        if lacking:  # transformers would draw them at random
+            raise XinslmError(
+                f"teacher {name}: {len(lacking)} weights are missing or misshapen, such as '{lacking[0]}'"
+            )
         self.model: Any = model.to(self.device).eval().requires_grad_(False)
         self.max_length: int = getattr(self.model.config, "max_position_embeddings", None) or 1 << 30
         head = self.model.get_output_embeddings()
@@ -112,6 +129,19 @@ class HuggingFaceTeacher:
         """(rows, ...) from `states` -> logits (rows, vocab_size) float32."""
         out = self.model.get_output_embeddings()(states) if self._split else states
         return out[:, : self.vocab_size].float()
+
+
+def _configured_rows(folder: Path) -> int | None:
+    """Vocabulary that config.json speaks of, if it does; a quantized folder is refused."""
+    manifest = read_json(folder / MANIFEST) if (folder / MANIFEST).is_file() else None
+    if isinstance(manifest, dict) and manifest.get("kind") == "quantized":
+        raise UsageError(f"{folder} is quantized; a teacher must be a model folder. Give the one it was made from")
+    settings = read_json(folder / "config.json")
+    if not isinstance(settings, dict):
+        raise XinslmError(f"{folder / 'config.json'}: must hold an object")
+    inner = settings.get("text_config")
+    rows = settings.get("vocab_size") or (inner.get("vocab_size") if isinstance(inner, dict) else None)
+    return rows if isinstance(rows, int) else None
 
 
 def _local_folder(name: str, revision: str | None) -> Path:
