@@ -138,6 +138,11 @@ def main() -> None:
                 f"| {student} | {name} | {first['parameters']:,} | {first['file_bytes'] / 1e6:.2f} | {spread(found)} | "
                 f"{tokens[0] if 'istilled' in name else '-'} |"
             )
+        pairs = zip(rows["distilled"], rows["undistilled"], strict=True)
+        gains = [b["bits_per_byte"] - a["bits_per_byte"] for a, b in pairs]
+        lines.append(
+            f"| {student} | gain by the teacher, seed by seed | | | {', '.join(f'{g:.4f}' for g in gains)} | |"
+        )
     print(f"\n{describe()}\n")
     print("| student | model | parameters | MB | bits per byte | tokens trained on |\n|---|---|---|---|---|---|")
     print("\n".join(lines))

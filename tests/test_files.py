@@ -51,6 +51,14 @@ def test_a_folder_that_holds_something_is_kept_without_force(tmp_path):
         make(tmp_path / "file")
 
 
+def test_force_leaves_what_no_stage_made(tmp_path):
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "letter.txt").write_text("dear")
+    with pytest.raises(UsageError, match="no xinslm command made"), new_folder(tmp_path / "home", force=True):
+        pass
+    assert (tmp_path / "home" / "letter.txt").read_text() == "dear"
+
+
 def test_what_a_kill_left_is_removed_by_the_next_run(tmp_path):
     code = f"""
 import os, signal

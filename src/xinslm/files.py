@@ -28,6 +28,16 @@ def refuse_existing(path: Path, force: bool) -> None:
         raise UsageError(f"{path} already holds something. Choose another --output-dir, or add --force to replace it")
 
 
+def refuse_foreign(path: Path) -> None:
+    """Raise UsageError if `path` holds something that no stage made: --force replaces only what has a manifest."""
+    if path.is_dir() and any(path.iterdir()):
+        manifest = read_json(path / MANIFEST) if (path / MANIFEST).is_file() else None
+        if not isinstance(manifest, dict) or "kind" not in manifest:
+            raise UsageError(
+                f"{path} holds something that no xinslm command made; --force leaves it. Choose another --output-dir"
+            )
+
+
 def refuse_inside(output: Path, inputs: Iterable[Path | str | None]) -> None:
     """Raise UsageError if replacing `output` would delete an input: one that it is, or that lies in it."""
     target = Path(output).resolve()
@@ -41,12 +51,17 @@ def refuse_inside(output: Path, inputs: Iterable[Path | str | None]) -> None:
 
 
 @contextmanager
-def new_folder(path: Path, force: bool = False) -> Iterator[Path]:
-    """Give a temporary folder that becomes `path` when the block ends without an error, and vanishes otherwise."""
+def new_folder(path: Path, force: bool = False, own: bool = False) -> Iterator[Path]:
+    """Give a temporary folder that becomes `path` when the block ends without an error, and vanishes otherwise.
+
+    `force` replaces a folder that a stage made; with `own`, the caller vouches for whatever stands there.
+    """
     path = Path(path).resolve()
     path.parent.mkdir(parents=True, exist_ok=True)
     remove_partials(path)
     refuse_existing(path, force)
+    if not own:
+        refuse_foreign(path)
     partial = path.parent / f".{path.name}.partial-{os.getpid()}"
     partial.mkdir()
     try:

@@ -146,3 +146,10 @@ def test_rows_come_in_the_order_asked_for():
     some = rows.batch(np.array([3, 1, 3]))
     assert np.array_equal(some.stream, all_rows.stream[[3, 1, 3]])
     assert np.array_equal(some.labels, all_rows.labels[[3, 1, 3]])
+
+
+def test_a_long_row_costs_what_its_sequences_cost():
+    begin = time.perf_counter()
+    order, offsets = pack(np.array([3, 1, 2]), 10**12)
+    assert time.perf_counter() - begin < 1
+    assert order.tolist() == [0, 1, 2] and offsets.tolist() == [0, 3]

@@ -265,8 +265,13 @@ def test_a_folder_that_holds_something_is_kept(make, tmp_path):
     with pytest.raises(UsageError, match="already holds something"):
         make(stories(5))
     assert left(tmp_path / "out") == ["mine.txt"]
-    make(stories(5), force=True)
-    assert open_dataset(tmp_path / "out")
+    with pytest.raises(UsageError, match="no xinslm command made"):
+        make(stories(5), force=True)
+    assert left(tmp_path / "out") == ["mine.txt"]
+    (tmp_path / "out" / "mine.txt").unlink()
+    make(stories(5))
+    make(stories(6), force=True)
+    assert open_dataset(tmp_path / "out").manifest["splits"]["train"]["documents"] == 5
 
 
 @pytest.mark.parametrize("fault", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()])
@@ -375,3 +380,20 @@ def test_memory_holds_hashes_not_the_corpus(make, tmp_path):
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 12e6
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("splits", None), ("splits", ["train"]), ("splits", {"train": 3}), ("inputs", None), ("inputs", {}),
+        ("vocab_size", None), ("vocab_size", "9"), ("dtype", None), ("dtype", "float99"),
+    ],
+)  # fmt: skip
+def test_a_damaged_manifest_is_named(make, tmp_path, key, value):
+    make(stories(50))
+    path = tmp_path / "out" / "manifest.json"
+    manifest = json.loads(path.read_text())
+    for damaged in ({**manifest, key: value}, {k: v for k, v in manifest.items() if k != key}):
+        path.write_text(json.dumps(damaged))
+        with pytest.raises(XinslmError, match=rf"manifest\.json(: .*{key}| is incomplete)"):
+            open_dataset(tmp_path / "out")

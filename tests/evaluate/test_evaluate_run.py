@@ -189,3 +189,16 @@ def test_missing_things_are_named(model: Path, text: Path, tmp_path: Path) -> No
     with pytest.raises(UsageError, match="give one dataset folder"):
         dataset = make_dataset(tmp_path / "data", text, model)
         run(EvaluateConfig(model=model, data_path=(str(dataset), str(text)), device="cpu"))
+
+
+@pytest.mark.parametrize("value", ["64", None, True, 64.0])
+def test_a_config_with_a_value_of_another_type_is_named(model: Path, text: Path, tmp_path: Path, value) -> None:
+    for file in model.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "hidden_size": value}))
+    with pytest.raises(XinslmError, match=r"config\.json: hidden_size is .*, but must be a whole number"):
+        evaluate(tmp_path, text)
+    path.write_text("[]")
+    with pytest.raises(XinslmError, match=r"config\.json: must hold an object"):
+        evaluate(tmp_path, text)

@@ -241,3 +241,66 @@ def test_the_fingerprint_follows_the_weights_not_the_folder(folder: Path, tmp_pa
     assert model_fingerprint(tmp_path / "again") != model_fingerprint(folder)
     save_model(random_model(shape(rope_theta=5e5)), tmp_path / "theta")
     assert model_fingerprint(tmp_path / "theta") != model_fingerprint(folder)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "shown"),
+    [
+        ("hidden_size", "64", '"64"'),
+        ("hidden_size", None, "null"),
+        ("vocab_size", True, "true"),
+        ("num_hidden_layers", 2.0, "2.0"),
+        ("num_attention_heads", [4], "[4]"),
+        ("num_key_value_heads", "2", '"2"'),
+        ("num_key_value_heads", False, "false"),
+        ("head_dim", 16.0, "16.0"),
+        ("intermediate_size", {}, "{}"),
+        ("max_position_embeddings", None, "null"),
+        ("rms_norm_eps", "1e-5", '"1e-5"'),
+        ("rms_norm_eps", float("nan"), "NaN"),
+        ("tie_word_embeddings", "false", '"false"'),
+        ("tie_word_embeddings", None, "null"),
+        ("bos_token_id", "1", '"1"'),
+        ("eos_token_id", [True], "[true]"),
+        ("rope_parameters", [1], "[1]"),
+        ("rope_parameters", "linear", '"linear"'),
+    ],
+)
+def test_a_value_of_another_type_is_named_with_its_key(folder: Path, key: str, value, shown: str) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), key: value}))
+    for read in (load_config, load_model):
+        with pytest.raises(XinslmError) as caught:
+            read(folder)
+        assert str(caught.value).startswith(f"{path}: {key} is {shown}, but must be ")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"rope_parameters": {"rope_theta": "1e4"}}, "rope_parameters.rope_theta is "),
+        ({"rope_parameters": {"rope_theta": -1}}, "rope_theta is -1.0, but must be above 0"),
+        ({"rope_parameters": None, "rope_theta": True}, "rope_theta is true"),
+        ({"rope_parameters": {"rope_type": "llama3"}}, "'rope_parameters.factor' is missing"),
+        ({"rope_parameters": {**LLAMA3_ROPE, "factor": "8"}}, "rope_parameters.factor is "),
+        ({"rope_parameters": {**LLAMA3_ROPE, "high_freq_factor": 1.0}}, "other than high_freq_factor"),
+        ({"num_key_value_heads": 0}, "num_key_value_heads .0. must divide"),
+        ({"head_dim": 0}, "head_dim is 0"),
+        ({"num_hidden_layers": -1}, "num_hidden_layers is -1"),
+        ({"max_position_embeddings": 0}, "max_position_embeddings is 0"),
+        ({"rms_norm_eps": 0}, "rms_norm_eps is 0.0"),
+    ],
+)
+def test_numbers_that_no_model_has_are_named_with_the_file(folder: Path, changes: dict, message: str) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+    with pytest.raises(XinslmError, match=message) as caught:
+        load_config(folder)
+    assert str(caught.value).startswith(f"{path}: ") and not isinstance(caught.value, UsageError)
+
+
+@pytest.mark.parametrize("content", ["[1]", "{}", '{"weight_map": 3}', '{"weight_map": {"a": 1}}'])
+def test_a_damaged_shard_index_is_named(folder: Path, content: str) -> None:
+    (folder / "model.safetensors.index.json").write_text(content)
+    with pytest.raises(XinslmError, match=r"index\.json: must hold a 'weight_map'"):
+        load_model(folder)

@@ -139,3 +139,22 @@ def test_the_streamed_file_is_a_proper_safetensors_file(tmp_path):
     assert loaded.keys() == tensors.keys()
     for name, tensor in tensors.items():
         assert torch.equal(loaded[name], tensor) and loaded[name].dtype == tensor.dtype
+
+
+@pytest.mark.parametrize("content", ["[1]", "null", '"quantized"', "3"])
+def test_a_manifest_that_is_no_object_is_not_one_of_a_quantized_folder(tmp_path, content):
+    (tmp_path / "manifest.json").write_text(content)
+    assert not is_quantized(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"formats": None}, {"formats": []}, {"bits": "4"}, {"formats": {"model.norm": ["f32"]}}]
+)
+def test_a_manifest_with_damaged_entries_is_named(damaged, changes):
+    folder = damaged(lambda tensors: None)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    if isinstance(changes.get("formats"), dict):
+        changes = {"formats": {**manifest["formats"], **changes["formats"]}}
+    (folder / "manifest.json").write_text(json.dumps({**manifest, **changes}))
+    with pytest.raises(XinslmError, match=r"manifest\.json"):
+        list(dequantized_tensors(folder))

@@ -203,6 +203,8 @@ def test_dataset_of_another_tokenizer(folders, tmp_path):
         ({"bits": 5}, "--bits is 5"),
         ({"data_path": None}, "--data-path"),
         ({"calibration_rows": 0}, "--calibration-rows is 0"),
+        ({"seed": -1}, "--seed is -1, but must be at least 0"),
+        ({"seed": 2**31}, "--seed is 2147483648, but must be at most 2,147,483,647"),
         ({"calibration_length": 4096}, "reads at most 128"),
         ({"data_path": Path("nowhere")}, "nowhere"),
         ({"model": Path("no-model-here")}, "no-model-here"),
@@ -293,3 +295,16 @@ def test_stories260k_says_the_same_at_eight_bits(shared_data, tmp_path):
     with torch.no_grad():
         a, b = (model.logits(model.hidden(ids)) for model in (original, q8))
     assert torch.equal(a.argmax(-1), b.argmax(-1))
+
+
+@pytest.mark.parametrize("method", ["rtn", "gptq"])
+def test_a_model_without_its_own_tokenizer_is_refused_before_the_work(folders, tmp_path, method):
+    save_random_model(tmp_path / "model", vocab_size=300)  # its tokenizer has 320 ids
+    seen = []
+    with pytest.raises(XinslmError, match="the tokenizer beside the model has 320 ids, the model only 300 rows"):
+        run(QuantizeConfig(tmp_path / "model", tmp_path / "out", folders / "data", method=method), seen.append)
+    for path in (tmp_path / "model").glob("*token*"):
+        path.unlink()
+    with pytest.raises(XinslmError, match=r"there is no tokenizer\.json"):
+        run(QuantizeConfig(tmp_path / "model", tmp_path / "out", folders / "data", method=method), seen.append)
+    assert seen == [] and not (tmp_path / "out").exists()

@@ -2,12 +2,17 @@
 
 import itertools
 import json
+import shutil
+from fnmatch import fnmatch
+from pathlib import Path
 
 import pytest
 
+from xinslm.data import prepare
+from xinslm.data.config import PrepareConfig
 from xinslm.errors import UsageError, XinslmError
 from xinslm.files import read_manifest
-from xinslm.tokenizer import BPETokenizer, show, train
+from xinslm.tokenizer import BPETokenizer, load_tokenizer, show, train
 from xinslm.tokenizer.config import ShowConfig, TrainConfig
 
 
@@ -129,3 +134,70 @@ def test_bytes_that_are_no_text_are_visible():
     assert show.visible(b" a\n\t") == "·a↵⇥"
     assert show.visible(b"\xf0\x9f") == "\\xf0\\x9f"
     assert show.visible(b"\x1b[31m") == "\\x1b[31m"
+
+
+@pytest.fixture
+def run_folder(tmp_path, text_file):
+    """A run folder: only its checkpoints hold a tokenizer."""
+    best = tmp_path / "run" / "checkpoints" / "best"
+    train.run(TrainConfig(best, (str(text_file),), vocab_size=400))
+    return tmp_path / "run"
+
+
+def test_a_run_folder_means_its_best_checkpoint(run_folder, tmp_path, text_file):
+    own = load_tokenizer(run_folder / "checkpoints" / "best")
+    assert load_tokenizer(run_folder).fingerprint() == own.fingerprint()
+    assert show.run(ShowConfig("a thing", run_folder)).ids == tuple(own.encode("a thing"))
+    train.run(TrainConfig(tmp_path / "nested", vocab_size=300, prefix_of=run_folder))
+    assert load_tokenizer(tmp_path / "nested").vocab_size == 300
+    prepare.run(PrepareConfig((str(text_file),), run_folder, tmp_path / "data"))
+    assert load_tokenizer(tmp_path / "data" / "tokenizer").fingerprint() == own.fingerprint()
+
+
+def test_a_hub_name_is_taken_from_the_hub(run_folder, tmp_path, monkeypatch):
+    """Offline, from a cache laid out as the Hub's client lays it out."""
+    from huggingface_hub import constants
+
+    repository = tmp_path / "hub" / "models--org--name"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text("a" * 40)
+    shutil.copytree(run_folder / "checkpoints" / "best", repository / "snapshots" / ("a" * 40))
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.chdir(tmp_path)
+    assert load_tokenizer(Path("org/name")).fingerprint() == load_tokenizer(run_folder).fingerprint()
+    assert show.run(ShowConfig("a thing", Path("org/name"))).vocab_size == 400
+    with pytest.raises(UsageError, match=r"org/other does not exist here, and the Hub did not give"):
+        load_tokenizer("org/other")
+    (repository / "snapshots" / ("a" * 40) / "tokenizer.json").unlink()
+    with pytest.raises(UsageError, match="on the Hub holds no tokenizer"):
+        load_tokenizer("org/name")
+
+
+def test_only_tokenizer_files_are_asked_of_the_hub(monkeypatch, tmp_path):
+    import huggingface_hub
+
+    asked = {}
+
+    def download(name, allow_patterns):
+        asked[name] = allow_patterns
+        return str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    with pytest.raises(UsageError, match="holds no tokenizer"):
+        load_tokenizer("org/name")
+    (patterns,) = asked.values()
+    wanted = ["tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "merges.txt"]
+    assert all(any(fnmatch(name, pattern) for pattern in patterns) for name in wanted)
+    refused = ["model.safetensors", "config.json", "model.safetensors.index.json", "pytorch_model.bin"]
+    assert not any(fnmatch(name, pattern) for name in refused for pattern in patterns)
+
+
+@pytest.mark.parametrize("path", ["nowhere", "a/b/c", "../a", "/a/b"])
+def test_what_is_no_hub_name_is_not_asked_for(path, monkeypatch, tmp_path):
+    import huggingface_hub
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: pytest.fail("asked the Hub"))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UsageError, match=f"{path} does not exist; a tokenizer is"):
+        load_tokenizer(path)

@@ -17,7 +17,7 @@ class PrepareConfig:
     data_path: tuple[str, ...]
     """Files (.txt .json .jsonl .parquet, also .gz), folders of them, Hugging Face datasets (OWNER/NAME)."""
     tokenizer_path: Path
-    """Folder of the tokenizer; a model's folder will do."""
+    """Folder of the tokenizer, a model or run folder (its best checkpoint), or a Hub name."""
     output_dir: Annotated[Path, tyro.conf.arg(aliases=["-o"])]
     """Folder to write the dataset to."""
     validation_fraction: float = 0.05

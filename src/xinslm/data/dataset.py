@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from xinslm.errors import UsageError, XinslmError
-from xinslm.files import read_manifest, sha256_json
+from xinslm.files import MANIFEST, read_manifest, sha256_json
 
 KIND, VERSION = "dataset", 1
 
@@ -77,10 +77,28 @@ def open_dataset(folder: Path) -> Dataset:
     """Open a folder that `xinslm prepare` made, after checking that it is one and is complete."""
     folder = Path(folder)
     manifest = read_manifest(folder, KIND, VERSION, "xinslm prepare")
+    if damage := _damage(manifest):
+        raise XinslmError(f"{folder / MANIFEST}: {damage}. Make the dataset anew with `xinslm prepare`")
     tokenizer = manifest["inputs"]["tokenizer"]
     hashes = {name: facts["sha256"] for name, facts in manifest["files"].items()}
     contents = {name: hash for name, hash in hashes.items() if name.startswith(("train/", "validation/"))}
     return Dataset(folder, manifest, sha256_json({"files": contents, "tokenizer": tokenizer}), tokenizer)
+
+
+def _damage(manifest: dict[str, Any]) -> str | None:
+    """Say what a dataset's manifest lacks of what is read from it later."""
+    inputs, splits, files = (manifest.get(key) for key in ("inputs", "splits", "files"))
+    if not isinstance(inputs, dict) or not isinstance(inputs.get("tokenizer"), str):
+        return "the tokenizer's fingerprint ('inputs.tokenizer') is missing"
+    if not isinstance(splits, dict) or not all(isinstance(facts, dict) for facts in splits.values()):
+        return "'splits' must hold an object for each split"
+    if not isinstance(files, dict) or not all(isinstance(f, dict) and "sha256" in f for f in files.values()):
+        return "'files' must hold the size and hash of each file"
+    if type(manifest.get("vocab_size")) is not int or manifest["vocab_size"] < 1:
+        return f"'vocab_size' is {manifest.get('vocab_size')!r}, but must be a whole number of at least 1"
+    if manifest.get("dtype") not in ("uint16", "uint32"):
+        return f"'dtype' is {manifest.get('dtype')!r}, but must be 'uint16' or 'uint32'"
+    return None
 
 
 def require_tokenizer(dataset: Dataset, fingerprint: str, what: str) -> None:

@@ -17,7 +17,7 @@ from xinslm.errors import UsageError
 
 IGNORE = -100
 """Label of a position that is no target, as `torch.nn.functional.cross_entropy` expects it."""
-_Rows = list[list[np.ndarray]]
+_Rows = dict[int, list[np.ndarray]]
 
 
 @dataclass(frozen=True)
@@ -64,16 +64,16 @@ def pack(lengths: np.ndarray, row_length: int) -> tuple[np.ndarray, np.ndarray]:
     row_of = np.empty(len(lengths), np.int64)
     num_rows = 0
     # open_rows[space] lists the rows with that much space left, as arrays that are joined when needed.
-    open_rows: _Rows = [[] for _ in range(row_length + 1)]
+    open_rows: _Rows = {}
     by_length = np.argsort(-lengths, kind="stable")
     bounds = np.flatnonzero(np.diff(lengths[by_length], prepend=-1, append=-1))
     for begin, end in pairwise(bounds):
         left = by_length[begin:end]
         length = int(lengths[left[0]])
-        for space in range(length, row_length):
-            if open_rows[space] and len(left):
-                rows = np.concatenate(open_rows[space])
-                open_rows[space] = []
+        # Filling a row only ever adds spaces below the one at hand, so the spaces of now are all that can count.
+        for space in sorted(space for space in open_rows if space >= length):
+            if len(left):
+                rows = np.concatenate(open_rows.pop(space))
                 left = _fill(rows, space, length, left, row_of, open_rows)
         if len(left):
             rows = np.arange(num_rows, num_rows - (-len(left) // (row_length // length)))
@@ -104,7 +104,7 @@ def _fill(
 
 def _append(open_rows: _Rows, space: int, rows: np.ndarray) -> None:
     if len(rows):
-        open_rows[space].append(rows)
+        open_rows.setdefault(space, []).append(rows)
 
 
 def _ramps(lengths: np.ndarray) -> np.ndarray:

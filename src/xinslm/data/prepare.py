@@ -27,7 +27,7 @@ from xinslm.data.read import ReadOptions, read_documents
 from xinslm.data.records import Document
 from xinslm.data.writer import SplitWriter
 from xinslm.errors import UsageError, XinslmError
-from xinslm.files import new_folder, refuse_existing, write_manifest
+from xinslm.files import new_folder, refuse_existing, refuse_inside, write_manifest
 from xinslm.progress import Listener, Progress, ignore
 
 if TYPE_CHECKING:
@@ -67,6 +67,8 @@ def run(config: PrepareConfig, on_progress: Listener = ignore) -> PrepareResult:
     from xinslm.tokenizer.load import load_tokenizer
 
     _check(config)
+    if config.force:
+        refuse_inside(config.output_dir, (*config.data_path, *config.validation_path, config.tokenizer_path))
     tokenizer = load_tokenizer(config.tokenizer_path)
     return _Stage(config, tokenizer, on_progress).run()
 

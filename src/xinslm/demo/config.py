@@ -6,6 +6,11 @@ from typing import Annotated
 
 import tyro
 
+from xinslm.errors import UsageError
+from xinslm.ranges import POSITIVE, SEED, Range, range_errors
+
+_RANGES = {"megabytes": POSITIVE, "teacher_steps": Range(1), "student_steps": Range(1), "seed": SEED}
+
 
 @dataclass(frozen=True)
 class DemoConfig:
@@ -25,3 +30,11 @@ class DemoConfig:
     """Seed of the text, the weights and the sampling."""
     force: bool = False
     """Replace what stands in the output folder."""
+
+    def check(self) -> None:
+        """Raise UsageError listing everything that cannot work."""
+        if wrong := range_errors(self, _RANGES):
+            raise UsageError("\n".join(wrong))
+
+    def __post_init__(self) -> None:
+        self.check()

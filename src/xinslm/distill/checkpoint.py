@@ -47,7 +47,7 @@ def save_checkpoint(
 ) -> None:
     """Write the state as `last`, and as `best` if it is."""
     folder = run / "checkpoints" / f"step-{state.step:06d}"
-    with new_folder(folder, force=True) as partial:
+    with new_folder(folder, force=True, own=True) as partial:
         save_model(model, partial)
         tokenizer.save(partial)
         save_file(_optimizer_tensors(model, optimizer), partial / OPTIMIZER)
@@ -61,7 +61,7 @@ def save_checkpoint(
 def save_best(run: Path, model: Transformer, tokenizer: Any, step: int) -> None:
     """Write the weights alone as `best`."""
     folder = run / "checkpoints" / f"step-{step:06d}"
-    with new_folder(folder, force=True) as partial:
+    with new_folder(folder, force=True, own=True) as partial:
         save_model(model, partial)
         tokenizer.save(partial)
     _point(folder.parent / "best", folder.name)

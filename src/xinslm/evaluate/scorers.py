@@ -11,8 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from xinslm.errors import UsageError, XinslmError
+from xinslm.errors import UsageError
 from xinslm.inference.torch_engine import check_vocabulary, load_transformer
+from xinslm.model.config import UnsupportedModelError
 from xinslm.model.files import load_config, resolve_model, weight_files
 from xinslm.model.transformer import Transformer
 
@@ -93,6 +94,6 @@ def _is_ours(folder: Path) -> bool:
     """Whether the student's transformer can express the model; transformers runs all others."""
     try:
         load_config(folder)
-    except XinslmError:
+    except UnsupportedModelError:
         return False
     return True

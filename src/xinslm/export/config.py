@@ -14,7 +14,7 @@ class GgufConfig:
     model: Annotated[Path, tyro.conf.Positional]
     """Quantized folder, model folder, run folder (its best checkpoint) or Hub name."""
     output_path: Annotated[Path, tyro.conf.arg(aliases=["-o"])]
-    """File to write, by custom ending in .gguf."""
+    """File to write; its name ends in .gguf by custom."""
     dtype: Literal["f32", "f16", "bf16"] | None = None
     """Type of the matrices of an unquantized model, f16 where not given; a quantized one keeps its own."""
     run: Path | None = None

@@ -5,10 +5,16 @@ multiples of 256 from 10M up (of 32 below), so that every 4-bit block format fit
 """
 
 import dataclasses
+import json
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 from xinslm.errors import UsageError, XinslmError
+from xinslm.ranges import POSITIVE
+
+
+class UnsupportedModelError(XinslmError):
+    """The config.json is sound, but of a model that this package's own transformer cannot express."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +63,7 @@ class ModelConfig:
             "intermediate_size",
             "num_hidden_layers",
             "num_attention_heads",
+            "max_position_embeddings",
         ):
             if getattr(self, name) < 1:
                 wrong.append(f"{name} is {getattr(self, name)}, but must be at least 1")
@@ -74,6 +81,9 @@ class ModelConfig:
             wrong.append(f"head_dim is {self.head_dim}, but the rotary embedding needs an even number")
         if self.sliding_window is not None and self.sliding_window < 1:
             wrong.append(f"sliding_window is {self.sliding_window}, but must be at least 1")
+        for name in ("rope_theta", "rms_norm_eps"):
+            if problem := POSITIVE.problem(getattr(self, name)):
+                wrong.append(f"{name} is {getattr(self, name)}, but must be {problem}")
         if wrong:
             raise UsageError("the model's shape cannot work:\n  " + "\n  ".join(wrong))
 
@@ -111,48 +121,118 @@ class ModelConfig:
             raise XinslmError(f"{where}: must hold an object, but holds {type(values).__name__}")
         family = values.get("model_type")
         if family not in ("llama", "mistral"):
-            raise XinslmError(f"{where}: model_type is {family!r}; xinslm's own model is 'llama' or 'mistral'")
+            raise UnsupportedModelError(
+                f"{where}: model_type is {family!r}; xinslm's own model is 'llama' or 'mistral'"
+            )
         refused = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
         for key, supported in refused.items():
             if values.get(key, supported) != supported:
-                raise XinslmError(f"{where}: {key} is {values[key]!r}; xinslm's own model has only {supported!r}")
-        rope = dict(values.get("rope_parameters") or values.get("rope_scaling") or {})
-        theta = rope.pop("rope_theta", None) or values.get("rope_theta") or 10000.0
-        kind = rope.get("rope_type", rope.pop("type", "default"))
-        if kind not in ("default", "llama3"):
-            raise XinslmError(f"{where}: rope_type is {kind!r}; xinslm's own model has 'default' and 'llama3'")
+                raise UnsupportedModelError(
+                    f"{where}: {key} is {values[key]!r}; xinslm's own model has only {supported!r}"
+                )
+        read = _Reader(values, where)
+        theta, scaling = _rope(read)
         windowed = family == "mistral"  # what transformers takes for keys that a config.json leaves out differs
+        heads, hidden = read.whole("num_attention_heads"), read.whole("hidden_size")
+        kv_heads = read.whole_or_null("num_key_value_heads", 8 if windowed else None)
+        head_dim = read.whole_or_null("head_dim")
+        config = ModelConfig(
+            vocab_size=read.whole("vocab_size"),
+            hidden_size=hidden,
+            intermediate_size=read.whole("intermediate_size"),
+            num_hidden_layers=read.whole("num_hidden_layers"),
+            num_attention_heads=heads,
+            num_key_value_heads=heads if kv_heads is None else kv_heads,
+            head_dim=hidden // max(heads, 1) if head_dim is None else head_dim,
+            max_position_embeddings=read.whole("max_position_embeddings", 131072 if windowed else 2048),
+            rope_theta=theta,
+            rms_norm_eps=read.number("rms_norm_eps", 1e-6),
+            tie_word_embeddings=read.flag("tie_word_embeddings", False),
+            sliding_window=read.whole_or_null("sliding_window", 4096) if windowed else None,
+            rope_scaling=scaling,
+            bos_token_id=read.token("bos_token_id"),
+            eos_token_id=read.token("eos_token_id"),
+            pad_token_id=read.token("pad_token_id"),
+        )
         try:
-            heads, hidden = values["num_attention_heads"], values["hidden_size"]
-            config = ModelConfig(
-                vocab_size=values["vocab_size"],
-                hidden_size=hidden,
-                intermediate_size=values["intermediate_size"],
-                num_hidden_layers=values["num_hidden_layers"],
-                num_attention_heads=heads,
-                num_key_value_heads=values.get("num_key_value_heads", 8 if windowed else None) or heads,
-                head_dim=values.get("head_dim") or hidden // heads,
-                max_position_embeddings=values.get("max_position_embeddings", 131072 if windowed else 2048),
-                rope_theta=float(theta),
-                rms_norm_eps=values.get("rms_norm_eps", 1e-6),
-                tie_word_embeddings=values.get("tie_word_embeddings", False),
-                sliding_window=values.get("sliding_window", 4096) if windowed else None,
-                rope_scaling={**rope, "rope_type": kind} if kind == "llama3" else None,
-                bos_token_id=values.get("bos_token_id"),
-                eos_token_id=_first(values.get("eos_token_id")),
-                pad_token_id=values.get("pad_token_id"),
-            )
-        except KeyError as error:
-            raise XinslmError(f"{where}: key {error} is missing") from None
-        except (TypeError, ValueError, ZeroDivisionError) as error:
-            raise XinslmError(f"{where}: a value is of the wrong kind ({error})") from None
-        config.check()
+            config.check()
+        except UsageError as error:
+            raise XinslmError(f"{where}: {error}") from None
         return config
 
 
-def _first(ids: Any) -> int | None:
-    """LLaMA-3 lists several end ids; the first closes a document."""
-    return ids[0] if isinstance(ids, list) and ids else ids
+class _Reader:
+    """Entries of a parsed JSON object by type; an XinslmError names file, key and value of what is another."""
+
+    def __init__(self, values: dict[str, Any], where: str, prefix: str = "") -> None:
+        self.values, self.where, self.prefix = values, where, prefix
+
+    def whole(self, key: str, default: int | None = None) -> int:
+        """A whole number; without a default it must be there."""
+        value = self._get(key, default)
+        return value if type(value) is int else self._refuse(key, value, "a whole number")
+
+    def whole_or_null(self, key: str, default: int | None = None) -> int | None:
+        """A whole number or null."""
+        value = self.values.get(key, default)
+        return value if value is None or type(value) is int else self._refuse(key, value, "a whole number or null")
+
+    def number(self, key: str, default: float | None = None) -> float:
+        """A finite number."""
+        value = self._get(key, default)
+        if type(value) not in (int, float) or POSITIVE.problem(abs(value)) == "a finite number":
+            self._refuse(key, value, "a finite number")
+        return float(value)
+
+    def flag(self, key: str, default: bool) -> bool:
+        """Either true or false."""
+        value = self.values.get(key, default)
+        return value if isinstance(value, bool) else self._refuse(key, value, "true or false")
+
+    def token(self, key: str) -> int | None:
+        """A token's id or null; LLaMA-3 lists several end ids, of which the first closes a document."""
+        value = self.values.get(key)
+        first = value[0] if isinstance(value, list) and value else value
+        return first if first is None or type(first) is int else self._refuse(key, value, "an id, ids or null")
+
+    def entries(self, key: str) -> dict[str, Any] | None:
+        """An object or null."""
+        value = self.values.get(key)
+        return value if value is None or isinstance(value, dict) else self._refuse(key, value, "an object or null")
+
+    def _get(self, key: str, default: Any) -> Any:
+        if key not in self.values and default is None:
+            raise XinslmError(f"{self.where}: key '{self.prefix}{key}' is missing")
+        return self.values.get(key, default)
+
+    def _refuse(self, key: str, value: Any, wanted: str) -> NoReturn:
+        raise XinslmError(f"{self.where}: {self.prefix}{key} is {json.dumps(value):.80}, but must be {wanted}")
+
+
+def _rope(read: _Reader) -> tuple[float, dict[str, Any] | None]:
+    """Read the rotary base, and LLaMA-3's rescaling where there is one, in the old spelling or the new."""
+    key = "rope_parameters" if read.entries("rope_parameters") else "rope_scaling"
+    rope = dict(read.entries(key) or {})
+    inner = _Reader(rope, read.where, f"{key}.")
+    base = next((reader for reader in (inner, read) if reader.values.get("rope_theta") is not None), None)
+    theta = 10000.0 if base is None else base.number("rope_theta")
+    rope.pop("rope_theta", None)
+    kind = rope.get("rope_type", rope.pop("type", "default"))
+    if kind not in ("default", "llama3"):
+        raise UnsupportedModelError(
+            f"{read.where}: rope_type is {kind!r}; xinslm's own model has 'default' and 'llama3'"
+        )
+    if kind == "default":
+        return theta, None
+    numbers = {name: inner.number(name) for name in _LLAMA3_ROPE}
+    if min(numbers.values()) <= 0 or numbers["low_freq_factor"] == numbers["high_freq_factor"]:
+        raise XinslmError(
+            f"{read.where}: {key} must hold numbers above 0, and low_freq_factor other than high_freq_factor"
+        )
+    return theta, {**rope, "rope_type": kind}
+
+
+_LLAMA3_ROPE = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 
 
 @dataclass(frozen=True)

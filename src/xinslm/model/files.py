@@ -57,7 +57,11 @@ def weight_files(folder: Path) -> list[Path]:
     folder = Path(folder)
     index = folder / f"{WEIGHTS}.index.json"
     if index.is_file():
-        files = [folder / name for name in sorted(set(read_json(index)["weight_map"].values()))]
+        content = read_json(index)
+        places = content.get("weight_map") if isinstance(content, dict) else None
+        if not isinstance(places, dict) or not all(isinstance(name, str) for name in places.values()):
+            raise XinslmError(f"{index}: must hold a 'weight_map' from weights to files. Copy the whole model folder")
+        files = [folder / name for name in sorted(set(places.values()))]
         for file in files:
             if not file.is_file():
                 raise XinslmError(f"{file} is missing; {index.name} lists it. Copy the whole model folder")

@@ -60,7 +60,10 @@ class QuantizedModel:
         self.folder = Path(folder)
         self.manifest: dict[str, Any] = read_manifest(self.folder, KIND, VERSION, _MADE_BY)
         self.config: ModelConfig = load_config(self.folder)
-        self.formats: dict[str, str] = {f"{name}.weight": kind for name, kind in self.manifest["formats"].items()}
+        formats = self.manifest.get("formats")
+        if not isinstance(formats, dict) or self.manifest.get("bits") not in (4, 8):
+            raise XinslmError(f"{self.folder / MANIFEST}: 'formats' or 'bits' is missing or damaged; run `{_MADE_BY}`")
+        self.formats: dict[str, str] = {f"{name}.weight": kind for name, kind in formats.items()}
         """Format of every weight, by its Hugging Face parameter name."""
         self._file = open_tensors(self.folder / WEIGHTS)
         with torch.device("meta"):
@@ -72,6 +75,8 @@ class QuantizedModel:
     def read(self, name: str) -> StoredWeight:
         """Read one weight by its Hugging Face name; XinslmError where it is not what it should be."""
         kind, shape, stem = self.formats[name], self.shapes[name], name.removesuffix(".weight")
+        if not isinstance(kind, str):
+            raise XinslmError(f"{self.folder / MANIFEST}: the format of '{stem}' is {kind!r}, which is no name")
         if kind in _PLAIN:
             return StoredWeight(kind, shape, self._tensor(name, _PLAIN[kind], shape), None)
         if kind not in GRIDS:
@@ -100,7 +105,8 @@ class QuantizedModel:
 def is_quantized(folder: Path) -> bool:
     """Whether a folder says of itself that it holds a quantized model."""
     path = Path(folder) / MANIFEST
-    return path.is_file() and read_json(path).get("kind") == KIND
+    manifest = read_json(path) if path.is_file() else None
+    return isinstance(manifest, dict) and manifest.get("kind") == KIND
 
 
 def open_quantized(folder: Path) -> QuantizedModel:

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 import tyro
 
 from xinslm.errors import UsageError
+from xinslm.ranges import SEED
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,8 @@ class QuantizeConfig:
             raise UsageError(f"--calibration-rows is {self.calibration_rows}, but must be at least 1")
         if self.calibration_length is not None and self.calibration_length < 1:
             raise UsageError(f"--calibration-length is {self.calibration_length}, but must be at least 1")
+        if problem := SEED.problem(self.seed):
+            raise UsageError(f"--seed is {self.seed}, but must be {problem}")
         if self.calibrates and self.data_path is None:
             raise UsageError(
                 "GPTQ at 4 bits needs text to calibrate on: add --data-path DATASET (a folder that "

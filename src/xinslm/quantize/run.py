@@ -15,7 +15,8 @@ import torch
 from xinslm.config import to_dict
 from xinslm.data.packing import Batch
 from xinslm.errors import UsageError
-from xinslm.files import new_folder, refuse_existing, write_manifest
+from xinslm.files import new_folder, refuse_existing, refuse_inside, write_manifest
+from xinslm.inference.torch_engine import check_vocabulary
 from xinslm.model.config import ModelConfig
 from xinslm.model.files import WEIGHTS, load_config, model_fingerprint, resolve_model
 from xinslm.progress import Listener, ignore
@@ -26,6 +27,7 @@ from xinslm.quantize.grids import GRIDS, Q4_0
 from xinslm.quantize.pipeline import Quantization
 from xinslm.quantize.stream import WeightReader
 from xinslm.runs import add_row, require_run
+from xinslm.tokenizer.load import load_tokenizer
 
 _COPIED = (
     "config.json",
@@ -77,16 +79,20 @@ def run(config: QuantizeConfig, on_progress: Listener = ignore) -> Result:
     """Quantize a model folder into the canonical folder."""
     config.check()
     refuse_existing(config.output_dir, config.force)
+    if config.force:
+        refuse_inside(config.output_dir, (config.model, config.data_path))
     if config.run is not None:
         require_run(config.run)
     source = resolve_model(config.model)
     if is_quantized(source):
         raise UsageError(f"{source} is quantized already; quantize the model that it was made from")
     model = load_config(source)
+    tokenizer = load_tokenizer(source)  # for rounding alone, too: no later stage has a use for a folder without one
+    check_vocabulary(model.vocab_size, tokenizer, str(source))
     inputs = {"model": model_fingerprint(source)}
     batches: list[Batch] = []
     if config.calibrates:
-        batches, inputs["dataset"] = _calibration_rows(config, source, model)
+        batches, inputs["dataset"] = _calibration_rows(config, tokenizer.fingerprint(), model)
     work = Quantization(model, WeightReader(source), config.bits, batches, on_progress)
     method = "gptq" if config.calibrates else "rtn"
     with torch.no_grad(), new_folder(config.output_dir, config.force) as folder:
@@ -111,18 +117,15 @@ def write_folder(
     write_manifest(folder, KIND, VERSION, config, inputs, bits=4 if work.grid is Q4_0 else 8, **content)
 
 
-def _calibration_rows(config: QuantizeConfig, source: Path, model: ModelConfig) -> tuple[list[Batch], str]:
-    """Read the calibration rows and the dataset's fingerprint."""
-    from xinslm.tokenizer.load import load_tokenizer
-
+def _calibration_rows(config: QuantizeConfig, tokenizer: str, model: ModelConfig) -> tuple[list[Batch], str]:
+    """Read the calibration rows and the dataset's fingerprint; `tokenizer` is the one of the model's."""
     assert config.data_path is not None, "QuantizeConfig.check sees to it"
     length = config.calibration_length or min(model.max_position_embeddings, 512)
     if length > model.max_position_embeddings:
         raise UsageError(
             f"--calibration-length is {length}, but the model reads at most {model.max_position_embeddings}"
         )
-    fingerprint = load_tokenizer(source).fingerprint()
-    return read_rows(config.data_path, fingerprint, model, config.calibration_rows, length, config.seed)
+    return read_rows(config.data_path, tokenizer, model, config.calibration_rows, length, config.seed)
 
 
 def _result(work: Quantization, folder: Path) -> Result:

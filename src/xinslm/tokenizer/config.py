@@ -25,7 +25,8 @@ class TrainConfig:
     """Control tokens; the first ends texts, the last pads. Left out: <|endoftext|> <|im_start|> <|im_end|> <|pad|>,
     or the teacher's."""
     prefix_of: Path | None = None
-    """Take the first merges of this tokenizer (a folder; a model's will do) instead of learning from text."""
+    """Take the first merges of this tokenizer (its folder, a model or run folder, or a Hub name) instead of
+    learning from text."""
     force: bool = False
     """Replace the output folder if it already holds something."""
 
@@ -37,7 +38,8 @@ class ShowConfig:
     text: Annotated[str, tyro.conf.Positional]
     """The text."""
     tokenizer_path: Path | None = None
-    """Folder of the tokenizer; a model's folder will do. Without one, a tokenizer is learnt from the text itself."""
+    """Folder of the tokenizer, a model or run folder, or a Hub name. Without one, a tokenizer is learnt from the text
+    itself."""
     num_pieces: int = 8
     """How many different pieces of the text have their merges shown."""
     allow_special: bool = False

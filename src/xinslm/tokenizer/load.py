@@ -1,5 +1,10 @@
-"""Opening a tokenizer of any kind: ours where it is a byte-level BPE that we know, else the Hugging Face one."""
+"""Opening a tokenizer of any kind: ours where it is a byte-level BPE that we know, else the Hugging Face one.
 
+A path means a folder with a tokenizer (a model's, too), a tokenizer.json, a sentencepiece .model, a run folder (its
+best checkpoint), or a name on the Hub, of which only the tokenizer's files are downloaded.
+"""
+
+import re
 from pathlib import Path
 
 from xinslm.errors import UsageError
@@ -7,12 +12,15 @@ from xinslm.tokenizer import files
 from xinslm.tokenizer.base import Tokenizer
 from xinslm.tokenizer.bpe import BPETokenizer
 
+_HUB_FILES = [
+    files.TOKENIZER, files.CONFIG, files.TEMPLATE, "special_tokens_map.json", "added_tokens.json", "vocab.json",
+    "merges.txt", "*.model",
+]  # fmt: skip
+
 
 def load_tokenizer(path: Path | str) -> Tokenizer:
-    """Load a tokenizer from a folder (of a model, too), a tokenizer.json, or a sentencepiece .model file."""
-    path = Path(path)
-    if not path.exists():
-        raise UsageError(f"{path} does not exist; a tokenizer is a folder with a tokenizer.json, or a .model file")
+    """Load a tokenizer from a folder (of a model or a run, too), a file, or the Hub; see `resolve_tokenizer`."""
+    path = resolve_tokenizer(path)
     if not _is_sentencepiece(path):
         try:
             return BPETokenizer.load(path)
@@ -21,6 +29,38 @@ def load_tokenizer(path: Path | str) -> Tokenizer:
     from xinslm.tokenizer.hf import HFTokenizer
 
     return HFTokenizer.load(path)
+
+
+def resolve_tokenizer(path: Path | str) -> Path:
+    """Find the file or folder that `path` means; UsageError where there is none and the Hub gives none."""
+    folder = Path(path)
+    for candidate in (folder, folder / "checkpoints" / "best", folder / "checkpoints" / "last"):
+        if _holds_tokenizer(candidate):
+            return candidate
+    if folder.exists():
+        return folder  # the reader says what it lacks
+    if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(path)):
+        raise UsageError(
+            f"{path} does not exist; a tokenizer is a folder with a {files.TOKENIZER} (a model's, or a run folder), a "
+            f".model file, or a Hub name such as org/name"
+        )
+    import huggingface_hub
+
+    try:
+        downloaded = Path(huggingface_hub.snapshot_download(str(path), allow_patterns=_HUB_FILES))
+    except Exception as error:  # the hub client raises a dozen kinds: offline, no such repository, gated
+        raise UsageError(
+            f"{path} does not exist here, and the Hub did not give a tokenizer of that name: {error}"
+        ) from error
+    if not _holds_tokenizer(downloaded):
+        raise UsageError(f"{path} does not exist here, and what has that name on the Hub holds no tokenizer")
+    return downloaded
+
+
+def _holds_tokenizer(path: Path) -> bool:
+    if not path.is_dir():
+        return path.is_file()
+    return any((path / name).is_file() for name in (files.TOKENIZER, "vocab.json")) or any(path.glob("*.model"))
 
 
 def _is_sentencepiece(path: Path) -> bool:

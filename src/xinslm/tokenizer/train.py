@@ -11,7 +11,7 @@ from pathlib import Path
 
 from xinslm.config import to_dict
 from xinslm.errors import UsageError
-from xinslm.files import new_folder, refuse_existing, write_manifest
+from xinslm.files import new_folder, refuse_existing, refuse_inside, write_manifest
 from xinslm.progress import Listener, Progress, ignore
 from xinslm.tokenizer.bpe import DEFAULT_SPECIAL_TOKENS, BPETokenizer
 from xinslm.tokenizer.config import TrainConfig
@@ -52,6 +52,8 @@ def run(config: TrainConfig, on_progress: Listener = ignore) -> TrainResult:
     """Learn or cut the tokenizer and write its folder."""
     _check(config)
     refuse_existing(config.output_dir, config.force)
+    if config.force:
+        refuse_inside(config.output_dir, (*config.data_path, config.prefix_of))
     started = time.perf_counter()
     texts = _Texts(config.data_path)
     if config.prefix_of is not None:

@@ -1,0 +1,46 @@
+"""Ranges of numeric settings: one table a configuration, one sentence a wrong value.
+
+A range is checked as `low <= value <= high`, so that NaN, which no comparison holds for, is always outside.
+"""
+
+import math
+import sys
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+
+class Range(NamedTuple):
+    """From `low` to `high`, both included unless the flags say otherwise; always finite."""
+
+    low: float
+    high: float = math.inf
+    above: bool = False
+    """Whether `low` itself is outside."""
+    below: bool = False
+    """Whether `high` itself is outside."""
+
+    def problem(self, value: float) -> str | None:
+        """What a value must be and is not ('at least 1'), or None where it is in the range."""
+        if not -sys.float_info.max <= value <= sys.float_info.max:
+            return "a finite number"
+        if value < self.low or (self.above and value == self.low):
+            return f"{'above' if self.above else 'at least'} {self.low:,}"
+        if value > self.high or (self.below and value == self.high):
+            return f"{'below' if self.below else 'at most'} {self.high:,}"
+        return None
+
+
+POSITIVE = Range(0, above=True)
+SHARE = Range(0, 1)
+SEED = Range(0, 2**31 - 1)
+
+
+def range_errors(config: Any, ranges: Mapping[str, Range], prefix: str = "") -> list[str]:
+    """Sentences for the fields of `config` that are outside their range; a field that is None is not given."""
+    wrong = []
+    for name, bounds in ranges.items():
+        value = getattr(config, name)
+        problem = None if value is None else bounds.problem(value)
+        if problem is not None:
+            wrong.append(f"{prefix}{name} is {value}, but must be {problem}")
+    return wrong
