@@ -33,7 +33,7 @@ RECIPES = {
     "stories260K": {
         "prepare": "--data-path {data}/text/tinystories_docs.jsonl --document-end bos --validation-fraction 0.15",
         "length": 512,
-        "train": "--max-seq-length 512 --batch-size 8 --num-epochs 8 --learning-rate 4e-3 --validate-every 25",
+        "train": "--max-seq-length 512 --batch-size 2 --num-epochs 8 --learning-rate 4e-3 --validate-every 100",
         "students": {
             "same vocabulary": (
                 None,
