@@ -275,7 +275,9 @@ def test_an_end_in_the_middle_leaves_nothing_half_written(folders, tmp_path, end
     before = run(QuantizeConfig(tmp_path / "model", tmp_path / "out" / "q4", bits=8))
     old = tree_hash(before.folder)
     child = subprocess.run([sys.executable, "-c", CHILD, str(tmp_path), end], capture_output=True, text=True)
-    assert child.returncode == (-signal.SIGKILL if end == "kill" else 1), child.stderr
+    # Python ends by the signal itself after an uncaught Ctrl-C, or with 1 where the signal is ignored
+    codes = {"kill": {-signal.SIGKILL}, "interrupt": {1, -signal.SIGINT}, "full": {1}}
+    assert child.returncode in codes[end], child.stderr
     expected = {"kill": "", "interrupt": "KeyboardInterrupt", "full": "File too large"}[end]
     assert expected in child.stderr
     assert tree_hash(before.folder) == old
