@@ -17,7 +17,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--work", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=320)
+    parser.add_argument("--steps", type=int, default=400)
     args = parser.parse_args()
     work = args.work / "peps"
     work.mkdir(parents=True, exist_ok=True)
@@ -28,7 +28,7 @@ def main() -> None:
         xinslm(f"prepare --data-path {text} --tokenizer-path {work / 'tokenizer'} --output-dir {data}")
     if not finished(run):
         xinslm(
-            f"pretrain --data-path {data} --output-dir {run} --preset 1m --max-seq-length 256 --batch-size 16 "
+            f"pretrain --data-path {data} --output-dir {run} --preset 1m --max-seq-length 256 --batch-size 8 "
             f"--max-steps {args.steps} --learning-rate 4e-3 --validate-every 100",
             threads=2,
         )
