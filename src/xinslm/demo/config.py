@@ -22,9 +22,9 @@ class DemoConfig:
     """Text to generate; more text and more steps make better models."""
     vocab_size: int = 1024
     """Vocabulary of the tokenizer."""
-    teacher_steps: int = 360
+    teacher_steps: int = 300
     """Optimiser steps of the teacher."""
-    student_steps: int = 450
+    student_steps: int = 300
     """Optimiser steps of each student."""
     seed: int = 0
     """Seed of the text, the weights and the sampling."""
