@@ -36,6 +36,7 @@ class World:
     data: Path
     teacher: Path
     cache: Path
+    settings = SMALL
 
     def distill(self, output_dir: Path, **changes) -> DistillConfig:
         settings = {**SMALL, "max_steps": 8, "validate_every": 4, "save_every": 3, **changes}

@@ -30,16 +30,6 @@ from xinslm.model.files import load_config, load_model
 from xinslm.model.transformer import Transformer
 from xinslm.teachers.huggingface import HuggingFaceTeacher
 
-SMALL = {
-    "hidden_size": 32,
-    "num_layers": 2,
-    "num_heads": 2,
-    "num_kv_heads": 1,
-    "intermediate_size": 64,
-    "max_seq_length": 64,
-    "batch_size": 4,
-    "device": "cpu",
-}
 CPU = torch.device("cpu")
 
 
@@ -283,7 +273,7 @@ def test_force_is_not_written_into_the_runs_own_settings(world, tmp_path):
 
 def test_raw_text_run_that_never_began_can_be_started_again_with_other_settings(world, tmp_path):
     run = tmp_path / "r"
-    settings = {**SMALL, "max_steps": 2, "vocab_size": 300}
+    settings = {**world.settings, "max_steps": 2, "vocab_size": 300}
     with pytest.raises(UsageError, match="batch_size is 5000"):
         train.run(PretrainConfig(data_path=world.text, output_dir=run, **{**settings, "batch_size": 5000}))
     assert (run / "data" / "manifest.json").is_file(), "what was prepared is kept"

@@ -185,7 +185,7 @@ class PretrainConfig:
     checkpointing: bool = False
     """Compute activations a second time in the backward pass to save memory."""
     compile: bool = False
-    """Compile the blocks with torch.compile."""
+    """Compile the forward pass with torch.compile: needs a C++ compiler, and minutes before the first step."""
     seed: int = 0
     """Seed of the starting weights and of the order of rows."""
     force: bool = False
