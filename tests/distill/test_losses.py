@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from xinslm.distill.config import LossConfig
+from xinslm.distill.loss_config import LossConfig
 from xinslm.distill.losses import DenseTargets, SparseTargets, chunk_loss, fused_loss
 
 ROWS, VOCAB, WIDTH, HEAD, DRAWS = 37, 50, 16, 8, 4

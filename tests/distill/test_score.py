@@ -16,7 +16,7 @@ import torch
 from xinslm.data.dataset import open_dataset
 from xinslm.distill import score
 from xinslm.distill.cache import PLAN, Cache
-from xinslm.distill.config import CacheConfig
+from xinslm.distill.cache_config import CacheConfig
 from xinslm.distill.nested import PushForward, is_nested
 from xinslm.errors import UsageError, XinslmError
 from xinslm.files import sha256_file
@@ -79,7 +79,7 @@ from pathlib import Path, PosixPath
 import torch
 torch.set_num_threads(1)
 from xinslm.distill import score
-from xinslm.distill.config import CacheConfig
+from xinslm.distill.cache_config import CacheConfig
 def listen(progress):
     if len(list(Path({str(folder)!r}).glob('train/*.bin'))) >= {after}:
         os.kill(os.getpid(), signal.SIGKILL)

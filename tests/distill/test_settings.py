@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 
 from xinslm.distill import inputs
-from xinslm.distill.config import CacheConfig, DistillConfig, LossConfig, PretrainConfig
+from xinslm.distill.cache_config import CacheConfig
+from xinslm.distill.config import DistillConfig, PretrainConfig
+from xinslm.distill.loss_config import LossConfig
 from xinslm.errors import UsageError
 
 REQUIRED = {

@@ -40,7 +40,7 @@ COMMANDS = {
     "pretrain": Command(
         "train a model on text, without a teacher", "distill.config:PretrainConfig", "distill.train:run"
     ),
-    "cache": Command("let a teacher score a dataset, once", "distill.config:CacheConfig", "distill.score:run"),
+    "cache": Command("let a teacher score a dataset, once", "distill.cache_config:CacheConfig", "distill.score:run"),
     "distill": Command("train a student from a teacher", "distill.config:DistillConfig", "distill.train:run"),
     "evaluate": Command(
         "bits per byte and perplexity of a model", "evaluate.config:EvaluateConfig", "evaluate.run:run"

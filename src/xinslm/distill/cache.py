@@ -222,5 +222,10 @@ class Cache:
             )
 
 
+def suffix(plane: str) -> str:
+    """Ending of a plane's files: `.bin` for the records, `.sketch.bin` for the plane 'sketch'."""
+    return ".bin" if plane == "records" else f".{plane}.bin"
+
+
 PLAN = "unfinished.json"
 """Stands in a cache folder until the cache is whole, and says what it is to become."""

@@ -1,4 +1,4 @@
-"""Configuration of `cache`, `pretrain` and `distill`."""
+"""Configuration of `pretrain` and `distill`; the cache's and the losses' are beside it."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -6,30 +6,18 @@ from typing import Annotated, Literal
 
 import tyro
 
+from xinslm.distill.cache_config import CONTEXT, Device, Dtype
+from xinslm.distill.loss_config import LossConfig
 from xinslm.errors import UsageError
 from xinslm.ranges import POSITIVE, SEED, SHARE, Range, range_errors
 
-Device = Literal["auto", "cpu", "cuda", "mps"]
-Dtype = Literal["float32", "bfloat16", "float16"]
-
-_CONTEXT = Range(2, 1_000_000)
-_LOSS = {"alpha": Range(0), "beta": Range(0), "temperature": POSITIVE, "tail_weight": SHARE}
-_CACHE = {
-    "head": Range(1, 256),
-    "draws": Range(0, 64),
-    "temperature": POSITIVE,
-    "max_seq_length": _CONTEXT,
-    "batch_tokens": Range(1),
-    "shard_positions": Range(1),
-    "seed": SEED,
-}
 _SIZES = (
     "vocab_size", "hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim", "intermediate_size",
     "sliding_window",
 )  # fmt: skip
 _TRAINING = {
     **dict.fromkeys(_SIZES, Range(1)),
-    "max_seq_length": _CONTEXT,
+    "max_seq_length": CONTEXT,
     "batch_size": Range(1, 1_000_000),
     "num_epochs": POSITIVE,
     "max_steps": Range(1),
@@ -46,72 +34,6 @@ _TRAINING = {
     "log_every": Range(1),
     "seed": SEED,
 }
-
-
-@dataclass(frozen=True)
-class LossConfig:
-    """(alpha * CE + beta * T^2 * KD) / N, N the target tokens of the whole optimiser step."""
-
-    alpha: float = 0.1
-    """Weight of the cross-entropy against the text."""
-    beta: float = 0.9
-    """Weight of the divergence from the teacher."""
-    temperature: float = 1.0
-    """T, which softens both distributions; T^2 keeps the gradient's size."""
-    temperature_mode: Literal["decoupled", "full"] = "decoupled"
-    """decoupled: T inside the cached head only, exact. full: T everywhere, the cache's own T required."""
-    tail_weight: float = 1.0
-    """How much the draws from the teacher's tail count: 1 is unbiased, 0 makes the tail one bucket."""
-
-    def errors(self) -> list[str]:
-        """What cannot work, a sentence each."""
-        wrong = range_errors(self, _LOSS, "loss.")
-        if self.alpha == self.beta == 0:
-            wrong.append("loss.alpha and loss.beta are both 0: there is no loss to train with")
-        if self.temperature_mode == "full" and self.temperature != 1 and self.tail_weight:
-            wrong.append("loss.temperature_mode full has no draws at T: set loss.tail_weight to 0")
-        return wrong
-
-
-@dataclass(frozen=True)
-class CacheConfig:
-    """Score a dataset with a teacher, once, into a sparse cache."""
-
-    teacher: Annotated[str, tyro.conf.Positional]
-    """Teacher: a model folder or a Hub name; any Hugging Face causal language model."""
-    data_path: Path
-    """Dataset folder made by `xinslm prepare`."""
-    output_dir: Annotated[Path, tyro.conf.arg(aliases=["-o"])]
-    """Cache folder to write; a run that was interrupted continues there."""
-    head: int = 8
-    """Most likely tokens kept exactly at each position."""
-    draws: int = 4
-    """Tokens drawn from the rest of the distribution; take 8 for three epochs and more."""
-    temperature: float = 2.0
-    """Temperature whose normaliser is stored, for a loss with temperature_mode full."""
-    max_seq_length: int = 512
-    """Longest context in tokens the teacher sees; use the student's."""
-    batch_tokens: int = 8192
-    """Tokens a teacher's forward pass takes."""
-    shard_positions: int = 1 << 18
-    """Positions a shard file holds, about: what an interruption costs at most."""
-    dtype: Dtype = "float32"
-    """The teacher's number type."""
-    device: Device = "auto"
-    """Where the teacher runs; auto takes cuda, then mps, then cpu."""
-    revision: str | None = None
-    """Hub revision of the teacher."""
-    trust_remote_code: bool = False
-    """Run Python code that the teacher's repository brings."""
-    seed: int = 0
-    """Seed of the draws."""
-    force: bool = False
-    """Replace what stands in the output folder."""
-
-    def check(self) -> None:
-        """Raise UsageError listing everything that cannot work."""
-        if wrong := range_errors(self, _CACHE):
-            raise UsageError("\n".join(wrong))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -22,7 +22,8 @@ from torch import Tensor
 
 from xinslm.data.packing import Batch, PackedRows
 from xinslm.distill.checkpoint import TrainingState
-from xinslm.distill.config import LossConfig, PretrainConfig
+from xinslm.distill.config import PretrainConfig
+from xinslm.distill.loss_config import LossConfig
 from xinslm.distill.losses import fused_loss
 from xinslm.distill.targets import TargetSource
 from xinslm.errors import XinslmError

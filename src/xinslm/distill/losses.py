@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from xinslm.distill.config import LossConfig
+from xinslm.distill.loss_config import LossConfig
 
 
 @dataclass(frozen=True)

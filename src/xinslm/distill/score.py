@@ -3,35 +3,28 @@
     xinslm cache TEACHER --data-path data --output-dir cache
 
 Shards are written one by one, each atomically; a run that was stopped continues behind the last whole shard, and the
-result is the same. Sequences are batched by length, the head is applied to a few hundred rows at a time, and only
-positions whose next token counts as a target are scored.
+result is the same. What a shard holds comes from a `Scorer`; this module knows folders only.
 """
 
 import shutil
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from xinslm.config import to_dict
 from xinslm.data.dataset import Dataset, Split, open_dataset
-from xinslm.data.packing import sequences
 from xinslm.device import pick_device
-from xinslm.distill.cache import KIND, PLAN, VERSION, Cache, CacheFormat, decode, encode
-from xinslm.distill.config import CacheConfig
-from xinslm.distill.nested import PushForward, is_nested
-from xinslm.errors import UsageError, XinslmError
+from xinslm.distill.cache import KIND, PLAN, VERSION, Cache, CacheFormat, decode, suffix
+from xinslm.distill.cache_config import CacheConfig
+from xinslm.distill.scorers import RECORDS, DenseScorer, Scorer, relate
+from xinslm.errors import UsageError
 from xinslm.files import MANIFEST, new_file, read_json, refuse_inside, write_json, write_manifest
 from xinslm.progress import Listener, Progress, ignore
-from xinslm.teachers.huggingface import HuggingFaceTeacher, batches_by_length
-
-LOGITS_AT_ONCE = 1 << 22
-"""Numbers in one block of logits (16 MiB of float32)."""
+from xinslm.teachers.base import DenseTeacher
+from xinslm.teachers.huggingface import HuggingFaceTeacher
 
 
 @dataclass(frozen=True)
@@ -56,24 +49,6 @@ class CacheResult:
         )
 
 
-@dataclass(frozen=True)
-class Work:
-    """A run of documents as the teacher reads them, and which of its rows say what about which stream position."""
-
-    tokens: np.ndarray
-    """Teacher ids, documents one behind the other."""
-    documents: np.ndarray
-    """Their offsets."""
-    positions: np.ndarray
-    """Stream positions to score."""
-    labels: np.ndarray
-    """The tokens that came there, in the dataset's vocabulary."""
-    rows: np.ndarray
-    """For each position, the row of `tokens` whose prediction covers it; never falls."""
-    prefixes: list[tuple[int, ...]] | None
-    """For each position, the pieces of a teacher token that have come; None where the tokenizers are the same."""
-
-
 def run(config: CacheConfig, on_progress: Listener = ignore) -> CacheResult:
     """Score both splits of a dataset with a teacher.
 
@@ -91,12 +66,18 @@ def run(config: CacheConfig, on_progress: Listener = ignore) -> CacheResult:
             f"max_seq_length is {config.max_seq_length}, but teacher {config.teacher} has a context of "
             f"{teacher.max_length} tokens: pass --max-seq-length {teacher.max_length}"
         )
-    push = _relate(dataset, teacher)
+    push = relate(dataset, teacher)
     vocab_size = dataset.manifest["vocab_size"]
     head = min(config.head, vocab_size - 1)
     fmt = CacheFormat(vocab_size, head, config.draws, config.temperature)
-    plan = _plan(config, dataset, teacher, fmt)
-    _begin(config, plan)
+    scorer = DenseScorer(teacher, push, fmt, config)
+    _begin(config, _plan(config, dataset, teacher, fmt, scorer))
+    _write(config, dataset, scorer, on_progress)
+    return _summarise(config.output_dir, time.monotonic() - started)
+
+
+def _write(config: CacheConfig, dataset: Dataset, scorer: Scorer, on_progress: Listener) -> None:
+    """Let the scorer fill every shard that is not there yet, then make the folder whole."""
     shards = {name: _cut(dataset.split(name), config.shard_positions) for name in dataset.manifest["splits"]}
     total = sum(int(dataset.split(name).documents[-1]) for name in shards)
     done = 0
@@ -105,54 +86,47 @@ def run(config: CacheConfig, on_progress: Listener = ignore) -> CacheResult:
         split = dataset.split(name)
         listed[name] = []
         for number, (first, last) in enumerate(cuts):
-            file = f"{name}/{number:05d}.bin"
             start, end = int(split.documents[first]), int(split.documents[last])
-            listed[name].append({"file": file, "start": start, "positions": end - start})
-            path = config.output_dir / file
-            if not (path.is_file() and path.stat().st_size == (end - start) * fmt.dtype.itemsize):
+            files = {plane: f"{name}/{number:05d}{suffix(plane)}" for plane in scorer.planes}
+            listed[name].append({"file": files[RECORDS], "start": start, "positions": end - start})
+            paths = {plane: config.output_dir / file for plane, file in files.items()}
+            sizes = {plane: (end - start) * item.itemsize for plane, item in scorer.planes.items()}
+            if not all(path.is_file() and path.stat().st_size == sizes[plane] for plane, path in paths.items()):
                 base = done
 
                 def tell(positions: int, base: int = base) -> None:
                     on_progress(Progress("cache", base + positions, total, "tokens"))
 
-                work = _work(split, first, last, push)
-                records = _score(work, start, end - start, teacher, push, fmt, config, tell)
-                with new_file(path) as partial:
-                    partial.write_bytes(records.tobytes())  # tofile would lose the errno of a full disk
+                scratch = config.output_dir / name / f"{number:05d}.scratch"
+                scratch.parent.mkdir(exist_ok=True)
+                planes = scorer.shard(split, first, last, scratch, tell)
+                for plane, path in paths.items():
+                    with new_file(path) as partial:
+                        partial.write_bytes(planes[plane].tobytes())  # tofile would lose the errno of a full disk
+                scratch.unlink(missing_ok=True)
             done += end - start
             on_progress(Progress("cache", done, total, "tokens"))
-    inputs = plan["inputs"]
-    content = {"format": plan["format"], "shards": listed, "dataset_path": str(config.data_path)}
-    _remove_other_files(config.output_dir, {shard["file"] for rows in listed.values() for shard in rows})
-    write_manifest(config.output_dir, KIND, VERSION, to_dict(config), inputs, skip=(PLAN,), **content)
+    plan = read_json(config.output_dir / PLAN)
+    assert isinstance(plan, dict)
+    kept = {f"{row['file'].removesuffix('.bin')}{suffix(p)}" for rows in listed.values() for row in rows
+            for p in scorer.planes}  # fmt: skip
+    _remove_other_files(config.output_dir, kept)
+    content = {"format": plan["format"], "planes": sorted(scorer.planes), "shards": listed}
+    content["dataset_path"] = str(config.data_path)
+    write_manifest(config.output_dir, KIND, VERSION, to_dict(config), plan["inputs"], skip=(PLAN,), **content)
     (config.output_dir / PLAN).unlink()
-    return _summarise(config.output_dir, time.monotonic() - started)
 
 
-def _relate(dataset: Dataset, teacher: HuggingFaceTeacher) -> PushForward | None:
-    """None where teacher and dataset share their tokenizer, a push-forward where the dataset's is nested."""
-    from xinslm.tokenizer.load import load_tokenizer
-
-    if teacher.tokenizer.fingerprint() == dataset.tokenizer_fingerprint:
-        return None
-    own = load_tokenizer(dataset.folder / "tokenizer")
-    if is_nested(own, teacher.tokenizer):
-        return PushForward(own, teacher.tokenizer)
-    raise UsageError(
-        f"dataset {dataset.folder} and teacher {teacher.name} have different tokenizers ({own.vocab_size:,} and "
-        f"{teacher.vocab_size:,} ids), and the dataset's is not a merge prefix of the teacher's. Prepare the dataset "
-        f"with the teacher's own tokenizer (`xinslm prepare --tokenizer-path {teacher.name}`), or with a nested one "
-        f"(`xinslm tokenizer train --prefix-of {teacher.name}`)"
-    )
-
-
-def _plan(config: CacheConfig, dataset: Dataset, teacher: HuggingFaceTeacher, fmt: CacheFormat) -> dict[str, Any]:
+def _plan(
+    config: CacheConfig, dataset: Dataset, teacher: DenseTeacher, fmt: CacheFormat, scorer: Scorer
+) -> dict[str, Any]:
     settings = {k: v for k, v in to_dict(config).items() if k not in ("force", "output_dir", "data_path", "teacher")}
     return {
         "format": {
             "vocab_size": fmt.vocab_size, "head": fmt.head, "draws": fmt.draws, "temperature": fmt.temperature,
         },
         "settings": settings,
+        "planes": {name: item.itemsize for name, item in scorer.planes.items()},
         "inputs": {
             "dataset": dataset.fingerprint,
             "tokenizer": dataset.tokenizer_fingerprint,
@@ -171,7 +145,7 @@ def _begin(config: CacheConfig, plan: dict[str, Any]) -> None:
     if note.is_file():
         found = read_json(note)
         differing = [
-            key for group in ("format", "settings", "inputs") for key in plan[group]
+            key for group in ("format", "settings", "planes", "inputs") for key in plan[group]
             if found.get(group, {}).get(key) != plan[group][key]
         ]  # fmt: skip
         if differing:
@@ -209,76 +183,6 @@ def _cut(split: Split, shard_positions: int) -> list[tuple[int, int]]:
         cuts.append((first, last))
         first = last
     return cuts
-
-
-def _work(split: Split, first: int, last: int, push: PushForward | None) -> Work:
-    """Lay out documents `first` to `last` for the teacher."""
-    documents = np.asarray(split.documents[first : last + 1], dtype=np.int64)
-    start, end = int(documents[0]), int(documents[-1])
-    tokens = np.asarray(split.tokens[start:end]).astype(np.int64)
-    counts = np.asarray(split.mask[start:end]) != 0
-    targets = np.flatnonzero(counts)
-    if push is None:
-        return Work(tokens, documents - start, start + targets - 1, tokens[targets], targets - 1, None)
-    rows = np.full(len(tokens), -1, dtype=np.int64)
-    prefixes: list[tuple[int, ...]] = [()] * len(tokens)
-    teacher_tokens: list[np.ndarray] = []
-    offsets = [0]
-    for a, b in zip(documents[:-1] - start, documents[1:] - start, strict=True):
-        aligned = push.align(tokens[a:b])
-        rows[a + 1 : b] = aligned.rows + offsets[-1]
-        prefixes[a + 1 : b] = aligned.prefixes
-        teacher_tokens.append(aligned.teacher_ids)
-        offsets.append(offsets[-1] + len(aligned.teacher_ids))
-    return Work(
-        np.concatenate(teacher_tokens), np.array(offsets), start + targets - 1, tokens[targets], rows[targets],
-        [prefixes[t] for t in targets],
-    )  # fmt: skip
-
-
-def _score(
-    work: Work, start: int, count: int, teacher: HuggingFaceTeacher, push: PushForward | None, fmt: CacheFormat,
-    config: CacheConfig, tell: Callable[[int], None],
-) -> np.ndarray:  # fmt: skip
-    """Records of one shard, (count,); positions that are no targets keep flag 0."""
-    records = np.zeros(count, dtype=fmt.dtype)
-    starts, lengths = sequences(work.documents, config.max_seq_length)
-    chunk = max(1, LOGITS_AT_ONCE // teacher.vocab_size)
-    seen = 0
-    for batch in batches_by_length(lengths, config.batch_tokens):
-        states = teacher.states([work.tokens[starts[k] : starts[k] + lengths[k]] for k in batch])
-        picked, offset = [], 0
-        state_rows = []
-        for k in batch:
-            low, high = np.searchsorted(work.rows, (starts[k], starts[k] + lengths[k]))
-            picked.append(np.arange(low, high))
-            state_rows.append(work.rows[low:high] - starts[k] + offset)
-            offset += int(lengths[k])
-        which, of_state = np.concatenate(picked), np.concatenate(state_rows)
-        for at in range(0, len(which), chunk):
-            part = which[at : at + chunk]
-            logits = teacher.logits(states[torch.from_numpy(of_state[at : at + chunk]).to(states.device)])
-            probs = torch.softmax(logits, dim=1)
-            if push is not None and work.prefixes is not None:
-                probs = push(probs, [work.prefixes[i] for i in part])
-            records[work.positions[part] - start] = _encode(probs, work, part, fmt, config.seed, teacher.name)
-        seen += int(lengths[batch].sum())
-        tell(min(seen, count))
-    return records
-
-
-def _encode(probs: Tensor, work: Work, part: np.ndarray, fmt: CacheFormat, seed: int, name: str) -> np.ndarray:
-    if probs.device.type == "mps":  # no float64 there, which the draws need
-        probs = probs.cpu()
-    device = probs.device
-    labels = torch.from_numpy(work.labels[part]).to(device)
-    positions = torch.from_numpy(work.positions[part]).to(device)
-    try:
-        return encode(probs, labels, positions, fmt, seed)
-    except FloatingPointError as error:
-        raise XinslmError(
-            f"teacher {name}: {error}. Try --dtype float32, or look at the weights; finished shards are kept"
-        ) from None
 
 
 def _summarise(folder: Path, seconds: float) -> CacheResult:

@@ -24,9 +24,10 @@ from xinslm.data.packing import PackedRows
 from xinslm.device import pick_device
 from xinslm.distill.cache import Cache
 from xinslm.distill.checkpoint import TrainingState, load_checkpoint, prune, save_best, save_checkpoint
-from xinslm.distill.config import DistillConfig, LossConfig, PretrainConfig
+from xinslm.distill.config import DistillConfig, PretrainConfig
 from xinslm.distill.inputs import differing_keys, find_dataset, shape
 from xinslm.distill.loop import Step, Trainer, Validation, train
+from xinslm.distill.loss_config import LossConfig
 from xinslm.distill.targets import CachedTargets, LiveTargets, TargetSource
 from xinslm.errors import UsageError, XinslmError
 from xinslm.files import (
