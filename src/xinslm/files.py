@@ -9,7 +9,8 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -211,11 +212,13 @@ def write_manifest(
     )
 
 
-def read_manifest(folder: Path, kind: str, version: int, made_by: str) -> dict[str, Any]:
+def read_manifest(folder: Path, kind: str, version: int, made_by: str, remedy: str | None = None) -> dict[str, Any]:
     """Read and check a folder's manifest: kind, version, and that every file is there in full.
 
-    `made_by` is the command that makes such a folder, for the message ('xinslm prepare').
+    `made_by` is the command that makes such a folder, for the message ('xinslm prepare'); `remedy` says what to do
+    about a missing or damaged file, by default to make the folder anew.
     """
+    remedy = remedy or f"make the folder anew with `{made_by}`"
     path = Path(folder) / MANIFEST
     if not path.is_file():
         where = "does not exist" if not Path(folder).exists() else f"has no {MANIFEST}"
@@ -236,13 +239,36 @@ def read_manifest(folder: Path, kind: str, version: int, made_by: str) -> dict[s
     for name, facts in manifest["files"].items():
         file = Path(folder) / name
         if not file.is_file():
-            raise XinslmError(f"{file} is missing; the manifest lists it. Make the folder anew with `{made_by}`")
+            raise XinslmError(f"{file} is missing; the manifest lists it. Copy it again, or {remedy}")
         if file.stat().st_size != facts["bytes"]:
             raise XinslmError(
                 f"{file} has {file.stat().st_size:,} bytes, the manifest says {facts['bytes']:,}: it is damaged or "
-                f"half-copied. Copy it again, or make the folder anew with `{made_by}`"
+                f"half-copied. Copy it again, or {remedy}"
             )
     return manifest
+
+
+def damaged_files(folder: Path, manifest: Mapping[str, Any], tell: Callable[[int], None] | None = None) -> list[str]:
+    """Names of files that are missing or do not have the bytes that the manifest tells of; hashes several at once.
+
+    `tell` takes the number of bytes checked so far.
+    """
+    done = 0
+
+    def is_damaged(name: str, facts: Mapping[str, Any]) -> bool:
+        path = Path(folder) / name
+        return not (path.is_file() and path.stat().st_size == facts["bytes"] and sha256_file(path) == facts["sha256"])
+
+    found = []
+    files = manifest["files"]
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # hashlib lets other threads run
+        for (name, facts), damaged in zip(files.items(), pool.map(is_damaged, files, files.values()), strict=True):
+            done += facts["bytes"]
+            if damaged:
+                found.append(name)
+            if tell is not None:
+                tell(done)
+    return found
 
 
 def manifest_fingerprint(folder: Path) -> str:

@@ -11,20 +11,45 @@ import pytest
 from xinslm.distill import inputs
 from xinslm.distill.cache_config import CacheConfig
 from xinslm.distill.config import DistillConfig, PretrainConfig
+from xinslm.distill.hidden_config import ContrastConfig, HiddenConfig
 from xinslm.distill.loss_config import LossConfig
+from xinslm.distill.merge_config import MergeConfig
+from xinslm.distill.onpolicy_config import OnPolicyConfig
+from xinslm.distill.synthesize_config import SynthesizeConfig
+from xinslm.doctor.config import DoctorConfig
 from xinslm.errors import UsageError
+from xinslm.plan.config import PlanConfig
+from xinslm.prune.config import InitConfig
+from xinslm.teachers.adapt_config import AdaptConfig
+from xinslm.teachers.endpoint_config import EndpointConfig
 
 REQUIRED = {
+    InitConfig: {"teacher": "t", "data_path": Path("d"), "output_dir": Path("o")},
     CacheConfig: {"teacher": "t", "data_path": Path("d"), "output_dir": Path("o")},
     PretrainConfig: {"data_path": Path("d"), "output_dir": Path("o")},
     DistillConfig: {"data_path": Path("d"), "output_dir": Path("o"), "cache": Path("c")},
+    MergeConfig: {"caches": (Path("a"), Path("b")), "output_dir": Path("o")},
+    AdaptConfig: {"teacher": "t", "data_path": Path("d"), "output_dir": Path("o")},
+    DoctorConfig: {"data_path": Path("d")},
+    PlanConfig: {"data_path": Path("d")},
+    SynthesizeConfig: {"teacher": "t", "prompts": Path("p"), "output_dir": Path("o")},
+    EndpointConfig: {},
     LossConfig: {},
+    HiddenConfig: {},
+    ContrastConfig: {},
+    OnPolicyConfig: {"student": Path("s"), "teacher": "t", "prompts": Path("d"), "output_dir": Path("o")},
 }
 
 
+SECTIONS = {LossConfig: "loss", HiddenConfig: "hidden", ContrastConfig: "contrast"}
+
+
 def check(cls, **changes) -> None:
-    if cls is LossConfig:
-        DistillConfig(**REQUIRED[DistillConfig], loss=LossConfig(**changes)).check()
+    if cls in SECTIONS:
+        DistillConfig(**REQUIRED[DistillConfig], **{SECTIONS[cls]: cls(**changes)}).check()
+    elif cls is EndpointConfig:
+        CacheConfig(**REQUIRED[CacheConfig], endpoint=cls(**changes)).check()
+        SynthesizeConfig(**REQUIRED[SynthesizeConfig], endpoint=cls(**changes)).check()
     else:
         cls(**REQUIRED[cls], **changes).check()
 
@@ -67,6 +92,14 @@ def test_the_defaults_and_the_ends_of_the_ranges_are_taken() -> None:
         (CacheConfig, {"max_seq_length": 1_000_001}, "at most 1,000,000"),
         (CacheConfig, {"temperature": 0.0}, r"^temperature is 0.0, but must be above 0$"),
         (CacheConfig, {"seed": 2**31}, "at most 2,147,483,647"),
+        (CacheConfig, {"sketch_depths": (0.0, 1.0)}, r"^sketch_depths has 0.0, but each must be above 0$"),
+        (CacheConfig, {"sketch_depths": (1.0, 0.5)}, r"^sketch_depths must rise from one to the next: 1.0 0.5$"),
+        (HiddenConfig, {"depths": (0.5, 1.5)}, r"^hidden.depths has 1.5, but each must be at most 1$"),
+        (HiddenConfig, {"depths": (math.nan,)}, r"^hidden.depths has nan, but each must be a finite number$"),
+        (HiddenConfig, {"depths": (), "weight": 1.0}, "hidden.depths is empty"),
+        (HiddenConfig, {"until": 0.0}, r"^hidden.until is 0.0, but must be above 0$"),
+        (ContrastConfig, {"positions": 1}, r"^contrast.positions is 1, but must be at least 2$"),
+        (DistillConfig, {"sketches": Path("s")}, "sketches has no effect"),
         (LossConfig, {"tail_weight": 1.5}, r"^loss.tail_weight is 1.5, but must be at most 1$"),
         (LossConfig, {"alpha": 0, "beta": 0}, "both 0"),
         (PretrainConfig, {"beta2": 1.0}, r"^beta2 is 1.0, but must be below 1$"),

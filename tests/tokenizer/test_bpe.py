@@ -132,7 +132,7 @@ def test_pieces_that_fall_out_of_the_table_are_encoded_again(ours, monkeypatch):
     from xinslm.tokenizer import merges
 
     monkeypatch.setattr(merges, "_CACHE_ENTRIES", 3)
-    fresh = BPETokenizer._of(ours.definition)
+    fresh = BPETokenizer.of(ours.definition)
     text = "the cat and that hat with all of them " * 4
     assert fresh.encode(text) == ours.encode(text)
     assert len(fresh._table) <= 3
@@ -151,7 +151,7 @@ def test_batch_is_flat_and_narrow(ours, prose):
 def test_large_vocabularies_need_32_bits(ours):
     definition = ours.definition
     far = type(definition)(**{**vars(definition), "special_tokens": {"<far>": 70_000}})
-    tokenizer = BPETokenizer._of(far)
+    tokenizer = BPETokenizer.of(far)
     ids, _ = tokenizer.encode_batch(["the cat"])
     assert ids.dtype == np.uint32 and ids.tolist() == ours.encode("the cat")
     assert tokenizer.encode("the<far>", allowed_special=True)[-1] == 70_000

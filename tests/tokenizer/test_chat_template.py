@@ -26,7 +26,7 @@ def ours(prose):
 
 
 def with_template(tokenizer, template):
-    return BPETokenizer._of(type(tokenizer.definition)(**{**vars(tokenizer.definition), "chat_template": template}))
+    return BPETokenizer.of(type(tokenizer.definition)(**{**vars(tokenizer.definition), "chat_template": template}))
 
 
 def transformers_chat(folder, messages, **options):

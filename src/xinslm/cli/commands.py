@@ -40,8 +40,36 @@ COMMANDS = {
     "pretrain": Command(
         "train a model on text, without a teacher", "distill.config:PretrainConfig", "distill.train:run"
     ),
+    "adapt": Command(
+        "fit a teacher to your data with LoRA, before it is cached",
+        "teachers.adapt_config:AdaptConfig",
+        "teachers.adapt:run",
+    ),
+    "cache merge": Command(
+        "the caches of several teachers into one", "distill.merge_config:MergeConfig", "distill.merge:run"
+    ),
     "cache": Command("let a teacher score a dataset, once", "distill.cache_config:CacheConfig", "distill.score:run"),
+    "synthesize": Command(
+        "let a teacher answer prompts: text, dataset and cache",
+        "distill.synthesize_config:SynthesizeConfig",
+        "distill.synthesize:run",
+    ),
+    "init": Command("cut a student out of a teacher, to start from", "prune.config:InitConfig", "prune.run:run"),
+    "doctor": Command(
+        "check data, teacher, cache and student before a long run",
+        "doctor.config:DoctorConfig",
+        "doctor.run:run",
+        "diagnose",
+    ),
     "distill": Command("train a student from a teacher", "distill.config:DistillConfig", "distill.train:run"),
+    "onpolicy": Command(
+        "train a student on texts it writes itself, scored by a teacher",
+        "distill.onpolicy_config:OnPolicyConfig",
+        "distill.onpolicy:run",
+    ),
+    "plan": Command(
+        "memory, time and storage of a training run, before it starts", "plan.config:PlanConfig", "plan.run:run"
+    ),
     "evaluate": Command(
         "bits per byte and perplexity of a model", "evaluate.config:EvaluateConfig", "evaluate.run:run"
     ),

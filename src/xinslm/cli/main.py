@@ -6,6 +6,7 @@ Flags win over YAML, YAML over defaults. Exit codes: 0 done, 1 failure, 2 wrong 
 of the user's is one message without a traceback; `--debug` shows it.
 """
 
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -55,9 +56,19 @@ def _run(name: str, command: Command, words: list[str]) -> int:
         getattr(present, command.present)(command.load("run"), config, main)
         return 0
     with live.listener() as on_progress:
-        result = command.load("run")(config, on_progress)
+        result = command.load("run")(config, on_progress, **_secrets(config))
     print(result.describe())
     return 0
+
+
+def _secrets(config: Any) -> dict[str, str]:
+    """The API key that a configuration names by its environment variable; it stays out of what is written down."""
+    name = getattr(getattr(config, "endpoint", None), "api_key_env", None)
+    if name is None:
+        return {}
+    if not os.environ.get(name, "").strip():
+        raise UsageError(f"--endpoint.api-key-env {name}: there is no such environment variable, or it is empty")
+    return {"api_key": os.environ[name].strip()}
 
 
 def _parse(name: str, command: Command, words: list[str]) -> Any:

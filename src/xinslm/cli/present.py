@@ -42,6 +42,18 @@ def show_tokens(run: Callable[..., Any], config: Any, command: Entry) -> None:
         print(result.describe())
 
 
+def diagnose(run: Callable[..., Any], config: Any, command: Entry) -> None:
+    """Print the checks, a line each; raise XinslmError where one failed, for the exit code."""
+    from xinslm.cli import live
+    from xinslm.errors import XinslmError
+
+    with live.listener() as on_progress:
+        result = run(config, on_progress)
+    print(result.describe(), flush=True)
+    if result.failed:
+        raise XinslmError(f"{len(result.failed)} of {len(result.checks)} checks failed: {', '.join(result.failed)}")
+
+
 def play_demo(run: Callable[..., Any], config: Any, command: Entry) -> None:
     """Run the demo, each of its commands through the entry point that a user's would take."""
 

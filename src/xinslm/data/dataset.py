@@ -3,7 +3,9 @@
 Layout (kind "dataset", version 1), for each of `train/` and `validation/`: `tokens.bin` (little-endian
 uint16, or uint32 for more than 65,536 ids; all documents one after another), `mask.bin` (uint8, 1 = this
 token counts as a target), `documents.npy` (int64 offsets, n+1), `document_bytes.npy` (int64, UTF-8 bytes of
-each document's text). `tokenizer/` holds the tokenizer, so that the folder stands alone.
+each document's text), `document_sources.npy` (int64, the source of each document, a place in the manifest's
+`source_names`; it names no token and is no part of the fingerprint). `tokenizer/` holds the tokenizer, so that the
+folder stands alone.
 
     dataset = open_dataset(Path("data"))
     rows = PackedRows(dataset.split("train"), row_length=512)
@@ -19,6 +21,7 @@ from xinslm.errors import UsageError, XinslmError
 from xinslm.files import MANIFEST, read_manifest, sha256_json
 
 KIND, VERSION = "dataset", 1
+SOURCES = "document_sources.npy"
 
 
 @dataclass(frozen=True)
@@ -35,6 +38,8 @@ class Split:
     """UTF-8 bytes of each document's text, of a chat's answers only; int64, (documents,)."""
     vocab_size: int
     """Number of ids of the tokenizer; all tokens are below it."""
+    name: str = ""
+    """'train' or 'validation'."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +64,7 @@ class Dataset:
             documents=np.load(folder / "documents.npy", allow_pickle=False),
             document_bytes=np.load(folder / "document_bytes.npy", allow_pickle=False),
             vocab_size=vocab_size,
+            name=name,
         )
         ends, count = split.documents[-1], len(split.documents) - 1
         if not (ends == len(split.tokens) == len(split.mask) and count == len(split.document_bytes)):
@@ -66,6 +72,17 @@ class Dataset:
                 f"{folder}: its files do not belong together. Make the dataset anew with `xinslm prepare`"
             )
         return split
+
+    def sources(self, name: str) -> np.ndarray:
+        """Source of each document of a split, an index into `source_names` of the manifest; int64, (documents,)."""
+        path = self.folder / name / SOURCES
+        if not path.is_file() or not isinstance(self.manifest.get("source_names"), list):
+            raise UsageError(
+                f"{self.folder} does not say which source a document is from: it was prepared by an older xinslm. "
+                f"Make it anew with `xinslm prepare`; caches of it still fit"
+            )
+        sources: np.ndarray = np.load(path, allow_pickle=False)
+        return sources
 
 
 def _map(path: Path, dtype: np.dtype) -> np.ndarray:
@@ -81,7 +98,10 @@ def open_dataset(folder: Path) -> Dataset:
         raise XinslmError(f"{folder / MANIFEST}: {damage}. Make the dataset anew with `xinslm prepare`")
     tokenizer = manifest["inputs"]["tokenizer"]
     hashes = {name: facts["sha256"] for name, facts in manifest["files"].items()}
-    contents = {name: hash for name, hash in hashes.items() if name.startswith(("train/", "validation/"))}
+    contents = {
+        name: hash for name, hash in hashes.items()
+        if name.startswith(("train/", "validation/")) and not name.endswith(SOURCES)
+    }  # fmt: skip
     return Dataset(folder, manifest, sha256_json({"files": contents, "tokenizer": tokenizer}), tokenizer)
 
 

@@ -91,6 +91,7 @@ class _Stage:
         # (draw, index) of the training document that was nearest to be held back, and the other way round.
         self.lowest, self.highest = (1.0, 0), (-1.0, 0)
         self.sources: Counter[str] = Counter()
+        self.numbers: dict[str, int] = {}
         self.duplicates = self.without_targets = 0
         self.samples: list[str] = []
         self.started = time.monotonic()
@@ -112,6 +113,7 @@ class _Stage:
                 folder, KIND, VERSION, to_dict(config), {"tokenizer": self.tokenizer.fingerprint()},
                 vocab_size=self.tokenizer.vocab_size, dtype=dtype.name, document_end=config.document_end,
                 splits=splits, duplicates_dropped=self.duplicates, sources=dict(self.sources),
+                source_names=list(self.numbers),
                 without_targets_dropped=self.without_targets,
             )  # fmt: skip
         return PrepareResult(config.output_dir, splits, self.duplicates, self.without_targets, tuple(self.samples))
@@ -167,13 +169,15 @@ class _Stage:
             yield document, digest
 
     def _append(self, split: str, document: Document, encoded: Encoded, draw: float) -> None:
-        self.writers[split].append(encoded.tokens, encoded.mask, encoded.num_bytes)
+        source = document.source.rpartition(":")[0]
+        self.sources[source] += 1
+        number = self.numbers.setdefault(source, len(self.numbers))
+        self.writers[split].append(encoded.tokens, encoded.mask, encoded.num_bytes, number)
         place = (draw, len(self.writers[split]) - 1)
         if split == "train":
             self.lowest = min(self.lowest, place)
         else:
             self.highest = max(self.highest, place)
-        self.sources[document.source.rpartition(":")[0]] += 1
         if len(self.samples) < self.config.show:
             self.samples.append(show(self.tokenizer, document, encoded))
 
@@ -181,9 +185,11 @@ class _Stage:
         """Where all of several documents fell into one split, give the other the one that came nearest."""
         train, validation = self.writers["train"], self.writers["validation"]
         if len(train) >= 2 and not len(validation):
-            validation.append(*train.take(self.lowest[1]))
+            source = train.sources[self.lowest[1]]
+            validation.append(*train.take(self.lowest[1]), source)
         elif len(validation) >= 2 and not len(train):
-            train.append(*validation.take(self.highest[1]))
+            source = validation.sources[self.highest[1]]
+            train.append(*validation.take(self.highest[1]), source)
         elif not len(validation):
             self._note("there is only one document, so none is held back; give --validation-path")
 

@@ -21,6 +21,7 @@ class SplitWriter:
         self.dtype = np.dtype(dtype).newbyteorder("<")
         self.documents = [0]
         self.document_bytes: list[int] = []
+        self.sources: list[int] = []
         self.targets = 0
         self._tokens = open(folder / "tokens.bin", "w+b")  # noqa: SIM115 closed by __exit__
         self._mask = open(folder / "mask.bin", "w+b")  # noqa: SIM115
@@ -44,21 +45,23 @@ class SplitWriter:
         """Tokens written so far."""
         return self.documents[-1]
 
-    def append(self, tokens: np.ndarray, mask: np.ndarray, num_bytes: int) -> None:
-        """Write one document: token ids, their mask (1 = target), and the bytes of its text."""
+    def append(self, tokens: np.ndarray, mask: np.ndarray, num_bytes: int, source: int = 0) -> None:
+        """Write one document: token ids, their mask (1 = target), the bytes of its text, the number of its source."""
         self._tokens.write(np.ascontiguousarray(tokens, self.dtype).tobytes())
         self._mask.write(np.ascontiguousarray(mask, np.uint8).tobytes())
         self.documents.append(self.documents[-1] + len(tokens))
         self.document_bytes.append(num_bytes)
+        self.sources.append(source)
         self.targets += int(np.count_nonzero(mask))
 
     def take(self, index: int) -> tuple[np.ndarray, np.ndarray, int]:
-        """Remove a document and return what was appended; the ones behind it move up."""
+        """Remove a document and return its tokens, mask and bytes; the ones behind it move up."""
         begin, end = self.documents[index], self.documents[index + 1]
         tokens = _cut(self._tokens, self.dtype, begin, end, self.num_tokens)
         mask = _cut(self._mask, np.dtype(np.uint8), begin, end, self.num_tokens)
         self.documents[index + 1 :] = [offset - (end - begin) for offset in self.documents[index + 2 :]]
         self.targets -= int(np.count_nonzero(mask))
+        del self.sources[index]
         return tokens, mask, self.document_bytes.pop(index)
 
     def finish(self) -> dict[str, int]:
@@ -67,6 +70,7 @@ class SplitWriter:
         self._mask.flush()
         _save(self.folder / "documents.npy", self.documents)
         _save(self.folder / "document_bytes.npy", self.document_bytes)
+        _save(self.folder / "document_sources.npy", self.sources)
         return {
             "documents": len(self),
             "tokens": self.num_tokens,

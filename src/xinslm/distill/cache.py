@@ -19,10 +19,12 @@ import torch
 from torch import Tensor
 
 from xinslm.distill.losses import SparseTargets
-from xinslm.errors import UsageError
-from xinslm.files import read_manifest
+from xinslm.errors import UsageError, XinslmError
+from xinslm.files import damaged_files, read_manifest
+from xinslm.progress import Listener, Progress, ignore
 
 KIND, VERSION, MADE_BY = "cache", 1, "xinslm cache"
+REPAIR = "run the command that made the cache again with --repair: only damaged files are made anew"
 LARGEST_NEGATIVE_LOG = 20.0
 VALID, HAS_DRAWS = 1, 2
 FP16_FLOOR = -60000.0
@@ -70,14 +72,16 @@ def position_uniforms(positions: Tensor, seed: int) -> Tensor:
     return torch.from_numpy((x >> np.uint64(11)).astype(np.float64) / 2.0**53).to(positions.device)
 
 
-def encode(probs: Tensor, labels: Tensor, positions: Tensor, fmt: CacheFormat, seed: int) -> np.ndarray:
+def encode(
+    probs: Tensor, labels: Tensor, positions: Tensor, fmt: CacheFormat, seed: int, head_ids: Tensor | None = None
+) -> np.ndarray:
     """Make records from teacher distributions.
 
     probs: (N, V) float32, rows summing to at most 1; what is missing is mass of which the teacher knows no token
     (see `nested`). labels: (N,) int64, the tokens that came. positions: (N,) int64, places in the stream. The n
     draws are systematic (one uniform number, n evenly spaced points of the tail's distribution function): each is
-    distributed as the tail, and together they vary less than independent ones. Raises FloatingPointError where a
-    row is not finite.
+    distributed as the tail, and together they vary less than independent ones. head_ids: (N, h) distinct, by default
+    the most likely ones. Raises FloatingPointError where a row is not finite.
     """
     unknown = 1 - probs.sum(dim=1)
     if not bool(torch.isfinite(unknown).all()):
@@ -85,22 +89,36 @@ def encode(probs: Tensor, labels: Tensor, positions: Tensor, fmt: CacheFormat, s
         raise FloatingPointError(f"the teacher's distribution at position {int(positions[row])} is not finite")
     # Float32 sums near 1 are wrong by ~1e-6: what is below 1e-5 is rounding, not unknown mass.
     unknown = torch.where(unknown < 1e-5, 0.0, unknown)
-    top = probs.topk(fmt.head, dim=1)
+    if head_ids is None:
+        head_ids = probs.topk(fmt.head, dim=1).indices
     points = position_uniforms(positions, seed)[:, None] + torch.arange(fmt.draws, device=probs.device)
-    drawn, known = draw_from_tail(probs, top.indices, points / max(fmt.draws, 1))
+    drawn, known = draw_from_tail(probs, head_ids, points / max(fmt.draws, 1))
 
-    records = np.zeros(len(labels), dtype=fmt.dtype)
-    has_draws = (unknown == 0) & (known > 0)
-    records["log_tail"] = _half((known + unknown).log())
-    records["log_z"] = _half(_log_normaliser(probs, unknown, fmt.temperature))
-    records["log_label"] = _half(probs.gather(1, labels[:, None])[:, 0].log())
+    head = probs.gather(1, head_ids)
+    share = (unknown / probs.shape[1])[:, None]  # of unknown mass, for tokens that would seem to have none at all
+    spread = (head == 0) & (share > 0)
+    head, unknown = torch.where(spread, share, head), unknown - spread.sum(dim=1) * share[:, 0]
+    return to_records(
+        torch.cat((head_ids, drawn), dim=1), head, known + unknown, (unknown == 0) & (known > 0),
+        _log_normaliser(probs, unknown, fmt.temperature), probs.gather(1, labels[:, None])[:, 0].log(), fmt,
+    )  # fmt: skip
+
+
+def to_records(
+    ids: Tensor, head_probs: Tensor, tail: Tensor, has_draws: Tensor, log_z: Tensor, log_label: Tensor, fmt: CacheFormat
+) -> np.ndarray:
+    """Pack N positions, all of them valid: ids (N, h + n) int64, the head's first; head_probs (N, h); the rest (N,)."""
+    records = np.zeros(len(ids), dtype=fmt.dtype)
+    records["log_tail"] = _half(tail.log())
+    records["log_z"] = _half(log_z)
+    records["log_label"] = _half(log_label)
     records["flags"] = (VALID + HAS_DRAWS * has_draws.to(torch.uint8)).cpu().numpy()
-    negative_log = (-top.values.log()).clamp(0, LARGEST_NEGATIVE_LOG)
+    negative_log = (-head_probs.log()).clamp(0, LARGEST_NEGATIVE_LOG)
     records["codes"] = (255 * (negative_log / LARGEST_NEGATIVE_LOG).sqrt()).round().to(torch.uint8).cpu().numpy()
-    ids = torch.cat((top.indices, drawn), dim=1).cpu().numpy()
-    records["ids"] = (ids & 0xFFFF).astype(np.uint16)
+    numbers = ids.cpu().numpy()
+    records["ids"] = (numbers & 0xFFFF).astype(np.uint16)
     if fmt.high_bits:
-        records["high"] = pack_bits(ids >> 16, fmt.high_bits)
+        records["high"] = pack_bits(numbers >> 16, fmt.high_bits)
     return records
 
 
@@ -170,6 +188,16 @@ def decode(records: np.ndarray, fmt: CacheFormat) -> SparseTargets:
     )
 
 
+def gather(maps: list[Any], starts: np.ndarray, positions: np.ndarray) -> np.ndarray:
+    """Items of a plane at stream positions (N,) int64, from the maps of its shards, which begin at `starts`."""
+    items = np.empty(len(positions), dtype=maps[0].dtype)
+    shard_of = np.searchsorted(starts, positions, side="right") - 1
+    for shard in np.unique(shard_of):
+        here = shard_of == shard
+        items[here] = maps[shard][positions[here] - starts[shard]]
+    return items
+
+
 class CacheSplit:
     """Records of one split, shards mapped into memory and looked up by stream position."""
 
@@ -180,12 +208,7 @@ class CacheSplit:
 
     def targets(self, positions: np.ndarray) -> SparseTargets:
         """Distributions at stream positions (N,) int64."""
-        records = np.empty(len(positions), dtype=self.format.dtype)
-        shard_of = np.searchsorted(self.starts, positions, side="right") - 1
-        for shard in np.unique(shard_of):
-            here = shard_of == shard
-            records[here] = self.maps[shard][positions[here] - self.starts[shard]]
-        return decode(records, self.format)
+        return decode(gather(self.maps, self.starts, positions), self.format)
 
 
 class Cache:
@@ -195,12 +218,29 @@ class Cache:
         self.folder = Path(folder)
         if (self.folder / PLAN).is_file():
             raise UsageError(f"{folder} is an unfinished cache: run the same `{MADE_BY}` command again, it continues")
-        self.manifest = read_manifest(self.folder, KIND, VERSION, MADE_BY)
+        self.manifest = read_manifest(self.folder, KIND, VERSION, MADE_BY, REPAIR)
         self.format = CacheFormat(**self.manifest["format"])
+
+    def verify(self, on_progress: Listener = ignore) -> None:
+        """Raise XinslmError unless every file has the hash that the manifest tells of."""
+        total = sum(facts["bytes"] for facts in self.manifest["files"].values())
+
+        def tell(done: int) -> None:
+            on_progress(Progress("check cache", done / 1e6, total / 1e6, "MB"))
+
+        if damaged := damaged_files(self.folder, self.manifest, tell):
+            named = ", ".join(str(self.folder / name) for name in damaged[:5])
+            more = f" and {len(damaged) - 5} more" if len(damaged) > 5 else ""
+            raise XinslmError(
+                f"{named}{more}: damaged; the content is not what the manifest's hash tells of. Copy it again, or "
+                f"{REPAIR}"
+            )
 
     def split(self, name: str) -> CacheSplit | None:
         """Records of 'train' or 'validation'; None where the dataset has no such split."""
         shards = self.manifest["shards"].get(name)
+        if self.manifest.get("alignment", {}).get("kind") == "chunks":
+            raise UsageError(f"cache {self.folder} holds likelihoods of spans of text (chunks), no distributions")
         return CacheSplit(self.folder, shards, self.format) if shards else None
 
     def require_dataset(self, fingerprint: str, folder: Path) -> None:
@@ -217,9 +257,15 @@ class Cache:
         if self.manifest["inputs"]["teacher"] != fingerprint:
             raise UsageError(
                 f"cache {self.folder} was made by another teacher, or another revision of it, than {name}: by "
-                f"{self.manifest['config']['teacher']} (fingerprints {self.manifest['inputs']['teacher'][:12]} and "
-                f"{fingerprint[:12]}). Give the cache of this teacher, or run `{MADE_BY}` with it"
+                f"{self.manifest['config']['teacher']}{_with_adapter(self.manifest)} (fingerprints "
+                f"{self.manifest['inputs']['teacher'][:12]} and {fingerprint[:12]}). Give the cache of this teacher, "
+                f"or run `{MADE_BY}` with it"
             )
+
+
+def _with_adapter(manifest: dict[str, Any]) -> str:
+    adapter = manifest["config"].get("adapter")
+    return f" with adapter {adapter}" if adapter else ""
 
 
 def suffix(plane: str) -> str:

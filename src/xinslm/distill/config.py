@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 import tyro
 
 from xinslm.distill.cache_config import CONTEXT, Device, Dtype
+from xinslm.distill.hidden_config import ContrastConfig, HiddenConfig
 from xinslm.distill.loss_config import LossConfig
 from xinslm.errors import UsageError
 from xinslm.ranges import POSITIVE, SEED, SHARE, Range, range_errors
@@ -85,7 +86,7 @@ class PretrainConfig:
     decay_fraction: float = 0.3
     """Share of the steps in which it falls linearly to 0."""
     weight_decay: float = 0.1
-    """AdamW's, on matrices only."""
+    """The optimiser's, on matrices only."""
     beta1: float = 0.9
     """AdamW's decay of the first moment."""
     beta2: float = 0.95
@@ -100,8 +101,15 @@ class PretrainConfig:
     """Steps between checkpoints; there is one at the end and on Ctrl-C in any case."""
     log_every: int = 10
     """Steps between lines of metrics.jsonl."""
+    optimizer: Literal["adamw", "adamw8bit", "muon"] = "adamw"
+    """adamw8bit keeps its moments in a quarter of the memory; muon takes the hidden matrices, AdamW the rest."""
+    weights: Literal["float32", "bfloat16"] = "float32"
+    """Type the matrices are stored in; bfloat16 halves their memory, and their updates are rounded stochastically."""
+    step_in_backward: bool = False
+    """Step each weight inside the backward pass and free its gradient: no memory for gradients, no micro-batches;
+    clip_norm then acts on the norm of the step before, or on that of the gradients that have come, if it is larger."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Number type of the forward pass; the weights are float32."""
+    """Number type of the forward pass's products."""
     device: Device = "auto"
     """Where to train; auto takes cuda, then mps, then cpu."""
     checkpointing: bool = False
@@ -122,6 +130,11 @@ class PretrainConfig:
             wrong.append(
                 f"warmup_fraction ({self.warmup_fraction}) and decay_fraction ({self.decay_fraction}) "
                 f"must not add up to more than 1"
+            )
+        if self.step_in_backward and self.micro_batch_size not in (None, self.batch_size):
+            wrong.append(
+                "step_in_backward frees each gradient at once, so nothing can accumulate over micro-batches: drop "
+                "micro_batch_size and take a smaller batch_size, or drop step_in_backward"
             )
         if self.vocab_size is not None and self.tokenizer_path is not None:
             wrong.append("vocab_size is for a tokenizer trained on the way, tokenizer_path gives one: drop one of them")
@@ -146,12 +159,20 @@ class DistillConfig(PretrainConfig):
     """Number type of a live teacher."""
     trust_remote_code: bool = False
     """Run Python code that the teacher's repository brings."""
+    sketches: Path | None = None
+    """Another cache whose sketches of hidden states to match, such as an encoder's; by default those of --cache."""
     loss: LossConfig = field(default_factory=LossConfig)
     """The loss."""
+    hidden: HiddenConfig = field(default_factory=HiddenConfig)
+    """Matching of hidden states."""
+    contrast: ContrastConfig = field(default_factory=ContrastConfig)
+    """Contrast of hidden states."""
 
     def errors(self) -> list[str]:
         """What cannot work, a sentence each."""
-        wrong = [*super().errors(), *self.loss.errors()]
+        wrong = [*super().errors(), *self.loss.errors(), *self.hidden.errors(), *self.contrast.errors()]
+        if self.sketches is not None and not (self.hidden.weight or self.contrast.weight):
+            wrong.append("sketches has no effect while hidden.weight and contrast.weight are 0: drop it, or set one")
         if self.cache is None and self.teacher is None:
             wrong.append("give --cache (made by `xinslm cache`) or --teacher; without both, use `xinslm pretrain`")
         return wrong

@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from types import FrameType
 from typing import Any
 
@@ -21,10 +21,14 @@ import torch
 from torch import Tensor
 
 from xinslm.data.packing import Batch, PackedRows
+from xinslm.distill.auxiliary import Auxiliary, Figures, add_figures
 from xinslm.distill.checkpoint import TrainingState
 from xinslm.distill.config import PretrainConfig
 from xinslm.distill.loss_config import LossConfig
-from xinslm.distill.losses import fused_loss
+from xinslm.distill.losses import LossFigures, fused_loss
+from xinslm.distill.optim import make_optimizer
+from xinslm.distill.optim_backward import BackwardSteps, clip
+from xinslm.distill.sources import Part, RowPlan, Source
 from xinslm.distill.targets import TargetSource
 from xinslm.errors import XinslmError
 from xinslm.model.transformer import Transformer
@@ -45,6 +49,8 @@ class Step:
     kd: float
     learning_rate: float
     grad_norm: float
+    terms: dict[str, float] = field(default_factory=dict)
+    """Losses on hidden states by name, without their weights."""
 
 
 @dataclass(frozen=True)
@@ -75,28 +81,23 @@ def _order(seed: int, epoch: int, num_rows: int) -> np.ndarray:
     return np.random.default_rng((seed, epoch)).permutation(num_rows)
 
 
-def make_optimizer(model: Transformer, config: PretrainConfig) -> torch.optim.AdamW:
-    """AdamW (arXiv:1711.05101), decay on matrices only."""
-    matrices = [p for p in model.parameters() if p.dim() > 1]
-    vectors = [p for p in model.parameters() if p.dim() <= 1]
-    groups = [
-        {"params": matrices, "weight_decay": config.weight_decay},
-        {"params": vectors, "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(config.beta1, config.beta2), fused=True)
-
-
 class Trainer:
     """A model, its optimiser and its data; `step` is one optimiser step, `validate` a pass over held-out rows."""
 
     def __init__(
         self, model: Transformer, config: PretrainConfig, loss: LossConfig, rows: PackedRows,
-        total_steps: int, source: TargetSource | None, device: torch.device,
+        total_steps: int, source: TargetSource | None, device: torch.device, auxiliary: Auxiliary | None = None,
+        plan: RowPlan | None = None,
     ) -> None:  # fmt: skip
-        self.model, self.config, self.loss, self.rows = model, config, loss, rows
+        """With a `plan` rows come from its sources, and `loss`, `rows`, `source` are for validation alone."""
+        assert plan is None or auxiliary is None, "losses on hidden states know the rows of one dataset"
+        assert plan is None or not config.step_in_backward, "each source of rows has a backward pass of its own"
+        self.model, self.config, self.loss, self.rows, self.plan = model, config, loss, rows, plan
+        self.auxiliary = auxiliary
         self.total_steps, self.source, self.device = total_steps, source, device
         self.optimizer = make_optimizer(model, config)
-        self.forward: Callable[..., Tensor] = torch.compile(model.hidden) if config.compile else model.hidden
+        self.backward = BackwardSteps(self.optimizer, config.clip_norm) if config.step_in_backward else None
+        self.forward: Callable[..., Any] = torch.compile(model.hidden) if config.compile else model.hidden
 
     def precision(self) -> AbstractContextManager[Any]:
         """Autocast for the forward pass, nothing in float32."""
@@ -104,55 +105,112 @@ class Trainer:
             return nullcontext()
         return torch.autocast(self.device.type, torch.bfloat16)
 
-    def _loss(self, batch: Batch, source: TargetSource | None, normaliser: float, chosen: np.ndarray) -> Any:
+    def _loss(
+        self, batch: Batch, source: TargetSource | None, loss_config: LossConfig, normaliser: float,
+        chosen: np.ndarray, step: int | None = None,
+    ) -> tuple[Tensor, LossFigures, Figures]:  # fmt: skip
+        """Loss of a micro-batch; the losses on hidden states have their part where `step` is given."""
+        beside = self.auxiliary if step is not None else None
+        taps = () if beside is None or step is None else beside.depths(step)
+
         def on_device(array: np.ndarray) -> Tensor:
             return torch.from_numpy(array).to(self.device)
 
         with self.precision():
-            hidden = self.forward(on_device(batch.input_ids), on_device(batch.positions), on_device(batch.segments))
+            hidden = self.forward(
+                on_device(batch.input_ids), on_device(batch.positions), on_device(batch.segments), taps=taps
+            )
+        extra: Tensor | float = 0.0
+        terms: Figures = {}
+        if taps and beside is not None and step is not None:
+            hidden, tapped = hidden
+            extra, terms = beside.loss(tapped, batch, chosen, step, normaliser)
         where = on_device(chosen)
         hidden = hidden.reshape(-1, hidden.shape[-1])[where]
         if self.config.dtype == "bfloat16":
             hidden = hidden.bfloat16()
         labels = on_device(batch.labels.ravel())[where]
         targets = source.targets(batch, chosen, self.device) if source is not None else None
-        return fused_loss(hidden, self.model.head_weight, labels, targets, self.loss, normaliser)
+        loss, figures = fused_loss(hidden, self.model.head_weight, labels, targets, loss_config, normaliser)
+        return loss + extra, figures, terms
 
     def step(self, number: int) -> Step:
-        """Take optimiser step `number` (from 0). Raises XinslmError, the weights untouched, if it is not finite."""
+        """Take optimiser step `number` (from 0). Raises XinslmError if loss or gradient are not finite.
+
+        The weights are untouched then, but for `step_in_backward`, where some may have been stepped before it showed.
+        """
         config = self.config
-        indices = rows_of_step(number, config.batch_size, len(self.rows), config.seed)
-        micro = config.micro_batch_size or config.batch_size
-        batches = [self.rows.batch(indices[at : at + micro]) for at in range(0, len(indices), micro)]
-        chosen = [np.flatnonzero(batch.labels.ravel() >= 0) for batch in batches]
-        count = sum(len(c) for c in chosen)
-        self.model.train()
-        self.optimizer.zero_grad(set_to_none=True)
-        ce = kd = total = 0.0
-        for batch, where in zip(batches, chosen, strict=True):
-            if len(where) == 0:
-                continue
-            loss, figures = self._loss(batch, self.source, count, where)
-            if not math.isfinite(loss.item()):
-                raise XinslmError(self._not_finite(number, "loss", loss.item(), batch))
-            loss.backward()
-            total, ce, kd = total + loss.item(), ce + figures.ce, kd + figures.kd
-        limit = config.clip_norm or math.inf
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit).item()
-        if not math.isfinite(norm):
-            raise XinslmError(self._not_finite(number, "gradient", norm, *batches))
-        rate = learning_rate(
-            number, self.total_steps, config.learning_rate, config.warmup_fraction, config.decay_fraction
-        )
+        work, count = self._work(number)
+        rate = self.rate(number)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        self.optimizer.step()
-        return Step(number + 1, count, total, ce / max(count, 1), kd / max(count, 1), rate, norm)
+        self.model.train()
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.auxiliary is not None:
+            self.auxiliary.zero_grad()
+        ce = kd = total = 0.0
+        beside: Figures = {}
+        for source, loss_config, batch, where in work:
+            if len(where) == 0:
+                continue
+            loss, figures, terms = self._loss(batch, source.targets, loss_config, count, where, number)
+            if not math.isfinite(loss.item()):
+                raise XinslmError(self._not_finite(number, "loss", loss.item(), [(source, batch)]))
+            with self.backward.during() if self.backward is not None else nullcontext():
+                loss.backward()
+            total, ce, kd = total + loss.item(), ce + figures.ce, kd + figures.kd
+            beside = add_figures(beside, terms)
+        norm, scale = (self.backward.norm, 1.0) if self.backward is not None else clip(self.model, config.clip_norm)
+        if not math.isfinite(norm):
+            raise XinslmError(
+                self._not_finite(number, "gradient", norm, [(source, batch) for source, _, batch, _ in work])
+            )
+        if self.backward is None:
+            self.optimizer.step(scale)
+        if self.auxiliary is not None:
+            self.auxiliary.step(rate, config.clip_norm)
+        means = {name: value / positions for name, (value, positions) in beside.items()}
+        return Step(number + 1, count, total, ce / max(count, 1), kd / max(count, 1), rate, norm, means)
 
-    def _not_finite(self, number: int, what: str, value: float, *batches: Batch) -> str:
-        starts = self.rows.split.documents
-        streams = np.concatenate([batch.stream[batch.stream >= 0] for batch in batches])
-        documents = np.unique(np.searchsorted(starts, streams, side="right") - 1)
+    def rate(self, number: int) -> float:
+        """Learning rate of step `number`."""
+        config = self.config
+        return learning_rate(
+            number, self.total_steps, config.learning_rate, config.warmup_fraction, config.decay_fraction
+        )
+
+    def _work(self, number: int) -> tuple[list[tuple[Source, LossConfig, Batch, np.ndarray]], int]:
+        """The micro-batches of a step, each with its source, its loss and its target positions; and all targets."""
+        config = self.config
+        if self.plan is None:
+            indices = rows_of_step(number, config.batch_size, len(self.rows), config.seed)
+            parts = [Part(Source(self.rows, self.source, self.loss), indices)]
+        else:
+            parts = self.plan.of_step(number)
+        micro = config.micro_batch_size or config.batch_size
+        batches = [
+            [part.source.rows.batch(part.indices[at : at + micro]) for at in range(0, len(part.indices), micro)]
+            for part in parts
+        ]
+        chosen = [[np.flatnonzero(batch.labels.ravel() >= 0) for batch in of_part] for of_part in batches]
+        counts = [sum(len(c) for c in of_part) for of_part in chosen]
+        losses = [self.loss] if self.plan is None else self.plan.losses(number, parts, counts)
+        work = [
+            (part.source, loss, batch, where)
+            for part, loss, batches_of, chosen_of in zip(parts, losses, batches, chosen, strict=True)
+            for batch, where in zip(batches_of, chosen_of, strict=True)
+        ]
+        return work, sum(counts)
+
+    def _not_finite(self, number: int, what: str, value: float, taken: list[tuple[Source, Batch]]) -> str:
+        documents = np.unique(
+            np.concatenate(
+                [
+                    np.searchsorted(source.rows.split.documents, batch.stream[batch.stream >= 0], side="right") - 1
+                    for source, batch in taken
+                ]
+            )
+        )
         named = ", ".join(map(str, documents[:8])) + (", ..." if len(documents) > 8 else "")
         return (
             f"the {what} is {value} at step {number + 1}, on training documents {named}. Training has stopped; the "
@@ -171,7 +229,7 @@ class Trainer:
             batch = rows.batch(np.arange(at, min(at + micro, last)))
             chosen = np.flatnonzero(batch.labels.ravel() >= 0)
             if len(chosen):
-                _, figures = self._loss(batch, source, 1.0, chosen)
+                _, figures, _ = self._loss(batch, source, self.loss, 1.0, chosen)
                 ce, kd, count = ce + figures.ce, kd + figures.kd, count + len(chosen)
         return Validation(ce / max(count, 1), kd / max(count, 1) if source is not None else None)
 
@@ -215,6 +273,7 @@ def train(
                 step=step.step,
                 tokens=state.tokens + step.tokens,
                 seconds=state.seconds + time.monotonic() - began,
+                grad_norm=step.grad_norm,
             )
             on_step(step, state)
             final = state.step == trainer.total_steps

@@ -7,17 +7,14 @@ same sum over the teacher tokens whose pieces begin with s, renormalised; where 
 there, what follows is not known, and that mass is left out (the cache keeps it in the tail).
 """
 
-from collections import defaultdict
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
+from xinslm.distill.push import Pieces, Prefixes, Tables
 from xinslm.errors import XinslmError
-
-Pieces = tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -28,94 +25,75 @@ class Alignment:
     """Teacher's tokens of the same text."""
     rows: np.ndarray
     """For each student token but the first: the teacher position whose distribution covers it; never falls."""
-    prefixes: list[Pieces]
-    """For each of those: the pieces of the covered teacher token that have come already."""
+    prefixes: np.ndarray
+    """For each of those: the number of the pieces of the covered teacher token that have come already; 0 at a teacher
+    boundary, -1 where the teacher's distribution says nothing about the student's next token. int64."""
 
 
 class PushForward:
     """Maps teacher distributions (N, teacher vocabulary) to student ones (N, student vocabulary)."""
+
+    kind = "nested"
 
     def __init__(self, student: Any, teacher: Any) -> None:
         from xinslm.tokenizer.nested import prefix_pieces
 
         self.student, self.teacher = student, teacher
         self.pieces: list[Pieces] = prefix_pieces(student, teacher)
-        nowhere = student.vocab_size  # column that collects the mass of tokens the student cannot write
-        self.first = torch.tensor([p[0] if p else nowhere for p in self.pieces])
-        self.specials = _map_specials(student, teacher)
-        self._continuations: dict[Pieces, tuple[Tensor, Tensor]] = {}
-        self._by_first: dict[int, list[int]] = defaultdict(list)
-        for token, pieces in enumerate(self.pieces):
-            if len(pieces) > 1 or (len(pieces) == 1 and pieces[0] not in student.special_tokens.values()):
-                self._by_first[pieces[0]].append(token)
+        self.specials = map_specials(student, teacher)
+        for ours, theirs in self.specials.items():
+            self.pieces[theirs] = (ours,)
+        self.prefixes = Prefixes(self.pieces)
+        numbers, nowhere = self.prefixes.numbers, student.vocab_size
+        entries = [
+            (numbers[pieces[:size]], token, pieces[size] if size < len(pieces) else nowhere)
+            for token, pieces in enumerate(self.pieces)
+            for size in range(1, len(pieces) + 1)
+            if pieces[:size] in numbers
+        ]
+        self.tables = Tables(nowhere, np.array([p[0] if p else nowhere for p in self.pieces]), entries)
+        self._counts = np.array([len(p) for p in self.pieces], dtype=np.int64)
+        self._offsets = np.cumsum(self._counts) - self._counts
+        self._pieces = np.array([piece for p in self.pieces for piece in p], dtype=np.int64)
+        self._numbers = np.array([numbers[p[:size]] for p in self.pieces for size in range(len(p))], dtype=np.int64)
+
+    def __call__(self, probs: Tensor, prefixes: np.ndarray) -> Tensor:
+        """Push teacher probabilities (N, teacher vocabulary) forward, each after the pieces number `prefixes[n]`."""
+        return self.tables(probs, prefixes)
 
     def align(self, ids: np.ndarray) -> Alignment:
         """Encode a document's student ids anew with the teacher's tokenizer and match the two."""
-        teacher_ids: list[int] = []
-        for run in self._runs(ids.tolist()):
-            if isinstance(run, int):
-                teacher_ids.append(run)
-            else:
-                teacher_ids.extend(self.teacher.encode(self.student.decode(run)))
-        special_back = {theirs: ours for ours, theirs in self.specials.items()}
-        rows: list[int] = []
-        prefixes: list[Pieces] = []
-        rebuilt: list[int] = []
-        for row, token in enumerate(teacher_ids):
-            pieces = (special_back[token],) if token in special_back else self.pieces[token]
-            for count in range(len(pieces)):
-                rows.append(row - 1)
-                prefixes.append(pieces[:count])
-            rebuilt.extend(pieces)
-        if rebuilt != ids.tolist():
+        ids = ids.astype(np.int64)
+        teacher_ids = np.concatenate([np.zeros(0, np.int64), *map(self._encode, self._runs(ids))]).astype(np.int64)
+        counts = self._counts[teacher_ids]
+        ends = np.cumsum(counts)
+        places = np.arange(counts.sum()) + np.repeat(self._offsets[teacher_ids] - ends + counts, counts)
+        if not np.array_equal(self._pieces[places], ids):
             raise XinslmError(
                 "a document's student tokens are not the pieces of its teacher tokens; the text may hold bytes that "
                 f"are not UTF-8. It begins with {self.student.decode(ids[:20].tolist())!r}"
             )
-        return Alignment(np.array(teacher_ids, dtype=np.int64), np.array(rows[1:], dtype=np.int64), prefixes[1:])
+        rows = np.repeat(np.arange(len(teacher_ids)), counts) - 1
+        return Alignment(teacher_ids, rows[1:], self._numbers[places][1:])
 
-    def _runs(self, ids: list[int]) -> list[list[int] | int]:
-        """Ordinary student ids between special ones, and the teacher's ids of the special ones."""
-        runs: list[list[int] | int] = []
-        specials = set(self.student.special_tokens.values())
-        for token in ids:
-            if token in specials:
-                if token not in self.specials:
-                    name = next(n for n, i in self.student.special_tokens.items() if i == token)
-                    raise XinslmError(f"the teacher's tokenizer has no special token for the student's {name!r}")
-                runs.append(self.specials[token])
-            elif runs and isinstance(runs[-1], list):
-                runs[-1].append(token)
-            else:
-                runs.append([token])
-        return runs
+    def _encode(self, run: np.ndarray) -> np.ndarray:
+        """Teacher ids of a run of student ids, of which a special one stands alone."""
+        if len(run) == 1 and int(run[0]) in self.specials:
+            return np.array([self.specials[int(run[0])]])
+        return np.array(self.teacher.encode(self.student.decode(run.tolist())), dtype=np.int64)
 
-    def __call__(self, probs: Tensor, prefixes: list[Pieces]) -> Tensor:
-        """Push teacher probabilities (N, teacher vocabulary) forward, each after its `prefixes[n]`."""
-        count, width = probs.shape[0], self.student.vocab_size
-        out = probs.new_zeros(count, width + 1)
-        out.index_add_(1, self.first.to(probs.device), probs)
-        for n, prefix in enumerate(prefixes):
-            if prefix:
-                tokens, following = self._after(prefix)
-                mass = probs[n, tokens.to(probs.device)]
-                out[n] = 0.0
-                out[n].index_add_(0, following.to(probs.device), mass / mass.sum().clamp_min(1e-30))
-        return out[:, :width]
-
-    def _after(self, prefix: Pieces) -> tuple[Tensor, Tensor]:
-        """Teacher tokens whose pieces begin with `prefix`, and the piece that follows in each (or the lost column)."""
-        if prefix not in self._continuations:
-            size = len(prefix)
-            tokens = [t for t in self._by_first[prefix[0]] if self.pieces[t][:size] == prefix]
-            following = [
-                self.pieces[t][size] if len(self.pieces[t]) > size else self.student.vocab_size for t in tokens
-            ]
-            self._continuations[prefix] = (torch.tensor(tokens), torch.tensor(following))
-        return self._continuations[prefix]
+    def _runs(self, ids: np.ndarray) -> list[np.ndarray]:
+        """Ordinary student ids between special ones, and the special ones each alone."""
+        special = np.array(sorted(self.student.special_tokens.values()), dtype=np.int64)
+        places = np.flatnonzero(np.isin(ids, special))
+        for token in ids[places]:
+            if int(token) not in self.specials:
+                name = next(n for n, i in self.student.special_tokens.items() if i == token)
+                raise XinslmError(f"the teacher's tokenizer has no special token for the student's {name!r}")
+        return [run for run in np.split(ids, np.unique([*places, *(places + 1)]).astype(int)) if len(run)]
 
 
-def _map_specials(student: Any, teacher: Any) -> dict[int, int]:
+def map_specials(student: Any, teacher: Any) -> dict[int, int]:
     """Student's special ids -> the teacher's, by content, else by role."""
     table = {
         i: teacher.special_tokens[name] for name, i in student.special_tokens.items() if name in teacher.special_tokens

@@ -21,13 +21,16 @@ import yaml
 from xinslm.config import HEADER, to_dict, to_yaml
 from xinslm.data.dataset import Dataset
 from xinslm.data.packing import PackedRows
-from xinslm.device import pick_device
+from xinslm.device import pick_device, return_freed_memory
+from xinslm.distill.auxiliary import find_sketches, hidden_shares, make_auxiliary
 from xinslm.distill.cache import Cache
-from xinslm.distill.checkpoint import TrainingState, load_checkpoint, prune, save_best, save_checkpoint
+from xinslm.distill.checkpoint import TrainingState, load_auxiliary, load_checkpoint, prune, save_best, save_checkpoint
+from xinslm.distill.chunks import CachedSpans
 from xinslm.distill.config import DistillConfig, PretrainConfig
 from xinslm.distill.inputs import differing_keys, find_dataset, shape
 from xinslm.distill.loop import Step, Trainer, Validation, train
 from xinslm.distill.loss_config import LossConfig
+from xinslm.distill.sketches import SKETCH, HiddenSource
 from xinslm.distill.targets import CachedTargets, LiveTargets, TargetSource
 from xinslm.errors import UsageError, XinslmError
 from xinslm.files import (
@@ -39,9 +42,11 @@ from xinslm.files import (
     write_json,
     write_text,
 )
-from xinslm.model.files import load_config, load_model, model_fingerprint, resolve_model
+from xinslm.model.files import load_config, load_model, model_fingerprint, rebuild_buffers, resolve_model
 from xinslm.model.transformer import Transformer
+from xinslm.model.wide import narrow_matrices
 from xinslm.progress import Listener, Progress, ignore
+from xinslm.teachers.encoder import find_encoder
 from xinslm.teachers.huggingface import HuggingFaceTeacher
 from xinslm.tokenizer.load import load_tokenizer
 
@@ -78,6 +83,7 @@ class _Teaching:
     loss: LossConfig
     train: TargetSource | None = None
     validation: TargetSource | None = None
+    hidden: HiddenSource | None = None
     inputs: tuple[tuple[str, str], ...] = ()
     warnings: tuple[str, ...] = ()
 
@@ -94,7 +100,7 @@ def run(config: PretrainConfig, on_progress: Listener = ignore) -> TrainResult:
         dataset = find_dataset(config, on_progress)
         device = pick_device(config.device)
         tokenizer = load_tokenizer(dataset.folder / "tokenizer")
-        teaching = _teaching(config, dataset, device)
+        teaching = _teaching(config, dataset, device, on_progress)
         rows = PackedRows(dataset.split("train"), config.max_seq_length)
         if len(rows) < config.batch_size:
             raise UsageError(
@@ -102,8 +108,15 @@ def run(config: PretrainConfig, on_progress: Listener = ignore) -> TrainResult:
                 f"only {len(rows)} such rows to train on: give more text, or a smaller --batch-size or --max-seq-length"
             )
         total_steps = config.max_steps or max(1, round(config.num_epochs * len(rows) / config.batch_size))
-        model = _start(config, dataset, tokenizer).to(device)
-        trainer = Trainer(model, config, teaching.loss, rows, total_steps, teaching.train, device)
+        if config.checkpointing and device.type == "cpu":
+            return_freed_memory()
+        model = _start(config, dataset, tokenizer)
+        if config.weights == "bfloat16":
+            narrow_matrices(model)
+            model.compute_dtype = torch.float32
+        model = model.to(device)
+        auxiliary = make_auxiliary(config, teaching.hidden, model.config, total_steps, device)
+        trainer = Trainer(model, config, teaching.loss, rows, total_steps, teaching.train, device, auxiliary)
         inputs = {"dataset": dataset.fingerprint, **dict(teaching.inputs)}
         if config.init_from is not None:
             inputs["init_from"] = model_fingerprint(resolve_model(config.init_from))
@@ -118,12 +131,12 @@ def run(config: PretrainConfig, on_progress: Listener = ignore) -> TrainResult:
     if held_out is None:
         warnings += ("there is no validation split: the last checkpoint counts as the best",)
 
-    log = _Log(config, total_steps, state, on_progress, command, with_kd=teaching.train is not None)
+    log = RunLog(config, total_steps, state, on_progress, command, with_kd=teaching.train is not None)
     for warning in warnings:
         on_progress(Progress(command, note=warning))
     state = train(
         trainer, state, held_out, teaching.validation, log.step, log.validation,
-        lambda at, best: save_checkpoint(config.output_dir, model, tokenizer, trainer.optimizer, at, best),
+        lambda at, best: save_checkpoint(config.output_dir, model, tokenizer, trainer.optimizer, at, best, auxiliary),
         lambda at: save_best(config.output_dir, model, tokenizer, at.step),
     )  # fmt: skip
     return TrainResult(config.output_dir, model.config.num_parameters, state, log.last_validation, warnings)
@@ -147,7 +160,7 @@ INDIFFERENT = (
     "compile",
 )
 """Settings that a continued run may change: they do not change what is computed."""
-PATHS = ("data_path", "tokenizer_path", "init_from", "cache")
+PATHS = ("data_path", "tokenizer_path", "init_from", "cache", "sketches")
 
 
 def _settings(stored: dict[str, Any]) -> dict[str, Any]:
@@ -211,14 +224,21 @@ def _stored(folder: Path) -> dict[str, Any]:
     return stored
 
 
-def _teaching(config: PretrainConfig, dataset: Dataset, device: torch.device) -> _Teaching:
+def _teaching(config: PretrainConfig, dataset: Dataset, device: torch.device, on_progress: Listener) -> _Teaching:
     if not isinstance(config, DistillConfig):
         return _Teaching(LossConfig(alpha=1.0, beta=0.0))
-    return _live(config, dataset, device) if config.cache is None else _cached(config, dataset, config.cache)
+    if config.cache is None:
+        return _live(config, dataset, device)
+    return _cached(config, dataset, config.cache, on_progress)
 
 
 def _live(config: DistillConfig, dataset: Dataset, device: torch.device) -> _Teaching:
     assert config.teacher is not None, "DistillConfig.check sees to it"
+    if find_encoder(config.teacher) is not None:
+        raise UsageError(
+            f"{config.teacher} is an encoder: it gives hidden states, no next tokens. Make a cache of them, with "
+            f"`xinslm cache {config.teacher} --sketch-depths 1.0`, and give that as --cache"
+        )
     teacher = HuggingFaceTeacher(config.teacher, config.teacher_dtype, device, None, config.trust_remote_code)
     if teacher.tokenizer.fingerprint() != dataset.tokenizer_fingerprint:
         raise UsageError(
@@ -230,19 +250,33 @@ def _live(config: DistillConfig, dataset: Dataset, device: torch.device) -> _Tea
             f"max_seq_length is {config.max_seq_length}, but teacher {config.teacher} has a context of "
             f"{teacher.max_length} tokens"
         )
-    source = LiveTargets(teacher)
-    return _Teaching(config.loss, source, source, (("teacher", teacher.fingerprint),))
+    source = LiveTargets(teacher, hidden_shares(config))
+    hidden, inputs = find_sketches(config, dataset, source)
+    return _Teaching(config.loss, source, source, hidden, (("teacher", teacher.fingerprint), *inputs))
 
 
-def _cached(config: DistillConfig, dataset: Dataset, folder: Path) -> _Teaching:
+def _cached(config: DistillConfig, dataset: Dataset, folder: Path, on_progress: Listener) -> _Teaching:
     cache, loss, warnings = Cache(folder), config.loss, []
     cache.require_dataset(dataset.fingerprint, dataset.folder)
+    cache.verify(on_progress)
     if config.teacher is not None:
-        cache.require_teacher(model_fingerprint(resolve_model(config.teacher)), config.teacher)
+        model = find_encoder(config.teacher) or resolve_model(config.teacher)
+        cache.require_teacher(model_fingerprint(model), config.teacher)
+    hidden, inputs = find_sketches(config, dataset, cache)
+    inputs = (("cache", manifest_fingerprint(folder)), *inputs)
+    if cache.manifest.get(SKETCH, {}).get("alone"):
+        if hidden is None:
+            raise UsageError(
+                f"cache {folder} is of an encoder and holds hidden states only, but hidden.weight and contrast.weight "
+                f"are 0: set one (--hidden.weight 1), or give it as --sketches beside the --cache of a language model"
+            )
+        note = f"cache {folder} predicts no tokens: the weight loss.beta ({loss.beta}) goes to the cross-entropy"
+        return _Teaching(loss, hidden=hidden, inputs=inputs, warnings=(note,) if loss.beta else ())
     if loss.temperature_mode == "full" and loss.temperature not in (1.0, cache.format.temperature):
         raise UsageError(
             f"loss.temperature is {loss.temperature} in mode full, but cache {folder} stores the normaliser for "
-            f"{cache.format.temperature}: use that, mode decoupled, or `xinslm cache --temperature {loss.temperature}`"
+            f"{cache.format.temperature}: use that, mode decoupled, or `xinslm cache --temperature {loss.temperature}` "
+            f"(a merged cache has the one for 1 alone)"
         )
     cached_length = cache.manifest["config"]["max_seq_length"]
     if cached_length != config.max_seq_length:
@@ -250,16 +284,22 @@ def _cached(config: DistillConfig, dataset: Dataset, folder: Path) -> _Teaching:
             f"the teacher saw contexts of {cached_length} tokens when it was cached, the student sees "
             f"{config.max_seq_length}"
         )
+    if cache.manifest.get("alignment", {}).get("kind") == "chunks":
+        by_split = {name: CachedSpans(cache, name) for name in cache.manifest["shards"]}
+        return _Teaching(loss, by_split["train"], by_split.get("validation"), hidden, inputs, tuple(warnings))
     records, held_out = cache.split("train"), cache.split("validation")
     assert records is not None, "every dataset has a train split"
     sources = CachedTargets(records), CachedTargets(held_out) if held_out is not None else None
-    return _Teaching(loss, *sources, (("cache", manifest_fingerprint(folder)),), tuple(warnings))
+    return _Teaching(loss, *sources, hidden, inputs, tuple(warnings))
 
 
 def _start(config: PretrainConfig, dataset: Dataset, tokenizer: Any) -> Transformer:
     """The model at step 0: drawn from the seed, or read from `init_from`."""
     if config.init_from is None:
-        model = Transformer(shape(config, tokenizer), config.checkpointing)
+        with torch.device("meta"):
+            model = Transformer(shape(config, tokenizer), config.checkpointing)
+        model.to_empty(device="cpu")
+        rebuild_buffers(model)
         model.initialise(torch.Generator().manual_seed(config.seed))
         return model
     folder = resolve_model(config.init_from)
@@ -296,17 +336,21 @@ def _resume(folder: Path, facts: dict[str, Any], trainer: Trainer) -> TrainingSt
                 f"--output-dir, or add --force to begin anew"
             )
         state = load_checkpoint(last, trainer.model, trainer.optimizer)
+        if trainer.backward is not None:
+            trainer.backward.previous = state.grad_norm or 0.0
+        if trainer.auxiliary is not None:
+            load_auxiliary(last, trainer.auxiliary)
         if state.step >= trainer.total_steps:
             raise UsageError(f"{folder} already holds this run, finished. Choose another --output-dir, or add --force")
         prune(last.parent)
-        _cut_metrics(folder / METRICS, state.step)
+        cut_metrics(folder / METRICS, state.step)
         return state
     write_json(folder / RUN, facts)
     (folder / METRICS).write_bytes(b"")
     return TrainingState()
 
 
-def _cut_metrics(path: Path, step: int) -> None:
+def cut_metrics(path: Path, step: int) -> None:
     """Drop lines that belong to steps after the checkpoint, and a half-written last one."""
     kept = []
     for line in path.read_text(encoding="utf-8").splitlines():
@@ -318,7 +362,7 @@ def _cut_metrics(path: Path, step: int) -> None:
     write_text(path, "".join(kept))
 
 
-class _Log:
+class RunLog:
     """Writes metrics.jsonl and tells the listener."""
 
     def __init__(
@@ -353,10 +397,10 @@ class _Log:
         kd = {"kd": step.kd} if self.with_kd else {}
         self._write(
             {"step": step.step, "tokens": state.tokens, "loss": step.loss, "ce": step.ce, **kd,
-             "lr": step.learning_rate, "grad_norm": step.grad_norm, "tokens_per_second": speed,
+             **step.terms, "lr": step.learning_rate, "grad_norm": step.grad_norm, "tokens_per_second": speed,
              "seconds": state.seconds}
         )  # fmt: skip
-        values = {"loss": step.loss, "ce": step.ce, **kd, "lr": step.learning_rate, "tokens/s": speed}
+        values = {"loss": step.loss, "ce": step.ce, **kd, **step.terms, "lr": step.learning_rate, "tokens/s": speed}
         self.on_progress(Progress(self.stage, step.step, self.total, "steps", values))
 
     def validation(self, result: Validation, state: TrainingState) -> None:

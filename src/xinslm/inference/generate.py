@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Literal
 from xinslm.errors import UsageError, XinslmError
 from xinslm.inference.config import GenerateConfig, Sampling
 from xinslm.inference.engine import Engine
+from xinslm.tokenizer.chat import end_ids
 
 if TYPE_CHECKING:
     from xinslm.tokenizer.base import Tokenizer
@@ -32,18 +33,6 @@ class Piece:
     """Of the token under the model itself, before filters and temperature; nats."""
     stop: Stop | None = None
     """Why this piece is the last one; None if it is not."""
-
-
-def end_ids(tokenizer: "Tokenizer") -> frozenset[int]:
-    """Tokens that end a text: EOS, BOS (llama2.c's models close with it), and what closes an assistant's turn."""
-    ids = {tokenizer.eos_id, tokenizer.bos_id}
-    if tokenizer.chat_template is not None:
-        turn = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-        tokens, mask = tokenizer.apply_chat_template(turn)
-        last = next((token for token, counts in zip(reversed(tokens), reversed(mask), strict=True) if counts), None)
-        if last in tokenizer.special_tokens.values():
-            ids.add(last)
-    return frozenset(id for id in ids if id is not None)
 
 
 def generate(

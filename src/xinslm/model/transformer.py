@@ -10,6 +10,7 @@ heads, K key heads, D head width.
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from xinslm.model.config import ModelConfig
+from xinslm.model.wide import Linear, embed
 
 
 class RMSNorm(nn.Module):
@@ -93,10 +95,10 @@ class Attention(nn.Module):
             config.num_attention_heads * config.head_dim,
             config.num_key_value_heads * config.head_dim,
         )
-        self.q_proj = nn.Linear(config.hidden_size, query, bias=False)
-        self.k_proj = nn.Linear(config.hidden_size, shared, bias=False)
-        self.v_proj = nn.Linear(config.hidden_size, shared, bias=False)
-        self.o_proj = nn.Linear(query, config.hidden_size, bias=False)
+        self.q_proj = Linear(config.hidden_size, query, bias=False)
+        self.k_proj = Linear(config.hidden_size, shared, bias=False)
+        self.v_proj = Linear(config.hidden_size, shared, bias=False)
+        self.o_proj = Linear(query, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: KVCache | None) -> Tensor:
         """(B, T, hidden) -> (B, T, hidden); no mask means plain causal."""
@@ -119,9 +121,9 @@ class FeedForward(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.gate_proj = Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., hidden) -> (..., hidden)."""
@@ -163,18 +165,22 @@ class Transformer(nn.Module):
         super().__init__()
         config.check()
         self.config, self.checkpointing = config, checkpointing
+        self.compute_dtype: torch.dtype | None = None
+        """Type of the residual stream and of the products; None: the weights' own."""
         self.model = Decoder(config)
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.register_buffer("frequencies", rotary_frequencies(config), persistent=False)
 
     def initialise(self, generator: torch.Generator | None = None) -> None:
-        """Draw weights from N(0, 0.02), the residual stream's writers sqrt(2 layers) smaller (GPT-2)."""
+        """Draw matrices from N(0, 0.02), the residual stream's writers sqrt(2 layers) smaller (GPT-2); vectors 1."""
         residual = 0.02 / math.sqrt(2 * self.config.num_hidden_layers)
         for name, weight in self.named_parameters():
             if weight.dim() > 1:
                 deviation = residual if name.endswith(("o_proj.weight", "down_proj.weight")) else 0.02
                 nn.init.normal_(weight, std=deviation, generator=generator)
+            else:
+                nn.init.ones_(weight)
 
     @property
     def head_weight(self) -> Tensor:
@@ -183,7 +189,7 @@ class Transformer(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(..., hidden) -> (..., vocabulary)."""
-        return F.linear(hidden, self.head_weight)
+        return F.linear(hidden, self.head_weight.to(hidden.dtype))
 
     def rotary(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Cosine and sine tables (B or 1, 1, T, D) for positions (B or 1, T)."""
@@ -213,11 +219,13 @@ class Transformer(nn.Module):
         positions: Tensor | None = None,
         segments: Tensor | None = None,
         cache: KVCache | None = None,
-    ) -> Tensor:
+        taps: Sequence[int] = (),
+    ) -> Any:
         """Run the blocks and the final norm: ids (B, T) -> (B, T, hidden).
 
         `positions` (B, T) restart at each document of a packed row, `segments` (B, T) number those documents:
         attention never crosses them. With a `cache` the ids continue what it holds; packed rows have none.
+        With `taps`, numbers of blocks from 1, a pair is returned: that, and what comes out of each of those blocks.
         """
         assert cache is None or segments is None, "packed rows are for training, a cache is for generation"
         past = cache.length if cache is not None else 0
@@ -225,13 +233,20 @@ class Transformer(nn.Module):
         if positions is None:
             positions = torch.arange(past, past + length, device=input_ids.device)[None]
         mask = self.mask(length, past, segments, input_ids.device)
-        x = self.model.embed_tokens(input_ids)
+        weight = self.model.embed_tokens.weight
+        x = embed(input_ids, weight, self.compute_dtype or weight.dtype)
+        if mask is not None and self.training and x.device.type == "cpu":  # or attention makes and keeps one a block
+            mask = torch.zeros(mask.shape, dtype=x.dtype).masked_fill_(~mask, -torch.inf)
         cos, sin = self.rotary(positions, x.dtype)
-        for block in self.model.layers:
+        outputs = {}
+        for depth, block in enumerate(self.model.layers, start=1):
             if self.checkpointing and self.training:
                 x = checkpoint(block, x, cos, sin, mask, use_reentrant=False)
             else:
                 x = block(x, cos, sin, mask, cache)
+            if depth in taps:
+                outputs[depth] = x
         if cache is not None:
             cache.length += length
-        return self.model.norm(x)
+        hidden = self.model.norm(x)
+        return (hidden, [outputs[depth] for depth in taps]) if taps else hidden

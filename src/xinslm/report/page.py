@@ -85,6 +85,8 @@ def _curves(runs: Sequence[RunData], x: str, log_x: bool) -> str:
     for title, measured, validated in (
         ("Cross-entropy, nats per token", "ce", "validation_ce"),
         ("Divergence from the teacher, nats per token", "kd", "validation_kd"),
+        ("Hidden states against the teacher's: relative error, or 1 - CKA", "hidden", None),
+        ("Contrast of hidden states (InfoNCE), nats", "contrast", None),
         ("Target tokens per second", "tokens_per_second", None),
     ):
         series = []

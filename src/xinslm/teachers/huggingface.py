@@ -5,7 +5,9 @@
 on a short input when the teacher is loaded; for those, `logits` comes from whole forward passes.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +16,11 @@ import torch
 from torch import Tensor
 
 from xinslm.errors import UsageError, XinslmError
-from xinslm.files import MANIFEST, read_json
+from xinslm.files import MANIFEST, read_json, sha256_json
 from xinslm.model.files import model_fingerprint, resolve_model
+from xinslm.teachers.adapter import adapter_hash, apply_adapter, check_adapter, require_peft
+from xinslm.teachers.base import Generation, Prompt, Sampling
+from xinslm.teachers.generate import Step, write
 
 
 def batches_by_length(lengths: np.ndarray, batch_tokens: int) -> Iterator[np.ndarray]:
@@ -26,6 +31,28 @@ def batches_by_length(lengths: np.ndarray, batch_tokens: int) -> Iterator[np.nda
         rows = max(1, batch_tokens // max(int(lengths[order[at]]), 1))
         yield order[at : at + rows]
         at += rows
+
+
+@contextmanager
+def tapped(model: Any, num_layers: int, depths: Sequence[int], name: str) -> Iterator[dict[int, Tensor]]:
+    """Collect what comes out of blocks `depths` (from 1) in the forward passes inside; other layers are not kept."""
+    lists = [m for m in model.modules() if isinstance(m, torch.nn.ModuleList) and len(m) == num_layers]
+    if not lists:
+        raise XinslmError(f"teacher {name}: its {num_layers} blocks were not found, so it gives no hidden states")
+    outputs: dict[int, Tensor] = {}
+
+    def keep(depth: int) -> Callable[..., None]:
+        def hook(module: Any, inputs: Any, output: Any) -> None:
+            outputs[depth] = output[0] if isinstance(output, tuple) else output
+
+        return hook
+
+    handles = [lists[0][depth - 1].register_forward_hook(keep(depth)) for depth in depths]
+    try:
+        yield outputs
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 class HuggingFaceTeacher:
@@ -41,6 +68,7 @@ class HuggingFaceTeacher:
         device: torch.device | str = "cpu",
         revision: str | None = None,
         trust_remote_code: bool = False,
+        adapter: Path | None = None,
     ) -> None:
         from transformers import AutoModelForCausalLM
         from transformers.utils import logging
@@ -52,6 +80,10 @@ class HuggingFaceTeacher:
         self.tokenizer = load_tokenizer(self.folder)
         self.vocab_size = self.tokenizer.vocab_size
         self.device = torch.device(device)
+        self.adapter = adapter
+        if adapter is not None:
+            require_peft()
+            check_adapter(adapter, model_fingerprint(self.folder), name)
         self._require_rows(_configured_rows(self.folder))
         logging.disable_progress_bar()
         try:
@@ -71,16 +103,27 @@ class HuggingFaceTeacher:
             raise XinslmError(
                 f"teacher {name}: {len(lacking)} weights are missing or misshapen, such as '{lacking[0]}'"
             )
+        if adapter is not None:
+            model = apply_adapter(model, adapter, name)
         self.model: Any = model.to(self.device).eval().requires_grad_(False)
         self.max_length: int = getattr(self.model.config, "max_position_embeddings", None) or 1 << 30
         head = self.model.get_output_embeddings()
         self._require_rows(None if head is None else head.weight.shape[0])
         self._split = self._head_is_plain()
+        text = self.model.config.get_text_config()
+        self.num_layers: int = text.num_hidden_layers
+        self.hidden_size: int = text.hidden_size
 
     @property
     def fingerprint(self) -> str:
-        """Hash of the weights and the shape."""
-        return model_fingerprint(self.folder)
+        """Hash of the weights and the shape, and of the adapter where there is one."""
+        base = model_fingerprint(self.folder)
+        return base if self.adapter is None else sha256_json([base, adapter_hash(self.adapter)])
+
+    @property
+    def has_plain_head(self) -> bool:
+        """Whether the logits are the output head applied to the backbone's states, and nothing more."""
+        return self._split
 
     def _require_rows(self, rows: int | None) -> None:
         """Raise XinslmError if the output has fewer rows than the tokenizer has ids."""
@@ -124,11 +167,43 @@ class HuggingFaceTeacher:
         rows: Tensor = out[torch.from_numpy(real).to(self.device)]
         return rows
 
+    def states_and_hidden(self, sequences: list[np.ndarray], depths: Sequence[int]) -> tuple[Tensor, list[Tensor]]:
+        """What `states` gives, and what comes out of blocks `depths` (from 1), (total tokens, hidden_size) each."""
+        lengths = torch.tensor([len(s) for s in sequences], device=self.device)
+        with tapped(self.model, self.num_layers, depths, self.name) as outputs:
+            states = self.states(sequences)
+        real = torch.arange(int(lengths.max()), device=self.device) < lengths[:, None]
+        return states, [outputs[depth][real] for depth in depths]
+
     @torch.no_grad()
     def logits(self, states: Tensor) -> Tensor:
         """(rows, ...) from `states` -> logits (rows, vocab_size) float32."""
         out = self.model.get_output_embeddings()(states) if self._split else states
         return out[:, : self.vocab_size].float()
+
+    def generate(self, prompts: Sequence[Prompt], keys: Sequence[int], sampling: Sampling) -> list[Generation]:
+        """Answer a batch of prompts; see `GeneratingTeacher`."""
+        return write(self._begin, self.tokenizer, self.max_length, self.name, prompts, keys, sampling)
+
+    @torch.inference_mode()
+    def _begin(self, ids: np.ndarray, room: int) -> tuple[Tensor, Step]:
+        """Read (B, T) ids; logits of what follows, and the function that takes one token a row more."""
+        # Rows whose logits are not read are never made: the head sees the last position alone.
+        last = {"logits_to_keep": 1} if "logits_to_keep" in signature(self.model.forward).parameters else {}
+        cache: Any = None
+
+        @torch.inference_mode()
+        def step(tokens: np.ndarray) -> Tensor:
+            nonlocal cache
+            inputs = torch.from_numpy(tokens).to(self.device)
+            out = self.model(input_ids=inputs, past_key_values=cache, use_cache=True, **last)
+            cache = out.past_key_values
+            if cache is None:
+                raise UsageError(f"teacher {self.name} keeps no key-value cache, so it cannot write text here")
+            logits: Tensor = out.logits[:, -1, : self.vocab_size].float()
+            return logits
+
+        return step(ids), lambda tokens: step(tokens[:, None])
 
 
 def _configured_rows(folder: Path) -> int | None:

@@ -81,7 +81,8 @@ class BPETokenizer:
         vars(self).pop("_bytes", None)
 
     @classmethod
-    def _of(cls, definition: files.Definition) -> Self:
+    def of(cls, definition: files.Definition) -> Self:
+        """Make the tokenizer that a definition describes."""
         made = cls.__new__(cls)
         made._target, made._min_frequency, made._longest = definition.vocab_size, 0, None
         made._take(definition)
@@ -90,14 +91,14 @@ class BPETokenizer:
     @classmethod
     def load(cls, path: Path | str) -> Self:
         """Read a folder or a tokenizer.json; XinslmError says what is not a byte-level BPE we know about it."""
-        return cls._of(files.read(Path(path)))
+        return cls.of(files.read(Path(path)))
 
     @classmethod
     def prefix_of(cls, teacher: Any, vocab_size: int, special_tokens: Sequence[str] | None = None) -> Self:
         """Make the nested tokenizer of `vocab_size` that has the teacher's first merges (see `nested.py`)."""
         from xinslm.tokenizer.nested import prefix_definition
 
-        return cls._of(prefix_definition(teacher, vocab_size, special_tokens))
+        return cls.of(prefix_definition(teacher, vocab_size, special_tokens))
 
     def save(self, path: Path | str) -> None:
         """Write tokenizer.json, tokenizer_config.json and chat_template.jinja into folder `path`."""

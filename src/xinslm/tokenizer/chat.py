@@ -18,7 +18,7 @@ import numpy as np
 import regex
 
 from xinslm.errors import XinslmError
-from xinslm.tokenizer.base import clean_surrogates
+from xinslm.tokenizer.base import Tokenizer, clean_surrogates
 
 CHATML = (
     "{% for message in messages %}"
@@ -126,6 +126,18 @@ def encode_chat(
     for begin, end in ranges:
         mask[(starts < moved(end)) & (ends > moved(begin))] = 1
     return ids, mask.tolist()
+
+
+def end_ids(tokenizer: Tokenizer) -> frozenset[int]:
+    """Tokens that end a text: EOS, BOS (llama2.c's models close with it), and what closes an assistant's turn."""
+    ids = {tokenizer.eos_id, tokenizer.bos_id}
+    if tokenizer.chat_template is not None:
+        turn = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+        tokens, mask = tokenizer.apply_chat_template(turn)
+        last = next((token for token, counts in zip(reversed(tokens), reversed(mask), strict=True) if counts), None)
+        if last in tokenizer.special_tokens.values():
+            ids.add(last)
+    return frozenset(id for id in ids if id is not None)
 
 
 def _hide(content: str, finder: regex.Pattern[str], tokens: list[str]) -> str:

@@ -24,9 +24,23 @@ def translate(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
             f"{path}: this sentencepiece model rewrites text before it cuts it; convert it to tokenizer.json first"
         )
     pieces = [(piece.piece, piece.type, piece.score) for piece in model.pieces]
-    vocab = {piece: index for index, (piece, _, _) in enumerate(pieces)}
+    content = to_tokenizer_json(
+        pieces, trainer.unk_id, bool(trainer.byte_fallback), normalizer.add_dummy_prefix,
+        normalizer.remove_extra_whitespaces,
+    )  # fmt: skip
     unknown = pieces[trainer.unk_id][0]
-    content = {
+    ids = {"bos_token": trainer.bos_id, "eos_token": trainer.eos_id, "pad_token": trainer.pad_id}
+    named = {name: pieces[index][0] for name, index in ids.items() if 0 <= index < len(pieces)}
+    return content, named | {"unk_token": unknown}
+
+
+def to_tokenizer_json(
+    pieces: list[tuple[str, int, float]], unknown_id: int, byte_fallback: bool, dummy_prefix: bool, single_spaces: bool
+) -> dict[str, Any]:
+    """Content of the tokenizer.json of a sentencepiece BPE: pieces in id order, with type (1 to 6) and score."""
+    vocab = {piece: index for index, (piece, _, _) in enumerate(pieces)}
+    unknown = pieces[unknown_id][0]
+    return {
         "version": "1.0",
         "truncation": None,
         "padding": None,
@@ -37,19 +51,16 @@ def translate(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
             }
             for index, (piece, kind, _) in enumerate(pieces) if kind in (_UNKNOWN, _CONTROL, _USER)
         ],
-        "normalizer": _normalizer(normalizer.add_dummy_prefix, normalizer.remove_extra_whitespaces),
+        "normalizer": _normalizer(dummy_prefix, single_spaces),
         "pre_tokenizer": None,
         "post_processor": None,
-        "decoder": _decoder(normalizer.add_dummy_prefix),
+        "decoder": _decoder(dummy_prefix),
         "model": {
             "type": "BPE", "dropout": None, "unk_token": unknown, "continuing_subword_prefix": None,
-            "end_of_word_suffix": None, "fuse_unk": True, "byte_fallback": bool(trainer.byte_fallback),
+            "end_of_word_suffix": None, "fuse_unk": True, "byte_fallback": byte_fallback,
             "ignore_merges": False, "vocab": vocab, "merges": _merges(pieces, vocab),
         },
     }  # fmt: skip
-    ids = {"bos_token": trainer.bos_id, "eos_token": trainer.eos_id, "pad_token": trainer.pad_id}
-    named = {name: pieces[index][0] for name, index in ids.items() if 0 <= index < len(pieces)}
-    return content, named | {"unk_token": unknown}
 
 
 def _parse(path: Path) -> Any:

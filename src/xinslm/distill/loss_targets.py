@@ -1,0 +1,82 @@
+"""What a teacher says about N positions, in the three forms the fused head takes.
+
+Sparse distributions come from a cache, dense ones from a teacher in memory, spans from a teacher whose tokenizer has
+nothing to do with the student's and whose likelihood of stretches of text is all that can be compared.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class SparseTargets:
+    """A teacher's next-token distribution for N positions: h tokens exactly, the rest as mass and n draws."""
+
+    head_ids: Tensor
+    """(N, h) int64, distinct in a row."""
+    head_log_probs: Tensor
+    """(N, h) float32; with `log_tail` they are the logarithm of a distribution."""
+    log_tail: Tensor
+    """(N,) float32: log of the mass outside the head."""
+    tail_ids: Tensor
+    """(N, n) int64: tokens drawn from the teacher's tail; each stands for 1/n of the tail's mass."""
+    has_draws: Tensor
+    """(N,) bool: whether the draws cover the whole tail; where not, the tail is one bucket."""
+    log_z: Tensor
+    """(N,) float32: log of sum p^(1/T) over the vocabulary at the cache's temperature."""
+    valid: Tensor
+    """(N,) bool: whether the teacher says anything about this position."""
+
+    def __getitem__(self, rows: Any) -> "SparseTargets":
+        return SparseTargets(*(getattr(self, name)[rows] for name in self.__dataclass_fields__))
+
+    def to(self, device: torch.device | str) -> "SparseTargets":
+        """Move all tensors to `device`."""
+        return SparseTargets(*(getattr(self, name).to(device) for name in self.__dataclass_fields__))
+
+
+@dataclass(frozen=True)
+class DenseTargets:
+    """A live teacher: `logits(rows)` gives its (rows, vocabulary) logits for a slice of the N positions.
+
+    Columns beyond the student's vocabulary are padding and left out; columns that are missing have no mass.
+    """
+
+    logits: Callable[[slice], Tensor]
+
+    def __getitem__(self, rows: slice) -> Tensor:
+        return self.logits(rows)
+
+
+@dataclass(frozen=True)
+class SpanTargets:
+    """A teacher's likelihood of whole stretches of text (spans) that end at token boundaries of both tokenizers."""
+
+    spans: Tensor
+    """(N,) int64: number of the span a position's label belongs to, -1 where none. A span's positions are contiguous,
+    and later spans have higher numbers."""
+    log_probs: Tensor
+    """(N,) float32: the teacher's log-likelihood of the whole span, on each of its positions."""
+
+    def __getitem__(self, rows: Any) -> "SpanTargets":
+        return SpanTargets(self.spans[rows], self.log_probs[rows])
+
+    def to(self, device: torch.device | str) -> "SpanTargets":
+        """Move both tensors to `device`."""
+        return SpanTargets(self.spans.to(device), self.log_probs.to(device))
+
+    def starts(self) -> Tensor:
+        """(N,) bool: where a span begins. Raises ValueError for a span in pieces or numbers that fall."""
+        before = torch.cat((self.spans.new_full((1,), -1), self.spans))[: len(self.spans)]
+        starts = (self.spans >= 0) & (self.spans != before)
+        numbers = self.spans[starts]
+        if bool((numbers[1:] <= numbers[:-1]).any()):
+            raise ValueError("a span's positions must be contiguous and span numbers must rise")
+        return starts
+
+
+Targets = SparseTargets | DenseTargets | SpanTargets

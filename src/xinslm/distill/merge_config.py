@@ -1,0 +1,68 @@
+"""Configuration of `cache merge`."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from xinslm.errors import UsageError
+from xinslm.ranges import POSITIVE, SEED, Range, range_errors
+
+_MERGE = {
+    "head": Range(1, 256),
+    "draws": Range(0, 64),
+    "token_temperature": POSITIVE,
+    "shard_positions": Range(1),
+    "seed": SEED,
+}
+
+
+@dataclass(frozen=True)
+class MergeConfig:
+    """Merge the caches of several teachers, made from one dataset, into one cache of their weighted mixture."""
+
+    caches: Annotated[tuple[Path, ...], tyro.conf.Positional]
+    """Cache folders to merge, two or more, all made from one dataset."""
+    output_dir: Annotated[Path, tyro.conf.arg(aliases=["-o"])]
+    """Cache folder to write; a run that was interrupted continues there."""
+    data_path: Path | None = None
+    """Dataset folder that was cached; by default where the first cache found it."""
+    weights: tuple[float, ...] = ()
+    """Weight of each cache, in their order; only ratios count. All the same, if not given."""
+    domain_weights: Path | None = None
+    """YAML file with weights by source: a file's name or pattern ('code*.jsonl') to a list with a weight a cache."""
+    token_temperature: float | None = None
+    """tau: weights each teacher at each token by p(token)^(1/tau) as well; small values trust the best one alone."""
+    head: int | None = None
+    """Tokens kept exactly at each position; by default, and at most, the smallest head of the caches."""
+    draws: int | None = None
+    """Tokens drawn from the rest of the mixture; by default the most draws of the caches."""
+    shard_positions: int = 1 << 18
+    """Positions a shard file holds, about: what an interruption costs at most."""
+    seed: int = 0
+    """Seed of the draws."""
+    repair: bool = False
+    """Make damaged and missing files of a finished cache again, and only those; give the options it was made with."""
+    force: bool = False
+    """Replace what stands in the output folder."""
+
+    def check(self) -> None:
+        """Raise UsageError listing everything that cannot work."""
+        wrong = range_errors(self, _MERGE)
+        if len(self.caches) < 2:
+            wrong.append(f"give at least two caches to merge, not {len(self.caches)}")
+        if self.weights:
+            wrong += weight_errors(self.weights, len(self.caches), "weights")
+        if wrong:
+            raise UsageError("\n".join(wrong))
+
+
+def weight_errors(weights: tuple[float, ...], count: int, where: str) -> list[str]:
+    """Sentences for what is wrong with the weights of `count` caches."""
+    if len(weights) != count:
+        return [f"{where}: {len(weights)} weights are given for {count} caches; give one for each, in their order"]
+    if any(Range(0).problem(weight) for weight in weights) or not sum(weights) > 0:
+        listed = " ".join(f"{weight:g}" for weight in weights)
+        return [f"{where} are {listed}, but each must be a finite number of at least 0, and one above 0"]
+    return []

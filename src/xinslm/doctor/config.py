@@ -1,0 +1,48 @@
+"""Configuration of `doctor`."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from xinslm.errors import UsageError
+from xinslm.ranges import SEED, Range, range_errors
+
+_DOCTOR = {"documents": Range(1), "positions": Range(8, 100_000), "rows": Range(4, 1024), "seed": SEED}
+
+
+@dataclass(frozen=True)
+class DoctorConfig:
+    """Check data, cache, teacher and student, and this machine's arithmetic on them, before a long run."""
+
+    data_path: Path
+    """Dataset folder made by `xinslm prepare`."""
+    cache: Path | None = None
+    """Cache folder to check."""
+    teacher: str | None = None
+    """Teacher to ask again about a few documents: a model folder or a Hub name."""
+    adapter: Path | None = None
+    """LoRA adapter that the teacher is used with."""
+    student: Path | None = None
+    """Student to compute with, a run or model folder; a small one is drawn if not given."""
+    documents: int = 8
+    """Documents that the teacher scores again."""
+    positions: int = 128
+    """Positions on which losses are compared."""
+    rows: int = 4
+    """Packed rows that the student reads."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """The teacher's number type."""
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    """Where to compute; auto takes cuda, then mps, then cpu."""
+    trust_remote_code: bool = False
+    """Run Python code that the teacher's repository brings."""
+    seed: int = 0
+    """Seed of what is drawn: documents, directions, a student."""
+
+    def check(self) -> None:
+        """Raise UsageError listing everything that cannot work."""
+        wrong = range_errors(self, _DOCTOR)
+        if self.adapter is not None and self.teacher is None:
+            wrong.append("adapter is for a teacher: give --teacher as well")
+        if wrong:
+            raise UsageError("\n".join(wrong))

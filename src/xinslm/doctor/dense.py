@@ -1,0 +1,45 @@
+"""The losses of distillation as anyone would write them: whole float64 distributions, and autograd.
+
+Slow and large on purpose, and independent of the fused head that it is compared with.
+"""
+
+import torch
+from torch import Tensor
+
+from xinslm.distill.loss_config import LossConfig
+from xinslm.distill.losses import SparseTargets
+
+
+def dense_loss(
+    hidden: Tensor, weight: Tensor, labels: Tensor, targets: SparseTargets | None, config: LossConfig
+) -> Tensor:
+    """Mean over N positions of alpha * CE + beta * KD; forward_kl in mode decoupled, up to a constant.
+
+    hidden (N, d), weight (V, d), both float64 with gradients; the result is a float64 scalar.
+    """
+    log_q = torch.log_softmax(hidden @ weight.T, dim=1)
+    ce = -log_q.gather(1, labels[:, None]).mean()
+    if targets is None:
+        return ce
+    kd = torch.stack([_position(log_q[n], targets[slice(n, n + 1)], config) for n in range(len(labels))]).mean()
+    return config.alpha * ce + config.beta * kd
+
+
+def _position(log_q: Tensor, target: SparseTargets, config: LossConfig) -> Tensor:
+    """KD of one position: KL over {head tokens, tail}, T inside the head, and the drawn part of the tail."""
+    if not bool(target.valid[0]):
+        return log_q.new_zeros(())
+    t, ids, log_p = config.temperature, target.head_ids[0], target.head_log_probs[0].double()
+    outside = torch.ones_like(log_q, dtype=torch.bool)
+    outside[ids] = False
+    p_head, p_tail = log_p.exp().sum(), target.log_tail[0].double().exp()
+    log_q_head, log_q_tail = log_q[ids].logsumexp(0), log_q[outside].logsumexp(0)
+    inside_p, inside_q = torch.log_softmax(log_p / t, 0), torch.log_softmax(log_q[ids] / t, 0)
+    split = p_head * (p_head.log() - log_q_head)
+    if p_tail > 0:
+        split = split + p_tail * (p_tail.log() - log_q_tail)
+    inside = t * t * p_head * (inside_p.exp() * (inside_p - inside_q)).sum()
+    if bool(target.has_draws[0]) and target.tail_ids.shape[1]:
+        drawn = log_q[target.tail_ids[0]].mean()
+        return split + inside + config.draws_weight * p_tail * (log_q_tail - drawn)
+    return split + inside

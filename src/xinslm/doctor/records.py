@@ -1,0 +1,189 @@
+"""A cache against the data it is of, and against the teacher, asked again.
+
+A record says how likely the token was that came, and which tokens the teacher thought likely: where the one is among
+the others, both must agree. Records that are shifted by a position agree with the wrong tokens. The same is asked of
+the teacher's answers of today: they must be the cached ones, and fit no neighbouring record better.
+"""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from xinslm.data.dataset import Dataset, Split
+from xinslm.distill.cache import LARGEST_NEGATIVE_LOG, VALID, Cache, decode, gather
+from xinslm.distill.cache_config import CacheConfig
+from xinslm.distill.losses import SparseTargets
+from xinslm.distill.relate import relate
+from xinslm.distill.scorers import RECORDS, DenseScorer
+from xinslm.distill.spans import SpanAligner
+from xinslm.doctor.checks import Examination, Skipped, require
+
+BLOCKS, BLOCK = 64, 1 << 14
+AGREEING, WINNING, COVERED = 0.9, 1.5, 0.5
+OVERLAP, NATS = 0.95, 0.1
+CODE_STEP = math.sqrt(LARGEST_NEGATIVE_LOG) / 255
+
+
+def check_records(examination: Examination, cache: Cache, dataset: Dataset) -> None:
+    """Checks that need no teacher."""
+    split, records = dataset.split("train"), cache.split("train")
+    assert records is not None, "every dataset has a train split"
+    positions = _sample(len(split.tokens) - 1)
+    stored = gather(records.maps, records.starts, positions)
+    counts = np.asarray(split.mask[positions + 1]) != 0
+    valid = (stored["flags"] & VALID) != 0
+    examination.make("records", lambda: _sound(stored, valid, counts))
+    examination.make("alignment", lambda: _alignment(cache, split, stored, positions, valid))
+    examination.make("tail", lambda: _tail(cache, stored[valid]))
+
+    def quality() -> str:
+        nats = -stored["log_label"][valid].astype(np.float64)
+        return teacher_quality(float(nats.sum()), positions[valid] + 1, split)
+
+    examination.make("teacher on this data", quality)
+
+
+def _sample(count: int) -> np.ndarray:
+    """Stream positions of at most a million: evenly spread blocks."""
+    if count <= BLOCKS * BLOCK:
+        return np.arange(count)
+    starts = np.linspace(0, count - BLOCK, BLOCKS).astype(np.int64)
+    return np.unique((starts[:, None] + np.arange(BLOCK)).ravel())
+
+
+def _sound(stored: np.ndarray, valid: np.ndarray, counts: np.ndarray) -> str:
+    """Numbers are finite, and most targets have a record."""
+    bad = sum(int((~np.isfinite(stored[name][valid])).sum()) for name in ("log_tail", "log_label", "log_z"))
+    share = float(valid[counts].mean()) if counts.any() else 0.0
+    return require(
+        bad == 0 and share >= COVERED,
+        f"{bad} numbers are not finite; {share:.1%} of the targets have a record (at least {COVERED:.0%})",
+        "Make the cache anew with `xinslm cache --force`",
+    )
+
+
+def _alignment(cache: Cache, split: Split, stored: np.ndarray, positions: np.ndarray, valid: np.ndarray) -> str:
+    """Records agree with the tokens that follow them, and with no others."""
+    if not valid.any():
+        raise Skipped("no record says anything")
+    targets = decode(stored[valid], cache.format)
+    here, log_label = positions[valid] + 1, stored["log_label"][valid].astype(np.float64)
+    hits, agreeing = {}, 0.0
+    for shift in (-1, 0, 1):
+        tokens = split.tokens[np.clip(here + shift, 0, len(split.tokens) - 1)].astype(np.int64)
+        in_head = targets.head_ids.numpy() == tokens[:, None]
+        found = in_head.any(axis=1)
+        log_p = targets.head_log_probs.numpy()[np.arange(len(tokens)), in_head.argmax(axis=1)]
+        slack = 0.02 + 1.5 * CODE_STEP * np.sqrt(np.maximum(-log_p, 0))
+        agrees = found & (np.abs(log_p - log_label) <= slack)
+        hits[shift] = float(agrees.mean())
+        if shift == 0 and found.any():
+            agreeing = float(agrees.sum() / found.sum())
+    merged = "merge_depth" in cache.manifest["inputs"]
+    detail = (
+        f"records agree with {agreeing:.1%} of the tokens that they list"
+        + ("" if merged else f" (at least {AGREEING:.0%})")
+        + f"; with {hits[0]:.1%} of all, one position off with {max(hits[-1], hits[1]):.1%}"
+    )
+    return require(
+        (merged or agreeing >= AGREEING) and hits[0] > WINNING * max(hits[-1], hits[1]),
+        detail,
+        "The cache belongs to other tokens, or its records are shifted: make it anew from this dataset",
+    )
+
+
+def _tail(cache: Cache, stored: np.ndarray) -> str:
+    """How much of the teacher is outside the head, and whether draws stand for it."""
+    mass = float(np.exp(decode(stored, cache.format).log_tail.numpy()).mean(dtype=np.float64)) if len(stored) else 0.0
+    detail = f"{mass:.1%} of the teacher's mass outside {cache.format.head} tokens, {cache.format.draws} draws"
+    if mass > 0.3 and cache.format.draws:
+        detail += f"; more of it would be exact with --head {2 * cache.format.head}"
+    return require(
+        mass <= 0.3 or cache.format.draws > 0, detail, "Cache with a larger --head, or with --draws 4 or more"
+    )
+
+
+def teacher_quality(nats: float, places: np.ndarray, split: Split) -> str:
+    """The teacher predicts these tokens better than their frequencies alone; in bits per byte where that is known."""
+    if not len(places):
+        raise Skipped("no record says anything")
+    counts = np.bincount(split.tokens, minlength=split.vocab_size).astype(np.float64)
+    frequency = -np.log(counts / counts.sum(), where=counts > 0, out=np.zeros_like(counts))
+    baseline = float(frequency[split.tokens[places]].mean())
+    teacher = nats / len(places)
+    per_token = int(split.document_bytes.sum()) / max(int((np.asarray(split.mask) != 0).sum()), 1)
+    scale = 1 / (math.log(2) * per_token)
+    return require(
+        teacher < baseline,
+        f"{teacher:.3f} nats a token, {teacher * scale:.3f} bits per byte; token frequencies alone {baseline:.3f}",
+        "This teacher has nothing to teach here: look at its tokenizer and the data's language, or take another",
+    )
+
+
+def ask_again(
+    teacher: Any, dataset: Dataset, settings: dict[str, Any], fmt: Any, documents: int, seed: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Score a few documents of the train split; give their positions and records, (N,) each, those that say something.
+
+    `settings` are those of the cache they are compared with.
+    """
+    from xinslm.distill.support import read_support
+
+    split = dataset.split("train")
+    usable = np.flatnonzero(np.diff(split.documents) > 1)
+    chosen = np.random.default_rng(seed).choice(usable, min(documents, len(usable)), replace=False)
+    config = CacheConfig(
+        teacher.name, dataset.folder, Path(), head=fmt.head, draws=fmt.draws, temperature=fmt.temperature,
+        max_seq_length=min(settings["max_seq_length"], teacher.max_length), seed=settings["seed"],
+    )  # fmt: skip
+    push = relate(dataset, teacher, settings.get("alignment", "auto"))
+    if isinstance(push, SpanAligner):
+        raise Skipped("the teacher can be compared by stretches of text only")
+    scorer = DenseScorer(teacher, push, fmt, config, None, read_support(dataset))
+    parts, places = [], []
+    for document in np.sort(chosen):
+        first, last = int(split.documents[document]), int(split.documents[document + 1])
+        records = scorer.shard(split, int(document), int(document) + 1, Path(), lambda tokens: None)[RECORDS]
+        parts.append(records)
+        places.append(np.arange(first, last))
+    records, positions = np.concatenate(parts), np.concatenate(places)
+    valid = (records["flags"] & VALID) != 0
+    return positions[valid], records[valid]
+
+
+def agreement(cache: Cache, positions: np.ndarray, fresh: np.ndarray) -> str:
+    """The teacher's answers of today are the cached ones, in place."""
+    split = cache.split("train")
+    assert split is not None, "every dataset has a train split"
+    now = decode(fresh, cache.format)
+    last = int(split.starts[-1]) + len(split.maps[-1]) - 1
+    overlaps, nats = {}, math.inf
+    for shift in (-1, 0, 1):
+        stored = gather(split.maps, split.starts, np.clip(positions + shift, 0, last))
+        both = (stored["flags"] & VALID) != 0
+        if not both.any():
+            raise Skipped("the cache has no record of these documents")
+        overlaps[shift] = _overlap(now[torch.from_numpy(both)], decode(stored[both], cache.format))
+        if shift == 0:
+            labels = [records["log_label"][both].astype(np.float64) for records in (stored, fresh)]
+            nats = float(np.abs(labels[0] - labels[1]).mean())
+    shifted = max((overlaps[shift], shift) for shift in (-1, 1))
+    detail = (
+        f"{overlaps[0]:.1%} of the teacher's likeliest tokens are as cached (at least {OVERLAP:.0%}), one position off "
+        f"{shifted[0]:.1%}; log p of the text differs by {nats:.4f} nats (at most {NATS:g})"
+    )
+    advice = "Another teacher, revision, adapter or number type made the cache: cache this teacher anew"
+    if shifted[0] > overlaps[0]:
+        advice = f"The records are shifted by {shifted[1]:+d}: make the cache anew"
+    return require(overlaps[0] >= OVERLAP and nats <= NATS and overlaps[0] > shifted[0], detail, advice)
+
+
+def _overlap(a: SparseTargets, b: SparseTargets) -> float:
+    """Mass that two heads have in common, as a share of the first's."""
+    same = a.head_ids[:, :, None] == b.head_ids[:, None, :]  # (N, h, h)
+    p, q = a.head_log_probs.exp(), b.head_log_probs.exp()
+    common = (torch.minimum(p[:, :, None], q[:, None, :]) * same).sum()
+    return float(common / p.sum())

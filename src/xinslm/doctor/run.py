@@ -1,0 +1,261 @@
+"""The stage `doctor`: whether all that a long run stands on is sound, on these very models and data.
+
+    xinslm doctor --data-path data --cache cache --teacher TEACHER --student runs/student
+
+Each check measures something and says its threshold; what cannot be checked is skipped, with the reason. Files are
+hashed, ids compared by their bytes, records compared with the tokens that came and with the teacher, asked again; the
+fused loss is compared with dense autograd, and packing, pads and micro-batches with doing without.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from xinslm.data.dataset import Dataset, open_dataset
+from xinslm.data.packing import Batch, PackedRows
+from xinslm.device import pick_device
+from xinslm.distill.cache import Cache, CacheFormat, decode, encode
+from xinslm.distill.losses import SparseTargets
+from xinslm.distill.scorers import RECORDS
+from xinslm.distill.sketches import SKETCH
+from xinslm.doctor.checks import Check, Examination, Skipped, require
+from xinslm.doctor.config import DoctorConfig
+from xinslm.doctor.losses import Positions, check_losses
+from xinslm.doctor.records import agreement, ask_again, check_records, teacher_quality
+from xinslm.doctor.rows import check_rows, hidden_states
+from xinslm.doctor.vocabulary import dataset_vocabulary, same_vocabulary, teacher_vocabulary
+from xinslm.errors import UsageError, XinslmError
+from xinslm.files import damaged_files
+from xinslm.model.config import ModelConfig
+from xinslm.model.files import load_model, resolve_model
+from xinslm.model.transformer import Transformer
+from xinslm.progress import Listener, ignore
+from xinslm.tokenizer.load import load_tokenizer
+
+DEFAULT_LENGTH = 512
+
+
+@dataclass(frozen=True)
+class DoctorResult:
+    """All checks, in the order they were made."""
+
+    checks: tuple[Check, ...]
+
+    @property
+    def failed(self) -> list[str]:
+        """Names of the checks that failed."""
+        return [check.name for check in self.checks if check.status == "FAIL"]
+
+    def describe(self) -> str:
+        """A line a check."""
+        width = max(len(check.name) for check in self.checks)
+        return "\n".join(check.line(width) for check in self.checks)
+
+
+def run(config: DoctorConfig, on_progress: Listener = ignore) -> DoctorResult:
+    """Make all checks that what is given allows; what is wrong is in the result, a wrong request is a UsageError."""
+    config.check()
+    dataset = open_dataset(config.data_path)
+    device = pick_device(config.device)
+    examination = Examination(on_progress)
+    tokenizer = load_tokenizer(dataset.folder / "tokenizer")
+    examination.make("dataset files", lambda: _whole(dataset.folder, dataset.manifest))
+    examination.make("dataset vocabulary", lambda: dataset_vocabulary(dataset, tokenizer))
+    cache = _check_cache(examination, config, dataset)
+    _check_teacher(examination, config, dataset, tokenizer, cache, device)
+    _check_student(examination, config, dataset, tokenizer, cache, device)
+    return DoctorResult(tuple(examination.checks))
+
+
+def _whole(folder: Any, manifest: dict[str, Any]) -> str:
+    damaged = damaged_files(folder, manifest)
+    size = sum(facts["bytes"] for facts in manifest["files"].values())
+    detail = f"{len(manifest['files'])} files, {size / 1e6:,.1f} MB: hashes as in the manifest"
+    if damaged:
+        detail = f"damaged: {', '.join(damaged[:5])}"
+    return require(not damaged, detail, "Copy them again, or make the folder anew with the command that made it")
+
+
+def _check_cache(examination: Examination, config: DoctorConfig, dataset: Dataset) -> Cache | None:
+    """Check the cache alone; give it where it can be used."""
+    of_records = ("records", "alignment", "tail", "teacher on this data")
+    if config.cache is None:
+        examination.skip(("cache files", "cache of this dataset"), "no --cache")
+        examination.skip(of_records if config.teacher is None else of_records[:-1], "no --cache")
+        return None
+    opened: list[Cache] = []
+    folder = config.cache
+
+    def files() -> str:
+        cache = Cache(folder)
+        opened.append(cache)
+        cache.verify()
+        size = sum(facts["bytes"] for facts in cache.manifest["files"].values())
+        return f"{len(cache.manifest['files'])} files, {size / 1e6:,.1f} MB: hashes as in the manifest"
+
+    def belongs() -> str:
+        opened[0].require_dataset(dataset.fingerprint, dataset.folder)
+        ids = opened[0].format.vocab_size
+        return require(ids == dataset.manifest["vocab_size"], f"{ids:,} ids in both", "Make the cache anew")
+
+    examination.make("cache files", files)
+    if not opened:
+        examination.skip(("cache of this dataset", *of_records), "the cache cannot be opened")
+        return None
+    if not examination.make("cache of this dataset", belongs):
+        examination.skip(of_records, "the cache is not of this dataset")
+        return None
+    planes = set(opened[0].manifest["planes"])
+    if opened[0].manifest.get(SKETCH, {}).get("alone") or planes - {RECORDS, SKETCH}:
+        examination.skip(of_records, f"the cache has no distributions of the next token, only {', '.join(planes)}")
+        return None
+    check_records(examination, opened[0], dataset)
+    return opened[0]
+
+
+def _check_teacher(
+    examination: Examination, config: DoctorConfig, dataset: Dataset, tokenizer: Any, cache: Cache | None,
+    device: torch.device,
+) -> None:  # fmt: skip
+    names = ("teacher vocabulary", "teacher of this cache", "teacher agreement")
+    if config.teacher is None:
+        examination.skip(("teacher", *names), "no --teacher")
+        return
+    from xinslm.teachers.endpoint import is_endpoint
+    from xinslm.teachers.open import open_teacher
+
+    if is_endpoint(config.teacher):
+        raise UsageError(
+            f"doctor asks teachers whose files are here, and {config.teacher} is an endpoint. Leave it out"
+        )
+    opened: list[Any] = []
+    name = config.teacher
+
+    def opens() -> str:
+        opened.append(open_teacher(name, config.dtype, device, None, config.trust_remote_code, adapter=config.adapter))
+        return f"{name}, {opened[0].vocab_size:,} ids, context {opened[0].max_length:,} tokens"
+
+    if not examination.make("teacher", opens):
+        examination.skip(names, "the teacher cannot be loaded")
+        return
+    teacher = opened[0]
+    cached = None if cache is None else cache.manifest["inputs"].get("teacher_tokenizer")
+    if not examination.make(names[0], lambda: teacher_vocabulary(tokenizer, teacher, cached)):
+        examination.skip(names[1:], "the teacher's ids are not the dataset's")
+        return
+    merged = cache is not None and "merge_depth" in cache.manifest["inputs"]
+    reason = "no --cache" if config.cache is None else "the cache cannot be used"
+
+    def made_by() -> str:
+        if cache is None or merged:
+            raise Skipped("the cache is merged from several teachers" if merged else reason)
+        cache.require_teacher(teacher.fingerprint, teacher.name)
+        return f"fingerprint {teacher.fingerprint[:12]}"
+
+    def agrees() -> str:
+        if cache is None or merged:
+            raise Skipped("the cache is merged from several teachers" if merged else reason)
+        settings = cache.manifest["config"]
+        positions, fresh = ask_again(teacher, dataset, settings, cache.format, config.documents, config.seed)
+        return agreement(cache, positions, fresh)
+
+    def quality() -> str:
+        split = dataset.split("train")
+        fmt = CacheFormat(split.vocab_size, 1, 0, 1.0)
+        settings = {"max_seq_length": DEFAULT_LENGTH, "seed": 0}
+        positions, fresh = ask_again(teacher, dataset, settings, fmt, config.documents, config.seed)
+        return teacher_quality(-float(fresh["log_label"].astype(np.float64).sum()), positions + 1, split)
+
+    examination.make(names[1], made_by)
+    examination.make(names[2], agrees)
+    if config.cache is None:
+        examination.make("teacher on this data", quality)
+
+
+def _check_student(
+    examination: Examination, config: DoctorConfig, dataset: Dataset, tokenizer: Any, cache: Cache | None,
+    device: torch.device,
+) -> None:  # fmt: skip
+    of_model = ("fused cross-entropy", "fused distillation", "fused distillation, T=2", "temperature",
+                "student as teacher", "packing", "pads", "accumulation")  # fmt: skip
+    loaded: list[Transformer] = []
+
+    def weights() -> str:
+        if config.student is None:
+            raise Skipped("no --student: a small one is drawn for what follows")
+        loaded.append(load_model(config.student))
+        bad = [name for name, weight in loaded[0].named_parameters() if not bool(torch.isfinite(weight).all())]
+        named = f": {', '.join(bad[:3])}" if bad else ""
+        detail = f"{loaded[0].config.num_parameters:,} parameters, {len(bad)} tensors not finite{named}"
+        return require(not bad, detail, "Go back to an earlier checkpoint")
+
+    def vocabulary() -> str:
+        if config.student is None:
+            raise Skipped("no --student")
+        theirs = load_tokenizer(resolve_model(config.student))
+        return same_vocabulary(tokenizer, theirs, loaded[0].config.vocab_size, "student")
+
+    sound = examination.make("student weights", weights) or config.student is None
+    if config.student is not None and not loaded:
+        examination.skip(("student vocabulary", *of_model), "the student cannot be loaded")
+        return
+    fits = examination.make("student vocabulary", vocabulary) or config.student is None
+    if not sound or not fits:
+        examination.skip(of_model, "the student is not sound" if not sound else "the student's ids are not the data's")
+        return
+    model = (loaded[0] if loaded else _draw_student(tokenizer.vocab_size, config.seed)).to(device).eval()
+    length = min(model.config.max_position_embeddings, DEFAULT_LENGTH if cache is None else _length(cache))
+    rows = PackedRows(dataset.split("train"), length)
+    batch = _choose(rows, config.rows, config.seed)
+    check_losses(examination, _positions(config, model, batch, cache), config.seed)
+    check_rows(examination, model, batch)
+
+
+def _choose(rows: PackedRows, count: int, seed: int) -> Batch:
+    """Some rows at random, half of them with many documents among those looked at."""
+    indices = np.random.default_rng(seed).permutation(len(rows))[: 16 * count]
+    order = np.argsort(-rows.batch(indices).segments.max(axis=1), kind="stable")
+    return rows.batch(indices[np.concatenate((order[: count // 2], order[-(count - count // 2) :]))])
+
+
+def _length(cache: Cache) -> int:
+    return int(cache.manifest["config"]["max_seq_length"])
+
+
+def _draw_student(vocab_size: int, seed: int) -> Transformer:
+    """A small student with weights large enough for distributions that are not flat."""
+    model = Transformer(ModelConfig(vocab_size, 64, 128, 2, 4, 2, 16, max_position_embeddings=DEFAULT_LENGTH))
+    model.initialise(torch.Generator().manual_seed(seed))
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.mul_(5.0 if weight.dim() > 1 else 1.0)
+    return model
+
+
+def _positions(config: DoctorConfig, model: Transformer, batch: Batch, cache: Cache | None) -> Positions:
+    """The student's hidden states at some targets, and what the cache, or a drawn teacher, says there."""
+    targets = np.flatnonzero(batch.labels.ravel() >= 0)
+    if not len(targets):
+        raise XinslmError("the rows that were taken hold no target: ask for more --rows")
+    chosen = np.sort(np.random.default_rng(config.seed).permutation(targets)[: config.positions])
+    with torch.no_grad():
+        hidden = hidden_states(model, batch)
+        hidden = hidden.reshape(-1, hidden.shape[-1])[torch.from_numpy(chosen).to(hidden.device)].float()
+    labels = torch.from_numpy(batch.labels.ravel()[chosen])
+    sparse: SparseTargets
+    split = None if cache is None else cache.split("train")
+    if split is not None:
+        sparse, teacher = split.targets(batch.stream.ravel()[chosen]), "the cache's records"
+    else:
+        sparse, teacher = _draw_teacher(model.config.vocab_size, labels, config.seed), "a drawn teacher"
+    weight = model.head_weight.detach().float()
+    return Positions(hidden, weight, labels.to(hidden.device), sparse.to(hidden.device), teacher)
+
+
+def _draw_teacher(vocab_size: int, labels: torch.Tensor, seed: int) -> SparseTargets:
+    generator = torch.Generator().manual_seed(seed)
+    probs = (2 * torch.randn(len(labels), vocab_size, generator=generator)).softmax(1)
+    fmt = CacheFormat(vocab_size, min(8, vocab_size - 1), 4, 2.0)
+    return decode(encode(probs, labels, torch.arange(len(labels)), fmt, seed), fmt)

@@ -1,0 +1,45 @@
+"""Configuration of `plan`: the settings of the run it is about, and what to measure that run against."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from xinslm.distill.config import DistillConfig, PretrainConfig
+from xinslm.ranges import POSITIVE, Range, range_errors
+
+_PLAN = {
+    "memory": POSITIVE,
+    "tokens": Range(1),
+    "teacher_parameters": POSITIVE,
+    "hourly_price": Range(0),
+    "head": Range(1, 256),
+    "draws": Range(0, 64),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanConfig(DistillConfig):
+    """Memory, time, storage and cost of a run of `distill` or `pretrain` with the same settings; nothing is run."""
+
+    data_path: Path | None = None  # type: ignore[assignment]
+    """Dataset folder, for its vocabulary and size; without one give --vocab-size and --tokens."""
+    output_dir: Path = Path("runs/planned")
+    """Not written."""
+    memory: float | None = None
+    """Memory there is, GiB: says whether the run fits and, if not, which settings would make it."""
+    tokens: int | None = None
+    """Tokens of the training split, where there is no dataset folder yet."""
+    teacher_parameters: float | None = None
+    """Parameters of the teacher in billions, where --teacher is no folder here."""
+    hourly_price: float | None = None
+    """Price of a machine's hour, for the cost of each stage."""
+    head: int = 8
+    """Most likely tokens a cache keeps at each position."""
+    draws: int = 4
+    """Drawn tokens a cache keeps at each position."""
+
+    def errors(self) -> list[str]:
+        """What cannot work, a sentence each."""
+        wrong = [*PretrainConfig.errors(self), *self.loss.errors(), *range_errors(self, _PLAN)]
+        if self.data_path is None and self.tokens is None and self.max_steps is None:
+            wrong.append("how much is to be trained on? Give --data-path, --tokens or --max-steps")
+        return wrong

@@ -1,0 +1,157 @@
+"""Peak memory of a training step, part by part, from the shape of the model and the settings of the run.
+
+Counted is what autograd keeps of a block, tensor by tensor (`kept_by_block`), what the backward pass adds, weights,
+moments and gradients, and the fused head. The peak is the largest of four moments of a step: the loss, while all
+activations are kept; the start of the backward pass; its end, at the embedding; the optimiser. That holds where freed
+memory is given back, as it is with `checkpointing`; elsewhere what one moment frees is still there at the next, and the
+parts add up with gaps between them. Not counted are the interpreter with its libraries (`RUNTIME_GIB`) and the mapped
+dataset and cache, which the system can drop at any time.
+`benchmarks/plan_accuracy.py` compares with measured peaks.
+"""
+
+from dataclasses import dataclass
+
+from xinslm.distill.config import PretrainConfig
+from xinslm.model.config import ModelConfig
+
+RUNTIME_GIB = 0.5
+"""Python, PyTorch and transformers, loaded and idle."""
+LOSS_ROWS = 256
+"""Rows of logits that the fused head holds at once."""
+SMALLEST_IN_8_BITS = 4096
+PIECE = 1 << 16
+GAPS = 0.15
+"""Of what is freed and taken again in a step, where the system's allocator keeps it."""
+TARGET_BYTES = 400
+"""Of a position's labels, teacher targets and their temporaries."""
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes at the moment of the peak; the parts add up to the whole."""
+
+    moment: str
+    parts: dict[str, int]
+
+    @property
+    def peak(self) -> int:
+        """Bytes above those of the idle interpreter."""
+        return sum(self.parts.values())
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """Kind of a trained tensor, its size, how many there are of it."""
+
+    rows: int
+    columns: int
+    count: int
+    hidden: bool
+
+    @property
+    def size(self) -> int:
+        """Numbers in one of them."""
+        return self.rows * self.columns
+
+
+def matrices(shape: ModelConfig) -> list[Matrix]:
+    """All trained matrices of a model."""
+    d, f, layers = shape.hidden_size, shape.intermediate_size, shape.num_hidden_layers
+    query, shared = shape.num_attention_heads * shape.head_dim, shape.num_key_value_heads * shape.head_dim
+    return [
+        Matrix(shape.vocab_size, d, 1 if shape.tie_word_embeddings else 2, hidden=False),
+        Matrix(query, d, 2 * layers, hidden=True),
+        Matrix(shared, d, 2 * layers, hidden=True),
+        Matrix(f, d, 3 * layers, hidden=True),
+    ]
+
+
+def num_vectors(shape: ModelConfig) -> int:
+    """Trained numbers outside the matrices: the norms'."""
+    return (2 * shape.num_hidden_layers + 1) * shape.hidden_size
+
+
+def kept_by_block(shape: ModelConfig, tokens: int, width: int) -> int:
+    """Bytes autograd keeps of one block for `tokens` positions, in a residual stream of 4 bytes a number.
+
+    width: bytes of a number that a matrix product reads or gives, 2 under autocast. Norms keep their input, the
+    normalised input and what the products read of it; attention q, k, v and its output; SwiGLU four times its width.
+    """
+    d, f = shape.hidden_size, shape.intermediate_size
+    query, shared = shape.num_attention_heads * shape.head_dim, shape.num_key_value_heads * shape.head_dim
+    norms = 2 * (2 * 4 * d + width * d + 4)
+    attention = width * (2 * query + 2 * shared) + 4 * shape.num_attention_heads
+    return tokens * (norms + attention + width * 4 * f)
+
+
+def step_memory(shape: ModelConfig, config: PretrainConfig) -> Memory:
+    """Peak of an optimiser step of this model in this run."""
+    d, f, vocabulary = shape.hidden_size, shape.intermediate_size, shape.vocab_size
+    rows = config.micro_batch_size or config.batch_size
+    tokens, layers = rows * config.max_seq_length, shape.num_hidden_layers
+    width = 4 if config.dtype == "float32" else 2
+    stored = 4 if config.weights == "float32" else 2
+    all_matrices, vectors = matrices(shape), num_vectors(shape)
+    numbers = sum(m.size * m.count for m in all_matrices)
+    weights = numbers * stored + 4 * vectors
+    moments = sum(m.count * state_bytes(m, config.optimizer) for m in all_matrices) + 8 * vectors
+    embedding = vocabulary * d
+
+    block = kept_by_block(shape, tokens, width)
+    mask = rows * config.max_seq_length**2 * width
+    passing = 4 * tokens * max(2 * d + 3 * f * width // 4, 4 * d)  # gradients on their way through a block
+    widened = 4 * (max(m.size for m in all_matrices) if stored == 2 else 0)  # the copy that is multiplied
+    if config.checkpointing:
+        kept, inside = (layers + 3) * 4 * tokens * d, block
+    else:
+        kept, inside = layers * block + 3 * 4 * tokens * d, 0
+    head = 4 * embedding + (stored == 2) * 4 * embedding  # the head's gradient, and its float32 copy
+    loss = tokens * (2 * 4 * d + TARGET_BYTES) + 2 * 4 * min(LOSS_ROWS, tokens) * vocabulary
+    head_gradient = embedding * stored
+    accumulating = rows < config.batch_size
+    gradients = 0 if config.step_in_backward else numbers * stored + 4 * vectors
+    single = max(m.size for m in all_matrices if m.hidden) * (stored + 4)
+    begun = gradients if accumulating else head_gradient
+    temporary = _temporary(all_matrices, config)
+
+    moments_of_step = {
+        "the loss": {
+            "gradients": gradients if accumulating else 0, "activations": kept + mask, "head and loss": head + loss,
+        },
+        "the start of the backward pass": {
+            "gradients": begun + (single if config.step_in_backward else 0),
+            "activations": kept + inside + mask + passing + widened, "head and loss": 4 * tokens * d,
+        },
+        "the end of the backward pass": {
+            "gradients": gradients + embedding * (stored + 4) + (head_gradient if config.step_in_backward else 0),
+            "activations": (inside or block) + mask + passing, "head and loss": 0,
+        },
+        "the optimiser's step": {
+            "gradients": gradients + (2 * head_gradient if config.step_in_backward else 0), "activations": 0,
+            "head and loss": 0, "optimiser's temporaries": temporary,
+        },
+    }  # fmt: skip
+    always = {"weights": weights, "optimiser's states": moments}
+    if config.checkpointing:
+        found = [Memory(moment, always | parts) for moment, parts in moments_of_step.items()]
+        return max(found, key=lambda memory: memory.peak)
+    names = dict.fromkeys(name for parts in moments_of_step.values() for name in parts)
+    most = {name: max(parts.get(name, 0) for parts in moments_of_step.values()) for name in names}
+    gaps = round(GAPS * sum(most.values()))
+    return Memory("reached over a whole step", always | most | {"gaps between them": gaps})
+
+
+def state_bytes(matrix: Matrix, optimizer: str) -> int:
+    """Bytes of the optimiser's states of one matrix between steps."""
+    if optimizer == "muon" and matrix.hidden:
+        return 4 * matrix.size
+    if optimizer == "adamw8bit" and matrix.size >= SMALLEST_IN_8_BITS:
+        return 2 * matrix.size + 8 * -(-matrix.size // 256)
+    return 8 * matrix.size
+
+
+def _temporary(all_matrices: list[Matrix], config: PretrainConfig) -> int:
+    """Bytes that the optimiser needs while it steps; Muon holds seven copies of a matrix."""
+    if config.optimizer == "muon":
+        return 7 * 4 * max(m.size for m in all_matrices if m.hidden)
+    return 16 * 4 * PIECE

@@ -1,0 +1,211 @@
+"""The stage `plan`: what a run of `distill` or `pretrain` needs, before anything starts.
+
+xinslm plan --config configs/distillation_config.yaml --data-path data --memory 16
+"""
+
+import itertools
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from xinslm.distill.cache import CacheFormat
+from xinslm.distill.inputs import shape
+from xinslm.errors import UsageError
+from xinslm.files import MANIFEST
+from xinslm.model.config import ModelConfig
+from xinslm.plan.config import PlanConfig
+from xinslm.plan.memory import RUNTIME_GIB, Memory, step_memory
+from xinslm.plan.work import DEVICES, Device, measure_here, training_operations
+from xinslm.progress import Listener, ignore
+
+GIB = 1 << 30
+SAVERS: tuple[tuple[str, dict[str, Any]], ...] = (
+    ("--checkpointing", {"checkpointing": True}),
+    ("--micro-batch-size 1", {"micro_batch_size": 1}),
+    ("--optimizer adamw8bit", {"optimizer": "adamw8bit"}),
+    ("--batch-size 1 --step-in-backward", {"batch_size": 1, "micro_batch_size": None, "step_in_backward": True}),
+    ("--weights bfloat16", {"weights": "bfloat16"}),
+)
+"""What saves memory, what costs least first."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A stage's operations, and what it writes."""
+
+    name: str
+    operations: float
+    dtype: str
+    written: int
+
+
+@dataclass(frozen=True)
+class PlanResult:
+    """What a run will need."""
+
+    config: PlanConfig
+    shape: ModelConfig
+    tokens: int
+    memory: Memory
+    beside: dict[str, int]
+    """Bytes of what is in memory besides the student: a live teacher."""
+    stages: tuple[Stage, ...]
+    devices: tuple[Device, ...]
+    advice: str
+    notes: tuple[str, ...]
+
+    @property
+    def needed(self) -> int:
+        """Bytes of the whole process at its peak."""
+        return self.memory.peak + sum(self.beside.values()) + int(RUNTIME_GIB * GIB)
+
+    def describe(self) -> str:
+        """Tables for the terminal."""
+        config = self.config
+        lines = [
+            f"model     {self.shape.num_parameters:,} parameters, vocabulary {self.shape.vocab_size:,}",
+            f"training  {self.tokens:,} tokens in steps of {config.batch_size} rows of {config.max_seq_length}",
+            "",
+            f"memory    {self.needed / GIB:.2f} GiB at the peak ({self.memory.moment})",
+        ]
+        parts = {**self.memory.parts, **self.beside, "Python and PyTorch": int(RUNTIME_GIB * GIB)}
+        lines += [f"  {name:<24}{size / GIB:8.2f} GiB" for name, size in parts.items() if size]
+        lines += [f"  {self.advice}"] if self.advice else []
+        lines += ["", f"  {'stage':<10}{'operations':>12}{'a token':>12}{'writes':>12}"]
+        lines += [
+            f"  {stage.name:<10}{stage.operations:>12.2e}{stage.operations / max(self.tokens, 1):>12.2e}"
+            f"{_size(stage.written):>12}"
+            for stage in self.stages
+        ]
+        width = max(len(device.name) for device in self.devices) + 2
+        lines += ["", f"  {'time':<{width}}{''.join(f'{s.name:>12}' for s in self.stages)}  of peak  fits"]
+        for device in self.devices:
+            seconds = [device.seconds(stage.operations, stage.dtype) for stage in self.stages]
+            fits = "-" if device.memory_gib is None else "yes" if self.needed <= 0.9 * device.memory_gib * GIB else "no"
+            price = "" if config.hourly_price is None else f"  {sum(seconds) / 3600 * config.hourly_price:,.2f} in all"
+            times = "".join(f"{_time(s):>12}" for s in seconds)
+            lines.append(f"  {device.name:<{width}}{times}{device.share:9.0%}{fits:>6}{price}")
+        return "\n".join(lines + [f"note      {note}" for note in self.notes])
+
+
+def run(config: PlanConfig, on_progress: Listener = ignore) -> PlanResult:
+    """Work out memory, time and storage. Raises UsageError where it is not said what to train on."""
+    config.check()
+    vocabulary, tokens, notes = _data(config)
+    student = shape(config, _Vocabulary(vocabulary))
+    trained = round(tokens * config.num_epochs)
+    if config.max_steps is not None:
+        trained = config.max_steps * config.batch_size * config.max_seq_length
+    numbers, dtype = _teacher(config), config.teacher_dtype
+    stages, beside = [], {}
+    if numbers and config.cache is None and config.teacher is not None:
+        beside["live teacher"] = round(numbers * (4 if dtype == "float32" else 2))
+        notes += ("the teacher is in memory beside the student; a cache (`xinslm cache`) spares that, and its time",)
+    if numbers:
+        record = CacheFormat(vocabulary, config.head, config.draws, 2.0).dtype.itemsize
+        stages.append(Stage("cache", 2.0 * numbers * tokens, dtype, tokens * record))
+    written = _checkpoint(student, config)
+    products = "bfloat16" if config.dtype == "bfloat16" else "float32"
+    stages.append(Stage("train", training_operations(student, config) * trained, products, written))
+    needed = step_memory(student, config)
+    result = PlanResult(
+        config, student, trained, needed, beside, tuple(stages), (measure_here(products), *DEVICES), "", notes
+    )
+    return replace(result, advice=_advice(result))
+
+
+class _Vocabulary:
+    """What `shape` asks of a tokenizer."""
+
+    bos_id = eos_id = pad_id = None
+
+    def __init__(self, size: int) -> None:
+        self.vocab_size = size
+
+
+def _data(config: PlanConfig) -> tuple[int, int, tuple[str, ...]]:
+    """Vocabulary and training tokens."""
+    if config.data_path is not None and (config.data_path / MANIFEST).is_file():
+        from xinslm.data.dataset import open_dataset
+
+        manifest = open_dataset(config.data_path).manifest
+        return manifest["vocab_size"], config.tokens or manifest["splits"]["train"]["tokens"], ()
+    if config.data_path is not None:
+        raise UsageError(
+            f"{config.data_path} is not a dataset folder: make one with `xinslm prepare`, or give --tokens and "
+            f"--vocab-size"
+        )
+    size = config.vocab_size
+    if size is None and config.tokenizer_path is not None:
+        from xinslm.tokenizer.load import load_tokenizer
+
+        size = load_tokenizer(config.tokenizer_path).vocab_size
+    assumed = () if size is not None else ("a vocabulary of 32,000 is assumed; --vocab-size or --data-path says it",)
+    tokens = config.tokens or (config.max_steps or 0) * config.batch_size * config.max_seq_length
+    return size or 32_000, tokens, assumed
+
+
+def _teacher(config: PlanConfig) -> float:
+    """Parameters of the teacher, 0 where none is known."""
+    if config.teacher_parameters is not None:
+        return config.teacher_parameters * 1e9
+    if config.teacher is None or not Path(config.teacher).exists():
+        return 0.0
+    from xinslm.model.files import open_tensors, resolve_model, weight_files
+
+    total = 0
+    for file in weight_files(resolve_model(config.teacher)):
+        with open_tensors(file) as tensors:
+            for name in tensors.keys():  # noqa: SIM118 - not a dict
+                size = 1
+                for extent in tensors.get_slice(name).get_shape():
+                    size *= extent
+                total += size
+    return float(total)
+
+
+def _checkpoint(student: ModelConfig, config: PlanConfig) -> int:
+    """Bytes of `last` and `best` together."""
+    parts = step_memory(student, config).parts
+    return 2 * parts["weights"] + parts["optimiser's states"]
+
+
+def _advice(result: PlanResult) -> str:
+    """Whether it fits, and what would make it."""
+    if result.config.memory is None:
+        return ""
+    there = result.config.memory * GIB
+    if result.needed <= there:
+        return f"fits in {result.config.memory:g} GiB"
+    beside = result.needed - result.memory.peak
+    for count in range(1, len(SAVERS) + 1):
+        for chosen in itertools.combinations(SAVERS, count):
+            changes = {key: value for _, change in chosen for key, value in change.items()}
+            if "step_in_backward" in changes and "--micro-batch-size 1" in [flag for flag, _ in chosen]:
+                continue
+            config = replace(result.config, **changes)
+            if all(getattr(result.config, k) == v for k, v in changes.items()):
+                continue
+            if PlanConfig.errors(config):
+                continue
+            peak = step_memory(result.shape, config).peak + beside
+            if peak <= there:
+                flags = " ".join(flag for flag, _ in chosen)
+                return f"does not fit in {result.config.memory:g} GiB; with {flags} it needs {peak / GIB:.2f} GiB"
+    return f"does not fit in {result.config.memory:g} GiB, whatever is set: take a smaller model or shorter rows"
+
+
+def _size(size: float) -> str:
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if size < 1000:
+            return f"{size:.3g} {unit}"
+        size /= 1024
+    return f"{size:.3g} TiB"
+
+
+def _time(seconds: float) -> str:
+    for unit, length in (("s", 60.0), ("min", 60.0), ("h", 48.0)):
+        if seconds < 2 * length:
+            return f"{seconds:.3g} {unit}"
+        seconds /= 60 if unit != "h" else 24
+    return f"{seconds:.3g} days"

@@ -1,0 +1,76 @@
+"""Options of `xinslm init`."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from xinslm.distill.cache_config import Device
+from xinslm.errors import UsageError
+from xinslm.ranges import POSITIVE, SEED, Range, range_errors
+
+_RANGES = {
+    **dict.fromkeys(
+        ("num_layers", "hidden_size", "num_heads", "num_kv_heads", "head_dim", "intermediate_size"), Range(1)
+    ),
+    "calibration_rows": Range(1, 1_000_000),
+    "search_rows": Range(1, 1_000_000),
+    "validation_rows": Range(1, 1_000_000),
+    "row_length": Range(2, 1_000_000),
+    "ridge": POSITIVE,
+    "seed": SEED,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class InitConfig:
+    """Cut a student out of a teacher; sizes that are not given stay the teacher's."""
+
+    teacher: Annotated[str, tyro.conf.Positional]
+    """Model folder, run folder or Hub name of a Llama or Mistral model."""
+    data_path: Path
+    """Dataset folder made by `xinslm prepare`, with the teacher's tokenizer or one nested in it; the student gets its
+    tokenizer."""
+    output_dir: Annotated[Path, tyro.conf.arg(aliases=["-o"])]
+    """Model folder to write; `xinslm distill --init-from` takes it."""
+    num_layers: int | None = None
+    """Decoder blocks to keep."""
+    hidden_size: int | None = None
+    """Width of the residual stream."""
+    num_heads: int | None = None
+    """Query heads to keep in a layer."""
+    num_kv_heads: int | None = None
+    """Key and value heads in a layer; merged where their query heads stay."""
+    head_dim: int | None = None
+    """Width of a head; can only be the teacher's."""
+    intermediate_size: int | None = None
+    """Neurons of the feed-forward to keep in a layer."""
+    tie_word_embeddings: bool | None = None
+    """Use the embedding as output head; as in the teacher, if not given."""
+    layers: Literal["loss", "influence"] = "loss"
+    """How to choose layers: one by one, that whose absence costs the least loss (about num_layers passes over the
+    search rows for each), or at once, those that turn their input the most (one pass)."""
+    compensate: bool = True
+    """Fit what is left to the teacher's activations by least squares; kept where it lowers the loss on search rows."""
+    ridge: float = 0.01
+    """Pull of that fit towards the plainly cut weights, as a share of the inputs' mean square."""
+    calibration_rows: int = 64
+    """Packed rows of the train split that activations are measured on."""
+    search_rows: int = 16
+    """Packed rows of the train split, others than those, that choices are made on."""
+    validation_rows: int = 32
+    """Packed rows of the validation split that the losses are reported on."""
+    row_length: int | None = None
+    """Tokens in a packed row; the teacher's context, at most 512, where not given."""
+    device: Device = "auto"
+    """Where to compute; auto takes cuda, then mps, then cpu."""
+    seed: int = 0
+    """Chooses the rows, and draws the random model that the student is compared with."""
+    force: bool = False
+    """Replace what stands at the output folder."""
+
+    def check(self) -> None:
+        """Raise UsageError listing every number that is out of its range."""
+        if wrong := range_errors(self, _RANGES):
+            raise UsageError("\n".join(wrong))

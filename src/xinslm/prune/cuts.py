@@ -1,0 +1,125 @@
+"""Cuts that leave the width alone: which layers, neurons and vocabulary rows stay. What is not cut is shared.
+
+Layers go one by one, each time the one whose absence costs the least loss on calibration text, or all at once those of
+the smallest block influence (ShortGPT, arXiv:2403.03853). Neurons stay by the mean square of what they add to the
+residual stream.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from xinslm.errors import UsageError
+from xinslm.model.config import ModelConfig
+from xinslm.model.files import rebuild_buffers
+from xinslm.model.transformer import Transformer
+
+Weights = dict[str, Tensor]
+EMBEDDING, HEAD, NORM = "model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"
+
+
+def assemble(config: ModelConfig, weights: Weights) -> Transformer:
+    """A model around weights, which it does not copy."""
+    with torch.device("meta"):
+        model = Transformer(config)
+    model.load_state_dict(weights, assign=True)
+    rebuild_buffers(model)
+    return model.to(weights[EMBEDDING].device).eval().requires_grad_(False)
+
+
+def keep_layers(config: ModelConfig, weights: Weights, kept: Sequence[int]) -> Transformer:
+    """The model of the layers `kept` alone, in that order."""
+    cut = {name: tensor for name, tensor in weights.items() if not name.startswith("model.layers.")}
+    for index, layer in enumerate(kept):
+        prefix = f"model.layers.{layer}."
+        for name, tensor in weights.items():
+            if name.startswith(prefix):
+                cut[f"model.layers.{index}.{name.removeprefix(prefix)}"] = tensor
+    return assemble(dataclasses.replace(config, num_hidden_layers=len(kept)), cut)
+
+
+def choose_layers(
+    teacher: Transformer, count: int, score: Callable[[Transformer], float], on_layer: Callable[[int], None]
+) -> list[int]:
+    """Remove layers one at a time, always the one without which `score` stays lowest, until `count` are left."""
+    kept = list(range(teacher.config.num_hidden_layers))
+    weights = teacher.state_dict()
+    while len(kept) > count:
+        without = [[layer for layer in kept if layer != gone] for gone in kept]
+        kept = min(without, key=lambda layers: score(keep_layers(teacher.config, weights, layers)))
+        on_layer(teacher.config.num_hidden_layers - len(kept))
+    return kept
+
+
+def choose_by_influence(influence: Sequence[float], count: int) -> list[int]:
+    """The `count` layers of the largest influence, in their order."""
+    return sorted(sorted(range(len(influence)), key=lambda layer: (-influence[layer], layer))[:count])
+
+
+def choose_neurons(squares: Tensor, down: Tensor, count: int) -> Tensor:
+    """Indices of the `count` neurons that add most to the stream: activation squares (f,), output matrix (d, f)."""
+    added = squares * down.cpu().double().pow(2).sum(0)
+    return added.argsort(descending=True, stable=True)[:count].sort().values
+
+
+def keep_neurons(layer: Weights, kept: Tensor) -> Weights:
+    """One layer's feed-forward with the neurons `kept` alone."""
+    kept = kept.to(layer["mlp.down_proj.weight"].device)
+    return {
+        "mlp.gate_proj.weight": layer["mlp.gate_proj.weight"][kept],
+        "mlp.up_proj.weight": layer["mlp.up_proj.weight"][kept],
+        "mlp.down_proj.weight": layer["mlp.down_proj.weight"][:, kept],
+    }
+
+
+def vocabulary_rows(student: Any, teacher: Any, where: str) -> list[int]:
+    """The teacher's id of each of the student's: the same bytes, or the same special token by content or role.
+
+    Raises UsageError where the student's vocabulary is not nested in the teacher's.
+    """
+    from xinslm.distill.nested import is_nested
+
+    if student.fingerprint() == teacher.fingerprint():
+        return list(range(student.vocab_size))
+    if not is_nested(student, teacher):
+        raise UsageError(
+            f"the tokenizer of {where} is neither the teacher's nor nested in it, so the teacher's embedding has no "
+            f"rows for its tokens. Make one with `xinslm tokenizer train --prefix-of TEACHER`, and prepare the data "
+            f"with it"
+        )
+    theirs = {teacher.token_bytes(token): token for token in reversed(range(teacher.vocab_size))}
+    theirs.update({content.encode(): token for content, token in teacher.special_tokens.items()})
+    roles = {
+        getattr(student, role): getattr(teacher, role)
+        for role in ("bos_id", "eos_id", "pad_id")
+        if getattr(student, role) is not None and getattr(teacher, role) is not None
+    }
+    special = {token: content for content, token in student.special_tokens.items()}
+    rows = []
+    for token in range(student.vocab_size):
+        if token in special:
+            row = teacher.special_tokens.get(special[token], roles.get(token))
+        else:
+            row = theirs.get(student.token_bytes(token))
+        if row is None:
+            name = special.get(token, repr(student.token_bytes(token)))
+            raise UsageError(
+                f"the tokenizer of {where} has the token {name}, which the teacher's has not; make it with "
+                f"`xinslm tokenizer train --prefix-of TEACHER` and the teacher's special tokens"
+            )
+        rows.append(row)
+    return rows
+
+
+def keep_vocabulary(teacher: Transformer, rows: Sequence[int], ids: dict[str, Any]) -> Transformer:
+    """The teacher reading and writing only the tokens `rows`, renumbered; `ids` are its special ones."""
+    config = dataclasses.replace(teacher.config, vocab_size=len(rows), **ids)
+    weights = dict(teacher.state_dict())
+    if list(rows) != list(range(teacher.config.vocab_size)):
+        for name in (EMBEDDING, HEAD):
+            if name in weights:
+                weights[name] = weights[name][torch.tensor(rows, device=weights[name].device)]
+    return assemble(config, weights)

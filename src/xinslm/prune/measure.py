@@ -1,0 +1,169 @@
+"""Calibration text, the loss on it, and one pass through the teacher that measures what each part does.
+
+Sums of products are taken in float32 on the device and kept in float64 on the CPU; pads never enter.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from xinslm.data.dataset import Split
+from xinslm.data.packing import PackedRows
+from xinslm.model.transformer import Block, Transformer
+
+_TOKENS_A_PASSAGE = 4096
+_CHUNK_LOGITS = 1 << 24  # 64 MB of float32
+
+
+@dataclass(frozen=True)
+class Passage:
+    """Some packed rows on the device; each (rows, length)."""
+
+    ids: Tensor
+    labels: Tensor
+    positions: Tensor
+    segments: Tensor
+
+    @property
+    def real(self) -> Tensor:
+        """Where no pad stands."""
+        return self.segments >= 0
+
+
+def read_passages(split: Split, length: int, chosen: np.ndarray | None, device: torch.device) -> list[Passage]:
+    """Pack a split into rows of `length` and give those of the indices `chosen`, all if None."""
+    rows = PackedRows(split, length)
+    indices = np.arange(len(rows)) if chosen is None else np.sort(chosen)
+    step = max(1, _TOKENS_A_PASSAGE // length)
+    passages = []
+    for at in range(0, len(indices), step):
+        batch = rows.batch(indices[at : at + step])
+        arrays = (batch.input_ids, batch.labels, batch.positions, batch.segments)
+        passages.append(Passage(*(torch.from_numpy(array).to(device) for array in arrays)))
+    return passages
+
+
+def loss(model: Transformer, passages: Sequence[Passage]) -> float:
+    """Cross-entropy in nats a target token."""
+    total, count = 0.0, 0
+    rows = max(1, _CHUNK_LOGITS // model.config.vocab_size)
+    for passage in passages:
+        where = passage.labels >= 0
+        hidden = model.hidden(passage.ids, passage.positions, passage.segments)[where]
+        for states, labels in zip(hidden.split(rows), passage.labels[where].split(rows), strict=True):
+            total += F.cross_entropy(model.logits(states), labels, reduction="sum").item()
+        count += int(where.sum())
+    return total / max(count, 1)
+
+
+def unit(x: Tensor, eps: float) -> Tensor:
+    """RMSNorm without its gain."""
+    return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps)
+
+
+def mixed(model: Transformer, block: Block, normed: Tensor, passage: Passage) -> Tensor:
+    """What the heads of `block` pass to its output matrix: (rows, length, heads * head_dim)."""
+    caught: list[Tensor] = []
+    hook = block.self_attn.o_proj.register_forward_pre_hook(lambda _, inputs: caught.append(inputs[0]))
+    try:
+        cos, sin = model.rotary(passage.positions, normed.dtype)
+        mask = model.mask(normed.shape[1], 0, passage.segments, normed.device)
+        block.self_attn(normed, cos, sin, mask, None)
+    finally:
+        hook.remove()
+    return caught[0]
+
+
+def neurons(block: Block, normed: Tensor) -> Tensor:
+    """What the feed-forward of `block` passes to its output matrix."""
+    return F.silu(block.mlp.gate_proj(normed)) * block.mlp.up_proj(normed)
+
+
+def advance(model: Transformer, block: Block, passage: Passage, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Run one block on states: those after its attention, those after its feed-forward."""
+    middle = x + block.self_attn.o_proj(mixed(model, block, block.input_layernorm(x), passage))
+    return middle, middle + block.mlp(block.post_attention_layernorm(middle))
+
+
+def products(a: Tensor, b: Tensor) -> Tensor:
+    """(N, p) and (N, q) -> their sum of products (p, q), float64 on the CPU."""
+    return (a.T @ b).cpu().double()
+
+
+@dataclass
+class LayerStatistics:
+    """What calibration text does in one layer; sums over tokens, float64."""
+
+    influence: float
+    """Mean of 1 - cos(input, output): how far the layer turns the residual stream (ShortGPT, arXiv:2403.03853)."""
+    inputs: Tensor
+    """Products of the normalised input of the attention, gain included, (hidden, hidden); (0, 0) if not asked for."""
+    heads: Tensor
+    """Products of each head's output, (heads, head_dim, head_dim)."""
+    neurons: Tensor
+    """Squares of each neuron's activation, (intermediate,)."""
+
+
+@dataclass
+class Statistics:
+    """What calibration text does in a model."""
+
+    layers: list[LayerStatistics]
+    stream: Tensor
+    """Products of the residual stream, each token scaled to mean square 1, over all places where a norm reads it."""
+    final: Tensor
+    """The same of the last place, before the output head."""
+    ids: Tensor
+    """How often each token was read, (vocabulary,)."""
+
+
+def measure(
+    model: Transformer, passages: Sequence[Passage], on_layer: Callable[[int], None], with_inputs: bool = True
+) -> Statistics:
+    """Pass calibration text through `model`, layer by layer; only merging key-value heads needs the inputs."""
+    config, eps = model.config, model.config.rms_norm_eps
+    d = config.hidden_size
+    stream = torch.zeros(d, d, dtype=torch.float64)
+    ids = torch.zeros(config.vocab_size, dtype=torch.float64)
+    states = [model.model.embed_tokens(passage.ids) for passage in passages]
+    for passage in passages:
+        ids += torch.bincount(passage.ids[passage.real].cpu(), minlength=config.vocab_size)
+    layers = []
+    for index, block in enumerate(model.model.layers):
+        assert isinstance(block, Block)
+        found = LayerStatistics(
+            0.0,
+            torch.zeros((d, d) if with_inputs else (0, 0), dtype=torch.float64),
+            torch.zeros(config.num_attention_heads, config.head_dim, config.head_dim, dtype=torch.float64),
+            torch.zeros(config.intermediate_size, dtype=torch.float64),
+        )
+        count = 0
+        for at, passage in enumerate(passages):
+            real, x = passage.real, states[at]
+            normed = block.input_layernorm(x)
+            out = mixed(model, block, normed, passage)
+            middle = x + block.self_attn.o_proj(out)
+            inner = block.post_attention_layernorm(middle)
+            active = neurons(block, inner)
+            states[at] = middle + block.mlp.down_proj(active)
+            by_head = out[real].view(-1, config.num_attention_heads, config.head_dim)
+            found.heads += torch.einsum("nhi,nhj->hij", by_head, by_head).cpu().double()
+            if with_inputs:
+                found.inputs += products(normed[real], normed[real])
+            found.neurons += active[real].pow(2).sum(0).cpu().double()
+            found.influence += float((1 - F.cosine_similarity(x[real], states[at][real], dim=-1)).sum())
+            count += int(real.sum())
+            for place in (x[real], middle[real]):
+                stream += products(unit(place, eps), unit(place, eps))
+        found.influence /= max(count, 1)
+        layers.append(found)
+        on_layer(index + 1)
+    final = torch.zeros_like(stream)
+    for passage, x in zip(passages, states, strict=True):
+        last = unit(x[passage.real], eps)
+        final += products(last, last)
+    return Statistics(layers, stream + final, final, ids)

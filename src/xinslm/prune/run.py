@@ -1,0 +1,278 @@
+"""`xinslm init`: a teacher in, a smaller model that has part of its skill out.
+
+    xinslm init TEACHER --data-path data --output-dir student0 --num-layers 4 --hidden-size 192
+    xinslm distill --data-path data --cache cache --init-from student0 --output-dir runs/student
+
+Vocabulary, layers, heads and neurons are cut first, at the teacher's width, then the width; at last what is left is
+fitted to the teacher's activations. The table says what each of it cost or gave, in nats a token on validation text.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from xinslm.config import to_dict
+from xinslm.data.dataset import Dataset, open_dataset
+from xinslm.data.packing import PackedRows
+from xinslm.device import pick_device
+from xinslm.errors import UsageError, XinslmError
+from xinslm.files import new_folder, refuse_existing, refuse_inside, write_manifest
+from xinslm.model.config import ModelConfig
+from xinslm.model.files import load_model, model_fingerprint, save_model
+from xinslm.model.transformer import Transformer
+from xinslm.progress import Listener, Progress, ignore
+from xinslm.prune.config import InitConfig
+from xinslm.prune.cuts import (
+    HEAD,
+    Weights,
+    assemble,
+    choose_by_influence,
+    choose_layers,
+    choose_neurons,
+    keep_layers,
+    keep_neurons,
+    keep_vocabulary,
+    vocabulary_rows,
+)
+from xinslm.prune.heads import Group, choose_heads, keep_heads
+from xinslm.prune.measure import Passage, Statistics, loss, measure, read_passages
+from xinslm.prune.shape import find_teacher, merged_heads, student_shape
+from xinslm.prune.transplant import compensate, narrow, principal_directions
+from xinslm.tokenizer.load import load_tokenizer
+
+KIND, VERSION = "model", 1
+
+
+@dataclass(frozen=True)
+class InitResult:
+    """What was cut."""
+
+    folder: Path
+    losses: tuple[tuple[str, int, float], ...]
+    """By step: what it is, parameters, validation loss in nats a token."""
+    notes: tuple[str, ...] = ()
+
+    def describe(self) -> str:
+        """Lines for the terminal."""
+        width = max(len(name) for name, _, _ in self.losses)
+        lines = [f"{'':<{width}} {'parameters':>15} {'nats/token':>11}"]
+        lines += [f"{name:<{width}} {parameters:>15,} {value:>11.4f}" for name, parameters, value in self.losses]
+        return "\n".join([*lines, *(f"note  {note}" for note in self.notes), f"written to {self.folder}"])
+
+
+def run(config: InitConfig, on_progress: Listener = ignore) -> InitResult:
+    """Cut a student out of a teacher and write it as a model folder.
+
+    UsageError where shape, tokenizer or folders do not fit each other, XinslmError for a teacher of another kind.
+    """
+    config.check()
+    refuse_existing(config.output_dir, config.force)
+    if config.force:
+        refuse_inside(config.output_dir, (config.teacher, config.data_path))
+    folder, shape = find_teacher(config.teacher)
+    dataset = open_dataset(config.data_path)
+    tokenizer = load_tokenizer(dataset.folder / "tokenizer")
+    student = student_shape(config, shape, tokenizer.vocab_size)
+    theirs = load_tokenizer(folder)
+    if theirs.vocab_size > shape.vocab_size:
+        raise XinslmError(
+            f"{folder}: its tokenizer has {theirs.vocab_size} ids, its embedding only {shape.vocab_size} rows; the "
+            f"tokenizer belongs to another model"
+        )
+    rows = vocabulary_rows(tokenizer, theirs, str(dataset.folder))
+    device = pick_device(config.device)
+    text = _Text.read(config, dataset, shape, device)
+    teacher = load_model(folder).to(device).requires_grad_(False)
+    ids: dict[str, Any] = {}
+    name = "teacher"
+    if rows != list(range(theirs.vocab_size)):
+        ids = {f"{role}_token_id": getattr(tokenizer, f"{role}_id") for role in ("bos", "eos", "pad")}
+        name = f"teacher, vocabulary cut to {len(rows):,}"
+    work = _Cutting(config, text, on_progress)
+    with torch.no_grad():
+        made = work.cut(keep_vocabulary(teacher, rows, ids), student, name)
+        content = {"losses": [list(row) for row in work.losses], **work.facts}
+        with new_folder(config.output_dir, config.force) as partial:
+            save_model(made, partial)
+            tokenizer.save(partial)
+            inputs = {"teacher": model_fingerprint(folder), "dataset": dataset.fingerprint}
+            write_manifest(partial, KIND, VERSION, to_dict(config), inputs, **content)
+    return InitResult(config.output_dir, tuple(work.losses), (*text.notes, *work.notes))
+
+
+@dataclass(frozen=True)
+class _Text:
+    """Rows to measure activations on, to choose by, to report on; no row is in two of them."""
+
+    calibration: list[Passage]
+    search: list[Passage]
+    validation: list[Passage]
+    notes: tuple[str, ...] = ()
+
+    @staticmethod
+    def read(config: InitConfig, dataset: Dataset, teacher: ModelConfig, device: torch.device) -> "_Text":
+        length = config.row_length or min(teacher.max_position_embeddings, 512)
+        if length > teacher.max_position_embeddings:
+            raise UsageError(
+                f"row_length is {length}, but the teacher reads at most {teacher.max_position_embeddings} tokens"
+            )
+        split = dataset.split("train")
+        count = len(PackedRows(split, length))
+        if count < 2:
+            raise UsageError(
+                f"{dataset.folder} has {count} rows of {length} tokens to train on, but at least 2 are needed, to "
+                f"measure on and to choose by: give more text, or a smaller --row-length"
+            )
+        searched = min(config.search_rows, max(1, count // 4))
+        order = np.random.default_rng(config.seed).permutation(count)
+        search = read_passages(split, length, order[:searched], device)
+        calibration = read_passages(split, length, order[searched:][: config.calibration_rows], device)
+        held_out = dataset.split("validation") if "validation" in dataset.manifest["splits"] else None
+        number = 0 if held_out is None else len(PackedRows(held_out, length))
+        if held_out is None or number == 0:
+            note = "there is no validation split: losses are of the rows of the train split that choices were made on"
+            return _Text(calibration, search, search, (note,))
+        chosen = np.random.default_rng(config.seed).permutation(number)[: config.validation_rows]
+        return _Text(calibration, search, read_passages(held_out, length, chosen, device))
+
+
+class _Between(ModelConfig):
+    """A shape on the way: heads that do not divide the teacher's width may well divide the student's."""
+
+    def check(self) -> None:
+        """Take it."""
+
+
+class _Cutting:
+    """The steps from teacher to student, each measured on validation text."""
+
+    def __init__(self, config: InitConfig, text: _Text, on_progress: Listener) -> None:
+        self.config, self.text, self.on_progress = config, text, on_progress
+        self.losses: list[tuple[str, int, float]] = []
+        self.facts: dict[str, Any] = {}
+        self.notes: list[str] = []
+
+    def cut(self, teacher: Transformer, student: ModelConfig, name: str) -> Transformer:
+        """Cut `teacher`, which has the student's vocabulary already, to the student's shape."""
+        shape = teacher.config
+        self._report(name, teacher)
+        roles = ("bos_token_id", "eos_token_id", "pad_token_id")
+        student = replace(student, **{role: getattr(shape, role) for role in roles})
+        if student == shape:
+            return teacher
+        progress = self._progress("measure", shape.num_hidden_layers, "layers")
+        found = measure(teacher, self.text.calibration, progress, merged_heads(shape, student) > 1)
+        kept = self._layers(teacher, student, found)
+        self.facts["influence"] = [layer.influence for layer in found.layers]
+        self.facts["layers"] = kept
+        thin = keep_layers(shape, teacher.state_dict(), kept)
+        if len(kept) < shape.num_hidden_layers:
+            self._report(f"{len(kept)} of {shape.num_hidden_layers} layers: {_spans(kept)}", thin)
+        thin = self._heads(thin, student, kept, found)
+        thin = self._neurons(thin, student, kept, found)
+        basis, plain = None, thin
+        if student.hidden_size < shape.hidden_size:
+            basis = principal_directions(found.stream, student.hidden_size)
+            held = float((basis * (found.stream @ basis)).sum() / found.stream.trace())
+            self.facts["stream_kept"] = held
+            plain = narrow(thin, student, basis, found)
+            self._report(f"width {student.hidden_size} of {shape.hidden_size}, {held:.1%} of the stream", plain)
+        else:
+            head = {} if student.tie_word_embeddings else {HEAD: thin.head_weight.clone()}
+            plain = assemble(student, dict(thin.state_dict()) | head)
+        made = self._compensated(teacher, thin, plain, kept, basis) if self.config.compensate else plain
+        random = Transformer(student)
+        random.initialise(torch.Generator().manual_seed(self.config.seed))
+        self._report("random weights of that shape", random.to(made.model.embed_tokens.weight.device).eval())
+        return made
+
+    def _layers(self, teacher: Transformer, student: ModelConfig, found: Statistics) -> list[int]:
+        total, wanted = teacher.config.num_hidden_layers, student.num_hidden_layers
+        if self.config.layers == "influence":
+            return choose_by_influence([layer.influence for layer in found.layers], wanted)
+        progress = self._progress("choose layers", total - wanted, "layers")
+        return choose_layers(teacher, wanted, lambda model: loss(model, self.text.search), progress)
+
+    def _heads(self, thin: Transformer, student: ModelConfig, kept: list[int], found: Statistics) -> Transformer:
+        shape = thin.config
+        heads, shared = student.num_attention_heads, student.num_key_value_heads
+        if (heads, shared) == (shape.num_attention_heads, shape.num_key_value_heads):
+            return thin
+        weights, groups = dict(thin.state_dict()), []
+        for index, layer in enumerate(kept):
+            own = _layer(weights, index)
+            chosen: list[Group] = choose_heads(shape, student, own, found.layers[layer])
+            cut = keep_heads(own, chosen, found.layers[layer].inputs, shape.head_dim)
+            weights |= {f"model.layers.{index}.{name}": tensor for name, tensor in cut.items()}
+            groups.append([[list(group.key_values), list(group.queries)] for group in chosen])
+        self.facts["heads"] = groups
+        between = _Between(**asdict(shape) | {"num_attention_heads": heads, "num_key_value_heads": shared})
+        thin = assemble(between, weights)
+        self._report(f"{heads} query heads on {shared}", thin)
+        return thin
+
+    def _neurons(self, thin: Transformer, student: ModelConfig, kept: list[int], found: Statistics) -> Transformer:
+        shape = thin.config
+        if student.intermediate_size == shape.intermediate_size:
+            return thin
+        weights, neurons = dict(thin.state_dict()), []
+        for index, layer in enumerate(kept):
+            own = _layer(weights, index)
+            chosen = choose_neurons(found.layers[layer].neurons, own["mlp.down_proj.weight"], student.intermediate_size)
+            weights |= {f"model.layers.{index}.{name}": t for name, t in keep_neurons(own, chosen).items()}
+            neurons.append(chosen.tolist())
+        self.facts["neurons"] = neurons
+        thin = assemble(replace(shape, intermediate_size=student.intermediate_size), weights)
+        self._report(f"{student.intermediate_size} of {shape.intermediate_size} neurons", thin)
+        return thin
+
+    def _compensated(
+        self, teacher: Transformer, thin: Transformer, plain: Transformer, kept: list[int], basis: torch.Tensor | None
+    ) -> Transformer:
+        """Take the fitted student if it is better than the plain one on rows that neither was made from."""
+        fitted = compensate(
+            teacher, thin, plain, kept, basis, self.text.calibration, self.config.ridge,
+            self._progress("compensate", len(kept), "layers"),
+        )  # fmt: skip
+        before, after = loss(plain, self.text.search), loss(fitted, self.text.search)
+        self.facts["compensation"] = {"plain": before, "fitted": after}
+        if not after < before:  # NaN, too
+            self.notes.append(
+                f"the least-squares fit was dropped: {after:.4f} nats on search rows, {before:.4f} before"
+            )
+            return plain
+        self._report("fitted to the teacher's activations", fitted)
+        return fitted
+
+    def _report(self, name: str, model: Transformer) -> None:
+        value = loss(model, self.text.validation)
+        if not math.isfinite(value) and not self.losses:
+            raise XinslmError(
+                f"the loss of {self.config.teacher} is {value} on validation text: its weights are damaged"
+            )
+        self.losses.append((name, model.config.num_parameters, value))
+        self.on_progress(Progress("init", values={"nats/token": value}, note=name))
+
+    def _progress(self, stage: str, total: int, unit: str) -> Any:
+        return lambda done: self.on_progress(Progress(stage, done, total, unit))
+
+
+def _layer(weights: Weights, index: int) -> Weights:
+    prefix = f"model.layers.{index}."
+    return {name.removeprefix(prefix): tensor for name, tensor in weights.items() if name.startswith(prefix)}
+
+
+def _spans(numbers: Sequence[int]) -> str:
+    """'0-3, 7' for 0, 1, 2, 3, 7."""
+    spans: list[list[int]] = []
+    for number in numbers:
+        if spans and number == spans[-1][1] + 1:
+            spans[-1][1] = number
+        else:
+            spans.append([number, number])
+    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in spans)

@@ -1,0 +1,171 @@
+"""T5 encoders as teachers: hidden states of a text, no next tokens.
+
+A folder of transformers, with the tokenizer in it, or a diffusers folder such as FLUX's, whose text encoder stands in
+`text_encoder_2/` and its tokenizer in `tokenizer_2/`. Weights are safetensors only. Tokens are placed in the text by
+the offsets of the fast tokenizer, which survive what its normaliser does to spaces and to Unicode.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from xinslm.errors import XinslmError
+from xinslm.files import read_json
+from xinslm.model.files import model_fingerprint, weight_files
+from xinslm.teachers.huggingface import tapped
+
+CLASSES = {"t5": "T5EncoderModel", "mt5": "MT5EncoderModel", "umt5": "UMT5EncoderModel"}
+"""Model type in config.json -> class of transformers that loads the encoder alone."""
+PARTS = ("text_encoder_2", "text_encoder", "text_encoder_3")
+"""Where diffusers folders have their text encoders."""
+
+
+def find_encoder(name: str) -> Path | None:
+    """The folder of the encoder that `name` means, itself or inside a diffusers folder; None where there is none."""
+    for folder in (Path(name), *(Path(name) / part for part in PARTS)):
+        if (folder / "config.json").is_file():
+            settings = read_json(folder / "config.json")
+            if isinstance(settings, dict) and settings.get("model_type") in CLASSES:
+                return folder
+    return None
+
+
+@dataclass(frozen=True)
+class Reading:
+    """Tokens of a text, and the bytes of it that each covers."""
+
+    ids: np.ndarray
+    """(tokens,) int64."""
+    begins: np.ndarray
+    """First byte of each token, int64."""
+    ends: np.ndarray
+    """Behind the last byte of each token, int64; never falls."""
+
+
+class EncoderTeacher:
+    """Gives hidden states of texts; attention goes both ways, so a state knows what follows it."""
+
+    def __init__(self, name: str, folder: Path, dtype: str = "float32", device: torch.device | str = "cpu") -> None:
+        import transformers
+        from transformers.utils import logging
+
+        self.name, self.folder, self.device = name, folder, torch.device(device)
+        weight_files(folder)  # refuses pickles and says what is missing
+        logging.disable_progress_bar()
+        self.tokenizer = EncoderTokenizer(name, _tokenizer_folder(folder))
+        cls = getattr(transformers, CLASSES[read_json(folder / "config.json")["model_type"]])
+        try:
+            loaded: Any = cls.from_pretrained(
+                folder, dtype=getattr(torch, dtype), use_safetensors=True, output_loading_info=True
+            )
+        except Exception as error:  # transformers and safetensors raise a dozen kinds for bad folders
+            first = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise XinslmError(f"transformers cannot load encoder {name}: {first}") from error
+        model, report = loaded
+        lacking = sorted({*report["missing_keys"], *(str(key) for key in report["mismatched_keys"])})
+        if lacking:  # transformers would draw them at random
+            raise XinslmError(
+                f"encoder {name}: {len(lacking)} weights are missing or misshapen, such as '{lacking[0]}'"
+            )
+        self.model: Any = model.to(self.device).eval().requires_grad_(False)
+        rows = model.get_input_embeddings().weight.shape[0]
+        if rows < self.tokenizer.vocab_size:
+            raise XinslmError(
+                f"encoder {name}: its tokenizer has {self.tokenizer.vocab_size} ids, its input only {rows} rows; the "
+                f"tokenizer belongs to another model"
+            )
+        self.num_layers: int = model.config.num_layers
+        self.hidden_size: int = model.config.d_model
+        self.max_length = self.tokenizer.max_length
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of the weights and the shape."""
+        return model_fingerprint(self.folder)
+
+    @torch.no_grad()
+    def hidden(self, sequences: list[np.ndarray], depths: Sequence[int]) -> list[Tensor]:
+        """What comes out of blocks `depths` (from 1), (total tokens, hidden_size) each, one sequence behind the other.
+
+        The end token that the encoder was trained with is put behind each sequence, and its state is left out.
+        """
+        end = [] if self.tokenizer.end is None else [self.tokenizer.end]
+        longest = max(len(s) for s in sequences) + len(end)
+        batch = np.zeros((len(sequences), longest), dtype=np.int64)
+        seen, real = np.zeros_like(batch), np.zeros(batch.shape, dtype=bool)
+        for row, ids in enumerate(sequences):
+            whole = [*ids, *end]
+            batch[row, : len(whole)], seen[row, : len(whole)], real[row, : len(ids)] = whole, 1, True
+        with tapped(self.model, self.num_layers, depths, self.name) as outputs:
+            self.model(
+                input_ids=torch.from_numpy(batch).to(self.device),
+                attention_mask=torch.from_numpy(seen).to(self.device),
+            )
+        kept = torch.from_numpy(real).to(self.device)
+        return [outputs[depth][kept] for depth in depths]
+
+
+class EncoderTokenizer:
+    """The fast tokenizer of an encoder, for the places of its tokens in a text."""
+
+    def __init__(self, name: str, folder: Path) -> None:
+        import transformers
+
+        try:
+            self.fast: Any = transformers.AutoTokenizer.from_pretrained(folder)
+        except Exception as error:  # as many kinds as for models
+            first = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise XinslmError(
+                f"transformers cannot load the tokenizer of encoder {name} in {folder}: {first}"
+            ) from error
+        if not self.fast.is_fast:
+            raise XinslmError(
+                f"the tokenizer of encoder {name} in {folder} does not tell which characters its tokens cover: a "
+                f"tokenizer.json is needed. Load it with transformers' AutoTokenizer and save it again"
+            )
+        self.vocab_size = len(self.fast)
+        self.end: int | None = self.fast.eos_token_id
+        limit = self.fast.model_max_length
+        self.max_length: int = limit if limit < 1 << 30 else 1 << 30
+
+    def fingerprint(self) -> str:
+        """Hash of the definition."""
+        return hashlib.sha256(self.fast.backend_tokenizer.to_str().encode()).hexdigest()
+
+    def read(self, texts: Sequence[str]) -> list[Reading]:
+        """Tokens of each text, without an end token."""
+        encoded = self.fast(
+            list(texts), add_special_tokens=False, return_offsets_mapping=True, return_attention_mask=False,
+            truncation=False, verbose=False,
+        )  # fmt: skip
+        return [
+            _in_bytes(text, ids, offsets)
+            for text, ids, offsets in zip(texts, encoded["input_ids"], encoded["offset_mapping"], strict=True)
+        ]
+
+
+def _in_bytes(text: str, ids: list[int], offsets: list[tuple[int, int]]) -> Reading:
+    """Turn offsets in characters into offsets in UTF-8 bytes."""
+    characters = np.frombuffer(text.encode("utf-32-le"), dtype="<u4")
+    sizes = 1 + (characters >= 0x80).astype(np.int64) + (characters >= 0x800) + (characters >= 0x10000)
+    bytes_before = np.concatenate([[0], np.cumsum(sizes)])
+    spans = np.array(offsets, dtype=np.int64).reshape(-1, 2)
+    begins, ends = bytes_before[spans[:, 0]], np.maximum.accumulate(bytes_before[spans[:, 1]])
+    return Reading(np.array(ids, dtype=np.int64), begins, ends)
+
+
+def _tokenizer_folder(folder: Path) -> Path:
+    """Where an encoder's tokenizer is: in its folder, or beside it as diffusers puts it."""
+    beside = folder.resolve().parent / folder.resolve().name.replace("text_encoder", "tokenizer")
+    for place in (folder, beside):
+        if (place / "tokenizer.json").is_file() or any(place.glob("*.model")):
+            return place
+    raise XinslmError(
+        f"encoder {folder} has no tokenizer: neither {folder} nor {beside} holds a tokenizer.json or a .model file"
+    )

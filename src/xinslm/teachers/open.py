@@ -1,0 +1,39 @@
+"""Which adapter a teacher's name means.
+
+http://host:8000/v1 is an OpenAI-compatible endpoint, what ends in .gguf a file of llama.cpp's, and any other name a
+Hugging Face causal language model: a folder, a run folder, a name on the Hub.
+"""
+
+from pathlib import Path
+
+import torch
+
+from xinslm.errors import UsageError
+from xinslm.teachers.endpoint import EndpointTeacher, is_endpoint
+from xinslm.teachers.endpoint_config import EndpointConfig
+from xinslm.teachers.gguf import GgufTeacher
+from xinslm.teachers.huggingface import HuggingFaceTeacher
+
+
+def open_teacher(
+    name: str,
+    dtype: str = "float32",
+    device: torch.device | str = "cpu",
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    tokenizer: str | None = None,
+    endpoint: EndpointConfig | None = None,
+    top: int = 8,
+    api_key: str | None = None,
+    adapter: Path | None = None,
+) -> HuggingFaceTeacher | GgufTeacher | EndpointTeacher:
+    """Open a teacher; `tokenizer` is for those that bring none, `endpoint`, `top` and `api_key` for URLs."""
+    if adapter is not None and (is_endpoint(name) or name.endswith(".gguf")):
+        raise UsageError(f"--adapter is for Hugging Face models, and {name} is none. Leave it out")
+    if is_endpoint(name):
+        return EndpointTeacher(name, endpoint or EndpointConfig(), top, tokenizer, api_key)
+    if name.endswith(".gguf"):
+        return GgufTeacher(Path(name), dtype, device, tokenizer)
+    if tokenizer is not None:
+        raise UsageError(f"--tokenizer is for endpoints and GGUF files; {name} brings its own. Leave it out")
+    return HuggingFaceTeacher(name, dtype, device, revision, trust_remote_code, adapter)

@@ -1,0 +1,53 @@
+"""A random teacher with a tokenizer, and a dataset made with it; its text is random ids."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+from small_models import save_dataset, save_random_model
+from xinslm.model.transformer import Transformer
+from xinslm.prune.config import InitConfig
+from xinslm.prune.measure import Passage, Statistics, measure, read_passages
+from xinslm.tokenizer.load import load_tokenizer
+
+
+@dataclass(frozen=True)
+class Workshop:
+    teacher: Path
+    data: Path
+    model: Transformer
+    passages: list[Passage]
+    found: Statistics
+
+    def config(self, output_dir: Path, **changes) -> InitConfig:
+        settings = {"teacher": str(self.teacher), "data_path": self.data, "row_length": 32, "device": "cpu"}
+        settings |= {"calibration_rows": 16, "search_rows": 4, "validation_rows": 4}
+        return InitConfig(output_dir=output_dir, **(settings | changes))
+
+
+def make_workshop(folder: Path, **shape) -> Workshop:
+    torch.set_grad_enabled(True)
+    teacher, data = folder / "teacher", folder / "data"
+    model = save_random_model(teacher, **shape).requires_grad_(False)
+    tokenizer = load_tokenizer(teacher)
+    save_dataset(data, tokenizer.fingerprint())
+    tokenizer.save(data / "tokenizer")
+    from xinslm.data.dataset import open_dataset
+
+    passages = read_passages(open_dataset(data).split("train"), 32, None, torch.device("cpu"))
+    return Workshop(teacher, data, model, passages, measure(model, passages, lambda layer: None))
+
+
+@pytest.fixture(scope="session")
+def workshop(tmp_path_factory) -> Workshop:
+    """Tied, three layers, 4 query heads on 2, neither width nor heads equal to anything else."""
+    return make_workshop(tmp_path_factory.mktemp("tied"), num_hidden_layers=3)
+
+
+@pytest.fixture(scope="session")
+def untied(tmp_path_factory) -> Workshop:
+    """Untied, every query head with a key-value head of its own."""
+    shape = {"num_hidden_layers": 2, "num_key_value_heads": 4, "tie_word_embeddings": False}
+    return make_workshop(tmp_path_factory.mktemp("untied"), **shape)
