@@ -109,7 +109,8 @@ def main() -> None:
     if not data.is_dir():
         xinslm(
             f"prepare --data-path {args.data}/text/stories_train.jsonl.gz "
-            f"--validation-path {args.data}/text/stories_valid.jsonl.gz --tokenizer-path {teacher} --output-dir {data}"
+            f"--validation-path {args.data}/text/stories_valid.jsonl.gz --tokenizer-path {teacher} --output-dir {data} "
+            f"--max-tokens {args.tokens}"
         )
     record_bytes = {}
     for name, (head, draws) in CACHES.items():

@@ -84,7 +84,8 @@ def main() -> None:
     )
     timed(
         "init",
-        f"init {teacher} --data-path {work / 'small'} --output-dir {work / 'student'} --preset 1m",
+        f"init {teacher} --data-path {work / 'small'} --output-dir {work / 'student'} "
+        "--num-layers 5 --hidden-size 128 --num-heads 4 --num-kv-heads 2 --intermediate-size 320",
     )
     timed(
         "distill",
