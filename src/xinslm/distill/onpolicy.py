@@ -31,10 +31,11 @@ from xinslm.distill.inputs import differing_keys
 from xinslm.distill.loop import Trainer, learning_rate, rows_of_step, train
 from xinslm.distill.onpolicy_config import OnPolicyConfig
 from xinslm.distill.onpolicy_texts import Prompts, find_prompts, write_texts
+from xinslm.distill.run_log import METRICS, RunLog, cut_metrics
 from xinslm.distill.sources import RowPlan, Source
 from xinslm.distill.support import TEACHERS
 from xinslm.distill.targets import CachedTargets
-from xinslm.distill.train import CONFIG, METRICS, RUN, RunLog, cut_metrics
+from xinslm.distill.train import CONFIG, RUN
 from xinslm.errors import UsageError
 from xinslm.files import (
     MANIFEST,

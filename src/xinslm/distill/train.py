@@ -6,7 +6,6 @@ The folder holds `config.yaml` (resolved), `run.json` (inputs and size), `metric
 command on an unfinished folder continues it exactly; another configuration is refused by the names of its keys.
 """
 
-import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -22,19 +21,15 @@ from xinslm.config import HEADER, to_dict, to_yaml
 from xinslm.data.dataset import Dataset
 from xinslm.data.packing import PackedRows
 from xinslm.device import pick_device, return_freed_memory
-from xinslm.distill.auxiliary import find_sketches, hidden_shares, make_auxiliary
-from xinslm.distill.cache import Cache
+from xinslm.distill.auxiliary import make_auxiliary
 from xinslm.distill.checkpoint import TrainingState, load_auxiliary, load_checkpoint, prune, save_best, save_checkpoint
-from xinslm.distill.chunks import CachedSpans
 from xinslm.distill.config import DistillConfig, PretrainConfig
 from xinslm.distill.inputs import differing_keys, find_dataset, shape
-from xinslm.distill.loop import Step, Trainer, Validation, train
-from xinslm.distill.loss_config import LossConfig
-from xinslm.distill.sketches import SKETCH, HiddenSource
-from xinslm.distill.targets import CachedTargets, LiveTargets, TargetSource
+from xinslm.distill.loop import Trainer, Validation, train
+from xinslm.distill.run_log import METRICS, RunLog, cut_metrics
+from xinslm.distill.teaching import find_teaching
 from xinslm.errors import UsageError, XinslmError
 from xinslm.files import (
-    manifest_fingerprint,
     read_json,
     refuse_existing,
     refuse_inside,
@@ -46,11 +41,9 @@ from xinslm.model.files import load_config, load_model, model_fingerprint, rebui
 from xinslm.model.transformer import Transformer
 from xinslm.model.wide import narrow_matrices
 from xinslm.progress import Listener, Progress, ignore
-from xinslm.teachers.encoder import find_encoder
-from xinslm.teachers.huggingface import HuggingFaceTeacher
 from xinslm.tokenizer.load import load_tokenizer
 
-CONFIG, METRICS, RUN = "config.yaml", "metrics.jsonl", "run.json"
+CONFIG, RUN = "config.yaml", "run.json"
 
 
 @dataclass(frozen=True)
@@ -76,18 +69,6 @@ class TrainResult:
         return "\n".join(lines + [f"note        {warning}" for warning in self.warnings])
 
 
-@dataclass(frozen=True)
-class _Teaching:
-    """Loss and sources of teacher distributions; none in pre-training."""
-
-    loss: LossConfig
-    train: TargetSource | None = None
-    validation: TargetSource | None = None
-    hidden: HiddenSource | None = None
-    inputs: tuple[tuple[str, str], ...] = ()
-    warnings: tuple[str, ...] = ()
-
-
 def run(config: PretrainConfig, on_progress: Listener = ignore) -> TrainResult:
     """Train a model; with a `DistillConfig`, from its cache or live teacher.
 
@@ -100,7 +81,7 @@ def run(config: PretrainConfig, on_progress: Listener = ignore) -> TrainResult:
         dataset = find_dataset(config, on_progress)
         device = pick_device(config.device)
         tokenizer = load_tokenizer(dataset.folder / "tokenizer")
-        teaching = _teaching(config, dataset, device, on_progress)
+        teaching = find_teaching(config, dataset, device, on_progress)
         rows = PackedRows(dataset.split("train"), config.max_seq_length)
         if len(rows) < config.batch_size:
             raise UsageError(
@@ -224,75 +205,6 @@ def _stored(folder: Path) -> dict[str, Any]:
     return stored
 
 
-def _teaching(config: PretrainConfig, dataset: Dataset, device: torch.device, on_progress: Listener) -> _Teaching:
-    if not isinstance(config, DistillConfig):
-        return _Teaching(LossConfig(alpha=1.0, beta=0.0))
-    if config.cache is None:
-        return _live(config, dataset, device)
-    return _cached(config, dataset, config.cache, on_progress)
-
-
-def _live(config: DistillConfig, dataset: Dataset, device: torch.device) -> _Teaching:
-    assert config.teacher is not None, "DistillConfig.check sees to it"
-    if find_encoder(config.teacher) is not None:
-        raise UsageError(
-            f"{config.teacher} is an encoder: it gives hidden states, no next tokens. Make a cache of them, with "
-            f"`xinslm cache {config.teacher} --sketch-depths 1.0`, and give that as --cache"
-        )
-    teacher = HuggingFaceTeacher(config.teacher, config.teacher_dtype, device, None, config.trust_remote_code)
-    if teacher.tokenizer.fingerprint() != dataset.tokenizer_fingerprint:
-        raise UsageError(
-            f"a live teacher must share the dataset's tokenizer, and {config.teacher}'s differs from the one of "
-            f"{dataset.folder}. Prepare the data with the teacher's, or use `xinslm cache`, which maps nested ones"
-        )
-    if teacher.max_length < config.max_seq_length:
-        raise UsageError(
-            f"max_seq_length is {config.max_seq_length}, but teacher {config.teacher} has a context of "
-            f"{teacher.max_length} tokens"
-        )
-    source = LiveTargets(teacher, hidden_shares(config))
-    hidden, inputs = find_sketches(config, dataset, source)
-    return _Teaching(config.loss, source, source, hidden, (("teacher", teacher.fingerprint), *inputs))
-
-
-def _cached(config: DistillConfig, dataset: Dataset, folder: Path, on_progress: Listener) -> _Teaching:
-    cache, loss, warnings = Cache(folder), config.loss, []
-    cache.require_dataset(dataset.fingerprint, dataset.folder)
-    cache.verify(on_progress)
-    if config.teacher is not None:
-        model = find_encoder(config.teacher) or resolve_model(config.teacher)
-        cache.require_teacher(model_fingerprint(model), config.teacher)
-    hidden, inputs = find_sketches(config, dataset, cache)
-    inputs = (("cache", manifest_fingerprint(folder)), *inputs)
-    if cache.manifest.get(SKETCH, {}).get("alone"):
-        if hidden is None:
-            raise UsageError(
-                f"cache {folder} is of an encoder and holds hidden states only, but hidden.weight and contrast.weight "
-                f"are 0: set one (--hidden.weight 1), or give it as --sketches beside the --cache of a language model"
-            )
-        note = f"cache {folder} predicts no tokens: the weight loss.beta ({loss.beta}) goes to the cross-entropy"
-        return _Teaching(loss, hidden=hidden, inputs=inputs, warnings=(note,) if loss.beta else ())
-    if loss.temperature_mode == "full" and loss.temperature not in (1.0, cache.format.temperature):
-        raise UsageError(
-            f"loss.temperature is {loss.temperature} in mode full, but cache {folder} stores the normaliser for "
-            f"{cache.format.temperature}: use that, mode decoupled, or `xinslm cache --temperature {loss.temperature}` "
-            f"(a merged cache has the one for 1 alone)"
-        )
-    cached_length = cache.manifest["config"]["max_seq_length"]
-    if cached_length != config.max_seq_length:
-        warnings.append(
-            f"the teacher saw contexts of {cached_length} tokens when it was cached, the student sees "
-            f"{config.max_seq_length}"
-        )
-    if cache.manifest.get("alignment", {}).get("kind") == "chunks":
-        by_split = {name: CachedSpans(cache, name) for name in cache.manifest["shards"]}
-        return _Teaching(loss, by_split["train"], by_split.get("validation"), hidden, inputs, tuple(warnings))
-    records, held_out = cache.split("train"), cache.split("validation")
-    assert records is not None, "every dataset has a train split"
-    sources = CachedTargets(records), CachedTargets(held_out) if held_out is not None else None
-    return _Teaching(loss, *sources, hidden, inputs, tuple(warnings))
-
-
 def _start(config: PretrainConfig, dataset: Dataset, tokenizer: Any) -> Transformer:
     """The model at step 0: drawn from the seed, or read from `init_from`."""
     if config.init_from is None:
@@ -348,64 +260,3 @@ def _resume(folder: Path, facts: dict[str, Any], trainer: Trainer) -> TrainingSt
     write_json(folder / RUN, facts)
     (folder / METRICS).write_bytes(b"")
     return TrainingState()
-
-
-def cut_metrics(path: Path, step: int) -> None:
-    """Drop lines that belong to steps after the checkpoint, and a half-written last one."""
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            if json.loads(line)["step"] <= step:
-                kept.append(line + "\n")
-        except (json.JSONDecodeError, KeyError):
-            break
-    write_text(path, "".join(kept))
-
-
-class RunLog:
-    """Writes metrics.jsonl and tells the listener."""
-
-    def __init__(
-        self,
-        config: PretrainConfig,
-        total: int,
-        start: TrainingState,
-        on_progress: Listener,
-        stage: str,
-        with_kd: bool,
-    ) -> None:
-        self.path, self.every, self.total = config.output_dir / METRICS, config.log_every, total
-        self.on_progress, self.stage, self.with_kd = on_progress, stage, with_kd
-        self.since = start
-        self.last_validation: Validation | None = None
-        if start.step:
-            on_progress(Progress(stage, start.step, total, "steps", note=f"continuing after step {start.step}"))
-
-    def _write(self, values: dict[str, float]) -> None:
-        with open(self.path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(values) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-
-    def step(self, step: Step, state: TrainingState) -> None:
-        """Log every `log_every` steps, the first and the last."""
-        if step.step % self.every and step.step not in (1, self.total):
-            return
-        seconds = state.seconds - self.since.seconds
-        speed = (state.tokens - self.since.tokens) / max(seconds, 1e-9)
-        self.since = state
-        kd = {"kd": step.kd} if self.with_kd else {}
-        self._write(
-            {"step": step.step, "tokens": state.tokens, "loss": step.loss, "ce": step.ce, **kd,
-             **step.terms, "lr": step.learning_rate, "grad_norm": step.grad_norm, "tokens_per_second": speed,
-             "seconds": state.seconds}
-        )  # fmt: skip
-        values = {"loss": step.loss, "ce": step.ce, **kd, **step.terms, "lr": step.learning_rate, "tokens/s": speed}
-        self.on_progress(Progress(self.stage, step.step, self.total, "steps", values))
-
-    def validation(self, result: Validation, state: TrainingState) -> None:
-        """Log a validation."""
-        self.last_validation = result
-        kd = {} if result.kd is None else {"validation_kd": result.kd}
-        self._write({"step": state.step, "tokens": state.tokens, "validation_ce": result.ce, **kd})
-        self.on_progress(Progress(self.stage, state.step, self.total, "steps", {"validation": result.ce}, note=""))
