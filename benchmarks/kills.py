@@ -2,8 +2,9 @@
 
     python benchmarks/kills.py --data ../shared/data --work /tmp/core --kills 20
 
-Both commands are started anew after each kill until they have been killed `--kills` times, then left to finish. Compared
-are the cache's shards, the final weights (bytes) and every line of metrics.jsonl but its times.
+Each command is started again after every kill until it has finished, and then anew in another folder, until it has been
+killed `--kills` times in all. Compared with an undisturbed run are, each time, the cache's shards, the final weights
+(bytes) and every line of metrics.jsonl but its times.
 """
 
 import argparse
@@ -23,10 +24,10 @@ from sides import keep, xinslm
 from xinslm.files import sha256_file
 
 
-def killed_often(line: str, kills: int, longest: float, draw: random.Random, finished: Path) -> int:
-    """Run a command, killing it after random times; return how often that came before its end."""
-    done = 0
-    while done < kills and not finished.exists():
+def disturbed(line: str, longest: float, draw: random.Random, finished: Path) -> int:
+    """Run a command again and again, killing it after random times, until it has finished; return the kills."""
+    kills = 0
+    while not finished.exists():
         process = subprocess.Popen(
             [sys.executable, "-m", "xinslm", *shlex.split(line)],
             env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
@@ -36,10 +37,8 @@ def killed_often(line: str, kills: int, longest: float, draw: random.Random, fin
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
-            done += 1
-    if not finished.exists():
-        xinslm(line, threads=1)
-    return done
+            kills += 1
+    return kills
 
 
 def curve(run: Path) -> list[dict]:
@@ -63,40 +62,40 @@ def main() -> None:
         f"prepare --data-path {args.data}/text/tinystories_docs.jsonl --document-end bos --tokenizer-path {teacher} "
         f"--output-dir {data}"
     )
-    caches = {name: work / f"cache-{name}" for name in ("whole", "killed")}
-    lines = {
-        name: f"cache {teacher} --data-path {data} --output-dir {folder} --max-seq-length 256 --shard-positions 2000"
-        for name, folder in caches.items()
-    }
+    line = f"cache {teacher} --data-path {data} --max-seq-length 256 --shard-positions 2000 --output-dir "
     began = time.monotonic()
-    xinslm(lines["whole"], threads=1)
-    longest = max(4.0, time.monotonic() - began)
-    cache_kills = killed_often(lines["killed"], args.kills, longest, draw, caches["killed"] / "manifest.json")
-    shards = [p.relative_to(caches["whole"]) for p in sorted(caches["whole"].glob("*/*.bin"))]
-    same_cache = all(sha256_file(caches["whole"] / s) == sha256_file(caches["killed"] / s) for s in shards)
-    runs = {name: work / f"run-{name}" for name in ("whole", "killed")}
+    xinslm(line + str(work / "cache"), threads=1)
+    longest = time.monotonic() - began
+    shards = [p.relative_to(work / "cache") for p in sorted((work / "cache").glob("*/*.bin"))]
+    kills, equal, number = 0, True, 0
+    while kills < args.kills:
+        folder = work / f"cache-{number}"
+        kills += disturbed(line + str(folder), longest, draw, folder / "manifest.json")
+        equal &= all(sha256_file(work / "cache" / s) == sha256_file(folder / s) for s in shards)
+        number += 1
+    found = {"cache killed": kills, "in runs": number, "shards equal": equal}
+    line = (
+        f"distill --data-path {data} --cache {work / 'cache'} --max-seq-length 256 --batch-size 4 --hidden-size 64 "
+        f"--num-layers 4 --num-heads 4 --num-kv-heads 2 --head-dim 16 --intermediate-size 160 --max-steps 150 "
+        f"--save-every 5 --validate-every 30 --log-every 1 --output-dir "
+    )
     began = time.monotonic()
-    for name, run in runs.items():
-        line = (
-            f"distill --data-path {data} --cache {caches['whole']} --output-dir {run} --max-seq-length 256 --batch-size 4 "
-            f"--hidden-size 64 --num-layers 4 --num-heads 4 --num-kv-heads 2 --head-dim 16 --intermediate-size 160 "
-            f"--max-steps 150 --save-every 5 --validate-every 30 --log-every 1"
-        )
-        if name == "whole":
-            xinslm(line, threads=1)
-            longest = max(6.0, (time.monotonic() - began) / 2)
-        else:
-            kills = killed_often(line, args.kills, longest, draw, run / "checkpoints" / "step-000150")
-    a, b = curve(runs["whole"]), curve(runs["killed"])
-    difference = max(abs(x.get("loss", 0) - y.get("loss", 0)) for x, y in zip(a, b, strict=True))
-    weights = [sha256_file(run / "checkpoints" / "last" / "model.safetensors") for run in runs.values()]
+    xinslm(line + str(work / "run"), threads=1)
+    longest = (time.monotonic() - began) / 2
+    whole, weights = curve(work / "run"), sha256_file(work / "run" / "checkpoints" / "last" / "model.safetensors")
+    kills, same, bytes_same, number, largest = 0, True, True, 0, 0.0
+    while kills < args.kills:
+        run = work / f"run-{number}"
+        kills += disturbed(line + str(run), longest, draw, run / "checkpoints" / "step-000150")
+        lines = curve(run)
+        same &= lines == whole
+        largest = max(largest, *(abs(a.get("loss", 0) - b.get("loss", 0)) for a, b in zip(whole, lines, strict=True)))
+        bytes_same &= sha256_file(run / "checkpoints" / "last" / "model.safetensors") == weights
+        number += 1
+    found |= {"training killed": kills, "in training runs": number, "curve equal": same,
+              "largest difference of a loss": largest, "weights equal": bytes_same}  # fmt: skip
     print(describe())
-    keep(
-        args.work,
-        "kill -9",
-        {"cache killed": cache_kills, "shards equal": same_cache, "training killed": kills, "curve equal": a == b,
-         "largest difference of a loss": difference, "weights equal": weights[0] == weights[1]},
-    )  # fmt: skip
+    keep(args.work, "kill -9", found)
 
 
 if __name__ == "__main__":

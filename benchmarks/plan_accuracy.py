@@ -21,6 +21,7 @@ from xinslm.plan.memory import step_memory
 VOCABULARY = 8192
 CONFIGURATIONS: dict[str, dict] = {
     "10m 8x512": {"preset": "10m", "batch_size": 8, "max_seq_length": 512},
+    "10m 2x256": {"preset": "10m", "batch_size": 2, "max_seq_length": 256},
     "10m 2x512": {"preset": "10m", "batch_size": 2, "max_seq_length": 512},
     "10m 8x512 in 4 parts": {"preset": "10m", "batch_size": 8, "micro_batch_size": 2, "max_seq_length": 512},
     "10m 8x512 checkpointing": {"preset": "10m", "batch_size": 8, "max_seq_length": 512, "checkpointing": True},

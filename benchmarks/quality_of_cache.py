@@ -93,9 +93,10 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=250)
+    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--tokens", type=int, default=450_000, help="tokens of text to train on")
     parser.add_argument("--learning-rate", type=float, default=4e-3)
-    parser.add_argument("--optimizer", default="adamw")
+    parser.add_argument("--optimizer", default="muon")
     parser.add_argument("--alpha", type=float, default=0.1)
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--variants", nargs="+", default=VARIANTS, choices=VARIANTS)
@@ -113,7 +114,10 @@ def main() -> None:
             f"--max-tokens {args.tokens}"
         )
     record_bytes = {}
+    wanted = {"default 8+4" if variant == "ghost 8" else variant for variant in args.variants}
     for name, (head, draws) in CACHES.items():
+        if name not in wanted:
+            continue
         folder = args.work / f"cache-{name}".replace(" ", "-")
         if not (folder / "manifest.json").is_file():
             xinslm(
