@@ -1,11 +1,13 @@
 """What a run may learn from: refusals, and a GGUF file as live teacher."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from xinslm.distill import train
+from xinslm.distill import score, train
+from xinslm.distill.cache_config import CacheConfig
 from xinslm.distill.config import DistillConfig
 from xinslm.distill.hidden_config import HiddenConfig
 from xinslm.errors import UsageError
@@ -37,9 +39,21 @@ def test_a_gguf_file_teaches_live_as_its_folder_does(base, gguf_file, tmp_path):
     assert b.validation.kd == pytest.approx(a.validation.kd, abs=1e-4)
 
 
-def test_a_gguf_file_has_no_hidden_states(base, gguf_file):
-    with pytest.raises(UsageError, match=r"need hidden states.*Hugging Face folder"):
-        train.run(replace(base, teacher=str(gguf_file), hidden=HiddenConfig(weight=1.0)))
+def test_a_gguf_files_hidden_states_are_those_of_its_folder(base, gguf_file, tmp_path):
+    matched = replace(base, hidden=HiddenConfig(weight=1.0))
+    train.run(replace(matched, output_dir=tmp_path / "folder"))
+    train.run(replace(matched, output_dir=tmp_path / "file", teacher=str(gguf_file)))
+    first = [json.loads((tmp_path / name / "metrics.jsonl").read_text().splitlines()[0]) for name in ("folder", "file")]
+    assert first[0]["hidden"] > 0
+    assert first[1]["hidden"] == pytest.approx(first[0]["hidden"], abs=1e-4)
+
+
+def test_a_cache_of_a_gguf_file_knows_it_again(base, gguf_file, world, tmp_path):
+    cache = tmp_path / "cache"
+    score.run(CacheConfig(teacher=str(gguf_file), data_path=world.data, output_dir=cache, max_seq_length=64))
+    train.run(replace(base, cache=cache, teacher=str(gguf_file)))
+    with pytest.raises(UsageError, match="made by another teacher"):
+        train.run(replace(base, cache=cache, teacher=str(world.teacher), output_dir=tmp_path / "other"))
 
 
 def test_an_endpoint_is_no_live_teacher(base):

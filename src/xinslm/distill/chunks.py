@@ -23,7 +23,7 @@ from xinslm.distill.scorers import LOGITS_AT_ONCE, RECORDS
 from xinslm.distill.spans import Pair, SpanAligner
 from xinslm.errors import UsageError, XinslmError
 from xinslm.teachers.base import DenseTeacher
-from xinslm.teachers.huggingface import batches_by_length
+from xinslm.teachers.local import batches_by_length
 
 SPAN = np.dtype([("log_prob", "<f4"), ("size", "u1"), ("place", "u1")])
 """log p of the whole span, its number of positions (0: the position is in no span), which of them this one is."""

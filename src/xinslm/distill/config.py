@@ -37,6 +37,16 @@ _TRAINING = {
 }
 
 
+def step_errors(batch_size: int, micro_batch_size: int | None, warmup: float, decay: float) -> list[str]:
+    """What is wrong between the settings of a step's size and of the learning rate's course."""
+    wrong = []
+    if micro_batch_size is not None and (micro_batch_size < 1 or batch_size % micro_batch_size):
+        wrong.append(f"micro_batch_size ({micro_batch_size}) must divide batch_size ({batch_size})")
+    if warmup + decay > 1:
+        wrong.append(f"warmup_fraction ({warmup}) and decay_fraction ({decay}) must not add up to more than 1")
+    return wrong
+
+
 @dataclass(frozen=True, kw_only=True)
 class PretrainConfig:
     """Train a model on text, without a teacher."""
@@ -124,13 +134,7 @@ class PretrainConfig:
     def errors(self) -> list[str]:
         """What cannot work, a sentence each."""
         wrong = range_errors(self, _TRAINING)
-        if self.micro_batch_size is not None and (self.micro_batch_size < 1 or self.batch_size % self.micro_batch_size):
-            wrong.append(f"micro_batch_size ({self.micro_batch_size}) must divide batch_size ({self.batch_size})")
-        if self.warmup_fraction + self.decay_fraction > 1:
-            wrong.append(
-                f"warmup_fraction ({self.warmup_fraction}) and decay_fraction ({self.decay_fraction}) "
-                f"must not add up to more than 1"
-            )
+        wrong += step_errors(self.batch_size, self.micro_batch_size, self.warmup_fraction, self.decay_fraction)
         if self.step_in_backward and self.micro_batch_size not in (None, self.batch_size):
             wrong.append(
                 "step_in_backward frees each gradient at once, so nothing can accumulate over micro-batches: drop "

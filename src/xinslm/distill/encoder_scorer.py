@@ -19,7 +19,7 @@ from xinslm.distill.scorers import RECORDS
 from xinslm.distill.sketches import SKETCH, SketchFormat, SketchWriter
 from xinslm.errors import XinslmError
 from xinslm.teachers.encoder import EncoderTeacher, Reading
-from xinslm.teachers.huggingface import batches_by_length
+from xinslm.teachers.local import batches_by_length
 
 
 def empty_format(vocab_size: int) -> CacheFormat:

@@ -12,6 +12,7 @@ temperature_mode full at another temperature are refused. Sketches of hidden sta
 import hashlib
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -131,13 +132,10 @@ def _plan(
     settings["weights"] = {
         name: hashlib.sha256(np.ascontiguousarray(table).tobytes()).hexdigest() for name, table in weights.items()
     }
-    fmt = scorer.format
     teachers = [cache.manifest["inputs"]["teacher"] for cache in caches]
     tokenizers = sorted({cache.manifest["inputs"]["teacher_tokenizer"] for cache in caches})
     return {
-        "format": {
-            "vocab_size": fmt.vocab_size, "head": fmt.head, "draws": fmt.draws, "temperature": fmt.temperature,
-        },
+        "format": asdict(scorer.format),
         "settings": settings,
         "planes": {name: item.itemsize for name, item in scorer.planes.items()},
         "inputs": {

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 import tyro
 
 from xinslm.distill.cache_config import CONTEXT, Device, Dtype
-from xinslm.distill.config import PretrainConfig
+from xinslm.distill.config import PretrainConfig, step_errors
 from xinslm.distill.loss_config import LossConfig
 from xinslm.errors import UsageError
 from xinslm.inference.config import Sampling
@@ -142,13 +142,7 @@ class OnPolicyConfig:
         """Raise UsageError listing everything that cannot work."""
         wrong = [*range_errors(self, _ON_POLICY), *self.loss.errors()]
         wrong += [error.replace("loss.", "mix_loss.") for error in self.mix_loss.errors()]
-        if self.micro_batch_size is not None and (self.micro_batch_size < 1 or self.batch_size % self.micro_batch_size):
-            wrong.append(f"micro_batch_size ({self.micro_batch_size}) must divide batch_size ({self.batch_size})")
-        if self.warmup_fraction + self.decay_fraction > 1:
-            wrong.append(
-                f"warmup_fraction ({self.warmup_fraction}) and decay_fraction ({self.decay_fraction}) "
-                f"must not add up to more than 1"
-            )
+        wrong += step_errors(self.batch_size, self.micro_batch_size, self.warmup_fraction, self.decay_fraction)
         if self.max_new_tokens >= self.max_seq_length:
             wrong.append(
                 f"max_new_tokens ({self.max_new_tokens}) leaves no room for a prompt in rows of {self.max_seq_length}"

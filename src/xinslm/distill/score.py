@@ -8,7 +8,7 @@ result is the same. What a shard holds comes from a `Scorer`; this module knows 
 
 import shutil
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -223,9 +223,7 @@ def _plan(
 ) -> dict[str, Any]:  # fmt: skip
     settings = {k: v for k, v in to_dict(config).items() if k not in PLACES}
     return {
-        "format": {
-            "vocab_size": fmt.vocab_size, "head": fmt.head, "draws": fmt.draws, "temperature": fmt.temperature,
-        },
+        "format": asdict(fmt),
         "settings": settings,
         "planes": {name: item.itemsize for name, item in scorer.planes.items()},
         "inputs": {

@@ -24,7 +24,7 @@ from xinslm.distill.sketches import SKETCH, SketchFormat, SketchWriter
 from xinslm.distill.support import Support, head_ids
 from xinslm.errors import XinslmError
 from xinslm.teachers.base import DenseTeacher, HiddenTeacher
-from xinslm.teachers.huggingface import batches_by_length
+from xinslm.teachers.local import batches_by_length
 
 RECORDS = "records"
 LOGITS_AT_ONCE = 1 << 22

@@ -10,7 +10,8 @@ from xinslm.data.packing import Batch
 from xinslm.distill.cache import CacheSplit
 from xinslm.distill.losses import DenseTargets, Targets
 from xinslm.distill.sketches import SketchFormat, sketch
-from xinslm.teachers.huggingface import HuggingFaceTeacher, batches_by_length
+from xinslm.teachers.huggingface import HuggingFaceTeacher
+from xinslm.teachers.local import batches_by_length
 
 BATCH_TOKENS = 8192
 """Tokens of one forward pass of a live teacher."""

@@ -20,6 +20,7 @@ from xinslm.model.files import model_fingerprint, resolve_model
 from xinslm.progress import Listener
 from xinslm.teachers.encoder import find_encoder
 from xinslm.teachers.endpoint import is_endpoint
+from xinslm.teachers.gguf import gguf_fingerprint
 from xinslm.teachers.open import open_teacher
 
 
@@ -59,12 +60,6 @@ def _live(config: DistillConfig, dataset: Dataset, device: torch.device) -> Teac
             f"an endpoint cannot teach step by step: make a cache with `xinslm cache {config.teacher}`, or let it "
             f"write with `xinslm synthesize`, and give that as --cache"
         )
-    shares = hidden_shares(config)
-    if shares and config.teacher.endswith(".gguf"):
-        raise UsageError(
-            f"hidden.weight and contrast.weight need hidden states, which {config.teacher} does not give: set them to "
-            f"0, or take a Hugging Face folder"
-        )
     teacher: Any = open_teacher(config.teacher, config.teacher_dtype, device, None, config.trust_remote_code)
     if teacher.tokenizer.fingerprint() != dataset.tokenizer_fingerprint:
         raise UsageError(
@@ -76,7 +71,7 @@ def _live(config: DistillConfig, dataset: Dataset, device: torch.device) -> Teac
             f"max_seq_length is {config.max_seq_length}, but teacher {config.teacher} has a context of "
             f"{teacher.max_length} tokens"
         )
-    source = LiveTargets(teacher, shares)
+    source = LiveTargets(teacher, hidden_shares(config))
     hidden, inputs = find_sketches(config, dataset, source)
     return Teaching(config.loss, source, source, hidden, (("teacher", teacher.fingerprint), *inputs))
 
@@ -128,5 +123,5 @@ def _teachers_fingerprint(name: str) -> str:
     if is_endpoint(name):
         raise UsageError(f"--teacher beside --cache compares weights, and {name} shows none: leave it out")
     if name.endswith(".gguf"):
-        return open_teacher(name).fingerprint
+        return gguf_fingerprint(Path(name))
     return model_fingerprint(find_encoder(name) or resolve_model(name))

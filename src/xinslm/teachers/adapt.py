@@ -29,7 +29,8 @@ from xinslm.files import new_folder, refuse_existing, refuse_inside, write_manif
 from xinslm.progress import Listener, Progress, ignore
 from xinslm.teachers.adapt_config import AdaptConfig
 from xinslm.teachers.adapter import KIND, VERSION, require_peft
-from xinslm.teachers.huggingface import HuggingFaceTeacher, batches_by_length
+from xinslm.teachers.huggingface import HuggingFaceTeacher
+from xinslm.teachers.local import batches_by_length
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from torch import Tensor
 from xinslm.errors import XinslmError
 from xinslm.files import read_json
 from xinslm.model.files import model_fingerprint, weight_files
-from xinslm.teachers.huggingface import tapped
+from xinslm.teachers.local import load_pretrained, tapped
 
 CLASSES = {"t5": "T5EncoderModel", "mt5": "MT5EncoderModel", "umt5": "UMT5EncoderModel"}
 """Model type in config.json -> class of transformers that loads the encoder alone."""
@@ -53,26 +53,12 @@ class EncoderTeacher:
 
     def __init__(self, name: str, folder: Path, dtype: str = "float32", device: torch.device | str = "cpu") -> None:
         import transformers
-        from transformers.utils import logging
 
         self.name, self.folder, self.device = name, folder, torch.device(device)
         weight_files(folder)  # refuses pickles and says what is missing
-        logging.disable_progress_bar()
         self.tokenizer = EncoderTokenizer(name, _tokenizer_folder(folder))
         cls = getattr(transformers, CLASSES[read_json(folder / "config.json")["model_type"]])
-        try:
-            loaded: Any = cls.from_pretrained(
-                folder, dtype=getattr(torch, dtype), use_safetensors=True, output_loading_info=True
-            )
-        except Exception as error:  # transformers and safetensors raise a dozen kinds for bad folders
-            first = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise XinslmError(f"transformers cannot load encoder {name}: {first}") from error
-        model, report = loaded
-        lacking = sorted({*report["missing_keys"], *(str(key) for key in report["mismatched_keys"])})
-        if lacking:  # transformers would draw them at random
-            raise XinslmError(
-                f"encoder {name}: {len(lacking)} weights are missing or misshapen, such as '{lacking[0]}'"
-            )
+        model = load_pretrained(cls, folder, dtype, f"encoder {name}")
         self.model: Any = model.to(self.device).eval().requires_grad_(False)
         rows = model.get_input_embeddings().weight.shape[0]
         if rows < self.tokenizer.vocab_size:

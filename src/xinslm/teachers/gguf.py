@@ -47,14 +47,24 @@ class GgufTeacher(OwnTeacher):
     @cached_property
     def fingerprint(self) -> str:
         """Hash of the file."""
-        return sha256_file(self.path)
+        return gguf_fingerprint(self.path)
+
+
+def gguf_fingerprint(path: Path) -> str:
+    """What names the teacher in this file: the hash of its bytes."""
+    _require_file(path)
+    return sha256_file(path)
+
+
+def _require_file(path: Path) -> None:
+    if not path.is_file():
+        raise UsageError(f"there is no file {path}")
 
 
 def _open(path: Path) -> Any:
     from gguf import GGUFReader
 
-    if not path.is_file():
-        raise UsageError(f"there is no file {path}")
+    _require_file(path)
     try:
         reader = GGUFReader(path)
     except Exception as error:  # the reader raises what it stumbles over

@@ -5,8 +5,6 @@
 on a short input when the teacher is loaded; for those, `logits` comes from whole forward passes.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from inspect import signature
 from pathlib import Path
 from typing import Any
@@ -19,43 +17,11 @@ from xinslm.errors import UsageError, XinslmError
 from xinslm.files import MANIFEST, read_json, sha256_json
 from xinslm.model.files import model_fingerprint, resolve_model
 from xinslm.teachers.adapter import adapter_hash, apply_adapter, check_adapter, require_peft
-from xinslm.teachers.base import Generation, Prompt, Sampling
-from xinslm.teachers.generate import Step, write
+from xinslm.teachers.generate import Step
+from xinslm.teachers.local import LocalTeacher, load_pretrained
 
 
-def batches_by_length(lengths: np.ndarray, batch_tokens: int) -> Iterator[np.ndarray]:
-    """Indices of sequences, longest first, in batches whose padded size stays within `batch_tokens`."""
-    order = np.argsort(-lengths, kind="stable")
-    at = 0
-    while at < len(order):
-        rows = max(1, batch_tokens // max(int(lengths[order[at]]), 1))
-        yield order[at : at + rows]
-        at += rows
-
-
-@contextmanager
-def tapped(model: Any, num_layers: int, depths: Sequence[int], name: str) -> Iterator[dict[int, Tensor]]:
-    """Collect what comes out of blocks `depths` (from 1) in the forward passes inside; other layers are not kept."""
-    lists = [m for m in model.modules() if isinstance(m, torch.nn.ModuleList) and len(m) == num_layers]
-    if not lists:
-        raise XinslmError(f"teacher {name}: its {num_layers} blocks were not found, so it gives no hidden states")
-    outputs: dict[int, Tensor] = {}
-
-    def keep(depth: int) -> Callable[..., None]:
-        def hook(module: Any, inputs: Any, output: Any) -> None:
-            outputs[depth] = output[0] if isinstance(output, tuple) else output
-
-        return hook
-
-    handles = [lists[0][depth - 1].register_forward_hook(keep(depth)) for depth in depths]
-    try:
-        yield outputs
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-class HuggingFaceTeacher:
+class HuggingFaceTeacher(LocalTeacher):
     """Scores sequences of token ids.
 
     `vocab_size` counts the tokenizer's ids; rows of the head beyond them are padding and are cut off.
@@ -71,7 +37,6 @@ class HuggingFaceTeacher:
         adapter: Path | None = None,
     ) -> None:
         from transformers import AutoModelForCausalLM
-        from transformers.utils import logging
 
         from xinslm.tokenizer.load import load_tokenizer
 
@@ -85,33 +50,18 @@ class HuggingFaceTeacher:
             require_peft()
             check_adapter(adapter, model_fingerprint(self.folder), name)
         self._require_rows(_configured_rows(self.folder))
-        logging.disable_progress_bar()
-        try:
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
-                self.folder,
-                dtype=getattr(torch, dtype),
-                use_safetensors=True,
-                trust_remote_code=trust_remote_code,
-                output_loading_info=True,
-            )
-        except Exception as error:  # transformers, safetensors and huggingface_hub raise a dozen kinds for bad folders
-            first = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise XinslmError(f"transformers cannot load teacher {name}: {first}") from error
-        model, report = loaded
-        lacking = sorted({*report["missing_keys"], *(str(key) for key in report["mismatched_keys"])})
-        if lacking:  # transformers would draw them at random
-            raise XinslmError(
-                f"teacher {name}: {len(lacking)} weights are missing or misshapen, such as '{lacking[0]}'"
-            )
+        model = load_pretrained(
+            AutoModelForCausalLM, self.folder, dtype, f"teacher {name}", trust_remote_code=trust_remote_code
+        )
         if adapter is not None:
             model = apply_adapter(model, adapter, name)
-        self.model: Any = model.to(self.device).eval().requires_grad_(False)
-        self.max_length: int = getattr(self.model.config, "max_position_embeddings", None) or 1 << 30
+        self.model = model.to(self.device).eval().requires_grad_(False)
+        self.max_length = getattr(self.model.config, "max_position_embeddings", None) or 1 << 30
         head = self.model.get_output_embeddings()
         self._require_rows(None if head is None else head.weight.shape[0])
         self._split = self._head_is_plain()
         text = self.model.config.get_text_config()
-        self.num_layers: int = text.num_hidden_layers
+        self.num_layers = text.num_hidden_layers
         self.hidden_size: int = text.hidden_size
 
     @property
@@ -148,42 +98,22 @@ class HuggingFaceTeacher:
     def states(self, sequences: list[np.ndarray]) -> Tensor:
         """Run sequences of ids, right-padded into one batch; return what `logits` needs for each of their tokens.
 
-        The rows of all sequences stand one after another: (total tokens, ...), pads left out. Causal attention
-        makes right pads harmless.
+        The rows of all sequences stand one after another: (total tokens, ...), pads left out.
         """
-        longest = max(len(s) for s in sequences)
-        if longest > self.max_length:
-            raise UsageError(f"teacher {self.name} has a context of {self.max_length} tokens, {longest} are asked for")
-        batch = np.zeros((len(sequences), longest), dtype=np.int64)
-        real = np.zeros((len(sequences), longest), dtype=bool)
-        for row, ids in enumerate(sequences):
-            batch[row, : len(ids)], real[row, : len(ids)] = ids, True
-        inputs = torch.from_numpy(batch).to(self.device)
+        inputs, real = self.padded(sequences)
         if self._split:
             backbone = getattr(self.model, self.model.base_model_prefix)
             out = backbone(input_ids=inputs, use_cache=False)[0]
         else:
             out = self.model(input_ids=inputs, use_cache=False).logits
-        rows: Tensor = out[torch.from_numpy(real).to(self.device)]
+        rows: Tensor = out[real]
         return rows
-
-    def states_and_hidden(self, sequences: list[np.ndarray], depths: Sequence[int]) -> tuple[Tensor, list[Tensor]]:
-        """What `states` gives, and what comes out of blocks `depths` (from 1), (total tokens, hidden_size) each."""
-        lengths = torch.tensor([len(s) for s in sequences], device=self.device)
-        with tapped(self.model, self.num_layers, depths, self.name) as outputs:
-            states = self.states(sequences)
-        real = torch.arange(int(lengths.max()), device=self.device) < lengths[:, None]
-        return states, [outputs[depth][real] for depth in depths]
 
     @torch.no_grad()
     def logits(self, states: Tensor) -> Tensor:
         """(rows, ...) from `states` -> logits (rows, vocab_size) float32."""
         out = self.model.get_output_embeddings()(states) if self._split else states
         return out[:, : self.vocab_size].float()
-
-    def generate(self, prompts: Sequence[Prompt], keys: Sequence[int], sampling: Sampling) -> list[Generation]:
-        """Answer a batch of prompts; see `GeneratingTeacher`."""
-        return write(self._begin, self.tokenizer, self.max_length, self.name, prompts, keys, sampling)
 
     @torch.inference_mode()
     def _begin(self, ids: np.ndarray, room: int) -> tuple[Tensor, Step]:
