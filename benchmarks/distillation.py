@@ -29,6 +29,7 @@ def table(figures: dict) -> list[str]:
     equal, ragged = figures["tokens/s, equal"], figures["tokens/s, ragged"]
     over, memory = figures["step time over plain cross-entropy"], figures["memory of the loss against ours"]
     share, wall = figures["share of the gain of full distillation"], figures["wall time to GKD's final loss"]
+    rounds = figures["on-policy tokens/s, 128 + 128"]
     ratios = [value for key, value in ragged.items() if key.startswith("ratio to")]
     rows = [
         ("steady tokens/s against GKD, equal lengths", "2.3x", "3x", span(equal["ratio to gkd"])),
@@ -38,9 +39,13 @@ def table(figures: dict) -> list[str]:
         ("cache bytes a position", "41", "29", ", ".join(f"{v} ({k})" for k, v in figures["cache bytes a position"].items())),
         ("share of the gain kept", "95 %", "98 %", ", ".join(
             f"{row['share']:.1%} ({name})" for name, row in share.items() if name not in ("CE", "full"))),
-        ("wall time to GKD's final validation loss", "3x", "10x", f"{wall['ratio']:.1f}x"),
-        ("gradient error at T=2", "0.2", "0.05", json.dumps(figures.get("gradient error at T=2", "not run"))),
-        ("on-policy tokens/s against GKD's defaults", "10x", "30x", json.dumps(figures.get("on-policy", "not run"))),
+        ("wall time to GKD's final validation loss", "3x", "10x", ", ".join(
+            f"{row['ratio']:.1f}x ({way}{'' if row['reached'] else ', not reached'})"
+            for way, row in wall["ours"].items())),
+        ("gradient error at T=2", "0.2", "0.05", "; ".join(
+            f"{way}: {', '.join(f'{error:.3f} ({student})' for student, error in errors.items())}"
+            for way, errors in figures["gradient error at T=2"].items())),
+        ("on-policy tokens/s against GKD's defaults", "10x", "30x", span(rounds["ratio to gkd"])),
         ("three teachers against one, step time", "1.05", "1.00", span(figures["three teachers against one"]["ratio"])),
         ("kill -9 and resume", "1e-6", "bit for bit", json.dumps(figures["kill -9"])),
     ]  # fmt: skip

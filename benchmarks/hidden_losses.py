@@ -16,11 +16,12 @@ from machine import describe
 
 from xinslm.data import prepare
 from xinslm.data.config import PrepareConfig
-from xinslm.distill import score, train
-from xinslm.distill.cache_config import CacheConfig
+from xinslm.distill import train
+from xinslm.distill.cache import score
+from xinslm.distill.cache.config import CacheConfig
 from xinslm.distill.config import DistillConfig
-from xinslm.distill.hidden_config import ContrastConfig, HiddenConfig
-from xinslm.distill.loss_config import LossConfig
+from xinslm.distill.hidden.config import ContrastConfig, HiddenConfig
+from xinslm.distill.losses.config import LossConfig
 
 KD, CE = LossConfig(), LossConfig(alpha=1.0, beta=0.0)
 VARIANTS = {

@@ -1,6 +1,6 @@
 """How far a cached teacher's logit gradient is from the dense one, for our losses and for renormalised top-k.
 
-    python benchmarks/loss_accuracy.py --data ../shared/data [--student FOLDER]
+    python benchmarks/loss_accuracy.py --data ../shared/data [--student FOLDER] [--work /tmp/core]
 
 A real teacher (stories5M) reads held-out stories; its distributions go through the cache's own records. The figure is
 |g - g_dense| / |g_dense| over all positions (relative RMSE), against the dense definition of the same loss. Students
@@ -16,12 +16,14 @@ from pathlib import Path
 
 import torch
 from machine import describe
+from sides import keep
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from xinslm.distill.cache import CacheFormat, decode, encode
-from xinslm.distill.loss_config import LossConfig
-from xinslm.distill.losses import SparseTargets, chunk_loss
+from xinslm.distill.cache.records import CacheFormat, decode, encode
+from xinslm.distill.losses.chunk import chunk_loss
+from xinslm.distill.losses.config import LossConfig
+from xinslm.distill.losses.targets import SparseTargets
 
 PRESETS = {
     "lean": (6, 2), "default": (8, 4), "rich": (20, 12), "11 and no draws": (11, 0), "20 and no draws": (20, 0),
@@ -79,6 +81,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="folder with models/ and text/")
     parser.add_argument("--student", help="a trained student of the same vocabulary, instead of the noisy teachers")
     parser.add_argument("--stories", type=int, default=12)
+    parser.add_argument("--work", type=Path, help="where the figures of the table are kept")
     args = parser.parse_args()
     torch.set_num_threads(1)
     folder = args.data / "models" / "stories5M"
@@ -129,6 +132,14 @@ def main() -> None:
     print(f"| loss | cache | {' | '.join(titles)} |\n|---|---|{'---|' * len(titles)}")
     for row, values in rows.items():
         print(f"| {row} | {' | '.join(values)} |")
+    if args.work:
+        sizes = {name: f"{CacheFormat(teacher.shape[1], *PRESETS[name], 2.0).dtype.itemsize} bytes" for name in PRESETS}
+        at_two = {
+            f"{way}, {sizes[name]}": dict(zip(logits, map(float, rows[f"{row} | {name}, {sizes[name]}"]), strict=True))
+            for name in ("default", "rich")
+            for way, row in (("full", "T=2 full"), ("decoupled", "T=2 decoupled, tail_weight 0, its own definition"))
+        }
+        keep(args.work, "gradient error at T=2", at_two)
 
 
 if __name__ == "__main__":

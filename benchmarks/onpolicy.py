@@ -23,10 +23,10 @@ from machine import describe
 from sides import figures_of, in_turn, keep, median, ratios, xinslm
 
 from xinslm.data.dataset import open_dataset
-from xinslm.distill import onpolicy
-from xinslm.distill.loss_config import LossConfig
-from xinslm.distill.onpolicy_config import OnPolicyConfig
-from xinslm.distill.onpolicy_texts import find_prompts
+from xinslm.distill.losses.config import LossConfig
+from xinslm.distill.texts import onpolicy
+from xinslm.distill.texts.onpolicy_config import OnPolicyConfig
+from xinslm.distill.texts.student_texts import find_prompts
 from xinslm.inference.batch import generate_batch
 from xinslm.inference.config import Sampling
 from xinslm.model.files import load_model

@@ -24,7 +24,7 @@ from xinslm.data.dataset import open_dataset
 from xinslm.data.packing import PackedRows
 from xinslm.distill.config import PretrainConfig
 from xinslm.distill.loop import Trainer
-from xinslm.distill.loss_config import LossConfig
+from xinslm.distill.losses.config import LossConfig
 from xinslm.model.config import PRESETS, ModelConfig
 from xinslm.model.transformer import Transformer
 from xinslm.model.wide import narrow_matrices

@@ -17,11 +17,11 @@ import torch
 
 from xinslm.data.dataset import open_dataset
 from xinslm.data.packing import PackedRows
-from xinslm.distill.cache import Cache
+from xinslm.distill.cache.records import Cache
 from xinslm.distill.config import PretrainConfig
 from xinslm.distill.loop import Trainer
-from xinslm.distill.loss_config import LossConfig
-from xinslm.distill.losses import fused_loss
+from xinslm.distill.losses.config import LossConfig
+from xinslm.distill.losses.fused import fused_loss
 from xinslm.distill.targets import CachedTargets, LiveTargets
 from xinslm.model.files import load_model
 from xinslm.teachers.huggingface import HuggingFaceTeacher

@@ -27,7 +27,7 @@ import numpy as np, torch
 from xinslm.data.dataset import open_dataset
 from xinslm.data.packing import PackedRows
 from xinslm.distill.config import PretrainConfig
-from xinslm.distill.loss_config import LossConfig
+from xinslm.distill.losses.config import LossConfig
 from xinslm.distill.loop import Trainer
 from xinslm.model.files import load_model
 model, data, length, batch, steps, threads = sys.argv[1:]

@@ -23,12 +23,12 @@ from sides import keep, xinslm
 
 from xinslm.data.dataset import open_dataset
 from xinslm.data.packing import Batch, PackedRows
-from xinslm.distill.cache import Cache
+from xinslm.distill.cache.records import Cache
 from xinslm.distill.config import PretrainConfig
 from xinslm.distill.inputs import shape
 from xinslm.distill.loop import Trainer
-from xinslm.distill.loss_config import LossConfig
-from xinslm.distill.losses import DenseTargets
+from xinslm.distill.losses.config import LossConfig
+from xinslm.distill.losses.targets import DenseTargets
 from xinslm.distill.targets import CachedTargets, LiveTargets
 from xinslm.model.transformer import Transformer
 from xinslm.teachers.huggingface import HuggingFaceTeacher
@@ -61,7 +61,7 @@ class TopK(LiveTargets):
 def one(args: argparse.Namespace, variant: str, seed: int) -> None:
     """Train one student and store its validation loss."""
     torch.set_num_threads(1)
-    data, teacher_folder = args.work / "stories", args.data / "models" / "stories5M"
+    data, teacher_folder = args.work / f"stories-{args.tokens}", args.data / "models" / "stories5M"
     config = PretrainConfig(
         data_path=data, output_dir=Path("unused"), max_seq_length=256, batch_size=8, max_steps=args.steps,
         learning_rate=args.learning_rate, seed=seed, optimizer=args.optimizer,
@@ -106,7 +106,7 @@ def main() -> None:
         one(args, args.one[0], int(args.one[1]))
         return
     args.work.mkdir(parents=True, exist_ok=True)
-    teacher, data = args.data / "models" / "stories5M", args.work / "stories"
+    teacher, data = args.data / "models" / "stories5M", args.work / f"stories-{args.tokens}"
     if not data.is_dir():
         xinslm(
             f"prepare --data-path {args.data}/text/stories_train.jsonl.gz "

@@ -8,9 +8,9 @@ import pytest
 import yaml
 
 from xinslm.config import from_yaml, to_dict, to_yaml
-from xinslm.distill.cache_config import CacheConfig
+from xinslm.distill.cache.config import CacheConfig
 from xinslm.distill.config import DistillConfig
-from xinslm.distill.loss_config import LossConfig
+from xinslm.distill.losses.config import LossConfig
 from xinslm.errors import UsageError
 
 

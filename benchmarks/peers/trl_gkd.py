@@ -6,7 +6,8 @@ Runs in an environment of its own:
 
 `rows.npz` holds `input_ids` and `labels` (not shifted, -100 where nothing is learnt), one document after another, with
 `offsets`; a batch is padded to its longest document, as TRL's collator does. With `--valid` (the same form) validation
-cross-entropy is taken every `--validate-every` steps, its time not counted.
+cross-entropy is taken every `--validate-every` steps, its time not counted; with `--steps 0` only once, of the student
+as it is.
 """
 
 import argparse
@@ -101,6 +102,9 @@ def main() -> None:
     rows = load(args.rows)
     student = AutoModelForCausalLM.from_pretrained(args.student, dtype=torch.float32)
     teacher = AutoModelForCausalLM.from_pretrained(args.teacher, dtype=torch.float32)
+    if args.steps == 0:
+        print(json.dumps({"validation": cross_entropy(student, load(args.valid))}))
+        return
     words = {f"t{i}": i for i in range(student.config.vocab_size)}
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer(models.WordLevel(words, unk_token="t0")), pad_token="t0", eos_token="t0"

@@ -10,8 +10,9 @@ import torch
 from xinslm.data import prepare
 from xinslm.data.config import PrepareConfig
 from xinslm.demo.texts import stories
-from xinslm.distill import score, train
-from xinslm.distill.cache_config import CacheConfig
+from xinslm.distill import train
+from xinslm.distill.cache import score
+from xinslm.distill.cache.config import CacheConfig
 from xinslm.distill.config import DistillConfig, PretrainConfig
 from xinslm.tokenizer import train as tokenizer_train
 from xinslm.tokenizer.config import TrainConfig

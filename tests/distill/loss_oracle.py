@@ -5,7 +5,7 @@ import dataclasses
 import torch
 import torch.nn.functional as F
 
-from xinslm.distill.losses import SparseTargets
+from xinslm.distill.losses.targets import SparseTargets
 
 ROWS, VOCAB, WIDTH, HEAD, DRAWS = 37, 50, 16, 8, 4
 DIVERGENCES = ("forward_kl", "reverse_kl", "jsd", "skew_kl", "skew_reverse_kl")

@@ -12,13 +12,14 @@ from foreign import KINDS, byte_level, characters, metaspace, texts
 from xinslm.data import prepare
 from xinslm.data.config import PrepareConfig
 from xinslm.data.dataset import open_dataset
-from xinslm.distill import score, train
-from xinslm.distill.alignment import BytePush
-from xinslm.distill.cache import Cache
-from xinslm.distill.cache_config import CacheConfig
+from xinslm.distill import train
+from xinslm.distill.alignment.bytewise import BytePush
+from xinslm.distill.alignment.nested import PushForward
+from xinslm.distill.cache import score
+from xinslm.distill.cache.config import CacheConfig
+from xinslm.distill.cache.records import Cache
 from xinslm.distill.config import DistillConfig
-from xinslm.distill.loss_config import LossConfig
-from xinslm.distill.nested import PushForward
+from xinslm.distill.losses.config import LossConfig
 from xinslm.errors import UsageError
 from xinslm.model.config import ModelConfig
 from xinslm.model.files import load_model, save_model

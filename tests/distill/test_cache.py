@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from xinslm.distill.cache import CacheFormat, decode, encode, pack_bits, position_uniforms, unpack_bits
+from xinslm.distill.cache.records import CacheFormat, decode, encode, pack_bits, position_uniforms, unpack_bits
 
 
 def distributions(rows=200, vocab=300, seed=0, sharpness=2.5):

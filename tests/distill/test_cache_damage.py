@@ -5,10 +5,11 @@ import shutil
 
 import pytest
 
-from xinslm.distill import merge, score, train
-from xinslm.distill.cache import Cache
-from xinslm.distill.cache_config import CacheConfig
-from xinslm.distill.merge_config import MergeConfig
+from xinslm.distill import train
+from xinslm.distill.cache import merge, score
+from xinslm.distill.cache.config import CacheConfig
+from xinslm.distill.cache.merge_config import MergeConfig
+from xinslm.distill.cache.records import Cache
 from xinslm.errors import UsageError, XinslmError
 from xinslm.files import sha256_file
 

@@ -12,12 +12,13 @@ from xinslm.data import prepare
 from xinslm.data.config import PrepareConfig
 from xinslm.data.dataset import Split, open_dataset
 from xinslm.data.packing import PackedRows
-from xinslm.distill import score, train
-from xinslm.distill.cache import Cache
-from xinslm.distill.cache_config import CacheConfig
-from xinslm.distill.chunks import SPAN, CachedSpans, span_records
+from xinslm.distill import train
+from xinslm.distill.alignment.spans import SpanAligner
+from xinslm.distill.cache import score
+from xinslm.distill.cache.chunks import SPAN, CachedSpans, span_records
+from xinslm.distill.cache.config import CacheConfig
+from xinslm.distill.cache.records import Cache
 from xinslm.distill.config import DistillConfig
-from xinslm.distill.spans import SpanAligner
 from xinslm.errors import UsageError
 from xinslm.model.files import load_model
 from xinslm.tokenizer.load import load_tokenizer

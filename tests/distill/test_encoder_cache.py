@@ -12,12 +12,13 @@ from xinslm.cli.main import main
 from xinslm.data import prepare
 from xinslm.data.config import PrepareConfig
 from xinslm.data.dataset import open_dataset
-from xinslm.distill import score, train
-from xinslm.distill.cache import Cache, gather
-from xinslm.distill.cache_config import CacheConfig
-from xinslm.distill.encoder_scorer import match_ends
-from xinslm.distill.hidden_config import ContrastConfig, HiddenConfig
-from xinslm.distill.sketches import CachedSketches, decode_sketches, projection, rms_normalise
+from xinslm.distill import train
+from xinslm.distill.cache import score
+from xinslm.distill.cache.config import CacheConfig
+from xinslm.distill.cache.encoder_scorer import match_ends
+from xinslm.distill.cache.records import Cache, gather
+from xinslm.distill.hidden.config import ContrastConfig, HiddenConfig
+from xinslm.distill.hidden.sketches import CachedSketches, decode_sketches, projection, rms_normalise
 from xinslm.errors import UsageError, XinslmError
 from xinslm.files import sha256_file
 from xinslm.teachers.encoder import EncoderTeacher, Reading, find_encoder

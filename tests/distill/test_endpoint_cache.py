@@ -15,10 +15,11 @@ import torch
 from fake_endpoint import FakeVllm
 from xinslm.cli.main import main
 from xinslm.data.dataset import open_dataset
-from xinslm.distill import score, train
-from xinslm.distill.cache import HAS_DRAWS, Cache
-from xinslm.distill.cache_config import CacheConfig
-from xinslm.distill.journal import Journal
+from xinslm.distill import train
+from xinslm.distill.cache import score
+from xinslm.distill.cache.config import CacheConfig
+from xinslm.distill.cache.journal import Journal
+from xinslm.distill.cache.records import HAS_DRAWS, Cache
 from xinslm.errors import UsageError, XinslmError
 from xinslm.files import sha256_file
 from xinslm.model.files import load_model
@@ -95,7 +96,7 @@ def test_a_student_trains_from_it(small, tmp_path):
 
 def test_masked_positions_and_documents_that_count_nothing_are_not_asked_for(small, tmp_path):
     from xinslm.data.dataset import Split
-    from xinslm.distill.endpoint_scorer import EndpointScorer, endpoint_format
+    from xinslm.distill.cache.endpoint_scorer import EndpointScorer, endpoint_format
     from xinslm.teachers.endpoint import EndpointTeacher
 
     tokens = np.arange(5, 25).astype(np.uint16)

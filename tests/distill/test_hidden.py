@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from xinslm.distill.contrast import draw_places, info_nce
-from xinslm.distill.hidden import linear_cka, projected_error
-from xinslm.distill.sketches import depth_at, rms_normalise
+from xinslm.distill.hidden.contrast import draw_places, info_nce
+from xinslm.distill.hidden.matching import linear_cka, projected_error
+from xinslm.distill.hidden.sketches import depth_at, rms_normalise
 
 
 def draw(*shape, seed=0):

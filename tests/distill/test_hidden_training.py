@@ -14,14 +14,15 @@ from safetensors.torch import load_file
 
 from xinslm.data.dataset import open_dataset
 from xinslm.data.packing import PackedRows
-from xinslm.distill import score, train
-from xinslm.distill.auxiliary import Auxiliary, hidden_shares, make_auxiliary
-from xinslm.distill.cache import Cache
-from xinslm.distill.cache_config import CacheConfig
+from xinslm.distill import train
+from xinslm.distill.cache import score
+from xinslm.distill.cache.config import CacheConfig
+from xinslm.distill.cache.records import Cache
 from xinslm.distill.config import DistillConfig
-from xinslm.distill.hidden_config import ContrastConfig, HiddenConfig
+from xinslm.distill.hidden.auxiliary import Auxiliary, hidden_shares, make_auxiliary
+from xinslm.distill.hidden.config import ContrastConfig, HiddenConfig
+from xinslm.distill.hidden.sketches import CachedSketches
 from xinslm.distill.loop import Trainer
-from xinslm.distill.sketches import CachedSketches
 from xinslm.distill.targets import CachedTargets, LiveTargets
 from xinslm.errors import UsageError, XinslmError
 from xinslm.model.files import load_config, load_model

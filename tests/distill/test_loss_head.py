@@ -18,8 +18,9 @@ from loss_oracle import (
 )
 from torch.profiler import ProfilerActivity, profile
 
-from xinslm.distill.loss_config import LossConfig
-from xinslm.distill.losses import DenseTargets, fused_loss
+from xinslm.distill.losses.config import LossConfig
+from xinslm.distill.losses.fused import fused_loss
+from xinslm.distill.losses.targets import DenseTargets
 
 
 @pytest.mark.parametrize("splits", [2, 4, 8])

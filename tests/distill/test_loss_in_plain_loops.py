@@ -6,8 +6,8 @@ import torch.nn.functional as F
 from loss_oracle import DIVERGENCES, dense_oracle, sparsify
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from xinslm.distill.loss_config import LossConfig
-from xinslm.distill.losses import fused_loss, next_tokens
+from xinslm.distill.losses.config import LossConfig
+from xinslm.distill.losses.fused import fused_loss, next_tokens
 
 VOCAB, IGNORE = 50, -100
 

@@ -13,14 +13,15 @@ from hypothesis import strategies as st
 from xinslm.data import prepare
 from xinslm.data.config import PrepareConfig
 from xinslm.data.dataset import open_dataset
-from xinslm.distill import merge, score, train
-from xinslm.distill.cache import PLAN, Cache, CacheFormat, decode, encode, to_records
-from xinslm.distill.cache_config import CacheConfig
-from xinslm.distill.loss_config import LossConfig
-from xinslm.distill.losses import chunk_loss
-from xinslm.distill.merge import MergeScorer
-from xinslm.distill.merge_config import MergeConfig
-from xinslm.distill.mixture import Part, mix
+from xinslm.distill import train
+from xinslm.distill.cache import merge, score
+from xinslm.distill.cache.config import CacheConfig
+from xinslm.distill.cache.merge import MergeScorer
+from xinslm.distill.cache.merge_config import MergeConfig
+from xinslm.distill.cache.mixture import Part, mix
+from xinslm.distill.cache.records import PLAN, Cache, CacheFormat, decode, encode, to_records
+from xinslm.distill.losses.chunk import chunk_loss
+from xinslm.distill.losses.config import LossConfig
 from xinslm.errors import UsageError
 from xinslm.files import sha256_file
 from xinslm.model.files import load_model, save_model

@@ -15,11 +15,12 @@ from safetensors.torch import load_file
 
 from xinslm.data.dataset import open_dataset
 from xinslm.data.packing import PackedRows
-from xinslm.distill import onpolicy, train
-from xinslm.distill.cache import LARGEST_NEGATIVE_LOG, Cache
-from xinslm.distill.loss_config import LossConfig
-from xinslm.distill.onpolicy_config import OnPolicyConfig
-from xinslm.distill.support import read_support
+from xinslm.distill import train
+from xinslm.distill.cache.records import LARGEST_NEGATIVE_LOG, Cache
+from xinslm.distill.losses.config import LossConfig
+from xinslm.distill.texts import onpolicy
+from xinslm.distill.texts.onpolicy_config import OnPolicyConfig
+from xinslm.distill.texts.support import read_support
 from xinslm.errors import UsageError
 from xinslm.files import read_json
 from xinslm.model.files import load_model, resolve_model
@@ -144,7 +145,7 @@ def test_records_hold_the_teacher_where_the_student_has_its_mass(world, finished
 
 def test_reverse_kl_of_the_records_is_that_of_the_distributions(world, finished, student):
     """Buckets lose a little of the divergence, never add; codes and the floor of e^-20 are what else differs."""
-    from xinslm.distill.losses import fused_loss
+    from xinslm.distill.losses.fused import fused_loss
 
     run, _ = finished
     folder = rounds(run)[0]
@@ -235,8 +236,8 @@ sys.path[:0] = {sys.path!r}
 from pathlib import Path, PosixPath
 import torch
 torch.set_num_threads(1)
-from xinslm.distill import onpolicy
-from xinslm.distill.onpolicy_config import *
+from xinslm.distill.texts import onpolicy
+from xinslm.distill.texts.onpolicy_config import *
 heard = 0
 def listen(progress):
     global heard

@@ -9,8 +9,8 @@ import torch
 from xinslm.data import prepare
 from xinslm.data.config import PrepareConfig
 from xinslm.data.dataset import open_dataset
-from xinslm.distill.onpolicy_texts import find_prompts
-from xinslm.distill.support import head_ids
+from xinslm.distill.texts.student_texts import find_prompts
+from xinslm.distill.texts.support import head_ids
 from xinslm.errors import UsageError
 from xinslm.tokenizer.load import load_tokenizer
 

@@ -11,8 +11,8 @@ from xinslm.data.packing import PackedRows
 from xinslm.distill import train
 from xinslm.distill.config import PretrainConfig
 from xinslm.distill.loop import Trainer
-from xinslm.distill.loss_config import LossConfig
-from xinslm.distill.optim import Optimizer, make_optimizer, orthogonalize
+from xinslm.distill.losses.config import LossConfig
+from xinslm.distill.optim.optimizers import Optimizer, make_optimizer, orthogonalize
 from xinslm.errors import UsageError, XinslmError
 from xinslm.model.files import load_config
 from xinslm.model.transformer import Transformer

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from xinslm.distill.optim_codes import (
+from xinslm.distill.optim.codes import (
     BLOCK,
     decode_positive,
     decode_signed,
@@ -13,7 +13,7 @@ from xinslm.distill.optim_codes import (
     encode_signed,
     num_blocks,
 )
-from xinslm.distill.optim_rounding import RandomBits, round_into
+from xinslm.distill.optim.rounding import RandomBits, round_into
 
 CPU = torch.device("cpu")
 

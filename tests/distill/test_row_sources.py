@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from xinslm.data.dataset import Split, open_dataset
 from xinslm.data.packing import PackedRows
 from xinslm.distill.loop import Trainer
-from xinslm.distill.loss_config import LossConfig
-from xinslm.distill.losses import SparseTargets
+from xinslm.distill.losses.config import LossConfig
+from xinslm.distill.losses.targets import SparseTargets
 from xinslm.distill.sources import RowPlan, Source
 from xinslm.model.config import ModelConfig
 from xinslm.model.transformer import Transformer
@@ -179,7 +179,7 @@ def test_a_number_that_is_not_finite_names_documents_of_its_source(world, tmp_pa
 
 def test_real_rows_and_a_cache_go_together(world, tmp_path):
     """Records follow their rows through the plan: the same rows give the same divergence in whatever order."""
-    from xinslm.distill.cache import Cache
+    from xinslm.distill.cache.records import Cache
     from xinslm.distill.targets import CachedTargets
     from xinslm.model.files import load_config
 

@@ -14,10 +14,10 @@ import pytest
 import torch
 
 from xinslm.data.dataset import open_dataset
-from xinslm.distill import score
-from xinslm.distill.cache import PLAN, Cache
-from xinslm.distill.cache_config import CacheConfig
-from xinslm.distill.nested import PushForward, is_nested
+from xinslm.distill.alignment.nested import PushForward, is_nested
+from xinslm.distill.cache import score
+from xinslm.distill.cache.config import CacheConfig
+from xinslm.distill.cache.records import PLAN, Cache
 from xinslm.errors import UsageError, XinslmError
 from xinslm.files import sha256_file
 from xinslm.model.config import ModelConfig
@@ -78,8 +78,8 @@ import os, signal
 from pathlib import Path, PosixPath
 import torch
 torch.set_num_threads(1)
-from xinslm.distill import score
-from xinslm.distill.cache_config import CacheConfig
+from xinslm.distill.cache import score
+from xinslm.distill.cache.config import CacheConfig
 from xinslm.teachers.endpoint_config import EndpointConfig
 def listen(progress):
     if len(list(Path({str(folder)!r}).glob('train/*.bin'))) >= {after}:

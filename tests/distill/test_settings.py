@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 
 from xinslm.distill import inputs
-from xinslm.distill.cache_config import CacheConfig
+from xinslm.distill.cache.config import CacheConfig
+from xinslm.distill.cache.merge_config import MergeConfig
 from xinslm.distill.config import DistillConfig, PretrainConfig
-from xinslm.distill.hidden_config import ContrastConfig, HiddenConfig
-from xinslm.distill.loss_config import LossConfig
-from xinslm.distill.merge_config import MergeConfig
-from xinslm.distill.onpolicy_config import OnPolicyConfig
-from xinslm.distill.synthesize_config import SynthesizeConfig
+from xinslm.distill.hidden.config import ContrastConfig, HiddenConfig
+from xinslm.distill.losses.config import LossConfig
+from xinslm.distill.texts.onpolicy_config import OnPolicyConfig
+from xinslm.distill.texts.synthesize_config import SynthesizeConfig
 from xinslm.doctor.config import DoctorConfig
 from xinslm.errors import UsageError
 from xinslm.plan.config import PlanConfig

@@ -9,10 +9,10 @@ import torch
 
 from xinslm.data.dataset import open_dataset
 from xinslm.data.packing import PackedRows
-from xinslm.distill import score
-from xinslm.distill.cache import Cache
-from xinslm.distill.cache_config import CacheConfig
-from xinslm.distill.sketches import (
+from xinslm.distill.cache import score
+from xinslm.distill.cache.config import CacheConfig
+from xinslm.distill.cache.records import Cache
+from xinslm.distill.hidden.sketches import (
     CachedSketches,
     SketchFormat,
     decode_sketches,

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer as Backend
 
-from xinslm.distill.spans import ByteReader, SpanAligner
+from xinslm.distill.alignment.spans import ByteReader, SpanAligner
 from xinslm.errors import XinslmError
 from xinslm.tokenizer.bpe import BPETokenizer
 

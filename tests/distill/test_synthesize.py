@@ -13,11 +13,12 @@ import torch
 from fake_endpoint import FakeVllm
 from llama_cpp import LlamaCpp
 from xinslm.data.dataset import open_dataset
-from xinslm.distill import synthesize, train
-from xinslm.distill.cache import HAS_DRAWS, Cache
-from xinslm.distill.synthesize_config import SynthesizeConfig
-from xinslm.distill.synthesize_data import Answer, encode, split_answers
-from xinslm.distill.synthesize_prompts import read_prompts
+from xinslm.distill import train
+from xinslm.distill.cache.records import HAS_DRAWS, Cache
+from xinslm.distill.texts import synthesize
+from xinslm.distill.texts.prompts import read_prompts
+from xinslm.distill.texts.synthesize_config import SynthesizeConfig
+from xinslm.distill.texts.synthesize_data import Answer, encode, split_answers
 from xinslm.errors import UsageError, XinslmError
 from xinslm.export.config import GgufConfig
 from xinslm.export.gguf import run as export
@@ -136,8 +137,8 @@ import os, signal
 from pathlib import Path, PosixPath
 import torch
 torch.set_num_threads(1)
-from xinslm.distill import synthesize
-from xinslm.distill.synthesize_config import SynthesizeConfig
+from xinslm.distill.texts import synthesize
+from xinslm.distill.texts.synthesize_config import SynthesizeConfig
 from xinslm.teachers.endpoint_config import EndpointConfig
 def listen(progress):
     if progress.stage == "synthesize" and progress.done >= {4 * after}:

@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from xinslm.distill import score, train
-from xinslm.distill.cache_config import CacheConfig
+from xinslm.distill import train
+from xinslm.distill.cache import score
+from xinslm.distill.cache.config import CacheConfig
 from xinslm.distill.config import DistillConfig
-from xinslm.distill.hidden_config import HiddenConfig
+from xinslm.distill.hidden.config import HiddenConfig
 from xinslm.errors import UsageError
 from xinslm.export import gguf
 from xinslm.export.config import GgufConfig

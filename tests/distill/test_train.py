@@ -20,10 +20,10 @@ from xinslm.data.config import PrepareConfig
 from xinslm.data.dataset import open_dataset
 from xinslm.data.packing import PackedRows
 from xinslm.distill import checkpoint, train
-from xinslm.distill.cache import Cache
+from xinslm.distill.cache.records import Cache
 from xinslm.distill.config import DistillConfig, PretrainConfig
 from xinslm.distill.loop import Trainer, learning_rate, rows_of_step
-from xinslm.distill.loss_config import LossConfig
+from xinslm.distill.losses.config import LossConfig
 from xinslm.distill.targets import CachedTargets, LiveTargets
 from xinslm.errors import UsageError, XinslmError
 from xinslm.model.config import ModelConfig

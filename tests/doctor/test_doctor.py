@@ -9,10 +9,10 @@ import torch
 
 from xinslm.cli.main import main
 from xinslm.data.packing import Batch
-from xinslm.distill import losses as fused
-from xinslm.distill import merge
-from xinslm.distill.cache import Cache
-from xinslm.distill.merge_config import MergeConfig
+from xinslm.distill.cache import merge
+from xinslm.distill.cache.merge_config import MergeConfig
+from xinslm.distill.cache.records import Cache
+from xinslm.distill.losses import fused
 from xinslm.doctor import losses, rows
 from xinslm.doctor import run as doctor
 from xinslm.doctor.config import DoctorConfig
@@ -149,8 +149,8 @@ def test_records_that_are_not_finite_or_not_there(healthy, cache):
 
 
 def test_a_head_too_small_without_draws(healthy, tmp_path):
-    from xinslm.distill import score
-    from xinslm.distill.cache_config import CacheConfig
+    from xinslm.distill.cache import score
+    from xinslm.distill.cache.config import CacheConfig
 
     score.run(
         CacheConfig(

@@ -11,7 +11,7 @@ import torch
 
 from small_models import save_dataset, save_random_model
 from xinslm.distill.config import PretrainConfig
-from xinslm.distill.optim import make_optimizer
+from xinslm.distill.optim.optimizers import make_optimizer
 from xinslm.errors import UsageError
 from xinslm.model.config import PRESETS, ModelConfig
 from xinslm.model.transformer import Transformer

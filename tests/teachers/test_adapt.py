@@ -16,9 +16,9 @@ from xinslm.data import prepare
 from xinslm.data.config import PrepareConfig
 from xinslm.data.dataset import open_dataset
 from xinslm.demo.texts import stories
-from xinslm.distill import score
-from xinslm.distill.cache import Cache
-from xinslm.distill.cache_config import CacheConfig
+from xinslm.distill.cache import score
+from xinslm.distill.cache.config import CacheConfig
+from xinslm.distill.cache.records import Cache
 from xinslm.errors import UsageError, XinslmError
 from xinslm.teachers import adapt
 from xinslm.teachers.adapt_config import AdaptConfig

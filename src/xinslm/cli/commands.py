@@ -46,13 +46,15 @@ COMMANDS = {
         "teachers.adapt:run",
     ),
     "cache merge": Command(
-        "the caches of several teachers into one", "distill.merge_config:MergeConfig", "distill.merge:run"
+        "the caches of several teachers into one", "distill.cache.merge_config:MergeConfig", "distill.cache.merge:run"
     ),
-    "cache": Command("let a teacher score a dataset, once", "distill.cache_config:CacheConfig", "distill.score:run"),
+    "cache": Command(
+        "let a teacher score a dataset, once", "distill.cache.config:CacheConfig", "distill.cache.score:run"
+    ),
     "synthesize": Command(
         "let a teacher answer prompts: text, dataset and cache",
-        "distill.synthesize_config:SynthesizeConfig",
-        "distill.synthesize:run",
+        "distill.texts.synthesize_config:SynthesizeConfig",
+        "distill.texts.synthesize:run",
     ),
     "init": Command("cut a student out of a teacher, to start from", "prune.config:InitConfig", "prune.run:run"),
     "doctor": Command(
@@ -64,8 +66,8 @@ COMMANDS = {
     "distill": Command("train a student from a teacher", "distill.config:DistillConfig", "distill.train:run"),
     "onpolicy": Command(
         "train a student on texts it writes itself, scored by a teacher",
-        "distill.onpolicy_config:OnPolicyConfig",
-        "distill.onpolicy:run",
+        "distill.texts.onpolicy_config:OnPolicyConfig",
+        "distill.texts.onpolicy:run",
     ),
     "plan": Command(
         "memory, time and storage of a training run, before it starts", "plan.config:PlanConfig", "plan.run:run"

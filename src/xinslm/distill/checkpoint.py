@@ -16,8 +16,8 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from xinslm.distill.auxiliary import Auxiliary
-from xinslm.distill.optim import Optimizer
+from xinslm.distill.hidden.auxiliary import Auxiliary
+from xinslm.distill.optim.optimizers import Optimizer
 from xinslm.errors import XinslmError
 from xinslm.files import new_folder, read_json, sync_folder, write_json
 from xinslm.model.files import open_tensors, read_tensors, save_model

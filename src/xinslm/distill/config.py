@@ -6,9 +6,9 @@ from typing import Annotated, Literal
 
 import tyro
 
-from xinslm.distill.cache_config import CONTEXT, Device, Dtype
-from xinslm.distill.hidden_config import ContrastConfig, HiddenConfig
-from xinslm.distill.loss_config import LossConfig
+from xinslm.distill.cache.config import CONTEXT, Device, Dtype
+from xinslm.distill.hidden.config import ContrastConfig, HiddenConfig
+from xinslm.distill.losses.config import LossConfig
 from xinslm.errors import UsageError
 from xinslm.ranges import POSITIVE, SEED, SHARE, Range, range_errors
 

@@ -21,13 +21,13 @@ import torch
 from torch import Tensor
 
 from xinslm.data.packing import Batch, PackedRows
-from xinslm.distill.auxiliary import Auxiliary, Figures, add_figures
 from xinslm.distill.checkpoint import TrainingState
 from xinslm.distill.config import PretrainConfig
-from xinslm.distill.loss_config import LossConfig
-from xinslm.distill.losses import LossFigures, fused_loss
-from xinslm.distill.optim import make_optimizer
-from xinslm.distill.optim_backward import BackwardSteps, clip
+from xinslm.distill.hidden.auxiliary import Auxiliary, Figures, add_figures
+from xinslm.distill.losses.config import LossConfig
+from xinslm.distill.losses.fused import LossFigures, fused_loss
+from xinslm.distill.optim.backward import BackwardSteps, clip
+from xinslm.distill.optim.optimizers import make_optimizer
 from xinslm.distill.sources import Part, RowPlan, Source
 from xinslm.distill.targets import TargetSource
 from xinslm.errors import XinslmError

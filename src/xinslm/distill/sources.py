@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from xinslm.data.packing import PackedRows
-from xinslm.distill.loss_config import LossConfig
+from xinslm.distill.losses.config import LossConfig
 from xinslm.distill.targets import TargetSource
 
 GOLDEN = 0.6180339887498949

@@ -7,9 +7,9 @@ import numpy as np
 import torch
 
 from xinslm.data.packing import Batch
-from xinslm.distill.cache import CacheSplit
-from xinslm.distill.losses import DenseTargets, Targets
-from xinslm.distill.sketches import SketchFormat, sketch
+from xinslm.distill.cache.records import CacheSplit
+from xinslm.distill.hidden.sketches import SketchFormat, sketch
+from xinslm.distill.losses.targets import DenseTargets, Targets
 from xinslm.teachers.huggingface import HuggingFaceTeacher
 from xinslm.teachers.local import batches_by_length
 

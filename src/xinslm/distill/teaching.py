@@ -7,12 +7,12 @@ from typing import Any
 import torch
 
 from xinslm.data.dataset import Dataset
-from xinslm.distill.auxiliary import find_sketches, hidden_shares
-from xinslm.distill.cache import Cache
-from xinslm.distill.chunks import CachedSpans
+from xinslm.distill.cache.chunks import CachedSpans
+from xinslm.distill.cache.records import Cache
 from xinslm.distill.config import DistillConfig, PretrainConfig
-from xinslm.distill.loss_config import LossConfig
-from xinslm.distill.sketches import SKETCH, HiddenSource
+from xinslm.distill.hidden.auxiliary import find_sketches, hidden_shares
+from xinslm.distill.hidden.sketches import SKETCH, HiddenSource
+from xinslm.distill.losses.config import LossConfig
 from xinslm.distill.targets import CachedTargets, LiveTargets, TargetSource
 from xinslm.errors import UsageError
 from xinslm.files import manifest_fingerprint

@@ -21,9 +21,9 @@ from xinslm.config import HEADER, to_dict, to_yaml
 from xinslm.data.dataset import Dataset
 from xinslm.data.packing import PackedRows
 from xinslm.device import pick_device, return_freed_memory
-from xinslm.distill.auxiliary import make_auxiliary
 from xinslm.distill.checkpoint import TrainingState, load_auxiliary, load_checkpoint, prune, save_best, save_checkpoint
 from xinslm.distill.config import DistillConfig, PretrainConfig
+from xinslm.distill.hidden.auxiliary import make_auxiliary
 from xinslm.distill.inputs import differing_keys, find_dataset, shape
 from xinslm.distill.loop import Trainer, Validation, train
 from xinslm.distill.run_log import METRICS, RunLog, cut_metrics

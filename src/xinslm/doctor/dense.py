@@ -6,8 +6,8 @@ Slow and large on purpose, and independent of the fused head that it is compared
 import torch
 from torch import Tensor
 
-from xinslm.distill.loss_config import LossConfig
-from xinslm.distill.losses import SparseTargets
+from xinslm.distill.losses.config import LossConfig
+from xinslm.distill.losses.targets import SparseTargets
 
 
 def dense_loss(
@@ -21,14 +21,17 @@ def dense_loss(
     ce = -log_q.gather(1, labels[:, None]).mean()
     if targets is None:
         return ce
-    kd = torch.stack([_position(log_q[n], targets[slice(n, n + 1)], config) for n in range(len(labels))]).mean()
-    return config.alpha * ce + config.beta * kd
+    each = [_position(log_q[n], int(labels[n]), targets[slice(n, n + 1)], config) for n in range(len(labels))]
+    return config.alpha * ce + config.beta * torch.stack(each).mean()
 
 
-def _position(log_q: Tensor, target: SparseTargets, config: LossConfig) -> Tensor:
-    """KD of one position: KL over {head tokens, tail}, T inside the head, and the drawn part of the tail."""
+def _position(log_q: Tensor, label: int, target: SparseTargets, config: LossConfig) -> Tensor:
+    """KD of one position: KL over {head tokens, tail}, T inside the head, and the drawn part of the tail.
+
+    Where the teacher says nothing the text does: cross-entropy.
+    """
     if not bool(target.valid[0]):
-        return log_q.new_zeros(())
+        return -log_q[label]
     t, ids, log_p = config.temperature, target.head_ids[0], target.head_log_probs[0].double()
     outside = torch.ones_like(log_q, dtype=torch.bool)
     outside[ids] = False

@@ -5,8 +5,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from xinslm.distill.loss_config import LossConfig
-from xinslm.distill.losses import DenseTargets, SparseTargets, fused_loss
+from xinslm.distill.losses.config import LossConfig
+from xinslm.distill.losses.fused import fused_loss
+from xinslm.distill.losses.targets import DenseTargets, SparseTargets
 from xinslm.doctor.checks import Examination, require
 from xinslm.doctor.dense import dense_loss
 

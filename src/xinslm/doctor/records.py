@@ -13,12 +13,12 @@ import numpy as np
 import torch
 
 from xinslm.data.dataset import Dataset, Split
-from xinslm.distill.cache import LARGEST_NEGATIVE_LOG, VALID, Cache, decode, gather
-from xinslm.distill.cache_config import CacheConfig
-from xinslm.distill.losses import SparseTargets
-from xinslm.distill.relate import relate
-from xinslm.distill.scorers import RECORDS, DenseScorer
-from xinslm.distill.spans import SpanAligner
+from xinslm.distill.alignment.relate import relate
+from xinslm.distill.alignment.spans import SpanAligner
+from xinslm.distill.cache.config import CacheConfig
+from xinslm.distill.cache.records import LARGEST_NEGATIVE_LOG, VALID, Cache, decode, gather
+from xinslm.distill.cache.scorers import RECORDS, DenseScorer
+from xinslm.distill.losses.targets import SparseTargets
 from xinslm.doctor.checks import Examination, Skipped, require
 
 BLOCKS, BLOCK = 64, 1 << 14
@@ -130,7 +130,7 @@ def ask_again(
 
     `settings` are those of the cache they are compared with.
     """
-    from xinslm.distill.support import read_support
+    from xinslm.distill.texts.support import read_support
 
     split = dataset.split("train")
     usable = np.flatnonzero(np.diff(split.documents) > 1)

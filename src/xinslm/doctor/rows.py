@@ -5,8 +5,8 @@ import torch
 from torch import Tensor
 
 from xinslm.data.packing import Batch
-from xinslm.distill.loss_config import LossConfig
-from xinslm.distill.losses import fused_loss
+from xinslm.distill.losses.config import LossConfig
+from xinslm.distill.losses.fused import fused_loss
 from xinslm.doctor.checks import Examination, Skipped, require
 from xinslm.doctor.losses import REPORT, relative
 from xinslm.model.transformer import Transformer

@@ -16,10 +16,10 @@ import torch
 from xinslm.data.dataset import Dataset, open_dataset
 from xinslm.data.packing import Batch, PackedRows
 from xinslm.device import pick_device
-from xinslm.distill.cache import Cache, CacheFormat, decode, encode
-from xinslm.distill.losses import SparseTargets
-from xinslm.distill.scorers import RECORDS
-from xinslm.distill.sketches import SKETCH
+from xinslm.distill.cache.records import Cache, CacheFormat, decode, encode
+from xinslm.distill.cache.scorers import RECORDS
+from xinslm.distill.hidden.sketches import SKETCH
+from xinslm.distill.losses.targets import SparseTargets
 from xinslm.doctor.checks import Check, Examination, Skipped, require
 from xinslm.doctor.config import DoctorConfig
 from xinslm.doctor.losses import Positions, check_losses

@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 
 from xinslm.data.dataset import Dataset
-from xinslm.distill.nested import is_nested
+from xinslm.distill.alignment.nested import is_nested
 from xinslm.doctor.checks import require
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from xinslm.distill.cache import CacheFormat
+from xinslm.distill.cache.records import CacheFormat
 from xinslm.distill.inputs import shape
 from xinslm.errors import UsageError
 from xinslm.files import MANIFEST

@@ -144,8 +144,8 @@ class _Batches:
 
 def _nats(teacher: HuggingFaceTeacher, ids: Tensor, labels: Tensor, normaliser: float) -> Tensor:
     """Cross-entropy of a batch's targets, summed and divided by `normaliser`."""
-    from xinslm.distill.loss_config import LossConfig
-    from xinslm.distill.losses import fused_loss
+    from xinslm.distill.losses.config import LossConfig
+    from xinslm.distill.losses.fused import fused_loss
 
     chosen = labels.reshape(-1) != IGNORE
     wanted = labels.reshape(-1)[chosen].to(teacher.device)

@@ -1,0 +1,1 @@
+"""The teacher cache: its records, what fills them, merging several into one."""

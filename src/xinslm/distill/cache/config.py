@@ -1,0 +1,86 @@
+"""Configuration of `cache`."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from xinslm.distill.hidden.config import depth_errors
+from xinslm.errors import UsageError
+from xinslm.ranges import POSITIVE, SEED, Range, range_errors
+from xinslm.teachers.endpoint_config import EndpointConfig
+
+Device = Literal["auto", "cpu", "cuda", "mps"]
+Dtype = Literal["float32", "bfloat16", "float16"]
+Alignment = Literal["auto", "same", "nested", "bytes", "chunks"]
+
+CONTEXT = Range(2, 1_000_000)
+_CACHE = {
+    "head": Range(1, 256),
+    "draws": Range(0, 64),
+    "temperature": POSITIVE,
+    "max_seq_length": CONTEXT,
+    "batch_tokens": Range(1),
+    "shard_positions": Range(1),
+    "sketch_width": Range(1, 4096),
+    "seed": SEED,
+}
+
+
+@dataclass(frozen=True)
+class CacheConfig:
+    """Score a dataset with a teacher, once, into a sparse cache."""
+
+    teacher: Annotated[str, tyro.conf.Positional]
+    """Teacher: a model folder or Hub name (any Hugging Face causal language model), a .gguf file, or the URL of an
+    OpenAI-compatible endpoint that scores given text (vLLM); an encoder's folder with --sketch-depths."""
+    data_path: Path
+    """Dataset folder made by `xinslm prepare`."""
+    output_dir: Annotated[Path, tyro.conf.arg(aliases=["-o"])]
+    """Cache folder to write; a run that was interrupted continues there."""
+    head: int = 8
+    """Most likely tokens kept exactly at each position."""
+    draws: int = 4
+    """Tokens drawn from the rest of the distribution; take 8 for three epochs and more. Endpoints give none."""
+    temperature: float = 2.0
+    """Temperature whose normaliser is stored, for a loss with temperature_mode full. Endpoints give it for 1 alone."""
+    alignment: Alignment = "auto"
+    """Where the teacher's tokenizer is another: nested (a merge prefix of it) and bytes push its distributions forward,
+    chunks keeps its likelihood of stretches of text; auto takes the first that is possible."""
+    sketch_depths: tuple[float, ...] = ()
+    """Depths whose hidden states to keep as sketches, as shares of the teacher's layers: 0.5 1.0 for instance."""
+    sketch_width: int = 64
+    """Bytes of a sketch, at each depth; two more are its scale."""
+    max_seq_length: int = 512
+    """Longest context in tokens the teacher sees; use the student's."""
+    batch_tokens: int = 8192
+    """Tokens a teacher's forward pass takes."""
+    shard_positions: int = 1 << 18
+    """Positions a shard file holds, about: what an interruption costs at most."""
+    dtype: Dtype = "float32"
+    """The teacher's number type."""
+    device: Device = "auto"
+    """Where the teacher runs; auto takes cuda, then mps, then cpu."""
+    adapter: Path | None = None
+    """LoRA adapter to score with, made by `xinslm adapt`, or another in peft's layout."""
+    revision: str | None = None
+    """Hub revision of the teacher."""
+    trust_remote_code: bool = False
+    """Run Python code that the teacher's repository brings."""
+    tokenizer: str | None = None
+    """Tokenizer of an endpoint's model, or one for a GGUF file instead of its own: a folder, a file or a Hub name."""
+    endpoint: EndpointConfig = field(default_factory=EndpointConfig)
+    """For a teacher that is a URL."""
+    seed: int = 0
+    """Seed of the draws."""
+    repair: bool = False
+    """Make damaged and missing files of a finished cache again, and only those; give the options it was made with."""
+    force: bool = False
+    """Replace what stands in the output folder."""
+
+    def check(self) -> None:
+        """Raise UsageError listing everything that cannot work."""
+        depths = depth_errors(self.sketch_depths, "sketch_depths")
+        if wrong := [*range_errors(self, _CACHE), *depths, *self.endpoint.errors()]:
+            raise UsageError("\n".join(wrong))

@@ -1,0 +1,73 @@
+"""Configuration of the losses of `distill`."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from xinslm.ranges import POSITIVE, SHARE, Range, range_errors
+
+Divergence = Literal["forward_kl", "reverse_kl", "jsd", "skew_kl", "skew_reverse_kl"]
+
+_LOSS = {
+    "alpha": Range(0),
+    "beta": Range(0),
+    "temperature": POSITIVE,
+    "tail_weight": SHARE,
+    "jsd_weight": Range(0, 1, above=True, below=True),
+    "skew": Range(0, 1, below=True),
+    "span_temperature": Range(1),
+}
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """(alpha * CE + beta * T^2 * KD) / N, N the target tokens of the whole optimiser step."""
+
+    alpha: float = 0.1
+    """Weight of the cross-entropy against the text."""
+    beta: float = 0.9
+    """Weight of the divergence from the teacher, and of the text where the teacher says nothing."""
+    temperature: float = 1.0
+    """T, which softens both distributions; T^2 keeps the gradient's size."""
+    temperature_mode: Literal["decoupled", "full"] = "decoupled"
+    """decoupled: T inside the cached head only, exact. full: T everywhere, the cache's own T required."""
+    tail_weight: float | None = None
+    """How much the draws from the teacher's tail count: 1 is unbiased, 0 makes the tail one bucket. By default 1 where
+    draws can be used (forward_kl, no T on the tail), else 0."""
+    divergence: Divergence = "forward_kl"
+    """Divergence of the student q from the teacher p. forward_kl covers all the teacher does; reverse_kl and jsd keep
+    to its main modes, for answers the student wrote itself; the skewed ones mix both distributions before comparing."""
+    jsd_weight: float = 0.5
+    """The teacher's weight in jsd, w KL(p||m) + (1-w) KL(q||m) with m = w p + (1-w) q: near 0 like forward_kl, near 1
+    like reverse_kl."""
+    skew: float = 0.1
+    """Share of the first distribution in the second, for skew_kl and skew_reverse_kl."""
+    span_temperature: float = 100.0
+    """Root taken of span likelihoods, which are tiny, where teacher and student are compared by spans of text."""
+
+    @property
+    def draws_weight(self) -> float:
+        """`tail_weight`, or what it is when left out."""
+        if self.tail_weight is not None:
+            return self.tail_weight
+        tempered = self.temperature_mode == "full" and self.temperature != 1
+        return 1.0 if self.divergence == "forward_kl" and not tempered else 0.0
+
+    def errors(self) -> list[str]:
+        """What cannot work, a sentence each."""
+        wrong = range_errors(self, _LOSS, "loss.")
+        if self.alpha == self.beta == 0:
+            wrong.append("loss.alpha and loss.beta are both 0: there is no loss to train with")
+        tempered, forward = self.temperature != 1, self.divergence == "forward_kl"
+        if self.temperature_mode == "full" and tempered and self.tail_weight:
+            wrong.append("loss.temperature_mode full has no draws at T: set loss.tail_weight to 0, or leave it out")
+        if not forward and self.tail_weight:
+            wrong.append(
+                f"loss.divergence {self.divergence} cannot use draws from the teacher's tail, only forward_kl is "
+                f"linear in them: set loss.tail_weight to 0, or leave it out"
+            )
+        if not forward and tempered and self.temperature_mode == "decoupled":
+            wrong.append(
+                f"loss.temperature_mode decoupled is the chain rule of forward_kl, and loss.divergence "
+                f"{self.divergence} has none: set loss.temperature_mode to full, or loss.temperature to 1"
+            )
+        return wrong

@@ -1,0 +1,1 @@
+"""Texts to learn from that the teacher or the student writes."""
