@@ -26,7 +26,7 @@ from xinslm.distill.losses.config import LossConfig
 from xinslm.distill.losses.targets import SparseTargets
 
 PRESETS = {
-    "lean": (6, 2), "default": (8, 4), "rich": (20, 12), "11 and no draws": (11, 0), "20 and no draws": (20, 0),
+    "lean": (2, 8), "default": (4, 10), "8 + 4": (8, 4), "rich": (8, 18), "11 and no draws": (11, 0), "20 and no draws": (20, 0),
     "50 and no draws": (50, 0),
 }  # fmt: skip
 """Head tokens and draws."""
@@ -136,8 +136,11 @@ def main() -> None:
         sizes = {name: f"{CacheFormat(teacher.shape[1], *PRESETS[name], 2.0).dtype.itemsize} bytes" for name in PRESETS}
         at_two = {
             f"{way}, {sizes[name]}": dict(zip(logits, map(float, rows[f"{row} | {name}, {sizes[name]}"]), strict=True))
-            for name in ("default", "rich")
-            for way, row in (("full", "T=2 full"), ("decoupled", "T=2 decoupled, tail_weight 0, its own definition"))
+            for name, way, row in (
+                ("11 and no draws", "full", "T=2 full"),
+                ("20 and no draws", "full", "T=2 full"),
+                ("default", "decoupled", "T=2 decoupled, tail_weight 0, its own definition"),
+            )
         }
         keep(args.work, "gradient error at T=2", at_two)
 

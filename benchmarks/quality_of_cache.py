@@ -34,9 +34,10 @@ from xinslm.model.transformer import Transformer
 from xinslm.teachers.huggingface import HuggingFaceTeacher
 from xinslm.tokenizer.load import load_tokenizer
 
-CACHES = {"lean 6+2": (6, 2), "default 8+4": (8, 4), "rich 20+12": (20, 12)}
+CACHES = {"lean 2+8": (2, 8), "default 4+10": (4, 10), "8+4": (8, 4), "11+0": (11, 0), "rich 8+18": (8, 18)}
+"""Head tokens and draws."""
 TOP = (12, 128)
-VARIANTS = ["CE", "full", *CACHES, "ghost 8", *(f"top-{k} renormalised" for k in TOP)]
+VARIANTS = ["CE", "full", *CACHES, *(f"top-{k} renormalised" for k in TOP)]
 
 
 class TopK(LiveTargets):
@@ -71,11 +72,8 @@ def one(args: argparse.Namespace, variant: str, seed: int) -> None:
     loss, source = LossConfig(args.alpha, 1 - args.alpha), None
     if variant == "CE":
         loss = LossConfig(1.0, 0.0)
-    elif variant in CACHES or variant == "ghost 8":
-        records = Cache(args.work / f"cache-{'default 8+4' if variant == 'ghost 8' else variant}".replace(" ", "-"))
-        source = CachedTargets(records.split("train"))
-        if variant == "ghost 8":
-            loss = LossConfig(args.alpha, 1 - args.alpha, tail_weight=0.0)
+    elif variant in CACHES:
+        source = CachedTargets(Cache(args.work / f"cache-{variant}".replace(" ", "-")).split("train"))
     else:
         teacher = HuggingFaceTeacher(str(teacher_folder))
         source = LiveTargets(teacher) if variant == "full" else TopK(teacher, int(variant.split("-")[1].split()[0]))
@@ -114,9 +112,8 @@ def main() -> None:
             f"--max-tokens {args.tokens}"
         )
     record_bytes = {}
-    wanted = {"default 8+4" if variant == "ghost 8" else variant for variant in args.variants}
     for name, (head, draws) in CACHES.items():
-        if name not in wanted:
+        if name not in args.variants:
             continue
         folder = args.work / f"cache-{name}".replace(" ", "-")
         if not (folder / "manifest.json").is_file():

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from xinslm.distill.cache.config import CacheConfig, head_size
 from xinslm.distill.cache.records import CacheFormat, decode, encode, pack_bits, position_uniforms, unpack_bits
 
 
@@ -14,11 +15,13 @@ def distributions(rows=200, vocab=300, seed=0, sharpness=2.5):
 
 
 def test_record_sizes_are_the_documented_ones():
-    assert CacheFormat(32768, 8, 4, 2.0).dtype.itemsize == 39
-    assert CacheFormat(65536, 8, 4, 2.0).dtype.itemsize == 39
-    assert CacheFormat(128256, 8, 4, 2.0).dtype.itemsize == 41
-    assert CacheFormat(32768, 6, 2, 2.0).dtype.itemsize == 29
-    assert CacheFormat(32768, 20, 12, 2.0).dtype.itemsize == 91
+    default = head_size(None, CacheConfig.draws), CacheConfig.draws
+    assert CacheFormat(32768, *default, 2.0).dtype.itemsize == 39
+    assert CacheFormat(65536, *default, 2.0).dtype.itemsize == 39
+    assert CacheFormat(128256, *default, 2.0).dtype.itemsize == 41
+    assert CacheFormat(32768, 2, 8, 2.0).dtype.itemsize == 29
+    assert CacheFormat(32768, 8, 18, 2.0).dtype.itemsize == 67
+    assert CacheFormat(32768, head_size(None, 0), 0, 2.0).dtype.itemsize == 40
 
 
 def test_head_tail_and_normaliser_survive_within_the_codes_precision():

@@ -196,7 +196,7 @@ def test_order_of_caches_and_size_of_weights_do_not_matter(world, second, tmp_pa
     caches = (second / "wide", world.cache, second / "cache")
     merge.run(config(world, second, b, caches=caches, weights=(0.2, 0.5, 0.3)))
     (one, fmt), (two, _) = everything(a), everything(b)
-    assert fmt.head == 8 and fmt.draws == 4 and fmt.temperature == 1.0
+    assert fmt.head == 4 and fmt.draws == 10 and fmt.temperature == 1.0
     assert (one == two).mean() > 0.99, "but for the last bit of a sum"
     described = Cache(a).manifest["config"]["teacher"]
     assert described.startswith(f"merge of 0.5 x {world.cache} + 0.3 x ")
@@ -217,8 +217,8 @@ def test_weights_by_token_against_a_loop(world, second, tmp_path):
         full = dict(known)
         for share, part in zip(w, parts, strict=True):
             for token in part.tail_ids[row].tolist():
-                full[token] = full.get(token, 0.0) + share * float(part.log_tail[row].exp()) / 4
-        head = sorted(known, key=lambda token: (-known[token], token))[:8]
+                full[token] = full.get(token, 0.0) + share * float(part.log_tail[row].exp()) / fmt.draws
+        head = sorted(known, key=lambda token: (-known[token], token))[: fmt.head]
         assert merged.head_ids[row].tolist() == head
         expected = torch.tensor([full[token] for token in head], dtype=torch.float32)
         torch.testing.assert_close(merged.head_log_probs[row].exp(), expected, atol=2e-3, rtol=0.03)
@@ -351,7 +351,7 @@ def test_caches_that_do_not_fit_are_refused_by_name(world, second, domains, tmp_
     cache_of(world, tmp_path / "other", str(world.teacher), domains / "data")
     with pytest.raises(UsageError, match=r"cache .*other was made from another dataset"):
         merge.run(config(world, second, tmp_path / "m", tmp_path / "other"))
-    with pytest.raises(UsageError, match=r"head is 9, but cache .* knows only 8 tokens.*--head 8 or less"):
+    with pytest.raises(UsageError, match=r"head is 9, but cache .* knows only 4 tokens.*--head 4 or less"):
         merge.run(config(world, second, tmp_path / "m", second / "wide", head=9))
     with pytest.raises(UsageError, match=r"3 weights are given for 2 caches"):
         merge.run(config(world, second, tmp_path / "m", weights=(1, 1, 1)))

@@ -32,9 +32,9 @@ class PlanConfig(DistillConfig):
     """Parameters of the teacher in billions, where --teacher is no folder here."""
     hourly_price: float | None = None
     """Price of a machine's hour, for the cost of each stage."""
-    head: int = 8
-    """Most likely tokens a cache keeps at each position."""
-    draws: int = 4
+    head: int | None = None
+    """Most likely tokens a cache keeps at each position; by default 4, or 11 where there are no draws."""
+    draws: int = 10
     """Drawn tokens a cache keeps at each position."""
 
     def errors(self) -> list[str]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from xinslm.distill.cache.config import head_size
 from xinslm.distill.cache.records import CacheFormat
 from xinslm.distill.inputs import shape
 from xinslm.errors import UsageError
@@ -102,7 +103,7 @@ def run(config: PlanConfig, on_progress: Listener = ignore) -> PlanResult:
         beside["live teacher"] = round(numbers * (4 if dtype == "float32" else 2))
         notes += ("the teacher is in memory beside the student; a cache (`xinslm cache`) spares that, and its time",)
     if numbers:
-        record = CacheFormat(vocabulary, config.head, config.draws, 2.0).dtype.itemsize
+        record = CacheFormat(vocabulary, head_size(config.head, config.draws), config.draws, 2.0).dtype.itemsize
         stages.append(Stage("cache", 2.0 * numbers * tokens, dtype, tokens * record))
     written = _checkpoint(student, config)
     products = "bfloat16" if config.dtype == "bfloat16" else "float32"

@@ -2,7 +2,7 @@
 
 Record i is the teacher's distribution of token i+1: h head tokens with 8-bit codes of -log p, the mass of the rest
 (the tail), n tokens drawn from it, the log-normaliser at one temperature, and log p of the token that came. 39 bytes
-with h=8, n=4 and a vocabulary up to 65,536. A code c stands for -log p = 20 (c/255)^2, finest where p is large; head
+with h=4, n=10 and a vocabulary up to 65,536. A code c stands for -log p = 20 (c/255)^2, finest where p is large; head
 and tail are scaled to 1 when read. Draws come from a counter-based generator, so a record depends on its position
 and the seed alone: a cache that was killed and continued equals one that was not.
 

@@ -20,7 +20,7 @@ from xinslm.device import pick_device
 from xinslm.distill.alignment.relate import kind_of, relate
 from xinslm.distill.alignment.spans import SpanAligner
 from xinslm.distill.cache.chunks import SPAN, CachedSpans, ChunkScorer
-from xinslm.distill.cache.config import CacheConfig
+from xinslm.distill.cache.config import CacheConfig, head_size
 from xinslm.distill.cache.encoder_scorer import EncoderScorer, empty_format
 from xinslm.distill.cache.records import FP16_FLOOR, KIND, PLAN, VALID, VERSION, Cache, CacheFormat, decode, suffix
 from xinslm.distill.cache.repair import differing, reopen
@@ -111,7 +111,7 @@ def run(config: CacheConfig, on_progress: Listener = ignore, api_key: str | None
     way = relate(dataset, teacher, config.alignment)
     vocab_size = dataset.manifest["vocab_size"]
     support = read_support(dataset)
-    head = min(config.head if support is None else support.head, vocab_size - 1)
+    head = min(head_size(config.head, config.draws) if support is None else support.head, vocab_size - 1)
     fmt = CacheFormat(vocab_size, head, config.draws, config.temperature)
     sketches = _sketches(config, teacher) if config.sketch_depths else None
     scorer: Scorer
@@ -132,7 +132,7 @@ def _run_endpoint(config: CacheConfig, dataset: Dataset, api_key: str | None, on
 
     if config.sketch_depths:
         raise UsageError("an endpoint gives no hidden states: leave sketch_depths out, or cache from the model's files")
-    fmt = endpoint_format(dataset.manifest["vocab_size"], config.head)
+    fmt = endpoint_format(dataset.manifest["vocab_size"], head_size(config.head, 0))
     teacher = EndpointTeacher(config.teacher, config.endpoint, fmt.head, config.tokenizer, api_key)
     teacher.require_scoring()
     require_tokenizer(dataset, teacher.tokenizer.fingerprint(), f"teacher {teacher.name}")

@@ -19,7 +19,7 @@ from xinslm.config import to_dict
 from xinslm.data.dataset import open_dataset
 from xinslm.device import pick_device
 from xinslm.distill.cache import score
-from xinslm.distill.cache.config import CacheConfig
+from xinslm.distill.cache.config import CacheConfig, head_size
 from xinslm.distill.cache.endpoint_scorer import endpoint_format
 from xinslm.distill.cache.journal import Journal
 from xinslm.distill.cache.records import Cache
@@ -86,7 +86,7 @@ def run(config: SynthesizeConfig, on_progress: Listener = ignore, api_key: str |
     prompts = read_prompts(config.prompts)
     teacher: Any = open_teacher(
         config.teacher, config.dtype, pick_device(config.device), config.revision, config.trust_remote_code,
-        config.tokenizer, config.endpoint, config.head, api_key,
+        config.tokenizer, config.endpoint, head_size(config.head, 0), api_key,
     )  # fmt: skip
     plan = {
         "settings": {key: value for key, value in to_dict(config).items() if key not in _PLACES},
@@ -276,7 +276,7 @@ def _cache_written(
         )
     folder = config.output_dir / CACHE
     dataset = open_dataset(config.output_dir / DATA)
-    fmt = endpoint_format(tokenizer.vocab_size, config.head)
+    fmt = endpoint_format(tokenizer.vocab_size, head_size(config.head, 0))
     if not (folder / MANIFEST).is_file():
         scorer = WrittenScorer(splits, tokenizer, fmt)
         score.write_cache(_cache_config(config), dataset, teacher, fmt, scorer, on_progress)

@@ -59,9 +59,9 @@ class SynthesizeConfig:
     """Share of the prompts held back to measure on, with all their answers."""
     cache: bool = True
     """Keep the teacher's distributions along with the text."""
-    head: int = 8
-    """Most likely tokens kept exactly at each position."""
-    draws: int = 4
+    head: int | None = None
+    """Most likely tokens kept exactly at each position; by default 4, or 11 where there are no draws."""
+    draws: int = 10
     """Tokens drawn from the rest of the distribution; endpoints give none."""
     cache_temperature: float = 2.0
     """Temperature whose normaliser the cache stores; endpoints give it for 1 alone."""
