@@ -228,7 +228,17 @@ def test_a_gradient_that_misses_the_head(healthy, wrong_gradient):
     wrong_gradient(lambda hidden, weight, config: (hidden, 0.99 * weight))
     only(
         examine(healthy, teacher=None), "fused cross-entropy", "fused distillation", "fused distillation, T=2",
+        "other divergences",
     )  # fmt: skip
+
+
+@pytest.mark.parametrize("divergence", ["reverse_kl", "jsd", "skew_kl", "skew_reverse_kl"])
+def test_one_divergence_that_is_wrong(healthy, wrong_gradient, divergence):
+    def change(hidden, weight, config):
+        return hidden * (1.01 if config.divergence == divergence else 1.0), weight
+
+    wrong_gradient(change)
+    only(examine(healthy, teacher=None), "other divergences")
 
 
 def test_a_teacher_term_that_is_not_zero_for_the_students_own_words(healthy, wrong_gradient):

@@ -3,9 +3,12 @@
 Slow and large on purpose, and independent of the fused head that it is compared with.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
+from xinslm.distill.losses.chunk import LEAST_SPARSE_LOG_P
 from xinslm.distill.losses.config import LossConfig
 from xinslm.distill.losses.targets import SparseTargets
 
@@ -13,7 +16,7 @@ from xinslm.distill.losses.targets import SparseTargets
 def dense_loss(
     hidden: Tensor, weight: Tensor, labels: Tensor, targets: SparseTargets | None, config: LossConfig
 ) -> Tensor:
-    """Mean over N positions of alpha * CE + beta * KD; forward_kl in mode decoupled, up to a constant.
+    """Mean over N positions of alpha * CE + beta * KD; forward_kl in mode decoupled, up to a constant, others at T=1.
 
     hidden (N, d), weight (V, d), both float64 with gradients; the result is a float64 scalar.
     """
@@ -38,6 +41,9 @@ def _position(log_q: Tensor, label: int, target: SparseTargets, config: LossConf
     p_head, p_tail = log_p.exp().sum(), target.log_tail[0].double().exp()
     log_q_head, log_q_tail = log_q[ids].logsumexp(0), log_q[outside].logsumexp(0)
     inside_p, inside_q = torch.log_softmax(log_p / t, 0), torch.log_softmax(log_q[ids] / t, 0)
+    if config.divergence != "forward_kl":
+        p, q = torch.cat((log_p.exp(), p_tail[None])), torch.cat((log_q[ids].exp(), log_q_tail.exp()[None]))
+        return _divergence(p.clamp_min(math.exp(LEAST_SPARSE_LOG_P)), q, config)
     split = p_head * (p_head.log() - log_q_head)
     if p_tail > 0:
         split = split + p_tail * (p_tail.log() - log_q_tail)
@@ -46,3 +52,19 @@ def _position(log_q: Tensor, label: int, target: SparseTargets, config: LossConf
         drawn = log_q[target.tail_ids[0]].mean()
         return split + inside + config.draws_weight * p_tail * (log_q_tail - drawn)
     return split + inside
+
+
+def _divergence(p: Tensor, q: Tensor, config: LossConfig) -> Tensor:
+    """Divergence of two distributions over buckets, (buckets,) each, as it is defined."""
+
+    def kl(a: Tensor, b: Tensor) -> Tensor:
+        return (a * (a / b).log()).sum()
+
+    w, s = config.jsd_weight, config.skew
+    mixed = w * p + (1 - w) * q
+    return {
+        "reverse_kl": kl(q, p),
+        "jsd": w * kl(p, mixed) + (1 - w) * kl(q, mixed),
+        "skew_kl": kl(p, s * p + (1 - s) * q),
+        "skew_reverse_kl": kl(q, s * q + (1 - s) * p),
+    }[config.divergence]

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from xinslm.distill.losses.config import LossConfig
+from xinslm.distill.losses.config import Divergence, LossConfig
 from xinslm.distill.losses.fused import fused_loss
 from xinslm.distill.losses.targets import DenseTargets, SparseTargets
 from xinslm.doctor.checks import Examination, require
@@ -14,6 +14,7 @@ from xinslm.doctor.dense import dense_loss
 TOLERANCE, SLOPE_TOLERANCE = 1e-3, 0.05
 HALVED = LossConfig(alpha=0.5, beta=0.5)
 AT_TWO = LossConfig(alpha=0.0, beta=1.0, temperature=2.0)
+OTHERS: tuple[Divergence, ...] = ("reverse_kl", "jsd", "skew_kl", "skew_reverse_kl")
 REPORT = "Do not train on this machine with this build of PyTorch; please report it with your versions"
 
 
@@ -37,6 +38,9 @@ def check_losses(examination: Examination, at: Positions, seed: int) -> None:
     examination.make("fused cross-entropy", lambda: _compare(at, None, LossConfig(alpha=1.0, beta=0.0)))
     examination.make("fused distillation", lambda: _compare(at, at.targets, HALVED))
     examination.make("fused distillation, T=2", lambda: _compare(at, at.targets, AT_TWO))
+    examination.make(
+        "other divergences", lambda: _compare(at, at.targets, *(LossConfig(0.5, 0.5, divergence=d) for d in OTHERS))
+    )
     examination.make("temperature", lambda: _temperature(at, seed))
     examination.make("student as teacher", lambda: _own_teacher(at))
 
@@ -58,14 +62,16 @@ def relative(found: Tensor, expected: Tensor) -> float:
     return float(difference) if bool(torch.isfinite(difference)) else float("inf")
 
 
-def _compare(at: Positions, targets: SparseTargets | None, config: LossConfig) -> str:
-    value, *gradients = _fused(at, targets, config)
-    hidden, weight = at.hidden.double().requires_grad_(), at.weight.double().requires_grad_()
-    expected = dense_loss(hidden, weight, at.labels, targets, config)
-    expected.backward()
-    assert hidden.grad is not None and weight.grad is not None
-    of_value = relative(torch.tensor(value), expected.detach())
-    of_gradient = max(relative(gradients[0], hidden.grad), relative(gradients[1], weight.grad))
+def _compare(at: Positions, targets: SparseTargets | None, *configs: LossConfig) -> str:
+    of_value = of_gradient = 0.0
+    for config in configs:
+        value, *gradients = _fused(at, targets, config)
+        hidden, weight = at.hidden.double().requires_grad_(), at.weight.double().requires_grad_()
+        expected = dense_loss(hidden, weight, at.labels, targets, config)
+        expected.backward()
+        assert hidden.grad is not None and weight.grad is not None
+        of_value = max(of_value, relative(torch.tensor(value), expected.detach()))
+        of_gradient = max(of_gradient, relative(gradients[0], hidden.grad), relative(gradients[1], weight.grad))
     against = "" if targets is None else f", {at.teacher}"
     return require(
         of_value <= TOLERANCE and of_gradient <= TOLERANCE,

@@ -99,10 +99,8 @@ def _tail(cache: Cache, stored: np.ndarray) -> str:
     """How much of the teacher is outside the head, and whether draws stand for it."""
     mass = float(np.exp(decode(stored, cache.format).log_tail.numpy()).mean(dtype=np.float64)) if len(stored) else 0.0
     detail = f"{mass:.1%} of the teacher's mass outside {cache.format.head} tokens, {cache.format.draws} draws"
-    if mass > 0.3 and cache.format.draws:
-        detail += f"; more of it would be exact with --head {2 * cache.format.head}"
     return require(
-        mass <= 0.3 or cache.format.draws > 0, detail, "Cache with a larger --head, or with --draws 4 or more"
+        mass <= 0.3 or cache.format.draws > 0, detail, "Cache with a larger --head, or with draws (--draws 10)"
     )
 
 

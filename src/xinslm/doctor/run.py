@@ -178,8 +178,8 @@ def _check_student(
     examination: Examination, config: DoctorConfig, dataset: Dataset, tokenizer: Any, cache: Cache | None,
     device: torch.device,
 ) -> None:  # fmt: skip
-    of_model = ("fused cross-entropy", "fused distillation", "fused distillation, T=2", "temperature",
-                "student as teacher", "packing", "pads", "accumulation")  # fmt: skip
+    of_model = ("fused cross-entropy", "fused distillation", "fused distillation, T=2", "other divergences",
+                "temperature", "student as teacher", "packing", "pads", "accumulation")  # fmt: skip
     loaded: list[Transformer] = []
 
     def weights() -> str:

@@ -31,7 +31,7 @@ _CACHE = {
 def head_size(head: int | None, draws: int) -> int:
     """`head`, or what it is when left out: 14 ids of 2 bytes and 4 codes take 39 bytes, 11 of each 40.
 
-    4 + 10 have half the variance of 8 + 4, at the same bytes: a head token should have more mass than a draw stands for.
+    At the same bytes 4 + 10 have half the variance of 8 + 4: a head token should outweigh what one draw stands for.
     """
     if head is not None:
         return head
