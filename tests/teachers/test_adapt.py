@@ -2,8 +2,10 @@
 
 import json
 import shutil
+import signal
 import subprocess
 import sys
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -227,6 +229,43 @@ def test_an_interruption_leaves_nothing(small, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         adapt.run(settings(small.folder, tmp_path / "o"), stop)
     assert not list(tmp_path.iterdir())
+
+
+def test_killed_and_continued_equals_uninterrupted(small, tmp_path):
+    """Dropout's generator, the moments and the order of batches go on where they stood; kill -9, not an exception."""
+    wanted = settings(small.folder, tmp_path / "whole", max_steps=12, dropout=0.2, save_every=5)
+    whole = adapt.run(wanted)
+    again = replace(wanted, output_dir=tmp_path / "killed")
+    code = f"""
+import os, signal
+from pathlib import Path, PosixPath
+import torch
+torch.set_num_threads(1)
+from xinslm.teachers import adapt
+from xinslm.teachers.adapt_config import AdaptConfig
+def listen(progress):
+    if progress.stage == "adapt" and progress.done == 8:
+        os.kill(os.getpid(), signal.SIGKILL)
+adapt.run({again!r}, listen)
+"""
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == -signal.SIGKILL
+    assert [p.name for p in tmp_path.iterdir() if "killed" in p.name] == [".killed.training.safetensors"]
+    with pytest.raises(UsageError, match="begun with other options"):
+        adapt.run(replace(again, rank=4))
+    steps = []
+    result = adapt.run(again, lambda progress: steps.append(progress.done))
+    assert steps[:2] == [5, 6] and (result.before, result.after) == (whole.before, whole.after)
+    files = [tmp_path / name / "adapter_model.safetensors" for name in ("whole", "killed")]
+    assert files[0].read_bytes() == files[1].read_bytes()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["killed", "whole"]
+
+
+def test_a_damaged_state_says_what_to_do(small, tmp_path):
+    (tmp_path / ".o.training.safetensors").write_bytes(b"half")
+    with pytest.raises(XinslmError, match=r"\.o\.training\.safetensors: damaged .*--force begins anew"):
+        adapt.run(settings(small.folder, tmp_path / "o"))
+    adapt.run(settings(small.folder, tmp_path / "o", max_steps=1, force=True))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["o"]
 
 
 def test_without_peft_the_message_says_how_to_get_it(small, tmp_path):

@@ -5,13 +5,15 @@
 
 A teacher is surer, and right more often, on text of the kind it was last trained on; a few million tokens are enough
 ("teacher correction", arXiv:2408.11796, section 2). The loss is the plain next-token loss on the dataset's targets;
-sequences are batched by length, each in a row of its own. The folder is written when training has ended, or not at all.
+sequences are batched by length, each in a row of its own. The folder is written when training has ended, or not at all;
+the same command continues a killed one, and ends with the same weights.
 """
 
 import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,7 @@ from xinslm.errors import UsageError, XinslmError
 from xinslm.files import new_folder, refuse_existing, refuse_inside, write_manifest
 from xinslm.progress import Listener, Progress, ignore
 from xinslm.teachers.adapt_config import AdaptConfig
+from xinslm.teachers.adapt_state import AdaptState
 from xinslm.teachers.adapter import KIND, VERSION, require_peft
 from xinslm.teachers.huggingface import HuggingFaceTeacher
 from xinslm.teachers.local import batches_by_length
@@ -77,11 +80,15 @@ def run(config: AdaptConfig, on_progress: Listener = ignore) -> AdaptResult:
             f"{teacher.max_length} tokens: pass --max-seq-length {teacher.max_length}"
         )
     base = teacher.fingerprint
+    state = AdaptState(config.output_dir, {"config": _plan(config), "teacher": base, "dataset": dataset.fingerprint})
+    if config.force:
+        state.remove()
+    done, before = state.look()
     adapted = _put_adapter(peft, teacher, config)
     training = _Batches(dataset.split("train"), config.max_seq_length, config.batch_tokens)
     held_out = _held_out(dataset, config)
-    before = _validate(teacher, held_out)
-    steps = _train(teacher, training, config, on_progress)
+    before = before if done else _validate(teacher, held_out)
+    steps = _train(teacher, training, config, state, done, before, on_progress)
     after = _validate(teacher, held_out)
     count = sum(weight.numel() for weight in teacher.model.parameters() if weight.requires_grad)
     with new_folder(config.output_dir, config.force) as folder:
@@ -91,6 +98,7 @@ def run(config: AdaptConfig, on_progress: Listener = ignore) -> AdaptResult:
         write_manifest(
             folder, KIND, VERSION, to_dict(config), inputs, steps=steps, validation={"before": before, "after": after}
         )
+    state.remove()
     return AdaptResult(config.output_dir, count, steps, before, after, time.monotonic() - started)
 
 
@@ -193,8 +201,17 @@ def _order(count: int, seed: int) -> Iterator[int]:
         epoch += 1
 
 
-def _train(teacher: HuggingFaceTeacher, batches: _Batches, config: AdaptConfig, on_progress: Listener) -> int:
-    """Train what requires gradients; return the number of steps."""
+def _plan(config: AdaptConfig) -> dict[str, Any]:
+    """What the weights follow from: all settings but where things stand and how often they are saved."""
+    places = ("output_dir", "data_path", "teacher", "device", "force", "save_every")
+    return {name: value for name, value in to_dict(config).items() if name not in places}
+
+
+def _train(
+    teacher: HuggingFaceTeacher, batches: _Batches, config: AdaptConfig, state: AdaptState, done: int,
+    before: float | None, on_progress: Listener,
+) -> int:  # fmt: skip
+    """Train what requires gradients, from step `done` on; return the number of steps."""
     total = config.max_steps or max(1, round(config.num_epochs * len(batches)))
     weights = [weight for weight in teacher.model.parameters() if weight.requires_grad]
     optimizer = torch.optim.AdamW(weights, lr=config.learning_rate, weight_decay=0.0)
@@ -202,7 +219,11 @@ def _train(teacher: HuggingFaceTeacher, batches: _Batches, config: AdaptConfig, 
     teacher.model.train()
     with torch.random.fork_rng():
         torch.manual_seed(config.seed)  # of dropout
-        for step, index in zip(range(total), _order(len(batches), config.seed), strict=False):
+        if done:
+            state.restore(weights, optimizer)
+            on_progress(Progress("adapt", done, total, "steps", note=f"continuing after step {done}"))
+        order = islice(_order(len(batches), config.seed), done, None)
+        for step, index in zip(range(done, total), order, strict=False):
             ids, labels = batches.get(index)
             rising, falling = min(1.0, (step + 1) / max(warmup, 1)), (total - step) / max(total - warmup, 1)
             optimizer.param_groups[0]["lr"] = config.learning_rate * min(rising, falling, 1.0)
@@ -213,9 +234,11 @@ def _train(teacher: HuggingFaceTeacher, batches: _Batches, config: AdaptConfig, 
             if not math.isfinite(loss.item()) or not math.isfinite(norm):
                 raise XinslmError(
                     f"the loss is {loss.item()} and its gradient {norm} at step {step + 1}: training has stopped, "
-                    f"nothing is written. Try a smaller --learning-rate, or --dtype float32"
+                    f"no adapter is written. Try --force with a smaller --learning-rate, or --dtype float32"
                 )
             optimizer.step()
             rate = optimizer.param_groups[0]["lr"]
             on_progress(Progress("adapt", step + 1, total, "steps", {"loss": loss.item(), "lr": rate}))
+            if (step + 1) % config.save_every == 0 and step + 1 < total:
+                state.save(step + 1, before, weights, optimizer)
     return total

@@ -21,6 +21,7 @@ _ADAPT = {
     "max_seq_length": Range(2, 1_000_000),
     "batch_tokens": Range(1),
     "validation_tokens": Range(0),
+    "save_every": Range(1),
     "seed": SEED,
 }
 
@@ -34,7 +35,7 @@ class AdaptConfig:
     data_path: Path
     """Dataset folder made by `xinslm prepare` with the teacher's own tokenizer."""
     output_dir: Annotated[Path, tyro.conf.arg(aliases=["-o"])]
-    """Adapter folder to write, in peft's layout."""
+    """Adapter folder to write, in peft's layout; the same command continues a killed one."""
     rank: int = 16
     """Rank of the update of each matrix."""
     alpha: float = 32.0
@@ -59,6 +60,8 @@ class AdaptConfig:
     """Tokens of an optimiser step, pads included."""
     validation_tokens: int = 50_000
     """Validation tokens to measure before and after, about; 0 for all."""
+    save_every: int = 50
+    """Steps between saved states: what a kill costs at most."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """The teacher's number type; the adapter is float32."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
