@@ -22,6 +22,8 @@ from xinslm.distill.texts import onpolicy
 from xinslm.distill.texts.onpolicy_config import OnPolicyConfig
 from xinslm.distill.texts.support import read_support
 from xinslm.errors import UsageError
+from xinslm.export.config import GgufConfig
+from xinslm.export.gguf import run as export_gguf
 from xinslm.files import read_json
 from xinslm.model.files import load_model, resolve_model
 from xinslm.model.transformer import Transformer
@@ -141,6 +143,19 @@ def test_records_hold_the_teacher_where_the_student_has_its_mass(world, finished
         assert bool(((found.head_log_probs - exact.log().clamp_min(-LARGEST_NEGATIVE_LOG)).abs() <= step).all())
         tail = (1 - exact.sum(dim=1)).clamp_min(1e-6)
         torch.testing.assert_close(found.log_tail.exp(), tail, atol=2e-3, rtol=0.05)
+
+
+def test_a_teacher_in_a_gguf_file_scores_as_its_folder_does(world, make, finished, tmp_path):
+    file = tmp_path / "teacher.gguf"
+    export_gguf(GgufConfig(world.teacher, file, dtype="f32"))
+    onpolicy.run(make(tmp_path / "run", teacher=str(file), rounds=1))
+    folder = rounds(finished[0])[0]
+    count = len(open_dataset(folder / "data").split("train").tokens) - 1
+    a, b = (
+        Cache(run / "cache").split("train").targets(np.arange(count)) for run in (folder, rounds(tmp_path / "run")[0])
+    )
+    assert torch.equal(a.head_ids, b.head_ids)
+    torch.testing.assert_close(a.head_log_probs, b.head_log_probs, atol=0.05, rtol=0.02)
 
 
 def test_reverse_kl_of_the_records_is_that_of_the_distributions(world, finished, student):
@@ -334,6 +349,10 @@ def test_contrast_weighs_the_students_answers_more_and_more(world, make, tmp_pat
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        (
+            {"teacher": "http://localhost:1/v1"},
+            "is an endpoint, which says nothing about tokens that the student chose",
+        ),
         ({"max_new_tokens": 64}, "leaves no room for a prompt"),
         ({"mix_data": "d"}, "mix_data and mix_cache belong together"),
         ({"contrast": True}, "contrast needs the teacher's answers"),

@@ -16,12 +16,10 @@ from xinslm.distill.losses.config import LossConfig
 from xinslm.distill.targets import CachedTargets, LiveTargets, TargetSource
 from xinslm.errors import UsageError
 from xinslm.files import manifest_fingerprint
-from xinslm.model.files import model_fingerprint, resolve_model
 from xinslm.progress import Listener
 from xinslm.teachers.encoder import find_encoder
 from xinslm.teachers.endpoint import is_endpoint
-from xinslm.teachers.gguf import gguf_fingerprint
-from xinslm.teachers.open import open_teacher
+from xinslm.teachers.open import open_teacher, teacher_fingerprint
 
 
 @dataclass(frozen=True)
@@ -122,6 +120,4 @@ def _teachers_fingerprint(name: str) -> str:
     """Fingerprint that a cache of this teacher would carry, without loading it where that can be avoided."""
     if is_endpoint(name):
         raise UsageError(f"--teacher beside --cache compares weights, and {name} shows none: leave it out")
-    if name.endswith(".gguf"):
-        return gguf_fingerprint(Path(name))
-    return model_fingerprint(find_encoder(name) or resolve_model(name))
+    return teacher_fingerprint(name)

@@ -56,6 +56,13 @@ def gguf_fingerprint(path: Path) -> str:
     return sha256_file(path)
 
 
+def gguf_tokenizer(path: Path) -> Any:
+    """The tokenizer in this file; the weights are not read."""
+    from xinslm.teachers.gguf_vocabulary import read_tokenizer
+
+    return read_tokenizer({name: field.contents() for name, field in _open(path).fields.items()}, str(path))
+
+
 def _require_file(path: Path) -> None:
     if not path.is_file():
         raise UsageError(f"there is no file {path}")

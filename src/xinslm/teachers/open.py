@@ -5,13 +5,16 @@ Hugging Face causal language model: a folder, a run folder, a name on the Hub.
 """
 
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from xinslm.errors import UsageError
+from xinslm.model.files import model_fingerprint, resolve_model
+from xinslm.teachers.encoder import find_encoder
 from xinslm.teachers.endpoint import EndpointTeacher, is_endpoint
 from xinslm.teachers.endpoint_config import EndpointConfig
-from xinslm.teachers.gguf import GgufTeacher
+from xinslm.teachers.gguf import GgufTeacher, gguf_fingerprint, gguf_tokenizer
 from xinslm.teachers.huggingface import HuggingFaceTeacher
 
 
@@ -37,3 +40,17 @@ def open_teacher(
     if tokenizer is not None:
         raise UsageError(f"--tokenizer is for endpoints and GGUF files; {name} brings its own. Leave it out")
     return HuggingFaceTeacher(name, dtype, device, revision, trust_remote_code, adapter)
+
+
+def teacher_fingerprint(name: str) -> str:
+    """Fingerprint that a cache of this teacher would carry, without loading it."""
+    if name.endswith(".gguf"):
+        return gguf_fingerprint(Path(name))
+    return model_fingerprint(find_encoder(name) or resolve_model(name))
+
+
+def teacher_tokenizer(name: str) -> Any:
+    """Tokenizer of a teacher whose files are here, without loading its weights."""
+    from xinslm.tokenizer.load import load_tokenizer
+
+    return gguf_tokenizer(Path(name)) if name.endswith(".gguf") else load_tokenizer(resolve_model(name))

@@ -51,6 +51,8 @@ from xinslm.inference.batch import generate_batch
 from xinslm.inference.torch_engine import load_transformer
 from xinslm.model.files import load_config, load_model, model_fingerprint, resolve_model
 from xinslm.progress import Listener, Progress, ignore
+from xinslm.teachers.endpoint import is_endpoint
+from xinslm.teachers.open import teacher_fingerprint, teacher_tokenizer
 from xinslm.tokenizer.chat import end_ids
 from xinslm.tokenizer.load import load_tokenizer
 
@@ -126,14 +128,16 @@ def run(config: OnPolicyConfig, on_progress: Listener = ignore) -> OnPolicyResul
 def _open(config: OnPolicyConfig) -> _Inputs:
     """Open what is read, and refuse what does not fit."""
     dataset = open_dataset(config.prompts)
-    student, teacher = resolve_model(config.student), resolve_model(config.teacher)
+    if is_endpoint(config.teacher):
+        raise UsageError(f"{config.teacher} is an endpoint, which says nothing about tokens that the student chose")
+    student = resolve_model(config.student)
     tokenizer = load_tokenizer(student)
     require_tokenizer(dataset, tokenizer.fingerprint(), f"student {config.student}")
     if (longest := load_config(student).max_position_embeddings) < config.max_seq_length:
         raise UsageError(
             f"max_seq_length is {config.max_seq_length}, but student {config.student} has a context of {longest} tokens"
         )
-    _require_teacher(config, tokenizer, teacher)
+    _require_teacher(config, tokenizer)
     mix = None
     if config.mix_data is not None and config.mix_cache is not None:
         mix = open_dataset(config.mix_data)
@@ -143,11 +147,11 @@ def _open(config: OnPolicyConfig) -> _Inputs:
     return _Inputs(config, dataset, prompts, tokenizer, pick_device(config.device), mix)
 
 
-def _require_teacher(config: OnPolicyConfig, tokenizer: Any, folder: Path) -> None:
+def _require_teacher(config: OnPolicyConfig, tokenizer: Any) -> None:
     """Raise UsageError now rather than after the first round's texts."""
     from xinslm.distill.alignment.nested import is_nested
 
-    theirs = load_tokenizer(folder)
+    theirs = teacher_tokenizer(config.teacher)
     if theirs.fingerprint() != tokenizer.fingerprint() and not is_nested(tokenizer, theirs):
         raise UsageError(
             f"teacher {config.teacher} and student {config.student} have different tokenizers, and the student's is "
@@ -189,7 +193,7 @@ def _facts(inputs: _Inputs) -> dict[str, Any]:
     settings = {k: v for k, v in to_dict(config).items() if k not in (*INDIFFERENT, *PATHS)}
     fingerprints = {
         "student": model_fingerprint(student),
-        "teacher": model_fingerprint(resolve_model(config.teacher)),
+        "teacher": teacher_fingerprint(config.teacher),
         "prompts": inputs.dataset.fingerprint,
     }
     if config.mix_cache is not None:

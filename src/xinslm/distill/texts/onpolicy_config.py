@@ -53,7 +53,7 @@ class OnPolicyConfig:
     student: Path
     """Student to start from: a model folder, a run folder (its best checkpoint), or a Hub name."""
     teacher: str
-    """Teacher: a model folder or a Hub name with the student's tokenizer, or one the student's is nested in."""
+    """Teacher: a model folder, a Hub name or a GGUF file, with the student's tokenizer or one it is nested in."""
     prompts: Path
     """Dataset folder made by `xinslm prepare`. Of a chat, what is masked before the first answer is the prompt; of a
     plain text, its beginning."""
