@@ -12,15 +12,12 @@ import argparse
 import gzip
 import itertools
 import json
-import os
-import shlex
 import statistics
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from machine import describe
+from sides import finished, xinslm
 
 RECIPES = {
     "stories5M": {
@@ -38,19 +35,6 @@ TRAIN = "--max-seq-length 256 --validation-rows 0 --save-every 1000 --log-every 
 KINDS = ("random", "inherited")
 
 
-def xinslm(line: str) -> None:
-    """Run one command of the tool; its output goes to the terminal only if it fails."""
-    done = subprocess.run(
-        [sys.executable, "-m", "xinslm", *shlex.split(line)],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if done.returncode:
-        sys.exit(f"xinslm {line}\n{done.stdout}\n{done.stderr}")
-
-
 def first_documents(source: Path, target: Path, count: int | None) -> Path:
     """Copy the first `count` documents of a JSON Lines file, all if None."""
     with (gzip.open if source.suffix == ".gz" else open)(source, "rt", encoding="utf-8") as lines:
@@ -63,13 +47,6 @@ def curve(run: Path) -> list[tuple[int, float]]:
     file = run / "metrics.jsonl"
     rows = [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
     return [(row["tokens"], row["validation_ce"]) for row in rows if "validation_ce" in row]
-
-
-def finished(run: Path) -> bool:
-    state = run / "checkpoints" / "last" / "training_state.json"
-    if not state.is_file():
-        return False
-    return json.loads(state.read_text())["step"] == json.loads((run / "run.json").read_text())["total_steps"]
 
 
 def spread(values: list[float]) -> str:
@@ -128,7 +105,8 @@ def main() -> None:
             xinslm(
                 f"distill --data-path {data} --cache {cache} --output-dir {run} {begin} {TRAIN} --seed {seed} "
                 f"--batch-size {args.batch_size} "
-                f"--learning-rate {rate} --max-steps {args.steps} --validate-every {max(1, args.steps // 10)}"
+                f"--learning-rate {rate} --max-steps {args.steps} --validate-every {max(1, args.steps // 10)}",
+                threads=1,
             )
         return run
 

@@ -14,7 +14,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from machine import describe
-from real_teachers import evaluate, finished, spread, xinslm
+from real_teachers import evaluate, spread
+from sides import finished, xinslm
 
 TEACHERS = {"stories260K": 512, "babyllama105": 256}
 """Teacher -> its context in tokens."""
@@ -71,7 +72,7 @@ def main() -> None:
                     (_run(work, teacher, row, seed), f"distill {train} --cache {cache} {weights} --seed {seed}")
                 )
     with ThreadPoolExecutor(args.jobs) as pool:
-        list(pool.map(lambda job: finished(job[0]) or xinslm(f"{job[1]} --output-dir {job[0]}"), jobs))
+        list(pool.map(lambda job: finished(job[0]) or xinslm(f"{job[1]} --output-dir {job[0]}", 1), jobs))
     print(f"\n{describe()}\n")
     print("| teacher | way | share of targets | bits per byte | gain, seed by seed |\n|---|---|---|---|---|")
     plain = [evaluate(work / f"undistilled-{s}", data, work / f"undistilled-{s}", "m") for s in range(args.seeds)]

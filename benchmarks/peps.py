@@ -10,7 +10,8 @@ import json
 from pathlib import Path
 
 from machine import describe
-from real_teachers import evaluate, finished, xinslm
+from real_teachers import evaluate
+from sides import finished, xinslm
 
 
 def main() -> None:

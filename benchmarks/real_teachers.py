@@ -9,15 +9,12 @@ one thread and `--jobs` of them run at once. Ends with a Markdown table.
 
 import argparse
 import json
-import os
-import shlex
 import statistics
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from machine import describe
+from sides import finished, xinslm
 
 ONE_M = "--preset 1m"
 RECIPES = {
@@ -44,33 +41,12 @@ RECIPES = {
 }
 
 
-def xinslm(line: str, threads: int = 1) -> None:
-    """Run one command of the tool; its output goes to the terminal only if it fails."""
-    done = subprocess.run(
-        [sys.executable, "-m", "xinslm", *shlex.split(line)],
-        env={**os.environ, "OMP_NUM_THREADS": str(threads)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if done.returncode:
-        sys.exit(f"xinslm {line}\n{done.stdout}\n{done.stderr}")
-
-
-def finished(run: Path) -> bool:
-    """Whether a training run took its last step."""
-    state = run / "checkpoints" / "last" / "training_state.json"
-    if not state.is_file():
-        return False
-    return json.loads(state.read_text())["step"] == json.loads((run / "run.json").read_text())["total_steps"]
-
-
 def evaluate(model: Path | str, data: Path, run: Path, name: str) -> dict:
     """Figures of one model on the validation split, kept in `run`."""
     table = run / "evaluation.json"
     rows = json.loads(table.read_text())["rows"] if table.is_file() else []
     if not any(row["name"] == name for row in rows):
-        xinslm(f"evaluate {model} --data-path {data} --run {run} --name '{name}'")
+        xinslm(f"evaluate {model} --data-path {data} --run {run} --name '{name}'", 1)
         rows = json.loads(table.read_text())["rows"]
     return next(row for row in rows if row["name"] == name)
 
@@ -98,7 +74,7 @@ def main() -> None:
         if vocabulary:
             tokenizer = work / "tokenizer"
             if not tokenizer.is_dir():
-                xinslm(f"tokenizer train --prefix-of {teacher} --vocab-size {vocabulary} --output-dir {tokenizer}")
+                xinslm(f"tokenizer train --prefix-of {teacher} --vocab-size {vocabulary} --output-dir {tokenizer}", 1)
         if not data.is_dir():
             xinslm(
                 f"prepare {recipe['prepare'].format(data=args.data)} --tokenizer-path {tokenizer} --output-dir {data}"
@@ -114,7 +90,7 @@ def main() -> None:
             jobs.append((work / f"distilled-{seed}", f"distill {common} --cache {cache}"))
             jobs.append((work / f"undistilled-{seed}", f"pretrain {common}"))
         with ThreadPoolExecutor(args.jobs) as pool:
-            list(pool.map(lambda job: finished(job[0]) or xinslm(f"{job[1]} --output-dir {job[0]}"), jobs))
+            list(pool.map(lambda job: finished(job[0]) or xinslm(f"{job[1]} --output-dir {job[0]}", 1), jobs))
         rows: dict[str, list[dict]] = {"teacher": [evaluate(teacher, data, work / "distilled-0", "teacher")]}
         for seed in range(args.seeds):
             run = work / f"distilled-{seed}"
@@ -124,11 +100,11 @@ def main() -> None:
             for method in ("gptq", "rtn"):
                 out = work / f"{method}-{seed}"
                 if not out.is_dir():
-                    xinslm(f"quantize {run} --data-path {data} --method {method} --output-dir {out} --run {run}")
+                    xinslm(f"quantize {run} --data-path {data} --method {method} --output-dir {out} --run {run}", 1)
                 rows.setdefault(f"distilled, 4-bit {method}", []).append(evaluate(out, data, run, method))
             gguf = work / f"student-{seed}.gguf"
             if not gguf.is_file():
-                xinslm(f"export gguf {work / f'gptq-{seed}'} --output-path {gguf} --run {run}")
+                xinslm(f"export gguf {work / f'gptq-{seed}'} --output-path {gguf} --run {run}", 1)
         tokens = [json.loads((work / f"{kind}-0/checkpoints/last/training_state.json").read_text())["tokens"]
                   for kind in ("distilled", "undistilled")]  # fmt: skip
         assert tokens[0] == tokens[1], "both see the same tokens"

@@ -16,6 +16,14 @@ def xinslm(line: str, threads: int = 2) -> None:
     run_quietly([sys.executable, "-m", "xinslm", *shlex.split(line)], threads)
 
 
+def finished(run: Path) -> bool:
+    """Whether a training run took its last step."""
+    state = run / "checkpoints" / "last" / "training_state.json"
+    if not state.is_file():
+        return False
+    return json.loads(state.read_text())["step"] == json.loads((run / "run.json").read_text())["total_steps"]
+
+
 def run_quietly(command: list[str], threads: int = 2) -> str:
     """Run a process; stop with what it wrote if it fails."""
     env = {**os.environ, "OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
