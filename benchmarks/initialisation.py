@@ -2,7 +2,7 @@
 
     python benchmarks/initialisation.py --data ../shared/data --work /tmp/initialisation
 
-Both train on the same rows from the same cache of the teacher; each kind has a learning rate of its own, the best of
+Both train by Muon on the same rows from the same cache of the teacher; each kind has a learning rate of its own, the best of
 `--rates` for seed 0. Only commands of the tool run; what is done already is not done again, so a stopped run continues.
 Each training takes one thread and `--jobs` of them run at once. Ends with Markdown tables: what each cut cost, then the
 losses, and after how many tokens the inherited student is where the random one ends.
@@ -31,7 +31,7 @@ RECIPES = {
         "shape": "--num-layers 3 --hidden-size 48 --num-heads 8 --num-kv-heads 4 --head-dim 8 --intermediate-size 128",
     },
 }
-TRAIN = "--max-seq-length 256 --validation-rows 0 --save-every 1000 --log-every 10 --device cpu"
+TRAIN = "--optimizer muon --max-seq-length 256 --validation-rows 0 --save-every 1000 --log-every 10 --device cpu"
 KINDS = ("random", "inherited")
 
 

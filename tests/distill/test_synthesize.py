@@ -356,6 +356,13 @@ def test_prompts_that_are_none(tmp_path):
         read_prompts(tmp_path / "x.csv")
 
 
+def test_a_context_too_short_for_the_cache_is_said_before_anything_is_written(world, prompts, tmp_path):
+    settings = config(world, prompts / "texts.txt", tmp_path / "s", max_seq_length=65)
+    with pytest.raises(UsageError, match=r"has a context of 64 tokens: pass --max-seq-length 64"):
+        synthesize.run(settings)
+    assert not (tmp_path / "s").exists()
+
+
 def test_what_makes_no_sense_is_refused(world, prompts, tmp_path):
     with pytest.raises(UsageError, match="at temperature 0 all answers to a prompt are the same"):
         synthesize.run(config(world, prompts / "texts.txt", tmp_path / "s", temperature=0.0))

@@ -16,6 +16,7 @@ from xinslm.distill.losses.config import LossConfig
 from xinslm.distill.targets import CachedTargets, LiveTargets, TargetSource
 from xinslm.errors import UsageError
 from xinslm.files import manifest_fingerprint
+from xinslm.model.files import require_context
 from xinslm.progress import Listener
 from xinslm.teachers.encoder import find_encoder
 from xinslm.teachers.endpoint import is_endpoint
@@ -64,11 +65,7 @@ def _live(config: DistillConfig, dataset: Dataset, device: torch.device) -> Teac
             f"a live teacher must share the dataset's tokenizer, and {config.teacher}'s differs from the one of "
             f"{dataset.folder}. Prepare the data with the teacher's, or use `xinslm cache`, which maps nested ones"
         )
-    if teacher.max_length < config.max_seq_length:
-        raise UsageError(
-            f"max_seq_length is {config.max_seq_length}, but teacher {config.teacher} has a context of "
-            f"{teacher.max_length} tokens"
-        )
+    require_context(config.max_seq_length, teacher.max_length, f"teacher {config.teacher}")
     source = LiveTargets(teacher, hidden_shares(config))
     hidden, inputs = find_sketches(config, dataset, source)
     return Teaching(config.loss, source, source, hidden, (("teacher", teacher.fingerprint), *inputs))

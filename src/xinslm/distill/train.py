@@ -37,7 +37,14 @@ from xinslm.files import (
     write_json,
     write_text,
 )
-from xinslm.model.files import load_config, load_model, model_fingerprint, rebuild_buffers, resolve_model
+from xinslm.model.files import (
+    load_config,
+    load_model,
+    model_fingerprint,
+    rebuild_buffers,
+    require_context,
+    resolve_model,
+)
 from xinslm.model.transformer import Transformer
 from xinslm.model.wide import narrow_matrices
 from xinslm.progress import Listener, Progress, ignore
@@ -230,10 +237,7 @@ def _start(config: PretrainConfig, dataset: Dataset, tokenizer: Any) -> Transfor
         raise UsageError(
             f"model {folder} and dataset {dataset.folder} have different tokenizers; prepare the data with the model's"
         )
-    if (longest := load_config(folder).max_position_embeddings) < config.max_seq_length:
-        raise UsageError(
-            f"max_seq_length is {config.max_seq_length}, but model {folder} has a context of {longest} tokens"
-        )
+    require_context(config.max_seq_length, load_config(folder).max_position_embeddings, f"model {folder}")
     return load_model(folder, checkpointing=config.checkpointing)
 
 

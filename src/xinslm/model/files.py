@@ -44,6 +44,15 @@ def resolve_model(path: Path | str) -> Path:
         ) from error
 
 
+def require_context(max_seq_length: int, context: int, who: str) -> None:
+    """Raise UsageError if `who` ("teacher X") reads fewer tokens than `max_seq_length`."""
+    if max_seq_length > context:
+        raise UsageError(
+            f"max_seq_length is {max_seq_length}, but {who} has a context of {context} tokens: pass --max-seq-length "
+            f"{context}"
+        )
+
+
 def load_config(folder: Path) -> ModelConfig:
     """Read `config.json` of a Llama or Mistral folder."""
     path = Path(folder) / "config.json"

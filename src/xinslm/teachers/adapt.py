@@ -28,6 +28,7 @@ from xinslm.data.packing import IGNORE, sequences
 from xinslm.device import pick_device
 from xinslm.errors import UsageError, XinslmError
 from xinslm.files import new_folder, refuse_existing, refuse_inside, write_manifest
+from xinslm.model.files import require_context
 from xinslm.progress import Listener, Progress, ignore
 from xinslm.teachers.adapt_config import AdaptConfig
 from xinslm.teachers.adapt_state import AdaptState
@@ -74,11 +75,7 @@ def run(config: AdaptConfig, on_progress: Listener = ignore) -> AdaptResult:
         config.teacher, config.dtype, pick_device(config.device), config.revision, config.trust_remote_code
     )
     require_tokenizer(dataset, teacher.tokenizer.fingerprint(), f"teacher {config.teacher}")
-    if config.max_seq_length > teacher.max_length:
-        raise UsageError(
-            f"max_seq_length is {config.max_seq_length}, but teacher {config.teacher} has a context of "
-            f"{teacher.max_length} tokens: pass --max-seq-length {teacher.max_length}"
-        )
+    require_context(config.max_seq_length, teacher.max_length, f"teacher {config.teacher}")
     base = teacher.fingerprint
     state = AdaptState(config.output_dir, {"config": _plan(config), "teacher": base, "dataset": dataset.fingerprint})
     if config.force:

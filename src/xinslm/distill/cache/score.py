@@ -29,6 +29,7 @@ from xinslm.distill.hidden.sketches import SKETCH, CachedSketches, SketchFormat,
 from xinslm.distill.texts.support import read_support
 from xinslm.errors import UsageError
 from xinslm.files import MANIFEST, new_file, read_json, refuse_inside, write_json, write_manifest
+from xinslm.model.files import require_context
 from xinslm.progress import Listener, Progress, ignore
 from xinslm.teachers.base import DenseTeacher, HiddenTeacher
 from xinslm.teachers.encoder import EncoderTeacher, find_encoder
@@ -103,11 +104,7 @@ def run(config: CacheConfig, on_progress: Listener = ignore, api_key: str | None
         config.tokenizer, adapter=config.adapter,
     )  # fmt: skip
     assert not isinstance(teacher, EndpointTeacher), "these went another way"
-    if config.max_seq_length > teacher.max_length:
-        raise UsageError(
-            f"max_seq_length is {config.max_seq_length}, but teacher {config.teacher} has a context of "
-            f"{teacher.max_length} tokens: pass --max-seq-length {teacher.max_length}"
-        )
+    require_context(config.max_seq_length, teacher.max_length, f"teacher {config.teacher}")
     way = relate(dataset, teacher, config.alignment)
     vocab_size = dataset.manifest["vocab_size"]
     support = read_support(dataset)

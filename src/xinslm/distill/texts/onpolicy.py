@@ -49,7 +49,7 @@ from xinslm.files import (
 )
 from xinslm.inference.batch import generate_batch
 from xinslm.inference.torch_engine import load_transformer
-from xinslm.model.files import load_config, load_model, model_fingerprint, resolve_model
+from xinslm.model.files import load_config, load_model, model_fingerprint, require_context, resolve_model
 from xinslm.progress import Listener, Progress, ignore
 from xinslm.teachers.endpoint import is_endpoint
 from xinslm.teachers.open import teacher_fingerprint, teacher_tokenizer
@@ -133,10 +133,7 @@ def _open(config: OnPolicyConfig) -> _Inputs:
     student = resolve_model(config.student)
     tokenizer = load_tokenizer(student)
     require_tokenizer(dataset, tokenizer.fingerprint(), f"student {config.student}")
-    if (longest := load_config(student).max_position_embeddings) < config.max_seq_length:
-        raise UsageError(
-            f"max_seq_length is {config.max_seq_length}, but student {config.student} has a context of {longest} tokens"
-        )
+    require_context(config.max_seq_length, load_config(student).max_position_embeddings, f"student {config.student}")
     _require_teacher(config, tokenizer)
     mix = None
     if config.mix_data is not None and config.mix_cache is not None:

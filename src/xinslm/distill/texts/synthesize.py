@@ -29,6 +29,7 @@ from xinslm.distill.texts.synthesize_config import SynthesizeConfig
 from xinslm.distill.texts.synthesize_data import Answer, split_answers, write_dataset, write_text_file
 from xinslm.errors import UsageError, XinslmError
 from xinslm.files import MANIFEST, read_json, refuse_inside, sha256_json, write_json, write_manifest
+from xinslm.model.files import require_context
 from xinslm.progress import Listener, Progress, ignore
 from xinslm.teachers.base import Generation, Prompt, Sampling
 from xinslm.teachers.client import in_flight
@@ -88,6 +89,8 @@ def run(config: SynthesizeConfig, on_progress: Listener = ignore, api_key: str |
         config.teacher, config.dtype, pick_device(config.device), config.revision, config.trust_remote_code,
         config.tokenizer, config.endpoint, head_size(config.head, 0), api_key,
     )  # fmt: skip
+    if config.cache and not isinstance(teacher, EndpointTeacher):
+        require_context(config.max_seq_length, teacher.max_length, f"teacher {config.teacher}")
     plan = {
         "settings": {key: value for key, value in to_dict(config).items() if key not in _PLACES},
         "inputs": {"prompts": sha256_json(prompts), "teacher": teacher.fingerprint},
