@@ -207,6 +207,34 @@ def test_where_the_teacher_is_silent_the_text_has_the_whole_weight(divergence, m
     assert_same(ours, grads(parts, hidden, weight))
 
 
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+@pytest.mark.parametrize("tail_weight", [0.4, 1.0])
+def test_where_the_tail_is_unknown_the_text_is_its_draw(temperature, tail_weight):
+    """Without it a position of which little is known would have the whole weight of the teacher and teach nothing."""
+    hidden, weight, labels, teacher = problem()
+    known = torch.arange(ROWS) % 2 == 0
+    sparse = sparsify(teacher, temperature)
+    sparse = dataclasses.replace(sparse, has_draws=known, valid=torch.arange(ROWS) % 5 != 0)
+    outside = (sparse.head_ids != labels[:, None]).all(1)
+    assert (outside & ~known & sparse.valid).any() and (~outside & ~known & sparse.valid).any()
+    config = LossConfig(0.3, 0.7, temperature, "decoupled", tail_weight)
+
+    def expected(h, w):
+        """The teacher's buckets, and cross-entropy inside the tail where the label is there."""
+        log_q = (h @ w.t()).log_softmax(1)
+        tail = log_q.scatter(1, sparse.head_ids, -torch.inf).logsumexp(1)
+        inside = tail - log_q.gather(1, labels[:, None])[:, 0]
+        stands_in = outside & ~known & sparse.valid
+        rest = dataclasses.replace(sparse, has_draws=torch.ones(ROWS, dtype=torch.bool))
+        with_draws = fused_loss(h[known], w, labels[known], rest[known], config, ROWS)[0]
+        bucket = dataclasses.replace(config, tail_weight=0.0)
+        without = fused_loss(h[~known], w, labels[~known], rest[~known], bucket, ROWS)[0]
+        return with_draws + without + 0.7 * tail_weight * inside[stands_in].sum() / ROWS
+
+    ours = grads(lambda h, w: fused_loss(h, w, labels, sparse, config)[0], hidden, weight)
+    assert_same(ours, grads(expected, hidden, weight))
+
+
 def test_without_draws_the_tail_is_one_bucket():
     """No draws must not leave half an estimate: the gradient of a softmax sums to zero in each row."""
     _, _, labels, teacher = problem()

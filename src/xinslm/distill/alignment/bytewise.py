@@ -9,8 +9,9 @@ knows, so its mass and all mass of those tokens is left out, to be one bucket wi
 the student is taught the probability of a token only where that is known whole. Inside a teacher token that began at
 a shared boundary the same holds for the longer teacher tokens that begin with the student's pieces so far.
 
-A student token that the text has, if it is not taught so but ends at a boundary of the teacher, still gets its
-probability: the product of the teacher's along it, times the share of what may follow that leaves the token as it is.
+In the bucket the text stands in for the teacher. A student token that the text has, if it is not taught so but ends at
+a boundary of the teacher, has its probability told beside (`log_label`): the product of the teacher's along it, times
+the share of what may follow that leaves the token as it is.
 """
 
 from bisect import bisect_left

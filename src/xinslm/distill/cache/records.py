@@ -73,15 +73,17 @@ def position_uniforms(positions: Tensor, seed: int) -> Tensor:
 
 
 def encode(
-    probs: Tensor, labels: Tensor, positions: Tensor, fmt: CacheFormat, seed: int, head_ids: Tensor | None = None
-) -> np.ndarray:
+    probs: Tensor, labels: Tensor, positions: Tensor, fmt: CacheFormat, seed: int, head_ids: Tensor | None = None,
+    label_probs: Tensor | None = None,
+) -> np.ndarray:  # fmt: skip
     """Make records from teacher distributions.
 
     probs: (N, V) float32, rows summing to at most 1; what is missing is mass of which the teacher knows no token
     (see `nested`). labels: (N,) int64, the tokens that came. positions: (N,) int64, places in the stream. The n
     draws are systematic (one uniform number, n evenly spaced points of the tail's distribution function): each is
     distributed as the tail, and together they vary less than independent ones. head_ids: (N, h) distinct, by default
-    the most likely ones. Raises FloatingPointError where a row is not finite.
+    the most likely ones. label_probs: (N,), of the tokens that came, by default from `probs`. Raises
+    FloatingPointError where a row is not finite.
     """
     unknown = 1 - probs.sum(dim=1)
     if not bool(torch.isfinite(unknown).all()):
@@ -100,7 +102,8 @@ def encode(
     head, unknown = torch.where(spread, share, head), unknown - spread.sum(dim=1) * share[:, 0]
     return to_records(
         torch.cat((head_ids, drawn), dim=1), head, known + unknown, (unknown == 0) & (known > 0),
-        _log_normaliser(probs, unknown, fmt.temperature), probs.gather(1, labels[:, None])[:, 0].log(), fmt,
+        _log_normaliser(probs, unknown, fmt.temperature),
+        (probs.gather(1, labels[:, None])[:, 0] if label_probs is None else label_probs).log(), fmt,
     )  # fmt: skip
 
 

@@ -165,11 +165,10 @@ def _score(
             probs = torch.softmax(logits, dim=1)
             if push is not None and work.prefixes is not None:
                 probs = push(probs, work.prefixes[part])
-                if paths is not None:
-                    put_labels(probs, torch.from_numpy(work.labels[part]), paths[at : at + chunk])
             records[work.positions[part] - start] = _encode(
-                probs, work, part, fmt, config.seed, teacher.name, None if support is None else support[part]
-            )
+                probs, work, part, fmt, config.seed, teacher.name, None if support is None else support[part],
+                None if paths is None else paths[at : at + chunk],
+            )  # fmt: skip
         seen += int(lengths[batch].sum())
         tell(min(seen, count))
     return records
@@ -211,14 +210,6 @@ def _placed(inputs: list[slice]) -> list[tuple[slice, int]]:
     return [(s, int(end) - (s.stop - s.start)) for s, end in zip(inputs, ends, strict=True)]
 
 
-def put_labels(probs: Tensor, labels: Tensor, known: Tensor) -> None:
-    """Give the labels (N,) their probabilities `known` (N,), as far as mass that nobody has covers them; in place."""
-    rows = torch.nonzero(torch.isfinite(known))[:, 0].to(probs.device)
-    at = labels.to(probs.device)[rows]
-    left = (1 - probs[rows].sum(dim=1)).clamp_min(0.0)
-    probs[rows, at] = torch.minimum(known.to(probs.device)[rows], left)
-
-
 def _sketch(
     work: Work, which: np.ndarray, of_state: np.ndarray, start: int, hidden: list[Tensor], writer: SketchWriter,
     name: str,
@@ -235,7 +226,7 @@ def _sketch(
 
 def _encode(
     probs: Tensor, work: Work, part: np.ndarray, fmt: CacheFormat, seed: int, name: str,
-    support: np.ndarray | None = None,
+    support: np.ndarray | None = None, paths: Tensor | None = None,
 ) -> np.ndarray:  # fmt: skip
     if probs.device.type == "mps":  # no float64 there, which the draws need
         probs = probs.cpu()
@@ -246,7 +237,12 @@ def _encode(
         heads = None
         if support is not None:
             heads = head_ids(probs, torch.from_numpy(support.astype(np.int64)).to(device), labels, fmt.head)
-        return encode(probs, labels, positions, fmt, seed, heads)
+        told = None
+        if paths is not None:  # told, not taught: known of the text's token alone it would teach less than the text
+            told = torch.where(
+                torch.isfinite(paths).to(device), paths.to(device), probs.gather(1, labels[:, None])[:, 0]
+            )
+        return encode(probs, labels, positions, fmt, seed, heads, told)
     except FloatingPointError as error:
         raise XinslmError(
             f"teacher {name}: {error}. Try --dtype float32, or look at the weights; finished shards are kept"

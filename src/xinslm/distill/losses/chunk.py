@@ -6,7 +6,9 @@ the buckets {each head token, tail} (`divergences`). KD by forward KL adds what 
 
     R [log Q - mean of log q_j over the draws]     R, Q: the tail's mass of teacher and student
 
-which is never negative and makes the expected gradient the full-vocabulary one. Temperature (Hinton et al. 2015) with
+which is never negative and makes the expected gradient the full-vocabulary one. Where the tail's inside is unknown
+(another tokenizer, an endpoint's few log-probabilities), the text is the draw: log Q - log q_label, if the label is
+there. Temperature (Hinton et al. 2015) with
 T^2 in value and gradient; `decoupled` is the chain rule with T inside the head alone.
 
 Where the teacher says nothing about a position, the text stands in for it: KD is the cross-entropy there.
@@ -155,18 +157,20 @@ def _sparse(z: Tensor, labels: Tensor, s: SparseTargets, config: LossConfig, sca
         kd = values.sum(dim=1, keepdim=True)
     else:
         kd, head_grad, tail_factor = _decoupled(at_head, q_head, q_tail, log_p, config.temperature)
-    draws = at_draws.shape[1]
-    lam = config.draws_weight * s.has_draws[:, None].to(z.dtype) if draws else 0.0
-    if draws and config.draws_weight:
-        by_draws = lam * s.log_tail.to(z.dtype).exp()[:, None]
+    ce = log_total - at_label
+    draws, lam = at_draws.shape[1], config.draws_weight
+    by_text = lam * (s.unknown_tail[:, None] & (s.head_ids != labels[:, None]).all(dim=1, keepdim=True)).to(z.dtype)
+    kd = kd + by_text * (log_q_tail + ce)
+    tail_factor = tail_factor + by_text / q_tail
+    if draws and lam:
+        by_draws = lam * s.has_draws[:, None].to(z.dtype) * s.log_tail.to(z.dtype).exp()[:, None]
         kd = kd + by_draws * (log_q_tail - (at_draws - log_total).mean(dim=1, keepdim=True))
         tail_factor = tail_factor + by_draws / q_tail
     z.mul_(alpha + beta * tail_factor)
     z.scatter_(1, s.head_ids, alpha * q_head + beta * head_grad)
-    if draws and config.draws_weight:
+    if draws and lam:
         z.scatter_add_(1, s.tail_ids, (-beta * by_draws / draws).expand(-1, draws))
-    _at_labels_(z, labels, -alpha)
-    ce = log_total - at_label
+    _at_labels_(z, labels, -alpha - beta * by_text)
     return ce.sum(dtype=widest(z)), torch.where(s.valid[:, None], kd, ce).sum(dtype=widest(z))
 
 

@@ -25,7 +25,7 @@ class SparseTargets:
     tail_ids: Tensor
     """(N, n) int64: tokens drawn from the teacher's tail; each stands for 1/n of the tail's mass."""
     has_draws: Tensor
-    """(N,) bool: whether the draws cover the whole tail; where not, the tail is one bucket."""
+    """(N,) bool: whether the draws cover the whole tail; where not, nobody knows how its mass is shared out."""
     log_z: Tensor
     """(N,) float32: log of sum p^(1/T) over the vocabulary at the cache's temperature."""
     valid: Tensor
@@ -33,6 +33,11 @@ class SparseTargets:
 
     def __getitem__(self, rows: Any) -> "SparseTargets":
         return SparseTargets(*(getattr(self, name)[rows] for name in self.__dataclass_fields__))
+
+    @property
+    def unknown_tail(self) -> Tensor:
+        """(N,) bool: where the text must stand in for the teacher in the tail."""
+        return self.valid & ~self.has_draws
 
     def to(self, device: torch.device | str) -> "SparseTargets":
         """Move all tensors to `device`."""
