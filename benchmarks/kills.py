@@ -33,7 +33,7 @@ def disturbed(line: str, longest: float, draw: random.Random, finished: Path) ->
             env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
         )  # fmt: skip
         try:
-            process.wait(draw.uniform(0.5, longest))
+            process.wait(draw.uniform(longest / 3, longest))  # before that, most of the time, nothing but loading
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
