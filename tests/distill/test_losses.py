@@ -214,9 +214,13 @@ def test_where_the_tail_is_unknown_the_text_is_its_draw(temperature, tail_weight
     hidden, weight, labels, teacher = problem()
     known = torch.arange(ROWS) % 2 == 0
     sparse = sparsify(teacher, temperature)
-    sparse = dataclasses.replace(sparse, has_draws=known, valid=torch.arange(ROWS) % 5 != 0)
+    nothing = torch.arange(ROWS) % 4 == 3  # a tail without mass hides nothing
+    sparse = dataclasses.replace(
+        sparse, has_draws=known, valid=torch.arange(ROWS) % 5 != 0, log_tail=sparse.log_tail.masked_fill(nothing, -20.0)
+    )
     outside = (sparse.head_ids != labels[:, None]).all(1)
-    assert (outside & ~known & sparse.valid).any() and (~outside & ~known & sparse.valid).any()
+    unknown = ~known & sparse.valid & ~nothing
+    assert (outside & unknown).any() and (~outside & unknown).any() and (outside & nothing & sparse.valid).any()
     config = LossConfig(0.3, 0.7, temperature, "decoupled", tail_weight)
 
     def expected(h, w):
@@ -224,7 +228,7 @@ def test_where_the_tail_is_unknown_the_text_is_its_draw(temperature, tail_weight
         log_q = (h @ w.t()).log_softmax(1)
         tail = log_q.scatter(1, sparse.head_ids, -torch.inf).logsumexp(1)
         inside = tail - log_q.gather(1, labels[:, None])[:, 0]
-        stands_in = outside & ~known & sparse.valid
+        stands_in = outside & unknown
         rest = dataclasses.replace(sparse, has_draws=torch.ones(ROWS, dtype=torch.bool))
         with_draws = fused_loss(h[known], w, labels[known], rest[known], config, ROWS)[0]
         bucket = dataclasses.replace(config, tail_weight=0.0)

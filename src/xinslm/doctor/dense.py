@@ -51,7 +51,7 @@ def _position(log_q: Tensor, label: int, target: SparseTargets, config: LossConf
     if bool(target.has_draws[0]) and target.tail_ids.shape[1]:
         drawn = log_q[target.tail_ids[0]].mean()
         return split + inside + config.draws_weight * p_tail * (log_q_tail - drawn)
-    if not bool(target.has_draws[0]) and label not in ids.tolist():  # the text stands in for the unknown tail
+    if bool(target.unknown_tail[0]) and label not in ids.tolist():  # the text stands in for the unknown tail
         return split + inside + config.draws_weight * (log_q_tail - log_q[label])
     return split + inside
 

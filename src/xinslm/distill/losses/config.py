@@ -31,8 +31,8 @@ class LossConfig:
     temperature_mode: Literal["decoupled", "full"] = "decoupled"
     """decoupled: T inside the cached head only, exact. full: T everywhere, the cache's own T required."""
     tail_weight: float | None = None
-    """How much the draws from the teacher's tail count: 1 is unbiased, 0 makes the tail one bucket. By default 1 where
-    draws can be used (forward_kl, no T on the tail), else 0."""
+    """How much the draws from the teacher's tail count, or the text where the tail's inside is unknown: 1 is unbiased,
+    0 makes the tail one bucket. By default 1 where draws can be used (forward_kl, no T on the tail), else 0."""
     divergence: Divergence = "forward_kl"
     """Divergence of the student q from the teacher p. forward_kl covers all the teacher does; reverse_kl and jsd keep
     to its main modes, for answers the student wrote itself; the skewed ones mix both distributions before comparing."""

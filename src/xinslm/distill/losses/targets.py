@@ -11,6 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+NO_MASS = -12.0
+"""Log of a tail's mass below which it is rounding: what a teacher leaves unsaid is at least 1e-5."""
+
 
 @dataclass(frozen=True)
 class SparseTargets:
@@ -36,8 +39,8 @@ class SparseTargets:
 
     @property
     def unknown_tail(self) -> Tensor:
-        """(N,) bool: where the text must stand in for the teacher in the tail."""
-        return self.valid & ~self.has_draws
+        """(N,) bool: where the tail has mass and the text must stand in for the teacher inside it."""
+        return self.valid & ~self.has_draws & (self.log_tail > NO_MASS)
 
     def to(self, device: torch.device | str) -> "SparseTargets":
         """Move all tensors to `device`."""
