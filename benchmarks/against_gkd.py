@@ -178,6 +178,9 @@ def loss_memory(args: argparse.Namespace) -> None:
     keep(args.work, "memory of the loss against ours", {side: median(found[side], "mib") / ours for side in sides})
 
 
+PARTS = ("memory", "equal", "ragged", "overhead")
+
+
 def overhead(args: argparse.Namespace, data: Path, student: Path, merged: Path) -> None:
     """Step time with a cache, and with three teachers merged, over plain cross-entropy, step by step in turn."""
     command = [sys.executable, str(HERE / "own_steps.py"), "--model", str(student), "--data", str(data), "--cache",
@@ -201,6 +204,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--parts", nargs="+", default=PARTS, choices=PARTS, help="what to measure")
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
     print(describe(), flush=True)
@@ -217,9 +221,14 @@ def main() -> None:
     if not chats.is_dir():
         jsonl = instructions(args.data, args.work / "instructions.jsonl")
         xinslm(f"prepare --data-path {jsonl} --tokenizer-path {tokenizer} --output-dir {chats}")
-    loss_memory(args)
-    speed(args, "equal", equal, (teachers[0], student), BLOCK - 1)
-    speed(args, "ragged", chats, (teachers[0], student), BLOCK)
+    if "memory" in args.parts:
+        loss_memory(args)
+    if "equal" in args.parts:
+        speed(args, "equal", equal, (teachers[0], student), BLOCK - 1)
+    if "ragged" in args.parts:
+        speed(args, "ragged", chats, (teachers[0], student), BLOCK)
+    if "overhead" not in args.parts:
+        return
     merged = args.work / "cache-merged"
     if not (merged / "manifest.json").is_file():
         parts = [args.work / "cache-equal"]
