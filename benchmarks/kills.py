@@ -24,21 +24,37 @@ from sides import keep, xinslm
 from xinslm.files import sha256_file
 
 
-def disturbed(line: str, longest: float, draw: random.Random, finished: Path) -> int:
-    """Run a command again and again, killing it after random times, until it has finished; return the kills."""
+def disturbed(line: str, folder: Path, watched: str, draw: random.Random) -> int:
+    """Run a command that writes to `folder` again and again, killing it, until it ends by itself; return the kills.
+
+    One moment in four is drawn from the whole time since the start, so that loading and taking up are hit too; the
+    others from the seconds after the first sign of new work, the newest time of the files that match `watched`.
+    """
     kills = 0
-    while not finished.exists():
+    while True:
+        before = _newest(folder, watched)
         process = subprocess.Popen(
-            [sys.executable, "-m", "xinslm", *shlex.split(line)],
+            [sys.executable, "-m", "xinslm", *shlex.split(line), "--output-dir", str(folder)],
             env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
         )  # fmt: skip
+        early = draw.random() < 0.25
+        last = time.monotonic() + draw.uniform(0, 10)
+        while not early and process.poll() is None and _newest(folder, watched) == before:
+            time.sleep(0.02)
+            last = time.monotonic() + draw.uniform(0, 3)
         try:
-            process.wait(draw.uniform(longest / 3, longest))  # before that, most of the time, nothing but loading
+            if process.wait(max(0.0, last - time.monotonic())):
+                sys.exit(f"ended with {process.returncode} after {kills} kills: {line} --output-dir {folder}")
+            return kills
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
             kills += 1
-    return kills
+
+
+def _newest(folder: Path, watched: str) -> int:
+    """When a file of the folder that matches was last written, in ns; 0 where there is none."""
+    return max((path.stat().st_mtime_ns for path in folder.glob(watched)), default=0)
 
 
 def curve(run: Path) -> list[dict]:
@@ -59,34 +75,30 @@ def main() -> None:
     work.mkdir(parents=True)
     teacher, data = args.data / "models" / "stories260K", work / "data"
     xinslm(
-        f"prepare --data-path {args.data}/text/tinystories_docs.jsonl --document-end bos --tokenizer-path {teacher} "
+        f"prepare --data-path {args.data}/text/stories_train.jsonl.gz --document-end bos --tokenizer-path {teacher} "
         f"--output-dir {data}"
     )
-    line = f"cache {teacher} --data-path {data} --max-seq-length 256 --shard-positions 2000 --output-dir "
-    began = time.monotonic()
-    xinslm(line + str(work / "cache"), threads=1)
-    longest = time.monotonic() - began
+    line = f"cache {teacher} --data-path {data} --max-seq-length 256 --shard-positions 2000"
+    xinslm(f"{line} --output-dir {work / 'cache'}", threads=1)
     shards = [p.relative_to(work / "cache") for p in sorted((work / "cache").glob("*/*.bin"))]
     kills, equal, number = 0, True, 0
     while kills < args.kills:
         folder = work / f"cache-{number}"
-        kills += disturbed(line + str(folder), longest, draw, folder / "manifest.json")
+        kills += disturbed(line, folder, "*/*.bin", draw)
         equal &= all(sha256_file(work / "cache" / s) == sha256_file(folder / s) for s in shards)
         number += 1
     found = {"cache killed": kills, "in runs": number, "shards equal": equal}
     line = (
         f"distill --data-path {data} --cache {work / 'cache'} --max-seq-length 256 --batch-size 4 --hidden-size 64 "
-        f"--num-layers 4 --num-heads 4 --num-kv-heads 2 --head-dim 16 --intermediate-size 160 --max-steps 150 "
-        f"--save-every 5 --validate-every 30 --log-every 1 --output-dir "
+        f"--num-layers 4 --num-heads 4 --num-kv-heads 2 --head-dim 16 --intermediate-size 160 --max-steps 400 "
+        f"--save-every 5 --validate-every 30 --log-every 1"
     )
-    began = time.monotonic()
-    xinslm(line + str(work / "run"), threads=1)
-    longest = (time.monotonic() - began) / 2
+    xinslm(f"{line} --output-dir {work / 'run'}", threads=1)
     whole, weights = curve(work / "run"), sha256_file(work / "run" / "checkpoints" / "last" / "model.safetensors")
     kills, same, bytes_same, number, largest = 0, True, True, 0, 0.0
     while kills < args.kills:
         run = work / f"run-{number}"
-        kills += disturbed(line + str(run), longest, draw, run / "checkpoints" / "step-000150")
+        kills += disturbed(line, run, "metrics.jsonl", draw)
         lines = curve(run)
         same &= lines == whole
         largest = max(largest, *(abs(a.get("loss", 0) - b.get("loss", 0)) for a, b in zip(whole, lines, strict=True)))

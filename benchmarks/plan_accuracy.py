@@ -25,10 +25,17 @@ CONFIGURATIONS: dict[str, dict] = {
     "10m 2x512": {"preset": "10m", "batch_size": 2, "max_seq_length": 512},
     "10m 8x512 in 4 parts": {"preset": "10m", "batch_size": 8, "micro_batch_size": 2, "max_seq_length": 512},
     "10m 8x512 checkpointing": {"preset": "10m", "batch_size": 8, "max_seq_length": 512, "checkpointing": True},
+    "10m 4x256": {"preset": "10m", "batch_size": 4, "max_seq_length": 256},
+    "10m 4x384 muon": {"preset": "10m", "batch_size": 4, "max_seq_length": 384, "optimizer": "muon"},
+    "1m 8x512": {"preset": "1m", "batch_size": 8, "max_seq_length": 512},
+    "1m 16x256 in 2 parts": {"preset": "1m", "batch_size": 16, "micro_batch_size": 8, "max_seq_length": 256},
     "1m 32x256": {"preset": "1m", "batch_size": 32, "max_seq_length": 256},
     "135m 1x256": {"preset": "135m", "batch_size": 1, "max_seq_length": 256},
     "135m 1x256 adamw8bit": {"preset": "135m", "batch_size": 1, "max_seq_length": 256, "optimizer": "adamw8bit"},
     "135m 1x256 muon": {"preset": "135m", "batch_size": 1, "max_seq_length": 256, "optimizer": "muon"},
+    "135m 2x384 step in backward": {
+        "preset": "135m", "batch_size": 2, "max_seq_length": 384, "step_in_backward": True,
+    },
     "135m 1x256 all savings": {
         "preset": "135m", "batch_size": 1, "max_seq_length": 256, "optimizer": "adamw8bit", "weights": "bfloat16",
         "step_in_backward": True, "checkpointing": True,

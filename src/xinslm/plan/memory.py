@@ -21,7 +21,7 @@ LOSS_ROWS = 256
 SMALLEST_IN_8_BITS = 4096
 PIECE = 1 << 16
 GAPS = 0.15
-"""Of what is freed and taken again in a step, where the system's allocator keeps it; twice that over micro-batches."""
+"""Of the activations, freed and taken again in a step, where the allocator keeps them; thrice over micro-batches."""
 TARGET_BYTES = 400
 """Of a position's labels, teacher targets and their temporaries."""
 
@@ -137,7 +137,7 @@ def step_memory(shape: ModelConfig, config: PretrainConfig) -> Memory:
         return max(found, key=lambda memory: memory.peak)
     names = dict.fromkeys(name for parts in moments_of_step.values() for name in parts)
     most = {name: max(parts.get(name, 0) for parts in moments_of_step.values()) for name in names}
-    gaps = round(GAPS * (1 + accumulating) * sum(most.values()))
+    gaps = round(GAPS * (3 if accumulating else 1) * most["activations"])
     return Memory("reached over a whole step", always | most | {"gaps between them": gaps})
 
 
