@@ -28,6 +28,7 @@ from xinslm.files import read_json
 from xinslm.model.files import load_model, resolve_model
 from xinslm.model.transformer import Transformer
 from xinslm.teachers.huggingface import HuggingFaceTeacher
+from xinslm.teachers.own import LlamaTeacher
 
 SMALL = {
     "rounds": 2, "head": 8, "completions": 24, "prompt_tokens": 6, "max_new_tokens": 20, "generate_rows": 7,
@@ -225,20 +226,19 @@ def test_teacher_and_student_are_never_in_memory_together(make, tmp_path, monkey
 
     loads = []
     before = {id(x) for x in alive(Transformer)}  # other tests' fixtures
-    real_teacher, real_student = HuggingFaceTeacher.__init__, Transformer.__init__
+    real_teacher, real_model = LlamaTeacher.__init__, Transformer.__init__
 
     def teacher(self, *args, **settings):
-        assert not [x for x in alive(Transformer) if id(x) not in before]
-        loads.append("teacher")
         real_teacher(self, *args, **settings)
+        loads[-1] = "teacher"
 
-    def small(self, *args, **settings):
-        assert not [x for x in alive(HuggingFaceTeacher) if hasattr(x, "model")]
+    def model(self, *args, **settings):
+        assert not [x for x in alive(Transformer) if id(x) not in before and x is not self]
         loads.append("student")
-        real_student(self, *args, **settings)
+        real_model(self, *args, **settings)
 
-    monkeypatch.setattr(HuggingFaceTeacher, "__init__", teacher)
-    monkeypatch.setattr(Transformer, "__init__", small)
+    monkeypatch.setattr(LlamaTeacher, "__init__", teacher)
+    monkeypatch.setattr(Transformer, "__init__", model)
     onpolicy.run(make(tmp_path / "run", completions=8, max_new_tokens=6))
     assert loads == ["student", "teacher", "student"] * 2
 

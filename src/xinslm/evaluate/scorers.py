@@ -13,8 +13,7 @@ from torch import Tensor
 
 from xinslm.errors import UsageError
 from xinslm.inference.torch_engine import check_vocabulary, load_transformer
-from xinslm.model.config import UnsupportedModelError
-from xinslm.model.files import load_config, resolve_model, weight_files
+from xinslm.model.files import is_own, resolve_model, weight_files
 from xinslm.model.transformer import Transformer
 
 if TYPE_CHECKING:
@@ -72,7 +71,7 @@ def load_scorer(
     folder = resolve_model(path)
     kind: Literal["model", "quantized"] = "quantized" if is_quantized(folder) else "model"
     scorer: Scorer
-    if kind == "quantized" or _is_ours(folder):
+    if kind == "quantized" or is_own(folder):
         model = load_transformer(folder, getattr(torch, dtype))
         parameters = model.config.num_parameters
         scorer = TransformerScorer(model, load_tokenizer(folder), str(path), device)
@@ -88,12 +87,3 @@ def load_scorer(
         scorer.max_length = context
     file_bytes = sum(file.stat().st_size for file in weight_files(folder))
     return scorer, {"kind": kind, "parameters": parameters, "file_bytes": file_bytes}
-
-
-def _is_ours(folder: Path) -> bool:
-    """Whether the student's transformer can express the model; transformers runs all others."""
-    try:
-        load_config(folder)
-    except UnsupportedModelError:
-        return False
-    return True

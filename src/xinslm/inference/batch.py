@@ -19,12 +19,15 @@ from torch import Tensor
 
 from xinslm.errors import UsageError, XinslmError
 from xinslm.inference.config import Sampling
+from xinslm.largest import BLOCK, most_likely
 from xinslm.model.transformer import KVCache, Transformer
 
-BLOCK = 64
-"""Ids whose largest logit is looked at first."""
 PREFILL_TOKENS = 4096
 """Prompt tokens of one forward pass."""
+MOST_ROWS = 128
+"""Texts side by side beyond which nothing becomes faster."""
+CACHE_BYTES = 2 << 30
+"""Most bytes of keys and values, where the number of rows is not given."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +80,7 @@ def generate_batch(
     end_ids: frozenset[int],
     *,
     vocab_size: int | None = None,
-    rows: int = 64,
+    rows: int | None = None,
     top: int = 0,
     first_index: int = 0,
     tell: Callable[[int, int], None] = lambda texts, tokens: None,
@@ -85,7 +88,8 @@ def generate_batch(
     """Continue each prompt (ids, at least one) until an end token, `max_new_tokens`, or the model's context.
 
     `sampling.seed` must be given unless its temperature is 0; completion i draws with (seed, first_index + i), in
-    whatever batch it is. `vocab_size` cuts off rows of a padded vocabulary. `top` keeps that many ids a place. `tell`
+    whatever batch it is. `rows` texts are written side by side, by default up to 128, as many as 2 GiB of keys and
+    values allow. `vocab_size` cuts off rows of a padded vocabulary. `top` keeps that many ids a place. `tell`
     hears of finished texts and their tokens. Raises UsageError for a prompt longer than the context.
     """
     sampling.check()
@@ -98,6 +102,7 @@ def generate_batch(
         raise UsageError(f"a prompt of {wrong} tokens cannot be continued: the model's context is {context} tokens")
     model.eval()
     batches = _Batches(model, sampling, max_new_tokens, end_ids, vocab_size or model.config.vocab_size, top)
+    rows = rows or rows_that_fit(model, int(lengths.max(initial=1)) + max_new_tokens)
     order = np.argsort(-lengths, kind="stable")
     texts: list[Completion | None] = [None] * len(prompts)
     done = tokens = 0
@@ -109,6 +114,13 @@ def generate_batch(
         done, tokens = done + len(found), tokens + sum(len(c.tokens) for c in found)
         tell(done, tokens)
     return Completions([text for text in texts if text is not None], batches.token_forwards)
+
+
+def rows_that_fit(model: Transformer, tokens: int) -> int:
+    """Texts of that many tokens each whose keys and values fit into `CACHE_BYTES`; from 1 to `MOST_ROWS`."""
+    shape = model.config
+    token = 2 * shape.num_hidden_layers * shape.num_key_value_heads * shape.head_dim * model.head_weight.element_size()
+    return max(1, min(MOST_ROWS, CACHE_BYTES // (token * tokens)))
 
 
 class _Batches:
@@ -232,23 +244,6 @@ class _Batches:
             self.cache = _Rows(self.model.config, rows, length, self.head.dtype, self.device)
         self.cache.length = 0
         return self.cache
-
-
-def most_likely(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k largest of each row and their ids, both (rows, k), largest first; as `topk`, several times faster.
-
-    The width must be a multiple of `BLOCK`. The k largest lie in the k blocks with the largest maxima.
-    """
-    rows, width = logits.shape
-    blocks = width // BLOCK
-    if k >= blocks:
-        values, ids = logits.topk(k, dim=1)
-        return values, ids
-    view = logits.view(rows, blocks, BLOCK)
-    which = view.amax(dim=2).topk(k, dim=1).indices  # (rows, k)
-    near = view.gather(1, which[:, :, None].expand(-1, -1, BLOCK)).view(rows, -1)
-    values, places = near.topk(k, dim=1)
-    return values, which.gather(1, places // BLOCK) * BLOCK + places % BLOCK
 
 
 def choose(logits: Tensor, sampling: Sampling, uniforms: np.ndarray) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from xinslm.errors import UsageError, XinslmError
 from xinslm.files import new_file, read_json, sha256_file, sha256_json, write_json
-from xinslm.model.config import ModelConfig
+from xinslm.model.config import ModelConfig, UnsupportedModelError
 from xinslm.model.transformer import Transformer
 
 WEIGHTS = "model.safetensors"
@@ -59,6 +59,15 @@ def load_config(folder: Path) -> ModelConfig:
     if not path.is_file():
         raise UsageError(f"{folder} is not a model folder: it has no config.json")
     return ModelConfig.from_hf(read_json(path), str(path))
+
+
+def is_own(folder: Path) -> bool:
+    """Whether our transformer can express the model of a folder; transformers runs all others."""
+    try:
+        load_config(folder)
+    except UnsupportedModelError:
+        return False
+    return True
 
 
 def weight_files(folder: Path) -> list[Path]:

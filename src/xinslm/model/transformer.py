@@ -34,7 +34,12 @@ class RMSNorm(nn.Module):
         """(..., size) -> (..., size), in x's dtype."""
         wide = x.float()
         wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
-        return self.weight * wide.to(x.dtype)
+        return _scaled(wide.to(x.dtype), self.weight)
+
+
+def _scaled(x: Tensor, by: Tensor) -> Tensor:
+    """Give x * by, written over x where autograd keeps nothing: fresh memory costs more than the product."""
+    return x * by if torch.is_grad_enabled() or x.dtype != by.dtype else x.mul_(by)
 
 
 def rotary_frequencies(config: ModelConfig) -> Tensor:
@@ -127,7 +132,8 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., hidden) -> (..., hidden)."""
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        gate = F.silu(self.gate_proj(x), inplace=not torch.is_grad_enabled())
+        return self.down_proj(_scaled(gate, self.up_proj(x)))
 
 
 class Block(nn.Module):

@@ -41,7 +41,7 @@ class HuggingFaceTeacher(LocalTeacher):
         from xinslm.tokenizer.load import load_tokenizer
 
         self.name = name
-        self.folder = _local_folder(name, revision)
+        self.folder = local_folder(name, revision)
         self.tokenizer = load_tokenizer(self.folder)
         self.vocab_size = self.tokenizer.vocab_size
         self.device = torch.device(device)
@@ -49,7 +49,7 @@ class HuggingFaceTeacher(LocalTeacher):
         if adapter is not None:
             require_peft()
             check_adapter(adapter, model_fingerprint(self.folder), name)
-        self._require_rows(_configured_rows(self.folder))
+        self._require_rows(configured_rows(self.folder))
         model = load_pretrained(
             AutoModelForCausalLM, self.folder, dtype, f"teacher {name}", trust_remote_code=trust_remote_code
         )
@@ -136,7 +136,7 @@ class HuggingFaceTeacher(LocalTeacher):
         return step(ids), lambda tokens: step(tokens[:, None])
 
 
-def _configured_rows(folder: Path) -> int | None:
+def configured_rows(folder: Path) -> int | None:
     """Vocabulary that config.json speaks of, if it does; a quantized folder is refused."""
     manifest = read_json(folder / MANIFEST) if (folder / MANIFEST).is_file() else None
     if isinstance(manifest, dict) and manifest.get("kind") == "quantized":
@@ -149,7 +149,8 @@ def _configured_rows(folder: Path) -> int | None:
     return rows if isinstance(rows, int) else None
 
 
-def _local_folder(name: str, revision: str | None) -> Path:
+def local_folder(name: str, revision: str | None) -> Path:
+    """The folder that a teacher's name means; what is on the Hub is downloaded at `revision`."""
     if revision is not None and not Path(name).exists():
         import huggingface_hub
 

@@ -1,5 +1,6 @@
-"""A teacher in our own transformer: scores right-padded batches, writes with a key-value cache."""
+"""Teachers in our own transformer: they score right-padded batches and write with a key-value cache."""
 
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import torch
 from torch import Tensor
 
 from xinslm.errors import XinslmError
+from xinslm.model.files import load_model, model_fingerprint
 from xinslm.model.transformer import KVCache, Transformer
 from xinslm.teachers.generate import Step
 from xinslm.teachers.local import LocalTeacher
@@ -54,3 +56,17 @@ class OwnTeacher(LocalTeacher):
             return self.logits(hidden[:, -1])
 
         return step(ids), lambda tokens: step(tokens[:, None])
+
+
+class LlamaTeacher(OwnTeacher):
+    """A LLaMA or Mistral folder: the numbers of transformers to float32's rounding, without loading transformers."""
+
+    def __init__(self, name: str, folder: Path, dtype: str = "float32", device: torch.device | str = "cpu") -> None:
+        from xinslm.tokenizer.load import load_tokenizer
+
+        super().__init__(name, folder, load_model(folder, getattr(torch, dtype)), load_tokenizer(folder), device)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Hash of the weights and the shape."""
+        return model_fingerprint(self.folder)

@@ -16,11 +16,13 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from xinslm.distill.losses.targets import SparseTargets
 from xinslm.errors import UsageError, XinslmError
 from xinslm.files import damaged_files, read_manifest
+from xinslm.largest import most_likely
 from xinslm.progress import Listener, Progress, ignore
 
 KIND, VERSION, MADE_BY = "cache", 1, "xinslm cache"
@@ -92,7 +94,7 @@ def encode(
     # Float32 sums near 1 are wrong by ~1e-6: what is below 1e-5 is rounding, not unknown mass.
     unknown = torch.where(unknown < 1e-5, 0.0, unknown)
     if head_ids is None:
-        head_ids = probs.topk(fmt.head, dim=1).indices
+        head_ids = most_likely(probs, fmt.head)[1]
     points = position_uniforms(positions, seed)[:, None] + torch.arange(fmt.draws, device=probs.device)
     drawn, known = draw_from_tail(probs, head_ids, points / max(fmt.draws, 1))
 
@@ -132,8 +134,12 @@ def draw_from_tail(probs: Tensor, head_ids: Tensor, quantiles: Tensor) -> tuple[
     (N,) float32. Two levels, blocks and then tokens in a block, keep the sums short, so that float32 holds every token.
     """
     count, width = probs.shape[0], -(-probs.shape[1] // BLOCK) * BLOCK
-    tail = probs.new_zeros(count, width)
-    tail[:, : probs.shape[1]] = probs
+    if not quantiles.shape[1]:
+        head = probs.gather(1, head_ids)
+        mass_alone = probs.scatter_(1, head_ids, 0.0).sum(dim=1).float()
+        probs.scatter_(1, head_ids, head)
+        return head_ids[:, :0], mass_alone
+    tail = F.pad(probs, (0, width - probs.shape[1])) if width > probs.shape[1] else probs.clone()
     tail.scatter_(1, head_ids, 0.0)
     tail = tail.view(count, -1, BLOCK)
     cumulative = tail.sum(dim=2).double().cumsum(dim=1)

@@ -27,8 +27,8 @@ from xinslm.teachers.base import DenseTeacher, HiddenTeacher
 from xinslm.teachers.local import batches_by_length
 
 RECORDS = "records"
-LOGITS_AT_ONCE = 1 << 22
-"""Numbers in one block of logits (16 MiB of float32)."""
+LOGITS_AT_ONCE = 1 << 23
+"""Numbers in one block of logits (32 MiB of float32)."""
 
 
 class Scorer(Protocol):

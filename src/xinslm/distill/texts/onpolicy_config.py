@@ -73,8 +73,8 @@ class OnPolicyConfig:
     """Draw from this many of the most likely tokens; 0 keeps all."""
     top_p: float = 1.0
     """Draw from the fewest most likely tokens whose probabilities sum to this; 1 keeps all."""
-    generate_rows: int = 64
-    """Texts that are written at the same time."""
+    generate_rows: int | None = None
+    """Texts that are written at the same time; by default up to 128, as many as fit into 2 GiB of keys and values."""
     head: int = 32
     """Most likely tokens of the student whose teacher probabilities are kept; the token that came and 4 of the
     teacher's are kept beside them."""

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from xinslm.data.dataset import Dataset, Split
 from xinslm.errors import XinslmError
+from xinslm.largest import most_likely
 
 FILE = "support.npy"
 """Beside a split's tokens: (targets, s) ids, uint16 or uint32, one row for each token that counts."""
@@ -64,7 +65,7 @@ def head_ids(probs: Tensor, support: Tensor, labels: Tensor, head: int) -> Tenso
 
     probs: (N, V), the teacher's. support: (N, s) distinct ids, s < head <= V. labels: (N,).
     """
-    own = probs.topk(head, dim=1).indices
+    own = most_likely(probs, head)[1]
     candidates = torch.cat((support, labels[:, None], own), dim=1)  # (N, s + 1 + head)
     equal = candidates[:, :, None] == candidates[:, None, :]
     again = equal.tril(diagonal=-1).any(dim=2)  # equal to one before it
