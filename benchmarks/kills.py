@@ -16,22 +16,23 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from machine import describe
-from sides import keep, xinslm
+from sides import finished, keep, xinslm
 
 from xinslm.files import sha256_file
 
 
-def disturbed(line: str, folder: Path, watched: str, draw: random.Random) -> int:
-    """Run a command that writes to `folder` again and again, killing it, until it ends by itself; return the kills.
+def disturbed(line: str, folder: Path, watched: str, draw: random.Random, whole: Callable[[], bool]) -> int:
+    """Run a command that writes to `folder` again and again, killing it, until its work is whole; return the kills.
 
     One moment in four is drawn from the whole time since the start, so that loading and taking up are hit too; the
     others from the seconds after the first sign of new work, the newest time of the files that match `watched`.
     """
     kills = 0
-    while True:
+    while not whole():
         before = _newest(folder, watched)
         process = subprocess.Popen(
             [sys.executable, "-m", "xinslm", *shlex.split(line), "--output-dir", str(folder)],
@@ -45,11 +46,11 @@ def disturbed(line: str, folder: Path, watched: str, draw: random.Random) -> int
         try:
             if process.wait(max(0.0, last - time.monotonic())):
                 sys.exit(f"ended with {process.returncode} after {kills} kills: {line} --output-dir {folder}")
-            return kills
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
             kills += 1
+    return kills
 
 
 def _newest(folder: Path, watched: str) -> int:
@@ -76,7 +77,7 @@ def main() -> None:
     teacher, data = args.data / "models" / "stories260K", work / "data"
     xinslm(
         f"prepare --data-path {args.data}/text/stories_train.jsonl.gz --document-end bos --tokenizer-path {teacher} "
-        f"--output-dir {data}"
+        f"--output-dir {data} --max-tokens 300000"
     )
     line = f"cache {teacher} --data-path {data} --max-seq-length 256 --shard-positions 2000"
     xinslm(f"{line} --output-dir {work / 'cache'}", threads=1)
@@ -84,7 +85,7 @@ def main() -> None:
     kills, equal, number = 0, True, 0
     while kills < args.kills:
         folder = work / f"cache-{number}"
-        kills += disturbed(line, folder, "*/*.bin", draw)
+        kills += disturbed(line, folder, "*/*.bin", draw, (folder / "manifest.json").exists)
         equal &= all(sha256_file(work / "cache" / s) == sha256_file(folder / s) for s in shards)
         number += 1
     found = {"cache killed": kills, "in runs": number, "shards equal": equal}
@@ -98,7 +99,7 @@ def main() -> None:
     kills, same, bytes_same, number, largest = 0, True, True, 0, 0.0
     while kills < args.kills:
         run = work / f"run-{number}"
-        kills += disturbed(line, run, "metrics.jsonl", draw)
+        kills += disturbed(line, run, "metrics.jsonl", draw, lambda run=run: finished(run))
         lines = curve(run)
         same &= lines == whole
         largest = max(largest, *(abs(a.get("loss", 0) - b.get("loss", 0)) for a, b in zip(whole, lines, strict=True)))

@@ -244,13 +244,15 @@ def test_auto_takes_the_first_way_that_leads(world, tmp_path):
 def test_teachers_of_characters_know_the_tokens_of_their_text(world, tmp_path):
     save_model(Transformer(ModelConfig(characters().vocab_size, 32, 64, 1, 2, 2, 16)), tmp_path / "teacher")
     characters().save(tmp_path / "teacher")
-    result = cached(world, world.data, tmp_path / "c", teacher=str(tmp_path / "teacher"))
+    result = cached(world, world.data, tmp_path / "c", teacher=str(tmp_path / "teacher"), alignment="bytes")
     assert result.alignment == "bytes" and result.share > 0.9
+    result = cached(world, world.data, tmp_path / "p", teacher=str(tmp_path / "teacher"))
+    assert result.alignment == "prefixes" and result.share > 0.9, "what auto takes"
 
 
 def test_shards_and_batches_change_nothing(world, other, tmp_path):
     data, folder, _ = other
-    cached(world, data, tmp_path / "c", shard_positions=10**6, batch_tokens=128)
+    cached(world, data, tmp_path / "c", shard_positions=10**6, batch_tokens=128, alignment="bytes")
     a, b = Cache(folder).split("train"), Cache(tmp_path / "c").split("train")
     positions = np.arange(1500)
     torch.testing.assert_close(a.targets(positions).log_tail, b.targets(positions).log_tail, atol=2e-3, rtol=1e-3)

@@ -7,7 +7,9 @@ from typing import Any
 import torch
 
 from xinslm.data.dataset import Dataset
+from xinslm.distill.alignment.prefixes import byte_order
 from xinslm.distill.cache.chunks import CachedSpans
+from xinslm.distill.cache.groups import CachedGroups
 from xinslm.distill.cache.records import Cache
 from xinslm.distill.config import DistillConfig, PretrainConfig
 from xinslm.distill.hidden.auxiliary import find_sketches, hidden_shares
@@ -21,6 +23,7 @@ from xinslm.progress import Listener
 from xinslm.teachers.encoder import find_encoder
 from xinslm.teachers.endpoint import is_endpoint
 from xinslm.teachers.open import open_teacher, teacher_fingerprint
+from xinslm.tokenizer.load import load_tokenizer
 
 
 @dataclass(frozen=True)
@@ -99,7 +102,17 @@ def _cached(config: DistillConfig, dataset: Dataset, folder: Path, on_progress: 
             f"the teacher saw contexts of {cached_length} tokens when it was cached, the student sees "
             f"{config.max_seq_length}"
         )
-    if cache.manifest.get("alignment", {}).get("kind") == "chunks":
+    kind = cache.manifest.get("alignment", {}).get("kind")
+    if kind == "prefixes":
+        if loss.temperature != 1:
+            raise UsageError(
+                f"loss.temperature is {loss.temperature}, but cache {folder} holds masses of groups of tokens, inside "
+                f"which the teacher is unknown: set it to 1"
+            )
+        order = byte_order(load_tokenizer(dataset.folder / "tokenizer"))
+        of_split = {name: CachedGroups(cache, name, order) for name in cache.manifest["shards"]}
+        return Teaching(loss, of_split["train"], of_split.get("validation"), hidden, inputs, tuple(warnings))
+    if kind == "chunks":
         if loss.temperature != 1:
             raise UsageError(
                 f"loss.temperature is {loss.temperature}, but cache {folder} holds likelihoods of spans, which have "

@@ -111,6 +111,9 @@ def _check_cache(examination: Examination, config: DoctorConfig, dataset: Datase
     if opened[0].manifest.get(SKETCH, {}).get("alone") or planes - {RECORDS, SKETCH}:
         examination.skip(of_records, f"the cache has no distributions of the next token, only {', '.join(planes)}")
         return None
+    if (kind := opened[0].manifest["alignment"]["kind"]) in ("prefixes", "chunks"):
+        examination.skip(of_records, f"the cache holds no distributions over single tokens ({kind})")
+        return None
     check_records(examination, opened[0], dataset)
     return opened[0]
 

@@ -13,7 +13,7 @@ from xinslm.teachers.endpoint_config import EndpointConfig
 
 Device = Literal["auto", "cpu", "cuda", "mps"]
 Dtype = Literal["float32", "bfloat16", "float16"]
-Alignment = Literal["auto", "same", "nested", "bytes", "chunks"]
+Alignment = Literal["auto", "same", "nested", "bytes", "prefixes", "chunks"]
 
 CONTEXT = Range(2, 1_000_000)
 _CACHE = {
@@ -57,8 +57,9 @@ class CacheConfig:
     temperature: float = 2.0
     """Temperature whose normaliser is stored, for a loss with temperature_mode full. Endpoints give it for 1 alone."""
     alignment: Alignment = "auto"
-    """Where the teacher's tokenizer is another: nested (a merge prefix of it) and bytes push its distributions forward,
-    chunks keeps its likelihood of stretches of text; auto takes the first that is possible."""
+    """Where the teacher's tokenizer is another: nested (a merge prefix of it) pushes its distributions forward,
+    prefixes keeps masses of tokens that begin alike, bytes those of single tokens as far as they are known, chunks
+    likelihoods of stretches of text; auto takes the first that is possible."""
     sketch_depths: tuple[float, ...] = ()
     """Depths whose hidden states to keep as sketches, as shares of the teacher's layers: 0.5 1.0 for instance."""
     sketch_width: int = 64

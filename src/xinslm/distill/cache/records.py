@@ -248,8 +248,9 @@ class Cache:
     def split(self, name: str) -> CacheSplit | None:
         """Records of 'train' or 'validation'; None where the dataset has no such split."""
         shards = self.manifest["shards"].get(name)
-        if self.manifest.get("alignment", {}).get("kind") == "chunks":
-            raise UsageError(f"cache {self.folder} holds likelihoods of spans of text (chunks), no distributions")
+        if (kind := self.manifest.get("alignment", {}).get("kind")) in ("chunks", "prefixes"):
+            held = "likelihoods of spans of text" if kind == "chunks" else "masses of groups of tokens"
+            raise UsageError(f"cache {self.folder} holds {held} (--alignment {kind}), no distributions over tokens")
         return CacheSplit(self.folder, shards, self.format) if shards else None
 
     def require_dataset(self, fingerprint: str, folder: Path) -> None:

@@ -17,11 +17,13 @@ import numpy as np
 from xinslm.config import to_dict
 from xinslm.data.dataset import Dataset, Split, open_dataset, require_tokenizer
 from xinslm.device import pick_device
+from xinslm.distill.alignment.prefixes import PrefixAligner
 from xinslm.distill.alignment.relate import kind_of, relate
 from xinslm.distill.alignment.spans import SpanAligner
 from xinslm.distill.cache.chunks import SPAN, CachedSpans, ChunkScorer
 from xinslm.distill.cache.config import CacheConfig, head_size
 from xinslm.distill.cache.encoder_scorer import EncoderScorer, empty_format
+from xinslm.distill.cache.groups import GROUPS, GroupScorer, count, maps_of
 from xinslm.distill.cache.records import FP16_FLOOR, KIND, PLAN, VALID, VERSION, Cache, CacheFormat, decode, suffix
 from xinslm.distill.cache.repair import differing, reopen
 from xinslm.distill.cache.scorers import RECORDS, DenseScorer, Scorer
@@ -105,17 +107,23 @@ def run(config: CacheConfig, on_progress: Listener = ignore, api_key: str | None
     )  # fmt: skip
     assert not isinstance(teacher, EndpointTeacher), "these went another way"
     require_context(config.max_seq_length, teacher.max_length, f"teacher {config.teacher}")
-    way = relate(dataset, teacher, config.alignment)
-    vocab_size = dataset.manifest["vocab_size"]
     support = read_support(dataset)
+    way = relate(dataset, teacher, config.alignment, bool(config.sketch_depths) or support is not None)
+    vocab_size = dataset.manifest["vocab_size"]
     head = min(head_size(config.head, config.draws) if support is None else support.head, vocab_size - 1)
     fmt = CacheFormat(vocab_size, head, config.draws, config.temperature)
     sketches = _sketches(config, teacher) if config.sketch_depths else None
     scorer: Scorer
     if isinstance(way, SpanAligner):
         if sketches is not None or support is not None:
-            raise UsageError("chunks keeps neither sketches nor the student's own tokens: leave out --alignment chunks")
-        scorer = ChunkScorer(teacher, way, config)
+            raise UsageError(
+                f"{way.kind} keeps neither sketches nor the student's own tokens: leave out --alignment {way.kind}"
+            )
+        if isinstance(way, PrefixAligner):
+            fmt = CacheFormat(vocab_size, min(config.head or GROUPS, vocab_size - 1), 0, 1.0)
+            scorer = GroupScorer(teacher, way, config, fmt.head)
+        else:
+            scorer = ChunkScorer(teacher, way, config)
     else:
         scorer = DenseScorer(teacher, way, fmt, config, sketches, support)
     _begin(config, _plan(config, dataset, teacher, fmt, scorer, sketches, kind_of(way)))
@@ -287,6 +295,8 @@ def _summarise(folder: Path, seconds: float) -> CacheResult:
     alignment = cache.manifest["alignment"]
     if alignment["kind"] == "chunks":
         return _summarise_chunks(cache, seconds)
+    if alignment["kind"] == "prefixes":
+        return _summarise_groups(cache, seconds)
     positions, size, nats, tail = 0, 0, 0.0, 0.0
     for name in cache.manifest["shards"]:
         split = cache.split(name)
@@ -320,6 +330,16 @@ def _summarise_chunks(cache: Cache, seconds: float) -> CacheResult:
     return CacheResult(
         cache.folder, positions, size, SPAN.itemsize, -counts[2] / max(positions, 1), 0.0, seconds,
         alignment="chunks", share=alignment["covered"] / max(alignment["targets"], 1), spans=spans,
+    )  # fmt: skip
+
+
+def _summarise_groups(cache: Cache, seconds: float) -> CacheResult:
+    splits = [maps_of(cache, name) for name in cache.manifest["shards"]]
+    counts = np.array([count(maps) for maps in splits]).sum(axis=0)
+    alignment, size = cache.manifest["alignment"], sum(shard.nbytes for maps in splits for shard in maps)
+    return CacheResult(
+        cache.folder, int(counts[0]), size, splits[0][0].dtype.itemsize, -counts[1] / max(counts[2], 1), 0.0, seconds,
+        alignment="prefixes", share=alignment["covered"] / max(alignment["targets"], 1),
     )  # fmt: skip
 
 

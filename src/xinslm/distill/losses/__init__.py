@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from xinslm.distill.losses.config import LossConfig
     from xinslm.distill.losses.fused import LossFigures, fused_loss, next_tokens
-    from xinslm.distill.losses.targets import DenseTargets, SpanTargets, SparseTargets, Targets
+    from xinslm.distill.losses.targets import DenseTargets, GroupTargets, SpanTargets, SparseTargets, Targets
 
 __all__ = [
-    "DenseTargets", "LossConfig", "LossFigures", "SpanTargets", "SparseTargets", "Targets", "fused_loss", "next_tokens",
+    "DenseTargets", "GroupTargets", "LossConfig", "LossFigures", "SpanTargets", "SparseTargets", "Targets",
+    "fused_loss", "next_tokens",
 ]  # fmt: skip
 
 _MODULES = {"LossConfig": "config", "LossFigures": "fused", "fused_loss": "fused", "next_tokens": "fused"}

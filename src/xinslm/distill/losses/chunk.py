@@ -20,7 +20,9 @@ from torch import Tensor
 
 from xinslm.distill.losses.config import LossConfig
 from xinslm.distill.losses.divergences import bucket_divergence
-from xinslm.distill.losses.targets import SpanTargets, SparseTargets
+from xinslm.distill.losses.groups import group_loss
+from xinslm.distill.losses.inplace import add_at_labels_, softmax_, widest
+from xinslm.distill.losses.targets import GroupTargets, SpanTargets, SparseTargets
 
 LEAST_LOG_P = -100.0
 """Least log-probability of a dense teacher: what has no mass must not make a reversed divergence infinite."""
@@ -35,7 +37,7 @@ DENSE_ROWS = 32
 def chunk_loss(
     z: Tensor,
     labels: Tensor,
-    targets: SparseTargets | SpanTargets | Tensor | None,
+    targets: SparseTargets | SpanTargets | GroupTargets | Tensor | None,
     config: LossConfig,
     scale: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
@@ -48,6 +50,8 @@ def chunk_loss(
         return _cross_entropy(z, labels, config.alpha * scale).sum(dtype=widest(z)), nothing
     if isinstance(targets, SpanTargets):
         return _spans(z, labels, targets, config, scale)
+    if isinstance(targets, GroupTargets):
+        return group_loss(z, labels, targets, config, scale)
     if isinstance(targets, Tensor):
         sums = torch.stack((nothing, nothing))
         for part in (slice(at, at + DENSE_ROWS) for at in range(0, len(z), DENSE_ROWS)):
@@ -56,22 +60,6 @@ def chunk_loss(
     if config.temperature_mode == "full" and config.temperature != 1.0:
         return _sparse_full(z, labels, targets, config, scale)
     return _sparse(z, labels, targets, config, scale)
-
-
-def widest(x: Tensor) -> torch.dtype:
-    """Type for sums: float64, which Apple's GPUs do not have."""
-    return torch.float32 if x.device.type == "mps" else torch.float64
-
-
-def _softmax_(z: Tensor) -> Tensor:
-    """Replace logits by probabilities; return the log-normaliser (rows, 1)."""
-    top = z.amax(dim=1, keepdim=True)
-    if z.device.type == "cpu":  # goes row by row there, so a row is still in the cache when it is scaled
-        torch.softmax(z, dim=1, out=z)
-        return top - z.amax(dim=1, keepdim=True).log()
-    total = z.sub_(top).exp_().sum(dim=1, keepdim=True)
-    z.div_(total)
-    return top + total.log()
 
 
 def _take(z: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
@@ -84,17 +72,12 @@ def _take(z: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
     return taken, z.sum(dim=1, keepdim=True).clamp_min(torch.finfo(z.dtype).tiny)
 
 
-def _at_labels_(z: Tensor, labels: Tensor, value: Tensor | float) -> None:
-    """Add `value`, a number or (rows, 1), to z at the labels."""
-    z.scatter_add_(1, labels[:, None], torch.as_tensor(value, dtype=z.dtype, device=z.device).expand(len(z), 1))
-
-
 def _cross_entropy(z: Tensor, labels: Tensor, alpha: Tensor | float) -> Tensor:
     """Cross-entropy of each row, (rows, 1); `alpha`, a number or (rows, 1), scales the gradient."""
     at_label = z.gather(1, labels[:, None])
-    ce = _softmax_(z) - at_label
+    ce = softmax_(z) - at_label
     z.mul_(alpha)
-    _at_labels_(z, labels, -alpha)
+    add_at_labels_(z, labels, -alpha)
     return ce
 
 
@@ -122,16 +105,16 @@ def _dense_forward(z: Tensor, labels: Tensor, log_p: Tensor, config: LossConfig,
     against = torch.einsum("rv,rv->r", p, z)[:, None] / t  # before z turns into probabilities
     kd = torch.einsum("rv,rv->r", p, log_p)[:, None] - against
     if t == 1.0:
-        log_total = _softmax_(z)
+        log_total = softmax_(z)
         kd += log_total
         z.mul_(alpha + beta)
     else:
         q = z / t
-        kd += _softmax_(q)
-        log_total = _softmax_(z)
+        kd += softmax_(q)
+        log_total = softmax_(z)
         z.mul_(alpha).add_(q, alpha=beta)
     z.sub_(p, alpha=beta)
-    _at_labels_(z, labels, -alpha)
+    add_at_labels_(z, labels, -alpha)
     return (log_total - at_label).sum(dtype=widest(z)), t * t * kd.sum(dtype=widest(z))
 
 
@@ -144,7 +127,7 @@ def _sparse(z: Tensor, labels: Tensor, s: SparseTargets, config: LossConfig, sca
     beta = (config.beta * scale) * told
     alpha = (config.alpha + config.beta) * scale - beta
     at_label, at_head, at_draws = z.gather(1, labels[:, None]), z.gather(1, s.head_ids), z.gather(1, s.tail_ids)
-    log_total = _softmax_(z)
+    log_total = softmax_(z)
     q_head, q_tail = _take(z, s.head_ids)
     log_p = torch.cat((s.head_log_probs, s.log_tail[:, None]), dim=1).to(z.dtype).clamp_min(LEAST_SPARSE_LOG_P)
     log_q_tail = q_tail.log()
@@ -170,7 +153,7 @@ def _sparse(z: Tensor, labels: Tensor, s: SparseTargets, config: LossConfig, sca
     z.scatter_(1, s.head_ids, alpha * q_head + beta * head_grad)
     if draws and lam:
         z.scatter_add_(1, s.tail_ids, (-beta * by_draws / draws).expand(-1, draws))
-    _at_labels_(z, labels, -alpha - beta * by_text)
+    add_at_labels_(z, labels, -alpha - beta * by_text)
     return ce.sum(dtype=widest(z)), torch.where(s.valid[:, None], kd, ce).sum(dtype=widest(z))
 
 
@@ -200,7 +183,7 @@ def _sparse_full(
     told = s.valid[:, None].to(z.dtype)
     q = z / t
     at_head = q.gather(1, s.head_ids)
-    log_total = _softmax_(q)
+    log_total = softmax_(q)
     q_head, q_tail = _take(q, s.head_ids)
     log_p_head = s.head_log_probs.to(z.dtype) / t - s.log_z[:, None]
     tail = (1 - log_p_head.exp().sum(dim=1, keepdim=True)).clamp_min(torch.finfo(z.dtype).tiny)
@@ -226,7 +209,7 @@ def _spans(z: Tensor, labels: Tensor, s: SpanTargets, config: LossConfig, scale:
     """
     tau = config.span_temperature
     at_label = z.gather(1, labels[:, None])
-    nll = (_softmax_(z) - at_label).to(widest(z))
+    nll = (softmax_(z) - at_label).to(widest(z))
     starts, inside = s.starts(), s.spans >= 0
     span_of = (starts.cumsum(0) - 1)[inside]
     log_likelihood = nll.new_zeros(int(starts.sum())).index_add(0, span_of, -nll[inside, 0])
@@ -237,7 +220,7 @@ def _spans(z: Tensor, labels: Tensor, s: SpanTargets, config: LossConfig, scale:
     factor[inside, 0] = -slope[span_of]
     factor = (scale * (config.alpha + config.beta * factor)).to(z.dtype)
     z.mul_(factor)
-    _at_labels_(z, labels, -factor)
+    add_at_labels_(z, labels, -factor)
     return nll.sum(), tau * values.sum(dtype=widest(z)) + nll[~inside].sum()
 
 

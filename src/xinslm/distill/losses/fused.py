@@ -24,9 +24,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from xinslm.distill.losses.chunk import chunk_loss, widest
+from xinslm.distill.losses.chunk import chunk_loss
 from xinslm.distill.losses.config import LossConfig
-from xinslm.distill.losses.targets import SpanTargets, Targets
+from xinslm.distill.losses.inplace import widest
+from xinslm.distill.losses.targets import GroupTargets, SpanTargets, Targets
 
 
 @dataclass(frozen=True)
@@ -76,6 +77,8 @@ def fused_loss(
         raise ValueError("; ".join(wrong))
     if isinstance(targets, SpanTargets) and config.temperature != 1:
         raise ValueError("span likelihoods have a root of their own, loss.span_temperature: set loss.temperature to 1")
+    if isinstance(targets, GroupTargets) and config.temperature != 1:
+        raise ValueError("inside a group of tokens the teacher is unknown, at any T but 1: set loss.temperature to 1")
     if labels.device.type == "cpu" and bool(((labels < 0) | (labels >= weight.shape[0])).any()):
         raise ValueError(f"labels must be ids below {weight.shape[0]}; leave other positions out (`next_tokens`)")
     count = float(normaliser if normaliser is not None else max(hidden.shape[0], 1))

@@ -1,7 +1,7 @@
-"""What a teacher says about N positions, in the three forms the fused head takes.
+"""What a teacher says about N positions, in the four forms the fused head takes.
 
-Sparse distributions come from a cache, dense ones from a teacher in memory, spans from a teacher whose tokenizer has
-nothing to do with the student's and whose likelihood of stretches of text is all that can be compared.
+Sparse distributions come from a cache, dense ones from a teacher in memory. A teacher with another tokenizer gives
+groups, the student's tokens that begin with the same bytes, or spans, stretches of text whose likelihood is compared.
 """
 
 from collections.abc import Callable
@@ -87,4 +87,35 @@ class SpanTargets:
         return starts
 
 
-Targets = SparseTargets | DenseTargets | SpanTargets
+@dataclass(frozen=True)
+class GroupTargets:
+    """A teacher's next-token distribution over groups of tokens: ranges of the vocabulary in the order of its bytes.
+
+    On level 0 they divide the vocabulary, on level j the tokens that begin with the text's first j pieces.
+    """
+
+    order: Tensor
+    """(V,) int64: the token at each place."""
+    begins: Tensor
+    """(N, k) int64: first place of each group. Ranges are apart or one in another, and no two of a row the same."""
+    ends: Tensor
+    """(N, k) int64: the place behind its last; `begins` where there is no group."""
+    probs: Tensor
+    """(N, k) float32: share of each group in its level's set, without groups of its level inside it; what is left to 1
+    is on the set's other tokens."""
+    levels: Tensor
+    """(N, k) int64."""
+    onward: Tensor
+    """(N, k) bool: whether the group is the next level's set; at most one a level, with all that is inside it."""
+    valid: Tensor
+    """(N,) bool: whether the teacher says anything about this position."""
+
+    def __getitem__(self, rows: Any) -> "GroupTargets":
+        return GroupTargets(self.order, *(getattr(self, n)[rows] for n in self.__dataclass_fields__ if n != "order"))
+
+    def to(self, device: torch.device | str) -> "GroupTargets":
+        """Move all tensors to `device`."""
+        return GroupTargets(*(getattr(self, name).to(device) for name in self.__dataclass_fields__))
+
+
+Targets = SparseTargets | DenseTargets | SpanTargets | GroupTargets

@@ -1,0 +1,215 @@
+"""Groups of tokens that begin alike: counted cuts and the chain rule by brute force, the cache, and training."""
+
+from dataclasses import replace
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+from foreign import byte_level, characters, metaspace, texts
+
+from xinslm.data import prepare
+from xinslm.data.config import PrepareConfig
+from xinslm.data.dataset import open_dataset
+from xinslm.distill import train
+from xinslm.distill.alignment.prefixes import PrefixAligner, byte_order
+from xinslm.distill.alignment.relate import relate
+from xinslm.distill.cache import score
+from xinslm.distill.cache.config import CacheConfig
+from xinslm.distill.cache.groups import ONWARD, CachedGroups, decode_groups, group_dtype, group_records, maps_of
+from xinslm.distill.cache.records import VALID, Cache
+from xinslm.distill.config import DistillConfig
+from xinslm.distill.losses.config import LossConfig
+from xinslm.errors import UsageError
+from xinslm.model.files import load_model
+from xinslm.teachers.open import open_teacher
+from xinslm.tokenizer.load import load_tokenizer
+
+
+@pytest.fixture(scope="module")
+def grouped(world, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("prefixes")
+    metaspace(300).save(folder / "tokenizer")
+    data = folder / "data"
+    prepare.run(PrepareConfig(data_path=(str(world.text),), tokenizer_path=folder / "tokenizer", output_dir=data))
+    config = CacheConfig(
+        str(world.teacher), data, folder / "cache", max_seq_length=64, shard_positions=3000, batch_tokens=512,
+        device="cpu", alignment="prefixes",
+    )  # fmt: skip
+    return data, folder / "cache", score.run(config), config
+
+
+def documents(tokenizer, count=40):
+    return [np.array(tokenizer.encode(text)) for text in texts()[:count]]
+
+
+def test_ranges_hold_what_begins_alike_and_shares_are_counted():
+    student = byte_level(400)
+    sample = documents(student)
+    aligner = PrefixAligner(student, characters(), "eos", sample)
+    spelled = [student.token_bytes(int(i)) for i in aligner.order]
+    control = set(student.special_tokens.values())
+    assert sorted(aligner.order.tolist()) == list(range(student.vocab_size))
+    assert (aligner.order == byte_order(student)).all()
+    beginnings = {piece[:size] for piece in spelled for size in range(1, len(piece) + 1)}
+    for x in sorted(beginnings)[::7]:
+        begin, end = aligner.range_of(x)
+        inside = {int(i) for i in aligner.order[begin:end]}
+        assert inside == {i for i in range(student.vocab_size)
+                          if i not in control and student.token_bytes(i).startswith(x)}  # fmt: skip
+    counted: dict[bytes, list[int]] = {}
+    for ids in sample:
+        pieces = [student.token_bytes(int(i)) for i in ids]
+        text, at = b"".join(pieces), 0
+        for piece in pieces:
+            for size in range(1, 8):
+                if at + size <= len(text):
+                    counted.setdefault(text[at : at + size], []).append(len(piece))
+            at += len(piece)
+    checked = 0
+    for x, lengths in counted.items():
+        shares = aligner.shares(x)
+        assert sum(share for _, _, share in shares) == pytest.approx(1)
+        if len(lengths) < 30 or x not in beginnings:
+            continue
+        for size, _, share in shares:
+            true = np.mean([length >= len(x) if size == len(x) else length == size for length in lengths])
+            assert share == pytest.approx(true, abs=0.03)
+            checked += 1
+    assert checked > 50
+
+
+def test_cuts_that_never_come_have_next_to_no_mass():
+    """Behind the student's " th" no "e" follows: it would have been " the"."""
+    student = byte_level(400)
+    aligner = PrefixAligner(student, characters(), "eos", documents(student))
+    assert {b" th", b" the"} <= {student.token_bytes(i) for i in range(400)}
+    assert aligner.cut_share(b" th", b"e") < 0.05 < 0.9 < aligner.cut_share(b" the", b" ")
+    ids = np.array([student.bos_id, *student.encode("x thy")])
+    pair = aligner.align(ids)
+    theirs = characters()
+    at = int(np.flatnonzero(pair.teacher_ids == theirs.encode("y")[-1])[0])
+    tops = np.zeros((len(pair.teacher_ids), 2), dtype=np.int64)
+    tops[at] = theirs.encode("e")[-1], theirs.encode("y")[-1]
+    probs = np.full((len(pair.teacher_ids), 2), 0.0)
+    probs[at] = 0.5, 0.4
+    own = np.full(len(pair.teacher_ids), 0.4)
+    said, _ = aligner.groups(ids, pair, tops, probs, own)
+    masses = {student.token_bytes(int(aligner.order[begin]))[:1]: p for begin, _, level, _, p in said[-1] if level == 0}
+    assert [student.token_bytes(int(i)) for i in ids[-2:]] == [b" th", b"y"]
+    assert masses.get(b"e", 0.0) < 0.1 < 0.6 < masses[b"y"]
+
+
+def test_a_student_of_characters_is_taught_the_teachers_own_distribution():
+    student = teacher = characters()
+    aligner = PrefixAligner(student, teacher, "eos")
+    rng = np.random.default_rng(0)
+    ids = np.array([student.bos_id, *student.encode("the cat sat")])
+    pair = aligner.align(ids)
+    count = len(pair.teacher_ids)
+    full = rng.dirichlet(np.full(teacher.vocab_size, 0.05), count)
+    tops = np.argsort(-full, axis=1)
+    own = full[np.arange(count), pair.teacher_ids]
+    own[0] = np.nan
+    said, told = aligner.groups(ids, pair, tops, np.take_along_axis(full, tops, 1), own)
+    place, control = np.argsort(aligner.order), set(teacher.special_tokens.values())
+    assert not said[0]  # the space that the tokenizer puts in front has no place in the text
+    for at, groups in list(enumerate(said))[1:]:
+        assert groups and told[at] == pytest.approx(np.log(own[at + 1]), abs=1e-9)
+        usual = [i for i in range(teacher.vocab_size) if i not in control and teacher.token_bytes(i)]
+        for begin, end, level, onward, p in groups:
+            assert (level, onward, end - begin) == (0, False, 1)
+            token = int(aligner.order[begin])
+            if token in usual:
+                assert p == pytest.approx(full[at + 1, token] / full[at + 1].sum(), rel=0.02, abs=2e-3)
+        assert place[ids[at + 1]] in [group[0] for group in groups]
+
+
+def test_groups_of_a_position_are_apart_or_nested_and_shares_sum_to_one(grouped):
+    data, folder, result, _ = grouped
+    assert result.alignment == "prefixes" and result.share > 0.9 and "prefixes" in result.describe()
+    records = np.concatenate([np.asarray(m) for m in maps_of(Cache(folder), "train")])
+    valid = records[(records["flags"] & VALID) != 0]
+    assert result.record_bytes == records.itemsize == 3 + 20 * 6
+    labels = np.append(np.asarray(open_dataset(data).split("train").tokens)[1:], 0)[(records["flags"] & VALID) != 0]
+    place = np.argsort(byte_order(load_tokenizer(data / "tokenizer")))
+    levels = 0
+    for row, label in zip(valid[:400], labels[:400], strict=True):
+        used = [(int(b), int(e), int(x) & ~ONWARD, bool(x & ONWARD))
+                for b, e, x in zip(row["begins"], row["ends"], row["levels"], strict=True) if e > b]  # fmt: skip
+        assert len({(b, e) for b, e, *_ in used}) == len(used)
+        for (a, b, *_), (c, d, *_) in ((x, y) for x in used for y in used if x < y):
+            assert b <= c or d <= a or (a <= c and d <= b) or (c <= a and b <= d)
+        for begin, end, level, onward in used:
+            if onward:  # the text goes on inside
+                assert begin <= place[label] < end
+                assert all(begin <= b and e <= end for b, e, other, _ in used if other > level)
+        levels += max(level for *_, level, _ in used)
+    assert levels > 40
+    targets = decode_groups(valid, torch.arange(300))
+    for level in range(3):
+        assert ((targets.probs * (targets.levels == level)).sum(1) <= 1.0001).all()
+
+
+def test_bytes_of_a_token_have_the_models_likelihood(world, grouped):
+    """log p of the text, where teacher tokens spell a student token whole, from the model itself."""
+    data, folder, _, _ = grouped
+    model = load_model(world.teacher)
+    aligner = relate(open_dataset(data), open_teacher(str(world.teacher)), "prefixes")
+    split = open_dataset(data).split("train")
+    records = np.concatenate([np.asarray(m) for m in maps_of(Cache(folder), "train")])
+    start, end = (int(x) for x in split.documents[:2])
+    pair = aligner.align(np.asarray(split.tokens[start:end]).astype(np.int64))
+    theirs = pair.teacher_ids[:65]
+    with torch.no_grad():
+        log_p = model.logits(model.hidden(torch.from_numpy(theirs[:64])[None]))[0].log_softmax(1)
+    own = np.append(np.nan, log_p[np.arange(64), theirs[1:65]].numpy())
+    checked = 0
+    for token, (a, b) in enumerate(pairwise(pair.student_starts.tolist())):
+        first, behind = np.searchsorted(pair.teacher_starts, (a, b))
+        if (
+            token
+            and behind < 60
+            and (pair.teacher_starts[[first, behind]] == (a, b)).all()
+            and records["flags"][token - 1]
+        ):
+            assert float(records["log_label"][token - 1]) == pytest.approx(own[first:behind].sum(), rel=2e-3, abs=2e-3)
+            checked += 1
+    assert checked > 10
+
+
+def test_records_keep_what_levels_need_and_the_likeliest():
+    groups = [(i, i + 1, 0, False, 0.01 * i) for i in range(1, 9)] + [(20, 30, 0, True, 0.001), (20, 21, 1, False, 0.5)]
+    records = group_records(
+        [groups, [], groups], np.array([-1.0, np.nan, np.nan]), np.array([1, 1, 0]), group_dtype(300, 4)
+    )
+    assert records["flags"].tolist() == [VALID, 0, 0, 0]
+    found = decode_groups(records[:1], torch.arange(300))
+    assert found.begins[0].tolist() == [20, 20, 8, 7] and found.onward[0].tolist() == [True, False, False, False]
+    np.testing.assert_allclose(found.probs[0], [0.001, 0.5, 0.08, 0.07], rtol=0.06)
+    wide = group_records([groups], np.array([0.0]), np.array([1]), group_dtype(100_000, 4))
+    assert wide["begins"].dtype == np.uint32 and decode_groups(wide[:1], torch.arange(9)).ends[0, 0] == 30
+
+
+def test_training_takes_them_and_other_uses_are_refused(world, grouped, tmp_path):
+    data, folder, _, _ = grouped
+    settings = {**world.settings, "max_steps": 20, "learning_rate": 5e-3, "validate_every": 10}
+    result = train.run(DistillConfig(data_path=data, output_dir=tmp_path / "run", cache=folder, **settings))
+    assert result.validation is not None and result.validation.kd is not None and np.isfinite(result.validation.kd)
+    with pytest.raises(UsageError, match=r"loss\.temperature is 2.*set it to 1"):
+        loss = LossConfig(temperature=2.0)
+        train.run(DistillConfig(data_path=data, output_dir=tmp_path / "hot", cache=folder, loss=loss, **settings))
+    with pytest.raises(UsageError, match="masses of groups of tokens"):
+        Cache(folder).split("train")
+    with pytest.raises(UsageError, match="holds no groups"):
+        CachedGroups(Cache(world.cache), "train", np.arange(4))
+
+
+def test_shards_are_made_again_alike(grouped, tmp_path):
+    _, folder, _, config = grouped
+    score.run(replace(config, output_dir=tmp_path / "c", shard_positions=10**6, batch_tokens=200))
+    once, again = (
+        np.concatenate([np.asarray(m) for m in maps_of(Cache(f), "train")]) for f in (folder, tmp_path / "c")
+    )
+    assert (once["flags"] == again["flags"]).all()
+    assert (once["begins"][:, 0] == again["begins"][:, 0]).mean() > 0.99  # rounding orders what is equally likely
