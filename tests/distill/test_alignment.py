@@ -177,7 +177,7 @@ def other(world, tmp_path_factory):
     """A dataset whose tokenizer is neither the teacher's nor nested in it, and its cache by bytes."""
     folder = tmp_path_factory.mktemp("other")
     data = dataset(world, folder, metaspace(300))
-    result = cached(world, data, folder / "bytes")
+    result = cached(world, data, folder / "bytes", alignment="bytes")
     return data, folder / "bytes", result
 
 

@@ -20,6 +20,8 @@ from xinslm.distill.cache.groups import ONWARD, CachedGroups, decode_groups, gro
 from xinslm.distill.cache.records import VALID, Cache
 from xinslm.distill.config import DistillConfig
 from xinslm.distill.losses.config import LossConfig
+from xinslm.doctor import run as doctor
+from xinslm.doctor.config import DoctorConfig
 from xinslm.errors import UsageError
 from xinslm.model.files import load_model
 from xinslm.teachers.open import open_teacher
@@ -213,3 +215,11 @@ def test_shards_are_made_again_alike(grouped, tmp_path):
     )
     assert (once["flags"] == again["flags"]).all()
     assert (once["begins"][:, 0] == again["begins"][:, 0]).mean() > 0.99  # rounding orders what is equally likely
+
+
+def test_doctor_knows_the_teacher_of_such_a_cache(world, grouped):
+    data, folder, _, _ = grouped
+    result = doctor.run(DoctorConfig(data_path=data, cache=folder, teacher=str(world.teacher), device="cpu"))
+    status = {check.name: check.status for check in result.checks}
+    assert not result.failed and status["teacher vocabulary"] == status["teacher of this cache"] == "ok"
+    assert status["records"] == status["teacher agreement"] == "skipped"

@@ -137,9 +137,9 @@ def ask_again(
         teacher.name, dataset.folder, Path(), head=fmt.head, draws=fmt.draws, temperature=fmt.temperature,
         max_seq_length=min(settings["max_seq_length"], teacher.max_length), seed=settings["seed"],
     )  # fmt: skip
-    push = relate(dataset, teacher, settings.get("alignment", "auto"))
+    push = relate(dataset, teacher, settings.get("alignment", "auto"), over_tokens=True)
     if isinstance(push, SpanAligner):
-        raise Skipped("the teacher can be compared by stretches of text only")
+        raise Skipped("the cache holds no distributions over single tokens")
     scorer = DenseScorer(teacher, push, fmt, config, None, read_support(dataset))
     parts, places = [], []
     for document in np.sort(chosen):

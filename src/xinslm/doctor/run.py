@@ -111,9 +111,10 @@ def _check_cache(examination: Examination, config: DoctorConfig, dataset: Datase
     if opened[0].manifest.get(SKETCH, {}).get("alone") or planes - {RECORDS, SKETCH}:
         examination.skip(of_records, f"the cache has no distributions of the next token, only {', '.join(planes)}")
         return None
-    if (kind := opened[0].manifest["alignment"]["kind"]) in ("prefixes", "chunks"):
+    if not _over_tokens(opened[0]):
+        kind = opened[0].manifest["alignment"]["kind"]
         examination.skip(of_records, f"the cache holds no distributions over single tokens ({kind})")
-        return None
+        return opened[0]
     check_records(examination, opened[0], dataset)
     return opened[0]
 
@@ -160,7 +161,7 @@ def _check_teacher(
     def agrees() -> str:
         if cache is None or merged:
             raise Skipped("the cache is merged from several teachers" if merged else reason)
-        settings = cache.manifest["config"]
+        settings = cache.manifest["config"] | {"alignment": cache.manifest["alignment"]["kind"]}
         positions, fresh = ask_again(teacher, dataset, settings, cache.format, config.documents, config.seed)
         return agreement(cache, positions, fresh)
 
@@ -223,6 +224,11 @@ def _choose(rows: PackedRows, count: int, seed: int) -> Batch:
     return rows.batch(indices[np.concatenate((order[: count // 2], order[-(count - count // 2) :]))])
 
 
+def _over_tokens(cache: Cache) -> bool:
+    """Whether the cache has the ordinary records."""
+    return cache.manifest["alignment"]["kind"] not in ("prefixes", "chunks")
+
+
 def _length(cache: Cache) -> int:
     return int(cache.manifest["config"]["max_seq_length"])
 
@@ -248,7 +254,7 @@ def _positions(config: DoctorConfig, model: Transformer, batch: Batch, cache: Ca
         hidden = hidden.reshape(-1, hidden.shape[-1])[torch.from_numpy(chosen).to(hidden.device)].float()
     labels = torch.from_numpy(batch.labels.ravel()[chosen])
     sparse: SparseTargets
-    split = None if cache is None else cache.split("train")
+    split = cache.split("train") if cache is not None and _over_tokens(cache) else None
     if split is not None:
         sparse, teacher = split.targets(batch.stream.ravel()[chosen]), "the cache's records"
     else:
