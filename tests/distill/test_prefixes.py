@@ -6,7 +6,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
-from foreign import byte_level, characters, metaspace, texts
+from foreign import KINDS, byte_level, characters, metaspace, texts
 
 from xinslm.data import prepare
 from xinslm.data.config import PrepareConfig
@@ -14,17 +14,20 @@ from xinslm.data.dataset import open_dataset
 from xinslm.distill import train
 from xinslm.distill.alignment.prefixes import PrefixAligner, byte_order
 from xinslm.distill.alignment.relate import relate
+from xinslm.distill.alignment.spans import ByteReader
 from xinslm.distill.cache import score
 from xinslm.distill.cache.config import CacheConfig
 from xinslm.distill.cache.groups import ONWARD, CachedGroups, decode_groups, group_dtype, group_records, maps_of
 from xinslm.distill.cache.records import VALID, Cache
 from xinslm.distill.config import DistillConfig
+from xinslm.distill.losses import fused_loss
 from xinslm.distill.losses.config import LossConfig
 from xinslm.doctor import run as doctor
 from xinslm.doctor.config import DoctorConfig
 from xinslm.errors import UsageError
 from xinslm.model.files import load_model
 from xinslm.teachers.open import open_teacher
+from xinslm.tokenizer.hf import HFTokenizer
 from xinslm.tokenizer.load import load_tokenizer
 
 
@@ -100,6 +103,78 @@ def test_cuts_that_never_come_have_next_to_no_mass():
     masses = {student.token_bytes(int(aligner.order[begin]))[:1]: p for begin, _, level, _, p in said[-1] if level == 0}
     assert [student.token_bytes(int(i)) for i in ids[-2:]] == [b" th", b"y"]
     assert masses.get(b"e", 0.0) < 0.1 < 0.6 < masses[b"y"]
+
+
+def said_of(aligner, ids, seed, sharpness):
+    """Groups for random teacher probabilities, sharp enough that some are 0 in float32."""
+    pair = aligner.align(ids)
+    rng = np.random.default_rng(seed)
+    logits = torch.from_numpy(rng.normal(size=(len(pair.teacher_ids), aligner.teacher.tokenizer.vocab_size)))
+    full = torch.softmax(sharpness * logits.float(), dim=1).numpy()
+    tops = np.argsort(-full, axis=1)[:, :32]
+    own = full[np.arange(len(full)), pair.teacher_ids].astype(np.float64)
+    own[0] = np.nan
+    return aligner.groups(ids, pair, tops, np.take_along_axis(full, tops, 1), own)
+
+
+@pytest.mark.parametrize("student", KINDS)
+@pytest.mark.parametrize("teacher", KINDS)
+def test_any_two_tokenizers_give_sound_records(student, teacher):
+    student, teacher = KINDS[student](), KINDS[teacher]()
+    text = f"{texts()[0][:160]}  <s> naïve 😀 東京\n\n  the end"
+    ids = np.array([student.bos_id, *student.encode(text), student.eos_id])
+    aligner = PrefixAligner(student, teacher, "eos", documents(student, 8))
+    place = np.argsort(aligner.order)
+    for seed, sharpness in enumerate((1.0, 8.0, 40.0)):
+        said, _ = said_of(aligner, ids, seed, sharpness)
+        assert sum(map(bool, said)) > len(ids) / 4
+        for most in (2, 20):
+            records = group_records(said, np.zeros(len(said)), np.ones(len(said)), group_dtype(len(place), most))
+            found = decode_groups(records, torch.from_numpy(aligner.order))
+            for row, label in enumerate(ids[1:]):
+                used = [(int(b), int(e), int(x), bool(on)) for b, e, x, on in
+                        zip(found.begins[row], found.ends[row], found.levels[row], found.onward[row], strict=True)
+                        if e > b]  # fmt: skip
+                assert len({(b, e) for b, e, *_ in used}) == len(used)
+                ways = sorted((x, b, e) for b, e, x, on in used if on)
+                assert [x for x, *_ in ways] == list(range(len(ways))), "the way to each level is there"
+                assert all(b <= place[label] < e for _, b, e in ways)
+                for begin, end, level, _ in used:
+                    assert all(b <= begin and end <= e for x, b, e in ways if x < level)
+            hidden = torch.randn(len(ids), 8, dtype=torch.float64, requires_grad=True)
+            weight = torch.randn(len(place) + 3, 8, dtype=torch.float64)  # a padded vocabulary
+            loss, _ = fused_loss(hidden, weight, torch.from_numpy(ids.clip(0)), found, LossConfig())
+            loss.backward()
+            assert torch.isfinite(loss) and torch.isfinite(hidden.grad).all()
+
+
+def test_a_teachers_unknown_token_says_nothing():
+    student, teacher = byte_level(400), characters()
+    aligner = PrefixAligner(student, teacher, "eos", documents(student, 8))
+    ids = np.array([student.bos_id, *student.encode("the cat")])
+    pair = aligner.align(ids)
+    unknown = teacher.special_tokens["<unk>"]
+    tops, probs = np.full((len(pair.teacher_ids), 1), unknown), np.full((len(pair.teacher_ids), 1), 0.6)
+    said, _ = aligner.groups(ids, pair, tops, probs, np.full(len(pair.teacher_ids), 0.4))
+    pads = int(np.argsort(aligner.order)[student.pad_id])
+    assert all(group[0] != pads for groups in said for group in groups)
+
+
+def test_text_that_the_teacher_rewrites_is_not_taught():
+    """A teacher that lowers capitals does not speak of the student's " The"."""
+    content = ByteReader(metaspace(300)).definition
+    content["normalizer"]["normalizers"].insert(0, {"type": "Lowercase"})
+    teacher = HFTokenizer(content, {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<unk>"}, None, "made")
+    student = byte_level(400)
+    aligner = PrefixAligner(student, teacher, "eos", documents(student, 8))
+    for text, silent in (("and The cat", True), ("and the cat", False)):
+        ids = np.array([student.bos_id, *student.encode(text)])
+        said, _ = said_of(aligner, ids, 0, 1.0)
+        at = next(i for i, token in enumerate(ids.tolist()) if student.token_bytes(token).lower().startswith(b" t"))
+        assert (said[at - 1] == []) == silent or not silent
+        labels = [int(np.argsort(aligner.order)[token]) for token in ids[1:]]
+        for groups, label in zip(said, labels, strict=True):
+            assert all(begin <= label < end for begin, end, _, onward, _ in groups if onward)
 
 
 def test_a_student_of_characters_is_taught_the_teachers_own_distribution():

@@ -102,7 +102,7 @@ def generate_batch(
         raise UsageError(f"a prompt of {wrong} tokens cannot be continued: the model's context is {context} tokens")
     model.eval()
     batches = _Batches(model, sampling, max_new_tokens, end_ids, vocab_size or model.config.vocab_size, top)
-    rows = rows or rows_that_fit(model, int(lengths.max(initial=1)) + max_new_tokens)
+    rows = rows or rows_that_fit(model, min(int(lengths.max(initial=1)) + max_new_tokens, context))
     order = np.argsort(-lengths, kind="stable")
     texts: list[Completion | None] = [None] * len(prompts)
     done = tokens = 0

@@ -124,11 +124,11 @@ class ModelConfig:
             raise UnsupportedModelError(
                 f"{where}: model_type is {family!r}; xinslm's own model is 'llama' or 'mistral'"
             )
-        refused = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
+        refused = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "quantization_config": None}
         for key, supported in refused.items():
             if values.get(key, supported) != supported:
                 raise UnsupportedModelError(
-                    f"{where}: {key} is {values[key]!r}; xinslm's own model has only {supported!r}"
+                    f"{where}: {key} is {values[key]!r:.60}; xinslm's own model has only {supported!r}"
                 )
         read = _Reader(values, where)
         theta, scaling = _rope(read)

@@ -43,7 +43,7 @@ def open_teacher(
         raise UsageError(f"--tokenizer is for endpoints and GGUF files; {name} brings its own. Leave it out")
     folder = local_folder(name, revision)
     configured_rows(folder)
-    if adapter is None and is_own(folder):
+    if adapter is None and not trust_remote_code and is_own(folder):
         return LlamaTeacher(name, folder, dtype, device)
     return HuggingFaceTeacher(name, dtype, device, revision, trust_remote_code, adapter)
 

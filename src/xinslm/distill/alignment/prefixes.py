@@ -28,6 +28,8 @@ UNSEEN = 0.1
 CERTAIN = 0.5
 """Count in favour of the longer tokens before anything was seen."""
 
+LEAST_P = 1e-30
+"""Least probability of a teacher's token in the text, which may be 0 by rounding."""
 LEVELS = 15
 """Most levels behind the first."""
 
@@ -58,6 +60,9 @@ class PrefixAligner(SpanAligner):
         self._prefixes = {b[:size] for b in self._sorted for size in range(1, len(b) + 1)}
         self.to_student = {theirs: ours for ours, theirs in reversed(self.specials.items())}
         self.teacher_control = set(teacher.special_tokens.values())
+        closing = {teacher.bos_id, teacher.eos_id}
+        self.wordless = {teacher.pad_id, teacher.special_tokens.get("<unk>")} - closing - {None}
+        """The teacher's control tokens that say nothing of the text: pad and unknown."""
         self._counts: dict[bytes, dict[int, int]] = {}
         for ids in sample:
             self._count(ids)
@@ -160,20 +165,22 @@ class PrefixAligner(SpanAligner):
         next_probs: np.ndarray, groups: list[Group],
     ) -> float:  # fmt: skip
         """Follow the teacher's tokens through the label, a level each; return log p of the label's bytes or NaN."""
-        size = 0 if label in self.control else len(self.student.bytes[label])
+        spelled = b"" if label in self.control else self.student.bytes[label]
         level = _Level(self, b"" if before in self.control else self.student.bytes[before], (0, len(self.order)))
         log_p, told = 0.0, np.nan
         for at in range(first, len(pair.teacher_ids)):
             if not np.isfinite(next_probs[at]):
                 break
-            actual, p = int(pair.teacher_ids[at]), float(next_probs[at])
-            level.read(actual, p, tops[at].tolist(), top_probs[at].tolist())
-            log_p += float(np.log(max(p, 1e-30)))
+            actual, p = int(pair.teacher_ids[at]), max(float(next_probs[at]), LEAST_P)
             piece = b"" if actual in self.teacher_control else self.teacher.bytes[actual]
             x = level.spelled + piece
-            if len(x) == size and (piece or not size):
+            if not x.startswith(spelled) and not spelled.startswith(x):  # the teacher's tokenizer rewrote the text
+                return np.nan
+            level.read(actual, p, tops[at].tolist(), top_probs[at].tolist())
+            log_p += float(np.log(p))
+            if x == spelled and (piece or not spelled):
                 told = log_p
-            if not piece or len(x) > size or _size(self.range_of(x)) <= 1 or level.number == LEVELS:
+            if not piece or len(x) > len(spelled) or _size(self.range_of(x)) <= 1 or level.number == LEVELS:
                 break
             level.go_on(x, groups)
         level.close(groups)
@@ -202,6 +209,9 @@ class _Level:
                 listed += of_token
                 pairs.append((token, of_token))
         for token, of_token in pairs:
+            if token in owner.wordless:
+                listed -= of_token
+                continue
             piece = owner.teacher.bytes[token]
             x = token if token in owner.teacher_control or not piece else self.spelled + piece
             self.texts.append((x, self.scale * of_token))
@@ -216,7 +226,7 @@ class _Level:
         further = [(text, mass) for text, mass in self.texts if isinstance(text, bytes) and text.startswith(x)]
         total = sum(mass for _, mass in further)
         self.texts = [(text, mass / total) for text, mass in further if text != x]
-        self.scale = 1 - sum(mass for _, mass in self.texts)
+        self.scale = sum(mass for text, mass in further if text == x) / total
         self.spelled, self.place = x, place
 
     def close(self, groups: list[Group], onward: Range | None = None, x: bytes | None = None) -> None:

@@ -14,7 +14,7 @@ import torch
 
 from xinslm.data.dataset import Split
 from xinslm.data.packing import Batch, sequences
-from xinslm.distill.alignment.prefixes import Group, PrefixAligner
+from xinslm.distill.alignment.prefixes import LEVELS, Group, PrefixAligner
 from xinslm.distill.cache.config import CacheConfig
 from xinslm.distill.cache.records import FP16_FLOOR, LARGEST_NEGATIVE_LOG, VALID, Cache, gather
 from xinslm.distill.cache.scorers import LOGITS_AT_ONCE, RECORDS
@@ -51,7 +51,8 @@ def code(p: np.ndarray) -> np.ndarray:
 def group_records(said: list[list[Group]], told: np.ndarray, counts: np.ndarray, dtype: np.dtype[Any]) -> np.ndarray:
     """Records of one document, one a token: record i is of token i + 1; those that are no targets stay empty.
 
-    Groups that the next level is inside are kept before others, and likelier ones.
+    Groups that the next level is inside are kept before others, and likelier ones. A level to which no way is kept is
+    left out.
     """
     records = np.zeros(len(said) + 1, dtype=dtype)
     most = records["begins"].shape[1]
@@ -61,7 +62,10 @@ def group_records(said: list[list[Group]], told: np.ndarray, counts: np.ndarray,
         if not groups or not counts[number]:
             continue
         records["flags"][number] = VALID
-        kept = sorted(groups, key=lambda group: (not group[3], -group[4]))[:most]
+        ways = sorted((group for group in groups if group[3]), key=lambda group: group[2])
+        last = ways[most][2] if len(ways) > most else LEVELS
+        others = sorted((group for group in groups if not group[3] and group[2] <= last), key=lambda group: -group[4])
+        kept = [*ways[:most], *others][:most]
         for column, (begin, end, level, onward, p) in enumerate(kept):
             begins[number, column], ends[number, column], probs[number, column] = begin, end, p
             levels[number, column] = level | (ONWARD if onward else 0)
