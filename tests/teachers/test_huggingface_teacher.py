@@ -11,6 +11,8 @@ from xinslm.errors import UsageError
 from xinslm.teachers.base import Sampling
 from xinslm.teachers.generate import prompt_ids
 from xinslm.teachers.huggingface import HuggingFaceTeacher
+from xinslm.teachers.open import open_teacher
+from xinslm.teachers.own import LlamaTeacher
 from xinslm.tokenizer.bpe import BPETokenizer
 from xinslm.tokenizer.chat import end_ids
 
@@ -129,3 +131,20 @@ def test_the_real_model_continues_as_llama2c_does(shared_data):
     teacher = HuggingFaceTeacher(str(folder))
     written = teacher.generate([""], [0], Sampling(temperature=0, max_new_tokens=100))[0]
     assert len(written.text) > 100 and text.strip().startswith(written.text.strip())
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_only_llama_and_mistral_run_in_our_transformer(name, tmp_path, saved):
+    """Whichever runs it, logits, hidden states and fingerprint are transformers' own."""
+    model = saved(name)
+    teacher, theirs = open_teacher(str(tmp_path)), HuggingFaceTeacher(str(tmp_path))
+    assert isinstance(teacher, LlamaTeacher) == (name in ("Llama", "Mistral"))
+    assert teacher.fingerprint == theirs.fingerprint and teacher.max_length == theirs.max_length
+    sequences = [np.arange(5, 25), np.arange(9, 16)]
+    with torch.no_grad():
+        expected = torch.cat([model(torch.from_numpy(ids)[None]).logits[0] for ids in sequences])
+    found, hidden = teacher.states_and_hidden(sequences, (1, 2))
+    torch.testing.assert_close(teacher.logits(found), expected[:, : teacher.vocab_size], atol=1e-5, rtol=1e-4)
+    for ours, other in zip(hidden, theirs.states_and_hidden(sequences, (1, 2))[1], strict=True):
+        torch.testing.assert_close(ours, other, atol=1e-5, rtol=1e-4)
+    assert isinstance(open_teacher(str(tmp_path), trust_remote_code=True), HuggingFaceTeacher)
