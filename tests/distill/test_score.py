@@ -255,7 +255,7 @@ def test_tokenizer_of_another_model_in_the_teachers_folder(world, tmp_path):
 
 
 def test_teacher_with_missing_or_quantized_weights_is_refused(world, tmp_path):
-    """transformers draws what is missing at random and goes on."""
+    """Whoever runs it: transformers would draw what is missing at random and go on."""
     from safetensors.torch import load_file, save_file
 
     from xinslm.quantize.config import QuantizeConfig
@@ -265,16 +265,17 @@ def test_teacher_with_missing_or_quantized_weights_is_refused(world, tmp_path):
     tensors = load_file(tmp_path / "part" / "model.safetensors")
     del tensors["model.layers.1.mlp.up_proj.weight"]
     save_file(tensors, tmp_path / "part" / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(
-        XinslmError, match=r"1 weights are missing or misshapen, such as 'model.layers.1.mlp.up_proj.weight'"
-    ):
-        score.run(config(world, tmp_path / "c", teacher=str(tmp_path / "part")))
+    part = str(tmp_path / "part")
+    for trust, said in ((False, "missing, the first is"), (True, "missing or misshapen, such as")):
+        with pytest.raises(XinslmError, match=rf"1 weights are {said} 'model.layers.1.mlp.up_proj.weight'"):
+            score.run(config(world, tmp_path / "c", teacher=part, trust_remote_code=trust))
     quantize(QuantizeConfig(world.teacher, tmp_path / "q", method="rtn"))
     with pytest.raises(UsageError, match="is quantized; a teacher must be a model folder"):
         score.run(config(world, tmp_path / "c", teacher=str(tmp_path / "q")))
     (tmp_path / "part" / "model.safetensors").write_bytes(b"1234")
-    with pytest.raises(XinslmError, match="transformers cannot load teacher"):
-        score.run(config(world, tmp_path / "c", teacher=str(tmp_path / "part")))
+    for trust, said in ((False, "is not a whole safetensors file"), (True, "transformers cannot load teacher")):
+        with pytest.raises(XinslmError, match=said):
+            score.run(config(world, tmp_path / "c", teacher=part, trust_remote_code=trust))
 
 
 def test_force_never_deletes_what_is_read(world, tmp_path):
