@@ -7,7 +7,11 @@ import json
 from tokenizers import Tokenizer as Backend
 from tokenizers import models, pre_tokenizers, trainers
 
+from xinslm.data import prepare
+from xinslm.data.config import PrepareConfig
 from xinslm.demo.texts import stories
+from xinslm.distill.cache import score
+from xinslm.distill.cache.config import CacheConfig
 from xinslm.tokenizer.bpe import BPETokenizer
 from xinslm.tokenizer.hf import HFTokenizer
 
@@ -59,3 +63,15 @@ KINDS = {
     "sentencepiece without dummy": lambda: metaspace(250, dummy_prefix=False),
     "characters": characters,
 }
+
+
+def cache_of_another_tokenizer(world, folder, alignment):
+    """The world's text in sentencepiece-like tokens, cached from its teacher: data, cache, result, settings."""
+    metaspace(300).save(folder / "tokenizer")
+    data = folder / "data"
+    prepare.run(PrepareConfig(data_path=(str(world.text),), tokenizer_path=folder / "tokenizer", output_dir=data))
+    config = CacheConfig(
+        str(world.teacher), data, folder / "cache", max_seq_length=64, shard_positions=3000, batch_tokens=512,
+        device="cpu", alignment=alignment,
+    )  # fmt: skip
+    return data, folder / "cache", score.run(config), config

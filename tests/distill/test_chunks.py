@@ -6,17 +6,14 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
-from foreign import byte_level, metaspace
+from foreign import byte_level, cache_of_another_tokenizer, metaspace
 
-from xinslm.data import prepare
-from xinslm.data.config import PrepareConfig
 from xinslm.data.dataset import Split, open_dataset
 from xinslm.data.packing import PackedRows
 from xinslm.distill import train
 from xinslm.distill.alignment.spans import SpanAligner
 from xinslm.distill.cache import score
 from xinslm.distill.cache.chunks import SPAN, CachedSpans, span_records
-from xinslm.distill.cache.config import CacheConfig
 from xinslm.distill.cache.records import Cache
 from xinslm.distill.config import DistillConfig
 from xinslm.errors import UsageError
@@ -26,15 +23,7 @@ from xinslm.tokenizer.load import load_tokenizer
 
 @pytest.fixture(scope="module")
 def chunked(world, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("chunks")
-    metaspace(300).save(folder / "tokenizer")
-    data = folder / "data"
-    prepare.run(PrepareConfig(data_path=(str(world.text),), tokenizer_path=folder / "tokenizer", output_dir=data))
-    config = CacheConfig(
-        str(world.teacher), data, folder / "cache", max_seq_length=64, shard_positions=3000, batch_tokens=512,
-        device="cpu", alignment="chunks",
-    )  # fmt: skip
-    return data, folder / "cache", score.run(config), config
+    return cache_of_another_tokenizer(world, tmp_path_factory.mktemp("chunks"), "chunks")
 
 
 def test_a_span_is_the_product_of_its_tokens_by_the_model(world, chunked):

@@ -6,42 +6,32 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
-from foreign import KINDS, byte_level, characters, metaspace, texts
+from foreign import KINDS, byte_level, cache_of_another_tokenizer, characters, metaspace, texts
 
-from xinslm.data import prepare
-from xinslm.data.config import PrepareConfig
 from xinslm.data.dataset import open_dataset
 from xinslm.distill import train
 from xinslm.distill.alignment.prefixes import PrefixAligner, byte_order
 from xinslm.distill.alignment.relate import relate
 from xinslm.distill.alignment.spans import ByteReader
 from xinslm.distill.cache import score
-from xinslm.distill.cache.config import CacheConfig
-from xinslm.distill.cache.groups import ONWARD, CachedGroups, decode_groups, group_dtype, group_records, maps_of
+from xinslm.distill.cache.groups import ONWARD, CachedGroups, decode_groups, group_dtype, group_maps, group_records
 from xinslm.distill.cache.records import VALID, Cache
 from xinslm.distill.config import DistillConfig
 from xinslm.distill.losses import fused_loss
 from xinslm.distill.losses.config import LossConfig
 from xinslm.doctor import run as doctor
 from xinslm.doctor.config import DoctorConfig
-from xinslm.errors import UsageError
+from xinslm.errors import UsageError, XinslmError
 from xinslm.model.files import load_model
 from xinslm.teachers.open import open_teacher
+from xinslm.teachers.own import LlamaTeacher
 from xinslm.tokenizer.hf import HFTokenizer
 from xinslm.tokenizer.load import load_tokenizer
 
 
 @pytest.fixture(scope="module")
 def grouped(world, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("prefixes")
-    metaspace(300).save(folder / "tokenizer")
-    data = folder / "data"
-    prepare.run(PrepareConfig(data_path=(str(world.text),), tokenizer_path=folder / "tokenizer", output_dir=data))
-    config = CacheConfig(
-        str(world.teacher), data, folder / "cache", max_seq_length=64, shard_positions=3000, batch_tokens=512,
-        device="cpu", alignment="prefixes",
-    )  # fmt: skip
-    return data, folder / "cache", score.run(config), config
+    return cache_of_another_tokenizer(world, tmp_path_factory.mktemp("prefixes"), "prefixes")
 
 
 def documents(tokenizer, count=40):
@@ -171,7 +161,7 @@ def test_text_that_the_teacher_rewrites_is_not_taught():
         ids = np.array([student.bos_id, *student.encode(text)])
         said, _ = said_of(aligner, ids, 0, 1.0)
         at = next(i for i, token in enumerate(ids.tolist()) if student.token_bytes(token).lower().startswith(b" t"))
-        assert (said[at - 1] == []) == silent or not silent
+        assert not silent or said[at - 1] == []
         labels = [int(np.argsort(aligner.order)[token]) for token in ids[1:]]
         for groups, label in zip(said, labels, strict=True):
             assert all(begin <= label < end for begin, end, _, onward, _ in groups if onward)
@@ -205,7 +195,7 @@ def test_a_student_of_characters_is_taught_the_teachers_own_distribution():
 def test_groups_of_a_position_are_apart_or_nested_and_shares_sum_to_one(grouped):
     data, folder, result, _ = grouped
     assert result.alignment == "prefixes" and result.share > 0.9 and "prefixes" in result.describe()
-    records = np.concatenate([np.asarray(m) for m in maps_of(Cache(folder), "train")])
+    records = np.concatenate([np.asarray(m) for m in group_maps(Cache(folder), "train")])
     valid = records[(records["flags"] & VALID) != 0]
     assert result.record_bytes == records.itemsize == 3 + 20 * 6
     labels = np.append(np.asarray(open_dataset(data).split("train").tokens)[1:], 0)[(records["flags"] & VALID) != 0]
@@ -234,7 +224,7 @@ def test_bytes_of_a_token_have_the_models_likelihood(world, grouped):
     model = load_model(world.teacher)
     aligner = relate(open_dataset(data), open_teacher(str(world.teacher)), "prefixes")
     split = open_dataset(data).split("train")
-    records = np.concatenate([np.asarray(m) for m in maps_of(Cache(folder), "train")])
+    records = np.concatenate([np.asarray(m) for m in group_maps(Cache(folder), "train")])
     start, end = (int(x) for x in split.documents[:2])
     pair = aligner.align(np.asarray(split.tokens[start:end]).astype(np.int64))
     theirs = pair.teacher_ids[:65]
@@ -286,7 +276,7 @@ def test_shards_are_made_again_alike(grouped, tmp_path):
     _, folder, _, config = grouped
     score.run(replace(config, output_dir=tmp_path / "c", shard_positions=10**6, batch_tokens=200))
     once, again = (
-        np.concatenate([np.asarray(m) for m in maps_of(Cache(f), "train")]) for f in (folder, tmp_path / "c")
+        np.concatenate([np.asarray(m) for m in group_maps(Cache(f), "train")]) for f in (folder, tmp_path / "c")
     )
     assert (once["flags"] == again["flags"]).all()
     assert (once["begins"][:, 0] == again["begins"][:, 0]).mean() > 0.99  # rounding orders what is equally likely
@@ -298,3 +288,21 @@ def test_doctor_knows_the_teacher_of_such_a_cache(world, grouped):
     status = {check.name: check.status for check in result.checks}
     assert not result.failed and status["teacher vocabulary"] == status["teacher of this cache"] == "ok"
     assert status["records"] == status["teacher agreement"] == "skipped"
+
+
+def test_a_teacher_that_is_not_finite_is_named_and_what_is_done_is_kept(grouped, tmp_path, monkeypatch):
+    _, _, _, config = grouped
+    real, calls = LlamaTeacher.logits, []
+
+    def broken(self, states):
+        calls.append(1)
+        return real(self, states) * (torch.nan if len(calls) > 20 else 1.0)
+
+    settings = replace(config, output_dir=tmp_path / "c", shard_positions=300)
+    monkeypatch.setattr(LlamaTeacher, "logits", broken)
+    with pytest.raises(XinslmError, match=r"the probability of a token is not finite.*finished shards are kept"):
+        score.run(settings)
+    kept = len(list((tmp_path / "c").glob("*/*.bin")))
+    assert kept > 0 and not (tmp_path / "c" / "manifest.json").exists()
+    monkeypatch.setattr(LlamaTeacher, "logits", real)
+    assert score.run(settings).positions > 0

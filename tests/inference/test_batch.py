@@ -8,10 +8,12 @@ import torch
 
 from small_models import make_config, save_random_model
 from xinslm.errors import UsageError, XinslmError
+from xinslm.inference import batch
 from xinslm.inference.batch import choose, generate_batch, kept_tokens, most_likely
 from xinslm.inference.config import Sampling
 from xinslm.inference.sampling import Sampler
 from xinslm.inference.torch_engine import TorchEngine
+from xinslm.model.config import ModelConfig
 from xinslm.model.files import load_model
 from xinslm.model.transformer import Transformer
 
@@ -183,3 +185,25 @@ def test_what_cannot_be_continued_is_refused(model: Transformer) -> None:
     with pytest.raises(XinslmError, match="not finite"):
         generate_batch(broken, [np.array([5])], GREEDY, 4, NONE)
     assert generate_batch(model, [], GREEDY, 4, NONE).texts == []
+
+
+def test_room_is_made_for_what_can_be_written_and_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many tokens are asked for, the context ends a text; as many rows as the bytes allow."""
+    model = Transformer(ModelConfig(40, 16, 32, 1, 2, 2, 8, max_position_embeddings=24)).eval()
+    model.initialise(torch.Generator().manual_seed(0))
+    made = []
+    real = batch.KVCache.__init__
+
+    def note(self, config, rows, length, *rest):
+        made.append((rows, length))
+        real(self, config, rows, length, *rest)
+
+    monkeypatch.setattr(batch.KVCache, "__init__", note)
+    prompts = [np.arange(5), np.arange(9)]
+    texts = generate_batch(model, prompts, Sampling(temperature=0), 10_000, frozenset()).texts
+    assert [len(text.tokens) for text in texts] == [20, 16] and made == [(2, 9 + 20)]
+    monkeypatch.setattr(batch, "CACHE_BYTES", 29 * 2 * 2 * 8 * 4)
+    made.clear()
+    again = generate_batch(model, prompts, Sampling(temperature=0), 10_000, frozenset()).texts
+    assert all((a.tokens == b.tokens).all() for a, b in zip(texts, again, strict=True)) and made[0][0] == 1
+    assert batch.rows_that_fit(model, 10**12) == 1

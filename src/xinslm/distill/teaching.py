@@ -25,6 +25,12 @@ from xinslm.teachers.endpoint import is_endpoint
 from xinslm.teachers.open import open_teacher, teacher_fingerprint
 from xinslm.tokenizer.load import load_tokenizer
 
+_WITHOUT_TEMPERATURE = {
+    "prefixes": "masses of groups of tokens, inside which the teacher is unknown",
+    "chunks": "likelihoods of spans, which have none (loss.span_temperature is theirs)",
+}
+"""Alignments whose caches are for T=1 alone, and why."""
+
 
 @dataclass(frozen=True)
 class Teaching:
@@ -103,21 +109,16 @@ def _cached(config: DistillConfig, dataset: Dataset, folder: Path, on_progress: 
             f"{config.max_seq_length}"
         )
     kind = cache.manifest.get("alignment", {}).get("kind")
+    if kind in _WITHOUT_TEMPERATURE and loss.temperature != 1:
+        raise UsageError(
+            f"loss.temperature is {loss.temperature}, but cache {folder} holds {_WITHOUT_TEMPERATURE[kind]}: set it to "
+            f"1"
+        )
     if kind == "prefixes":
-        if loss.temperature != 1:
-            raise UsageError(
-                f"loss.temperature is {loss.temperature}, but cache {folder} holds masses of groups of tokens, inside "
-                f"which the teacher is unknown: set it to 1"
-            )
         order = byte_order(load_tokenizer(dataset.folder / "tokenizer"))
         of_split = {name: CachedGroups(cache, name, order) for name in cache.manifest["shards"]}
         return Teaching(loss, of_split["train"], of_split.get("validation"), hidden, inputs, tuple(warnings))
     if kind == "chunks":
-        if loss.temperature != 1:
-            raise UsageError(
-                f"loss.temperature is {loss.temperature}, but cache {folder} holds likelihoods of spans, which have "
-                f"none: set it to 1 (loss.span_temperature is theirs)"
-            )
         by_split = {name: CachedSpans(cache, name) for name in cache.manifest["shards"]}
         return Teaching(loss, by_split["train"], by_split.get("validation"), hidden, inputs, tuple(warnings))
     records, held_out = cache.split("train"), cache.split("validation")

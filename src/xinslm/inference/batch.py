@@ -102,7 +102,9 @@ def generate_batch(
         raise UsageError(f"a prompt of {wrong} tokens cannot be continued: the model's context is {context} tokens")
     model.eval()
     batches = _Batches(model, sampling, max_new_tokens, end_ids, vocab_size or model.config.vocab_size, top)
-    rows = rows or rows_that_fit(model, min(int(lengths.max(initial=1)) + max_new_tokens, context))
+    if rows is None and len(lengths):
+        rows = rows_that_fit(model, int(lengths.max()) + min(max_new_tokens, context - int(lengths.min()) + 1))
+    rows = rows or MOST_ROWS
     order = np.argsort(-lengths, kind="stable")
     texts: list[Completion | None] = [None] * len(prompts)
     done = tokens = 0
@@ -143,9 +145,10 @@ class _Batches:
         lengths = np.array([len(prompt) for prompt in prompts])
         # The last token of a full context is written, but never read.
         limits = np.minimum(self.max_new, self.model.config.max_position_embeddings - lengths + 1)
-        cache = self._reserve(count, longest + self.max_new)
+        columns = longest + int(limits.max())
+        cache = self._reserve(count, columns)
         pads = torch.from_numpy(longest - lengths).to(self.device)
-        seen = torch.arange(longest + self.max_new, device=self.device) >= pads[:, None]  # (rows, columns)
+        seen = torch.arange(columns, device=self.device) >= pads[:, None]  # (rows, columns)
         state = self._prefill(prompts, pads, seen, cache)
         uniforms = self._uniforms(numbers)
         tokens = np.zeros((count, self.max_new), dtype=np.int64)

@@ -49,7 +49,8 @@ class HuggingFaceTeacher(LocalTeacher):
         if adapter is not None:
             require_peft()
             check_adapter(adapter, model_fingerprint(self.folder), name)
-        self._require_rows(configured_rows(self.folder))
+        refuse_quantized(self.folder)
+        self._require_rows(_configured_rows(self.folder))
         model = load_pretrained(
             AutoModelForCausalLM, self.folder, dtype, f"teacher {name}", trust_remote_code=trust_remote_code
         )
@@ -136,11 +137,15 @@ class HuggingFaceTeacher(LocalTeacher):
         return step(ids), lambda tokens: step(tokens[:, None])
 
 
-def configured_rows(folder: Path) -> int | None:
-    """Vocabulary that config.json speaks of, if it does; a quantized folder is refused."""
+def refuse_quantized(folder: Path) -> None:
+    """Raise UsageError for a folder that `xinslm quantize` made."""
     manifest = read_json(folder / MANIFEST) if (folder / MANIFEST).is_file() else None
     if isinstance(manifest, dict) and manifest.get("kind") == "quantized":
         raise UsageError(f"{folder} is quantized; a teacher must be a model folder. Give the one it was made from")
+
+
+def _configured_rows(folder: Path) -> int | None:
+    """Vocabulary that config.json speaks of, if it does."""
     settings = read_json(folder / "config.json")
     if not isinstance(settings, dict):
         raise XinslmError(f"{folder / 'config.json'}: must hold an object")

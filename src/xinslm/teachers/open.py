@@ -16,7 +16,7 @@ from xinslm.teachers.encoder import find_encoder
 from xinslm.teachers.endpoint import EndpointTeacher, is_endpoint
 from xinslm.teachers.endpoint_config import EndpointConfig
 from xinslm.teachers.gguf import GgufTeacher, gguf_fingerprint, gguf_tokenizer
-from xinslm.teachers.huggingface import HuggingFaceTeacher, configured_rows, local_folder
+from xinslm.teachers.huggingface import HuggingFaceTeacher, local_folder, refuse_quantized
 from xinslm.teachers.own import LlamaTeacher
 
 
@@ -42,7 +42,7 @@ def open_teacher(
     if tokenizer is not None:
         raise UsageError(f"--tokenizer is for endpoints and GGUF files; {name} brings its own. Leave it out")
     folder = local_folder(name, revision)
-    configured_rows(folder)
+    refuse_quantized(folder)
     if adapter is None and not trust_remote_code and is_own(folder):
         return LlamaTeacher(name, folder, dtype, device)
     return HuggingFaceTeacher(name, dtype, device, revision, trust_remote_code, adapter)

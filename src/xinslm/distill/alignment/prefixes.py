@@ -27,7 +27,6 @@ UNSEEN = 0.1
 """Count in favour of a cut that was never seen, where longer tokens exist."""
 CERTAIN = 0.5
 """Count in favour of the longer tokens before anything was seen."""
-
 LEAST_P = 1e-30
 """Least probability of a teacher's token in the text, which may be 0 by rounding."""
 LEVELS = 15
@@ -126,7 +125,7 @@ class PrefixAligner(SpanAligner):
         if piece and x.startswith(piece):
             return piece
         beginnings = (x[:size] for size in range(len(x), 0, -1))
-        return next((piece for piece in beginnings if self.alone(piece)[0] < self.alone(piece)[1]), b"")
+        return next((piece for piece in beginnings if _size(self.alone(piece))), b"")
 
     def groups(
         self, ids: np.ndarray, pair: Pair, tops: np.ndarray, top_probs: np.ndarray, next_probs: np.ndarray

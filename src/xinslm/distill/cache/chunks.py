@@ -15,15 +15,14 @@ import numpy as np
 import torch
 
 from xinslm.data.dataset import Split
-from xinslm.data.packing import Batch, sequences
+from xinslm.data.packing import Batch
 from xinslm.distill.alignment.spans import Pair, SpanAligner
 from xinslm.distill.cache.config import CacheConfig
 from xinslm.distill.cache.records import Cache, gather
-from xinslm.distill.cache.scorers import LOGITS_AT_ONCE, RECORDS
+from xinslm.distill.cache.scorers import RECORDS, predictions
 from xinslm.distill.losses.targets import SpanTargets
 from xinslm.errors import UsageError, XinslmError
 from xinslm.teachers.base import DenseTeacher
-from xinslm.teachers.local import batches_by_length
 
 SPAN = np.dtype([("log_prob", "<f4"), ("size", "u1"), ("place", "u1")])
 """log p of the whole span, its number of positions (0: the position is in no span), which of them this one is."""
@@ -61,24 +60,15 @@ def token_log_probs(
 ) -> np.ndarray:  # fmt: skip
     """Log p of each token of documents (offsets) by a teacher, (tokens,) float64; NaN for a document's first."""
     out = np.full(len(tokens), np.nan)
-    starts, lengths = sequences(documents, config.max_seq_length)
-    chunk = max(1, LOGITS_AT_ONCE // teacher.vocab_size)
-    seen = 0
-    for batch in batches_by_length(lengths, config.batch_tokens):
-        inputs = np.concatenate([np.arange(starts[k], starts[k] + lengths[k]) for k in batch])
-        states = teacher.states([tokens[starts[k] : starts[k] + lengths[k]] for k in batch])
-        following = torch.from_numpy(tokens[inputs + 1])
-        for at in range(0, len(states), chunk):
-            log_p = torch.log_softmax(teacher.logits(states[at : at + chunk]), dim=1)
-            ids = following[at : at + chunk].to(log_p.device)
-            out[inputs[at : at + chunk] + 1] = log_p.gather(1, ids[:, None])[:, 0].double().cpu().numpy()
-        if not np.isfinite(out[inputs + 1]).all():
+    for places, logits in predictions(teacher, tokens, documents, config, tell):
+        log_p = torch.log_softmax(logits, dim=1)
+        ids = torch.from_numpy(tokens[places]).to(log_p.device)
+        out[places] = log_p.gather(1, ids[:, None])[:, 0].double().cpu().numpy()
+        if not np.isfinite(out[places]).all():
             raise XinslmError(
                 f"teacher {teacher.name}: log p of a token is not finite. Try --dtype float32, or look at the weights; "
                 f"finished shards are kept"
             )
-        seen += len(inputs)
-        tell(seen)
     return out
 
 

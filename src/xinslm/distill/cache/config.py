@@ -50,7 +50,8 @@ class CacheConfig:
     output_dir: Annotated[Path, tyro.conf.arg(aliases=["-o"])]
     """Cache folder to write; a run that was interrupted continues there."""
     head: int | None = None
-    """Most likely tokens kept exactly at each position; by default 4, or 11 where there are no draws."""
+    """Most likely tokens kept exactly at each position; by default 4, or 11 where there are no draws; by
+    prefixes, groups of tokens, by default 20."""
     draws: int = 10
     """Tokens drawn from the rest of the distribution; 0 for a loss that cannot use them (see `xinslm distill --help`,
     loss.tail-weight). Endpoints give none."""

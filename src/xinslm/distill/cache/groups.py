@@ -13,16 +13,15 @@ import numpy as np
 import torch
 
 from xinslm.data.dataset import Split
-from xinslm.data.packing import Batch, sequences
+from xinslm.data.packing import Batch
 from xinslm.distill.alignment.prefixes import LEVELS, Group, PrefixAligner
 from xinslm.distill.cache.config import CacheConfig
 from xinslm.distill.cache.records import FP16_FLOOR, LARGEST_NEGATIVE_LOG, VALID, Cache, gather
-from xinslm.distill.cache.scorers import LOGITS_AT_ONCE, RECORDS
+from xinslm.distill.cache.scorers import RECORDS, predictions
 from xinslm.distill.losses.targets import GroupTargets
 from xinslm.errors import UsageError, XinslmError
 from xinslm.largest import most_likely
 from xinslm.teachers.base import DenseTeacher
-from xinslm.teachers.local import batches_by_length
 
 GROUPS = 20
 """Groups of a record where --head does not say."""
@@ -109,30 +108,20 @@ class GroupScorer:
         most = min(CANDIDATES, self.teacher.vocab_size)
         ids, probs = np.zeros((len(tokens), most), np.int32), np.zeros((len(tokens), most), np.float32)
         own = np.full(len(tokens), np.nan)
-        starts, lengths = sequences(documents, self.config.max_seq_length)
-        chunk = max(1, LOGITS_AT_ONCE // self.teacher.vocab_size)
-        seen = 0
-        for batch in batches_by_length(lengths, self.config.batch_tokens):
-            inputs = np.concatenate([np.arange(starts[k], starts[k] + lengths[k]) for k in batch])
-            states = self.teacher.states([tokens[starts[k] : starts[k] + lengths[k]] for k in batch])
-            following = torch.from_numpy(tokens[inputs + 1])
-            for at in range(0, len(states), chunk):
-                p = torch.softmax(self.teacher.logits(states[at : at + chunk]), dim=1)
-                place = inputs[at : at + chunk] + 1
-                values, found = most_likely(p, most)
-                ids[place], probs[place] = found.cpu().numpy(), values.cpu().numpy()
-                own[place] = p.gather(1, following[at : at + chunk].to(p.device)[:, None])[:, 0].cpu().numpy()
-            if not np.isfinite(own[inputs + 1]).all():
+        for places, logits in predictions(self.teacher, tokens, documents, self.config, tell):
+            p = torch.softmax(logits, dim=1)
+            values, found = most_likely(p, most)
+            ids[places], probs[places] = found.cpu().numpy(), values.cpu().numpy()
+            own[places] = p.gather(1, torch.from_numpy(tokens[places]).to(p.device)[:, None])[:, 0].cpu().numpy()
+            if not np.isfinite(own[places]).all():
                 raise XinslmError(
                     f"teacher {self.teacher.name}: the probability of a token is not finite. Try --dtype float32, or "
                     f"look at the weights; finished shards are kept"
                 )
-            seen += len(inputs)
-            tell(seen)
         return ids, probs, own
 
 
-def maps_of(cache: Cache, name: str) -> list[Any]:
+def group_maps(cache: Cache, name: str) -> list[Any]:
     """A split's records, a map for each shard."""
     if cache.manifest.get("alignment", {}).get("kind") != PrefixAligner.kind:
         raise UsageError(f"cache {cache.folder} holds no groups of tokens")
@@ -141,7 +130,7 @@ def maps_of(cache: Cache, name: str) -> list[Any]:
     return [np.memmap(cache.folder / shard["file"], dtype=dtype, mode="r") for shard in shards]
 
 
-def count(maps: list[Any]) -> tuple[int, float, int]:
+def count_groups(maps: list[Any]) -> tuple[int, float, int]:
     """Positions that say something, the sum of log p of their texts where it is known, and how many those are."""
     valid = [shard[(shard["flags"] & VALID) != 0] for shard in maps]
     told = np.concatenate([records["log_label"].astype(np.float64) for records in valid])
@@ -154,7 +143,7 @@ class CachedGroups:
 
     def __init__(self, cache: Cache, name: str, order: np.ndarray) -> None:
         """`order` is the `byte_order` of the dataset's tokenizer."""
-        self.maps, self.order = maps_of(cache, name), torch.from_numpy(order)
+        self.maps, self.order = group_maps(cache, name), torch.from_numpy(order)
         self.starts = np.array([shard["start"] for shard in cache.manifest["shards"][name]], dtype=np.int64)
 
     def targets(self, batch: Batch, chosen: np.ndarray, device: torch.device) -> GroupTargets:

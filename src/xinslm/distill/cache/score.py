@@ -23,7 +23,7 @@ from xinslm.distill.alignment.spans import SpanAligner
 from xinslm.distill.cache.chunks import SPAN, CachedSpans, ChunkScorer
 from xinslm.distill.cache.config import CacheConfig, head_size
 from xinslm.distill.cache.encoder_scorer import EncoderScorer, empty_format
-from xinslm.distill.cache.groups import GROUPS, GroupScorer, count, maps_of
+from xinslm.distill.cache.groups import GROUPS, GroupScorer, count_groups, group_maps
 from xinslm.distill.cache.records import FP16_FLOOR, KIND, PLAN, VALID, VERSION, Cache, CacheFormat, decode, suffix
 from xinslm.distill.cache.repair import differing, reopen
 from xinslm.distill.cache.scorers import RECORDS, DenseScorer, Scorer
@@ -89,7 +89,7 @@ class CacheResult:
 def run(config: CacheConfig, on_progress: Listener = ignore, api_key: str | None = None) -> CacheResult:
     """Score both splits of a dataset with a teacher; `api_key` is for one behind a URL.
 
-    Raises UsageError for a teacher whose tokenizer is neither the dataset's nor one it is nested in, and for an output
+    Raises UsageError where no way leads from the teacher's tokenizer to the dataset's, and for an output
     folder that holds something else; XinslmError for a teacher that yields numbers that are not finite.
     """
     config.check()
@@ -334,8 +334,8 @@ def _summarise_chunks(cache: Cache, seconds: float) -> CacheResult:
 
 
 def _summarise_groups(cache: Cache, seconds: float) -> CacheResult:
-    splits = [maps_of(cache, name) for name in cache.manifest["shards"]]
-    counts = np.array([count(maps) for maps in splits]).sum(axis=0)
+    splits = [group_maps(cache, name) for name in cache.manifest["shards"]]
+    counts = np.array([count_groups(maps) for maps in splits]).sum(axis=0)
     alignment, size = cache.manifest["alignment"], sum(shard.nbytes for maps in splits for shard in maps)
     return CacheResult(
         cache.folder, int(counts[0]), size, splits[0][0].dtype.itemsize, -counts[1] / max(counts[2], 1), 0.0, seconds,

@@ -5,7 +5,7 @@ A plane holds one fixed-size item for each position of the token stream. Every c
 hundred rows at a time, and only positions whose next token counts as a target are scored.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, cast
@@ -208,6 +208,25 @@ def label_paths(
 def _placed(inputs: list[slice]) -> list[tuple[slice, int]]:
     ends = np.cumsum([s.stop - s.start for s in inputs])
     return [(s, int(end) - (s.stop - s.start)) for s, end in zip(inputs, ends, strict=True)]
+
+
+def predictions(
+    teacher: DenseTeacher, tokens: np.ndarray, documents: np.ndarray, config: CacheConfig, tell: Callable[[int], None]
+) -> Iterator[tuple[np.ndarray, Tensor]]:
+    """Logits (rows, vocabulary) of the teacher's own tokens, and the places (rows,) of the tokens they predict.
+
+    documents: offsets into `tokens`. A document's first token is predicted by nothing.
+    """
+    starts, lengths = sequences(documents, config.max_seq_length)
+    chunk = max(1, LOGITS_AT_ONCE // teacher.vocab_size)
+    seen = 0
+    for batch in batches_by_length(lengths, config.batch_tokens):
+        inputs = np.concatenate([np.arange(starts[k], starts[k] + lengths[k]) for k in batch])
+        states = teacher.states([tokens[starts[k] : starts[k] + lengths[k]] for k in batch])
+        for at in range(0, len(states), chunk):
+            yield inputs[at : at + chunk] + 1, teacher.logits(states[at : at + chunk])
+        seen += len(inputs)
+        tell(seen)
 
 
 def _sketch(

@@ -69,34 +69,28 @@ def _levels(s: GroupTargets, q: Tensor, inside: Tensor, config: LossConfig) -> t
     rows, groups = s.begins.shape
     whole = q[:, 1:] + (inside.to(q.dtype) * q[:, None, 1:]).sum(dim=2)  # the ranges inside counted in
     there = s.ends > s.begins
-    total, value = q.new_zeros(rows), q.new_zeros(rows)
+    value, total = q.new_zeros(rows), q.sum(dim=1)
     factor = torch.zeros_like(q)
-    before = q.new_zeros(rows)  # what the levels so far add to all tokens of this level's set
+    before = q.new_zeros(rows, 1)  # what the levels so far add to all tokens of this level's set
     rest_at = s.begins.new_zeros(rows, 1)  # the column whose own tokens are the rest of this level's set
-    total = q.sum(dim=1)
-    for level in range(int(s.levels.max()) + 1 if groups else 1):
+    for level in range(int(s.levels.max()) + 1 if groups else 0):
         mine = there & (s.levels == level)
         onward = mine & s.onward
-        mass = torch.where(onward, whole, q[:, 1:])
-        if level and not bool(mine.any()):
-            break
-        p = torch.cat((1 - (s.probs * mine).sum(dim=1, keepdim=True).clamp(max=1.0), s.probs * mine), dim=1).to(q.dtype)
-        own = torch.cat((q.gather(1, rest_at), mass), dim=1)
-        used = F.pad(mine, (1, 0), value=True) & (own > 0) & mine.any(dim=1, keepdim=True)
-        log_p = p.clamp_min(LEAST_P).log()
-        log_q = (own.clamp_min(LEAST_Q) / total.clamp_min(LEAST_Q)[:, None]).log()
-        values, slopes = bucket_divergence(log_p, log_q, config)
+        speaks, goes_on = mine.any(dim=1, keepdim=True), onward.any(dim=1, keepdim=True)
+        p = s.probs * mine
+        p = torch.cat((1 - p.sum(dim=1, keepdim=True).clamp(max=1.0), p), dim=1).to(q.dtype)
+        own = torch.cat((q.gather(1, rest_at), torch.where(onward, whole, q[:, 1:])), dim=1)
+        used = F.pad(mine, (1, 0), value=True) & (own > 0) & speaks
+        own, all_of_it = own.clamp_min(LEAST_Q), total.clamp_min(LEAST_Q)[:, None]
+        values, slopes = bucket_divergence(p.clamp_min(LEAST_P).log(), (own / all_of_it).log(), config)
         values, slopes = values.masked_fill(~used, 0.0), slopes.masked_fill(~used, 0.0)
-        here = slopes / own.clamp_min(LEAST_Q) - (slopes.sum(dim=1) / total.clamp_min(LEAST_Q))[:, None]
-        here = here.masked_fill(~used, 0.0) + before[:, None]
         value = value + values.sum(dim=1)
-        any_here = mine.any(dim=1, keepdim=True)
+        here = (slopes / own - slopes.sum(dim=1, keepdim=True) / all_of_it).masked_fill(~used, 0.0) + before
         factor[:, 1:] = torch.where(mine & ~s.onward, here[:, 1:], factor[:, 1:])
-        factor.scatter_(1, rest_at, torch.where(any_here, here[:, :1], factor.gather(1, rest_at)))
+        factor.scatter_(1, rest_at, torch.where(speaks, here[:, :1], factor.gather(1, rest_at)))
         column = onward.to(torch.int8).argmax(dim=1, keepdim=True)
-        goes_on = onward.any(dim=1, keepdim=True)
-        before = torch.where(goes_on, here[:, 1:].gather(1, column), before[:, None])[:, 0]
+        before = torch.where(goes_on, here[:, 1:].gather(1, column), before)
         total = torch.where(goes_on, whole.gather(1, column), total[:, None])[:, 0]
         rest_at = torch.where(goes_on, column + 1, rest_at)
-        factor.scatter_(1, rest_at, torch.where(goes_on, before[:, None], factor.gather(1, rest_at)))
+        factor.scatter_(1, rest_at, torch.where(goes_on, before, factor.gather(1, rest_at)))
     return value, factor
