@@ -1,11 +1,14 @@
-"""`distill` from a cache against TRL's GKDTrainer: speed on full and on ragged rows, and the memory of the loss.
+"""`distill` from a cache against TRL's GKDTrainer: speed on full and on ragged rows, and the memory
+of the loss.
 
-    python benchmarks/against_gkd.py --data ../shared/data --work /tmp/core --peer-python trl-venv/bin/python
+    python benchmarks/against_gkd.py --data ../shared/data --work /tmp/core --peer-python
+    trl-venv/bin/python
 
-A 46M teacher and a 14M student, vocabulary 32,000, weights drawn at random (their values do not change the work). The
-peer gets the very tokens of our rows; the forward KL of the first rows is compared before anything is timed. Tokens are
-targets: what a pad, a prompt or a row's end costs is counted against whoever has it. Also timed here: what the cache
-costs over plain cross-entropy, and three merged teachers against one.
+A 46M teacher and a 14M student, vocabulary 32,000, weights drawn at random (their values do not
+change the work). The peer gets the very tokens of our rows; the forward KL of the first rows is
+compared before anything is timed. Tokens are targets: what a pad, a prompt or a row's end costs is
+counted against whoever has it. Also timed here: what the cache costs over plain cross-entropy, and
+three merged teachers against one.
 """
 
 import argparse
@@ -34,8 +37,18 @@ from xinslm.tokenizer.load import load_tokenizer
 
 HERE = Path(__file__).parent
 BLOCK = 512
-TEACHER = {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 10, "num_attention_heads": 8}
-STUDENT = {"hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 7, "num_attention_heads": 8}
+TEACHER = {
+    "hidden_size": 512,
+    "intermediate_size": 1408,
+    "num_hidden_layers": 10,
+    "num_attention_heads": 8,
+}
+STUDENT = {
+    "hidden_size": 256,
+    "intermediate_size": 768,
+    "num_hidden_layers": 7,
+    "num_attention_heads": 8,
+}
 
 
 def make_tokenizer(data: Path, work: Path) -> Path:
@@ -52,10 +65,15 @@ def make_model(folder: Path, sizes: dict, tokenizer: Path, seed: int) -> Path:
     if not folder.is_dir():
         ids = load_tokenizer(tokenizer)
         config = ModelConfig(
-            vocab_size=ids.vocab_size, num_key_value_heads=sizes["num_attention_heads"] // 2,
-            head_dim=sizes["hidden_size"] // sizes["num_attention_heads"], max_position_embeddings=BLOCK,
-            bos_token_id=ids.bos_id, eos_token_id=ids.eos_id, pad_token_id=ids.pad_id, **sizes,
-        )  # fmt: skip
+            vocab_size=ids.vocab_size,
+            num_key_value_heads=sizes["num_attention_heads"] // 2,
+            head_dim=sizes["hidden_size"] // sizes["num_attention_heads"],
+            max_position_embeddings=BLOCK,
+            bos_token_id=ids.bos_id,
+            eos_token_id=ids.eos_id,
+            pad_token_id=ids.pad_id,
+            **sizes,
+        )
         model = Transformer(config)
         model.initialise(torch.Generator().manual_seed(seed))
         with new_folder(folder) as partial:
@@ -78,18 +96,27 @@ def equal_blocks(source: Path, folder: Path, count: int) -> Path:
                 splits = {"train": writer.finish()}
             ids = load_tokenizer(source / "tokenizer")
             ids.save(partial / "tokenizer")
-            config = PrepareConfig(data_path=(str(source),), tokenizer_path=source, output_dir=folder)
+            config = PrepareConfig(
+                data_path=(str(source),), tokenizer_path=source, output_dir=folder
+            )
             write_manifest(
-                partial, KIND, VERSION, to_dict(config), {"tokenizer": ids.fingerprint()}, splits=splits,
+                partial,
+                KIND,
+                VERSION,
+                to_dict(config),
+                {"tokenizer": ids.fingerprint()},
+                splits=splits,
                 **{key: dataset.manifest[key] for key in ("vocab_size", "dtype", "document_end")},
-            )  # fmt: skip
+            )
     return folder
 
 
 def export_documents(
     data: Path, order: np.ndarray | None, out: Path, longest: int = BLOCK, name: str = "train"
 ) -> Path:
-    """Documents of a split for the peer, labels unshifted; in the order of our rows where that is given."""
+    """Documents of a split for the peer, labels unshifted; in the order of our rows where that is
+    given.
+    """
     split = open_dataset(data).split(name)
     ids, labels, offsets = [], [], [0]
     for number in range(len(split.documents) - 1) if order is None else order:
@@ -101,12 +128,16 @@ def export_documents(
         ids.append(tokens)
         labels.append(np.where(np.asarray(split.mask[a:b]) != 0, tokens, -100))
         offsets.append(offsets[-1] + len(tokens))
-    np.savez(out, input_ids=np.concatenate(ids), labels=np.concatenate(labels), offsets=np.array(offsets))
+    np.savez(
+        out, input_ids=np.concatenate(ids), labels=np.concatenate(labels), offsets=np.array(offsets)
+    )
     return out
 
 
 def documents_of_rows(data: Path, length: int, batch_size: int, steps: int) -> np.ndarray:
-    """Documents in the order in which our steps see them, where every row is one document; first row 0, 1, ... ."""
+    """Documents in the order in which our steps see them, where every row is one document; first
+    row 0, 1, ... .
+    """
     split = open_dataset(data).split("train")
     rows = PackedRows(split, length)
     order = np.concatenate([rows_of_step(step, batch_size, len(rows), 0) for step in range(steps)])
@@ -117,26 +148,60 @@ def documents_of_rows(data: Path, length: int, batch_size: int, steps: int) -> n
 def instructions(data: Path, out: Path) -> Path:
     """The real instructions that fit into a block, as plain JSON lines."""
     if not out.is_file():
-        with gzip.open(data / "instruct" / "alpaca_en_demo.json.gz", "rt", encoding="utf-8") as file:
+        with gzip.open(
+            data / "instruct" / "alpaca_en_demo.json.gz", "rt", encoding="utf-8"
+        ) as file:
             rows = json.load(file)
         out.write_text("\n".join(json.dumps(row) for row in rows))
     return out
 
 
-def speed(args: argparse.Namespace, name: str, data: Path, models: tuple[Path, Path], length: int) -> None:
+def speed(
+    args: argparse.Namespace, name: str, data: Path, models: tuple[Path, Path], length: int
+) -> None:
     """Tokens a second of both sides on one dataset."""
     teacher, student = models
     cache = args.work / f"cache-{name}"
     if not (cache / "manifest.json").is_file():
         xinslm(f"cache {teacher} --data-path {data} --output-dir {cache} --max-seq-length {length}")
-    order = documents_of_rows(data, length, args.batch_size, args.steps) if name == "equal" else None
+    order = (
+        documents_of_rows(data, length, args.batch_size, args.steps) if name == "equal" else None
+    )
     rows = export_documents(data, order, args.work / f"{name}.npz")
-    ours = [sys.executable, str(HERE / "own_steps.py"), "--model", str(student), "--data", str(data), "--cache",
-            str(cache), "--steps", str(args.steps), "--batch-size", str(args.batch_size), "--length", str(length)]  # fmt: skip
-    peer = [args.peer_python, str(HERE / "peers" / "trl_gkd.py"), "--teacher", str(teacher), "--student", str(student),
-            "--rows", str(rows), "--steps", str(args.steps), "--batch-size", str(args.batch_size)]  # fmt: skip
+    ours = [
+        sys.executable,
+        str(HERE / "own_steps.py"),
+        "--model",
+        str(student),
+        "--data",
+        str(data),
+        "--cache",
+        str(cache),
+        "--steps",
+        str(args.steps),
+        "--batch-size",
+        str(args.batch_size),
+        "--length",
+        str(length),
+    ]
+    peer = [
+        args.peer_python,
+        str(HERE / "peers" / "trl_gkd.py"),
+        "--teacher",
+        str(teacher),
+        "--student",
+        str(student),
+        "--rows",
+        str(rows),
+        "--steps",
+        str(args.steps),
+        "--batch-size",
+        str(args.batch_size),
+    ]
     if name == "equal":
-        first = export_documents(data, documents_of_first(data, length, args.batch_size), args.work / "first.npz")
+        first = export_documents(
+            data, documents_of_first(data, length, args.batch_size), args.work / "first.npz"
+        )
         check = [*peer[:7], str(first), "--steps", "1", "--batch-size", str(args.batch_size)]
         a = figures_of([*ours, "--teacher", str(teacher)])["first_loss"]
         b = figures_of(check)["first_loss"]
@@ -153,7 +218,11 @@ def speed(args: argparse.Namespace, name: str, data: Path, models: tuple[Path, P
         args.work,
         f"tokens/s, {name}",
         {side: median(results, "overall") for side, results in found.items()}
-        | {f"ratio to {side}": ratios(found["ours"], found[side], "overall") for side in sides if side != "ours"}
+        | {
+            f"ratio to {side}": ratios(found["ours"], found[side], "overall")
+            for side in sides
+            if side != "ours"
+        }
         | {f"peak MiB, {side}": median(found[side], "peak_mib") for side in sides}
         | {"our rows filled": found["ours"][0]["fill"]},
     )
@@ -167,25 +236,52 @@ def documents_of_first(data: Path, length: int, batch_size: int) -> np.ndarray:
 
 
 def loss_memory(args: argparse.Namespace) -> None:
-    """Peak memory and time of each loss with its backward pass, 2,048 rows from hidden states on."""
+    """Peak memory and time of each loss with its backward pass, 2,048 rows from hidden states
+    on.
+    """
     script = str(HERE / "peers" / "loss_memory.py")
     sides = {side: [sys.executable, script, side] for side in ("xinslm", "xinslm-dense", "top-k")}
     sides |= {side: [args.peer_python, script, side] for side in ("gkd", "trl-distillation")}
     found = in_turn(sides, args.rounds)
     ours = median(found["xinslm"], "mib")
     for key in ("mib", "seconds"):
-        keep(args.work, f"loss and backward, {key}", {side: median(found[side], key) for side in sides})
-    keep(args.work, "memory of the loss against ours", {side: median(found[side], "mib") / ours for side in sides})
+        keep(
+            args.work,
+            f"loss and backward, {key}",
+            {side: median(found[side], key) for side in sides},
+        )
+    keep(
+        args.work,
+        "memory of the loss against ours",
+        {side: median(found[side], "mib") / ours for side in sides},
+    )
 
 
 PARTS = ("memory", "equal", "ragged", "overhead")
 
 
 def overhead(args: argparse.Namespace, data: Path, student: Path, merged: Path) -> None:
-    """Step time with a cache, and with three teachers merged, over plain cross-entropy, step by step in turn."""
-    command = [sys.executable, str(HERE / "own_steps.py"), "--model", str(student), "--data", str(data), "--cache",
-               str(args.work / "cache-equal"), str(merged), "--both", "--steps", str(3 * args.steps),
-               "--batch-size", str(args.batch_size), "--length", str(BLOCK - 1)]  # fmt: skip
+    """Step time with a cache, and with three teachers merged, over plain cross-entropy, step by
+    step in turn.
+    """
+    command = [
+        sys.executable,
+        str(HERE / "own_steps.py"),
+        "--model",
+        str(student),
+        "--data",
+        str(data),
+        "--cache",
+        str(args.work / "cache-equal"),
+        str(merged),
+        "--both",
+        "--steps",
+        str(3 * args.steps),
+        "--batch-size",
+        str(args.batch_size),
+        "--length",
+        str(BLOCK - 1),
+    ]
     found = [figures_of(command) for _ in range(args.rounds)]
     over = [row["to_last"] for row in found]
     keep(
@@ -197,7 +293,9 @@ def overhead(args: argparse.Namespace, data: Path, student: Path, merged: Path) 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--data", type=Path, required=True, help="folder with text/ and instruct/")
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--peer-python", required=True)
@@ -209,12 +307,15 @@ def main() -> None:
     args.work.mkdir(parents=True, exist_ok=True)
     print(describe(), flush=True)
     tokenizer = make_tokenizer(args.data, args.work)
-    teachers = [make_model(args.work / f"teacher-{seed}", TEACHER, tokenizer, seed) for seed in range(3)]
+    teachers = [
+        make_model(args.work / f"teacher-{seed}", TEACHER, tokenizer, seed) for seed in range(3)
+    ]
     student = make_model(args.work / "student", STUDENT, tokenizer, 9)
     peps, chats = args.work / "peps", args.work / "chats"
     if not peps.is_dir():
         xinslm(
-            f"prepare --data-path {args.data}/text/peps.jsonl.gz --tokenizer-path {tokenizer} --output-dir {peps} "
+            f"prepare --data-path {args.data}/text/peps.jsonl.gz --tokenizer-path {tokenizer} "
+            f"--output-dir {peps} "
             f"--max-tokens 200000"
         )
     equal = equal_blocks(peps, args.work / "blocks", 4 * args.steps * args.batch_size)
@@ -235,7 +336,10 @@ def main() -> None:
         for number in (1, 2):
             part = args.work / f"cache-equal-{number}"
             if not (part / "manifest.json").is_file():
-                xinslm(f"cache {teachers[number]} --data-path {equal} --output-dir {part} --max-seq-length {BLOCK - 1}")
+                xinslm(
+                    f"cache {teachers[number]} --data-path {equal} --output-dir {part} "
+                    f"--max-seq-length {BLOCK - 1}"
+                )
             parts.append(part)
         xinslm(f"cache merge {' '.join(map(str, parts))} --output-dir {merged}")
     overhead(args, equal, student, merged)

@@ -1,9 +1,11 @@
-"""Do hidden-state matching and contrast help a small student at equal steps? Validation nats a token, several seeds.
+"""Do hidden-state matching and contrast help a small student at equal steps? Validation nats a
+token, several seeds.
 
     python benchmarks/hidden_losses.py --data ../shared/data --work /tmp/hidden-losses
 
-Teacher stories5M, a student of 0.4M parameters, one thread. Each variant sees the same rows in the same order
-and starts from the same weights as the others of its seed, so differences are paired. What is done is not done again.
+Teacher stories5M, a student of 0.4M parameters, one thread. Each variant sees the same rows in the
+same order and starts from the same weights as the others of its seed, so differences are paired.
+What is done is not done again.
 """
 
 import argparse
@@ -33,12 +35,20 @@ VARIANTS = {
     "CE + projector": {"loss": CE, "hidden": HiddenConfig(1.0)},
     "CE + InfoNCE": {"loss": CE, "contrast": ContrastConfig(0.05)},
 }
-STUDENT = {"hidden_size": 64, "num_layers": 3, "num_heads": 4, "num_kv_heads": 2, "intermediate_size": 192}
+STUDENT = {
+    "hidden_size": 64,
+    "num_layers": 3,
+    "num_heads": 4,
+    "num_kv_heads": 2,
+    "intermediate_size": 192,
+}
 ROWS, LENGTH = 8, 128
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--data", type=Path, default=Path(__file__).parents[2] / "shared" / "data")
     parser.add_argument("--work", type=Path, default=Path("/tmp/hidden-losses"))
     parser.add_argument("--steps", type=int, default=100)
@@ -51,16 +61,23 @@ def main() -> None:
         for name, settings in VARIANTS.items():
             results[name].append(run(name, settings, seed, args, data, cache))
     print(f"\n{describe()}")
-    print(f"{args.steps} steps of {ROWS * LENGTH:,} tokens, {args.seeds} seeds, best validation in nats a token\n")
+    print(
+        f"{args.steps} steps of {ROWS * LENGTH:,} tokens, {args.seeds} seeds, best validation "
+        "in nats a token\n"
+    )
     print("| loss | mean | standard deviation | against its base, seed by seed | step time |")
     print("|---|---|---|---|---|")
     for name, rows in results.items():
         losses, seconds = zip(*rows, strict=True)
         base = results[name.partition(" +")[0]]
-        against = ", ".join(f"{ours - theirs:+.4f}" for ours, (theirs, _) in zip(losses, base, strict=True))
+        against = ", ".join(
+            f"{ours - theirs:+.4f}" for ours, (theirs, _) in zip(losses, base, strict=True)
+        )
         ratio = statistics.median(seconds) / statistics.median(s for _, s in base)
         spread = statistics.stdev(losses) if len(losses) > 1 else 0.0
-        print(f"| {name} | {statistics.mean(losses):.4f} | {spread:.4f} | {against} | {ratio:.2f} |")
+        print(
+            f"| {name} | {statistics.mean(losses):.4f} | {spread:.4f} | {against} | {ratio:.2f} |"
+        )
 
 
 def make_cache(shared: Path, work: Path, tokens: int) -> tuple[Path, Path]:
@@ -77,24 +94,43 @@ def make_cache(shared: Path, work: Path, tokens: int) -> tuple[Path, Path]:
         prepare.run(config)
     if not (cache / "manifest.json").is_file():
         teacher = str(shared / "models" / "stories5M")
-        config = CacheConfig(teacher, data, cache, max_seq_length=LENGTH, sketch_depths=(0.5, 1.0), device="cpu")
+        config = CacheConfig(
+            teacher, data, cache, max_seq_length=LENGTH, sketch_depths=(0.5, 1.0), device="cpu"
+        )
         print(score.run(config).describe(), flush=True)
     return data, cache
 
 
-def run(name: str, settings: dict, seed: int, args: argparse.Namespace, data: Path, cache: Path) -> tuple[float, float]:
+def run(
+    name: str, settings: dict, seed: int, args: argparse.Namespace, data: Path, cache: Path
+) -> tuple[float, float]:
     """Best validation loss and seconds of one training run."""
     folder = args.work / f"{name.lower().replace(' + ', '-')}-{args.steps}-{seed}"
     state = folder / "checkpoints" / "last" / "training_state.json"
     if not state.is_file():
         config = DistillConfig(
-            data_path=data, output_dir=folder, cache=cache, max_seq_length=LENGTH, batch_size=ROWS, max_steps=args.steps,
-            learning_rate=4e-3, validate_every=10_000, validation_rows=0, save_every=10_000, log_every=10, seed=seed,
-            device="cpu", **STUDENT, **settings,
-        )  # fmt: skip
+            data_path=data,
+            output_dir=folder,
+            cache=cache,
+            max_seq_length=LENGTH,
+            batch_size=ROWS,
+            max_steps=args.steps,
+            learning_rate=4e-3,
+            validate_every=10_000,
+            validation_rows=0,
+            save_every=10_000,
+            log_every=10,
+            seed=seed,
+            device="cpu",
+            **STUDENT,
+            **settings,
+        )
         train.run(config)
     found = json.loads(state.read_text())
-    print(f"{name}, seed {seed}: {found['best_validation']:.4f} nats, {found['seconds']:.0f} s", flush=True)
+    print(
+        f"{name}, seed {seed}: {found['best_validation']:.4f} nats, {found['seconds']:.0f} s",
+        flush=True,
+    )
     return found["best_validation"], found["seconds"]
 
 

@@ -1,10 +1,11 @@
-"""kill -9 at random moments of `cache` and `distill`, again and again; what comes out against an undisturbed run.
+"""kill -9 at random moments of `cache` and `distill`, again and again; what comes out against an
+undisturbed run.
 
     python benchmarks/kills.py --data ../shared/data --work /tmp/core --kills 20
 
-Each command is started again after every kill until it has finished, and then anew in another folder, until it has been
-killed `--kills` times in all. Compared with an undisturbed run are, each time, the cache's shards, the final weights
-(bytes) and every line of metrics.jsonl but its times.
+Each command is started again after every kill until it has finished, and then anew in another
+folder, until it has been killed `--kills` times in all. Compared with an undisturbed run are, each
+time, the cache's shards, the final weights (bytes) and every line of metrics.jsonl but its times.
 """
 
 import argparse
@@ -25,19 +26,25 @@ from sides import finished, keep, xinslm
 from xinslm.files import sha256_file
 
 
-def disturbed(line: str, folder: Path, watched: str, draw: random.Random, whole: Callable[[], bool]) -> int:
-    """Run a command that writes to `folder` again and again, killing it, until its work is whole; return the kills.
+def disturbed(
+    line: str, folder: Path, watched: str, draw: random.Random, whole: Callable[[], bool]
+) -> int:
+    """Run a command that writes to `folder` again and again, killing it, until its work is whole;
+    return the kills.
 
-    One moment in four is drawn from the whole time since the start, so that loading and taking up are hit too; the
-    others from the seconds after the first sign of new work, the newest time of the files that match `watched`.
+    One moment in four is drawn from the whole time since the start, so that loading and taking up
+    are hit too; the others from the seconds after the first sign of new work, the newest time of
+    the files that match `watched`.
     """
     kills = 0
     while not whole():
         before = _newest(folder, watched)
         process = subprocess.Popen(
             [sys.executable, "-m", "xinslm", *shlex.split(line), "--output-dir", str(folder)],
-            env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-        )  # fmt: skip
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
         early = draw.random() < 0.25
         last = time.monotonic() + draw.uniform(0, 10)
         while not early and process.poll() is None and _newest(folder, watched) == before:
@@ -45,7 +52,10 @@ def disturbed(line: str, folder: Path, watched: str, draw: random.Random, whole:
             last = time.monotonic() + draw.uniform(0, 3)
         try:
             if process.wait(max(0.0, last - time.monotonic())):
-                sys.exit(f"ended with {process.returncode} after {kills} kills: {line} --output-dir {folder}")
+                sys.exit(
+                    f"ended with {process.returncode} after {kills} kills: {line} "
+                    f"--output-dir {folder}"
+                )
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
@@ -61,11 +71,16 @@ def _newest(folder: Path, watched: str) -> int:
 def curve(run: Path) -> list[dict]:
     """The lines of a run's metrics, times left out."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k not in ("seconds", "tokens_per_second")} for line in lines]
+    return [
+        {k: v for k, v in line.items() if k not in ("seconds", "tokens_per_second")}
+        for line in lines
+    ]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--kills", type=int, default=20)
@@ -76,7 +91,8 @@ def main() -> None:
     work.mkdir(parents=True)
     teacher, data = args.data / "models" / "stories260K", work / "data"
     xinslm(
-        f"prepare --data-path {args.data}/text/stories_train.jsonl.gz --document-end bos --tokenizer-path {teacher} "
+        f"prepare --data-path {args.data}/text/stories_train.jsonl.gz --document-end bos "
+        f"--tokenizer-path {teacher} "
         f"--output-dir {data} --max-tokens 300000"
     )
     line = f"cache {teacher} --data-path {data} --max-seq-length 256 --shard-positions 2000"
@@ -90,23 +106,36 @@ def main() -> None:
         number += 1
     found = {"cache killed": kills, "in runs": number, "shards equal": equal}
     line = (
-        f"distill --data-path {data} --cache {work / 'cache'} --max-seq-length 256 --batch-size 4 --hidden-size 64 "
-        f"--num-layers 4 --num-heads 4 --num-kv-heads 2 --head-dim 16 --intermediate-size 160 --max-steps 400 "
+        f"distill --data-path {data} --cache {work / 'cache'} --max-seq-length 256 --batch-size 4 "
+        "--hidden-size 64 "
+        "--num-layers 4 --num-heads 4 --num-kv-heads 2 --head-dim 16 --intermediate-size 160 "
+        "--max-steps 400 "
         f"--save-every 5 --validate-every 30 --log-every 1"
     )
     xinslm(f"{line} --output-dir {work / 'run'}", threads=1)
-    whole, weights = curve(work / "run"), sha256_file(work / "run" / "checkpoints" / "last" / "model.safetensors")
+    whole, weights = (
+        curve(work / "run"),
+        sha256_file(work / "run" / "checkpoints" / "last" / "model.safetensors"),
+    )
     kills, same, bytes_same, number, largest = 0, True, True, 0, 0.0
     while kills < args.kills:
         run = work / f"run-{number}"
         kills += disturbed(line, run, "metrics.jsonl", draw, lambda run=run: finished(run))
         lines = curve(run)
         same &= lines == whole
-        largest = max(largest, *(abs(a.get("loss", 0) - b.get("loss", 0)) for a, b in zip(whole, lines, strict=True)))
+        largest = max(
+            largest,
+            *(abs(a.get("loss", 0) - b.get("loss", 0)) for a, b in zip(whole, lines, strict=True)),
+        )
         bytes_same &= sha256_file(run / "checkpoints" / "last" / "model.safetensors") == weights
         number += 1
-    found |= {"training killed": kills, "in training runs": number, "curve equal": same,
-              "largest difference of a loss": largest, "weights equal": bytes_same}  # fmt: skip
+    found |= {
+        "training killed": kills,
+        "in training runs": number,
+        "curve equal": same,
+        "largest difference of a loss": largest,
+        "weights equal": bytes_same,
+    }
     print(describe())
     keep(args.work, "kill -9", found)
 

@@ -21,8 +21,15 @@ def describe(packages: tuple[str, ...] = ("torch", "transformers")) -> str:
         platform.processor(),
     )
     commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent, check=False
+        ["git", "rev-parse", "--short", "HEAD"],
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parent,
+        check=False,
     ).stdout.strip()
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in packages)
     date = datetime.date.today().isoformat()
-    return f"{date}, commit {commit}, {model}, {os.cpu_count()} cores, Python {platform.python_version()}, {versions}"
+    return (
+        f"{date}, commit {commit}, {model}, {os.cpu_count()} cores, Python "
+        f"{platform.python_version()}, {versions}"
+    )

@@ -1,11 +1,14 @@
-"""`onpolicy` against TRL's GKDTrainer with lmbda 1: tokens the student wrote, had scored and learnt from, a second.
+"""`onpolicy` against TRL's GKDTrainer with lmbda 1: tokens the student wrote, had scored and learnt
+from, a second.
 
-    python benchmarks/onpolicy.py --data ../shared/data --work /tmp/core --peer-python trl-venv/bin/python
+    python benchmarks/onpolicy.py --data ../shared/data --work /tmp/core --peer-python
+    trl-venv/bin/python
 
-A 46M teacher and a 14M student, vocabulary 32,000, prompts of 128 tokens and 128 new ones. Our time is the whole command:
-loading both models, writing, scoring, learning, all files and checkpoints. The peer's is its steps behind the first, at
-GKDConfig's defaults (generation without a key-value cache) and with gradient_checkpointing=False (with one). Both
-students' greedy texts are compared before anything is timed.
+A 46M teacher and a 14M student, vocabulary 32,000, prompts of 128 tokens and 128 new ones. Our time
+is the whole command: loading both models, writing, scoring, learning, all files and checkpoints.
+The peer's is its steps behind the first, at GKDConfig's defaults (generation without a key-value
+cache) and with gradient_checkpointing=False (with one). Both students' greedy texts are compared
+before anything is timed.
 """
 
 import argparse
@@ -41,11 +44,20 @@ def our_side(args: argparse.Namespace) -> None:
     began = time.perf_counter()
     with tempfile.TemporaryDirectory() as out:
         config = OnPolicyConfig(
-            student=args.work / "student", teacher=str(args.work / "teacher-0"), prompts=args.work / "prompts",
-            output_dir=Path(out) / "run", rounds=1, completions=args.completions, prompt_tokens=PROMPT,
-            max_new_tokens=args.new_tokens, max_seq_length=PROMPT + args.new_tokens, batch_size=args.batch_size,
-            loss=LossConfig(0.0, 1.0, divergence="jsd"), device="cpu", validation_rows=1,
-        )  # fmt: skip
+            student=args.work / "student",
+            teacher=str(args.work / "teacher-0"),
+            prompts=args.work / "prompts",
+            output_dir=Path(out) / "run",
+            rounds=1,
+            completions=args.completions,
+            prompt_tokens=PROMPT,
+            max_new_tokens=args.new_tokens,
+            max_seq_length=PROMPT + args.new_tokens,
+            batch_size=args.batch_size,
+            loss=LossConfig(0.0, 1.0, divergence="jsd"),
+            device="cpu",
+            validation_rows=1,
+        )
 
         def listen(progress) -> None:
             marks[progress.stage] = time.perf_counter() - began
@@ -66,30 +78,43 @@ def our_side(args: argparse.Namespace) -> None:
     )
 
 
-def check_greedy(args: argparse.Namespace, peer: list[str], prompts: np.ndarray, count: int = 4) -> None:
+def check_greedy(
+    args: argparse.Namespace, peer: list[str], prompts: np.ndarray, count: int = 4
+) -> None:
     """Stop unless both sides' students write the same most likely texts."""
     model = load_model(args.work / "student")
     ends = frozenset({model.config.eos_token_id}) - {None}
-    written = generate_batch(model, list(prompts[:count]), Sampling(temperature=0), args.new_tokens, ends)
+    written = generate_batch(
+        model, list(prompts[:count]), Sampling(temperature=0), args.new_tokens, ends
+    )
     theirs = figures_of([*peer, "--greedy", str(count)], args.threads)["greedy"]
     for ours, other in zip(written.texts, theirs, strict=True):
         if ours.tokens.tolist() != other[: len(ours.tokens)]:
             sys.exit(f"the greedy texts differ: {ours.tokens.tolist()[:20]} and {other[:20]}")
-    print(f"greedy texts of {count} prompts: the same {args.new_tokens} tokens on both sides", flush=True)
+    print(
+        f"greedy texts of {count} prompts: the same {args.new_tokens} tokens on both sides",
+        flush=True,
+    )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--data", type=Path, help="folder with text/ and instruct/")
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--peer-python")
     parser.add_argument("--completions", type=int, default=256, help="texts of our round")
     parser.add_argument("--new-tokens", type=int, default=128)
-    parser.add_argument("--batch-size", type=int, default=8, help="texts in an optimiser step, on both sides")
+    parser.add_argument(
+        "--batch-size", type=int, default=8, help="texts in an optimiser step, on both sides"
+    )
     parser.add_argument("--steps", type=int, default=3, help="the peer's; the first is not timed")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--ours", action="store_true", help="run our side alone, once everything is prepared")
+    parser.add_argument(
+        "--ours", action="store_true", help="run our side alone, once everything is prepared"
+    )
     args = parser.parse_args()
     if args.ours:
         our_side(args)
@@ -104,7 +129,8 @@ def main() -> None:
     peps = args.work / "peps"
     if not peps.is_dir():
         xinslm(
-            f"prepare --data-path {args.data}/text/peps.jsonl.gz --tokenizer-path {tokenizer} --output-dir {peps} "
+            f"prepare --data-path {args.data}/text/peps.jsonl.gz --tokenizer-path {tokenizer} "
+            f"--output-dir {peps} "
             f"--max-tokens 200000"
         )
     dataset = open_dataset(equal_blocks(peps, args.work / "prompts", 256))
@@ -112,22 +138,59 @@ def main() -> None:
     prompts = np.stack(found.take(np.arange(len(found))))
     np.save(args.work / "prompts.npy", prompts)
     here = Path(__file__)
-    ours = [sys.executable, str(here), "--ours", "--work", str(args.work), "--completions", str(args.completions),
-            "--new-tokens", str(args.new_tokens), "--batch-size", str(args.batch_size), "--threads", str(args.threads)]  # fmt: skip
-    peer = [args.peer_python, str(here.parent / "peers" / "trl_gkd_onpolicy.py"), "--teacher",
-            str(args.work / "teacher-0"), "--student", str(args.work / "student"), "--prompts",
-            str(args.work / "prompts.npy"), "--new-tokens", str(args.new_tokens), "--steps", str(args.steps),
-            "--batch-size", str(args.batch_size), "--threads", str(args.threads)]  # fmt: skip
+    ours = [
+        sys.executable,
+        str(here),
+        "--ours",
+        "--work",
+        str(args.work),
+        "--completions",
+        str(args.completions),
+        "--new-tokens",
+        str(args.new_tokens),
+        "--batch-size",
+        str(args.batch_size),
+        "--threads",
+        str(args.threads),
+    ]
+    peer = [
+        args.peer_python,
+        str(here.parent / "peers" / "trl_gkd_onpolicy.py"),
+        "--teacher",
+        str(args.work / "teacher-0"),
+        "--student",
+        str(args.work / "student"),
+        "--prompts",
+        str(args.work / "prompts.npy"),
+        "--new-tokens",
+        str(args.new_tokens),
+        "--steps",
+        str(args.steps),
+        "--batch-size",
+        str(args.batch_size),
+        "--threads",
+        str(args.threads),
+    ]
     check_greedy(args, peer, prompts)
-    sides = {"ours": ours, "gkd": peer, "gkd, gradient_checkpointing=False": [*peer, "--no-checkpointing"]}
+    sides = {
+        "ours": ours,
+        "gkd": peer,
+        "gkd, gradient_checkpointing=False": [*peer, "--no-checkpointing"],
+    }
     results = in_turn(sides, args.rounds, args.threads)
     keep(
         args.work,
         f"on-policy tokens/s, {PROMPT} + {args.new_tokens}",
         {side: median(found_, "tokens_per_second") for side, found_ in results.items()}
-        | {f"ratio to {side}": ratios(results["ours"], results[side], "tokens_per_second") for side in list(sides)[1:]}
+        | {
+            f"ratio to {side}": ratios(results["ours"], results[side], "tokens_per_second")
+            for side in list(sides)[1:]
+        }
         | {f"peak MiB, {side}": median(found_, "peak_mib") for side, found_ in results.items()}
-        | {f"share of generation, {side}": median(results[side], "generating") for side in list(sides)[1:]}
+        | {
+            f"share of generation, {side}": median(results[side], "generating")
+            for side in list(sides)[1:]
+        }
         | {"seconds of ours until": results["ours"][0]["until"]}
         | {"token-forwards a text, ours": results["ours"][0]["token_forwards_a_text"]},
     )

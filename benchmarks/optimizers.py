@@ -1,11 +1,13 @@
-"""The optimisers on real stories: validation loss at equal steps, over learning rates and seeds, and a step's time.
+"""The optimisers on real stories: validation loss at equal steps, over learning rates and seeds,
+and a step's time.
 
     python benchmarks/optimizers.py --data ../shared/data --work /tmp/optimizers
 
-A 1.2M student (preset 1m) with the tokenizer of stories5M, steps of 8 rows of 256, cross-entropy, schedule and all else
-as by default. Every seed changes starting weights and order. The optimisers' own time is measured apart from the
-runs, on the same gradients, and given as a share of a step: validation at equal wall time follows from both. Finished
-runs are kept in `--work`, so a stopped benchmark continues.
+A 1.2M student (preset 1m) with the tokenizer of stories5M, steps of 8 rows of 256, cross-entropy,
+schedule and all else as by default. Every seed changes starting weights and order. The optimisers'
+own time is measured apart from the runs, on the same gradients, and given as a share of a step:
+validation at equal wall time follows from both. Finished runs are kept in `--work`, so a stopped
+benchmark continues.
 """
 
 import argparse
@@ -41,14 +43,36 @@ def train(args: argparse.Namespace, variant: str, rate: float, seed: int) -> flo
     """Best validation cross-entropy of a run, nats a token."""
     run = args.work / f"{variant.replace(', ', '-').replace(' ', '-')}-{rate:g}-{args.steps}-{seed}"
     if not (run / "done.json").is_file():
-        command = [sys.executable, "-m", "xinslm", "pretrain", "--data-path", str(args.work / "data"), "-o", str(run),
-                   "--max-seq-length", "256", "--batch-size", "8", "--max-steps", str(args.steps), "--validate-every",
-                   str(args.steps), "--learning-rate", str(rate), "--seed", str(seed), *VARIANTS[variant]]  # fmt: skip
+        command = [
+            sys.executable,
+            "-m",
+            "xinslm",
+            "pretrain",
+            "--data-path",
+            str(args.work / "data"),
+            "-o",
+            str(run),
+            "--max-seq-length",
+            "256",
+            "--batch-size",
+            "8",
+            "--max-steps",
+            str(args.steps),
+            "--validate-every",
+            str(args.steps),
+            "--learning-rate",
+            str(rate),
+            "--seed",
+            str(seed),
+            *VARIANTS[variant],
+        ]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
             sys.exit(done.stderr)
         lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-        (run / "done.json").write_text(json.dumps([x["validation_ce"] for x in lines if "validation_ce" in x][-1]))
+        (run / "done.json").write_text(
+            json.dumps([x["validation_ce"] for x in lines if "validation_ce" in x][-1])
+        )
     return float(json.loads((run / "done.json").read_text()))
 
 
@@ -56,9 +80,13 @@ def times(args: argparse.Namespace, variant: str) -> tuple[float, float]:
     """Least seconds of a whole step and of the optimiser in it, over a few steps."""
     flags = dict(zip(VARIANTS[variant][::2], VARIANTS[variant][1::2], strict=True))
     config = PretrainConfig(
-        data_path=args.work, output_dir=args.work, max_seq_length=256, batch_size=8,
-        optimizer=flags.get("--optimizer", "adamw"), weights=flags.get("--weights", "float32"),
-    )  # fmt: skip
+        data_path=args.work,
+        output_dir=args.work,
+        max_seq_length=256,
+        batch_size=8,
+        optimizer=flags.get("--optimizer", "adamw"),
+        weights=flags.get("--weights", "float32"),
+    )
     dataset = open_dataset(args.work / "data")
     preset = PRESETS["1m"]
     model = Transformer(ModelConfig(vocab_size=dataset.manifest["vocab_size"], **vars(preset)))
@@ -81,7 +109,9 @@ def times(args: argparse.Namespace, variant: str) -> tuple[float, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=list(VARIANTS))
@@ -94,20 +124,36 @@ def main() -> None:
     if not (args.work / "data" / "manifest.json").is_file():
         text = args.data / "text"
         subprocess.run(
-            [sys.executable, "-m", "xinslm", "prepare", "--data-path", str(text / "stories_train.jsonl.gz"),
-             "--validation-path", str(text / "stories_valid.jsonl.gz"), "--tokenizer-path",
-             str(args.data / "models" / "stories5M"), "-o", str(args.work / "data")],
-            check=True, capture_output=True,
-        )  # fmt: skip
+            [
+                sys.executable,
+                "-m",
+                "xinslm",
+                "prepare",
+                "--data-path",
+                str(text / "stories_train.jsonl.gz"),
+                "--validation-path",
+                str(text / "stories_valid.jsonl.gz"),
+                "--tokenizer-path",
+                str(args.data / "models" / "stories5M"),
+                "-o",
+                str(args.work / "data"),
+            ],
+            check=True,
+            capture_output=True,
+        )
     print(f"{describe()}\n{args.steps} steps of 8 x 256\n")
-    print("| optimiser | learning rate | validation, nats a token: median (lowest-highest) of seeds | runs |")
+    print(
+        "| optimiser | learning rate | validation, nats a token: median (lowest-highest) of "
+        "seeds | runs |"
+    )
     print("|---|---|---|---|")
     for variant in args.variants:
         for rate in args.rates:
             found = [train(args, variant, rate, seed) for seed in range(args.seeds)]
             middle = statistics.median(found)
             print(
-                f"| {variant} | {rate:g} | {middle:.3f} ({min(found):.3f}-{max(found):.3f}) | {len(found)} |",
+                f"| {variant} | {rate:g} | {middle:.3f} ({min(found):.3f}-{max(found):.3f}) | "
+                f"{len(found)} |",
                 flush=True,
             )
     print("\n| optimiser | its share of a step's time |\n|---|---|")

@@ -1,12 +1,14 @@
-"""Students with a vocabulary of their own, of two real teachers with other tokenizers: bits per byte on held-out text.
+"""Students with a vocabulary of their own, of two real teachers with other tokenizers: bits per
+byte on held-out text.
 
     python benchmarks/other_tokenizers.py --data ../shared/data --work /tmp/other
 
-stories260K (512 sentencepiece tokens) and babyllama105 (105 characters) teach a student with a BPE trained on the text,
-by prefixes, by bytes, by chunks, and by 2,000 texts they wrote themselves, which come to the others; the same student
-learns without a teacher: same steps, same start, per seed. Only commands of the tool run; what is done already is not
-done again. One thread a training, `--jobs` of them at once. Measured is each run's best checkpoint, since the text is
-small and seen many times. Ends with a table.
+stories260K (512 sentencepiece tokens) and babyllama105 (105 characters) teach a student with a BPE
+trained on the text, by prefixes, by bytes, by chunks, and by 2,000 texts they wrote themselves,
+which come to the others; the same student learns without a teacher: same steps, same start, per
+seed. Only commands of the tool run; what is done already is not done again. One thread a training,
+`--jobs` of them at once. Measured is each run's best checkpoint, since the text is small and seen
+many times. Ends with a table.
 """
 
 import argparse
@@ -28,7 +30,10 @@ TEACHERS = {"stories260K": 512, "babyllama105": 256}
 """Teacher -> its context in tokens."""
 WRITTEN = 2000
 """Texts that a teacher writes."""
-SHAPE = "--hidden-size 64 --num-layers 3 --num-heads 4 --num-kv-heads 2 --head-dim 16 --intermediate-size 96"
+SHAPE = (
+    "--hidden-size 64 --num-layers 3 --num-heads 4 --num-kv-heads 2 --head-dim 16 "
+    "--intermediate-size 96"
+)
 WAYS = {
     "prefixes": ("prefixes", ""),
     "bytes": ("bytes", ""),
@@ -46,9 +51,13 @@ def split_texts(data: Path, work: Path) -> None:
     control = set(tokenizer.special_tokens.values())
     for name in ("train", "validation"):
         split = dataset.split(name)
-        texts = [tokenizer.decode([int(i) for i in split.tokens[a:b] if int(i) not in control])
-                 for a, b in pairwise(split.documents)]  # fmt: skip
-        (work / f"{name}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+        texts = [
+            tokenizer.decode([int(i) for i in split.tokens[a:b] if int(i) not in control])
+            for a, b in pairwise(split.documents)
+        ]
+        (work / f"{name}.jsonl").write_text(
+            "".join(json.dumps({"text": text}) + "\n" for text in texts)
+        )
         if name == "train":
             draw, prompts = random.Random(0), []
             for text in texts:
@@ -68,13 +77,16 @@ def with_written(data: Path, teacher: Path, context: int, work: Path) -> Path:
         split_texts(data, work)
     if not (written / "manifest.json").is_file():
         xinslm(
-            f"synthesize {teacher} --prompts {work}/prompts.txt --output-dir {written} --max-new-tokens {context - 66} "
-            f"--temperature 0.8 --student-tokenizer {data}/tokenizer --no-cache --batch-size 64 --document-end bos "
+            f"synthesize {teacher} --prompts {work}/prompts.txt --output-dir {written} "
+            f"--max-new-tokens {context - 66} "
+            f"--temperature 0.8 --student-tokenizer {data}/tokenizer --no-cache --batch-size 64 "
+            "--document-end bos "
             f"--max-seq-length {context}"
         )
     if not both.is_dir():
         xinslm(
-            f"prepare --data-path {work}/train.jsonl {written}/text.jsonl --validation-path {work}/validation.jsonl "
+            f"prepare --data-path {work}/train.jsonl {written}/text.jsonl --validation-path "
+            f"{work}/validation.jsonl "
             f"--document-end bos --tokenizer-path {data}/tokenizer --output-dir {both}"
         )
     return both
@@ -85,7 +97,9 @@ def _run(work: Path, teacher: str, row: str, seed: int) -> Path:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--data", type=Path, required=True, help="folder with models/ and text/")
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--seeds", type=int, default=3)
@@ -93,16 +107,24 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=900)
     parser.add_argument("--vocab-size", type=int, default=1024)
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
-    parser.add_argument("--training", default="--optimizer muon --learning-rate 4e-3", help="options of all students")
+    parser.add_argument(
+        "--training",
+        default="--optimizer muon --learning-rate 4e-3",
+        help="options of all students",
+    )
     args = parser.parse_args()
     text, work = args.data / "text" / "tinystories_docs.jsonl", args.work
     work.mkdir(parents=True, exist_ok=True)
     tokenizer, data = work / "tokenizer", work / "data"
     if not tokenizer.is_dir():
-        xinslm(f"tokenizer train --data-path {text} --vocab-size {args.vocab_size} --output-dir {tokenizer}")
+        xinslm(
+            f"tokenizer train --data-path {text} --vocab-size {args.vocab_size} --output-dir "
+            f"{tokenizer}"
+        )
     if not data.is_dir():
         xinslm(
-            f"prepare --data-path {text} --document-end bos --validation-fraction 0.15 --tokenizer-path {tokenizer} "
+            f"prepare --data-path {text} --document-end bos --validation-fraction 0.15 "
+            f"--tokenizer-path {tokenizer} "
             f"--output-dir {data}"
         )
     facts = {}
@@ -110,7 +132,9 @@ def main() -> None:
     train = f"--max-seq-length 256 --batch-size 4 --max-steps {args.steps} {args.training}"
     train += f" --validate-every 50 --validation-rows 0 {SHAPE}"
     for seed in range(args.seeds):
-        jobs.append((work / f"undistilled-{seed}", f"pretrain --data-path {data} {train} --seed {seed}"))
+        jobs.append(
+            (work / f"undistilled-{seed}", f"pretrain --data-path {data} {train} --seed {seed}")
+        )
     for teacher, context in TEACHERS.items():
         for row in args.ways:
             way, weights = WAYS[row]
@@ -123,7 +147,8 @@ def main() -> None:
                 cache = work / f"cache-{of_row.name}-{teacher}-{way}"
                 if not (cache / "manifest.json").is_file():
                     xinslm(
-                        f"cache {args.data / 'models' / teacher} --data-path {of_row} --output-dir {cache} "
+                        f"cache {args.data / 'models' / teacher} --data-path {of_row} "
+                        f"--output-dir {cache} "
                         f"--alignment {way} --max-seq-length {context}"
                     )
                 facts[teacher, row] = json.loads((cache / "manifest.json").read_text())["alignment"]
@@ -132,10 +157,20 @@ def main() -> None:
                 command = "pretrain" if way is None else "distill"
                 jobs.append((_run(work, teacher, row, seed), f"{command} {line} --seed {seed}"))
     with ThreadPoolExecutor(args.jobs) as pool:
-        list(pool.map(lambda job: finished(job[0]) or xinslm(f"{job[1]} --output-dir {job[0]}", 1), jobs))
+        list(
+            pool.map(
+                lambda job: finished(job[0]) or xinslm(f"{job[1]} --output-dir {job[0]}", 1), jobs
+            )
+        )
     print(f"\n{describe()}\n")
-    print("| teacher | way | share of targets | bits per byte | gain, seed by seed |\n|---|---|---|---|---|")
-    plain = [evaluate(work / f"undistilled-{s}", data, work / f"undistilled-{s}", "m") for s in range(args.seeds)]
+    print(
+        "| teacher | way | share of targets | bits per byte | gain, seed by seed "
+        "|\n|---|---|---|---|---|"
+    )
+    plain = [
+        evaluate(work / f"undistilled-{s}", data, work / f"undistilled-{s}", "m")
+        for s in range(args.seeds)
+    ]
     print(f"| none | | | {spread(plain)} | |")
     for (teacher, row), alignment in facts.items():
         runs = [_run(work, teacher, row, seed) for seed in range(args.seeds)]

@@ -1,8 +1,11 @@
-"""Our side of the comparisons: a few optimiser steps of the real training loop; prints one JSON line.
+"""Our side of the comparisons: a few optimiser steps of the real training loop; prints one JSON
+line.
 
-    python benchmarks/own_steps.py --model DIR --data DATASET --cache CACHE --steps 8 --batch-size 4 --length 511
+    python benchmarks/own_steps.py --model DIR --data DATASET --cache CACHE --steps 8 --batch-size 4
+    --length 511
 
-With `--teacher` the loss of the first step against the live teacher, dense, is printed too, for comparison with a peer.
+With `--teacher` the loss of the first step against the live teacher, dense, is printed too, for
+comparison with a peer.
 """
 
 import argparse
@@ -28,16 +31,26 @@ from xinslm.teachers.huggingface import HuggingFaceTeacher
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", required=True)
     parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--cache", nargs="*", type=Path, default=[], help="none: plain cross-entropy; several: in turn")
+    parser.add_argument(
+        "--cache",
+        nargs="*",
+        type=Path,
+        default=[],
+        help="none: plain cross-entropy; several: in turn",
+    )
     parser.add_argument("--teacher")
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--length", type=int, default=511)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--both", action="store_true", help="time each step with the cache(s) and without, in turn")
+    parser.add_argument(
+        "--both", action="store_true", help="time each step with the cache(s) and without, in turn"
+    )
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     rows = PackedRows(open_dataset(args.data).split("train"), args.length)
@@ -54,22 +67,29 @@ def main() -> None:
         chosen = np.flatnonzero(batch.labels.ravel() >= 0)
         model, teacher = load_model(args.model), HuggingFaceTeacher(args.teacher)
         with torch.no_grad():
-            arrays = (torch.from_numpy(a) for a in (batch.input_ids, batch.positions, batch.segments))
+            arrays = (
+                torch.from_numpy(a) for a in (batch.input_ids, batch.positions, batch.segments)
+            )
             hidden = model.hidden(*arrays).flatten(0, 1)[torch.from_numpy(chosen)]
             targets = LiveTargets(teacher).targets(batch, chosen, torch.device("cpu"))
             labels = torch.from_numpy(batch.labels.ravel()[chosen])
-            figures["first_loss"] = fused_loss(hidden, model.head_weight, labels, targets, LossConfig(0.0, 1.0))[
-                0
-            ].item()
+            figures["first_loss"] = fused_loss(
+                hidden, model.head_weight, labels, targets, LossConfig(0.0, 1.0)
+            )[0].item()
     config = PretrainConfig(
-        data_path=args.data, output_dir=Path("unused"), max_seq_length=args.length, batch_size=args.batch_size
+        data_path=args.data,
+        output_dir=Path("unused"),
+        max_seq_length=args.length,
+        batch_size=args.batch_size,
     )
     trainers = []
     for source in sources:
         loss = LossConfig(0.1, 0.9) if source is not None else LossConfig(1.0, 0.0)
         trainers.append(
-            Trainer(load_model(args.model), config, loss, rows, args.steps, source, torch.device("cpu"))
-        )  # fmt: skip
+            Trainer(
+                load_model(args.model), config, loss, rows, args.steps, source, torch.device("cpu")
+            )
+        )
     seconds: list[list[float]] = [[] for _ in trainers]
     tokens: list[int] = []
     for number in range(args.steps):
@@ -85,7 +105,8 @@ def main() -> None:
         "overall": sum(tokens[1:]) / sum(seconds[0][1:]),
         "step_seconds": [statistics.median(each[1:]) for each in seconds],
         "to_last": [
-            statistics.median(a / b for a, b in zip(each[1:], seconds[-1][1:], strict=True)) for each in seconds
+            statistics.median(a / b for a, b in zip(each[1:], seconds[-1][1:], strict=True))
+            for each in seconds
         ],
         "peak_mib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
     }

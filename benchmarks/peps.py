@@ -15,7 +15,9 @@ from sides import finished, xinslm
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=400)
@@ -24,12 +26,18 @@ def main() -> None:
     work.mkdir(parents=True, exist_ok=True)
     text, data, run = args.data / "text" / "peps.jsonl.gz", work / "data", work / "run"
     if not (work / "tokenizer").is_dir():
-        xinslm(f"tokenizer train --data-path {text} --vocab-size 4096 --output-dir {work / 'tokenizer'}")
+        xinslm(
+            f"tokenizer train --data-path {text} --vocab-size 4096 --output-dir "
+            f"{work / 'tokenizer'}"
+        )
     if not data.is_dir():
-        xinslm(f"prepare --data-path {text} --tokenizer-path {work / 'tokenizer'} --output-dir {data}")
+        xinslm(
+            f"prepare --data-path {text} --tokenizer-path {work / 'tokenizer'} --output-dir {data}"
+        )
     if not finished(run):
         xinslm(
-            f"pretrain --data-path {data} --output-dir {run} --preset 1m --max-seq-length 256 --batch-size 8 "
+            f"pretrain --data-path {data} --output-dir {run} --preset 1m --max-seq-length 256 "
+            "--batch-size 8 "
             f"--max-steps {args.steps} --learning-rate 4e-3 --validate-every 100",
             threads=2,
         )

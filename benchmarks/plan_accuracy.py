@@ -1,10 +1,12 @@
-"""`xinslm plan` against measured peaks: real optimiser steps, each configuration in a process of its own.
+"""`xinslm plan` against measured peaks: real optimiser steps, each configuration in a process of
+its own.
 
     python benchmarks/plan_accuracy.py
     python benchmarks/plan_accuracy.py --only "10m 8x512" "1m 32x256"
 
-Measured is the kernel's high-water mark of resident memory (VmHWM) after two steps, less what the process held when
-everything was imported and nothing built but a weight of 64 x 64 and its optimiser; planned is the formula's peak without its constant for the interpreter.
+Measured is the kernel's high-water mark of resident memory (VmHWM) after two steps, less what the
+process held when everything was imported and nothing built but a weight of 64 x 64 and its
+optimiser; planned is the formula's peak without its constant for the interpreter.
 """
 
 import argparse
@@ -23,27 +25,69 @@ CONFIGURATIONS: dict[str, dict] = {
     "10m 8x512": {"preset": "10m", "batch_size": 8, "max_seq_length": 512},
     "10m 2x256": {"preset": "10m", "batch_size": 2, "max_seq_length": 256},
     "10m 2x512": {"preset": "10m", "batch_size": 2, "max_seq_length": 512},
-    "10m 8x512 in 4 parts": {"preset": "10m", "batch_size": 8, "micro_batch_size": 2, "max_seq_length": 512},
-    "10m 8x512 checkpointing": {"preset": "10m", "batch_size": 8, "max_seq_length": 512, "checkpointing": True},
+    "10m 8x512 in 4 parts": {
+        "preset": "10m",
+        "batch_size": 8,
+        "micro_batch_size": 2,
+        "max_seq_length": 512,
+    },
+    "10m 8x512 checkpointing": {
+        "preset": "10m",
+        "batch_size": 8,
+        "max_seq_length": 512,
+        "checkpointing": True,
+    },
     "10m 4x256": {"preset": "10m", "batch_size": 4, "max_seq_length": 256},
-    "10m 4x384 muon": {"preset": "10m", "batch_size": 4, "max_seq_length": 384, "optimizer": "muon"},
+    "10m 4x384 muon": {
+        "preset": "10m",
+        "batch_size": 4,
+        "max_seq_length": 384,
+        "optimizer": "muon",
+    },
     "1m 8x512": {"preset": "1m", "batch_size": 8, "max_seq_length": 512},
-    "1m 16x256 in 2 parts": {"preset": "1m", "batch_size": 16, "micro_batch_size": 8, "max_seq_length": 256},
+    "1m 16x256 in 2 parts": {
+        "preset": "1m",
+        "batch_size": 16,
+        "micro_batch_size": 8,
+        "max_seq_length": 256,
+    },
     "1m 32x256": {"preset": "1m", "batch_size": 32, "max_seq_length": 256},
     "135m 1x256": {"preset": "135m", "batch_size": 1, "max_seq_length": 256},
-    "135m 1x256 adamw8bit": {"preset": "135m", "batch_size": 1, "max_seq_length": 256, "optimizer": "adamw8bit"},
-    "135m 1x256 muon": {"preset": "135m", "batch_size": 1, "max_seq_length": 256, "optimizer": "muon"},
+    "135m 1x256 adamw8bit": {
+        "preset": "135m",
+        "batch_size": 1,
+        "max_seq_length": 256,
+        "optimizer": "adamw8bit",
+    },
+    "135m 1x256 muon": {
+        "preset": "135m",
+        "batch_size": 1,
+        "max_seq_length": 256,
+        "optimizer": "muon",
+    },
     "135m 2x384 step in backward": {
-        "preset": "135m", "batch_size": 2, "max_seq_length": 384, "step_in_backward": True,
+        "preset": "135m",
+        "batch_size": 2,
+        "max_seq_length": 384,
+        "step_in_backward": True,
     },
     "135m 1x256 all savings": {
-        "preset": "135m", "batch_size": 1, "max_seq_length": 256, "optimizer": "adamw8bit", "weights": "bfloat16",
-        "step_in_backward": True, "checkpointing": True,
+        "preset": "135m",
+        "batch_size": 1,
+        "max_seq_length": 256,
+        "optimizer": "adamw8bit",
+        "weights": "bfloat16",
+        "step_in_backward": True,
+        "checkpointing": True,
     },
     "135m 2x512 bfloat16": {
-        "preset": "135m", "batch_size": 2, "max_seq_length": 512, "weights": "bfloat16", "checkpointing": True,
+        "preset": "135m",
+        "batch_size": 2,
+        "max_seq_length": 512,
+        "weights": "bfloat16",
+        "checkpointing": True,
     },
-}  # fmt: skip
+}
 STEPS = """
 import json, sys
 from pathlib import Path
@@ -113,11 +157,16 @@ def measured(settings: dict) -> int:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", choices=list(CONFIGURATIONS), default=list(CONFIGURATIONS))
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--only", nargs="+", choices=list(CONFIGURATIONS), default=list(CONFIGURATIONS)
+    )
     args = parser.parse_args()
     print(
-        f"{describe()}, vocabulary {VOCABULARY:,}\n\n| run | planned MiB | measured MiB | planned / measured |\n|---|---|---|---|"
+        f"{describe()}, vocabulary {VOCABULARY:,}\n\n| run | planned MiB | measured MiB | planned "
+        "/ measured |\n|---|---|---|---|"
     )
     for name in args.only:
         settings = CONFIGURATIONS[name]

@@ -1,9 +1,12 @@
-"""`pretrain` against transformers' Trainer: the same weights, the same packed rows, tokens/s and peak memory.
+"""`pretrain` against transformers' Trainer: the same weights, the same packed rows, tokens/s and
+peak memory.
 
-    python benchmarks/pretrain_vs_trainer.py --dataset DATASET --work /tmp/vs --peer-python hf-venv/bin/python
+    python benchmarks/pretrain_vs_trainer.py --dataset DATASET --work /tmp/vs --peer-python
+    hf-venv/bin/python
 
-Both sides run as processes of their own, in turn (A B A B ...); the loss of the first batch is compared before anything
-is timed. Medians over rounds, the ratio per round. Every row's attention stays inside its documents on both sides.
+Both sides run as processes of their own, in turn (A B A B ...); the loss of the first batch is
+compared before anything is timed. Medians over rounds, the ratio per round. Every row's attention
+stays inside its documents on both sides.
 """
 
 import argparse
@@ -55,7 +58,9 @@ def run(command: list[str]) -> dict:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--dataset", type=Path, required=True)
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--peer-python", required=True)
@@ -68,34 +73,79 @@ def main() -> None:
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
     rows = PackedRows(open_dataset(args.dataset).split("train"), args.length)
-    order = np.concatenate([rows_of_step(s, args.batch_size, len(rows), 0) for s in range(args.steps)])
+    order = np.concatenate(
+        [rows_of_step(s, args.batch_size, len(rows), 0) for s in range(args.steps)]
+    )
     batch = rows.batch(order)
     np.savez(
         args.work / "rows.npz",
-        input_ids=batch.input_ids, labels=batch.labels, positions=batch.positions, segments=batch.segments,
-    )  # fmt: skip
-    print(
-        f"{describe()}\nrows of {args.length}, {args.batch_size} a step, {args.threads} threads, {rows.fill:.1%} filled\n"
+        input_ids=batch.input_ids,
+        labels=batch.labels,
+        positions=batch.positions,
+        segments=batch.segments,
     )
     print(
-        "| model | xinslm tokens/s | Trainer tokens/s | ratio (min-max) | xinslm MiB | Trainer MiB |\n|---|---|---|---|---|---|"
+        f"{describe()}\nrows of {args.length}, {args.batch_size} a step, {args.threads} threads, "
+        f"{rows.fill:.1%} filled\n"
+    )
+    print(
+        "| model | xinslm tokens/s | Trainer tokens/s | ratio (min-max) | xinslm MiB | Trainer "
+        "MiB |\n|---|---|---|---|---|---|"
     )
     for preset in args.presets:
         model = args.work / f"model-{preset}"
         if not model.is_dir():
             run_dir = args.work / f"run-{preset}"
             subprocess.run(
-                [sys.executable, "-m", "xinslm", "pretrain", "--data-path", str(args.dataset), "--output-dir", str(run_dir),
-                 "--preset", preset, "--max-seq-length", str(args.length), "--batch-size", "1", "--max-steps", "1",
-                 "--validation-rows", "1"],
-                check=True, capture_output=True,
-            )  # fmt: skip
+                [
+                    sys.executable,
+                    "-m",
+                    "xinslm",
+                    "pretrain",
+                    "--data-path",
+                    str(args.dataset),
+                    "--output-dir",
+                    str(run_dir),
+                    "--preset",
+                    preset,
+                    "--max-seq-length",
+                    str(args.length),
+                    "--batch-size",
+                    "1",
+                    "--max-steps",
+                    "1",
+                    "--validation-rows",
+                    "1",
+                ],
+                check=True,
+                capture_output=True,
+            )
             (run_dir / "checkpoints" / "best").resolve().rename(model)
-        ours = [sys.executable, "-c", OURS, str(model), str(args.dataset), str(args.length), str(args.batch_size),
-                str(args.steps), str(args.threads)]  # fmt: skip
-        peer = [args.peer_python, str(Path(__file__).parent / "peers" / "hf_trainer.py"), "--model", str(model), "--rows",
-                str(args.work / "rows.npz"), "--steps", str(args.steps), "--batch-size", str(args.batch_size),
-                "--threads", str(args.threads)]  # fmt: skip
+        ours = [
+            sys.executable,
+            "-c",
+            OURS,
+            str(model),
+            str(args.dataset),
+            str(args.length),
+            str(args.batch_size),
+            str(args.steps),
+            str(args.threads),
+        ]
+        peer = [
+            args.peer_python,
+            str(Path(__file__).parent / "peers" / "hf_trainer.py"),
+            "--model",
+            str(model),
+            "--rows",
+            str(args.work / "rows.npz"),
+            "--steps",
+            str(args.steps),
+            "--batch-size",
+            str(args.batch_size),
+            "--threads",
+            str(args.threads),
+        ]
         results: dict[str, list[dict]] = {"ours": [], "peer": []}
         for number in range(args.rounds):
             for side in ("ours", "peer") if number % 2 == 0 else ("peer", "ours"):
@@ -103,14 +153,21 @@ def main() -> None:
         a, b = results["ours"], results["peer"]
         difference = abs(a[0]["first_loss"] - b[0]["first_loss"])
         if difference > 1e-4:
-            sys.exit(f"the losses differ before training: {a[0]['first_loss']} and {b[0]['first_loss']}")
-        ratios = [x["tokens_per_second"] / y["tokens_per_second"] for x, y in zip(a, b, strict=True)]
+            sys.exit(
+                f"the losses differ before training: {a[0]['first_loss']} and {b[0]['first_loss']}"
+            )
+        ratios = [
+            x["tokens_per_second"] / y["tokens_per_second"] for x, y in zip(a, b, strict=True)
+        ]
         middle = {
-            k: [statistics.median(r[k] for r in side) for side in (a, b)] for k in ("tokens_per_second", "peak_mib")
+            k: [statistics.median(r[k] for r in side) for side in (a, b)]
+            for k in ("tokens_per_second", "peak_mib")
         }
         print(
-            f"| {preset} (loss equal to {difference:.0e}) | {middle['tokens_per_second'][0]:,.0f} | "
-            f"{middle['tokens_per_second'][1]:,.0f} | {statistics.median(ratios):.2f} ({min(ratios):.2f}-{max(ratios):.2f}) | "
+            f"| {preset} (loss equal to {difference:.0e}) | {middle['tokens_per_second'][0]:,.0f} "
+            "| "
+            f"{middle['tokens_per_second'][1]:,.0f} | {statistics.median(ratios):.2f} "
+            f"({min(ratios):.2f}-{max(ratios):.2f}) | "
             f"{middle['peak_mib'][0]:,.0f} | {middle['peak_mib'][1]:,.0f} |",
             flush=True,
         )

@@ -1,11 +1,13 @@
-"""How much of the gain of full distillation a sparse cache keeps: real teacher, real text, equal tokens, paired seeds.
+"""How much of the gain of full distillation a sparse cache keeps: real teacher, real text, equal
+tokens, paired seeds.
 
     python benchmarks/quality_of_cache.py --data ../shared/data --work /tmp/core
 
-Teacher stories5M, student of 1.4M parameters. For each seed every variant starts from the same weights and sees the same
-rows; only the teacher's word differs: none (cross-entropy), the whole distribution (live), the cache at several sizes,
-and the peers' scheme (the k largest probabilities, renormalised, against the student's whole softmax). The share is
-(CE - variant) / (CE - full) of the validation loss. Finished runs are not repeated.
+Teacher stories5M, student of 1.4M parameters. For each seed every variant starts from the same
+weights and sees the same rows; only the teacher's word differs: none (cross-entropy), the whole
+distribution (live), the cache at several sizes, and the peers' scheme (the k largest probabilities,
+renormalised, against the student's whole softmax). The share is (CE - variant) / (CE - full) of the
+validation loss. Finished runs are not repeated.
 """
 
 import argparse
@@ -34,14 +36,22 @@ from xinslm.model.transformer import Transformer
 from xinslm.teachers.huggingface import HuggingFaceTeacher
 from xinslm.tokenizer.load import load_tokenizer
 
-CACHES = {"lean 2+8": (2, 8), "default 4+10": (4, 10), "8+4": (8, 4), "11+0": (11, 0), "rich 8+18": (8, 18)}
+CACHES = {
+    "lean 2+8": (2, 8),
+    "default 4+10": (4, 10),
+    "8+4": (8, 4),
+    "11+0": (11, 0),
+    "rich 8+18": (8, 18),
+}
 """Head tokens and draws."""
 TOP = (12, 128)
 VARIANTS = ["CE", "full", *CACHES, *(f"top-{k} renormalised" for k in TOP)]
 
 
 class TopK(LiveTargets):
-    """The peers' scheme: everything outside the k largest logits is dropped and the rest renormalised."""
+    """The peers' scheme: everything outside the k largest logits is dropped and the rest
+    renormalised.
+    """
 
     def __init__(self, teacher: HuggingFaceTeacher, k: int) -> None:
         super().__init__(teacher)
@@ -64,19 +74,31 @@ def one(args: argparse.Namespace, variant: str, seed: int) -> None:
     torch.set_num_threads(1)
     data, teacher_folder = args.work / f"stories-{args.tokens}", args.data / "models" / "stories5M"
     config = PretrainConfig(
-        data_path=data, output_dir=Path("unused"), max_seq_length=256, batch_size=8, max_steps=args.steps,
-        learning_rate=args.learning_rate, seed=seed, optimizer=args.optimizer,
-    )  # fmt: skip
+        data_path=data,
+        output_dir=Path("unused"),
+        max_seq_length=256,
+        batch_size=8,
+        max_steps=args.steps,
+        learning_rate=args.learning_rate,
+        seed=seed,
+        optimizer=args.optimizer,
+    )
     dataset = open_dataset(data)
     rows = PackedRows(dataset.split("train"), 256)
     loss, source = LossConfig(args.alpha, 1 - args.alpha), None
     if variant == "CE":
         loss = LossConfig(1.0, 0.0)
     elif variant in CACHES:
-        source = CachedTargets(Cache(args.work / f"cache-{variant}".replace(" ", "-")).split("train"))
+        source = CachedTargets(
+            Cache(args.work / f"cache-{variant}".replace(" ", "-")).split("train")
+        )
     else:
         teacher = HuggingFaceTeacher(str(teacher_folder))
-        source = LiveTargets(teacher) if variant == "full" else TopK(teacher, int(variant.split("-")[1].split()[0]))
+        source = (
+            LiveTargets(teacher)
+            if variant == "full"
+            else TopK(teacher, int(variant.split("-")[1].split()[0]))
+        )
     model = Transformer(shape(config, load_tokenizer(data / "tokenizer")))
     model.initialise(torch.Generator().manual_seed(seed))
     trainer = Trainer(model, config, loss, rows, args.steps, source, torch.device("cpu"))
@@ -87,7 +109,9 @@ def one(args: argparse.Namespace, variant: str, seed: int) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--seeds", type=int, default=3)
@@ -108,7 +132,8 @@ def main() -> None:
     if not data.is_dir():
         xinslm(
             f"prepare --data-path {args.data}/text/stories_train.jsonl.gz "
-            f"--validation-path {args.data}/text/stories_valid.jsonl.gz --tokenizer-path {teacher} --output-dir {data} "
+            f"--validation-path {args.data}/text/stories_valid.jsonl.gz --tokenizer-path "
+            f"{teacher} --output-dir {data} "
             f"--max-tokens {args.tokens}"
         )
     record_bytes = {}
@@ -122,7 +147,9 @@ def main() -> None:
                 f"--head {head} --draws {draws}"
             )
         record_bytes[name] = Cache(folder).format.dtype.itemsize
-    results_file = args.work / f"quality-{args.optimizer}-{args.steps}-{args.learning_rate}-{args.alpha}.json"
+    results_file = (
+        args.work / f"quality-{args.optimizer}-{args.steps}-{args.learning_rate}-{args.alpha}.json"
+    )
     results = json.loads(results_file.read_text()) if results_file.is_file() else {}
     jobs = [(v, s) for s in range(args.seeds) for v in args.variants if f"{v}/{s}" not in results]
     running: list[tuple[str, subprocess.Popen]] = []
@@ -131,8 +158,10 @@ def main() -> None:
             variant, seed = jobs.pop(0)
             process = subprocess.Popen(
                 [sys.executable, __file__, *sys.argv[1:], "--one", variant, str(seed)],
-                env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, text=True,
-            )  # fmt: skip
+                env={**os.environ, "OMP_NUM_THREADS": "1"},
+                stdout=subprocess.PIPE,
+                text=True,
+            )
             running.append((f"{variant}/{seed}", process))
         key, process = running.pop(0)
         out = process.communicate()[0]
@@ -141,9 +170,13 @@ def main() -> None:
         results[key] = json.loads(out.strip().splitlines()[-1])
         results_file.write_text(json.dumps(results, indent=1))
         print(f"{key}: {results[key]['validation']:.4f}", flush=True)
-    print(f"\n{describe()}\n{args.steps} steps of 8 x 256, {results['CE/0']['tokens']:,} tokens, {args.optimizer}\n")
     print(
-        "| teacher's word | bytes a position | validation nats | share of the gain, seed by seed | mean share |\n|---|---|---|---|---|"
+        f"\n{describe()}\n{args.steps} steps of 8 x 256, {results['CE/0']['tokens']:,} tokens, "
+        f"{args.optimizer}\n"
+    )
+    print(
+        "| teacher's word | bytes a position | validation nats | share of the gain, seed by seed "
+        "| mean share |\n|---|---|---|---|---|"
     )
     table = {}
     for variant in args.variants:
@@ -151,10 +184,13 @@ def main() -> None:
         ce = [results[f"CE/{s}"]["validation"] for s in range(args.seeds)]
         full = [results[f"full/{s}"]["validation"] for s in range(args.seeds)]
         shares = [(c - v) / (c - f) for c, v, f in zip(ce, losses, full, strict=True)]
-        total = sum(c - v for c, v in zip(ce, losses, strict=True)) / sum(c - f for c, f in zip(ce, full, strict=True))
+        total = sum(c - v for c, v in zip(ce, losses, strict=True)) / sum(
+            c - f for c, f in zip(ce, full, strict=True)
+        )
         spread = statistics.stdev(losses) if args.seeds > 1 else 0.0
         print(
-            f"| {variant} | {record_bytes.get(variant, '-')} | {statistics.mean(losses):.4f} ± {spread:.4f} | "
+            f"| {variant} | {record_bytes.get(variant, '-')} | {statistics.mean(losses):.4f} ± "
+            f"{spread:.4f} | "
             f"{', '.join(f'{x:.0%}' for x in shares)} | {total:.1%} |"
         )
         table[variant] = {"losses": losses, "shares": shares, "share": total}

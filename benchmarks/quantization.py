@@ -2,10 +2,11 @@
 
     python benchmarks/quantization.py --model MODEL --data DATASET > quantization.jsonl
 
-Each variant quantizes MODEL with rows of DATASET's train split and is measured on the whole validation split against
-the unquantized model: KL divergence a token (nats), how often the most likely token is the same, bits per byte. The
-unquantized model is its own first row; its KL is exactly 0, which checks the measuring. One JSON line a variant; the
-seeds of a calibrated variant choose other calibration rows.
+Each variant quantizes MODEL with rows of DATASET's train split and is measured on the whole
+validation split against the unquantized model: KL divergence a token (nats), how often the most
+likely token is the same, bits per byte. The unquantized model is its own first row; its KL is
+exactly 0, which checks the measuring. One JSON line a variant; the seeds of a calibrated variant
+choose other calibration rows.
 """
 
 import argparse
@@ -49,21 +50,32 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", type=Path, required=True, help="model folder, not quantized")
-    parser.add_argument("--data", type=Path, required=True, help="dataset folder made with the model's tokenizer")
+    parser.add_argument(
+        "--data", type=Path, required=True, help="dataset folder made with the model's tokenizer"
+    )
     parser.add_argument("--calibration-rows", type=int, default=128)
-    parser.add_argument("--seeds", type=int, default=3, help="draws of calibration rows for the default variant")
-    parser.add_argument("--only", default="", help="measure only variants whose name holds this text")
+    parser.add_argument(
+        "--seeds", type=int, default=3, help="draws of calibration rows for the default variant"
+    )
+    parser.add_argument(
+        "--only", default="", help="measure only variants whose name holds this text"
+    )
     options = parser.parse_args()
     source = resolve_model(options.model)
     config = load_config(source)
     length = min(config.max_position_embeddings, 512)
     split = open_dataset(options.data).split("validation")
     rows = PackedRows(split, length)
-    batches = [rows.batch(np.arange(i, min(i + ROWS_A_BATCH, len(rows)))) for i in range(0, len(rows), ROWS_A_BATCH)]
+    batches = [
+        rows.batch(np.arange(i, min(i + ROWS_A_BATCH, len(rows))))
+        for i in range(0, len(rows), ROWS_A_BATCH)
+    ]
     num_bytes = int(split.document_bytes.sum())
     fingerprint = load_tokenizer(source).fingerprint()
     original = load_model(source)
-    report(original, original, batches, num_bytes, {"variant": "not quantized", "model": source.name})
+    report(
+        original, original, batches, num_bytes, {"variant": "not quantized", "model": source.name}
+    )
     report_scale_precision(original)
     for name, changes in VARIANTS:
         if options.only not in name:
@@ -74,7 +86,9 @@ def main() -> None:
             bits = settings.pop("bits", 4)
             calibration: list[Batch] = []
             if settings.pop("rows", False):
-                calibration, _ = read_rows(options.data, fingerprint, config, options.calibration_rows, length, seed)
+                calibration, _ = read_rows(
+                    options.data, fingerprint, config, options.calibration_rows, length, seed
+                )
             with tempfile.TemporaryDirectory() as folder, torch.no_grad():
                 start = time.perf_counter()
                 work = Quantization(config, WeightReader(source), bits, calibration, **settings)
@@ -86,14 +100,21 @@ def main() -> None:
                     "calibration_rows": len(calibration) and options.calibration_rows,
                 }
                 report(
-                    original, load_quantized(Path(folder)), batches, num_bytes,
+                    original,
+                    load_quantized(Path(folder)),
+                    batches,
+                    num_bytes,
                     facts | {"quantize_seconds": round(seconds, 1)},
-                )  # fmt: skip
+                )
 
 
 @torch.no_grad()
 def report(
-    original: Transformer, model: Transformer, batches: list[Batch], num_bytes: int, facts: dict[str, Any]
+    original: Transformer,
+    model: Transformer,
+    batches: list[Batch],
+    num_bytes: int,
+    facts: dict[str, Any],
 ) -> None:
     """Print one JSON line: divergence and bits per byte of `model` over all validation rows."""
     totals = {"kl": 0.0, "same": 0.0, "nats": 0.0}
@@ -126,7 +147,9 @@ def report(
 
 
 def _logprobs(model: Transformer, batch: Batch) -> Tensor:
-    ids, positions, segments = (torch.from_numpy(a) for a in (batch.input_ids, batch.positions, batch.segments))
+    ids, positions, segments = (
+        torch.from_numpy(a) for a in (batch.input_ids, batch.positions, batch.segments)
+    )
     return model.logits(model.hidden(ids, positions, segments)).float().log_softmax(-1)
 
 
@@ -136,7 +159,9 @@ def report_scale_precision(model: Transformer) -> None:
     weights = [w for w in weights if w.shape[1] % 32 == 0]
 
     def error(bf16_exact: bool) -> float:
-        return sum(_squared_error(w, lambda w: fit_scales(w, Q4_0, bf16_exact=bf16_exact)) for w in weights)
+        return sum(
+            _squared_error(w, lambda w: fit_scales(w, Q4_0, bf16_exact=bf16_exact)) for w in weights
+        )
 
     float16, bfloat16 = error(False), error(True)
     print(json.dumps({"squared_error_of_8_bit_scales_over_11_bit": bfloat16 / float16}), flush=True)

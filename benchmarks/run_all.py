@@ -1,8 +1,10 @@
-"""Every benchmark behind docs/results.md that needs no peer's environment, one after another: `make bench`.
+"""Every benchmark behind docs/results.md that needs no peer's environment, one after another: `make
+bench`.
 
     python benchmarks/run_all.py --data ../shared/data --work /tmp/xinslm-bench
 
-The comparison with transformers' Trainer needs a second environment; `pretrain_vs_trainer.py --help` says how.
+The comparison with transformers' Trainer needs a second environment; `pretrain_vs_trainer.py
+--help` says how.
 """
 
 import argparse
@@ -14,12 +16,16 @@ HERE = Path(__file__).parent
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--data", type=Path, default=HERE.parent.parent / "shared" / "data")
     parser.add_argument("--work", type=Path, default=Path("/tmp/xinslm-bench"))
     args = parser.parse_args()
     if not args.data.is_dir():
-        sys.exit(f"the benchmarks need real models and text, and {args.data} is not there; pass --data")
+        sys.exit(
+            f"the benchmarks need real models and text, and {args.data} is not there; pass --data"
+        )
     common = ["--data", str(args.data), "--work", str(args.work)]
     for script in (
         ["tokenizer.py", str(args.data / "text" / "peps.jsonl.gz")],

@@ -1,4 +1,6 @@
-"""Processes that are measured beside each other: run in turn, each prints one JSON line; medians and ratios come out."""
+"""Processes that are measured beside each other: run in turn, each prints one JSON line; medians
+and ratios come out.
+"""
 
 import json
 import os
@@ -21,7 +23,10 @@ def finished(run: Path) -> bool:
     state = run / "checkpoints" / "last" / "training_state.json"
     if not state.is_file():
         return False
-    return json.loads(state.read_text())["step"] == json.loads((run / "run.json").read_text())["total_steps"]
+    return (
+        json.loads(state.read_text())["step"]
+        == json.loads((run / "run.json").read_text())["total_steps"]
+    )
 
 
 def run_quietly(command: list[str], threads: int = 2) -> str:

@@ -2,8 +2,8 @@
 
     python benchmarks/tokenizer.py peps.jsonl.gz --vocab-size 30000 --rounds 3
 
-Merges and ids are compared before any clock counts. Prints JSON lines: CPU seconds (medians, both orders) and ratios
-(ours / theirs; above 1 we are slower at training, faster at encoding).
+Merges and ids are compared before any clock counts. Prints JSON lines: CPU seconds (medians, both
+orders) and ratios (ours / theirs; above 1 we are slower at training, faster at encoding).
 """
 
 import argparse
@@ -74,23 +74,37 @@ def in_turn(works: dict[str, Callable[[], Any]], rounds: int) -> dict[str, float
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("text", type=Path, help=".jsonl, .jsonl.gz (key 'text') or .txt")
-    parser.add_argument("--vocab-size", type=int, default=30_000, help="ids in all, four special tokens included")
+    parser.add_argument(
+        "--vocab-size", type=int, default=30_000, help="ids in all, four special tokens included"
+    )
     parser.add_argument("--rounds", type=int, default=3)
     arguments = parser.parse_args()
     texts = read_texts(arguments.text)
     size = sum(len(text.encode()) for text in texts)
 
-    ours, theirs = train_ours(texts, arguments.vocab_size), train_theirs(texts, arguments.vocab_size)
+    ours, theirs = (
+        train_ours(texts, arguments.vocab_size),
+        train_theirs(texts, arguments.vocab_size),
+    )
     merges = [tuple(merge) for merge in json.loads(theirs.to_str())["model"]["merges"]]
     assert ours.merges == merges, "merges differ"
     ids, offsets = ours.encode_batch(texts)
     encoded = theirs.encode_batch_fast(texts, add_special_tokens=False)
     for index, encoding in enumerate(encoded):
-        assert ids[offsets[index] : offsets[index + 1]].tolist() == encoding.ids, f"ids of text {index} differ"
+        assert ids[offsets[index] : offsets[index + 1]].tolist() == encoding.ids, (
+            f"ids of text {index} differ"
+        )
     del encoded
-    facts = {"text": arguments.text.name, "bytes": size, "merges": len(merges), "bytes_per_token": size / len(ids)}
+    facts = {
+        "text": arguments.text.name,
+        "bytes": size,
+        "merges": len(merges),
+        "bytes_per_token": size / len(ids),
+    }
     print(json.dumps({"check": "merges and ids equal", **facts}), flush=True)
 
     trained = in_turn(
@@ -100,7 +114,12 @@ def main() -> None:
         },
         arguments.rounds,
     )
-    print(json.dumps({"measure": "train_cpu_seconds", **trained, "ratio": trained["ours"] / trained["hf"]}), flush=True)
+    print(
+        json.dumps(
+            {"measure": "train_cpu_seconds", **trained, "ratio": trained["ours"] / trained["hf"]}
+        ),
+        flush=True,
+    )
 
     def cold() -> None:
         ours._table.clear()
@@ -112,7 +131,9 @@ def main() -> None:
         "ours_lists": lambda: [ours.encode(text) for text in texts],
         "hf": lambda: theirs.encode_batch_fast(texts, add_special_tokens=False),
     }
-    speeds = {name: size / 1e6 / value for name, value in in_turn(encoders, arguments.rounds).items()}
+    speeds = {
+        name: size / 1e6 / value for name, value in in_turn(encoders, arguments.rounds).items()
+    }
     ratios = {f"ratio_{name}": speeds[name] / speeds["hf"] for name in encoders if name != "hf"}
     print(json.dumps({"measure": "encode_mb_per_cpu_second", **speeds, **ratios}), flush=True)
 

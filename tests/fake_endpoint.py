@@ -1,9 +1,10 @@
-"""A small OpenAI-compatible server in this process, that speaks as vLLM does and misbehaves on demand.
+"""A small OpenAI-compatible server in this process, that speaks as vLLM does and misbehaves on
+demand.
 
-Its answers are written after vLLM's protocol (`CompletionResponse` and `ChatCompletionResponse` of its OpenAI entry
-points: `prompt_logprobs` with `logprob`, `rank`, `decoded_token`, the token that came added behind the n most likely,
--9999.0 for minus infinity); they are not recorded from a running vLLM. The numbers come from transformers.
-"""
+Its answers are written after vLLM's protocol (`CompletionResponse` and `ChatCompletionResponse` of
+its OpenAI entry points: `prompt_logprobs` with `logprob`, `rank`, `decoded_token`, the token that
+came added behind the n most likely, -9999.0 for minus infinity); they are not recorded from a
+running vLLM. The numbers come from transformers."""
 
 import json
 import threading
@@ -17,9 +18,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 Mischief = Callable[[int, str, dict], Any]
-"""Gets the number of the request (from 0), its path and body. None: answer well. Bytes: send these. (status, headers,
-body): send these. A function: change the answer with it. 'hang', 'cut', 'close': say nothing, stop in the middle, hang
-up."""
+"""Gets the number of the request (from 0), its path and body. None: answer well. Bytes: send these.
+(status, headers, body): send these. A function: change the answer with it. 'hang', 'cut', 'close':
+say nothing, stop in the middle, hang up."""
 
 
 @lru_cache(maxsize=4)
@@ -33,7 +34,9 @@ def _load(folder: str) -> tuple[Any, Any]:
 class FakeVllm:
     """`with FakeVllm(folder) as server: server.url`; `server.bodies` are the requests that came."""
 
-    def __init__(self, folder: Any, mischief: Mischief = lambda *_: None, model: str = "tiny", **facts: Any) -> None:
+    def __init__(
+        self, folder: Any, mischief: Mischief = lambda *_: None, model: str = "tiny", **facts: Any
+    ) -> None:
         self.model, self.tokenizer = _load(str(folder))
         self.mischief, self.name = mischief, model
         self.facts = {"max_model_len": self.model.config.max_position_embeddings, **facts}
@@ -77,7 +80,11 @@ class FakeVllm:
                 elif isinstance(mischief, bytes):
                     self.send(200, mischief)
                 else:
-                    answer = fake.chat(body) if self.path.endswith("chat/completions") else fake.complete(body)
+                    answer = (
+                        fake.chat(body)
+                        if self.path.endswith("chat/completions")
+                        else fake.complete(body)
+                    )
                     if callable(mischief):
                         answer = mischief(answer) or answer
                     content = json.dumps(answer).encode()
@@ -89,7 +96,13 @@ class FakeVllm:
             def reply(self, status: int, content: Any, headers: dict | None = None) -> None:
                 self.send(status, json.dumps(content).encode(), headers)
 
-            def send(self, status: int, content: bytes, headers: dict | None = None, length: int | None = None) -> None:
+            def send(
+                self,
+                status: int,
+                content: bytes,
+                headers: dict | None = None,
+                length: int | None = None,
+            ) -> None:
                 self.send_response(status)
                 for name, value in (headers or {}).items():
                     self.send_header(name, value)
@@ -109,7 +122,13 @@ class FakeVllm:
         self._server.server_close()
 
     def models(self) -> dict:
-        row = {"id": self.name, "object": "model", "created": int(time.time()), "owned_by": "vllm", "root": self.name}
+        row = {
+            "id": self.name,
+            "object": "model",
+            "created": int(time.time()),
+            "owned_by": "vllm",
+            "root": self.name,
+        }
         return {"object": "list", "data": [row | self.facts]}
 
     def log_probs(self, ids: list[int]) -> torch.Tensor:
@@ -130,35 +149,57 @@ class FakeVllm:
         }
 
     def complete(self, body: dict) -> dict:
-        ids = body["prompt"] if isinstance(body["prompt"], list) else self.tokenizer(body["prompt"]).input_ids
+        ids = (
+            body["prompt"]
+            if isinstance(body["prompt"], list)
+            else self.tokenizer(body["prompt"]).input_ids
+        )
         text, written, rows, reason = self.write(ids, body)
-        choice: dict[str, Any] = {"index": 0, "text": text, "logprobs": None, "finish_reason": reason}
+        choice: dict[str, Any] = {
+            "index": 0,
+            "text": text,
+            "logprobs": None,
+            "finish_reason": reason,
+        }
         if body.get("prompt_logprobs") is not None:
             rows_of_prompt, count = self.log_probs(ids), body["prompt_logprobs"]
             choice["prompt_logprobs"] = [
-                None, *(self.entry(rows_of_prompt[t], ids[t + 1], count) for t in range(len(ids) - 1)),
-            ]  # fmt: skip
+                None,
+                *(self.entry(rows_of_prompt[t], ids[t + 1], count) for t in range(len(ids) - 1)),
+            ]
         if body.get("logprobs") is not None:
             decode, count = self.tokenizer.decode, body["logprobs"]
             choice["logprobs"] = {
                 "tokens": [decode([t]) for t in written],
                 "token_logprobs": [row[t].item() for t, row in zip(written, rows, strict=True)],
                 "top_logprobs": [
-                    {decode([t]): row[t].item() for t in row.topk(count).indices.tolist()} for row in rows
+                    {decode([t]): row[t].item() for t in row.topk(count).indices.tolist()}
+                    for row in rows
                 ],
                 "text_offset": [0] * len(written),
             }
         return {"object": "text_completion", "model": self.name, "choices": [choice]}
 
     def chat(self, body: dict) -> dict:
-        ids = self.tokenizer.apply_chat_template(body["messages"], add_generation_prompt=True)["input_ids"]
+        ids = self.tokenizer.apply_chat_template(body["messages"], add_generation_prompt=True)[
+            "input_ids"
+        ]
         text, written, rows, reason = self.write(ids, body)
-        choice = {"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": reason}
+        choice = {
+            "index": 0,
+            "message": {"role": "assistant", "content": text},
+            "finish_reason": reason,
+        }
         if body.get("logprobs"):
             choice["logprobs"] = {
                 "content": [
                     self.row(t, row[t].item())
-                    | {"top_logprobs": [self.row(r, row[r].item()) for r in row.topk(body["top_logprobs"]).indices]}
+                    | {
+                        "top_logprobs": [
+                            self.row(r, row[r].item())
+                            for r in row.topk(body["top_logprobs"]).indices
+                        ]
+                    }
                     for t, row in zip(written, rows, strict=True)
                 ]
             }

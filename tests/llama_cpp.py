@@ -1,8 +1,8 @@
-"""llama.cpp, in this process, as an independent reader of GGUF files: tokens, next-token log-probabilities, templates.
+"""llama.cpp, in this process, as an independent reader of GGUF files: tokens, next-token
+log-probabilities, templates.
 
-`xllamacpp` starts llama.cpp's own server on a loopback port; keys and values are kept in float32, so that what differs
-from PyTorch is the arithmetic of the weights alone.
-"""
+`xllamacpp` starts llama.cpp's own server on a loopback port; keys and values are kept in float32,
+so that what differs from PyTorch is the arithmetic of the weights alone."""
 
 import json
 import urllib.request
@@ -13,7 +13,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-xllamacpp = pytest.importorskip("xllamacpp", reason="llama.cpp's Python package xllamacpp is not installed")
+xllamacpp = pytest.importorskip(
+    "xllamacpp", reason="llama.cpp's Python package xllamacpp is not installed"
+)
 
 
 class LlamaCpp:
@@ -35,7 +37,10 @@ class LlamaCpp:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         del self._server
 
@@ -46,18 +51,27 @@ class LlamaCpp:
         with urllib.request.urlopen(request, timeout=60) as answer:
             return json.load(answer)
 
-    def tokenize(self, text: str, add_special: bool = False, parse_special: bool = False) -> list[int]:
-        return self._post("/tokenize", {"content": text, "add_special": add_special, "parse_special": parse_special})[
-            "tokens"
-        ]
+    def tokenize(
+        self, text: str, add_special: bool = False, parse_special: bool = False
+    ) -> list[int]:
+        return self._post(
+            "/tokenize",
+            {"content": text, "add_special": add_special, "parse_special": parse_special},
+        )["tokens"]
 
     def apply_template(self, messages: list[dict[str, str]]) -> str:
         return self._post("/apply-template", {"messages": messages})["prompt"]
 
     def next_logprobs(self, ids: list[int], vocab_size: int) -> np.ndarray:
         """Log-probabilities (vocabulary,) of the token after `ids`."""
-        # Which token is drawn plays no part, so a bias draws a harmless one; the figures are from before the bias.
-        body = {"prompt": ids, "n_predict": 1, "n_probs": vocab_size, "logit_bias": [[self._plain, 1000.0]]}
+        # Which token is drawn plays no part, so a bias draws a harmless one; the figures are from
+        # before the bias.
+        body = {
+            "prompt": ids,
+            "n_predict": 1,
+            "n_probs": vocab_size,
+            "logit_bias": [[self._plain, 1000.0]],
+        }
         answer = self._post("/completion", body)
         out = np.full(vocab_size, -np.inf)
         for entry in answer["completion_probabilities"][0]["top_logprobs"]:

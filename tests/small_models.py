@@ -1,4 +1,6 @@
-"""Small models, tokenizers and datasets on disk, made from nothing, for the tests of quantization and export."""
+"""Small models, tokenizers and datasets on disk, made from nothing, for the tests of quantization
+and export.
+"""
 
 import hashlib
 from pathlib import Path
@@ -19,19 +21,26 @@ LLAMA3 = (
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 TEMPLATE = (
-    "{% for message in messages %}<|{{ message['role'] }}|>\n{{ message['content'] | trim }}<|end|>\n{% endfor %}"
+    "{% for message in messages %}<|{{ message['role'] }}|>\n{{ message['content'] | trim "
+    "}}<|end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
 )
 TEXT = (
-    "The quick brown fox doesn't jump over the lazy dog. It's 12345 o'clock, and we've 3.14 reasons! "
+    "The quick brown fox doesn't jump over the lazy dog. It's 12345 o'clock, and we've 3.14 "
+    "reasons! "
     "Zwölf große Boxkämpfer jagen Viktor. Съешь ещё этих мягких булок. 我们在学习语言模型。 "
-    "Numbers: 0 1 22 333 4444 55555.\r\n\r\n\tTabs and   spaces   \n Emoji 😀👩‍👩‍👧 and naïve café.\n"
+    "Numbers: 0 1 22 333 4444 55555.\r\n\r\n\tTabs and   spaces   \n Emoji 😀👩‍👩‍👧"
+    " and naïve café.\n"
 )
 SPECIALS = ["<|begin|>", "<|end|>", "<|pad|>", "<|user|>", "<|assistant|>"]
 
 
-def save_tokenizer(folder: Path, vocab_size: int = 320, template: str | None = TEMPLATE) -> PreTrainedTokenizerFast:
-    """Train a byte-level BPE with LLaMA-3's split rule on `TEXT` and save it the Hugging Face way."""
+def save_tokenizer(
+    folder: Path, vocab_size: int = 320, template: str | None = TEMPLATE
+) -> PreTrainedTokenizerFast:
+    """Train a byte-level BPE with LLaMA-3's split rule on `TEXT` and save it the Hugging Face
+    way.
+    """
     tokenizer = Tokenizer(models.BPE(ignore_merges=True))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -42,7 +51,10 @@ def save_tokenizer(folder: Path, vocab_size: int = 320, template: str | None = T
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size, special_tokens=SPECIALS, initial_alphabet=alphabet, show_progress=False
+        vocab_size=vocab_size,
+        special_tokens=SPECIALS,
+        initial_alphabet=alphabet,
+        show_progress=False,
     )
     tokenizer.train_from_iterator([TEXT], trainer)
     fast = PreTrainedTokenizerFast(
@@ -56,15 +68,27 @@ def save_tokenizer(folder: Path, vocab_size: int = 320, template: str | None = T
 def make_config(**changes: object) -> ModelConfig:
     """GQA with nh != nkv and head_dim != hidden / heads, so that no wrong reshape goes unseen."""
     values: dict = {
-        "vocab_size": 320, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
-        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32, "max_position_embeddings": 128,
-        "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2,
-    }  # fmt: skip
+        "vocab_size": 320,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 32,
+        "max_position_embeddings": 128,
+        "bos_token_id": 0,
+        "eos_token_id": 1,
+        "pad_token_id": 2,
+    }
     return ModelConfig(**(values | changes))
 
 
-def save_random_model(folder: Path, seed: int = 0, vocabulary: int = 320, **changes: object) -> Transformer:
-    """A random model with weights large enough for peaked distributions, its tokenizer beside it."""
+def save_random_model(
+    folder: Path, seed: int = 0, vocabulary: int = 320, **changes: object
+) -> Transformer:
+    """A random model with weights large enough for peaked distributions, its tokenizer beside
+    it.
+    """
     config = make_config(**changes)
     model = Transformer(config)
     generator = torch.Generator().manual_seed(seed)
@@ -73,15 +97,21 @@ def save_random_model(folder: Path, seed: int = 0, vocabulary: int = 320, **chan
             if weight.dim() == 1:
                 weight.uniform_(0.5, 1.5, generator=generator)
             else:
-                deviation = 0.3 if "embed" in name or "head" in name else 1.2 / weight.shape[1] ** 0.5
+                deviation = (
+                    0.3 if "embed" in name or "head" in name else 1.2 / weight.shape[1] ** 0.5
+                )
                 weight.normal_(0, deviation, generator=generator)
     save_model(model, folder)
     save_tokenizer(folder, vocabulary)
     return model.eval()
 
 
-def save_dataset(folder: Path, tokenizer: str, vocab_size: int = 320, documents: int = 60, seed: int = 1) -> Path:
-    """A dataset folder as `xinslm prepare` lays it out, its documents skewed random ids of uneven lengths."""
+def save_dataset(
+    folder: Path, tokenizer: str, vocab_size: int = 320, documents: int = 60, seed: int = 1
+) -> Path:
+    """A dataset folder as `xinslm prepare` lays it out, its documents skewed random ids of uneven
+    lengths.
+    """
     rng = np.random.default_rng(seed)
     splits = {}
     for name, count in (("train", documents), ("validation", 5)):

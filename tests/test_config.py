@@ -72,8 +72,14 @@ def test_dashes_are_underscores_and_later_files_win(tmp_path):
             "rate: 1\ninner:\n  temprature: 2\n",
             "c.yaml:3: unknown key 'inner.temprature'. Did you mean 'inner.temperature'?",
         ),
-        ("temperature: 2\n", "c.yaml:1: unknown key 'temperature'. Did you mean 'inner.temperature'?"),
-        ("zzz: 1\n", "c.yaml:1: unknown key 'zzz'. Known keys: path, rate, steps, on, names, inner"),
+        (
+            "temperature: 2\n",
+            "c.yaml:1: unknown key 'temperature'. Did you mean 'inner.temperature'?",
+        ),
+        (
+            "zzz: 1\n",
+            "c.yaml:1: unknown key 'zzz'. Known keys: path, rate, steps, on, names, inner",
+        ),
         ("\nrate: fast\n", "c.yaml:2: 'rate' is 'fast', but must be a number"),
         ("steps: 1.5\n", "c.yaml:1: 'steps' is '1.5', but must be a whole number"),
         ("on: yes\n", "c.yaml:1: 'on' is 'yes', but must be true or false"),
@@ -106,7 +112,12 @@ def test_all_mistakes_come_at_once(tmp_path):
 @pytest.mark.parametrize(
     "config",
     [
-        DistillConfig(data_path=Path("d"), output_dir=Path("o"), cache=Path("c"), loss=LossConfig(0.5, 0.5, 2.0)),
+        DistillConfig(
+            data_path=Path("d"),
+            output_dir=Path("o"),
+            cache=Path("c"),
+            loss=LossConfig(0.5, 0.5, 2.0),
+        ),
         CacheConfig("org/name", Path("d"), Path("o"), revision="main"),
     ],
 )

@@ -8,7 +8,14 @@ import sys
 import pytest
 
 from xinslm.errors import UsageError, XinslmError
-from xinslm.files import new_file, new_folder, read_json, read_manifest, refuse_inside, write_manifest
+from xinslm.files import (
+    new_file,
+    new_folder,
+    read_json,
+    read_manifest,
+    refuse_inside,
+    write_manifest,
+)
 
 
 def make(folder, text="x"):
@@ -54,7 +61,10 @@ def test_a_folder_that_holds_something_is_kept_without_force(tmp_path):
 def test_force_leaves_what_no_stage_made(tmp_path):
     (tmp_path / "home").mkdir()
     (tmp_path / "home" / "letter.txt").write_text("dear")
-    with pytest.raises(UsageError, match="no xinslm command made"), new_folder(tmp_path / "home", force=True):
+    with (
+        pytest.raises(UsageError, match="no xinslm command made"),
+        new_folder(tmp_path / "home", force=True),
+    ):
         pass
     assert (tmp_path / "home" / "letter.txt").read_text() == "dear"
 
@@ -84,7 +94,11 @@ def test_a_kill_between_the_two_renames_loses_nothing(tmp_path):
 
 def test_an_input_is_never_replaced(tmp_path):
     (tmp_path / "out" / "deep").mkdir(parents=True)
-    for given in (tmp_path / "out", tmp_path / "out" / "deep", str(tmp_path / "out" / ".." / "out")):
+    for given in (
+        tmp_path / "out",
+        tmp_path / "out" / "deep",
+        str(tmp_path / "out" / ".." / "out"),
+    ):
         with pytest.raises(UsageError, match="--force would delete"):
             refuse_inside(tmp_path / "out", [None, given])
     refuse_inside(tmp_path / "out" / "deep", [tmp_path / "out", tmp_path / "absent", "org/name"])
@@ -104,7 +118,9 @@ def test_manifest_refuses_what_does_not_fit(tmp_path):
     with pytest.raises(UsageError, match="does not exist"):
         read_manifest(folder, "thing", 1, "xinslm make")
     make(folder)
-    with pytest.raises(UsageError, match=r"is a thing folder, but a cache folder is needed.*xinslm cache"):
+    with pytest.raises(
+        UsageError, match=r"is a thing folder, but a cache folder is needed.*xinslm cache"
+    ):
         read_manifest(folder, "cache", 1, "xinslm cache")
     with pytest.raises(XinslmError, match="format version 1, this xinslm reads version 2"):
         read_manifest(folder, "thing", 2, "xinslm make")

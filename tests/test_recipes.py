@@ -18,4 +18,7 @@ def test_recipe(path):
     config = from_yaml(COMMANDS[command].load("config"), [path], missing)
     assert config.data_path is missing
     assert f"--config configs/{path.name}" in " ".join(header)
-    assert all(any(line.startswith(f"# {word}") for line in header) for word in ("Purpose:", "Machine:", "Expect:"))
+    assert all(
+        any(line.startswith(f"# {word}") for line in header)
+        for word in ("Purpose:", "Machine:", "Expect:")
+    )

@@ -1,11 +1,13 @@
 """The peer of `pretrain`: transformers' own Trainer on given packed rows; prints one JSON line.
 
 Runs in an environment of its own:
-    python3 -m venv hf-venv && hf-venv/bin/pip install torch==2.13.0 && hf-venv/bin/pip install transformers==5.23.0 accelerate
+    python3 -m venv hf-venv && hf-venv/bin/pip install torch==2.13.0 && hf-venv/bin/pip install
+    transformers==5.23.0 accelerate
     hf-venv/bin/python hf_trainer.py --model DIR --rows rows.npz --steps 20 --batch-size 16
 
-`rows.npz` holds input_ids, labels (already shifted), positions and segments, each (rows, length): the very rows that
-the other side trains on. Attention is confined to segments by a 4-d mask, so both sides do the same work.
+`rows.npz` holds input_ids, labels (already shifted), positions and segments, each (rows, length):
+the very rows that the other side trains on. Attention is confined to segments by a 4-d mask, so
+both sides do the same work.
 """
 
 import argparse
@@ -41,7 +43,9 @@ def collate(items: list[dict[str, np.ndarray]]) -> dict[str, torch.Tensor]:
     length = segments.shape[1]
     causal = torch.ones(length, length, dtype=torch.bool).tril()
     allowed = causal & (segments[:, :, None] == segments[:, None, :])
-    batch["attention_mask"] = torch.zeros(allowed.shape).masked_fill(~allowed, torch.finfo(torch.float32).min)[:, None]
+    batch["attention_mask"] = torch.zeros(allowed.shape).masked_fill(
+        ~allowed, torch.finfo(torch.float32).min
+    )[:, None]
     batch["position_ids"] = batch.pop("positions")
     return batch
 
@@ -69,7 +73,9 @@ class Clock(TrainerCallback):
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", required=True)
     parser.add_argument("--rows", required=True)
     parser.add_argument("--steps", type=int, default=20)
@@ -83,14 +89,23 @@ def main() -> None:
     first = collate([rows[i] for i in range(args.batch_size)])
     with torch.no_grad():
         labels = first.pop("labels")
-        loss = F.cross_entropy(model(**first, use_cache=False).logits.flatten(0, 1), labels.flatten()).item()
+        loss = F.cross_entropy(
+            model(**first, use_cache=False).logits.flatten(0, 1), labels.flatten()
+        ).item()
     clock = Clock()
     with tempfile.TemporaryDirectory() as out:
         settings = TrainingArguments(
-            output_dir=out, max_steps=args.steps, per_device_train_batch_size=args.batch_size,
-            learning_rate=args.learning_rate, report_to=[], save_strategy="no", logging_strategy="no",
-            use_cpu=not torch.cuda.is_available(), dataloader_num_workers=0, remove_unused_columns=False,
-        )  # fmt: skip
+            output_dir=out,
+            max_steps=args.steps,
+            per_device_train_batch_size=args.batch_size,
+            learning_rate=args.learning_rate,
+            report_to=[],
+            save_strategy="no",
+            logging_strategy="no",
+            use_cpu=not torch.cuda.is_available(),
+            dataloader_num_workers=0,
+            remove_unused_columns=False,
+        )
         trainer = ShiftedTrainer(
             model=model, args=settings, train_dataset=rows, data_collator=collate, callbacks=[clock]
         )
@@ -101,7 +116,15 @@ def main() -> None:
     targets = (rows.arrays["labels"] >= 0).reshape(args.steps, -1).sum(axis=1)
     speeds = targets[1:] / np.diff(clock.marks)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    print(json.dumps({"first_loss": loss, "tokens_per_second": float(np.median(speeds)), "peak_mib": round(peak)}))
+    print(
+        json.dumps(
+            {
+                "first_loss": loss,
+                "tokens_per_second": float(np.median(speeds)),
+                "peak_mib": round(peak),
+            }
+        )
+    )
 
 
 if __name__ == "__main__":

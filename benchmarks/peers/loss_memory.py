@@ -1,10 +1,12 @@
-"""Peak memory and time of one loss with its backward pass, from hidden states on; prints one JSON line.
+"""Peak memory and time of one loss with its backward pass, from hidden states on; prints one JSON
+line.
 
     PYTHON loss_memory.py SIDE --rows 2048 --student 256 --teacher 512 --vocabulary 32000
 
-SIDE: `xinslm` (sparse targets), `xinslm-dense` (live teacher), `gkd` and `trl-distillation` (TRL 1.16's two losses),
-`top-k` (renormalised top-128 on whole logits, as DistillKit and axolotl formulate it). Linux only: the peak is reset
-through /proc before the loss begins, and what stood before it is taken off.
+SIDE: `xinslm` (sparse targets), `xinslm-dense` (live teacher), `gkd` and `trl-distillation` (TRL
+1.16's two losses), `top-k` (renormalised top-128 on whole logits, as DistillKit and axolotl
+formulate it). Linux only: the peak is reset through /proc before the loss begins, and what stood
+before it is taken off.
 """
 
 import argparse
@@ -42,7 +44,9 @@ def make(side: str, rows: int, student: int, teacher: int, vocabulary: int):
         from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
 
         def loss():
-            return ChunkedDivergenceFunction.apply(hidden, weight, None, states, head, None, 0.0)[0].mean()
+            return ChunkedDivergenceFunction.apply(hidden, weight, None, states, head, None, 0.0)[
+                0
+            ].mean()
     elif side == "top-k":
         ids = torch.rand(rows, vocabulary).topk(128).indices
         target = torch.rand(rows, 128).softmax(1)
@@ -58,9 +62,14 @@ def make(side: str, rows: int, student: int, teacher: int, vocabulary: int):
         chosen = torch.rand(rows, 64 * vocabulary // vocabulary).argsort(1)[:, :12]
         probs = torch.full((rows, 8), 0.1).log()
         sparse = SparseTargets(
-            chosen[:, :8], probs, torch.full((rows,), 0.2).log(), chosen[:, 8:],
-            torch.ones(rows, dtype=torch.bool), torch.zeros(rows), torch.ones(rows, dtype=torch.bool),
-        )  # fmt: skip
+            chosen[:, :8],
+            probs,
+            torch.full((rows,), 0.2).log(),
+            chosen[:, 8:],
+            torch.ones(rows, dtype=torch.bool),
+            torch.zeros(rows),
+            torch.ones(rows, dtype=torch.bool),
+        )
         dense = DenseTargets(lambda part: F.linear(states[part], head))
 
         def loss():
@@ -71,8 +80,12 @@ def make(side: str, rows: int, student: int, teacher: int, vocabulary: int):
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("side", choices=["xinslm", "xinslm-dense", "gkd", "trl-distillation", "top-k"])
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "side", choices=["xinslm", "xinslm-dense", "gkd", "trl-distillation", "top-k"]
+    )
     parser.add_argument("--rows", type=int, default=2048)
     parser.add_argument("--student", type=int, default=256)
     parser.add_argument("--teacher", type=int, default=512)

@@ -1,13 +1,15 @@
 """The peer of `distill`: TRL's GKDTrainer, off-policy, on given rows; prints one JSON line.
 
 Runs in an environment of its own:
-    python3 -m venv trl-venv && trl-venv/bin/pip install torch==2.13.0 && trl-venv/bin/pip install trl==1.16.0
-    trl-venv/bin/python trl_gkd.py --teacher DIR --student DIR --rows rows.npz --steps 8 --batch-size 4
+    python3 -m venv trl-venv && trl-venv/bin/pip install torch==2.13.0 && trl-venv/bin/pip install
+    trl==1.16.0
+    trl-venv/bin/python trl_gkd.py --teacher DIR --student DIR --rows rows.npz --steps 8
+    --batch-size 4
 
-`rows.npz` holds `input_ids` and `labels` (not shifted, -100 where nothing is learnt), one document after another, with
-`offsets`; a batch is padded to its longest document, as TRL's collator does. With `--valid` (the same form) validation
-cross-entropy is taken every `--validate-every` steps, its time not counted; with `--steps 0` only once, of the student
-as it is.
+`rows.npz` holds `input_ids` and `labels` (not shifted, -100 where nothing is learnt), one document
+after another, with `offsets`; a batch is padded to its longest document, as TRL's collator does.
+With `--valid` (the same form) validation cross-entropy is taken every `--validate-every` steps, its
+time not counted; with `--steps 0` only once, of the student as it is.
 """
 
 import argparse
@@ -44,11 +46,16 @@ def collate(rows: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
         return torch.tensor([row[key] + [pad] * (longest - len(row[key])) for row in rows])
 
     ids, labels = padded("input_ids", 0), padded("labels", -100)
-    mask = torch.tensor([[1] * len(row["input_ids"]) + [0] * (longest - len(row["input_ids"])) for row in rows])
+    mask = torch.tensor(
+        [[1] * len(row["input_ids"]) + [0] * (longest - len(row["input_ids"])) for row in rows]
+    )
     return {
-        "input_ids": ids, "labels": labels, "attention_mask": mask,
-        "prompts": ids[:, :1], "prompt_attention_mask": mask[:, :1],
-    }  # fmt: skip
+        "input_ids": ids,
+        "labels": labels,
+        "attention_mask": mask,
+        "prompts": ids[:, :1],
+        "prompt_attention_mask": mask[:, :1],
+    }
 
 
 def cross_entropy(model: torch.nn.Module, rows: list[dict[str, list[int]]]) -> float:
@@ -59,7 +66,11 @@ def cross_entropy(model: torch.nn.Module, rows: list[dict[str, list[int]]]) -> f
     with torch.no_grad():
         for at in range(0, len(rows), 8):
             batch = collate(rows[at : at + 8])
-            logits = model(batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1].float()
+            logits = (
+                model(batch["input_ids"], attention_mask=batch["attention_mask"])
+                .logits[:, :-1]
+                .float()
+            )
             labels = batch["labels"][:, 1:]
             total += F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum").item()
             count += int((labels >= 0).sum())
@@ -78,13 +89,17 @@ class Clock(TrainerCallback):
         """Note the time; validate where it is due."""
         now = time.perf_counter()
         self.marks.append(now - self.away)
-        if self.valid and (state.global_step % self.every == 0 or state.global_step == args.max_steps):
+        if self.valid and (
+            state.global_step % self.every == 0 or state.global_step == args.max_steps
+        ):
             self.curve.append((state.global_step, self.marks[-1], cross_entropy(model, self.valid)))
             self.away += time.perf_counter() - now
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--teacher", required=True)
     parser.add_argument("--student", required=True)
     parser.add_argument("--rows", required=True)
@@ -95,7 +110,9 @@ def main() -> None:
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--warmup", type=int, default=1)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--checkpointing", action="store_true", help="what GKDConfig does unless told")
+    parser.add_argument(
+        "--checkpointing", action="store_true", help="what GKDConfig does unless told"
+    )
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
@@ -107,43 +124,75 @@ def main() -> None:
         return
     words = {f"t{i}": i for i in range(student.config.vocab_size)}
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer(models.WordLevel(words, unk_token="t0")), pad_token="t0", eos_token="t0"
+        tokenizer_object=Tokenizer(models.WordLevel(words, unk_token="t0")),
+        pad_token="t0",
+        eos_token="t0",
     )
     first = collate(rows[: args.batch_size])
     with torch.no_grad():
         sides = [
-            m(first["input_ids"], attention_mask=first["attention_mask"]).logits[:, :-1] for m in (student, teacher)
+            m(first["input_ids"], attention_mask=first["attention_mask"]).logits[:, :-1]
+            for m in (student, teacher)
         ]
-        loss = GKDTrainer.generalized_jsd_loss(*sides, labels=first["labels"][:, 1:], beta=0.0).item()
+        loss = GKDTrainer.generalized_jsd_loss(
+            *sides, labels=first["labels"][:, 1:], beta=0.0
+        ).item()
     clock = Clock(load(args.valid) if args.valid else [], args.validate_every)
     with tempfile.TemporaryDirectory() as out:
         config = GKDConfig(
-            output_dir=out, max_steps=args.steps, per_device_train_batch_size=args.batch_size,
-            learning_rate=args.learning_rate, warmup_steps=args.warmup, lr_scheduler_type="cosine", weight_decay=0.0,
-            lmbda=0.0, beta=0.0, temperature=1.0, gradient_checkpointing=args.checkpointing, bf16=False, use_cpu=True,
-            report_to=[], save_strategy="no", logging_strategy="no", disable_tqdm=True,
-        )  # fmt: skip
+            output_dir=out,
+            max_steps=args.steps,
+            per_device_train_batch_size=args.batch_size,
+            learning_rate=args.learning_rate,
+            warmup_steps=args.warmup,
+            lr_scheduler_type="cosine",
+            weight_decay=0.0,
+            lmbda=0.0,
+            beta=0.0,
+            temperature=1.0,
+            gradient_checkpointing=args.checkpointing,
+            bf16=False,
+            use_cpu=True,
+            report_to=[],
+            save_strategy="no",
+            logging_strategy="no",
+            disable_tqdm=True,
+        )
         trainer = GKDTrainer(
-            model=student, teacher_model=teacher, args=config, data_collator=collate,
-            train_dataset=Dataset.from_list(rows[: args.steps * args.batch_size]), processing_class=tokenizer,
+            model=student,
+            teacher_model=teacher,
+            args=config,
+            data_collator=collate,
+            train_dataset=Dataset.from_list(rows[: args.steps * args.batch_size]),
+            processing_class=tokenizer,
             callbacks=[clock],
-        )  # fmt: skip
+        )
         trainer.get_train_dataloader = lambda: torch.utils.data.DataLoader(
-            rows[: args.steps * args.batch_size], batch_size=args.batch_size, shuffle=False, collate_fn=collate
+            rows[: args.steps * args.batch_size],
+            batch_size=args.batch_size,
+            shuffle=False,
+            collate_fn=collate,
         )
         began = time.perf_counter()
         trainer.train()
     counts = [
-        sum(sum(label >= 0 for label in row["labels"][1:]) for row in rows[at : at + args.batch_size])
+        sum(
+            sum(label >= 0 for label in row["labels"][1:])
+            for row in rows[at : at + args.batch_size]
+        )
         for at in range(0, args.steps * args.batch_size, args.batch_size)
     ]
-    steady = np.array(counts[2:]) / np.diff(clock.marks)[1:] if len(clock.marks) > 2 else np.zeros(1)
+    steady = (
+        np.array(counts[2:]) / np.diff(clock.marks)[1:] if len(clock.marks) > 2 else np.zeros(1)
+    )
     print(
         json.dumps(
             {
                 "first_loss": loss,
                 "tokens_per_second": float(np.median(steady)),
-                "overall": sum(counts[1:]) / (clock.marks[-1] - clock.marks[0]) if len(clock.marks) > 1 else 0.0,
+                "overall": sum(counts[1:]) / (clock.marks[-1] - clock.marks[0])
+                if len(clock.marks) > 1
+                else 0.0,
                 "peak_mib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
                 "seconds": clock.marks[-1] - began,
                 "curve": [(step, mark - began, value) for step, mark, value in clock.curve],

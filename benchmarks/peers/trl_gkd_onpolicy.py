@@ -1,12 +1,15 @@
 """The peer of `onpolicy`: TRL's GKDTrainer with lmbda 1 on given prompts; prints one JSON line.
 
 Runs in an environment of its own:
-    python3 -m venv trl-venv && trl-venv/bin/pip install torch==2.13.0 && trl-venv/bin/pip install trl==1.16.0
-    trl-venv/bin/python trl_gkd_onpolicy.py --teacher DIR --student DIR --prompts prompts.npy --steps 3 --batch-size 8
+    python3 -m venv trl-venv && trl-venv/bin/pip install torch==2.13.0 && trl-venv/bin/pip install
+    trl==1.16.0
+    trl-venv/bin/python trl_gkd_onpolicy.py --teacher DIR --student DIR --prompts prompts.npy
+    --steps 3 --batch-size 8
 
-`prompts.npy` is (prompts, length) int64. Everything is GKDConfig's default but what a CPU asks for: gradient checkpointing
-is on, and generation therefore without a key-value cache, unless `--no-checkpointing` is given. Tokens are those that the
-loss counts. The first step is left out. `--greedy N` prints the student's greedy continuation of N prompts instead.
+`prompts.npy` is (prompts, length) int64. Everything is GKDConfig's default but what a CPU asks for:
+gradient checkpointing is on, and generation therefore without a key-value cache, unless
+`--no-checkpointing` is given. Tokens are those that the loss counts. The first step is left out.
+`--greedy N` prints the student's greedy continuation of N prompts instead.
 """
 
 import argparse
@@ -28,9 +31,12 @@ def collate(rows: list[np.ndarray]) -> dict[str, torch.Tensor]:
     ids = torch.from_numpy(np.stack(rows))
     mask = torch.ones_like(ids)
     return {
-        "input_ids": ids, "attention_mask": mask, "labels": ids.clone(),
-        "prompts": ids, "prompt_attention_mask": mask,
-    }  # fmt: skip
+        "input_ids": ids,
+        "attention_mask": mask,
+        "labels": ids.clone(),
+        "prompts": ids,
+        "prompt_attention_mask": mask,
+    }
 
 
 class Clock(TrainerCallback):
@@ -66,7 +72,9 @@ class CountingTrainer(GKDTrainer):
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--teacher", required=True)
     parser.add_argument("--student", required=True)
     parser.add_argument("--prompts", required=True)
@@ -86,29 +94,49 @@ def main() -> None:
         ids = torch.from_numpy(prompts[: args.greedy])
         with torch.no_grad():
             out = student.generate(
-                ids, attention_mask=torch.ones_like(ids), max_new_tokens=args.new_tokens, do_sample=False,
+                ids,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=args.new_tokens,
+                do_sample=False,
                 pad_token_id=0,
-            )  # fmt: skip
+            )
         print(json.dumps({"greedy": out[:, ids.shape[1] :].tolist()}))
         return
     teacher = AutoModelForCausalLM.from_pretrained(args.teacher, dtype=torch.float32)
     words = {f"t{i}": i for i in range(student.config.vocab_size)}
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer(models.WordLevel(words, unk_token="t0")), pad_token="t0", eos_token="t0"
+        tokenizer_object=Tokenizer(models.WordLevel(words, unk_token="t0")),
+        pad_token="t0",
+        eos_token="t0",
     )
     clock = Clock()
     rows = list(prompts[: args.steps * args.batch_size])
     with tempfile.TemporaryDirectory() as out_dir:
         settings = {"gradient_checkpointing": False} if args.no_checkpointing else {}
         config = GKDConfig(
-            output_dir=out_dir, max_steps=args.steps, per_device_train_batch_size=args.batch_size, lmbda=1.0,
-            learning_rate=args.learning_rate, max_new_tokens=args.new_tokens, bf16=False, use_cpu=True, report_to=[],
-            save_strategy="no", logging_strategy="no", disable_tqdm=True, **settings,
-        )  # fmt: skip
+            output_dir=out_dir,
+            max_steps=args.steps,
+            per_device_train_batch_size=args.batch_size,
+            lmbda=1.0,
+            learning_rate=args.learning_rate,
+            max_new_tokens=args.new_tokens,
+            bf16=False,
+            use_cpu=True,
+            report_to=[],
+            save_strategy="no",
+            logging_strategy="no",
+            disable_tqdm=True,
+            **settings,
+        )
         trainer = CountingTrainer(
-            model=student, teacher_model=teacher, args=config, data_collator=collate,
-            train_dataset=Dataset.from_list([{"input_ids": row.tolist()} for row in rows]), processing_class=tokenizer, callbacks=[clock],
-        )  # fmt: skip
+            model=student,
+            teacher_model=teacher,
+            args=config,
+            data_collator=collate,
+            train_dataset=Dataset.from_list([{"input_ids": row.tolist()} for row in rows]),
+            processing_class=tokenizer,
+            callbacks=[clock],
+        )
         trainer.tokens, trainer.seconds = [], []
         trainer.get_train_dataloader = lambda: torch.utils.data.DataLoader(
             rows, batch_size=args.batch_size, shuffle=False, collate_fn=collate

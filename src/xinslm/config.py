@@ -1,9 +1,11 @@
-"""Configuration: frozen dataclasses, read from strict YAML whose errors carry file and line, written back as YAML.
+"""Configuration: frozen dataclasses, read from strict YAML whose errors carry file and line,
+written back as YAML.
 
     loss.yaml:5: unknown key 'loss.temprature'. Did you mean 'loss.temperature'?
 
-YAML 1.1 reads `1e-4` as a string and `no` as False; here the field's type decides, so both mean what they look like.
-Precedence is flags over YAML over defaults; a default is written once, in its dataclass.
+YAML 1.1 reads `1e-4` as a string and `no` as False; here the field's type decides, so both mean
+what they look like. Precedence is flags over YAML over defaults; a default is written once, in its
+dataclass.
 """
 
 import dataclasses
@@ -25,8 +27,8 @@ HEADER = "# Resolved configuration."
 def from_yaml(cls: type, paths: list[Path], missing: Any) -> Any:
     """Read YAML files, later over earlier, into an instance of dataclass `cls`.
 
-    Fields that no file gives keep their defaults; those without a default become `missing`. All errors of all
-    files are collected and raised as one UsageError, a line each.
+    Fields that no file gives keep their defaults; those without a default become `missing`. All
+    errors of all files are collected and raised as one UsageError, a line each.
     """
     errors: list[str] = []
     values: dict[str, Any] = {}
@@ -58,9 +60,13 @@ def _compose(path: Path) -> yaml.Node | None:
 def _read_mapping(
     cls: type, node: yaml.Node, prefix: str, path: Path, errors: list[str], values: dict[str, Any]
 ) -> None:
-    """Read a YAML mapping into `values`, the fields of dataclass `cls` by name, nested as the classes are."""
+    """Read a YAML mapping into `values`, the fields of dataclass `cls` by name, nested as the
+    classes are.
+    """
     if not isinstance(node, yaml.MappingNode):
-        errors.append(f"{path}:{node.start_mark.line + 1}: {prefix or 'the file'} must be keys and values")
+        errors.append(
+            f"{path}:{node.start_mark.line + 1}: {prefix or 'the file'} must be keys and values"
+        )
         return
     hints = typing.get_type_hints(cls)
     seen: set[str] = set()
@@ -83,7 +89,9 @@ def _read_mapping(
 
 
 def _suggest(key: str, prefix: str, cls: type) -> str:
-    """Name the nearest existing key, in this section or, failing that, a key of that name in a deeper one."""
+    """Name the nearest existing key, in this section or, failing that, a key of that name in a
+    deeper one.
+    """
     near = difflib.get_close_matches(key, [f.name for f in fields(cls)], n=1, cutoff=0.6)
     if near:
         return f" Did you mean '{prefix + '.' if prefix else ''}{near[0]}'?"
@@ -97,15 +105,25 @@ def _suggest(key: str, prefix: str, cls: type) -> str:
 
 def strip_annotated(hint: Any) -> Any:
     """Reduce `Annotated[X, ...]` to X, also inside a union."""
-    return strip_annotated(typing.get_args(hint)[0]) if typing.get_origin(hint) is typing.Annotated else hint
+    return (
+        strip_annotated(typing.get_args(hint)[0])
+        if typing.get_origin(hint) is typing.Annotated
+        else hint
+    )
 
 
 def _convert(hint: Any, node: yaml.Node) -> Any:
-    """Turn a YAML value into the type `hint` asks for, or raise ValueError saying what it must be."""
+    """Turn a YAML value into the type `hint` asks for, or raise ValueError saying what it must
+    be.
+    """
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin in (Union, types.UnionType):
         options = [strip_annotated(a) for a in args]
-        if type(None) in options and isinstance(node, yaml.ScalarNode) and node.tag.endswith(":null"):
+        if (
+            type(None) in options
+            and isinstance(node, yaml.ScalarNode)
+            and node.tag.endswith(":null")
+        ):
             return None
         reasons = []
         for option in options:
@@ -146,12 +164,16 @@ def _convert(hint: Any, node: yaml.Node) -> Any:
 
 
 def _build(cls: type, values: dict[str, Any], missing: Any) -> Any:
-    """Make the dataclass from nested dicts; what neither a file nor a default gives becomes `missing`."""
+    """Make the dataclass from nested dicts; what neither a file nor a default gives becomes
+    `missing`.
+    """
     hints, arguments = typing.get_type_hints(cls), {}
     for field in fields(cls):
         hint = hints[field.name]
         if is_dataclass(hint):
-            arguments[field.name] = _build(typing.cast(type, hint), values.get(field.name, {}), missing)
+            arguments[field.name] = _build(
+                typing.cast(type, hint), values.get(field.name, {}), missing
+            )
         elif field.name in values:
             arguments[field.name] = values[field.name]
         elif field.default is MISSING and field.default_factory is MISSING:
@@ -174,6 +196,8 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 
 def to_yaml(config: Any, command: str) -> str:
-    """Write a configuration as YAML that `xinslm COMMAND --config FILE` reads back to an equal one."""
+    """Write a configuration as YAML that `xinslm COMMAND --config FILE` reads back to an equal
+    one.
+    """
     body = yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True)
     return f"{HEADER} Run it again with: xinslm {command} --config THIS_FILE\n{body}"

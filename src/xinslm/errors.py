@@ -1,4 +1,6 @@
-"""The two kinds of failure a user can cause; the command line turns them into one message and an exit code."""
+"""The two kinds of failure a user can cause; the command line turns them into one message and an
+exit code.
+"""
 
 
 class XinslmError(ValueError):
@@ -6,4 +8,6 @@ class XinslmError(ValueError):
 
 
 class UsageError(XinslmError):
-    """The request itself is off: a flag, a configuration key, a path that must not or must exist. Exit code 2."""
+    """The request itself is off: a flag, a configuration key, a path that must not or must exist.
+    Exit code 2.
+    """

@@ -1,7 +1,8 @@
-"""Folders that are either whole or absent: temporary name, fsync, rename; and the manifest that every folder carries.
+"""Folders that are either whole or absent: temporary name, fsync, rename; and the manifest that
+every folder carries.
 
-A stage writes into `with new_folder(path) as folder:`. A crash, a full disk or a kill leaves only a hidden
-`.NAME.partial-PID` beside the target, which the next run removes.
+A stage writes into `with new_folder(path) as folder:`. A crash, a full disk or a kill leaves only a
+hidden `.NAME.partial-PID` beside the target, which the next run removes.
 """
 
 import glob
@@ -24,38 +25,51 @@ MANIFEST = "manifest.json"
 def refuse_existing(path: Path, force: bool) -> None:
     """Raise UsageError if `path` is a file or a folder that holds something and `force` is off."""
     if path.is_file():
-        raise UsageError(f"{path} is a file; a folder is to be written there. Choose another --output-dir")
+        raise UsageError(
+            f"{path} is a file; a folder is to be written there. Choose another --output-dir"
+        )
     if path.is_dir() and any(path.iterdir()) and not force:
-        raise UsageError(f"{path} already holds something. Choose another --output-dir, or add --force to replace it")
+        raise UsageError(
+            f"{path} already holds something. Choose another --output-dir, or add "
+            "--force to replace it"
+        )
 
 
 def refuse_foreign(path: Path) -> None:
-    """Raise UsageError if `path` holds something that no stage made: --force replaces only what has a manifest."""
+    """Raise UsageError if `path` holds something that no stage made: --force replaces only what has
+    a manifest.
+    """
     if path.is_dir() and any(path.iterdir()):
         manifest = read_json(path / MANIFEST) if (path / MANIFEST).is_file() else None
         if not isinstance(manifest, dict) or "kind" not in manifest:
             raise UsageError(
-                f"{path} holds something that no xinslm command made; --force leaves it. Choose another --output-dir"
+                f"{path} holds something that no xinslm command made; --force leaves it. Choose "
+                "another --output-dir"
             )
 
 
 def refuse_inside(output: Path, inputs: Iterable[Path | str | None]) -> None:
-    """Raise UsageError if replacing `output` would delete an input: one that it is, or that lies in it."""
+    """Raise UsageError if replacing `output` would delete an input: one that it is, or that lies in
+    it.
+    """
     target = Path(output).resolve()
     for given in inputs:
         if given is not None and Path(given).exists():
             source = Path(given).resolve()
             if source == target or target in source.parents:
                 raise UsageError(
-                    f"--force would delete {given}, which is read: it lies in {output}. Choose another output"
+                    f"--force would delete {given}, which is read: it lies in {output}. Choose "
+                    "another output"
                 )
 
 
 @contextmanager
 def new_folder(path: Path, force: bool = False, own: bool = False) -> Iterator[Path]:
-    """Give a temporary folder that becomes `path` when the block ends without an error, and vanishes otherwise.
+    """Give a temporary folder that becomes `path` when the block ends without an error, and
+    vanishes otherwise.
 
-    `force` replaces a folder that a stage made; with `own`, the caller vouches for whatever stands there.
+    `force` replaces a folder that a stage made; with `own`, the caller vouches for whatever stands
+    there.
     """
     path = Path(path).resolve()
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -75,7 +89,9 @@ def new_folder(path: Path, force: bool = False, own: bool = False) -> Iterator[P
 
 
 def replace_folder(new: Path, path: Path) -> None:
-    """Rename folder `new` to `path`; a folder that stands there is moved aside first and then deleted."""
+    """Rename folder `new` to `path`; a folder that stands there is moved aside first and then
+    deleted.
+    """
     old = path.parent / f".{path.name}.old-{os.getpid()}"
     if path.exists():
         os.rename(path, old)
@@ -85,7 +101,8 @@ def replace_folder(new: Path, path: Path) -> None:
 
 
 def remove_partials(path: Path) -> None:
-    """Tidy what killed runs left beside `path`: half-written folders go, a folder moved aside comes back.
+    """Tidy what killed runs left beside `path`: half-written folders go, a folder moved aside comes
+    back.
 
     What belongs to processes that still live is kept.
     """
@@ -130,7 +147,9 @@ def sync_tree(folder: Path) -> None:
 
 @contextmanager
 def new_file(path: Path) -> Iterator[Path]:
-    """Give a temporary file name beside `path` that replaces `path` when the block ends without an error."""
+    """Give a temporary file name beside `path` that replaces `path` when the block ends without an
+    error.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.parent / f".{path.name}.partial-{os.getpid()}"
@@ -189,11 +208,12 @@ def write_manifest(
     skip: tuple[str, ...] = (),
     **content: Any,
 ) -> None:
-    """Write `manifest.json`: what this folder is, what made it, from which inputs, and the files it must hold.
+    """Write `manifest.json`: what this folder is, what made it, from which inputs, and the files it
+    must hold.
 
-    `inputs` maps a role ('tokenizer', 'teacher') to the fingerprint of what was read; `content` holds what the
-    readers of this kind of folder need. Sizes and hashes of all files below `folder` are added, but of those named in
-    `skip`.
+    `inputs` maps a role ('tokenizer', 'teacher') to the fingerprint of what was read; `content`
+    holds what the readers of this kind of folder need. Sizes and hashes of all files below `folder`
+    are added, but of those named in `skip`.
     """
     names = sorted(p for p in folder.rglob("*") if p.is_file() and p.name not in (MANIFEST, *skip))
     write_json(
@@ -206,17 +226,23 @@ def write_manifest(
             "inputs": dict(inputs),
             **content,
             "files": {
-                p.relative_to(folder).as_posix(): {"bytes": p.stat().st_size, "sha256": sha256_file(p)} for p in names
+                p.relative_to(folder).as_posix(): {
+                    "bytes": p.stat().st_size,
+                    "sha256": sha256_file(p),
+                }
+                for p in names
             },
         },
     )
 
 
-def read_manifest(folder: Path, kind: str, version: int, made_by: str, remedy: str | None = None) -> dict[str, Any]:
+def read_manifest(
+    folder: Path, kind: str, version: int, made_by: str, remedy: str | None = None
+) -> dict[str, Any]:
     """Read and check a folder's manifest: kind, version, and that every file is there in full.
 
-    `made_by` is the command that makes such a folder, for the message ('xinslm prepare'); `remedy` says what to do
-    about a missing or damaged file, by default to make the folder anew.
+    `made_by` is the command that makes such a folder, for the message ('xinslm prepare'); `remedy`
+    says what to do about a missing or damaged file, by default to make the folder anew.
     """
     remedy = remedy or f"make the folder anew with `{made_by}`"
     path = Path(folder) / MANIFEST
@@ -229,27 +255,35 @@ def read_manifest(folder: Path, kind: str, version: int, made_by: str, remedy: s
         raise XinslmError(f"{path} is incomplete. Make the folder anew with `{made_by}`")
     if found != kind:
         raise UsageError(
-            f"{folder} is a {found or 'foreign'} folder, but a {kind} folder is needed. Make one with `{made_by}`"
+            f"{folder} is a {found or 'foreign'} folder, but a {kind} folder is needed. Make one "
+            f"with `{made_by}`"
         )
     if manifest["version"] != version:
         raise XinslmError(
-            f"{folder} has {kind} format version {manifest['version']}, this xinslm reads version {version}. "
+            f"{folder} has {kind} format version {manifest['version']}, this xinslm reads version "
+            f"{version}. "
             f"Make it anew with `{made_by}`"
         )
     for name, facts in manifest["files"].items():
         file = Path(folder) / name
         if not file.is_file():
-            raise XinslmError(f"{file} is missing; the manifest lists it. Copy it again, or {remedy}")
+            raise XinslmError(
+                f"{file} is missing; the manifest lists it. Copy it again, or {remedy}"
+            )
         if file.stat().st_size != facts["bytes"]:
             raise XinslmError(
-                f"{file} has {file.stat().st_size:,} bytes, the manifest says {facts['bytes']:,}: it is damaged or "
+                f"{file} has {file.stat().st_size:,} bytes, the manifest says {facts['bytes']:,}: "
+                "it is damaged or "
                 f"half-copied. Copy it again, or {remedy}"
             )
     return manifest
 
 
-def damaged_files(folder: Path, manifest: Mapping[str, Any], tell: Callable[[int], None] | None = None) -> list[str]:
-    """Names of files that are missing or do not have the bytes that the manifest tells of; hashes several at once.
+def damaged_files(
+    folder: Path, manifest: Mapping[str, Any], tell: Callable[[int], None] | None = None
+) -> list[str]:
+    """Names of files that are missing or do not have the bytes that the manifest tells of; hashes
+    several at once.
 
     `tell` takes the number of bytes checked so far.
     """
@@ -257,12 +291,18 @@ def damaged_files(folder: Path, manifest: Mapping[str, Any], tell: Callable[[int
 
     def is_damaged(name: str, facts: Mapping[str, Any]) -> bool:
         path = Path(folder) / name
-        return not (path.is_file() and path.stat().st_size == facts["bytes"] and sha256_file(path) == facts["sha256"])
+        return not (
+            path.is_file()
+            and path.stat().st_size == facts["bytes"]
+            and sha256_file(path) == facts["sha256"]
+        )
 
     found = []
     files = manifest["files"]
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # hashlib lets other threads run
-        for (name, facts), damaged in zip(files.items(), pool.map(is_damaged, files, files.values()), strict=True):
+        for (name, facts), damaged in zip(
+            files.items(), pool.map(is_damaged, files, files.values()), strict=True
+        ):
             done += facts["bytes"]
             if damaged:
                 found.append(name)

@@ -7,9 +7,11 @@ BLOCK = 64
 
 
 def most_likely(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k largest of each row and their ids, both (rows, k), largest first; as `topk`, several times faster.
+    """The k largest of each row and their ids, both (rows, k), largest first; as `topk`, several
+    times faster.
 
-    The k largest lie in the k blocks with the largest maxima. A width that is no multiple of `BLOCK` gains nothing.
+    The k largest lie in the k blocks with the largest maxima. A width that is no multiple of
+    `BLOCK` gains nothing.
     """
     rows, width = logits.shape
     blocks = width // BLOCK

@@ -1,6 +1,7 @@
 """How a stage tells what it is doing without printing: it calls a listener with `Progress` values.
 
-The command line passes a listener that draws a live bar or plain lines; tests pass a list's `append`.
+The command line passes a listener that draws a live bar or plain lines; tests pass a list's
+`append`.
 """
 
 from collections.abc import Callable, Mapping

@@ -1,6 +1,7 @@
 """Ranges of numeric settings: one table a configuration, one sentence a wrong value.
 
-A range is checked as `low <= value <= high`, so that NaN, which no comparison holds for, is always outside.
+A range is checked as `low <= value <= high`, so that NaN, which no comparison holds for, is always
+outside.
 """
 
 import math
@@ -36,7 +37,9 @@ SEED = Range(0, 2**31 - 1)
 
 
 def range_errors(config: Any, ranges: Mapping[str, Range], prefix: str = "") -> list[str]:
-    """Sentences for the fields of `config` that are outside their range; a field that is None is not given."""
+    """Sentences for the fields of `config` that are outside their range; a field that is None is
+    not given.
+    """
     wrong = []
     for name, bounds in ranges.items():
         value = getattr(config, name)

@@ -1,4 +1,5 @@
-"""The tables of a run folder that several commands add to: evaluation.json, samples.json, files.json.
+"""The tables of a run folder that several commands add to: evaluation.json, samples.json,
+files.json.
 
 A row is named; writing a row of the same name again replaces it, so that a command can be repeated.
 """
@@ -14,10 +15,15 @@ Table = Literal["evaluation.json", "samples.json", "files.json"]
 
 
 def require_run(folder: Path) -> None:
-    """Raise UsageError unless `folder` is a run folder; called before the work whose row it is to hold."""
+    """Raise UsageError unless `folder` is a run folder; called before the work whose row it is to
+    hold.
+    """
     if not (folder / "config.yaml").is_file() and not (folder / "metrics.jsonl").is_file():
         what = "has neither config.yaml nor metrics.jsonl" if folder.is_dir() else "does not exist"
-        raise UsageError(f"--run {folder} is not a run folder: it {what}. Give what `xinslm distill` or pretrain wrote")
+        raise UsageError(
+            f"--run {folder} is not a run folder: it {what}. Give what `xinslm "
+            "distill` or pretrain wrote"
+        )
 
 
 def read_rows(folder: Path, table: Table) -> list[dict[str, Any]]:
@@ -27,8 +33,13 @@ def read_rows(folder: Path, table: Table) -> list[dict[str, Any]]:
         return []
     content = read_json(path)
     rows = content.get("rows") if isinstance(content, dict) else None
-    if not isinstance(rows, list) or not all(isinstance(row, dict) and "name" in row for row in rows):
-        raise XinslmError(f'{path}: must hold {{"rows": [{{"name": ...}}, ...]}}; delete it and run the commands again')
+    if not isinstance(rows, list) or not all(
+        isinstance(row, dict) and "name" in row for row in rows
+    ):
+        raise XinslmError(
+            f'{path}: must hold {{"rows": [{{"name": ...}}, ...]}}; delete it and run the '
+            "commands again"
+        )
     return rows
 
 

@@ -1,4 +1,6 @@
-"""The whole pipeline through the command line, as the demo runs it, on a little text and for a few steps."""
+"""The whole pipeline through the command line, as the demo runs it, on a little text and for a few
+steps.
+"""
 
 import re
 from html.parser import HTMLParser
@@ -25,7 +27,9 @@ def test_every_command_runs_and_the_figures_are_there(demo):
     assert rows["student"]["parameters"] * 3 < rows["teacher"]["parameters"]
     assert rows["student, 4-bit"]["file_bytes"] * 5 < rows["student"]["file_bytes"]
     assert all(0 < row["bits_per_byte"] < 8 for row in rows.values())
-    assert abs(rows["student, 4-bit"]["bits_per_byte"] / rows["student"]["bits_per_byte"] - 1) < 0.02
+    assert (
+        abs(rows["student, 4-bit"]["bits_per_byte"] / rows["student"]["bits_per_byte"] - 1) < 0.02
+    )
     assert len(read_json(folder / "student" / "samples.json")["rows"]) == 4
 
 
@@ -44,7 +48,10 @@ def test_llama_cpp_reads_what_came_out(demo):
     text = "Yesterday, 1,234 otters couldn't swim."
     with LlamaCpp(demo[0] / "student.gguf") as llama:
         assert llama.tokenize(text) == tokenizer.encode(text)
-        assert len(llama.next_logprobs(tokenizer.encode(text), tokenizer.vocab_size)) == tokenizer.vocab_size
+        assert (
+            len(llama.next_logprobs(tokenizer.encode(text), tokenizer.vocab_size))
+            == tokenizer.vocab_size
+        )
 
 
 def test_demo_clears_only_what_a_demo_made(demo, tmp_path, capsys):

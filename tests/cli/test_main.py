@@ -20,7 +20,9 @@ def test_help_is_quick_and_free_of_torch():
         "print(time.process_time())"
     )
     before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    out = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    ).stdout
     assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - before < 0.3
     for name in COMMANDS:
         assert name in out
@@ -79,10 +81,32 @@ def test_flags_win_over_yaml_and_yaml_over_defaults(tmp_path, monkeypatch, capsy
             return lambda config, on_progress: seen.append(config) or Result()
         return Command.load(command, what)
 
-    monkeypatch.setitem(commands.COMMANDS, "distill", type("C", (Command,), {"load": fake})(*vars(command).values()))
-    (tmp_path / "a.yaml").write_text("data_path: d\noutput_dir: o\ncache: c\nseed: 5\nloss:\n  alpha: 0.5\n")
-    assert main(["distill", "--config", str(tmp_path / "a.yaml"), "--seed", "6", "--max_seq_length", "128"]) == 0
-    assert (seen[0].seed, seen[0].loss.alpha, seen[0].loss.beta, seen[0].max_seq_length) == (6, 0.5, 0.9, 128)
+    monkeypatch.setitem(
+        commands.COMMANDS, "distill", type("C", (Command,), {"load": fake})(*vars(command).values())
+    )
+    (tmp_path / "a.yaml").write_text(
+        "data_path: d\noutput_dir: o\ncache: c\nseed: 5\nloss:\n  alpha: 0.5\n"
+    )
+    assert (
+        main(
+            [
+                "distill",
+                "--config",
+                str(tmp_path / "a.yaml"),
+                "--seed",
+                "6",
+                "--max_seq_length",
+                "128",
+            ]
+        )
+        == 0
+    )
+    assert (seen[0].seed, seen[0].loss.alpha, seen[0].loss.beta, seen[0].max_seq_length) == (
+        6,
+        0.5,
+        0.9,
+        128,
+    )
     assert capsys.readouterr().out == "done\n"
 
 

@@ -42,7 +42,9 @@ class ByteTokenizer:
         return ids, mask
 
     def fingerprint(self):
-        return hashlib.sha256(repr((self.vocab_size, self.bos_id, self.eos_id)).encode()).hexdigest()
+        return hashlib.sha256(
+            repr((self.vocab_size, self.bos_id, self.eos_id)).encode()
+        ).hexdigest()
 
     def save(self, path: Path):
         path.mkdir(parents=True, exist_ok=True)

@@ -28,4 +28,7 @@ def test_numbers_are_uniform_and_follow_the_seed():
         share = sum(draw < bound for draw in draws) / len(draws)
         assert abs(share - bound) < 4 * (bound * (1 - bound) / len(draws)) ** 0.5
     assert draws == [draw_number(digest, 0) for digest in digests]
-    assert sum(draw_number(digest, 1) == draw for digest, draw in zip(digests, draws, strict=True)) == 0
+    assert (
+        sum(draw_number(digest, 1) == draw for digest, draw in zip(digests, draws, strict=True))
+        == 0
+    )

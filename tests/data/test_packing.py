@@ -68,7 +68,9 @@ def test_segments_are_contiguous_runs_of_one_document(lengths, row_length):
     rows = PackedRows(split, row_length)
     batch = rows.batch(list(range(len(rows))))
     document_of = np.repeat(np.arange(len(lengths)), lengths)
-    for segments, positions, stream in zip(batch.segments, batch.positions, batch.stream, strict=True):
+    for segments, positions, stream in zip(
+        batch.segments, batch.positions, batch.stream, strict=True
+    ):
         used = int((segments >= 0).sum())
         assert used > 0 and (segments[used:] == -1).all()
         steps = np.diff(segments[:used])

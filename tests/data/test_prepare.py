@@ -77,7 +77,9 @@ def left(folder):
         ({"bos": False, "eos": False}, "none", [], []),
     ],
 )
-def test_a_text_between_its_tokens(make, tmp_path, tokenizer, tokenizer_options, end, before, after):
+def test_a_text_between_its_tokens(
+    make, tmp_path, tokenizer, tokenizer_options, end, before, after
+):
     tokenizer.value = ByteTokenizer(**tokenizer_options)
     make(["héllo"], validation_fraction=0.0, document_end=end)
     split = open_dataset(tmp_path / "out").split("train")
@@ -88,7 +90,10 @@ def test_a_text_between_its_tokens(make, tmp_path, tokenizer, tokenizer_options,
 
 
 def test_chats_learn_the_answers_only(make, tmp_path):
-    records = [{"prompt": "why?", "response": "só"}, {"messages": [{"role": "user", "content": "alone"}]}]
+    records = [
+        {"prompt": "why?", "response": "só"},
+        {"messages": [{"role": "user", "content": "alone"}]},
+    ]
     result = make(records, validation_fraction=0.0, show=1)
     split = open_dataset(tmp_path / "out").split("train")
     ids = [*b"[user]why?", EOS, *b"[assistant]", *"só".encode(), EOS]
@@ -123,12 +128,16 @@ def test_large_vocabularies_take_four_bytes(make, tmp_path, tokenizer):
     make(stories(30))
     dataset = open_dataset(tmp_path / "out")
     assert dataset.split("train").tokens.dtype == np.uint32
-    assert set(texts(dataset.split("train"))) | set(texts(dataset.split("validation"))) == set(stories(30))
+    assert set(texts(dataset.split("train"))) | set(texts(dataset.split("validation"))) == set(
+        stories(30)
+    )
 
 
 def test_validation_is_a_stable_share(make, tmp_path):
     make(stories(2000), output_dir=tmp_path / "a", validation_fraction=0.1)
-    make([*stories(500, "other"), *stories(2000)], output_dir=tmp_path / "b", validation_fraction=0.1)
+    make(
+        [*stories(500, "other"), *stories(2000)], output_dir=tmp_path / "b", validation_fraction=0.1
+    )
     make(stories(2000), output_dir=tmp_path / "c", validation_fraction=0.1, seed=1)
     a, b, c = (open_dataset(tmp_path / name) for name in "abc")
     first, more, other = ({*texts(d.split("validation"))} for d in (a, b, c))
@@ -147,7 +156,9 @@ def test_both_splits_get_a_document(make, tmp_path, fraction, count):
     train, validation = dataset.split("train"), dataset.split("validation")
     assert sorted(texts(train) + texts(validation)) == sorted(stories(count))
     assert min(len(train.document_bytes), len(validation.document_bytes)) == 1
-    assert all(mask[0] == 0 and all(mask[1:]) for _, mask in documents(train) + documents(validation))
+    assert all(
+        mask[0] == 0 and all(mask[1:]) for _, mask in documents(train) + documents(validation)
+    )
 
 
 def test_the_document_that_comes_nearest_fills_an_empty_split(make, tmp_path):
@@ -179,7 +190,9 @@ def test_a_tiny_single_text(make, tmp_path, text):
 
 
 def test_duplicates_are_dropped_also_across_splits(make, tmp_path):
-    (tmp_path / "held.jsonl").write_text('{"text": "story number 3"}\n{"text": "held"}\n{"text": "held"}')
+    (tmp_path / "held.jsonl").write_text(
+        '{"text": "story number 3"}\n{"text": "held"}\n{"text": "held"}'
+    )
     records = [*stories(5), "story number 1"]
     held = (str(tmp_path / "held.jsonl"),)
     result = make(records, validation_path=held)
@@ -188,7 +201,10 @@ def test_duplicates_are_dropped_also_across_splits(make, tmp_path):
     assert texts(dataset.split("validation")) == ["story number 3", "held"]
     assert dataset.manifest["duplicates_dropped"] == 3
     assert "exact duplicates dropped: 3" in result.describe()
-    assert dataset.manifest["sources"] == {str(tmp_path / "held.jsonl"): 2, str(tmp_path / "in.jsonl"): 4}
+    assert dataset.manifest["sources"] == {
+        str(tmp_path / "held.jsonl"): 2,
+        str(tmp_path / "in.jsonl"): 4,
+    }
     make(records, validation_path=held, keep_duplicates=True, force=True)
     assert texts(open_dataset(tmp_path / "out").split("train")) == records
 
@@ -210,7 +226,9 @@ def test_max_tokens_stops_at_a_document(make, tmp_path):
     assert open_dataset(tmp_path / "out").manifest["splits"]["train"]["documents"] == 2
 
 
-@pytest.mark.parametrize("options", [{"validation_fraction": 1.0}, {"validation_fraction": -0.1}, {"max_tokens": 0}])
+@pytest.mark.parametrize(
+    "options", [{"validation_fraction": 1.0}, {"validation_fraction": -0.1}, {"max_tokens": 0}]
+)
 def test_settings_that_make_no_sense(make, options):
     with pytest.raises(UsageError, match="must be"):
         make(["a"], **options)
@@ -237,7 +255,12 @@ def test_another_tokenizer_is_refused_by_name(make, tmp_path, tokenizer):
     with pytest.raises(UsageError) as caught:
         require_tokenizer(dataset, other, "the model runs/a")
     message = str(caught.value)
-    for part in ("the model runs/a", other[:12], str(tmp_path / "out"), dataset.tokenizer_fingerprint[:12]):
+    for part in (
+        "the model runs/a",
+        other[:12],
+        str(tmp_path / "out"),
+        dataset.tokenizer_fingerprint[:12],
+    ):
         assert part in message
 
 
@@ -274,7 +297,9 @@ def test_a_folder_that_holds_something_is_kept(make, tmp_path):
     assert open_dataset(tmp_path / "out").manifest["splits"]["train"]["documents"] == 5
 
 
-@pytest.mark.parametrize("fault", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()])
+@pytest.mark.parametrize(
+    "fault", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()]
+)
 def test_disk_full_and_interrupt_leave_nothing(make, tmp_path, monkeypatch, fault):
     append = SplitWriter.append
 
@@ -308,7 +333,9 @@ def test_a_truly_full_disk_leaves_nothing_and_says_so(make, tmp_path, monkeypatc
 
 
 def test_killed_in_the_middle(make, tmp_path):
-    (tmp_path / "k.jsonl").write_text("\n".join(json.dumps({"text": f"story {i}"}) for i in range(3000)))
+    (tmp_path / "k.jsonl").write_text(
+        "\n".join(json.dumps({"text": f"story {i}"}) for i in range(3000))
+    )
     script = f"""
         import sys, time, types
         from pathlib import Path
@@ -328,7 +355,9 @@ def test_killed_in_the_middle(make, tmp_path):
         module.load_tokenizer = lambda path: Slow()
         prepare.run(PrepareConfig(("{tmp_path}/k.jsonl",), Path("tok"), Path("{tmp_path}/out")))
     """
-    process = subprocess.Popen([sys.executable, "-c", textwrap.dedent(script)], stdout=subprocess.PIPE)
+    process = subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(script)], stdout=subprocess.PIPE
+    )
     assert process.stdout is not None and process.stdout.readline() == b"now\n"
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
@@ -355,7 +384,10 @@ def test_taking_a_document_out_again(tmp_path, monkeypatch):
             figures = writer.finish()
         stream = np.fromfile(tmp_path / str(index) / "tokens.bin", "<u4")
         assert np.array_equal(stream, np.concatenate([*rest, [99]]))
-        assert np.load(tmp_path / str(index) / "documents.npy").tolist() == np.cumsum([0, *map(len, rest), 1]).tolist()
+        assert (
+            np.load(tmp_path / str(index) / "documents.npy").tolist()
+            == np.cumsum([0, *map(len, rest), 1]).tolist()
+        )
         assert figures["targets"] == int(sum((part % 2).sum() for part in rest)) + 1
         assert figures["bytes"] == 3 * sum(map(len, rest)) + 5
 
@@ -385,10 +417,17 @@ def test_memory_holds_hashes_not_the_corpus(make, tmp_path):
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        ("splits", None), ("splits", ["train"]), ("splits", {"train": 3}), ("inputs", None), ("inputs", {}),
-        ("vocab_size", None), ("vocab_size", "9"), ("dtype", None), ("dtype", "float99"),
+        ("splits", None),
+        ("splits", ["train"]),
+        ("splits", {"train": 3}),
+        ("inputs", None),
+        ("inputs", {}),
+        ("vocab_size", None),
+        ("vocab_size", "9"),
+        ("dtype", None),
+        ("dtype", "float99"),
     ],
-)  # fmt: skip
+)
 def test_a_damaged_manifest_is_named(make, tmp_path, key, value):
     make(stories(50))
     path = tmp_path / "out" / "manifest.json"

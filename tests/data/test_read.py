@@ -56,30 +56,41 @@ def test_json_array_object_and_concatenated_objects(put):
     records = [{"text": "a, ]"}, {"text": "b\n"}, {"text": "é\u2028"}]
     assert texts(put("a.json", json.dumps(records, indent=2))) == ["a, ]", "b\n", "é\u2028"]
     assert texts(put("b.json", json.dumps(records[0]))) == ["a, ]"]
-    assert texts(put("c.json", " [\n" + json.dumps(records[2], ensure_ascii=False) + "\n]\n")) == ["é\u2028"]
+    assert texts(put("c.json", " [\n" + json.dumps(records[2], ensure_ascii=False) + "\n]\n")) == [
+        "é\u2028"
+    ]
     assert texts(put("d.json", "\n".join(map(json.dumps, records)))) == ["a, ]", "b\n", "é\u2028"]
 
 
 def test_json_lines_name_file_and_line(put):
     path = put("a.jsonl", '\ufeff{"text": "a"}\r\n\n{"text": "b"}')
-    assert [(d.text, d.source) for d in read_documents([path])] == [("a", f"{path}:1"), ("b", f"{path}:3")]
+    assert [(d.text, d.source) for d in read_documents([path])] == [
+        ("a", f"{path}:1"),
+        ("b", f"{path}:3"),
+    ]
 
 
-json_texts = st.lists(st.text(st.characters(codec="utf-8")).filter(lambda t: t and not t.isspace()), min_size=1)
+json_texts = st.lists(
+    st.text(st.characters(codec="utf-8")).filter(lambda t: t and not t.isspace()), min_size=1
+)
 
 
 @given(json_texts, st.booleans(), st.sampled_from([None, 1, 2]))
 def test_what_json_writes_is_read_back(tmp_path_factory, values, ascii_only, indent):
     folder = tmp_path_factory.mktemp("json")
     records = [{"text": value} for value in values]
-    (folder / "a.json").write_text(json.dumps(records, ensure_ascii=ascii_only, indent=indent), "utf-8")
+    (folder / "a.json").write_text(
+        json.dumps(records, ensure_ascii=ascii_only, indent=indent), "utf-8"
+    )
     lines = "\n".join(json.dumps(record, ensure_ascii=ascii_only) for record in records)
     (folder / "b.jsonl").write_bytes(lines.encode())
     assert texts(str(folder / "a.json")) == values
     assert texts(str(folder / "b.jsonl")) == values
 
 
-@pytest.mark.parametrize("name", ["a.txt.gz", "a.json.gz", "a.jsonl.gz", "a.parquet.gz", "a.parquet"])
+@pytest.mark.parametrize(
+    "name", ["a.txt.gz", "a.json.gz", "a.jsonl.gz", "a.parquet.gz", "a.parquet"]
+)
 def test_compressed_and_parquet(put, name):
     data = b'{"text": "hello"}\n'
     if "parquet" in name:
@@ -91,7 +102,11 @@ def test_compressed_and_parquet(put, name):
         data = buffer.getvalue()
     path = put(name, gzip.compress(data) if name.endswith(".gz") else data)
     got = [(d.text, d.source) for d in read_documents([path])]
-    expected = [("hello", f"{path}:1"), ("you", f"{path}:2")] if "parquet" in name else [("hello", f"{path}:1")]
+    expected = (
+        [("hello", f"{path}:1"), ("you", f"{path}:2")]
+        if "parquet" in name
+        else [("hello", f"{path}:1")]
+    )
     assert got == ([(data.decode(), f"{path}:1")] if name == "a.txt.gz" else expected)
 
 
@@ -133,7 +148,9 @@ def test_saved_datasets(tmp_path):
     datasets.DatasetDict({"train": data, "test": data.select([1])}).save_to_disk(tmp_path / "dict")
     assert texts(str(tmp_path / "one")) == ["a", "b"]
     assert texts(str(tmp_path / "dict"), dataset_split="test") == ["b"]
-    assert "choose with --dataset-split: train, test" in error(str(tmp_path / "dict"), dataset_split="dev")
+    assert "choose with --dataset-split: train, test" in error(
+        str(tmp_path / "dict"), dataset_split="dev"
+    )
 
 
 @pytest.mark.parametrize(
@@ -144,8 +161,14 @@ def test_saved_datasets(tmp_path):
         ({"instruction": "i", "input": "x", "output": "o"}, ["i\n\nx", "o"]),
         ({"prompt": "p", "response": "r"}, ["p", "r"]),
         ({"prompt": "p", "completion": "c"}, ["p", "c"]),
-        ({"messages": [{"role": "user", "content": "u"}, {"role": "assistant", "content": "a"}]}, ["u", "a"]),
-        ({"conversations": [{"from": "human", "value": "u"}, {"from": "gpt", "value": "a"}]}, ["u", "a"]),
+        (
+            {"messages": [{"role": "user", "content": "u"}, {"role": "assistant", "content": "a"}]},
+            ["u", "a"],
+        ),
+        (
+            {"conversations": [{"from": "human", "value": "u"}, {"from": "gpt", "value": "a"}]},
+            ["u", "a"],
+        ),
     ],
 )
 def test_conversations_are_recognised(put, record, expected):
@@ -226,12 +249,16 @@ def test_damaged_gzip_names_the_file(put):
     whole = gzip.compress(b'{"text": "a"}\n' * 5000)
     assert "a.jsonl.gz: the .gz file ends in the middle" in error(put("a.jsonl.gz", whole[:-20]))
     assert "b.jsonl.gz: not a sound .gz file" in error(put("b.jsonl.gz", b"plain"))
-    assert "c.jsonl.gz: not a sound .gz file" in error(put("c.jsonl.gz", whole[:-6] + b"\1\2" + whole[-4:]))
+    assert "c.jsonl.gz: not a sound .gz file" in error(
+        put("c.jsonl.gz", whole[:-6] + b"\1\2" + whole[-4:])
+    )
 
 
 def test_an_empty_corpus_is_an_error(put):
     notes = []
-    assert "every document is empty" in error(put("a.txt", ""), put("b.txt", " \n"), on_note=notes.append)
+    assert "every document is empty" in error(
+        put("a.txt", ""), put("b.txt", " \n"), on_note=notes.append
+    )
     assert len(notes) == 2
     assert "no data given" in error(kind=UsageError)
 

@@ -24,7 +24,9 @@ from xinslm.errors import UsageError
 def test_numbers_that_cannot_work_are_named(name, value, tmp_path, capsys):
     with pytest.raises(UsageError, match=f"{name} is {value}, but must be"):
         DemoConfig(**{name: value})
-    assert main(["demo", "-o", str(tmp_path / "out"), f"--{name.replace('_', '-')}", str(value)]) == 2
+    assert (
+        main(["demo", "-o", str(tmp_path / "out"), f"--{name.replace('_', '-')}", str(value)]) == 2
+    )
     assert name in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 

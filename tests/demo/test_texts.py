@@ -33,7 +33,10 @@ def test_the_same_seed_tells_the_same_in_every_process(two_megabytes):
     first = next(stories(1, seed=0))
     assert next(stories(1, seed=0)) == first and next(stories(1, seed=1)) != first
     code = "from xinslm.demo.texts import *; print(next(stories(1, 0)), list(instructions(50, 0)))"
-    runs = [subprocess.run([sys.executable, "-c", code], capture_output=True, check=True).stdout for _ in range(2)]
+    runs = [
+        subprocess.run([sys.executable, "-c", code], capture_output=True, check=True).stdout
+        for _ in range(2)
+    ]
     assert runs[0] == runs[1] and first.encode() in runs[0]
     # Golden: changes whenever the grammar does; then take the new value over.
     assert hashlib.sha256(first.encode()).hexdigest()[:16] == "98e8cb74483d09a7"
@@ -66,7 +69,9 @@ def test_fast_enough():
 
 @pytest.mark.parametrize("plot", PLOTS, ids=lambda plot: plot.__name__)
 def test_pronouns_fit_the_cast(plot):
-    """A story's pronouns belong to somebody in it; where all are girls, there is no 'he', and the reverse."""
+    """A story's pronouns belong to somebody in it; where all are girls, there is no 'he', and the
+    reverse.
+    """
     of_one_kind = 0
     for scene, text in many(plot):
         used = set(re.findall(r"\b(?:he|him|his|she|her|hers)\b", text.lower()))
@@ -88,7 +93,9 @@ def test_pronouns_fit_the_cast(plot):
 @pytest.mark.parametrize("plot", PLOTS, ids=lambda plot: plot.__name__)
 def test_articles_and_quotes(plot):
     for _, text in many(plot):
-        assert not re.search(r"\ba [aeiou]|\ba honest|\ban (?!honest)[^aeiou]", text, re.IGNORECASE), text
+        assert not re.search(
+            r"\ba [aeiou]|\ba honest|\ban (?!honest)[^aeiou]", text, re.IGNORECASE
+        ), text
         assert all(paragraph.count('"') % 2 == 0 for paragraph in text.split("\n\n")), text
         assert all(re.search(r'[.!?]"?$', paragraph) for paragraph in text.split("\n\n")), text
         assert all(re.match(r'[A-Z"]', paragraph) for paragraph in text.split("\n\n")), text
@@ -144,7 +151,9 @@ def test_the_capital_is_the_capital():
     for _, text in many(adventures.far_land):
         told = re.search(r"The capital of (\w+) was (\w+)", text)
         if "What is the capital" in text:
-            assert f"What is the capital of {told[1]}?" in text and f"The capital is {told[2]}" in text
+            assert (
+                f"What is the capital of {told[1]}?" in text and f"The capital is {told[2]}" in text
+            )
 
 
 def solve(prompt):
@@ -186,7 +195,10 @@ def test_opposites_are_unambiguous():
 
 def test_write_sample(tmp_path):
     paths = write_sample(tmp_path / "new", 200_000, seed=5)
-    assert sorted(path.name for path in (tmp_path / "new").iterdir()) == ["instructions.jsonl", "stories.jsonl"]
+    assert sorted(path.name for path in (tmp_path / "new").iterdir()) == [
+        "instructions.jsonl",
+        "stories.jsonl",
+    ]
     texts = [json.loads(line)["text"] for line in paths[0].read_text().splitlines()]
     assert texts == list(stories(200_000, seed=5))
     pairs = [json.loads(line) for line in paths[1].read_text().splitlines()]

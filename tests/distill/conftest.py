@@ -1,4 +1,6 @@
-"""A small world, made once: text, a tokenizer, a dataset, a teacher trained for a moment, its cache."""
+"""A small world, made once: text, a tokenizer, a dataset, a teacher trained for a moment, its
+cache.
+"""
 
 import json
 from dataclasses import dataclass
@@ -75,6 +77,14 @@ def world(tmp_path_factory) -> World:
     )
     cache = folder / "cache"
     score.run(
-        CacheConfig(str(run), data, cache, max_seq_length=64, shard_positions=3000, batch_tokens=512, device="cpu")
+        CacheConfig(
+            str(run),
+            data,
+            cache,
+            max_seq_length=64,
+            shard_positions=3000,
+            batch_tokens=512,
+            device="cpu",
+        )
     )
     return World(folder, text, tokenizer, data, run / "checkpoints" / "best", cache)

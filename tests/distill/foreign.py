@@ -1,5 +1,5 @@
-"""Small tokenizers of kinds that differ: byte-level BPE, sentencepiece-like with byte fallback, characters with an
-unknown token; and a dataset and a teacher with one of them."""
+"""Small tokenizers of kinds that differ: byte-level BPE, sentencepiece-like with byte fallback,
+characters with an unknown token; and a dataset and a teacher with one of them."""
 
 import functools
 import json
@@ -31,8 +31,12 @@ def byte_level(vocab_size: int, split: str = "llama-bpe", seed: int = 3) -> BPET
 
 
 @functools.cache
-def metaspace(vocab_size: int, byte_fallback: bool = True, dummy_prefix: bool = True) -> HFTokenizer:
-    """Pieces with a metaspace; without byte fallback, what is not in the vocabulary is one unknown token."""
+def metaspace(
+    vocab_size: int, byte_fallback: bool = True, dummy_prefix: bool = True
+) -> HFTokenizer:
+    """Pieces with a metaspace; without byte fallback, what is not in the vocabulary is one unknown
+    token.
+    """
     trained = Backend(models.BPE(unk_token="<unk>", fuse_unk=True))
     trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=["<unk>", "<s>", "</s>"])
     trained.pre_tokenizer = pre_tokenizers.Metaspace()
@@ -46,7 +50,10 @@ def metaspace(vocab_size: int, byte_fallback: bool = True, dummy_prefix: bool = 
     strip = [{"type": "Strip", "content": " ", "start": 1, "stop": 0}] if dummy_prefix else []
     back = {"type": "Replace", "pattern": {"String": "▁"}, "content": " "}
     content["normalizer"] = {"type": "Sequence", "normalizers": steps}
-    content["decoder"] = {"type": "Sequence", "decoders": [back, {"type": "ByteFallback"}, {"type": "Fuse"}, *strip]}
+    content["decoder"] = {
+        "type": "Sequence",
+        "decoders": [back, {"type": "ByteFallback"}, {"type": "Fuse"}, *strip],
+    }
     content["model"]["byte_fallback"] = byte_fallback
     return HFTokenizer(content, _NAMES, None, "made")
 
@@ -66,12 +73,24 @@ KINDS = {
 
 
 def cache_of_another_tokenizer(world, folder, alignment):
-    """The world's text in sentencepiece-like tokens, cached from its teacher: data, cache, result, settings."""
+    """The world's text in sentencepiece-like tokens, cached from its teacher: data, cache, result,
+    settings.
+    """
     metaspace(300).save(folder / "tokenizer")
     data = folder / "data"
-    prepare.run(PrepareConfig(data_path=(str(world.text),), tokenizer_path=folder / "tokenizer", output_dir=data))
+    prepare.run(
+        PrepareConfig(
+            data_path=(str(world.text),), tokenizer_path=folder / "tokenizer", output_dir=data
+        )
+    )
     config = CacheConfig(
-        str(world.teacher), data, folder / "cache", max_seq_length=64, shard_positions=3000, batch_tokens=512,
-        device="cpu", alignment=alignment,
-    )  # fmt: skip
+        str(world.teacher),
+        data,
+        folder / "cache",
+        max_seq_length=64,
+        shard_positions=3000,
+        batch_tokens=512,
+        device="cpu",
+        alignment=alignment,
+    )
     return data, folder / "cache", score.run(config), config

@@ -1,4 +1,6 @@
-"""The losses spelled out over the whole vocabulary in float64 with autograd, and problems to compare them on."""
+"""The losses spelled out over the whole vocabulary in float64 with autograd, and problems to
+compare them on.
+"""
 
 import dataclasses
 
@@ -24,15 +26,21 @@ def sparsify(teacher, temperature=2.0, seed=0, draws=DRAWS, head=HEAD):
     log_p = teacher.log_softmax(1)
     top = log_p.topk(head)
     tail = log_p.exp().scatter(1, top.indices, 0.0)
-    drawn = torch.multinomial(tail, max(draws, 1), replacement=True, generator=torch.Generator().manual_seed(seed))
+    drawn = torch.multinomial(
+        tail, max(draws, 1), replacement=True, generator=torch.Generator().manual_seed(seed)
+    )
     ones = torch.ones(len(teacher), dtype=torch.bool)
     log_z = (log_p / temperature).logsumexp(1)
-    return SparseTargets(top.indices, top.values, tail.sum(1).log(), drawn[:, :draws], ones, log_z, ones)
+    return SparseTargets(
+        top.indices, top.values, tail.sum(1).log(), drawn[:, :draws], ones, log_z, ones
+    )
 
 
 def in_double(sparse):
     values = {f.name: getattr(sparse, f.name) for f in dataclasses.fields(sparse)}
-    return SparseTargets(**{k: v.double() if v.is_floating_point() else v for k, v in values.items()})
+    return SparseTargets(
+        **{k: v.double() if v.is_floating_point() else v for k, v in values.items()}
+    )
 
 
 def plain_divergence(p, q, config):
@@ -55,7 +63,9 @@ def plain_kd(z, teacher, sparse, config):
     """KD of each row, without T^2: dense where `sparse` is None."""
     t, tempered = config.temperature, config.temperature_mode == "full"
     if sparse is None:
-        return t * t * plain_divergence((teacher.double() / t).softmax(1), (z / t).softmax(1), config)
+        return (
+            t * t * plain_divergence((teacher.double() / t).softmax(1), (z / t).softmax(1), config)
+        )
     ids = sparse.head_ids
 
     def buckets(probs):
@@ -63,20 +73,35 @@ def plain_kd(z, teacher, sparse, config):
         return torch.cat((head, probs.scatter(1, ids, 0.0).sum(1, keepdim=True)), 1)
 
     if tempered:
-        return t * t * plain_divergence(buckets((teacher.double() / t).softmax(1)), buckets((z / t).softmax(1)), config)
+        return (
+            t
+            * t
+            * plain_divergence(
+                buckets((teacher.double() / t).softmax(1)), buckets((z / t).softmax(1)), config
+            )
+        )
     p, q = buckets(teacher.double().softmax(1)), buckets(z.softmax(1))
     rest = p[:, -1]
     if t == 1:
         kd = plain_divergence(p, q, config)
     else:
-        split_p, split_q = torch.stack((1 - rest, rest), 1), torch.stack((q[:, :-1].sum(1), q[:, -1]), 1)
+        split_p, split_q = (
+            torch.stack((1 - rest, rest), 1),
+            torch.stack((q[:, :-1].sum(1), q[:, -1]), 1),
+        )
         inner_p = (teacher.double().gather(1, ids) / t).softmax(1)
         inner_q = (z.gather(1, ids) / t).softmax(1)
         kd = plain_divergence(split_p, split_q, config)
         kd = kd + (1 - rest) * t * t * plain_divergence(inner_p, inner_q, config)
-    weight = config.tail_weight if config.tail_weight is not None else float(config.divergence == "forward_kl")
+    weight = (
+        config.tail_weight
+        if config.tail_weight is not None
+        else float(config.divergence == "forward_kl")
+    )
     if weight and sparse.tail_ids.shape[1]:
-        kd = kd + weight * rest * (q[:, -1:].log() - z.log_softmax(1).gather(1, sparse.tail_ids)).mean(1)
+        kd = kd + weight * rest * (
+            q[:, -1:].log() - z.log_softmax(1).gather(1, sparse.tail_ids)
+        ).mean(1)
     return kd
 
 

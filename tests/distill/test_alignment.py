@@ -1,4 +1,6 @@
-"""Pushing distributions between tokenizers: against text that came, against sampling, and over the whole pipeline."""
+"""Pushing distributions between tokenizers: against text that came, against sampling, and over the
+whole pipeline.
+"""
 
 import functools
 import json
@@ -37,8 +39,8 @@ def push_of(ours: str, theirs: str) -> BytePush:
 
 
 def came(push: BytePush, document: str, shift: int = 0) -> tuple[int, int, int]:
-    """Positions at a shared boundary or inside a teacher token where the table names the token, and those it got
-    right, for the teacher's token that came; all positions."""
+    """Positions at a shared boundary or inside a teacher token where the table names the token, and
+    those it got right, for the teacher's token that came; all positions."""
     student, teacher = push.student, push.teacher
     ids = np.array([student.bos_id, *student.encode(document), student.eos_id])
     aligned = push.align(ids)
@@ -77,7 +79,9 @@ def test_nested_tokenizers_push_alike_where_bytes_says_anything():
     teacher = byte_level(400)
     student = BPETokenizer.prefix_of(teacher, 300)
     exact, known = PushForward(student, teacher), BytePush(student, teacher)
-    probs = (3 * torch.randn(20, teacher.vocab_size, generator=torch.Generator().manual_seed(0))).softmax(1)
+    probs = (
+        3 * torch.randn(20, teacher.vocab_size, generator=torch.Generator().manual_seed(0))
+    ).softmax(1)
     boundary = np.zeros(20, dtype=np.int64)
     a, b = exact(probs, boundary), known(probs, boundary)
     assert known.exact.sum() > 150
@@ -87,7 +91,10 @@ def test_nested_tokenizers_push_alike_where_bytes_says_anything():
 
 def test_a_table_by_hand():
     """Teacher tokens a, b, ab, c; the student has a, b, c and abc."""
-    student, teacher = BPETokenizer(vocab_size=256, special_tokens=()), BPETokenizer(vocab_size=256, special_tokens=())
+    student, teacher = (
+        BPETokenizer(vocab_size=256, special_tokens=()),
+        BPETokenizer(vocab_size=256, special_tokens=()),
+    )
     for tokenizer, merges in ((teacher, [("a", "b")]), (student, [("b", "c"), ("a", "bc")])):
         vocab = dict(tokenizer.definition.vocab)
         for left, right in merges:
@@ -100,7 +107,8 @@ def test_a_table_by_hand():
         probs[0, theirs[token]] = p
     pushed = push(probs, np.zeros(1, dtype=np.int64))[0]
     assert pushed[ours["c"]].item() == pytest.approx(0.4)
-    # "ab" may go on with c, which makes abc of it; so the whole probability of a, of abc and of b (bc) is not known.
+    # "ab" may go on with c, which makes abc of it; so the whole probability of a, of abc and of b
+    # (bc) is not known.
     assert pushed.sum().item() == pytest.approx(0.4)
     assert not push.exact[[ours["a"], ours["abc"], ours["b"], ours["bc"]]].any()
 
@@ -130,7 +138,9 @@ def test_probabilities_are_those_of_sampled_texts(stories, begin):
     size = len(student.encode(begin))
     counts = np.zeros(student.vocab_size)
     for row in written.tolist():
-        ids = student.encode(begin + b"".join(map(teacher.tokenizer.token_bytes, row)).decode("utf-8", "replace"))
+        ids = student.encode(
+            begin + b"".join(map(teacher.tokenizer.token_bytes, row)).decode("utf-8", "replace")
+        )
         if b"".join(map(student.token_bytes, ids[:size])) == begin.encode():
             counts[ids[size]] += 1
     assert counts.sum() > 0.98 * drawn, "the student has a boundary there, too"
@@ -156,25 +166,41 @@ def test_probabilities_are_those_of_sampled_texts(stories, begin):
         stay = push.stay(log_p[-1:].exp(), np.array([token]))[0].item()
         if np.isfinite(stay):
             checked += 1
-            assert abs(along * stay - share[token]) < 4 * np.sqrt(share[token] / drawn) + 0.02, spelled
+            assert abs(along * stay - share[token]) < 4 * np.sqrt(share[token] / drawn) + 0.02, (
+                spelled
+            )
     assert checked >= 2
 
 
 def dataset(world, folder, tokenizer):
     tokenizer.save(folder / "tokenizer")
     data = folder / "data"
-    prepare.run(PrepareConfig(data_path=(str(world.text),), tokenizer_path=folder / "tokenizer", output_dir=data))
+    prepare.run(
+        PrepareConfig(
+            data_path=(str(world.text),), tokenizer_path=folder / "tokenizer", output_dir=data
+        )
+    )
     return data
 
 
 def cached(world, data, folder, **changes):
-    settings = {"max_seq_length": 64, "shard_positions": 3000, "batch_tokens": 512, "device": "cpu", **changes}
-    return score.run(CacheConfig(settings.pop("teacher", str(world.teacher)), data, folder, **settings))
+    settings = {
+        "max_seq_length": 64,
+        "shard_positions": 3000,
+        "batch_tokens": 512,
+        "device": "cpu",
+        **changes,
+    }
+    return score.run(
+        CacheConfig(settings.pop("teacher", str(world.teacher)), data, folder, **settings)
+    )
 
 
 @pytest.fixture(scope="module")
 def other(world, tmp_path_factory):
-    """A dataset whose tokenizer is neither the teacher's nor nested in it, and its cache by bytes."""
+    """A dataset whose tokenizer is neither the teacher's nor nested in it, and its cache by
+    bytes.
+    """
     folder = tmp_path_factory.mktemp("other")
     data = dataset(world, folder, metaspace(300))
     result = cached(world, data, folder / "bytes", alignment="bytes")
@@ -195,13 +221,22 @@ def test_cache_by_bytes_holds_what_a_direct_computation_says(world, other):
         ids = np.asarray(split.tokens[start:end]).astype(np.int64)
         aligned = push.align(ids)
         with torch.no_grad():
-            probs = model.logits(model.hidden(torch.from_numpy(aligned.teacher_ids)[None, :64]))[0].softmax(1)
+            probs = model.logits(model.hidden(torch.from_numpy(aligned.teacher_ids)[None, :64]))[
+                0
+            ].softmax(1)
         for place in np.flatnonzero((aligned.prefixes >= 0) & (aligned.rows < 60)):
             row, label = int(aligned.rows[place]), int(ids[place + 1])
             expected = push(probs[row : row + 1], aligned.prefixes[place : place + 1])[0]
             stop = int(aligned.path_ends[place])
-            if stop >= 0 and aligned.prefixes[place] == 0 and not push.exact[label] and stop - 1 < 60:
-                along = np.prod([probs[r, aligned.teacher_ids[r + 1]].item() for r in range(row, stop - 1)])
+            if (
+                stop >= 0
+                and aligned.prefixes[place] == 0
+                and not push.exact[label]
+                and stop - 1 < 60
+            ):
+                along = np.prod(
+                    [probs[r, aligned.teacher_ids[r + 1]].item() for r in range(row, stop - 1)]
+                )
                 stay = push.stay(probs[stop - 1 : stop], np.array([label]))[0].item()
                 if np.isfinite(stay):
                     expected[label] = along * stay
@@ -209,7 +244,9 @@ def test_cache_by_bytes_holds_what_a_direct_computation_says(world, other):
             targets = records.targets(np.array([start + place]))
             found = targets.head_log_probs.exp()[0]
             enough = expected[targets.head_ids[0]] > 1e-3
-            torch.testing.assert_close(found[enough], expected[targets.head_ids[0]][enough], atol=0.02, rtol=0.06)
+            torch.testing.assert_close(
+                found[enough], expected[targets.head_ids[0]][enough], atol=0.02, rtol=0.06
+            )
             assert targets.has_draws.item() == (1 - expected.sum().item() < 1e-5)
             checked += 1
     assert checked > 60 and paths > 10
@@ -218,9 +255,15 @@ def test_cache_by_bytes_holds_what_a_direct_computation_says(world, other):
 def test_students_learn_from_another_tokenizers_teacher(world, other, tmp_path):
     data, folder, _ = other
     config = DistillConfig(
-        data_path=data, output_dir=tmp_path / "run", cache=folder, max_steps=40, learning_rate=5e-3,
-        validate_every=20, loss=LossConfig(alpha=0.2, beta=0.8), **world.settings,
-    )  # fmt: skip
+        data_path=data,
+        output_dir=tmp_path / "run",
+        cache=folder,
+        max_steps=40,
+        learning_rate=5e-3,
+        validate_every=20,
+        loss=LossConfig(alpha=0.2, beta=0.8),
+        **world.settings,
+    )
     result = train.run(config)
     assert result.validation is not None and result.validation.ce < 0.9 * np.log(556)
 
@@ -228,9 +271,13 @@ def test_students_learn_from_another_tokenizers_teacher(world, other, tmp_path):
 @pytest.mark.parametrize("wish", ["same", "nested"])
 def test_ways_that_do_not_lead_are_refused_with_reasons(world, other, tmp_path, wish):
     data, _, _ = other
-    with pytest.raises(UsageError, match=r"(?s)no way leads .*same: the tokenizers differ.*--prefix-of") as caught:
+    with pytest.raises(
+        UsageError, match=r"(?s)no way leads .*same: the tokenizers differ.*--prefix-of"
+    ) as caught:
         cached(world, data, tmp_path / "c", alignment=wish)
-    assert ("nested: the dataset's tokenizer is not a merge prefix" in str(caught.value)) == (wish == "nested")
+    assert ("nested: the dataset's tokenizer is not a merge prefix" in str(caught.value)) == (
+        wish == "nested"
+    )
     assert not (tmp_path / "c").exists()
 
 
@@ -242,9 +289,13 @@ def test_auto_takes_the_first_way_that_leads(world, tmp_path):
 
 
 def test_teachers_of_characters_know_the_tokens_of_their_text(world, tmp_path):
-    save_model(Transformer(ModelConfig(characters().vocab_size, 32, 64, 1, 2, 2, 16)), tmp_path / "teacher")
+    save_model(
+        Transformer(ModelConfig(characters().vocab_size, 32, 64, 1, 2, 2, 16)), tmp_path / "teacher"
+    )
     characters().save(tmp_path / "teacher")
-    result = cached(world, world.data, tmp_path / "c", teacher=str(tmp_path / "teacher"), alignment="bytes")
+    result = cached(
+        world, world.data, tmp_path / "c", teacher=str(tmp_path / "teacher"), alignment="bytes"
+    )
     assert result.alignment == "bytes" and result.share > 0.9
     result = cached(world, world.data, tmp_path / "p", teacher=str(tmp_path / "teacher"))
     assert result.alignment == "prefixes" and result.share > 0.9, "what auto takes"
@@ -255,5 +306,7 @@ def test_shards_and_batches_change_nothing(world, other, tmp_path):
     cached(world, data, tmp_path / "c", shard_positions=10**6, batch_tokens=128, alignment="bytes")
     a, b = Cache(folder).split("train"), Cache(tmp_path / "c").split("train")
     positions = np.arange(1500)
-    torch.testing.assert_close(a.targets(positions).log_tail, b.targets(positions).log_tail, atol=2e-3, rtol=1e-3)
+    torch.testing.assert_close(
+        a.targets(positions).log_tail, b.targets(positions).log_tail, atol=2e-3, rtol=1e-3
+    )
     assert (a.targets(positions).valid == b.targets(positions).valid).all()

@@ -1,11 +1,20 @@
-"""The record format: round trips against the dense distribution, statistics of the draws, wide vocabularies."""
+"""The record format: round trips against the dense distribution, statistics of the draws, wide
+vocabularies.
+"""
 
 import numpy as np
 import pytest
 import torch
 
 from xinslm.distill.cache.config import CacheConfig, head_size
-from xinslm.distill.cache.records import CacheFormat, decode, encode, pack_bits, position_uniforms, unpack_bits
+from xinslm.distill.cache.records import (
+    CacheFormat,
+    decode,
+    encode,
+    pack_bits,
+    position_uniforms,
+    unpack_bits,
+)
 
 
 def distributions(rows=200, vocab=300, seed=0, sharpness=2.5):
@@ -33,7 +42,9 @@ def test_head_tail_and_normaliser_survive_within_the_codes_precision():
     rest = 1 - top.values.sum(1)
     total = targets.head_log_probs.exp().sum(1) + targets.log_tail.exp()
     torch.testing.assert_close(total, torch.ones(200), atol=1e-6, rtol=0)
-    kl = (top.values * (top.values.log() - targets.head_log_probs)).sum(1) + rest * (rest.log() - targets.log_tail)
+    kl = (top.values * (top.values.log() - targets.head_log_probs)).sum(1) + rest * (
+        rest.log() - targets.log_tail
+    )
     assert kl.max() < 1e-3 and kl.mean() < 1e-4
     torch.testing.assert_close(targets.log_z, probs.sqrt().sum(1).log(), atol=2e-3, rtol=1e-3)
     assert bool(targets.valid.all()) and bool(targets.has_draws.all())
@@ -73,7 +84,9 @@ def test_ids_beyond_16_bits(vocab):
     targets = decode(encode(probs, torch.tensor([1, 5]), torch.arange(2), fmt, seed=0), fmt)
     assert set(targets.head_ids[0].tolist()) == {1, 40000, vocab - 1}
     assert targets.tail_ids[0].tolist() == [vocab - 2] * 2
-    assert targets.has_draws.tolist() == [True, False], "nothing is left of the second row to draw from"
+    assert targets.has_draws.tolist() == [True, False], (
+        "nothing is left of the second row to draw from"
+    )
 
 
 def test_bits_round_trip():

@@ -1,4 +1,6 @@
-"""Caches that are damaged, cut short, incomplete or of another version: named, and repaired without the rest."""
+"""Caches that are damaged, cut short, incomplete or of another version: named, and repaired without
+the rest.
+"""
 
 import json
 import shutil
@@ -17,7 +19,13 @@ REPAIR = "run the command that made the cache again with --repair"
 
 
 def config(world, folder, **changes):
-    options = {"max_seq_length": 64, "shard_positions": 3000, "batch_tokens": 512, "device": "cpu", **changes}
+    options = {
+        "max_seq_length": 64,
+        "shard_positions": 3000,
+        "batch_tokens": 512,
+        "device": "cpu",
+        **changes,
+    }
     return CacheConfig(str(world.teacher), world.data, folder, **options)
 
 
@@ -28,7 +36,9 @@ def flip(file):
 
 
 def hashes(folder):
-    return {p.relative_to(folder).as_posix(): sha256_file(p) for p in sorted(folder.glob("*/*.bin"))}
+    return {
+        p.relative_to(folder).as_posix(): sha256_file(p) for p in sorted(folder.glob("*/*.bin"))
+    }
 
 
 @pytest.fixture
@@ -45,7 +55,9 @@ def test_a_whole_cache_passes_and_tells_how_far_it_is(copy):
 def test_one_flipped_bit_stops_training_before_it_begins(world, copy, tmp_path):
     flip(copy / "train" / "00001.bin")
     Cache(copy)
-    with pytest.raises(XinslmError, match=rf"copy/train/00001.bin: damaged.*Copy it again, or {REPAIR}"):
+    with pytest.raises(
+        XinslmError, match=rf"copy/train/00001.bin: damaged.*Copy it again, or {REPAIR}"
+    ):
         train.run(world.distill(tmp_path / "run", cache=copy))
     assert not (tmp_path / "run").exists()
     with pytest.raises(XinslmError, match=r"00001.bin: damaged"):
@@ -57,22 +69,32 @@ def test_files_cut_short_or_missing_are_named_with_the_repair(copy):
     with pytest.raises(XinslmError, match=rf"validation/00000.bin is missing.*{REPAIR}"):
         Cache(copy)
     shutil.copy(copy / "train" / "00000.bin", copy / "validation" / "00000.bin")
-    with pytest.raises(XinslmError, match=rf"validation/00000.bin has .* bytes, the manifest says .*{REPAIR}"):
+    with pytest.raises(
+        XinslmError, match=rf"validation/00000.bin has .* bytes, the manifest says .*{REPAIR}"
+    ):
         Cache(copy)
 
 
 def test_another_format_version_is_named(copy):
     manifest = json.loads((copy / "manifest.json").read_text())
     (copy / "manifest.json").write_text(json.dumps({**manifest, "version": 99}))
-    with pytest.raises(XinslmError, match=r"format version 99, this xinslm reads version 1. Make it anew"):
+    with pytest.raises(
+        XinslmError, match=r"format version 99, this xinslm reads version 1. Make it anew"
+    ):
         Cache(copy)
 
 
 def test_repair_makes_only_what_is_damaged(world, copy):
     flip(copy / "train" / "00002.bin")
     (copy / "train" / "00000.bin").unlink()
-    kept = {p: p.stat().st_mtime_ns for p in copy.glob("*/*.bin") if p.name not in ("00000.bin", "00002.bin")}
-    with pytest.raises(UsageError, match=r"copy was made with another seed: its files would not belong together"):
+    kept = {
+        p: p.stat().st_mtime_ns
+        for p in copy.glob("*/*.bin")
+        if p.name not in ("00000.bin", "00002.bin")
+    }
+    with pytest.raises(
+        UsageError, match=r"copy was made with another seed: its files would not belong together"
+    ):
         score.run(config(world, copy, repair=True, seed=3))
     score.run(config(world, copy, repair=True))
     assert hashes(copy) == hashes(world.cache)

@@ -1,4 +1,6 @@
-"""Chunk likelihoods: sums over spans by brute force, spans that a batch cuts, and the way into training."""
+"""Chunk likelihoods: sums over spans by brute force, spans that a batch cuts, and the way into
+training.
+"""
 
 from dataclasses import replace
 from itertools import pairwise
@@ -28,7 +30,11 @@ def chunked(world, tmp_path_factory):
 
 def test_a_span_is_the_product_of_its_tokens_by_the_model(world, chunked):
     data, folder, result, _ = chunked
-    assert result.alignment == "chunks" and result.share > 0.9 and result.record_bytes == SPAN.itemsize == 6
+    assert (
+        result.alignment == "chunks"
+        and result.share > 0.9
+        and result.record_bytes == SPAN.itemsize == 6
+    )
     assert "spans" in result.describe()
     student, teacher, model = (
         load_tokenizer(data / "tokenizer"),
@@ -43,7 +49,9 @@ def test_a_span_is_the_product_of_its_tokens_by_the_model(world, chunked):
         text = student.decode(ids[1:-1].tolist())
         theirs = np.array([teacher.bos_id, *teacher.encode(text), teacher.eos_id])
         with torch.no_grad():
-            log_p = model.logits(model.hidden(torch.from_numpy(theirs)[None, :64]))[0].log_softmax(1)
+            log_p = model.logits(model.hidden(torch.from_numpy(theirs)[None, :64]))[0].log_softmax(
+                1
+            )
         per_token = log_p[np.arange(64), theirs[1:65]].numpy()
         ours_at = np.cumsum([0, *(len(student.token_bytes(i)) for i in ids[1:-1])]) - 1
         theirs_at = np.cumsum([0, *(len(teacher.token_bytes(i)) for i in theirs[1:-1])])
@@ -58,14 +66,18 @@ def test_a_span_is_the_product_of_its_tokens_by_the_model(world, chunked):
             of_span = records[start + mine[0] : start + mine[-1] + 1]  # record i is of token i + 1
             assert of_span["size"].tolist() == [len(mine)] * len(mine)
             assert of_span["place"].tolist() == list(range(len(mine)))
-            np.testing.assert_allclose(of_span["log_prob"], per_token[tokens].sum(), rtol=1e-4, atol=1e-4)
+            np.testing.assert_allclose(
+                of_span["log_prob"], per_token[tokens].sum(), rtol=1e-4, atol=1e-4
+            )
             checked += 1
         assert checked > 15
         assert records[end - 1]["size"] == 0
 
 
 def test_no_span_is_half_counted_wherever_rows_cut(chunked):
-    """Rows of 7 inputs cut many spans; what is left is whole, and each span's positions carry its own likelihood."""
+    """Rows of 7 inputs cut many spans; what is left is whole, and each span's positions carry its
+    own likelihood.
+    """
     data, folder, _, _ = chunked
     split, source = open_dataset(data).split("train"), CachedSpans(Cache(folder), "train")
     records = np.concatenate([np.asarray(m) for m in source.maps])
@@ -91,7 +103,9 @@ def test_no_span_is_half_counted_wherever_rows_cut(chunked):
 
 
 def test_a_span_across_two_sequences_of_one_row_is_left_out():
-    """A long document's second piece may stand behind its first in the row; their contexts differ."""
+    """A long document's second piece may stand behind its first in the row; their contexts
+    differ.
+    """
     records = np.zeros(12, dtype=SPAN)
     records["size"][3:6], records["place"][3:6], records["log_prob"][3:6] = 3, [0, 1, 2], -1.5
 
@@ -104,21 +118,34 @@ def test_a_span_across_two_sequences_of_one_row_is_left_out():
         rows = PackedRows(split, 12, length)
         batch = rows.batch(np.arange(len(rows)))
         chosen = np.flatnonzero(batch.labels.ravel() >= 0)
-        assert int((OneShard().targets(batch, chosen, torch.device("cpu")).spans >= 0).sum()) == expected
+        assert (
+            int((OneShard().targets(batch, chosen, torch.device("cpu")).spans >= 0).sum())
+            == expected
+        )
 
 
 def test_unknown_and_foreign_tokens_spoil_their_span_alone():
     student, teacher = byte_level(400), metaspace(300)
     marker = student.special_tokens["<|im_start|>"]
     ids = np.array(
-        [student.bos_id, *student.encode("the dog ran"), marker, *student.encode("so it was"), student.eos_id]
+        [
+            student.bos_id,
+            *student.encode("the dog ran"),
+            marker,
+            *student.encode("so it was"),
+            student.eos_id,
+        ]
     )
     pair = SpanAligner(student, teacher).align(ids)
     log_probs = np.full(len(pair.teacher_ids), -1.0)
     log_probs[0] = np.nan
     good = span_records(pair, log_probs)
     place = int(np.flatnonzero(ids == marker)[0])
-    assert good["size"][place - 1] == 0 and good["size"][-1] == 0 and (good["size"][:-1] > 0).sum() > len(ids) - 8
+    assert (
+        good["size"][place - 1] == 0
+        and good["size"][-1] == 0
+        and (good["size"][:-1] > 0).sum() > len(ids) - 8
+    )
     log_probs[5] = np.nan
     worse = span_records(pair, log_probs)
     assert 0 < (good["size"] > 0).sum() - (worse["size"] > 0).sum() < 5
@@ -127,8 +154,14 @@ def test_unknown_and_foreign_tokens_spoil_their_span_alone():
 def test_training_takes_them_and_other_uses_are_refused(world, chunked, tmp_path):
     data, folder, _, _ = chunked
     settings = {**world.settings, "max_steps": 20, "learning_rate": 5e-3, "validate_every": 10}
-    result = train.run(DistillConfig(data_path=data, output_dir=tmp_path / "run", cache=folder, **settings))
-    assert result.validation is not None and result.validation.kd is not None and np.isfinite(result.validation.kd)
+    result = train.run(
+        DistillConfig(data_path=data, output_dir=tmp_path / "run", cache=folder, **settings)
+    )
+    assert (
+        result.validation is not None
+        and result.validation.kd is not None
+        and np.isfinite(result.validation.kd)
+    )
     with pytest.raises(UsageError, match="holds likelihoods of spans of text"):
         Cache(folder).split("train")
     with pytest.raises(UsageError, match="holds distributions, no span likelihoods"):
@@ -138,7 +171,9 @@ def test_training_takes_them_and_other_uses_are_refused(world, chunked, tmp_path
 def test_shards_are_made_again_alike(chunked, tmp_path):
     _, folder, _, config = chunked
     score.run(replace(config, output_dir=tmp_path / "c", shard_positions=10**6, batch_tokens=200))
-    once, again = (np.concatenate([np.asarray(m) for m in CachedSpans(Cache(f), "train").maps])
-                   for f in (folder, tmp_path / "c"))  # fmt: skip
+    once, again = (
+        np.concatenate([np.asarray(m) for m in CachedSpans(Cache(f), "train").maps])
+        for f in (folder, tmp_path / "c")
+    )
     assert (once["size"] == again["size"]).all() and (once["place"] == again["place"]).all()
     np.testing.assert_allclose(once["log_prob"], again["log_prob"], atol=1e-3)

@@ -1,4 +1,5 @@
-"""Caches from an endpoint that scores given text as vLLM does: right numbers, nothing lost, every bad answer named.
+"""Caches from an endpoint that scores given text as vLLM does: right numbers, nothing lost, every
+bad answer named.
 
 The server is `fake_endpoint`, written after vLLM's protocol; its numbers are transformers'.
 """
@@ -41,20 +42,30 @@ def small(world, tmp_path_factory):
     )
     prepare.run(
         PrepareConfig(
-            data_path=(str(folder / "text.jsonl"),), tokenizer_path=world.tokenizer, output_dir=folder / "data",
+            data_path=(str(folder / "text.jsonl"),),
+            tokenizer_path=world.tokenizer,
+            output_dir=folder / "data",
             validation_fraction=0.2,
         )
-    )  # fmt: skip
+    )
     return dataclasses.replace(world, data=folder / "data")
 
 
 def config(world, url, folder, **changes):
-    settings = {"max_seq_length": 40, "head": 6, "endpoint": QUICK, "tokenizer": str(world.tokenizer), **changes}
+    settings = {
+        "max_seq_length": 40,
+        "head": 6,
+        "endpoint": QUICK,
+        "tokenizer": str(world.tokenizer),
+        **changes,
+    }
     return CacheConfig(url, world.data, folder, **settings)
 
 
 def shards(folder):
-    return {p.relative_to(folder).as_posix(): sha256_file(p) for p in sorted(folder.glob("*/*.bin"))}
+    return {
+        p.relative_to(folder).as_posix(): sha256_file(p) for p in sorted(folder.glob("*/*.bin"))
+    }
 
 
 def test_records_are_exact_in_the_head_and_have_one_bucket_for_the_tail(small, tmp_path):
@@ -67,20 +78,29 @@ def test_records_are_exact_in_the_head_and_have_one_bucket_for_the_tail(small, t
     outside = 0
     for start, end in zip(split.documents[:-1], split.documents[1:], strict=True):
         ids = torch.from_numpy(split.tokens[start:end].astype(np.int64))
-        for first in range(0, len(ids) - 1, 40):  # a sequence sees its own 40 inputs and nothing before
+        # a sequence sees its own 40 inputs and nothing before
+        for first in range(0, len(ids) - 1, 40):
             piece = ids[first : first + 41]
             with torch.no_grad():
                 log_p = model.logits(model.hidden(piece[None, :-1]))[0].log_softmax(1)
             positions = np.arange(start + first, start + first + len(piece) - 1)
             targets = cache.split("train").targets(positions)
             top = log_p.topk(6)
-            assert targets.valid.all() and not targets.has_draws.any() and (targets.log_z == 0).all()
-            torch.testing.assert_close(log_p.gather(1, targets.head_ids), top.values, atol=1e-5, rtol=0)
+            assert (
+                targets.valid.all() and not targets.has_draws.any() and (targets.log_z == 0).all()
+            )
+            torch.testing.assert_close(
+                log_p.gather(1, targets.head_ids), top.values, atol=1e-5, rtol=0
+            )
             torch.testing.assert_close(targets.head_log_probs, top.values, atol=0.06, rtol=0.02)
-            torch.testing.assert_close(targets.log_tail, (1 - top.values.exp().sum(1)).log(), atol=0.01, rtol=0.01)
+            torch.testing.assert_close(
+                targets.log_tail, (1 - top.values.exp().sum(1)).log(), atol=0.01, rtol=0.01
+            )
             records = cache.split("train").maps[0][positions]
             labels = log_p.gather(1, piece[1:, None])[:, 0]
-            np.testing.assert_allclose(records["log_label"].astype(float), labels.numpy(), atol=0.01, rtol=2e-3)
+            np.testing.assert_allclose(
+                records["log_label"].astype(float), labels.numpy(), atol=0.01, rtol=2e-3
+            )
             outside += int((labels < top.values[:, -1]).sum())
             assert not (records["flags"] & HAS_DRAWS).any()
     assert outside > 20, "tokens that came from outside the most likely ones have their log p"
@@ -90,7 +110,9 @@ def test_records_are_exact_in_the_head_and_have_one_bucket_for_the_tail(small, t
 def test_a_student_trains_from_it(small, tmp_path):
     with FakeVllm(small.teacher) as server:
         score.run(config(small, server.url, tmp_path / "c", max_seq_length=62))
-    result = train.run(small.distill(tmp_path / "run", cache=tmp_path / "c", max_steps=2, validate_every=2))
+    result = train.run(
+        small.distill(tmp_path / "run", cache=tmp_path / "c", max_steps=2, validate_every=2)
+    )
     assert np.isfinite(result.state.best_validation)
 
 
@@ -138,7 +160,11 @@ BAD = {
         r"token 3: [34] log-probabilities came where 6 were asked for; take a smaller --head",
     ),
     "ids out of range": (
-        change(lambda a: entry_of(a).update({"400": {"logprob": -1.0, "rank": 9, "decoded_token": "x"}})),
+        change(
+            lambda a: entry_of(a).update(
+                {"400": {"logprob": -1.0, "rank": 9, "decoded_token": "x"}}
+            )
+        ),
         r"token 3: token id '400' is not in the tokenizer's 400 ids: .*another vocabulary",
     ),
     "other tokens": (
@@ -195,7 +221,9 @@ def test_bad_answer_is_named_and_what_was_finished_stays(small, tmp_path, kind):
     split = open_dataset(small.data).split("train")
     for number in kept:
         start, end = split.documents[number : number + 2]
-        assert split.tokens[start : min(end, start + 41)].tolist() not in asked, "asked for once only"
+        assert split.tokens[start : min(end, start + 41)].tolist() not in asked, (
+            "asked for once only"
+        )
     assert not list((tmp_path / "c").glob("*/*.scratch"))
 
 
@@ -217,13 +245,17 @@ def whole(small, tmp_path_factory):
         ((500, {}, {"detail": "out of memory"}), "the server says 500 out of memory"),
     ],
 )
-def test_passing_trouble_is_tried_again_and_lasting_trouble_is_named(small, tmp_path, mischief, message, whole):
+def test_passing_trouble_is_tried_again_and_lasting_trouble_is_named(
+    small, tmp_path, mischief, message, whole
+):
     with FakeVllm(small.teacher, lambda n, *_: mischief if n in (3, 7) else None) as server:
         score.run(config(small, server.url, tmp_path / "c"))
     assert shards(tmp_path / "c") == whole
     with FakeVllm(small.teacher, lambda n, *_: mischief if n >= 5 else None) as server:
         began = time.monotonic()
-        with pytest.raises(XinslmError, match=rf"{message} \(2 tries in .*run the same command again"):
+        with pytest.raises(
+            XinslmError, match=rf"{message} \(2 tries in .*run the same command again"
+        ):
             score.run(config(small, server.url, tmp_path / "d"))
         assert time.monotonic() - began < 10
     with FakeVllm(small.teacher) as server:  # at another address, more patiently
@@ -249,7 +281,11 @@ def test_half_a_line_of_the_journal_is_dropped_before_the_next_is_written(tmp_pa
 
 def test_damaged_records_in_the_journal_are_asked_for_again(small, tmp_path, whole):
     with FakeVllm(small.teacher, break_at(9, "close")) as server, pytest.raises(XinslmError):
-        score.run(config(small, server.url, tmp_path / "c", endpoint=dataclasses.replace(QUICK, retries=0)))
+        score.run(
+            config(
+                small, server.url, tmp_path / "c", endpoint=dataclasses.replace(QUICK, retries=0)
+            )
+        )
     scratch = next((tmp_path / "c").glob("*/*.scratch"))
     lines = [json.loads(line) for line in scratch.read_text().splitlines()]
     assert len(lines) > 2
@@ -262,7 +298,9 @@ def test_damaged_records_in_the_journal_are_asked_for_again(small, tmp_path, who
 
 
 def test_spaces_as_vllm_0_8_writes_them_are_the_same_vocabulary(small, tmp_path, whole):
-    """vLLM 0.8.3 wrote tokens as the vocabulary spells them ('Ġthat', vllm-project/vllm issue 16838)."""
+    """vLLM 0.8.3 wrote tokens as the vocabulary spells them ('Ġthat', vllm-project/vllm issue
+    16838).
+    """
 
     def spelled(answer):
         for entry in answer["choices"][0]["prompt_logprobs"][1:]:
@@ -301,11 +339,17 @@ def test_servers_that_cannot_score_are_told_apart_when_opened(small, tmp_path):
 
     for mischief, reason in (
         (silent, "leaves prompt_logprobs unanswered"),
-        ((400, {}, {"error": {"message": "Unknown parameter: 'prompt_logprobs'"}}), "Unknown parameter"),
+        (
+            (400, {}, {"error": {"message": "Unknown parameter: 'prompt_logprobs'"}}),
+            "Unknown parameter",
+        ),
     ):
         with (
             FakeVllm(small.teacher, lambda *_, m=mischief: m) as server,
-            pytest.raises(UsageError, match=rf"cannot score a given text \(.*{reason}.*xinslm synthesize.*gguf"),
+            pytest.raises(
+                UsageError,
+                match=rf"cannot score a given text \(.*{reason}.*xinslm synthesize.*gguf",
+            ),
         ):
             score.run(config(small, server.url, tmp_path / "c"))
     assert not (tmp_path / "c").exists()
@@ -314,10 +358,16 @@ def test_servers_that_cannot_score_are_told_apart_when_opened(small, tmp_path):
 def test_other_refusals(small, tmp_path):
     with FakeVllm(small.teacher) as server:
         with pytest.raises(UsageError, match=r"has no model 'big'. It has: tiny"):
-            score.run(config(small, server.url, tmp_path / "c", endpoint=EndpointConfig(model="big")))
-        with pytest.raises(UsageError, match=r"no tokenizer is found under the name tiny; give .*--tokenizer"):
+            score.run(
+                config(small, server.url, tmp_path / "c", endpoint=EndpointConfig(model="big"))
+            )
+        with pytest.raises(
+            UsageError, match=r"no tokenizer is found under the name tiny; give .*--tokenizer"
+        ):
             score.run(config(small, server.url, tmp_path / "c", tokenizer=None))
-        with pytest.raises(UsageError, match=r"context of 64 tokens and needs two more: pass --max-seq-length 62"):
+        with pytest.raises(
+            UsageError, match=r"context of 64 tokens and needs two more: pass --max-seq-length 62"
+        ):
             score.run(config(small, server.url, tmp_path / "c", max_seq_length=63))
         with pytest.raises(UsageError, match="gives no hidden states"):
             score.run(config(small, server.url, tmp_path / "c", sketch_depths=(1.0,)))
@@ -328,10 +378,19 @@ def test_other_refusals(small, tmp_path):
             score.run(config(small, server.url, tmp_path / "c", tokenizer=str(tmp_path / "other")))
 
 
-def test_key_comes_from_a_file_or_a_variable_and_is_written_nowhere(small, tmp_path, monkeypatch, capsys):
+def test_key_comes_from_a_file_or_a_variable_and_is_written_nowhere(
+    small, tmp_path, monkeypatch, capsys
+):
     (tmp_path / "key").write_text("sk-from-file\n")
     monkeypatch.setenv("MY_TEST_KEY", "sk-from-variable")
-    flags = ["--data-path", str(small.data), "--max-seq-length", "40", "--tokenizer", str(small.tokenizer)]
+    flags = [
+        "--data-path",
+        str(small.data),
+        "--max-seq-length",
+        "40",
+        "--tokenizer",
+        str(small.tokenizer),
+    ]
     for name, value, key in (
         ("--endpoint.api-key-file", str(tmp_path / "key"), "sk-from-file"),
         ("--endpoint.api-key-env", "MY_TEST_KEY", "sk-from-variable"),
@@ -342,6 +401,19 @@ def test_key_comes_from_a_file_or_a_variable_and_is_written_nowhere(small, tmp_p
             assert set(server.keys) == {f"Bearer {key}"}
         written = b"".join(p.read_bytes() for p in folder.rglob("*") if p.is_file())
         assert key.encode() not in written
-    assert main(["cache", "http://127.0.0.1:9", "-o", "x", *flags, "--endpoint.api-key-env", "NO_SUCH_KEY"]) == 2
+    assert (
+        main(
+            [
+                "cache",
+                "http://127.0.0.1:9",
+                "-o",
+                "x",
+                *flags,
+                "--endpoint.api-key-env",
+                "NO_SUCH_KEY",
+            ]
+        )
+        == 2
+    )
     assert "NO_SUCH_KEY: there is no such environment variable" in capsys.readouterr().err
     assert "MY_TEST_KEY" in os.environ

@@ -1,4 +1,6 @@
-"""Distances between hidden states against plain numpy, finite differences and what must not change them."""
+"""Distances between hidden states against plain numpy, finite differences and what must not change
+them.
+"""
 
 import numpy as np
 import pytest
@@ -51,9 +53,12 @@ def test_projected_error_is_relative_and_zero_for_an_exact_map():
     x, p = draw(7, 4), draw(3, 4, seed=1)
     targets = x @ p.t()
     torch.testing.assert_close(projected_error(x, p, targets), torch.zeros(7, dtype=torch.float64))
-    torch.testing.assert_close(projected_error(x, 0 * p, 5 * targets), torch.ones(7, dtype=torch.float64))
+    torch.testing.assert_close(
+        projected_error(x, 0 * p, 5 * targets), torch.ones(7, dtype=torch.float64)
+    )
     expected = [
-        ((p.numpy() @ x.numpy()[i] - 2 * targets.numpy()[i]) ** 2).sum() / ((2 * targets.numpy()[i]) ** 2).sum()
+        ((p.numpy() @ x.numpy()[i] - 2 * targets.numpy()[i]) ** 2).sum()
+        / ((2 * targets.numpy()[i]) ** 2).sum()
         for i in range(7)
     ]
     np.testing.assert_allclose(projected_error(x, p, 2 * targets).numpy(), expected, rtol=1e-12)
@@ -76,7 +81,9 @@ def test_cka_is_the_published_one_and_blind_to_rotation_scale_and_shift():
     assert float(linear_cka(7 * x @ turn + 3, 0.1 * y)) == pytest.approx(found, rel=1e-12)
     assert float(linear_cka(x, x @ turn)) == pytest.approx(1, rel=1e-12)
     stretched = x * torch.tensor([1.0, 1, 1, 1, 1, 20])
-    assert abs(float(linear_cka(stretched, y)) - found) > 0.05, "only rotations are free, not every linear map"
+    assert abs(float(linear_cka(stretched, y)) - found) > 0.05, (
+        "only rotations are free, not every linear map"
+    )
 
 
 def test_contrast_is_a_softmax_over_cosines_without_equal_next_tokens():
@@ -84,7 +91,9 @@ def test_contrast_is_a_softmax_over_cosines_without_equal_next_tokens():
     x, y = (t.numpy() - t.numpy().mean(0) for t in (a, b))
     terms = []
     for i in range(5):
-        cosine = [x[i] @ y[j] / (np.linalg.norm(x[i]) * np.linalg.norm(y[j])) / 0.07 for j in range(5)]
+        cosine = [
+            x[i] @ y[j] / (np.linalg.norm(x[i]) * np.linalg.norm(y[j])) / 0.07 for j in range(5)
+        ]
         others = [j for j in range(5) if j == i or LABELS[j] != LABELS[i]]
         terms.append(np.log(sum(np.exp(cosine[j]) for j in others)) - cosine[i])
     assert float(info_nce(a, b, LABELS, 0.07)) == pytest.approx(np.mean(terms), rel=1e-10)
@@ -94,13 +103,17 @@ def test_contrast_is_a_softmax_over_cosines_without_equal_next_tokens():
 def test_a_masked_negative_carries_no_gradient():
     a, b = draw(2, 3), draw(2, 3, seed=1).requires_grad_()
     info_nce(a, b, torch.tensor([4, 4]), 0.07).backward()
-    assert torch.equal(b.grad, torch.zeros_like(b)), "with no negative left there is nothing to tell apart"
+    assert torch.equal(b.grad, torch.zeros_like(b)), (
+        "with no negative left there is nothing to tell apart"
+    )
     a, b = draw(3, 3), draw(3, 3, seed=1)
     x, y = (torch.nn.functional.normalize(t - t.mean(0)) for t in (a, b))
     scores = (x @ y.t() / 0.07).numpy()
     scores[0, 1] = scores[1, 0] = -np.inf
     expected = np.mean(np.log(np.exp(scores).sum(1)) - scores.diagonal())
-    assert float(info_nce(a, b, torch.tensor([4, 4, 5]), 0.07)) == pytest.approx(expected, rel=1e-10)
+    assert float(info_nce(a, b, torch.tensor([4, 4, 5]), 0.07)) == pytest.approx(
+        expected, rel=1e-10
+    )
 
 
 def test_what_all_states_share_does_not_hide_their_differences():
@@ -122,10 +135,15 @@ def test_equal_states_contrast_best():
     )
 
 
-@pytest.mark.parametrize(("student", "teacher"), [(2, 6), (3, 6), (4, 6), (6, 6), (8, 6), (12, 80), (1, 5), (28, 61)])
+@pytest.mark.parametrize(
+    ("student", "teacher"), [(2, 6), (3, 6), (4, 6), (6, 6), (8, 6), (12, 80), (1, 5), (28, 61)]
+)
 def test_depth_map_rises_and_ends_at_the_last_blocks(student, teacher):
     """A map (l, l) would give a shallow student the teacher's lower half only."""
-    pairs = [(depth_at(l / student, student), depth_at(l / student, teacher)) for l in range(1, student + 1)]
+    pairs = [
+        (depth_at(l / student, student), depth_at(l / student, teacher))
+        for l in range(1, student + 1)
+    ]
     assert [s for s, _ in pairs] == list(range(1, student + 1))
     assert [t for _, t in pairs] == [-(-l * teacher // student) for l in range(1, student + 1)]
     assert pairs[-1] == (student, teacher)
@@ -139,6 +157,10 @@ def test_drawn_places_follow_from_the_seed_alone():
     candidates = np.arange(100, 900)
     one = draw_places(candidates, 64, (0, 3, 7))
     assert np.array_equal(one, draw_places(candidates, 64, (0, 3, 7)))
-    assert len(set(one.tolist())) == 64 and set(one) <= set(candidates) and np.array_equal(one, np.sort(one))
+    assert (
+        len(set(one.tolist())) == 64
+        and set(one) <= set(candidates)
+        and np.array_equal(one, np.sort(one))
+    )
     assert not np.array_equal(one, draw_places(candidates, 64, (0, 4, 7)))
     assert np.array_equal(draw_places(candidates[:10], 64, (0, 3, 7)), candidates[:10])

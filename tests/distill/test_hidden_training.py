@@ -1,4 +1,6 @@
-"""Losses on hidden states in the training loop: their gradients, schedules, exact resume, and what is exported."""
+"""Losses on hidden states in the training loop: their gradients, schedules, exact resume, and what
+is exported.
+"""
 
 import dataclasses
 import json
@@ -39,7 +41,14 @@ BOTH = {"hidden": HiddenConfig(1.0), "contrast": ContrastConfig(0.05, positions=
 def cache(world, tmp_path_factory):
     folder = tmp_path_factory.mktemp("sketched") / "cache"
     score.run(
-        CacheConfig(str(world.teacher), world.data, folder, max_seq_length=64, sketch_depths=(0.5, 1.0), device="cpu")
+        CacheConfig(
+            str(world.teacher),
+            world.data,
+            folder,
+            max_seq_length=64,
+            sketch_depths=(0.5, 1.0),
+            device="cpu",
+        )
     )
     return folder
 
@@ -48,21 +57,31 @@ def trainer(world, cache, micro=None, live=False, **changes):
     config = world.distill(world.folder / "unused", cache=cache, micro_batch_size=micro, **changes)
     rows = PackedRows(open_dataset(world.data).split("train"), config.max_seq_length)
     model = Transformer(
-        dataclasses.replace(load_config(world.teacher), hidden_size=36, head_dim=12, num_hidden_layers=3)
+        dataclasses.replace(
+            load_config(world.teacher), hidden_size=36, head_dim=12, num_hidden_layers=3
+        )
     )
     model.initialise(torch.Generator().manual_seed(0))
     targets = hidden = None
     if live:
-        targets = hidden = LiveTargets(HuggingFaceTeacher(str(world.teacher)), hidden_shares(config))
+        targets = hidden = LiveTargets(
+            HuggingFaceTeacher(str(world.teacher)), hidden_shares(config)
+        )
     else:
-        targets, hidden = CachedTargets(Cache(cache).split("train")), CachedSketches(Cache(cache), "train")
+        targets, hidden = (
+            CachedTargets(Cache(cache).split("train")),
+            CachedSketches(Cache(cache), "train"),
+        )
     auxiliary = make_auxiliary(config, hidden, model.config, 8, CPU)
     return Trainer(model, config, config.loss, rows, 8, targets, CPU, auxiliary)
 
 
 def gradients(made):
     """Of the model by name, and of the maps by number; 0 where there is none."""
-    named = [*made.model.named_parameters(), *((f"matrix {n}", p) for n, p in enumerate(made.auxiliary.parameters()))]
+    named = [
+        *made.model.named_parameters(),
+        *((f"matrix {n}", p) for n, p in enumerate(made.auxiliary.parameters())),
+    ]
     return {name: torch.zeros_like(p) if p.grad is None else p.grad.clone() for name, p in named}
 
 
@@ -75,7 +94,9 @@ def test_taps_are_the_hidden_states_of_transformers(world, checkpointing):
     hidden, (first, last) = model.hidden(ids, taps=(1, 2))
     assert torch.equal(hidden, model.hidden(ids)) and torch.equal(hidden, model.model.norm(last))
     with torch.no_grad():
-        expected = AutoModelForCausalLM.from_pretrained(world.teacher)(ids, output_hidden_states=True).hidden_states
+        expected = AutoModelForCausalLM.from_pretrained(world.teacher)(
+            ids, output_hidden_states=True
+        ).hidden_states
     torch.testing.assert_close(first, expected[1], atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(hidden, expected[2], atol=1e-4, rtol=1e-4)
 
@@ -83,7 +104,9 @@ def test_taps_are_the_hidden_states_of_transformers(world, checkpointing):
 def oracle(made, batch, chosen, kind):
     """The weighted terms at step 2 of 8 from their formulas, through a plain forward pass."""
     with torch.enable_grad():
-        ids, positions, segments = (torch.from_numpy(x) for x in (batch.input_ids, batch.positions, batch.segments))
+        ids, positions, segments = (
+            torch.from_numpy(x) for x in (batch.input_ids, batch.positions, batch.segments)
+        )
         _, taps = made.model.hidden(ids, positions, segments, taps=(2, 3))
         x = [tap.reshape(-1, 36)[torch.from_numpy(chosen)] for tap in taps]
         x = [t / t.pow(2).mean(1, keepdim=True).sqrt() for t in x]
@@ -91,7 +114,10 @@ def oracle(made, batch, chosen, kind):
         assert bool(valid.all())
         p = made.auxiliary.parameters()
         if kind == "projector":
-            terms = [((t @ p[n].t() - s[n]).norm(dim=1) / s[n].norm(dim=1)).pow(2).mean() for n, t in enumerate(x)]
+            terms = [
+                ((t @ p[n].t() - s[n]).norm(dim=1) / s[n].norm(dim=1)).pow(2).mean()
+                for n, t in enumerate(x)
+            ]
         else:
             terms = []
             for t, theirs in zip(x, s, strict=True):
@@ -108,13 +134,24 @@ def oracle(made, batch, chosen, kind):
         )
         allowed = (labels[:, None] != labels[None]) | torch.eye(len(labels), dtype=torch.bool)
         nce = -cosines.diag() + torch.where(allowed, cosines, -torch.inf).logsumexp(1)
-        return 0.5 * sum(terms) / 2 + 0.5 * 0.05 * nce.mean(), sum(terms).item() / 2, nce.mean().item()
+        return (
+            0.5 * sum(terms) / 2 + 0.5 * 0.05 * nce.mean(),
+            sum(terms).item() / 2,
+            nce.mean().item(),
+        )
 
 
 @pytest.mark.parametrize("kind", ["projector", "cka"])
 def test_gradients_in_the_loop_are_those_of_the_formulas(world, cache, kind):
-    changes = {"hidden": HiddenConfig(1.0, kind), "contrast": ContrastConfig(0.05, positions=10_000), "clip_norm": 0}
-    made, plain = trainer(world, cache, **changes), trainer(world, cache, hidden=HiddenConfig(), clip_norm=0)
+    changes = {
+        "hidden": HiddenConfig(1.0, kind),
+        "contrast": ContrastConfig(0.05, positions=10_000),
+        "clip_norm": 0,
+    }
+    made, plain = (
+        trainer(world, cache, **changes),
+        trainer(world, cache, hidden=HiddenConfig(), clip_norm=0),
+    )
     assert plain.auxiliary is not None and plain.auxiliary.depths(0) == ()
     before = [p.detach().clone() for p in made.auxiliary.parameters()]
     batch = made.rows.batch(rows_at(2, made))
@@ -153,7 +190,9 @@ def test_projector_term_does_not_depend_on_how_a_step_is_split(world, cache):
 
 @pytest.mark.parametrize("term", ["cka", "contrast"])
 def test_statistics_of_a_micro_batch_count_by_their_share_of_the_targets(world, cache, term):
-    settings = {"hidden": HiddenConfig(1.0, "cka")} if term == "cka" else {"contrast": ContrastConfig(1.0)}
+    settings = (
+        {"hidden": HiddenConfig(1.0, "cka")} if term == "cka" else {"contrast": ContrastConfig(1.0)}
+    )
     made = trainer(world, cache, micro=1, **settings)
     name = "hidden" if term == "cka" else "contrast"
     base = trainer(world, cache, micro=1).step(0)
@@ -172,7 +211,9 @@ def test_statistics_of_a_micro_batch_count_by_their_share_of_the_targets(world, 
 
 
 def test_weights_fall_linearly_to_nothing_and_then_cost_nothing(world, cache):
-    made = trainer(world, cache, hidden=HiddenConfig(2.0, until=0.5), contrast=ContrastConfig(0.4, until=1.0))
+    made = trainer(
+        world, cache, hidden=HiddenConfig(2.0, until=0.5), contrast=ContrastConfig(0.4, until=1.0)
+    )
     weights = [made.auxiliary.weights(step) for step in range(8)]
     assert [w[0] for w in weights] == pytest.approx([2.0, 1.5, 1.0, 0.5, 0, 0, 0, 0])
     assert [w[1] for w in weights] == pytest.approx([0.4 * (1 - n / 8) for n in range(8)])
@@ -235,23 +276,37 @@ def test_a_run_learns_to_match_and_exports_a_llama_alone(world, cache, tmp_path)
         assert load_file(folder / "model.safetensors").keys() == llama
         AutoModelForCausalLM.from_pretrained(folder)
     assert {name.partition(".")[0] for name in load_file(last / "auxiliary.safetensors")} == {
-        "matrix", "step", "exp_avg", "exp_avg_sq",
-    }  # fmt: skip
+        "matrix",
+        "step",
+        "exp_avg",
+        "exp_avg_sq",
+    }
     assert last.resolve() == best.resolve() or not (best / "auxiliary.safetensors").exists()
     page = report.run(ReportConfig(run)).html.read_text()
-    assert "Hidden states against the teacher&#x27;s" in page and "Contrast of hidden states" in page
+    assert (
+        "Hidden states against the teacher&#x27;s" in page and "Contrast of hidden states" in page
+    )
 
 
 def metrics(run):
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k not in ("seconds", "tokens_per_second")} for line in lines]
+    return [
+        {k: v for k, v in line.items() if k not in ("seconds", "tokens_per_second")}
+        for line in lines
+    ]
 
 
 @pytest.mark.parametrize(("at_step", "live"), [(5, False), (4, True)])
 def test_a_killed_run_continues_bit_for_bit(world, cache, tmp_path, at_step, live):
-    settings = {"hidden": HiddenConfig(1.0, until=0.8), "contrast": ContrastConfig(0.05, positions=32, until=1.0)}
+    settings = {
+        "hidden": HiddenConfig(1.0, until=0.8),
+        "contrast": ContrastConfig(0.05, positions=32, until=1.0),
+    }
     settings |= {"teacher": str(world.teacher), "micro_batch_size": 2} if live else {"cache": cache}
-    whole, broken = world.distill(tmp_path / "whole", **settings), world.distill(tmp_path / "broken", **settings)
+    whole, broken = (
+        world.distill(tmp_path / "whole", **settings),
+        world.distill(tmp_path / "broken", **settings),
+    )
     train.run(whole)
     code = f"""
 import os, signal
@@ -269,8 +324,12 @@ train.run({broken!r}, listen)
     assert done.returncode == -signal.SIGKILL
     train.run(broken)
     for name in ("model.safetensors", "auxiliary.safetensors", "optimizer.safetensors"):
-        ours, theirs = (load_file(tmp_path / run / "checkpoints" / "last" / name) for run in ("whole", "broken"))
-        assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
+        ours, theirs = (
+            load_file(tmp_path / run / "checkpoints" / "last" / name) for run in ("whole", "broken")
+        )
+        assert ours.keys() == theirs.keys() and all(
+            torch.equal(ours[key], theirs[key]) for key in ours
+        )
     assert metrics(tmp_path / "whole") == metrics(tmp_path / "broken")
 
 
@@ -295,21 +354,40 @@ def test_a_checkpoint_without_its_maps_is_refused(world, cache, tmp_path):
 
 
 def test_weights_without_hidden_states_are_refused_and_say_what_to_do(world, cache, tmp_path):
-    with pytest.raises(UsageError, match=r"has no sketches of hidden states, which hidden.weight and contrast.weight"):
+    with pytest.raises(
+        UsageError,
+        match=r"has no sketches of hidden states, which hidden.weight and contrast.weight",
+    ):
         train.run(world.distill(tmp_path / "a", hidden=HiddenConfig(1.0)))
-    with pytest.raises(UsageError, match=r"no sketches of relative depth 0.2 \(block 1 of 5\)|block 1 of 2"):
+    with pytest.raises(
+        UsageError, match=r"no sketches of relative depth 0.2 \(block 1 of 5\)|block 1 of 2"
+    ):
         train.run(
-            world.distill(tmp_path / "b", cache=shallow(world, tmp_path), hidden=HiddenConfig(1.0, depths=(0.2, 1.0)))
+            world.distill(
+                tmp_path / "b",
+                cache=shallow(world, tmp_path),
+                hidden=HiddenConfig(1.0, depths=(0.2, 1.0)),
+            )
         )
     assert not (tmp_path / "a").exists() and not (tmp_path / "b").exists()
-    assert make_auxiliary(world.pretrain(tmp_path / "p"), None, load_config(world.teacher), 8, CPU) is None
+    assert (
+        make_auxiliary(world.pretrain(tmp_path / "p"), None, load_config(world.teacher), 8, CPU)
+        is None
+    )
     assert isinstance(trainer(world, cache, **BOTH).auxiliary, Auxiliary)
 
 
 def shallow(world, tmp_path):
     folder = tmp_path / "shallow"
     score.run(
-        CacheConfig(str(world.teacher), world.data, folder, max_seq_length=64, sketch_depths=(1.0,), device="cpu")
+        CacheConfig(
+            str(world.teacher),
+            world.data,
+            folder,
+            max_seq_length=64,
+            sketch_depths=(1.0,),
+            device="cpu",
+        )
     )
     return folder
 

@@ -1,4 +1,6 @@
-"""The loss over groups of tokens, against sets of tokens spelled out one by one and autograd in float64."""
+"""The loss over groups of tokens, against sets of tokens spelled out one by one and autograd in
+float64.
+"""
 
 import itertools
 
@@ -7,7 +9,10 @@ import torch
 
 from xinslm.distill.losses import GroupTargets, LossConfig, fused_loss
 
-PIECES = sorted({"".join(p) for n in (1, 2, 3) for p in itertools.product("abc", repeat=n)} - {"ac", "bcb", "cca"})
+PIECES = sorted(
+    {"".join(p) for n in (1, 2, 3) for p in itertools.product("abc", repeat=n)}
+    - {"ac", "bcb", "cca"}
+)
 
 
 def begin_with(x):
@@ -20,7 +25,9 @@ def alone(piece):
 
 
 def rows_of(*rows, order=None):
-    """Rows of (range, level, onward, share) as targets; the vocabulary is PIECES in some order and one token more."""
+    """Rows of (range, level, onward, share) as targets; the vocabulary is PIECES in some order and
+    one token more.
+    """
     most = max(len(row) for row in rows)
     begins, ends, levels = (torch.zeros(len(rows), most, dtype=torch.int64) for _ in range(3))
     probs, onward = torch.zeros(len(rows), most), torch.zeros(len(rows), most, dtype=torch.bool)
@@ -28,17 +35,34 @@ def rows_of(*rows, order=None):
         for column, ((begin, end), level, further, share) in enumerate(row):
             begins[number, column], ends[number, column], levels[number, column] = begin, end, level
             onward[number, column], probs[number, column] = further, share
-    return GroupTargets(order, begins, ends, probs, levels, onward, torch.tensor([bool(row) for row in rows]))
+    return GroupTargets(
+        order, begins, ends, probs, levels, onward, torch.tensor([bool(row) for row in rows])
+    )
 
 
 ROWS = (
-    [(begin_with("a"), 0, True, 0.6), (begin_with("c"), 0, False, 0.1), (begin_with("bb"), 0, False, 0.2),
-     (begin_with("ab"), 1, True, 0.5), (alone("a"), 1, False, 0.2), (begin_with("aa"), 1, False, 0.1),
-     (alone("abc"), 2, False, 0.7), (alone("ab"), 2, False, 0.3)],
-    [(begin_with("b"), 0, False, 0.25), (begin_with("ba"), 0, False, 0.25), (alone("baa"), 0, True, 0.125)],
+    [
+        (begin_with("a"), 0, True, 0.6),
+        (begin_with("c"), 0, False, 0.1),
+        (begin_with("bb"), 0, False, 0.2),
+        (begin_with("ab"), 1, True, 0.5),
+        (alone("a"), 1, False, 0.2),
+        (begin_with("aa"), 1, False, 0.1),
+        (alone("abc"), 2, False, 0.7),
+        (alone("ab"), 2, False, 0.3),
+    ],
+    [
+        (begin_with("b"), 0, False, 0.25),
+        (begin_with("ba"), 0, False, 0.25),
+        (alone("baa"), 0, True, 0.125),
+    ],
     [],
-    [(alone("c"), 0, False, 0.875), (begin_with("ca"), 0, True, 0.1), (alone("caa"), 1, False, 0.9)],
-)  # fmt: skip
+    [
+        (alone("c"), 0, False, 0.875),
+        (begin_with("ca"), 0, True, 0.1),
+        (alone("caa"), 1, False, 0.9),
+    ],
+)
 
 
 def divergence(p, q, name):
@@ -52,7 +76,9 @@ def divergence(p, q, name):
 
 
 def oracle(logits, labels, rows, order, config):
-    """Level by level: the tokens of each group as a set, the rest of the level's set, and what is left out."""
+    """Level by level: the tokens of each group as a set, the rest of the level's set, and what is
+    left out.
+    """
     log_q = torch.log_softmax(logits, dim=1)
     total = 0.0
     for number, row in enumerate(rows):
@@ -66,7 +92,11 @@ def oracle(logits, labels, rows, order, config):
             for place, _, further, share in mine:
                 tokens = {int(order[i]) for i in range(*place)}
                 if not further:
-                    smaller = [e[0] for e in row if e[0] != place and place[0] <= e[0][0] and e[0][1] <= place[1]]
+                    smaller = [
+                        e[0]
+                        for e in row
+                        if e[0] != place and place[0] <= e[0][0] and e[0][1] <= place[1]
+                    ]
                     tokens -= {int(order[i]) for other in smaller for i in range(*other)}
                 sets.append((tokens, share))
             whole = sum(q[t] for t in inside)
@@ -103,7 +133,9 @@ def test_value_and_gradient_are_the_oracles(name):
 
 
 def test_levels_add_up_to_the_divergence_of_whole_tokens_on_average():
-    """Pairs of letters: level 0 is the first, level 1 the second behind the text's own first one."""
+    """Pairs of letters: level 0 is the first, level 1 the second behind the text's own first
+    one.
+    """
     torch.manual_seed(1)
     letters = "abcd"
     p = torch.rand(4, 4, dtype=torch.float64)
@@ -114,7 +146,10 @@ def test_levels_add_up_to_the_divergence_of_whole_tokens_on_average():
     for first in range(len(letters)):
         mine = slice(4 * first, 4 * first + 4)
         row = [((4 * i, 4 * i + 4), 0, i == first, float(p[i].sum())) for i in range(4)]
-        row += [((4 * first + j, 4 * first + j + 1), 1, False, float(p[first, j] / p[first].sum())) for j in range(4)]
+        row += [
+            ((4 * first + j, 4 * first + j + 1), 1, False, float(p[first, j] / p[first].sum()))
+            for j in range(4)
+        ]
         targets = rows_of(row, order=torch.arange(16))
         label = torch.tensor([mine.start])
         _, figures = fused_loss(hidden, weight, label, targets, LossConfig(alpha=0.0, beta=1.0))
@@ -133,7 +168,9 @@ def test_nothing_is_taught_where_the_student_is_the_teacher():
     row += [(inside, 1, True, mass(inside) / mass(begin_with("a")))]
     row += [(alone(x), 2, False, mass(alone(x)) / mass(inside)) for x in ("ab", "aba")]
     targets = rows_of(row, order=torch.arange(len(PIECES)))
-    loss, _ = fused_loss(hidden, weight, torch.tensor([0]), targets, LossConfig(alpha=0.0, beta=1.0))
+    loss, _ = fused_loss(
+        hidden, weight, torch.tensor([0]), targets, LossConfig(alpha=0.0, beta=1.0)
+    )
     loss.backward()
     assert float(loss.detach()) == pytest.approx(0, abs=1e-7)
     assert hidden.grad.abs().max() < 1e-6 and weight.grad.abs().max() < 1e-6
@@ -143,4 +180,10 @@ def test_groups_have_no_temperature():
     targets = rows_of(*ROWS, order=torch.arange(len(PIECES)))
     with pytest.raises(ValueError, match="inside a group of tokens the teacher is unknown"):
         labels = torch.zeros(4, dtype=torch.int64)
-        fused_loss(torch.randn(4, 8), torch.randn(len(PIECES), 8), labels, targets, LossConfig(temperature=2.0))
+        fused_loss(
+            torch.randn(4, 8),
+            torch.randn(len(PIECES), 8),
+            labels,
+            targets,
+            LossConfig(temperature=2.0),
+        )

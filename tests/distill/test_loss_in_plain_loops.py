@@ -1,4 +1,6 @@
-"""The fused loss in a loop that knows nothing of this package's trainer, on models of `transformers`."""
+"""The fused loss in a loop that knows nothing of this package's trainer, on models of
+`transformers`.
+"""
 
 import pytest
 import torch
@@ -15,15 +17,24 @@ VOCAB, IGNORE = 50, -100
 def make_model(tied: bool, seed: int = 0) -> LlamaForCausalLM:
     torch.manual_seed(seed)
     config = LlamaConfig(
-        vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=64, tie_word_embeddings=tied, attn_implementation="eager",
+        vocab_size=VOCAB,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        tie_word_embeddings=tied,
+        attn_implementation="eager",
         initializer_range=0.2,
-    )  # fmt: skip
+    )
     return LlamaForCausalLM(config).train()
 
 
 def batch(rows: int = 8, length: int = 12, seed: int = 1):
-    """Token ids, attention mask and labels with prompts and pads ignored; the rows have unequal lengths."""
+    """Token ids, attention mask and labels with prompts and pads ignored; the rows have unequal
+    lengths.
+    """
     g = torch.Generator().manual_seed(seed)
     ids = torch.randint(0, VOCAB, (rows, length), generator=g)
     lengths = torch.randint(5, length + 1, (rows, 1), generator=g)
@@ -47,7 +58,9 @@ def fused_step(model, ids, mask, labels, teacher, config, count=None):
     """One forward and backward pass as a user would write it; returns the loss."""
     hidden = model.model(ids, attention_mask=mask).last_hidden_state
     rows, after, places = next_tokens(hidden, labels)
-    loss, _ = fused_loss(rows, model.lm_head.weight, after, sparsify(teacher[places]), config, count)
+    loss, _ = fused_loss(
+        rows, model.lm_head.weight, after, sparsify(teacher[places]), config, count
+    )
     loss.backward()
     return loss.item()
 
@@ -66,7 +79,9 @@ CONFIGS = [
 
 
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
-@pytest.mark.parametrize("config", CONFIGS, ids=lambda c: f"{c.divergence}-{c.temperature_mode}-{c.temperature}")
+@pytest.mark.parametrize(
+    "config", CONFIGS, ids=lambda c: f"{c.divergence}-{c.temperature_mode}-{c.temperature}"
+)
 def test_a_plain_loop_gets_the_gradients_of_the_dense_formula(tied, config):
     ids, mask, labels = batch()
     teacher = teacher_logits(ids, mask)
@@ -78,7 +93,12 @@ def test_a_plain_loop_gets_the_gradients_of_the_dense_formula(tied, config):
     keep = labels[:, 1:] != IGNORE
     wanted = teacher.view(*ids.shape, VOCAB)[:, :-1][keep]
     dense = dense_oracle(
-        hidden[:, :-1][keep], model.lm_head.weight, labels[:, 1:][keep], wanted, sparsify(wanted), config
+        hidden[:, :-1][keep],
+        model.lm_head.weight,
+        labels[:, 1:][keep],
+        wanted,
+        sparsify(wanted),
+        config,
     )
     dense.backward()
     assert value == pytest.approx(dense.item(), rel=1e-5)
@@ -111,7 +131,9 @@ def test_accumulation_over_rows_of_unequal_length(splits):
     model.zero_grad()
     total = 0.0
     for part in torch.arange(len(ids)).chunk(splits):
-        total += fused_step(model, ids[part], mask[part], labels[part], teacher[part].flatten(0, 1), config, count)
+        total += fused_step(
+            model, ids[part], mask[part], labels[part], teacher[part].flatten(0, 1), config, count
+        )
     assert total == pytest.approx(whole, rel=1e-5)
     assert_equal_gradients(gradients(model), expected)
 
@@ -122,10 +144,16 @@ def test_pads_at_the_end_change_nothing():
     value = fused_step(model, ids, mask, labels, teacher_logits(ids, mask), config)
     expected = gradients(model)
     model.zero_grad()
-    wide_ids, wide_mask, wide_labels = F.pad(ids, (0, 7)), F.pad(mask, (0, 7)), F.pad(labels, (0, 7), value=IGNORE)
+    wide_ids, wide_mask, wide_labels = (
+        F.pad(ids, (0, 7)),
+        F.pad(mask, (0, 7)),
+        F.pad(labels, (0, 7), value=IGNORE),
+    )
     wide = teacher_logits(ids, mask).view(*ids.shape, VOCAB)
     teacher = F.pad(wide, (0, 0, 0, 7), value=torch.nan).flatten(0, 1)
-    assert fused_step(model, wide_ids, wide_mask, wide_labels, teacher, config) == pytest.approx(value, rel=1e-6)
+    assert fused_step(model, wide_ids, wide_mask, wide_labels, teacher, config) == pytest.approx(
+        value, rel=1e-6
+    )
     assert_equal_gradients(gradients(model), expected)
 
 

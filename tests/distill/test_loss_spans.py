@@ -1,4 +1,6 @@
-"""Likelihoods of whole spans (ALM) in the fused head, against their definition in float64 and finite differences."""
+"""Likelihoods of whole spans (ALM) in the fused head, against their definition in float64 and
+finite differences.
+"""
 
 import pytest
 import torch
@@ -12,7 +14,11 @@ from xinslm.distill.losses.config import LossConfig
 from xinslm.distill.losses.fused import fused_loss
 from xinslm.distill.losses.targets import SpanTargets
 
-SPANS = torch.tensor([0, 0, -1, 1, 2, 2, 2, 5, 5, -1, -1, 6] + [7] * 13 + [8, 8, 9, -1, 10, 11, 11, 11, 11, -1, 12, 12])
+SPANS = torch.tensor(
+    [0, 0, -1, 1, 2, 2, 2, 5, 5, -1, -1, 6]
+    + [7] * 13
+    + [8, 8, 9, -1, 10, 11, 11, 11, 11, -1, 12, 12]
+)
 """13 positions of one span are more than the chunks of the tests hold."""
 
 
@@ -35,7 +41,9 @@ def oracle(hidden, weight, labels, targets, config):
         pair_p, pair_q = torch.stack((p, 1 - p))[None], torch.stack((q, 1 - q))[None]
         kd = kd + tau * plain_divergence(pair_p, pair_q, config).sum()
     kd = kd - at_label[targets.spans < 0].sum()  # outside spans the text stands in
-    return (config.alpha * F.cross_entropy(z, labels, reduction="sum") + config.beta * kd) / len(labels)
+    return (config.alpha * F.cross_entropy(z, labels, reduction="sum") + config.beta * kd) / len(
+        labels
+    )
 
 
 @pytest.mark.parametrize("tau", [1.0, 10.0, 100.0])
@@ -48,7 +56,9 @@ def test_loss_and_gradients_equal_the_definition(divergence, alpha, tau):
     expected = grads(lambda h, w: oracle(h, w, labels, targets, config), hidden, weight)
     for chunk_rows in (256, 7, 3, 1):
         ours = grads(
-            lambda h, w, n=chunk_rows: fused_loss(h, w, labels, targets, config, chunk_rows=n)[0], hidden, weight
+            lambda h, w, n=chunk_rows: fused_loss(h, w, labels, targets, config, chunk_rows=n)[0],
+            hidden,
+            weight,
         )
         assert_same(ours, expected, atol=2e-5, rtol=2e-3)  # the margin below 1 shifts a little
 
@@ -60,22 +70,35 @@ def test_the_gradient_is_the_slope_of_the_value(divergence):
     config = LossConfig(0.0, 1.0, divergence=divergence, span_temperature=20.0)
     gradient, step = z.clone(), 1e-5
     chunk_loss(gradient, labels, targets, config)
-    for row, column in [(0, 3), (1, int(labels[1])), (2, int(labels[2])), (15, 7), (20, int(labels[20])), (36, 0)]:
+    for row, column in [
+        (0, 3),
+        (1, int(labels[1])),
+        (2, int(labels[2])),
+        (15, 7),
+        (20, int(labels[20])),
+        (36, 0),
+    ]:
         values = []
         for sign in (1, -1):
             moved = z.clone()
             moved[row, column] += sign * step
             values.append(chunk_loss(moved, labels, targets, config)[1].item())
-        assert gradient[row, column].item() == pytest.approx((values[0] - values[1]) / (2 * step), rel=1e-4, abs=1e-9)
+        assert gradient[row, column].item() == pytest.approx(
+            (values[0] - values[1]) / (2 * step), rel=1e-4, abs=1e-9
+        )
     outside = SPANS < 0
-    torch.testing.assert_close(gradient[outside], z[outside].softmax(1) - F.one_hot(labels[outside], VOCAB))
+    torch.testing.assert_close(
+        gradient[outside], z[outside].softmax(1) - F.one_hot(labels[outside], VOCAB)
+    )
 
 
 def own_likelihoods(z, labels):
     """Targets of a teacher that finds every span as likely as the student with logits `z` does."""
     at_label = z.log_softmax(1).gather(1, labels[:, None])[:, 0]
     inside = SPANS >= 0
-    of_span = torch.zeros(int(SPANS.max()) + 1, dtype=z.dtype).index_add(0, SPANS[inside], at_label[inside])
+    of_span = torch.zeros(int(SPANS.max()) + 1, dtype=z.dtype).index_add(
+        0, SPANS[inside], at_label[inside]
+    )
     return SpanTargets(SPANS, of_span[SPANS.clamp_min(0)])
 
 
@@ -91,21 +114,33 @@ def test_no_gradient_where_student_and_teacher_agree(divergence):
 
 
 @settings(max_examples=50, deadline=None)
-@given(st.sampled_from(DIVERGENCES), st.floats(1.0, 200.0), st.floats(0.0, 40.0), st.integers(0, 2**31 - 1))
+@given(
+    st.sampled_from(DIVERGENCES),
+    st.floats(1.0, 200.0),
+    st.floats(0.0, 40.0),
+    st.integers(0, 2**31 - 1),
+)
 def test_never_negative_and_finite(divergence, tau, sharp, seed):
     """Also for a teacher that is certain and a student that is."""
     g = torch.Generator().manual_seed(seed)
-    z, labels = sharp * torch.randn(ROWS, VOCAB, generator=g), torch.randint(0, VOCAB, (ROWS,), generator=g)
+    z, labels = (
+        sharp * torch.randn(ROWS, VOCAB, generator=g),
+        torch.randint(0, VOCAB, (ROWS,), generator=g),
+    )
     z[15:].scatter_(1, labels[15:, None], 60.0)
     targets = span_targets(seed % 97)
     targets = SpanTargets(SPANS, torch.where((SPANS > 0) & (SPANS < 8), 1e-4, targets.log_probs))
-    _, kd = chunk_loss(z, labels, targets, LossConfig(0.1, 0.9, divergence=divergence, span_temperature=tau))
+    _, kd = chunk_loss(
+        z, labels, targets, LossConfig(0.1, 0.9, divergence=divergence, span_temperature=tau)
+    )
     assert kd.item() >= -1e-7
     assert torch.isfinite(z).all()
 
 
 def test_the_root_of_likelihoods_leaves_the_gradients_size_alone():
-    """For a large root a span counts a log(a/b) - a + b, with a and b the negative log-likelihoods."""
+    """For a large root a span counts a log(a/b) - a + b, with a and b the negative
+    log-likelihoods.
+    """
     _, _, labels, _ = problem()
     z, targets = problem(seed=4)[3].double(), span_targets()
     config = LossConfig(0.0, 1.0, span_temperature=1e4)
@@ -118,7 +153,10 @@ def test_the_root_of_likelihoods_leaves_the_gradients_size_alone():
 
 def test_training_on_spans_alone_brings_the_likelihoods_together():
     _, _, labels, _ = problem()
-    z, targets = torch.zeros(ROWS, VOCAB).double(), own_likelihoods(problem(seed=4)[3].double(), labels)
+    z, targets = (
+        torch.zeros(ROWS, VOCAB).double(),
+        own_likelihoods(problem(seed=4)[3].double(), labels),
+    )
     for _ in range(800):
         gradient = z.clone()
         chunk_loss(gradient, labels, targets, LossConfig(0.0, 1.0))
@@ -133,7 +171,13 @@ def test_spans_that_are_torn_and_temperatures_are_refused():
     hidden, weight, labels, _ = problem(rows=4)
     for spans in ([0, 1, 0, 2], [3, 3, 2, 2], [1, -1, 1, 2]):
         with pytest.raises(ValueError, match="contiguous"):
-            fused_loss(hidden, weight, labels, SpanTargets(torch.tensor(spans), torch.zeros(4)), LossConfig())
+            fused_loss(
+                hidden,
+                weight,
+                labels,
+                SpanTargets(torch.tensor(spans), torch.zeros(4)),
+                LossConfig(),
+            )
     whole = SpanTargets(torch.tensor([0, 0, 1, 1]), torch.full((4,), -1.0))
     with pytest.raises(ValueError, match="span_temperature"):
         fused_loss(hidden, weight, labels, whole, LossConfig(temperature=2.0))

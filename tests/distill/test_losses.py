@@ -1,4 +1,6 @@
-"""The fused head against dense autograd in float64, finite differences and statistics over draws."""
+"""The fused head against dense autograd in float64, finite differences and statistics over
+draws.
+"""
 
 import dataclasses
 import itertools
@@ -44,11 +46,15 @@ DIVERGENCE_SETTINGS = [
 @pytest.mark.parametrize("sparse", [True, False], ids=["sparse", "dense"])
 @pytest.mark.parametrize("alpha", [0.0, 0.3])
 @pytest.mark.parametrize(("divergence", "mode", "temperature", "tail_weight"), DIVERGENCE_SETTINGS)
-def test_loss_and_gradients_equal_the_dense_oracle(divergence, mode, temperature, tail_weight, alpha, sparse, tied):
+def test_loss_and_gradients_equal_the_dense_oracle(
+    divergence, mode, temperature, tail_weight, alpha, sparse, tied
+):
     """Whole and in three micro-batches, in one chunk and in chunks that do not divide the rows."""
     hidden, weight, labels, teacher = problem()
     ids = torch.arange(ROWS) * 7 % VOCAB
-    config = LossConfig(alpha, 0.7, temperature, mode, tail_weight, divergence, jsd_weight=0.3, skew=0.2)
+    config = LossConfig(
+        alpha, 0.7, temperature, mode, tail_weight, divergence, jsd_weight=0.3, skew=0.2
+    )
     cached = sparsify(teacher, temperature) if sparse else None
 
     def ours(cuts, chunk_rows):
@@ -58,7 +64,9 @@ def test_loss_and_gradients_equal_the_dense_oracle(divergence, mode, temperature
             total = 0.0
             for a, b in itertools.pairwise(cuts):
                 rows = slice(a, b)
-                given = cached[rows] if sparse else DenseTargets(lambda part, a=a: teacher[a:][part])
+                given = (
+                    cached[rows] if sparse else DenseTargets(lambda part, a=a: teacher[a:][part])
+                )
                 total += fused_loss(h[rows], w, labels[rows], given, config, ROWS, chunk_rows)[0]
             return total
 
@@ -78,8 +86,13 @@ def test_loss_and_gradients_equal_the_dense_oracle(divergence, mode, temperature
 def test_cross_entropy_alone():
     hidden, weight, labels, _ = problem()
     plain = grads(lambda h, w: F.cross_entropy(h @ w.t(), labels), hidden, weight)
-    for config, targets in [(LossConfig(1.0, 0.0), sparsify(problem()[3])), (LossConfig(0.1, 0.9), None)]:
-        ours = grads(lambda h, w, c=config, t=targets: fused_loss(h, w, labels, t, c)[0], hidden, weight)
+    for config, targets in [
+        (LossConfig(1.0, 0.0), sparsify(problem()[3])),
+        (LossConfig(0.1, 0.9), None),
+    ]:
+        ours = grads(
+            lambda h, w, c=config, t=targets: fused_loss(h, w, labels, t, c)[0], hidden, weight
+        )
         assert_same(ours, plain)
 
 
@@ -97,7 +110,13 @@ def test_gradient_at_temperature_2_is_the_slope_of_the_value(divergence, mode, t
     gradient = z.clone()
     chunk_loss(gradient, labels[:5], targets, config)
     step = 1e-5
-    for row, column in [(0, 0), (1, 7), (2, int(labels[2])), (3, 49), (4, int(teacher[4].argmax()))]:
+    for row, column in [
+        (0, 0),
+        (1, 7),
+        (2, int(labels[2])),
+        (3, 49),
+        (4, int(teacher[4].argmax())),
+    ]:
         values = []
         for sign in (1, -1):
             moved = z.clone()
@@ -110,12 +129,15 @@ def test_gradient_at_temperature_2_is_the_slope_of_the_value(divergence, mode, t
 def test_temperature_is_used():
     hidden, weight, labels, teacher = problem()
     losses = {
-        t: fused_loss(hidden, weight, labels, sparsify(teacher), LossConfig(0.0, 1.0, t))[0].item() for t in (1.0, 2.0)
+        t: fused_loss(hidden, weight, labels, sparsify(teacher), LossConfig(0.0, 1.0, t))[0].item()
+        for t in (1.0, 2.0)
     }
     assert abs(losses[1.0] - losses[2.0]) > 0.01
 
 
-@pytest.mark.parametrize(("divergence", "mode", "temperature"), sorted({row[:3] for row in DIVERGENCE_SETTINGS}))
+@pytest.mark.parametrize(
+    ("divergence", "mode", "temperature"), sorted({row[:3] for row in DIVERGENCE_SETTINGS})
+)
 @pytest.mark.parametrize("sparse", [True, False], ids=["sparse", "dense"])
 def test_no_gradient_where_the_student_equals_the_teacher(divergence, mode, temperature, sparse):
     """Renormalising a top-k breaks this: the student would be pushed away from the very teacher."""
@@ -129,11 +151,20 @@ def test_no_gradient_where_the_student_equals_the_teacher(divergence, mode, temp
 
 @settings(max_examples=60, deadline=None)
 @given(
-    st.sampled_from(DIVERGENCES), st.sampled_from([1.0, 2.0, 0.5]), st.floats(0.0, 30.0), st.floats(0.1, 30.0),
-    st.floats(0.01, 0.99), st.booleans(), st.integers(0, 2**31 - 1),
-)  # fmt: skip
-def test_divergence_is_never_negative_and_needs_no_clamp(divergence, temperature, far, sharp, share, sparse, seed):
-    """A truncated top-k sum is negative wherever the student is surer than the teacher (seen in a peer)."""
+    st.sampled_from(DIVERGENCES),
+    st.sampled_from([1.0, 2.0, 0.5]),
+    st.floats(0.0, 30.0),
+    st.floats(0.1, 30.0),
+    st.floats(0.01, 0.99),
+    st.booleans(),
+    st.integers(0, 2**31 - 1),
+)
+def test_divergence_is_never_negative_and_needs_no_clamp(
+    divergence, temperature, far, sharp, share, sparse, seed
+):
+    """A truncated top-k sum is negative wherever the student is surer than the teacher (seen in a
+    peer).
+    """
     g = torch.Generator().manual_seed(seed)
     teacher = sharp * torch.randn(8, VOCAB, generator=g)
     student = teacher + far * torch.randn(8, VOCAB, generator=g)
@@ -158,13 +189,17 @@ def test_expected_sparse_gradient_is_the_full_vocabulary_one():
     chunk_loss(draws, labels[:4].repeat(repeats), sparsify(teacher.repeat(repeats, 1)), config)
     bias = (draws.view(repeats, 4, VOCAB).mean(0) - exact).abs().max()
     one_bucket = student.clone()
-    chunk_loss(one_bucket, labels[:4], sparsify(teacher), dataclasses.replace(config, tail_weight=0.0))
+    chunk_loss(
+        one_bucket, labels[:4], sparsify(teacher), dataclasses.replace(config, tail_weight=0.0)
+    )
     assert bias < 0.005
     assert (one_bucket - exact).abs().max() > 0.02
 
 
 def test_head_mass_at_temperature_2_equals_dense_softmax():
-    """Tempering the tail as if it were one token misses by far: its mass has to come from the stored normaliser."""
+    """Tempering the tail as if it were one token misses by far: its mass has to come from the
+    stored normaliser.
+    """
     teacher = problem()[3]
     sparse = sparsify(teacher, 2.0)
     cached = (sparse.head_log_probs / 2 - sparse.log_z[:, None]).exp().sum(1)
@@ -174,7 +209,9 @@ def test_head_mass_at_temperature_2_equals_dense_softmax():
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 def test_vocabulary_rows_without_mass_do_not_change_the_loss(divergence):
-    """A mean over (rows * vocabulary) would halve the loss; padding with logit 0 would give mass to no token."""
+    """A mean over (rows * vocabulary) would halve the loss; padding with logit 0 would give mass to
+    no token.
+    """
     _, _, labels, teacher = problem()
     z, config = problem(seed=5)[3], LossConfig(divergence=divergence)
     wide = torch.full((ROWS, 128), -1e4)
@@ -191,7 +228,9 @@ def test_vocabulary_rows_without_mass_do_not_change_the_loss(divergence):
         torch.testing.assert_close(student[:, :VOCAB], narrow)
 
 
-@pytest.mark.parametrize(("divergence", "mode", "temperature"), sorted({row[:3] for row in DIVERGENCE_SETTINGS}))
+@pytest.mark.parametrize(
+    ("divergence", "mode", "temperature"), sorted({row[:3] for row in DIVERGENCE_SETTINGS})
+)
 def test_where_the_teacher_is_silent_the_text_has_the_whole_weight(divergence, mode, temperature):
     """With alpha alone, 0.1 by default, a position without a teacher would be all but lost."""
     hidden, weight, labels, teacher = problem()
@@ -200,7 +239,10 @@ def test_where_the_teacher_is_silent_the_text_has_the_whole_weight(divergence, m
     config = LossConfig(0.4, 0.6, temperature, mode, None, divergence)
 
     def parts(h, w):
-        told, count = fused_loss(h[~silent], w, labels[~silent], sparse[~silent], config, ROWS)[0], int(silent.sum())
+        told, count = (
+            fused_loss(h[~silent], w, labels[~silent], sparse[~silent], config, ROWS)[0],
+            int(silent.sum()),
+        )
         return told + F.cross_entropy(h[silent] @ w.t(), labels[silent]) * count / ROWS
 
     ours = grads(lambda h, w: fused_loss(h, w, labels, sparse, config)[0], hidden, weight)
@@ -210,17 +252,26 @@ def test_where_the_teacher_is_silent_the_text_has_the_whole_weight(divergence, m
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
 @pytest.mark.parametrize("tail_weight", [0.4, 1.0])
 def test_where_the_tail_is_unknown_the_text_is_its_draw(temperature, tail_weight):
-    """Without it a position of which little is known would have the whole weight of the teacher and teach nothing."""
+    """Without it a position of which little is known would have the whole weight of the teacher and
+    teach nothing.
+    """
     hidden, weight, labels, teacher = problem()
     known = torch.arange(ROWS) % 2 == 0
     sparse = sparsify(teacher, temperature)
     nothing = torch.arange(ROWS) % 4 == 3  # a tail without mass hides nothing
     sparse = dataclasses.replace(
-        sparse, has_draws=known, valid=torch.arange(ROWS) % 5 != 0, log_tail=sparse.log_tail.masked_fill(nothing, -20.0)
+        sparse,
+        has_draws=known,
+        valid=torch.arange(ROWS) % 5 != 0,
+        log_tail=sparse.log_tail.masked_fill(nothing, -20.0),
     )
     outside = (sparse.head_ids != labels[:, None]).all(1)
     unknown = ~known & sparse.valid & ~nothing
-    assert (outside & unknown).any() and (~outside & unknown).any() and (outside & nothing & sparse.valid).any()
+    assert (
+        (outside & unknown).any()
+        and (~outside & unknown).any()
+        and (outside & nothing & sparse.valid).any()
+    )
     config = LossConfig(0.3, 0.7, temperature, "decoupled", tail_weight)
 
     def expected(h, w):
@@ -240,7 +291,9 @@ def test_where_the_tail_is_unknown_the_text_is_its_draw(temperature, tail_weight
 
 
 def test_without_draws_the_tail_is_one_bucket():
-    """No draws must not leave half an estimate: the gradient of a softmax sums to zero in each row."""
+    """No draws must not leave half an estimate: the gradient of a softmax sums to zero in each
+    row.
+    """
     _, _, labels, teacher = problem()
     z = problem(seed=4)[3]
     none, bucket = z.clone(), z.clone()
@@ -252,7 +305,8 @@ def test_without_draws_the_tail_is_one_bucket():
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 def test_head_and_tail_do_not_collapse_in_training(divergence):
-    """200 steps bring and keep the student's mass on the teacher's head where it belongs, from afar and from near.
+    """200 steps bring and keep the student's mass on the teacher's head where it belongs, from afar
+    and from near.
 
     Reverse KL on a bare truncated head drives the student's mass there to 0 (seen in a peer).
     """
@@ -264,14 +318,17 @@ def test_head_and_tail_do_not_collapse_in_training(divergence):
         for _ in range(200):
             gradient = z.clone()
             chunk_loss(gradient, torch.zeros(6, dtype=torch.long), sparse, config)
-            z -= (4.0 if divergence == "jsd" else 1.0) * gradient  # jsd is at most log 2, its slopes are small
+            # jsd is at most log 2, its slopes are small
+            z -= (4.0 if divergence == "jsd" else 1.0) * gradient
         student_head = z.softmax(1).gather(1, sparse.head_ids).sum(1)
         torch.testing.assert_close(student_head, 1 - sparse.log_tail.exp(), atol=0.05, rtol=0)
 
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 def test_a_tail_the_student_overrates_is_pushed_down(divergence):
-    """The sign of the tail's gradient: a student with more mass outside the head than the teacher must lose it."""
+    """The sign of the tail's gradient: a student with more mass outside the head than the teacher
+    must lose it.
+    """
     _, _, labels, teacher = problem(rows=6)
     for factor, sign in ((0.2, 1), (4.0, -1)):
         z = factor * teacher
@@ -294,7 +351,9 @@ def test_a_tail_without_mass_and_a_masked_teacher_stay_finite(divergence):
 
 
 def test_the_weight_of_jsd_is_the_teachers():
-    """Towards 0 it is forward KL, towards 1 reverse KL, after division by the vanishing weight; as in TRL."""
+    """Towards 0 it is forward KL, towards 1 reverse KL, after division by the vanishing weight; as
+    in TRL.
+    """
     _, _, labels, teacher = problem()
 
     def kd(**changes):
@@ -302,6 +361,8 @@ def test_the_weight_of_jsd_is_the_teachers():
         return chunk_loss(student, labels, teacher, LossConfig(0.0, 1.0, **changes))[1].item()
 
     assert kd(divergence="jsd", jsd_weight=1e-6) / 1e-6 == pytest.approx(kd(), rel=1e-3)
-    assert kd(divergence="jsd", jsd_weight=1 - 1e-6) / 1e-6 == pytest.approx(kd(divergence="reverse_kl"), rel=1e-3)
+    assert kd(divergence="jsd", jsd_weight=1 - 1e-6) / 1e-6 == pytest.approx(
+        kd(divergence="reverse_kl"), rel=1e-3
+    )
     assert kd(divergence="skew_kl", skew=0.0) == pytest.approx(kd())
     assert kd(divergence="skew_reverse_kl", skew=0.0) == pytest.approx(kd(divergence="reverse_kl"))

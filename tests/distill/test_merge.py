@@ -1,4 +1,6 @@
-"""Merging caches: the mixture in expectation, through records and the loss, whatever the weights; what is refused."""
+"""Merging caches: the mixture in expectation, through records and the loss, whatever the weights;
+what is refused.
+"""
 
 import dataclasses
 import json
@@ -38,7 +40,9 @@ def random_parts(seed, rows, sizes, without_draws=()):
         masses = rng.dirichlet(np.ones(head + 1), rows) * weights[:, [k]]
         has = np.full(rows, k not in without_draws)
         ids = np.stack([rng.permutation(VOCAB)[:head] for _ in range(rows)])
-        parts.append(Part(ids, masses[:, :head], masses[:, head], rng.integers(0, VOCAB, (rows, draws)), has))
+        parts.append(
+            Part(ids, masses[:, :head], masses[:, head], rng.integers(0, VOCAB, (rows, draws)), has)
+        )
     return parts
 
 
@@ -54,7 +58,10 @@ def dense(part):
 
 
 @settings(deadline=None, max_examples=25)
-@given(st.integers(0, 10**6), st.lists(st.tuples(st.integers(3, 8), st.integers(1, 5)), min_size=1, max_size=4))
+@given(
+    st.integers(0, 10**6),
+    st.lists(st.tuples(st.integers(3, 8), st.integers(1, 5)), min_size=1, max_size=4),
+)
 def test_the_expectation_over_the_uniform_numbers_is_the_weighted_sum(seed, sizes):
     parts = random_parts(seed, 5, sizes)
     expected, found = sum(dense(part) for part in parts), np.zeros((5, VOCAB))
@@ -80,11 +87,20 @@ def test_the_expectation_over_the_uniform_numbers_is_the_weighted_sum(seed, size
 
 def test_the_new_head_is_chosen_without_the_draws_and_takes_what_they_add():
     ids = np.array([[1, 2], [1, 2]])
-    both = Part(ids, np.array([[0.3, 0.1]] * 2), np.array([0.1, 0.1]), np.array([[5, 5], [6, 2]]), np.ones(2, bool))
-    other = Part(
-        np.array([[3, 4]] * 2), np.array([[0.2, 0.15]] * 2), np.array([0.15, 0.15]), np.array([[7, 7], [1, 9]]),
+    both = Part(
+        ids,
+        np.array([[0.3, 0.1]] * 2),
+        np.array([0.1, 0.1]),
+        np.array([[5, 5], [6, 2]]),
         np.ones(2, bool),
-    )  # fmt: skip
+    )
+    other = Part(
+        np.array([[3, 4]] * 2),
+        np.array([[0.2, 0.15]] * 2),
+        np.array([0.15, 0.15]),
+        np.array([[7, 7], [1, 9]]),
+        np.ones(2, bool),
+    )
     mixture = mix([both, other], np.array([0.3, 0.3]), 2, 4)
     assert mixture.head_ids.tolist() == [[1, 3], [1, 3]], "2 and 4 are behind, whatever was drawn"
     np.testing.assert_allclose(mixture.head, [[0.3, 0.2], [0.3 + 0.15 / 2, 0.2]])
@@ -113,7 +129,9 @@ def test_the_average_gradient_from_merged_records_is_the_dense_one_of_the_mixtur
     p = (1.7 * torch.randn(3, VOCAB, generator=g)).softmax(1)
     fmt, out_fmt = CacheFormat(VOCAB, 4, 3, 2.0), CacheFormat(VOCAB, 4, 3, 1.0)
     positions, labels = torch.arange(rows), torch.full((rows,), 7)
-    stored = [(encode(p[k].expand(rows, -1), labels, positions, fmt, seed=k), fmt) for k in range(3)]
+    stored = [
+        (encode(p[k].expand(rows, -1), labels, positions, fmt, seed=k), fmt) for k in range(3)
+    ]
     out = np.zeros(rows, dtype=out_fmt.dtype)
     scorer = MergeScorer([], {}, None, out_fmt, merge._stream(0, 1))
     scorer._mix(stored, np.tile(weights, (rows, 1)), positions.numpy(), out)
@@ -125,14 +143,18 @@ def test_the_average_gradient_from_merged_records_is_the_dense_one_of_the_mixtur
     exact = z[0].softmax(0) - mixture
     rounding = 0.02 * mixture + 1e-4  # of the 8-bit codes, on reading and on writing
     assert bool(((found - exact).abs() < rounding + 4 * (mixture / rows).sqrt()).all())
-    missed = (mixture - torch.zeros(VOCAB).scatter(0, targets.head_ids[0], 1.0) * mixture).abs().sum()
+    missed = (
+        (mixture - torch.zeros(VOCAB).scatter(0, targets.head_ids[0], 1.0) * mixture).abs().sum()
+    )
     assert missed > 0.2, "there is a tail to get wrong"
     label = out["log_label"].astype(np.float64)
     np.testing.assert_allclose(label, float(mixture[7].log()), atol=2e-3)
 
 
 def test_uniform_numbers_of_a_merge_are_neither_those_of_a_cache_nor_of_another_merge():
-    """The draws that are drawn from again came from such numbers: with the same ones the estimate is biased."""
+    """The draws that are drawn from again came from such numbers: with the same ones the estimate
+    is biased.
+    """
     seeds = {merge._stream(seed, depth) for seed in range(50) for depth in range(1, 5)}
     assert len(seeds) == 200 and min(seeds) >= 2**31
 
@@ -156,7 +178,13 @@ def second(world, tmp_path_factory):
 
 
 def cache_of(world, folder, teacher, data=None, **changes):
-    options = {"max_seq_length": 64, "shard_positions": 3000, "batch_tokens": 2048, "device": "cpu", **changes}
+    options = {
+        "max_seq_length": 64,
+        "shard_positions": 3000,
+        "batch_tokens": 2048,
+        "device": "cpu",
+        **changes,
+    }
     score.run(CacheConfig(teacher, data or world.data, folder, **options))
 
 
@@ -166,7 +194,9 @@ def config(world, second, output_dir, *more, **changes):
 
 
 def shards(folder):
-    return {p.relative_to(folder).as_posix(): sha256_file(p) for p in sorted(folder.glob("*/*.bin"))}
+    return {
+        p.relative_to(folder).as_posix(): sha256_file(p) for p in sorted(folder.glob("*/*.bin"))
+    }
 
 
 def everything(folder):
@@ -175,7 +205,9 @@ def everything(folder):
 
 
 def test_merging_copies_of_a_cache_gives_that_cache(world, tmp_path):
-    merge.run(MergeConfig((world.cache,) * 3, tmp_path / "m", weights=(3, 1, 1), shard_positions=3000))
+    merge.run(
+        MergeConfig((world.cache,) * 3, tmp_path / "m", weights=(3, 1, 1), shard_positions=3000)
+    )
     (records, fmt), (expected, source) = everything(tmp_path / "m"), everything(world.cache)
     a, b = decode(records, fmt), decode(expected, source)
     assert torch.equal(a.valid, b.valid) and torch.equal(a.has_draws, b.has_draws)
@@ -204,7 +236,10 @@ def test_order_of_caches_and_size_of_weights_do_not_matter(world, second, tmp_pa
 
 def test_weights_by_token_against_a_loop(world, second, tmp_path):
     merge.run(config(world, second, tmp_path / "m", weights=(1, 3), token_temperature=0.5))
-    (records, fmt), both = everything(tmp_path / "m"), [everything(world.cache), everything(second / "cache")]
+    (records, fmt), both = (
+        everything(tmp_path / "m"),
+        [everything(world.cache), everything(second / "cache")],
+    )
     merged, parts = decode(records, fmt), [decode(*one) for one in both]
     for row in np.flatnonzero(merged.valid.numpy())[:400:7]:
         label = [float(one["log_label"][row]) for one, _ in both]
@@ -212,18 +247,24 @@ def test_weights_by_token_against_a_loop(world, second, tmp_path):
         w /= w.sum()
         known: dict[int, float] = {}
         for share, part in zip(w, parts, strict=True):
-            for token, log_p in zip(part.head_ids[row].tolist(), part.head_log_probs[row].tolist(), strict=True):
+            for token, log_p in zip(
+                part.head_ids[row].tolist(), part.head_log_probs[row].tolist(), strict=True
+            ):
                 known[token] = known.get(token, 0.0) + share * np.exp(log_p)
         full = dict(known)
         for share, part in zip(w, parts, strict=True):
             for token in part.tail_ids[row].tolist():
-                full[token] = full.get(token, 0.0) + share * float(part.log_tail[row].exp()) / fmt.draws
+                full[token] = (
+                    full.get(token, 0.0) + share * float(part.log_tail[row].exp()) / fmt.draws
+                )
         head = sorted(known, key=lambda token: (-known[token], token))[: fmt.head]
         assert merged.head_ids[row].tolist() == head
         expected = torch.tensor([full[token] for token in head], dtype=torch.float32)
         torch.testing.assert_close(merged.head_log_probs[row].exp(), expected, atol=2e-3, rtol=0.03)
         assert set(merged.tail_ids[row].tolist()) <= full.keys() - set(head)
-        assert float(records["log_label"][row]) == pytest.approx(np.log(w @ np.exp(label)), abs=5e-3)
+        assert float(records["log_label"][row]) == pytest.approx(
+            np.log(w @ np.exp(label)), abs=5e-3
+        )
 
 
 def test_a_position_that_one_cache_leaves_out_is_the_others_alone(world, second, tmp_path):
@@ -236,8 +277,12 @@ def test_a_position_that_one_cache_leaves_out_is_the_others_alone(world, second,
         records.tofile(file)
         manifest["files"][f"train/{file.name}"]["sha256"] = sha256_file(file)
     (half / "manifest.json").write_text(json.dumps(manifest))
-    merge.run(config(world, second, tmp_path / "m", caches=(half, second / "cache"), weights=(9, 1)))
-    (records, fmt), (left, _), (right, right_fmt) = (everything(f) for f in (tmp_path / "m", half, second / "cache"))
+    merge.run(
+        config(world, second, tmp_path / "m", caches=(half, second / "cache"), weights=(9, 1))
+    )
+    (records, fmt), (left, _), (right, right_fmt) = (
+        everything(f) for f in (tmp_path / "m", half, second / "cache")
+    )
     alone = (left["flags"] == 0) & (right["flags"] & 1 > 0)
     a, b = decode(records[alone], fmt), decode(right[alone], right_fmt)
     assert bool(a.valid.all()) and alone.sum() > 1000
@@ -249,9 +294,15 @@ def test_a_position_that_one_cache_leaves_out_is_the_others_alone(world, second,
 
 def test_merging_a_merged_cache_again(world, second, tmp_path, monkeypatch):
     real, seeds = merge.position_uniforms, []
-    monkeypatch.setattr(merge, "position_uniforms", lambda at, seed: seeds.append(seed) or real(at, seed))
+    monkeypatch.setattr(
+        merge, "position_uniforms", lambda at, seed: seeds.append(seed) or real(at, seed)
+    )
     merge.run(config(world, second, tmp_path / "m"))
-    merge.run(config(world, second, tmp_path / "again", caches=(tmp_path / "m", world.cache), weights=(2, 1)))
+    merge.run(
+        config(
+            world, second, tmp_path / "again", caches=(tmp_path / "m", world.cache), weights=(2, 1)
+        )
+    )
     assert Cache(tmp_path / "again").manifest["inputs"]["merge_depth"] == "2"
     assert len(set(seeds)) == 2 and min(seeds) >= 2**31, "each is drawn with numbers of its own"
 
@@ -291,10 +342,14 @@ def domains(world, tmp_path_factory):
 
     folder = tmp_path_factory.mktemp("domains")
     for name, seed in (("code", 11), ("prose", 12)):
-        lines = "".join(json.dumps({"text": f"{name} {text}"}) + "\n" for text in stories(6000, seed))
+        lines = "".join(
+            json.dumps({"text": f"{name} {text}"}) + "\n" for text in stories(6000, seed)
+        )
         (folder / f"{name}.jsonl").write_text(lines)
     paths = tuple(str(folder / f"{name}.jsonl") for name in ("code", "prose"))
-    prepare.run(PrepareConfig(data_path=paths, tokenizer_path=world.tokenizer, output_dir=folder / "data"))
+    prepare.run(
+        PrepareConfig(data_path=paths, tokenizer_path=world.tokenizer, output_dir=folder / "data")
+    )
     return folder
 
 
@@ -305,7 +360,9 @@ def test_every_document_knows_its_source(world, domains):
         split, sources = dataset.split(name), dataset.sources(name)
         assert len(sources) == len(split.document_bytes)
         for n, source in enumerate(sources):
-            text = tokenizer.decode(split.tokens[split.documents[n] + 1 : split.documents[n + 1]].tolist())
+            text = tokenizer.decode(
+                split.tokens[split.documents[n] + 1 : split.documents[n + 1]].tolist()
+            )
             assert names[source].endswith(f"{text.split()[0]}.jsonl")
 
 
@@ -330,7 +387,10 @@ def test_weights_by_source(world, second, domains, tmp_path):
     table.write_text("code.jsonl: [0, 1]\n")
     merge.run(MergeConfig(tuple(folders), tmp_path / "m", weights=(1, 0), domain_weights=table))
     dataset = open_dataset(domains / "data")
-    split, code = dataset.split("train"), dataset.manifest["source_names"].index(str(domains / "code.jsonl"))
+    split, code = (
+        dataset.split("train"),
+        dataset.manifest["source_names"].index(str(domains / "code.jsonl")),
+    )
     of_code = np.repeat(dataset.sources("train") == code, np.diff(split.documents))
     (records, _), (a, _), (b, _) = (everything(folder) for folder in (tmp_path / "m", *folders))
     expected = np.where(of_code, b["log_label"], a["log_label"])
@@ -338,7 +398,10 @@ def test_weights_by_source(world, second, domains, tmp_path):
     assert (a["log_label"] != b["log_label"]).mean() > 0.9 and 0.3 < of_code.mean() < 0.7
 
     table.write_text("nowhere.jsonl: [0, 1]\n")
-    with pytest.raises(UsageError, match=r"no source of the dataset is called 'nowhere.jsonl'. It has: .*code.jsonl"):
+    with pytest.raises(
+        UsageError,
+        match=r"no source of the dataset is called 'nowhere.jsonl'. It has: .*code.jsonl",
+    ):
         merge.run(MergeConfig(tuple(folders), tmp_path / "n", domain_weights=table))
     table.write_text("code.jsonl: [0, 1, 2]\nprose.jsonl: none\n'*': [0, 0]\n")
     with pytest.raises(UsageError) as caught:
@@ -351,7 +414,9 @@ def test_caches_that_do_not_fit_are_refused_by_name(world, second, domains, tmp_
     cache_of(world, tmp_path / "other", str(world.teacher), domains / "data")
     with pytest.raises(UsageError, match=r"cache .*other was made from another dataset"):
         merge.run(config(world, second, tmp_path / "m", tmp_path / "other"))
-    with pytest.raises(UsageError, match=r"head is 9, but cache .* knows only 4 tokens.*--head 4 or less"):
+    with pytest.raises(
+        UsageError, match=r"head is 9, but cache .* knows only 4 tokens.*--head 4 or less"
+    ):
         merge.run(config(world, second, tmp_path / "m", second / "wide", head=9))
     with pytest.raises(UsageError, match=r"3 weights are given for 2 caches"):
         merge.run(config(world, second, tmp_path / "m", weights=(1, 1, 1)))
@@ -376,9 +441,16 @@ def test_records_made_from_parts_read_back_as_they_were():
     fmt = CacheFormat(100_000, 2, 1, 1.0)
     ids = torch.tensor([[99_999, 5, 70_000]])
     records = to_records(
-        ids, torch.tensor([[0.5, 0.25]]), torch.tensor([0.25]), torch.tensor([True]), torch.zeros(1),
-        torch.tensor([-1.5]), fmt,
-    )  # fmt: skip
+        ids,
+        torch.tensor([[0.5, 0.25]]),
+        torch.tensor([0.25]),
+        torch.tensor([True]),
+        torch.zeros(1),
+        torch.tensor([-1.5]),
+        fmt,
+    )
     targets = decode(records, fmt)
     assert targets.head_ids.tolist() == [[99_999, 5]] and targets.tail_ids.tolist() == [[70_000]]
-    torch.testing.assert_close(targets.head_log_probs.exp(), torch.tensor([[0.5, 0.25]]), atol=0.01, rtol=0)
+    torch.testing.assert_close(
+        targets.head_log_probs.exp(), torch.tensor([[0.5, 0.25]]), atol=0.01, rtol=0
+    )

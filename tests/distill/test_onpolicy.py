@@ -1,4 +1,6 @@
-"""On-policy rounds: what is written, scored and learnt, stopped anywhere, and never both models in memory."""
+"""On-policy rounds: what is written, scored and learnt, stopped anywhere, and never both models in
+memory.
+"""
 
 import dataclasses
 import gc
@@ -31,9 +33,19 @@ from xinslm.teachers.huggingface import HuggingFaceTeacher
 from xinslm.teachers.own import LlamaTeacher
 
 SMALL = {
-    "rounds": 2, "head": 8, "completions": 24, "prompt_tokens": 6, "max_new_tokens": 20, "generate_rows": 7,
-    "max_seq_length": 64, "batch_size": 4, "learning_rate": 2e-3, "log_every": 1, "device": "cpu", "validation_rows": 8,
-}  # fmt: skip
+    "rounds": 2,
+    "head": 8,
+    "completions": 24,
+    "prompt_tokens": 6,
+    "max_new_tokens": 20,
+    "generate_rows": 7,
+    "max_seq_length": 64,
+    "batch_size": 4,
+    "learning_rate": 2e-3,
+    "log_every": 1,
+    "device": "cpu",
+    "validation_rows": 8,
+}
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +58,13 @@ def student(world, tmp_path_factory):
 @pytest.fixture(scope="module")
 def make(world, student):
     def configure(output_dir, **changes) -> OnPolicyConfig:
-        settings = {**SMALL, "student": student, "teacher": str(world.teacher), "prompts": world.data, **changes}
+        settings = {
+            **SMALL,
+            "student": student,
+            "teacher": str(world.teacher),
+            "prompts": world.data,
+            **changes,
+        }
         return OnPolicyConfig(output_dir=output_dir, **settings)
 
     return configure
@@ -64,7 +82,10 @@ def weights(run):
 
 def metrics(run):
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k not in ("seconds", "tokens_per_second")} for line in lines]
+    return [
+        {k: v for k, v in line.items() if k not in ("seconds", "tokens_per_second")}
+        for line in lines
+    ]
 
 
 def rounds(run):
@@ -72,7 +93,9 @@ def rounds(run):
 
 
 def test_texts_are_prompts_and_what_the_student_wrote(world, finished):
-    """Prompts are context, every written token is a target and nothing else is: the divisor is their number."""
+    """Prompts are context, every written token is a target and nothing else is: the divisor is
+    their number.
+    """
     from transformers import AutoModelForCausalLM
 
     run, result = finished
@@ -90,16 +113,24 @@ def test_texts_are_prompts_and_what_the_student_wrote(world, finished):
             assert tuple(split.tokens[a : a + prompt].tolist()) in begins and len(written) <= 20
         targets = dataset.manifest["splits"]["train"]["targets"]
         rows = PackedRows(split, 64)
-        assert int((rows.batch(np.arange(len(rows))).labels >= 0).sum()) == targets == int(split.mask.sum())
+        assert (
+            int((rows.batch(np.arange(len(rows))).labels >= 0).sum())
+            == targets
+            == int(split.mask.sum())
+        )
         assert dataset.manifest["token_forwards"] <= 24 * (6 + 20)
         total += targets
     assert result.written_tokens == total and result.texts == 48
-    assert len({tuple(s) for f in rounds(run) for s in np.split(*_texts(f))}) > 40, "other texts each time"
+    assert len({tuple(s) for f in rounds(run) for s in np.split(*_texts(f))}) > 40, (
+        "other texts each time"
+    )
     tokens, offsets = _texts(rounds(run)[0])
     first = AutoModelForCausalLM.from_pretrained(resolve_model(make_student(run)))
     support = np.load(rounds(run)[0] / "data" / "train" / "support.npy")
     with torch.no_grad():
-        logits = first(torch.from_numpy(np.split(tokens, offsets)[0].astype(np.int64))[None]).logits[0]
+        logits = first(
+            torch.from_numpy(np.split(tokens, offsets)[0].astype(np.int64))[None]
+        ).logits[0]
     count = len(np.split(tokens, offsets)[0])
     mask = open_dataset(rounds(run)[0] / "data").split("train").mask[:count]
     places = np.flatnonzero(mask) - 1
@@ -118,7 +149,9 @@ def _texts(folder):
 
 
 def test_records_hold_the_teacher_where_the_student_has_its_mass(world, finished):
-    """Against the teacher itself: exact up to the codes, tokens below e^-20 at e^-20, the rest in the tail."""
+    """Against the teacher itself: exact up to the codes, tokens below e^-20 at e^-20, the rest in
+    the tail.
+    """
     run, _ = finished
     folder = rounds(run)[1]
     split = open_dataset(folder / "data").split("train")
@@ -137,11 +170,20 @@ def test_records_hold_the_teacher_where_the_student_has_its_mass(world, finished
         for row, place in enumerate(places):
             ids = found.head_ids[row].tolist()
             assert len(set(ids)) == 13
-            assert {*support.ids[at + row].tolist(), int(tokens[place]), *p[row].topk(4).indices.tolist()} <= set(ids)
+            assert {
+                *support.ids[at + row].tolist(),
+                int(tokens[place]),
+                *p[row].topk(4).indices.tolist(),
+            } <= set(ids)
         at += len(places)
         exact = p.gather(1, found.head_ids)
-        step = 2 * (20 * -exact.log().clamp(-20, -1e-9)).sqrt() / 255 + 0.01  # a code's width in nats, at least
-        assert bool(((found.head_log_probs - exact.log().clamp_min(-LARGEST_NEGATIVE_LOG)).abs() <= step).all())
+        # a code's width in nats, at least
+        step = 2 * (20 * -exact.log().clamp(-20, -1e-9)).sqrt() / 255 + 0.01
+        assert bool(
+            (
+                (found.head_log_probs - exact.log().clamp_min(-LARGEST_NEGATIVE_LOG)).abs() <= step
+            ).all()
+        )
         tail = (1 - exact.sum(dim=1)).clamp_min(1e-6)
         torch.testing.assert_close(found.log_tail.exp(), tail, atol=2e-3, rtol=0.05)
 
@@ -153,14 +195,17 @@ def test_a_teacher_in_a_gguf_file_scores_as_its_folder_does(world, make, finishe
     folder = rounds(finished[0])[0]
     count = len(open_dataset(folder / "data").split("train").tokens) - 1
     a, b = (
-        Cache(run / "cache").split("train").targets(np.arange(count)) for run in (folder, rounds(tmp_path / "run")[0])
+        Cache(run / "cache").split("train").targets(np.arange(count))
+        for run in (folder, rounds(tmp_path / "run")[0])
     )
     assert torch.equal(a.head_ids, b.head_ids)
     torch.testing.assert_close(a.head_log_probs, b.head_log_probs, atol=0.05, rtol=0.02)
 
 
 def test_reverse_kl_of_the_records_is_that_of_the_distributions(world, finished, student):
-    """Buckets lose a little of the divergence, never add; codes and the floor of e^-20 are what else differs."""
+    """Buckets lose a little of the divergence, never add; codes and the floor of e^-20 are what
+    else differs.
+    """
     from xinslm.distill.losses.fused import fused_loss
 
     run, _ = finished
@@ -171,15 +216,25 @@ def test_reverse_kl_of_the_records_is_that_of_the_distributions(world, finished,
     chosen = np.flatnonzero(batch.labels.ravel() >= 0)
     model = load_model(student)
     with torch.no_grad():
-        hidden = model.hidden(*(torch.from_numpy(x) for x in (batch.input_ids, batch.positions, batch.segments)))
+        hidden = model.hidden(
+            *(torch.from_numpy(x) for x in (batch.input_ids, batch.positions, batch.segments))
+        )
         hidden = hidden.flatten(0, 1)[torch.from_numpy(chosen)]
         q = torch.log_softmax(model.logits(hidden), dim=1)
         teacher = load_model(world.teacher)
-        states = teacher.hidden(*(torch.from_numpy(x) for x in (batch.input_ids, batch.positions, batch.segments)))
+        states = teacher.hidden(
+            *(torch.from_numpy(x) for x in (batch.input_ids, batch.positions, batch.segments))
+        )
         p = torch.log_softmax(teacher.logits(states.flatten(0, 1)[torch.from_numpy(chosen)]), dim=1)
         targets = Cache(folder / "cache").split("train").targets(batch.stream.ravel()[chosen])
         labels = torch.from_numpy(batch.labels.ravel()[chosen])
-        loss, _ = fused_loss(hidden, model.head_weight, labels, targets, LossConfig(0.0, 1.0, divergence="reverse_kl"))
+        loss, _ = fused_loss(
+            hidden,
+            model.head_weight,
+            labels,
+            targets,
+            LossConfig(0.0, 1.0, divergence="reverse_kl"),
+        )
     dense = float((q.exp() * (q - p)).sum(dim=1).mean())
     assert 0 < loss.item() < dense, "the student's tail, one bucket, hides the rest"
     ids, tail = targets.head_ids, torch.log1p(-q.gather(1, targets.head_ids).exp().sum(dim=1))
@@ -192,20 +247,33 @@ def test_reverse_kl_of_the_records_is_that_of_the_distributions(world, finished,
 def test_student_comes_nearer_to_its_teacher(make, tmp_path):
     """Measured on texts it has not been trained on: the first step of each round."""
     run = tmp_path / "run"
-    onpolicy.run(make(run, rounds=3, completions=48, max_new_tokens=30, learning_rate=4e-3, decay_fraction=0.1))
+    onpolicy.run(
+        make(
+            run, rounds=3, completions=48, max_new_tokens=30, learning_rate=4e-3, decay_fraction=0.1
+        )
+    )
     lines = [line for line in metrics(run) if "kd" in line]
-    starts = [read_json(run / f"round-{number:03d}" / "round.json")["first_step"] + 1 for number in (1, 2, 3)]
+    starts = [
+        read_json(run / f"round-{number:03d}" / "round.json")["first_step"] + 1
+        for number in (1, 2, 3)
+    ]
     fresh = [next(line["kd"] for line in lines if line["step"] == step) for step in starts]
     assert fresh[2] < 0.8 * fresh[0]
     from transformers import AutoModelForCausalLM
 
     best = resolve_model(run)
-    assert best == run / "checkpoints" / "best" and best.resolve() == (run / "checkpoints" / "last").resolve()
+    assert (
+        best == run / "checkpoints" / "best"
+        and best.resolve() == (run / "checkpoints" / "last").resolve()
+    )
     ids = torch.arange(20)[None]
     with torch.no_grad():
         ours = load_model(best)
         torch.testing.assert_close(
-            AutoModelForCausalLM.from_pretrained(best)(ids).logits, ours.logits(ours.hidden(ids)), atol=1e-4, rtol=1e-4
+            AutoModelForCausalLM.from_pretrained(best)(ids).logits,
+            ours.logits(ours.hidden(ids)),
+            atol=1e-4,
+            rtol=1e-4,
         )
     validations = [line["step"] for line in metrics(run) if "validation_ce" in line]
     assert validations == [0, starts[1] - 1, starts[2] - 1, lines[-1]["step"]]
@@ -244,7 +312,9 @@ def test_teacher_and_student_are_never_in_memory_together(make, tmp_path, monkey
 
 
 def killed(config, stage, at):
-    """Run in a process of its own that kills itself when the listener hears of `stage` for the `at`-th time."""
+    """Run in a process of its own that kills itself when the listener hears of `stage` for the
+    `at`-th time.
+    """
     code = f"""
 import os, signal, sys
 sys.path[:0] = {sys.path!r}
@@ -261,7 +331,9 @@ def listen(progress):
         os.kill(os.getpid(), signal.SIGKILL)
 onpolicy.run({config!r}, listen)
 """
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False).returncode
+    return subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False
+    ).returncode
 
 
 def test_a_run_that_is_killed_again_and_again_ends_bit_for_bit_the_same(make, finished, tmp_path):
@@ -272,9 +344,13 @@ def test_a_run_that_is_killed_again_and_again_ends_bit_for_bit_the_same(make, fi
     kept = {path: path.stat().st_mtime_ns for path in run.glob("round-*/*/manifest.json")}
     assert len(kept) == 4
     onpolicy.run(config)
-    assert all(path.stat().st_mtime_ns == time for path, time in kept.items()), "nothing is made twice"
+    assert all(path.stat().st_mtime_ns == time for path, time in kept.items()), (
+        "nothing is made twice"
+    )
     ours, theirs = weights(run), weights(finished[0])
-    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert ours.keys() == theirs.keys() and all(
+        torch.equal(ours[name], theirs[name]) for name in theirs
+    )
     assert metrics(run) == metrics(finished[0])
 
 
@@ -283,7 +359,9 @@ def test_a_run_folder_is_never_overwritten_by_accident(make, finished, tmp_path)
     before = weights(run)
     with pytest.raises(UsageError, match="already holds this run, finished"):
         onpolicy.run(make(run))
-    with pytest.raises(UsageError, match=r"holds a run with another settings.completions, settings.loss.divergence"):
+    with pytest.raises(
+        UsageError, match=r"holds a run with another settings.completions, settings.loss.divergence"
+    ):
         onpolicy.run(make(run, completions=30, loss=LossConfig(0.0, 1.0, divergence="jsd")))
     with pytest.raises(UsageError, match="force would delete"):
         onpolicy.run(make(run, student=run / "checkpoints" / "best", force=True))
@@ -300,7 +378,9 @@ def test_a_run_folder_is_never_overwritten_by_accident(make, finished, tmp_path)
     assert "force: false\n" in (tmp_path / "r" / "config.yaml").read_text()
 
 
-def test_given_texts_are_mixed_in_and_come_first_in_a_cold_start(world, make, tmp_path, monkeypatch):
+def test_given_texts_are_mixed_in_and_come_first_in_a_cold_start(
+    world, make, tmp_path, monkeypatch
+):
     run, plans = tmp_path / "run", []
     real = onpolicy.RowPlan
 
@@ -309,19 +389,33 @@ def test_given_texts_are_mixed_in_and_come_first_in_a_cold_start(world, make, tm
         return real(sources, *args, **settings)
 
     monkeypatch.setattr(onpolicy, "RowPlan", note)
-    config = make(run, rounds=3, off_policy_share=0.34, mix_data=world.data, mix_cache=world.cache, mix_share=0.25,
-                  completions=16)  # fmt: skip
+    config = make(
+        run,
+        rounds=3,
+        off_policy_share=0.34,
+        mix_data=world.data,
+        mix_cache=world.cache,
+        mix_share=0.25,
+        completions=16,
+    )
     onpolicy.run(config)
     given = len(PackedRows(open_dataset(world.data).split("train"), 64))
     assert plans[0] == [(1.0, "forward_kl", given)]
-    assert all(plan[1] == (0.25, "forward_kl", given) and plan[0][:2] == (0.75, "reverse_kl") for plan in plans[1:])
+    assert all(
+        plan[1] == (0.25, "forward_kl", given) and plan[0][:2] == (0.75, "reverse_kl")
+        for plan in plans[1:]
+    )
     assert not (run / "round-001" / "data").exists() and (run / "round-002" / "data").is_dir()
     own = plans[1][0][2]
-    assert read_json(run / "round-002" / "round.json")["steps"] == -(-own // 3), "once through the texts, 3 rows a step"
+    assert read_json(run / "round-002" / "round.json")["steps"] == -(-own // 3), (
+        "once through the texts, 3 rows a step"
+    )
 
 
 @pytest.mark.parametrize("start", [1.0])
-def test_contrast_weighs_the_students_answers_more_and_more(world, make, tmp_path, monkeypatch, start):
+def test_contrast_weighs_the_students_answers_more_and_more(
+    world, make, tmp_path, monkeypatch, start
+):
     sources = []
     real = onpolicy.RowPlan
 
@@ -333,7 +427,14 @@ def test_contrast_weighs_the_students_answers_more_and_more(world, make, tmp_pat
     monkeypatch.setattr(onpolicy, "RowPlan", note)
     run = tmp_path / "run"
     result = onpolicy.run(
-        make(run, contrast=True, mix_data=world.data, mix_cache=world.cache, completions=16, contrast_start=start)
+        make(
+            run,
+            contrast=True,
+            mix_data=world.data,
+            mix_cache=world.cache,
+            completions=16,
+            contrast_start=start,
+        )
     )
     divergences = [(s.loss.divergence, s.loss.skew, s.share) for s in sources[0]]
     assert divergences == [("skew_reverse_kl", 0.1, 0.5), ("skew_kl", 0.1, 0.5)]
@@ -372,7 +473,9 @@ def test_what_cannot_work_is_said_at_once(make, tmp_path, changes, message):
     assert not (tmp_path / "run").exists()
 
 
-def test_what_does_not_fit_is_refused_before_anything_is_written(world, make, tmp_path, shared_data):
+def test_what_does_not_fit_is_refused_before_anything_is_written(
+    world, make, tmp_path, shared_data
+):
     stranger = shared_data / "models" / "stories260K"
     for changes, message in (
         ({"student": stranger}, "the tokenizer of student"),

@@ -31,13 +31,19 @@ def test_head_ids_by_brute_force():
 
 
 def test_masked_beginnings_are_prompts(world, tmp_path):
-    lines = [{"prompt": f"What is {i}?" + " Say it." * (i % 9), "response": f"It is {i}."} for i in range(60)]
+    lines = [
+        {"prompt": f"What is {i}?" + " Say it." * (i % 9), "response": f"It is {i}."}
+        for i in range(60)
+    ]
     (tmp_path / "chat.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     folder = tmp_path / "data"
     text = str(tmp_path / "chat.jsonl")
     prepare.run(PrepareConfig(data_path=(text,), tokenizer_path=world.tokenizer, output_dir=folder))
     tokenizer, dataset = load_tokenizer(world.tokenizer), open_dataset(folder)
-    asked = {tuple(_asked(tokenizer, line["prompt"])): len(_asked(tokenizer, line["prompt"])) for line in lines}
+    asked = {
+        tuple(_asked(tokenizer, line["prompt"])): len(_asked(tokenizer, line["prompt"]))
+        for line in lines
+    }
     longest = sorted(asked.values())[30]
     prompts = find_prompts(dataset, 5, longest)
     taken = [tuple(p.tolist()) for p in prompts.take(np.arange(len(prompts)))]
@@ -49,7 +55,9 @@ def test_masked_beginnings_are_prompts(world, tmp_path):
 
 
 def _asked(tokenizer, text):
-    return tokenizer.apply_chat_template([{"role": "user", "content": text}], add_generation_prompt=True)[0]
+    return tokenizer.apply_chat_template(
+        [{"role": "user", "content": text}], add_generation_prompt=True
+    )[0]
 
 
 def test_plain_texts_give_their_beginnings(world):

@@ -1,4 +1,6 @@
-"""Optimisers: AdamW as PyTorch's, Muon against the polar factor, 8-bit states and bfloat16 weights near float32."""
+"""Optimisers: AdamW as PyTorch's, Muon against the polar factor, 8-bit states and bfloat16 weights
+near float32.
+"""
 
 import dataclasses
 import shutil
@@ -24,7 +26,9 @@ WEIGHTS = ["float32", "bfloat16"]
 
 
 def student(world, **changes) -> Transformer:
-    config = dataclasses.replace(load_config(world.teacher), hidden_size=96, head_dim=32, intermediate_size=128)
+    config = dataclasses.replace(
+        load_config(world.teacher), hidden_size=96, head_dim=32, intermediate_size=128
+    )
     model = Transformer(dataclasses.replace(config, **changes))
     model.initialise(torch.Generator().manual_seed(0))
     return model
@@ -49,7 +53,9 @@ def one_weight(weight: torch.Tensor, rule: str, **settings) -> tuple[torch.nn.Pa
 def test_adamw_is_pytorchs_bit_for_bit(world) -> None:
     ours = trainer(world)
     model = student(world)
-    matrices, vectors = ([p for p in model.parameters() if (p.dim() > 1) == wanted] for wanted in (True, False))
+    matrices, vectors = (
+        [p for p in model.parameters() if (p.dim() > 1) == wanted] for wanted in (True, False)
+    )
     groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
     theirs = torch.optim.AdamW(groups, lr=2e-3, betas=(0.9, 0.95), fused=True)
     for number in range(3):
@@ -59,7 +65,10 @@ def test_adamw_is_pytorchs_bit_for_bit(world) -> None:
         for group in theirs.param_groups:
             group["lr"] = ours.optimizer.param_groups[0]["lr"]
         theirs.step()
-        assert all(torch.equal(a, b) for a, b in zip(ours.model.parameters(), model.parameters(), strict=True))
+        assert all(
+            torch.equal(a, b)
+            for a, b in zip(ours.model.parameters(), model.parameters(), strict=True)
+        )
 
 
 def test_adamw_in_pieces_is_pytorchs() -> None:
@@ -96,7 +105,9 @@ def test_muon_is_pytorchs_within_its_bfloat16() -> None:
     start = torch.randn(48, 96)
     ours, mine = one_weight(start.clone(), "muon", learning_rate=1e-2)
     theirs = torch.nn.Parameter(start.clone())
-    other = torch.optim.Muon([theirs], lr=1e-2, weight_decay=0.1, momentum=0.95, adjust_lr_fn="match_rms_adamw")
+    other = torch.optim.Muon(
+        [theirs], lr=1e-2, weight_decay=0.1, momentum=0.95, adjust_lr_fn="match_rms_adamw"
+    )
     for _ in range(5):
         gradient = torch.randn(48, 96)
         ours.grad, theirs.grad = gradient.clone(), gradient.clone()
@@ -113,7 +124,9 @@ def test_muon_takes_hidden_matrices_only(world) -> None:
     assert {name for name, rule in rules.items() if rule == "muon"} == {
         name for name in rules if name.endswith("_proj.weight")
     }
-    decayed = {optimizer.names[p] for g in optimizer.param_groups if g["weight_decay"] for p in g["params"]}
+    decayed = {
+        optimizer.names[p] for g in optimizer.param_groups if g["weight_decay"] for p in g["params"]
+    }
     assert decayed == {name for name in rules if "norm" not in name}
 
 
@@ -132,8 +145,12 @@ def test_8_bit_states_and_bfloat16_weights_follow_the_float32_curve(world) -> No
 
 
 def test_small_steps_move_bfloat16_weights_only_because_they_are_rounded_by_chance() -> None:
-    """Steps of 1e-4 on weights of 1: a hundredth of bfloat16's last place. To nearest, nothing would ever move."""
-    ours, mine = one_weight(torch.ones(64, 64).bfloat16(), "adamw", learning_rate=1e-4, weight_decay=0.0)
+    """Steps of 1e-4 on weights of 1: a hundredth of bfloat16's last place. To nearest, nothing
+    would ever move.
+    """
+    ours, mine = one_weight(
+        torch.ones(64, 64).bfloat16(), "adamw", learning_rate=1e-4, weight_decay=0.0
+    )
     nearest, exact = torch.ones(64, 64).bfloat16(), torch.ones(64, 64)
     for _ in range(200):
         ours.grad = torch.ones(64, 64).bfloat16()
@@ -146,15 +163,21 @@ def test_small_steps_move_bfloat16_weights_only_because_they_are_rounded_by_chan
 
 @pytest.mark.parametrize("weights", WEIGHTS)
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
-def test_stepping_in_the_backward_pass_is_the_ordinary_step(world, optimizer: str, weights: str) -> None:
+def test_stepping_in_the_backward_pass_is_the_ordinary_step(
+    world, optimizer: str, weights: str
+) -> None:
     ordinary = trainer(world, optimizer=optimizer, weights=weights, clip_norm=0)
-    inside = trainer(world, optimizer=optimizer, weights=weights, clip_norm=1e9, step_in_backward=True)
+    inside = trainer(
+        world, optimizer=optimizer, weights=weights, clip_norm=1e9, step_in_backward=True
+    )
     for number in range(3):
         a, b = ordinary.step(number), inside.step(number)
         assert (a.loss, a.learning_rate) == (b.loss, b.learning_rate)
         assert a.grad_norm == pytest.approx(b.grad_norm, rel=1e-5)
         assert all(p.grad is None for p in inside.model.parameters())
-    for (name, p), q in zip(ordinary.model.named_parameters(), inside.model.parameters(), strict=True):
+    for (name, p), q in zip(
+        ordinary.model.named_parameters(), inside.model.parameters(), strict=True
+    ):
         assert torch.equal(p, q), name
 
 
@@ -174,7 +197,9 @@ def test_a_tied_embedding_is_stepped_once_with_both_gradients(world, checkpointi
     ordinary = trainer(world, reference)
     ordinary.config = dataclasses.replace(ordinary.config, clip_norm=0)
     inside.step(0), ordinary.step(0)
-    assert {name: len(grads) for name, grads in seen.items()} == {name: 1 for name, _ in model.named_parameters()}
+    assert {name: len(grads) for name, grads in seen.items()} == {
+        name: 1 for name, _ in model.named_parameters()
+    }
     for name, parameter in reference.named_parameters():
         assert torch.equal(seen[name][0], parameter.grad), name
 
@@ -188,13 +213,21 @@ def test_clipping_in_the_backward_pass_uses_the_norm_of_the_step_before(world) -
     for p, q in zip(clipped.model.parameters(), free.model.parameters(), strict=True):
         ours, theirs = clipped.optimizer.state[p]["exp_avg"], free.optimizer.state[q]["exp_avg"]
         torch.testing.assert_close(ours, theirs * (1e-3 / 50), rtol=1e-4, atol=1e-12)
-    spike = trainer(world, step_in_backward=True, clip_norm=1e-3)  # no step before: the norm so far is the limit
+    # no step before: the norm so far is the limit
+    spike = trainer(world, step_in_backward=True, clip_norm=1e-3)
     norm = spike.step(0).grad_norm
-    total = sum(spike.optimizer.state[p]["exp_avg"].square().sum() for p in spike.model.parameters()).sqrt() / 0.1
+    total = (
+        sum(
+            spike.optimizer.state[p]["exp_avg"].square().sum() for p in spike.model.parameters()
+        ).sqrt()
+        / 0.1
+    )
     assert total < norm / 20 and spike.backward.previous == norm
 
 
-def test_a_gradient_that_is_not_finite_stops_the_run_and_spares_the_checkpoint(world, tmp_path, monkeypatch) -> None:
+def test_a_gradient_that_is_not_finite_stops_the_run_and_spares_the_checkpoint(
+    world, tmp_path, monkeypatch
+) -> None:
     config = world.pretrain(tmp_path / "r", step_in_backward=True, save_every=2, max_steps=6)
     original = Trainer.step
 
@@ -205,7 +238,9 @@ def test_a_gradient_that_is_not_finite_stops_the_run_and_spares_the_checkpoint(w
         return original(self, number)
 
     monkeypatch.setattr(Trainer, "step", poisoned)
-    with pytest.raises(XinslmError, match=r"the gradient is (nan|inf) at step 4, on training documents"):
+    with pytest.raises(
+        XinslmError, match=r"the gradient is (nan|inf) at step 4, on training documents"
+    ):
         train.run(config)
     monkeypatch.undo()
     result = train.run(config)
@@ -216,9 +251,16 @@ def test_a_gradient_that_is_not_finite_stops_the_run_and_spares_the_checkpoint(w
 @pytest.mark.parametrize("inside", [False, True])
 @pytest.mark.parametrize("weights", WEIGHTS)
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
-def test_a_continued_run_is_the_uninterrupted_one(world, tmp_path, optimizer: str, weights: str, inside: bool) -> None:
+def test_a_continued_run_is_the_uninterrupted_one(
+    world, tmp_path, optimizer: str, weights: str, inside: bool
+) -> None:
     """Clipping acts on every step; the state that decides it is in the checkpoint."""
-    settings = {"optimizer": optimizer, "weights": weights, "step_in_backward": inside, "clip_norm": 0.05}
+    settings = {
+        "optimizer": optimizer,
+        "weights": weights,
+        "step_in_backward": inside,
+        "clip_norm": 0.05,
+    }
     settings |= {"hidden_size": 64, "max_steps": 5, "save_every": 3}
     whole, broken = (world.distill(tmp_path / name, **settings) for name in ("whole", "broken"))
     train.run(whole)
@@ -234,7 +276,10 @@ def test_a_continued_run_is_the_uninterrupted_one(world, tmp_path, optimizer: st
         train.run(broken, stop)
     train.run(broken)
     for name in ("model.safetensors", "optimizer.safetensors"):
-        ours, theirs = ((config.output_dir / "checkpoints" / "last" / name).read_bytes() for config in (whole, broken))
+        ours, theirs = (
+            (config.output_dir / "checkpoints" / "last" / name).read_bytes()
+            for config in (whole, broken)
+        )
         assert ours == theirs, name
 
 
@@ -263,20 +308,29 @@ def test_a_bfloat16_student_is_a_model_that_transformers_reads(world, tmp_path) 
     theirs, ours = AutoModelForCausalLM.from_pretrained(best, dtype=torch.float32), load_model(best)
     ids = torch.arange(20)[None]
     with torch.no_grad():
-        torch.testing.assert_close(theirs(ids).logits, ours.logits(ours.hidden(ids)), atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(
+            theirs(ids).logits, ours.logits(ours.hidden(ids)), atol=1e-5, rtol=1e-4
+        )
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="torch.compile needs a C++ compiler")
+@pytest.mark.skipif(
+    not any(map(shutil.which, ("c++", "g++", "clang++"))),
+    reason="torch.compile needs a C++ compiler",
+)
 def test_a_compiled_step_is_the_plain_one(world) -> None:
-    plain, compiled = (trainer(world, student(world, num_hidden_layers=1), compile=flag) for flag in (False, True))
+    plain, compiled = (
+        trainer(world, student(world, num_hidden_layers=1), compile=flag) for flag in (False, True)
+    )
     for number in range(2):
         a, b = plain.step(number), compiled.step(number)
         assert (a.loss, a.grad_norm) == pytest.approx((b.loss, b.grad_norm), rel=1e-4)
 
 
 def test_what_cannot_be_combined_is_refused() -> None:
-    config = PretrainConfig(data_path="d", output_dir="o", step_in_backward=True, batch_size=4, micro_batch_size=2)
+    config = PretrainConfig(
+        data_path="d", output_dir="o", step_in_backward=True, batch_size=4, micro_batch_size=2
+    )
     with pytest.raises(UsageError, match="step_in_backward frees each gradient at once"):
         config.check()
     dataclasses.replace(config, micro_batch_size=4).check()

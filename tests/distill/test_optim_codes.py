@@ -21,7 +21,9 @@ CPU = torch.device("cpu")
 def spread(count: int, seed: int = 0) -> torch.Tensor:
     """Numbers over eight decades with both signs, the way gradients lie: many small, few large."""
     generator = torch.Generator().manual_seed(seed)
-    return torch.randn(count, generator=generator) * 10 ** (-4 * torch.rand(count, generator=generator))
+    return torch.randn(count, generator=generator) * 10 ** (
+        -4 * torch.rand(count, generator=generator)
+    )
 
 
 @pytest.mark.parametrize("count", [1, 255, 256, 257, 5000])
@@ -36,7 +38,9 @@ def test_codes_stay_within_half_a_step_of_their_map(count: int) -> None:
     assert bool((back * x >= 0).all()), "no number changes its sign"
 
     codes, scales = encode_positive(x**2)
-    assert codes.dtype == torch.uint8 and codes.shape == x.shape and len(scales) == num_blocks(count)
+    assert (
+        codes.dtype == torch.uint8 and codes.shape == x.shape and len(scales) == num_blocks(count)
+    )
     back = decode_positive(codes, scales)
     root = (x**2 / largest**2) ** 0.25
     bound = torch.where(root < 1 / 255, 1 / 255, 0.5 / 255) + 1e-5
@@ -81,7 +85,9 @@ def test_random_bits_follow_from_the_key_alone_and_fill_their_range() -> None:
         return torch.cat([bits.draw(1001), bits.draw(40_000)])
 
     assert torch.equal(draw(1, 2, 3), draw(1, 2, 3))
-    assert not torch.equal(draw(1, 2, 3), draw(1, 3, 3)) and not torch.equal(draw(1, 2, 3), draw(1, 2, 4))
+    assert not torch.equal(draw(1, 2, 3), draw(1, 3, 3)) and not torch.equal(
+        draw(1, 2, 3), draw(1, 2, 4)
+    )
     bits = draw(7, 7, 7)
     assert 0 <= bits.min() < 100 and 65435 < bits.max() < 65536
     assert abs(bits.double().mean() - 32767.5) < 5 * 65536 / math.sqrt(12 * len(bits))

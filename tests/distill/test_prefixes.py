@@ -1,4 +1,6 @@
-"""Groups of tokens that begin alike: counted cuts and the chain rule by brute force, the cache, and training."""
+"""Groups of tokens that begin alike: counted cuts and the chain rule by brute force, the cache, and
+training.
+"""
 
 from dataclasses import replace
 from itertools import pairwise
@@ -14,7 +16,14 @@ from xinslm.distill.alignment.prefixes import PrefixAligner, byte_order
 from xinslm.distill.alignment.relate import relate
 from xinslm.distill.alignment.spans import ByteReader
 from xinslm.distill.cache import score
-from xinslm.distill.cache.groups import ONWARD, CachedGroups, decode_groups, group_dtype, group_maps, group_records
+from xinslm.distill.cache.groups import (
+    ONWARD,
+    CachedGroups,
+    decode_groups,
+    group_dtype,
+    group_maps,
+    group_records,
+)
 from xinslm.distill.cache.records import VALID, Cache
 from xinslm.distill.config import DistillConfig
 from xinslm.distill.losses import fused_loss
@@ -50,8 +59,11 @@ def test_ranges_hold_what_begins_alike_and_shares_are_counted():
     for x in sorted(beginnings)[::7]:
         begin, end = aligner.range_of(x)
         inside = {int(i) for i in aligner.order[begin:end]}
-        assert inside == {i for i in range(student.vocab_size)
-                          if i not in control and student.token_bytes(i).startswith(x)}  # fmt: skip
+        assert inside == {
+            i
+            for i in range(student.vocab_size)
+            if i not in control and student.token_bytes(i).startswith(x)
+        }
     counted: dict[bytes, list[int]] = {}
     for ids in sample:
         pieces = [student.token_bytes(int(i)) for i in ids]
@@ -68,7 +80,9 @@ def test_ranges_hold_what_begins_alike_and_shares_are_counted():
         if len(lengths) < 30 or x not in beginnings:
             continue
         for size, _, share in shares:
-            true = np.mean([length >= len(x) if size == len(x) else length == size for length in lengths])
+            true = np.mean(
+                [length >= len(x) if size == len(x) else length == size for length in lengths]
+            )
             assert share == pytest.approx(true, abs=0.03)
             checked += 1
     assert checked > 50
@@ -90,7 +104,11 @@ def test_cuts_that_never_come_have_next_to_no_mass():
     probs[at] = 0.5, 0.4
     own = np.full(len(pair.teacher_ids), 0.4)
     said, _ = aligner.groups(ids, pair, tops, probs, own)
-    masses = {student.token_bytes(int(aligner.order[begin]))[:1]: p for begin, _, level, _, p in said[-1] if level == 0}
+    masses = {
+        student.token_bytes(int(aligner.order[begin]))[:1]: p
+        for begin, _, level, _, p in said[-1]
+        if level == 0
+    }
     assert [student.token_bytes(int(i)) for i in ids[-2:]] == [b" th", b"y"]
     assert masses.get(b"e", 0.0) < 0.1 < 0.6 < masses[b"y"]
 
@@ -99,7 +117,9 @@ def said_of(aligner, ids, seed, sharpness):
     """Groups for random teacher probabilities, sharp enough that some are 0 in float32."""
     pair = aligner.align(ids)
     rng = np.random.default_rng(seed)
-    logits = torch.from_numpy(rng.normal(size=(len(pair.teacher_ids), aligner.teacher.tokenizer.vocab_size)))
+    logits = torch.from_numpy(
+        rng.normal(size=(len(pair.teacher_ids), aligner.teacher.tokenizer.vocab_size))
+    )
     full = torch.softmax(sharpness * logits.float(), dim=1).numpy()
     tops = np.argsort(-full, axis=1)[:, :32]
     own = full[np.arange(len(full)), pair.teacher_ids].astype(np.float64)
@@ -119,15 +139,27 @@ def test_any_two_tokenizers_give_sound_records(student, teacher):
         said, _ = said_of(aligner, ids, seed, sharpness)
         assert sum(map(bool, said)) > len(ids) / 4
         for most in (2, 20):
-            records = group_records(said, np.zeros(len(said)), np.ones(len(said)), group_dtype(len(place), most))
+            records = group_records(
+                said, np.zeros(len(said)), np.ones(len(said)), group_dtype(len(place), most)
+            )
             found = decode_groups(records, torch.from_numpy(aligner.order))
             for row, label in enumerate(ids[1:]):
-                used = [(int(b), int(e), int(x), bool(on)) for b, e, x, on in
-                        zip(found.begins[row], found.ends[row], found.levels[row], found.onward[row], strict=True)
-                        if e > b]  # fmt: skip
+                used = [
+                    (int(b), int(e), int(x), bool(on))
+                    for b, e, x, on in zip(
+                        found.begins[row],
+                        found.ends[row],
+                        found.levels[row],
+                        found.onward[row],
+                        strict=True,
+                    )
+                    if e > b
+                ]
                 assert len({(b, e) for b, e, *_ in used}) == len(used)
                 ways = sorted((x, b, e) for b, e, x, on in used if on)
-                assert [x for x, *_ in ways] == list(range(len(ways))), "the way to each level is there"
+                assert [x for x, *_ in ways] == list(range(len(ways))), (
+                    "the way to each level is there"
+                )
                 assert all(b <= place[label] < e for _, b, e in ways)
                 for begin, end, level, _ in used:
                     assert all(b <= begin and end <= e for x, b, e in ways if x < level)
@@ -144,7 +176,10 @@ def test_a_teachers_unknown_token_says_nothing():
     ids = np.array([student.bos_id, *student.encode("the cat")])
     pair = aligner.align(ids)
     unknown = teacher.special_tokens["<unk>"]
-    tops, probs = np.full((len(pair.teacher_ids), 1), unknown), np.full((len(pair.teacher_ids), 1), 0.6)
+    tops, probs = (
+        np.full((len(pair.teacher_ids), 1), unknown),
+        np.full((len(pair.teacher_ids), 1), 0.6),
+    )
     said, _ = aligner.groups(ids, pair, tops, probs, np.full(len(pair.teacher_ids), 0.4))
     pads = int(np.argsort(aligner.order)[student.pad_id])
     assert all(group[0] != pads for groups in said for group in groups)
@@ -154,13 +189,19 @@ def test_text_that_the_teacher_rewrites_is_not_taught():
     """A teacher that lowers capitals does not speak of the student's " The"."""
     content = ByteReader(metaspace(300)).definition
     content["normalizer"]["normalizers"].insert(0, {"type": "Lowercase"})
-    teacher = HFTokenizer(content, {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<unk>"}, None, "made")
+    teacher = HFTokenizer(
+        content, {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<unk>"}, None, "made"
+    )
     student = byte_level(400)
     aligner = PrefixAligner(student, teacher, "eos", documents(student, 8))
     for text, silent in (("and The cat", True), ("and the cat", False)):
         ids = np.array([student.bos_id, *student.encode(text)])
         said, _ = said_of(aligner, ids, 0, 1.0)
-        at = next(i for i, token in enumerate(ids.tolist()) if student.token_bytes(token).lower().startswith(b" t"))
+        at = next(
+            i
+            for i, token in enumerate(ids.tolist())
+            if student.token_bytes(token).lower().startswith(b" t")
+        )
         assert not silent or said[at - 1] == []
         labels = [int(np.argsort(aligner.order)[token]) for token in ids[1:]]
         for groups, label in zip(said, labels, strict=True):
@@ -183,12 +224,16 @@ def test_a_student_of_characters_is_taught_the_teachers_own_distribution():
     assert not said[0]  # the space that the tokenizer puts in front has no place in the text
     for at, groups in list(enumerate(said))[1:]:
         assert groups and told[at] == pytest.approx(np.log(own[at + 1]), abs=1e-9)
-        usual = [i for i in range(teacher.vocab_size) if i not in control and teacher.token_bytes(i)]
+        usual = [
+            i for i in range(teacher.vocab_size) if i not in control and teacher.token_bytes(i)
+        ]
         for begin, end, level, onward, p in groups:
             assert (level, onward, end - begin) == (0, False, 1)
             token = int(aligner.order[begin])
             if token in usual:
-                assert p == pytest.approx(full[at + 1, token] / full[at + 1].sum(), rel=0.02, abs=2e-3)
+                assert p == pytest.approx(
+                    full[at + 1, token] / full[at + 1].sum(), rel=0.02, abs=2e-3
+                )
         assert place[ids[at + 1]] in [group[0] for group in groups]
 
 
@@ -198,12 +243,17 @@ def test_groups_of_a_position_are_apart_or_nested_and_shares_sum_to_one(grouped)
     records = np.concatenate([np.asarray(m) for m in group_maps(Cache(folder), "train")])
     valid = records[(records["flags"] & VALID) != 0]
     assert result.record_bytes == records.itemsize == 3 + 20 * 6
-    labels = np.append(np.asarray(open_dataset(data).split("train").tokens)[1:], 0)[(records["flags"] & VALID) != 0]
+    labels = np.append(np.asarray(open_dataset(data).split("train").tokens)[1:], 0)[
+        (records["flags"] & VALID) != 0
+    ]
     place = np.argsort(byte_order(load_tokenizer(data / "tokenizer")))
     levels = 0
     for row, label in zip(valid[:400], labels[:400], strict=True):
-        used = [(int(b), int(e), int(x) & ~ONWARD, bool(x & ONWARD))
-                for b, e, x in zip(row["begins"], row["ends"], row["levels"], strict=True) if e > b]  # fmt: skip
+        used = [
+            (int(b), int(e), int(x) & ~ONWARD, bool(x & ONWARD))
+            for b, e, x in zip(row["begins"], row["ends"], row["levels"], strict=True)
+            if e > b
+        ]
         assert len({(b, e) for b, e, *_ in used}) == len(used)
         for (a, b, *_), (c, d, *_) in ((x, y) for x in used for y in used if x < y):
             assert b <= c or d <= a or (a <= c and d <= b) or (c <= a and b <= d)
@@ -219,7 +269,9 @@ def test_groups_of_a_position_are_apart_or_nested_and_shares_sum_to_one(grouped)
 
 
 def test_bytes_of_a_token_have_the_models_likelihood(world, grouped):
-    """log p of the text, where teacher tokens spell a student token whole, from the model itself."""
+    """log p of the text, where teacher tokens spell a student token whole, from the model
+    itself.
+    """
     data, folder, _, _ = grouped
     model = load_model(world.teacher)
     aligner = relate(open_dataset(data), open_teacher(str(world.teacher)), "prefixes")
@@ -240,32 +292,58 @@ def test_bytes_of_a_token_have_the_models_likelihood(world, grouped):
             and (pair.teacher_starts[[first, behind]] == (a, b)).all()
             and records["flags"][token - 1]
         ):
-            assert float(records["log_label"][token - 1]) == pytest.approx(own[first:behind].sum(), rel=2e-3, abs=2e-3)
+            assert float(records["log_label"][token - 1]) == pytest.approx(
+                own[first:behind].sum(), rel=2e-3, abs=2e-3
+            )
             checked += 1
     assert checked > 10
 
 
 def test_records_keep_what_levels_need_and_the_likeliest():
-    groups = [(i, i + 1, 0, False, 0.01 * i) for i in range(1, 9)] + [(20, 30, 0, True, 0.001), (20, 21, 1, False, 0.5)]
+    groups = [(i, i + 1, 0, False, 0.01 * i) for i in range(1, 9)] + [
+        (20, 30, 0, True, 0.001),
+        (20, 21, 1, False, 0.5),
+    ]
     records = group_records(
-        [groups, [], groups], np.array([-1.0, np.nan, np.nan]), np.array([1, 1, 0]), group_dtype(300, 4)
+        [groups, [], groups],
+        np.array([-1.0, np.nan, np.nan]),
+        np.array([1, 1, 0]),
+        group_dtype(300, 4),
     )
     assert records["flags"].tolist() == [VALID, 0, 0, 0]
     found = decode_groups(records[:1], torch.arange(300))
-    assert found.begins[0].tolist() == [20, 20, 8, 7] and found.onward[0].tolist() == [True, False, False, False]
+    assert found.begins[0].tolist() == [20, 20, 8, 7] and found.onward[0].tolist() == [
+        True,
+        False,
+        False,
+        False,
+    ]
     np.testing.assert_allclose(found.probs[0], [0.001, 0.5, 0.08, 0.07], rtol=0.06)
     wide = group_records([groups], np.array([0.0]), np.array([1]), group_dtype(100_000, 4))
-    assert wide["begins"].dtype == np.uint32 and decode_groups(wide[:1], torch.arange(9)).ends[0, 0] == 30
+    assert (
+        wide["begins"].dtype == np.uint32
+        and decode_groups(wide[:1], torch.arange(9)).ends[0, 0] == 30
+    )
 
 
 def test_training_takes_them_and_other_uses_are_refused(world, grouped, tmp_path):
     data, folder, _, _ = grouped
     settings = {**world.settings, "max_steps": 20, "learning_rate": 5e-3, "validate_every": 10}
-    result = train.run(DistillConfig(data_path=data, output_dir=tmp_path / "run", cache=folder, **settings))
-    assert result.validation is not None and result.validation.kd is not None and np.isfinite(result.validation.kd)
+    result = train.run(
+        DistillConfig(data_path=data, output_dir=tmp_path / "run", cache=folder, **settings)
+    )
+    assert (
+        result.validation is not None
+        and result.validation.kd is not None
+        and np.isfinite(result.validation.kd)
+    )
     with pytest.raises(UsageError, match=r"loss\.temperature is 2.*set it to 1"):
         loss = LossConfig(temperature=2.0)
-        train.run(DistillConfig(data_path=data, output_dir=tmp_path / "hot", cache=folder, loss=loss, **settings))
+        train.run(
+            DistillConfig(
+                data_path=data, output_dir=tmp_path / "hot", cache=folder, loss=loss, **settings
+            )
+        )
     with pytest.raises(UsageError, match="masses of groups of tokens"):
         Cache(folder).split("train")
     with pytest.raises(UsageError, match="holds no groups"):
@@ -276,21 +354,30 @@ def test_shards_are_made_again_alike(grouped, tmp_path):
     _, folder, _, config = grouped
     score.run(replace(config, output_dir=tmp_path / "c", shard_positions=10**6, batch_tokens=200))
     once, again = (
-        np.concatenate([np.asarray(m) for m in group_maps(Cache(f), "train")]) for f in (folder, tmp_path / "c")
+        np.concatenate([np.asarray(m) for m in group_maps(Cache(f), "train")])
+        for f in (folder, tmp_path / "c")
     )
     assert (once["flags"] == again["flags"]).all()
-    assert (once["begins"][:, 0] == again["begins"][:, 0]).mean() > 0.99  # rounding orders what is equally likely
+    # rounding orders what is equally likely
+    assert (once["begins"][:, 0] == again["begins"][:, 0]).mean() > 0.99
 
 
 def test_doctor_knows_the_teacher_of_such_a_cache(world, grouped):
     data, folder, _, _ = grouped
-    result = doctor.run(DoctorConfig(data_path=data, cache=folder, teacher=str(world.teacher), device="cpu"))
+    result = doctor.run(
+        DoctorConfig(data_path=data, cache=folder, teacher=str(world.teacher), device="cpu")
+    )
     status = {check.name: check.status for check in result.checks}
-    assert not result.failed and status["teacher vocabulary"] == status["teacher of this cache"] == "ok"
+    assert (
+        not result.failed
+        and status["teacher vocabulary"] == status["teacher of this cache"] == "ok"
+    )
     assert status["records"] == status["teacher agreement"] == "skipped"
 
 
-def test_a_teacher_that_is_not_finite_is_named_and_what_is_done_is_kept(grouped, tmp_path, monkeypatch):
+def test_a_teacher_that_is_not_finite_is_named_and_what_is_done_is_kept(
+    grouped, tmp_path, monkeypatch
+):
     _, _, _, config = grouped
     real, calls = LlamaTeacher.logits, []
 
@@ -300,7 +387,9 @@ def test_a_teacher_that_is_not_finite_is_named_and_what_is_done_is_kept(grouped,
 
     settings = replace(config, output_dir=tmp_path / "c", shard_positions=300)
     monkeypatch.setattr(LlamaTeacher, "logits", broken)
-    with pytest.raises(XinslmError, match=r"the probability of a token is not finite.*finished shards are kept"):
+    with pytest.raises(
+        XinslmError, match=r"the probability of a token is not finite.*finished shards are kept"
+    ):
         score.run(settings)
     kept = len(list((tmp_path / "c").glob("*/*.bin")))
     assert kept > 0 and not (tmp_path / "c" / "manifest.json").exists()

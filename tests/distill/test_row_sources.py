@@ -1,4 +1,6 @@
-"""Several sets of rows in one run: shares, order, divisor, and the sequence-level contrast against its formula."""
+"""Several sets of rows in one run: shares, order, divisor, and the sequence-level contrast against
+its formula.
+"""
 
 import dataclasses
 from collections import Counter
@@ -22,7 +24,9 @@ CE = LossConfig(alpha=1.0, beta=0.0)
 VOCAB = 64
 
 
-def make_rows(documents: int, seed: int, low: int = 5, high: int = 30, prompt: int = 0) -> PackedRows:
+def make_rows(
+    documents: int, seed: int, low: int = 5, high: int = 30, prompt: int = 0
+) -> PackedRows:
     rng = np.random.default_rng(seed)
     lengths = rng.integers(low, high, documents)
     offsets = np.concatenate([[0], lengths.cumsum()])
@@ -43,7 +47,9 @@ def make_model(seed: int = 0) -> Transformer:
     return model
 
 
-def make_trainer(world, tmp_path, plan: RowPlan, rows: PackedRows, micro: int | None = None) -> Trainer:
+def make_trainer(
+    world, tmp_path, plan: RowPlan, rows: PackedRows, micro: int | None = None
+) -> Trainer:
     config = world.pretrain(
         tmp_path, batch_size=plan.batch_size, micro_batch_size=micro, max_seq_length=40, clip_norm=0
     )
@@ -56,13 +62,18 @@ def taken(plan: RowPlan, step: int) -> list[tuple[int, int]]:
 
 
 def test_shares_are_kept_in_every_stretch_and_each_row_comes_once_an_epoch():
-    sources = [Source(make_rows(20, seed), None, CE, share) for seed, share in ((1, 2.0), (2, 5.0), (3, 1.0))]
+    sources = [
+        Source(make_rows(20, seed), None, CE, share)
+        for seed, share in ((1, 2.0), (2, 5.0), (3, 1.0))
+    ]
     plan = RowPlan(sources, 8, 60, seed=5)
     drawn = [taken(plan, step) for step in range(60)]
     assert all(len(step) == 8 for step in drawn)
     for stretch in (1, 3, 60):
         for first in range(0, 60 - stretch + 1, stretch):
-            counts = Counter(source for step in drawn[first : first + stretch] for source, _ in step)
+            counts = Counter(
+                source for step in drawn[first : first + stretch] for source, _ in step
+            )
             for source, share in enumerate((2 / 8, 5 / 8, 1 / 8)):
                 assert abs(counts[source] - share * 8 * stretch) < 3
     for source in range(3):
@@ -79,7 +90,9 @@ def test_rows_follow_from_seed_and_step_alone():
     assert [taken(short, step) for step in range(9)] == [taken(long, step) for step in range(9)]
     later = RowPlan(sources, 4, 9, seed=1, first_step=100)
     assert taken(later, 104) == taken(short, 4)
-    assert [taken(RowPlan(sources, 4, 9, seed=2), step) for step in range(9)] != [taken(short, s) for s in range(9)]
+    assert [taken(RowPlan(sources, 4, 9, seed=2), step) for step in range(9)] != [
+        taken(short, s) for s in range(9)
+    ]
 
 
 def hidden_of(model: Transformer, batch) -> torch.Tensor:
@@ -89,9 +102,14 @@ def hidden_of(model: Transformer, batch) -> torch.Tensor:
 
 @pytest.mark.parametrize("micro", [None, 2])
 def test_the_divisor_is_the_whole_steps_targets(world, tmp_path, micro):
-    """Against plain autograd: rows of two sources with other losses, other masks, unequal numbers of targets."""
+    """Against plain autograd: rows of two sources with other losses, other masks, unequal numbers
+    of targets.
+    """
     one, two = make_rows(30, 1), make_rows(40, 2, prompt=3)
-    sources = [Source(one, None, CE, 1.0), Source(two, None, LossConfig(alpha=0.3, beta=0.0), 1.0, lambda step: 2.0)]
+    sources = [
+        Source(one, None, CE, 1.0),
+        Source(two, None, LossConfig(alpha=0.3, beta=0.0), 1.0, lambda step: 2.0),
+    ]
     plan = RowPlan(sources, 8, 6, seed=0)
     trainer = make_trainer(world, tmp_path, plan, one, micro)
     model, total, count = make_model(), torch.zeros(()), 0
@@ -100,7 +118,9 @@ def test_the_divisor_is_the_whole_steps_targets(world, tmp_path, micro):
         labels = torch.from_numpy(batch.labels)
         logits = model.logits(hidden_of(model, batch))
         weight = 1.0 if part.source is sources[0] else 2.0 * 0.3
-        total = total + weight * F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum")
+        total = total + weight * F.cross_entropy(
+            logits.flatten(0, 1), labels.flatten(), reduction="sum"
+        )
         count += int((labels >= 0).sum())
     (total / count).backward()
     step = trainer.step(2)
@@ -111,29 +131,38 @@ def test_the_divisor_is_the_whole_steps_targets(world, tmp_path, micro):
 
 
 class Exact:
-    """A teacher known without error: all tokens but the last in the head, the last one alone in the tail."""
+    """A teacher known without error: all tokens but the last in the head, the last one alone in the
+    tail.
+    """
 
     def __init__(self, teacher: Transformer) -> None:
         self.teacher = teacher
 
     def log_probs(self, batch) -> torch.Tensor:
         with torch.no_grad():
-            return torch.log_softmax(self.teacher.logits(hidden_of(self.teacher, batch)), dim=-1).flatten(0, 1)
+            return torch.log_softmax(
+                self.teacher.logits(hidden_of(self.teacher, batch)), dim=-1
+            ).flatten(0, 1)
 
     def targets(self, batch, chosen, device) -> SparseTargets:
         log_p = self.log_probs(batch)[torch.from_numpy(chosen)]
         count = len(chosen)
         return SparseTargets(
-            head_ids=torch.arange(VOCAB - 1).expand(count, -1).contiguous(), head_log_probs=log_p[:, :-1].contiguous(),
-            log_tail=log_p[:, -1].contiguous(), tail_ids=torch.zeros(count, 0, dtype=torch.int64),
-            has_draws=torch.zeros(count, dtype=torch.bool), log_z=torch.zeros(count),
+            head_ids=torch.arange(VOCAB - 1).expand(count, -1).contiguous(),
+            head_log_probs=log_p[:, :-1].contiguous(),
+            log_tail=log_p[:, -1].contiguous(),
+            tail_ids=torch.zeros(count, 0, dtype=torch.int64),
+            has_draws=torch.zeros(count, dtype=torch.bool),
+            log_z=torch.zeros(count),
             valid=torch.ones(count, dtype=torch.bool),
-        )  # fmt: skip
+        )
 
 
 @pytest.mark.parametrize("b", [1.0, 1.5])
 def test_contrast_is_distillm_2s_formula(world, tmp_path, b):
-    """1/2 [SKL(x, y_teacher) + b SRKL(x, y_student)], alpha 0.1, each a mean over its answers' tokens (2503.07067)."""
+    """1/2 [SKL(x, y_teacher) + b SRKL(x, y_student)], alpha 0.1, each a mean over its answers'
+    tokens (2503.07067).
+    """
     skl = LossConfig(alpha=0.0, beta=1.0, divergence="skew_kl", skew=0.1)
     srkl = dataclasses.replace(skl, divergence="skew_reverse_kl")
     teacher = Exact(make_model(7))
@@ -147,7 +176,9 @@ def test_contrast_is_distillm_2s_formula(world, tmp_path, b):
         batch = part.source.rows.batch(part.indices)
         answers = torch.from_numpy(batch.labels.ravel() >= 0)
         p = teacher.log_probs(batch).exp()[answers].double()
-        q = torch.softmax(model.logits(hidden_of(model, batch)).flatten(0, 1)[answers], dim=-1).double()
+        q = torch.softmax(
+            model.logits(hidden_of(model, batch)).flatten(0, 1)[answers], dim=-1
+        ).double()
         first, second = (q, p) if part.source is sources[0] else (p, q)
         mixed = 0.1 * first + 0.9 * second
         means.append((first * (first / mixed).log()).sum(dim=1).mean())
@@ -169,16 +200,23 @@ def test_a_number_that_is_not_finite_names_documents_of_its_source(world, tmp_pa
             right = super().targets(batch, chosen, device)
             return dataclasses.replace(right, log_tail=torch.full_like(right.log_tail, torch.nan))
 
-    sources = [Source(one, None, CE), Source(two, Broken(make_model(7)), LossConfig(alpha=0.0, beta=1.0))]
+    sources = [
+        Source(one, None, CE),
+        Source(two, Broken(make_model(7)), LossConfig(alpha=0.0, beta=1.0)),
+    ]
     plan = RowPlan(sources, 4, 6, seed=0)
     batch = two.batch(plan.of_step(0)[1].indices)
-    documents = np.searchsorted(two.split.documents, batch.stream[batch.stream >= 0], side="right") - 1
+    documents = (
+        np.searchsorted(two.split.documents, batch.stream[batch.stream >= 0], side="right") - 1
+    )
     with pytest.raises(XinslmError, match=f"on training documents {np.unique(documents)[0]}"):
         make_trainer(world, tmp_path, plan, one).step(0)
 
 
 def test_real_rows_and_a_cache_go_together(world, tmp_path):
-    """Records follow their rows through the plan: the same rows give the same divergence in whatever order."""
+    """Records follow their rows through the plan: the same rows give the same divergence in
+    whatever order.
+    """
     from xinslm.distill.cache.records import Cache
     from xinslm.distill.targets import CachedTargets
     from xinslm.model.files import load_config

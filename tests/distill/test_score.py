@@ -28,13 +28,21 @@ from xinslm.tokenizer.load import load_tokenizer
 
 
 def config(world, output_dir, **changes):
-    settings = {"max_seq_length": 64, "shard_positions": 3000, "batch_tokens": 512, "device": "cpu", **changes}
+    settings = {
+        "max_seq_length": 64,
+        "shard_positions": 3000,
+        "batch_tokens": 512,
+        "device": "cpu",
+        **changes,
+    }
     teacher = settings.pop("teacher", str(world.teacher))
     return CacheConfig(teacher, settings.pop("data_path", world.data), output_dir, **settings)
 
 
 def shards(folder):
-    return {p.relative_to(folder).as_posix(): sha256_file(p) for p in sorted(folder.glob("*/*.bin"))}
+    return {
+        p.relative_to(folder).as_posix(): sha256_file(p) for p in sorted(folder.glob("*/*.bin"))
+    }
 
 
 def test_records_are_the_teachers_distributions(world):
@@ -53,12 +61,21 @@ def test_records_are_the_teachers_distributions(world):
         expected = log_p[:count].gather(1, targets.head_ids)
         torch.testing.assert_close(targets.head_log_probs, expected, atol=0.06, rtol=0.02)
         torch.testing.assert_close(expected.min(1).values, top.values[:, -1], atol=1e-5, rtol=0)
-        torch.testing.assert_close(targets.log_tail, (1 - top.values.exp().sum(1)).log(), atol=0.01, rtol=0.02)
-        records = cache.maps[0][start - cache.starts[0] : start - cache.starts[0] + count] if start < 2000 else None
+        torch.testing.assert_close(
+            targets.log_tail, (1 - top.values.exp().sum(1)).log(), atol=0.01, rtol=0.02
+        )
+        records = (
+            cache.maps[0][start - cache.starts[0] : start - cache.starts[0] + count]
+            if start < 2000
+            else None
+        )
         if records is not None:
             label = log_p[:count].gather(1, ids[1 : count + 1, None])[:, 0]
             torch.testing.assert_close(
-                torch.from_numpy(records["log_label"].astype(np.float32)), label, atol=0.01, rtol=2e-3
+                torch.from_numpy(records["log_label"].astype(np.float32)),
+                label,
+                atol=0.01,
+                rtol=2e-3,
             )
 
 
@@ -88,7 +105,9 @@ score.run({config(world, folder)!r}, listen)
 """
     done = subprocess.run([sys.executable, "-c", code], check=False)
     assert done.returncode == -signal.SIGKILL
-    with pytest.raises(UsageError, match="unfinished cache: run the same `xinslm cache` command again"):
+    with pytest.raises(
+        UsageError, match="unfinished cache: run the same `xinslm cache` command again"
+    ):
         Cache(folder)
     (folder / "train" / ".00009.bin.partial-1").write_bytes(b"half")
     with pytest.raises(UsageError, match="unfinished cache made with another seed"):
@@ -98,7 +117,10 @@ score.run({config(world, folder)!r}, listen)
     assert shards(folder) == shards(world.cache)
     assert all(p.stat().st_mtime_ns == then for p, then in kept.items()) and len(kept) == after
     assert not (folder / PLAN).exists() and not list(folder.glob("*/.*"))
-    assert json.loads((folder / "manifest.json").read_text())["inputs"] == Cache(world.cache).manifest["inputs"]
+    assert (
+        json.loads((folder / "manifest.json").read_text())["inputs"]
+        == Cache(world.cache).manifest["inputs"]
+    )
 
 
 def test_batch_size_changes_nothing_but_rounding(world, tmp_path):
@@ -111,7 +133,9 @@ def test_batch_size_changes_nothing_but_rounding(world, tmp_path):
 
 
 def test_padded_rows_of_the_teachers_head_do_not_count(world, tmp_path):
-    """A row of zeros has logit 0, which is mass; rows that no token has must be cut off, not scored."""
+    """A row of zeros has logit 0, which is mass; rows that no token has must be cut off, not
+    scored.
+    """
     model = load_model(world.teacher)
     wide = Transformer(dataclasses.replace(model.config, vocab_size=model.config.vocab_size + 128))
     state = model.state_dict()
@@ -147,7 +171,11 @@ def nested_world(world, tmp_path, vocab_size=300):
     student = BPETokenizer.prefix_of(teacher, vocab_size)
     student.save(tmp_path / "tokenizer")
     data = tmp_path / "nested"
-    prepare.run(PrepareConfig(data_path=(str(world.text),), tokenizer_path=tmp_path / "tokenizer", output_dir=data))
+    prepare.run(
+        PrepareConfig(
+            data_path=(str(world.text),), tokenizer_path=tmp_path / "tokenizer", output_dir=data
+        )
+    )
     return student, teacher, data
 
 
@@ -155,7 +183,9 @@ def test_nested_distributions_equal_a_sum_over_teacher_tokens(world, tmp_path):
     student, teacher, _ = nested_world(world, tmp_path)
     assert is_nested(student, teacher) and not is_nested(teacher, student)
     push = PushForward(student, teacher)
-    probs = (3 * torch.randn(40, teacher.vocab_size, generator=torch.Generator().manual_seed(0))).softmax(1)
+    probs = (
+        3 * torch.randn(40, teacher.vocab_size, generator=torch.Generator().manual_seed(0))
+    ).softmax(1)
     prefixes = sorted({p[:size] for p in push.pieces for size in range(1, len(p))})[:39]
     numbers = [push.prefixes.numbers[prefix] for prefix in ((), *prefixes)]
     pushed = push(probs, np.array(numbers))
@@ -181,14 +211,18 @@ def test_nested_cache_at_teacher_boundaries_is_the_push_forward_of_the_teacher(w
     aligned = push.align(ids)
     assert student.decode(ids.tolist()) == teacher.decode(aligned.teacher_ids.tolist())
     with torch.no_grad():
-        probs = model.logits(model.hidden(torch.from_numpy(aligned.teacher_ids)[None, :64]))[0].softmax(1)
+        probs = model.logits(model.hidden(torch.from_numpy(aligned.teacher_ids)[None, :64]))[
+            0
+        ].softmax(1)
     inside = 0
     for position, (row, prefix) in enumerate(zip(aligned.rows, aligned.prefixes, strict=True)):
         if row >= 60:
             break
         expected = push(probs[row : row + 1], np.array([prefix]))[0]
         targets = cache.targets(np.array([start + position]))
-        torch.testing.assert_close(targets.head_log_probs.exp()[0], expected[targets.head_ids[0]], atol=0.02, rtol=0.05)
+        torch.testing.assert_close(
+            targets.head_log_probs.exp()[0], expected[targets.head_ids[0]], atol=0.02, rtol=0.05
+        )
         ends_here = 1 - float(expected.sum()) > 1e-5
         assert bool(targets.has_draws[0]) == (not ends_here)
         inside += int(prefix > 0)
@@ -201,7 +235,10 @@ def test_foreign_tokenizer_is_refused_with_both_ways_out(world, tmp_path):
     tokenizer.train(["some other text about other things"])
     save_model(Transformer(ModelConfig(300, 32, 64, 1, 2, 2, 16)), folder)
     tokenizer.save(folder)
-    with pytest.raises(UsageError, match=r"(?s)tokenizers differ \(400 and 282 ids\).*not a merge prefix.*--prefix-of"):
+    with pytest.raises(
+        UsageError,
+        match=r"(?s)tokenizers differ \(400 and 282 ids\).*not a merge prefix.*--prefix-of",
+    ):
         score.run(config(world, tmp_path / "c", teacher=str(folder), alignment="nested"))
     assert not (tmp_path / "c").exists()
 
@@ -224,7 +261,9 @@ def test_other_refusals(world, tmp_path):
         Cache(tmp_path / "done")
 
 
-@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()])
+@pytest.mark.parametrize(
+    "error", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()]
+)
 def test_full_disk_and_ctrl_c_cost_one_shard(world, tmp_path, monkeypatch, error):
     folder, real, calls = tmp_path / "cache", Path.write_bytes, []
 
@@ -267,13 +306,18 @@ def test_teacher_with_missing_or_quantized_weights_is_refused(world, tmp_path):
     save_file(tensors, tmp_path / "part" / "model.safetensors", metadata={"format": "pt"})
     part = str(tmp_path / "part")
     for trust, said in ((False, "missing, the first is"), (True, "missing or misshapen, such as")):
-        with pytest.raises(XinslmError, match=rf"1 weights are {said} 'model.layers.1.mlp.up_proj.weight'"):
+        with pytest.raises(
+            XinslmError, match=rf"1 weights are {said} 'model.layers.1.mlp.up_proj.weight'"
+        ):
             score.run(config(world, tmp_path / "c", teacher=part, trust_remote_code=trust))
     quantize(QuantizeConfig(world.teacher, tmp_path / "q", method="rtn"))
     with pytest.raises(UsageError, match="is quantized; a teacher must be a model folder"):
         score.run(config(world, tmp_path / "c", teacher=str(tmp_path / "q")))
     (tmp_path / "part" / "model.safetensors").write_bytes(b"1234")
-    for trust, said in ((False, "is not a whole safetensors file"), (True, "transformers cannot load teacher")):
+    for trust, said in (
+        (False, "is not a whole safetensors file"),
+        (True, "transformers cannot load teacher"),
+    ):
         with pytest.raises(XinslmError, match=said):
             score.run(config(world, tmp_path / "c", teacher=part, trust_remote_code=trust))
 
@@ -295,7 +339,10 @@ def test_teacher_that_is_not_finite_is_named_and_nothing_is_half_written(world, 
         model.model.norm.weight[0] = float("inf")
     save_model(model, tmp_path / "bad")
     load_tokenizer(world.teacher).save(tmp_path / "bad")
-    with pytest.raises(XinslmError, match=r"teacher .*bad: the teacher's distribution at position \d+ is not finite"):
+    with pytest.raises(
+        XinslmError,
+        match=r"teacher .*bad: the teacher's distribution at position \d+ is not finite",
+    ):
         score.run(config(world, tmp_path / "c", teacher=str(tmp_path / "bad")))
     assert not list((tmp_path / "c").glob("*/*"))
 

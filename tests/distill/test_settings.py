@@ -1,4 +1,6 @@
-"""Settings of `cache`, `pretrain` and `distill`: every number has a range, and what is out of it is named."""
+"""Settings of `cache`, `pretrain` and `distill`: every number has a range, and what is out of it is
+named.
+"""
 
 import math
 import types
@@ -37,7 +39,12 @@ REQUIRED = {
     LossConfig: {},
     HiddenConfig: {},
     ContrastConfig: {},
-    OnPolicyConfig: {"student": Path("s"), "teacher": "t", "prompts": Path("d"), "output_dir": Path("o")},
+    OnPolicyConfig: {
+        "student": Path("s"),
+        "teacher": "t",
+        "prompts": Path("d"),
+        "output_dir": Path("o"),
+    },
 }
 
 
@@ -55,14 +62,18 @@ def check(cls, **changes) -> None:
 
 
 def numbers():
-    """Every numeric field of every configuration, found by its type, not by the table under test."""
+    """Every numeric field of every configuration, found by its type, not by the table under
+    test.
+    """
     for cls in REQUIRED:
         hints = typing.get_type_hints(cls)
         for field in fields(cls):
             hint = hints[field.name]
             kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
             if int in kinds or float in kinds:
-                yield pytest.param(cls, field.name, float in kinds, id=f"{cls.__name__}.{field.name}")
+                yield pytest.param(
+                    cls, field.name, float in kinds, id=f"{cls.__name__}.{field.name}"
+                )
 
 
 @pytest.mark.parametrize(("cls", "name", "is_float"), numbers())
@@ -78,9 +89,30 @@ def test_the_defaults_and_the_ends_of_the_ranges_are_taken() -> None:
     check(CacheConfig, head=256, draws=64, max_seq_length=1_000_000, seed=2**31 - 1)
     check(CacheConfig, head=1, draws=0, max_seq_length=2, seed=0, batch_tokens=1, shard_positions=1)
     check(LossConfig, alpha=0, tail_weight=0)
-    check(PretrainConfig, beta1=0, beta2=0, clip_norm=0, weight_decay=0, validation_rows=0, max_steps=1)
-    check(PretrainConfig, batch_size=1_000_000, max_seq_length=1_000_000, warmup_fraction=0, decay_fraction=1)
-    check(PretrainConfig, num_heads=1, num_kv_heads=1, sliding_window=1, num_epochs=0.01, seed=2**31 - 1)
+    check(
+        PretrainConfig,
+        beta1=0,
+        beta2=0,
+        clip_norm=0,
+        weight_decay=0,
+        validation_rows=0,
+        max_steps=1,
+    )
+    check(
+        PretrainConfig,
+        batch_size=1_000_000,
+        max_seq_length=1_000_000,
+        warmup_fraction=0,
+        decay_fraction=1,
+    )
+    check(
+        PretrainConfig,
+        num_heads=1,
+        num_kv_heads=1,
+        sliding_window=1,
+        num_epochs=0.01,
+        seed=2**31 - 1,
+    )
 
 
 @pytest.mark.parametrize(
@@ -92,10 +124,26 @@ def test_the_defaults_and_the_ends_of_the_ranges_are_taken() -> None:
         (CacheConfig, {"max_seq_length": 1_000_001}, "at most 1,000,000"),
         (CacheConfig, {"temperature": 0.0}, r"^temperature is 0.0, but must be above 0$"),
         (CacheConfig, {"seed": 2**31}, "at most 2,147,483,647"),
-        (CacheConfig, {"sketch_depths": (0.0, 1.0)}, r"^sketch_depths has 0.0, but each must be above 0$"),
-        (CacheConfig, {"sketch_depths": (1.0, 0.5)}, r"^sketch_depths must rise from one to the next: 1.0 0.5$"),
-        (HiddenConfig, {"depths": (0.5, 1.5)}, r"^hidden.depths has 1.5, but each must be at most 1$"),
-        (HiddenConfig, {"depths": (math.nan,)}, r"^hidden.depths has nan, but each must be a finite number$"),
+        (
+            CacheConfig,
+            {"sketch_depths": (0.0, 1.0)},
+            r"^sketch_depths has 0.0, but each must be above 0$",
+        ),
+        (
+            CacheConfig,
+            {"sketch_depths": (1.0, 0.5)},
+            r"^sketch_depths must rise from one to the next: 1.0 0.5$",
+        ),
+        (
+            HiddenConfig,
+            {"depths": (0.5, 1.5)},
+            r"^hidden.depths has 1.5, but each must be at most 1$",
+        ),
+        (
+            HiddenConfig,
+            {"depths": (math.nan,)},
+            r"^hidden.depths has nan, but each must be a finite number$",
+        ),
         (HiddenConfig, {"depths": (), "weight": 1.0}, "hidden.depths is empty"),
         (HiddenConfig, {"until": 0.0}, r"^hidden.until is 0.0, but must be above 0$"),
         (ContrastConfig, {"positions": 1}, r"^contrast.positions is 1, but must be at least 2$"),
@@ -107,7 +155,11 @@ def test_the_defaults_and_the_ends_of_the_ranges_are_taken() -> None:
         (PretrainConfig, {"max_steps": 0}, "max_steps is 0, but must be at least 1"),
         (PretrainConfig, {"learning_rate": 0}, "learning_rate is 0, but must be above 0"),
         (PretrainConfig, {"warmup_fraction": 0.8}, "must not add up to more than 1"),
-        (PretrainConfig, {"batch_size": 1_000_001}, "batch_size is 1000001, but must be at most 1,000,000"),
+        (
+            PretrainConfig,
+            {"batch_size": 1_000_001},
+            "batch_size is 1000001, but must be at most 1,000,000",
+        ),
         (
             PretrainConfig,
             {"batch_size": 4, "micro_batch_size": 3},
@@ -115,7 +167,14 @@ def test_the_defaults_and_the_ends_of_the_ranges_are_taken() -> None:
         ),
         *(
             (PretrainConfig, {name: 0}, f"^{name} is 0, but must be at least 1$")
-            for name in ("hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim", "intermediate_size")
+            for name in (
+                "hidden_size",
+                "num_layers",
+                "num_heads",
+                "num_kv_heads",
+                "head_dim",
+                "intermediate_size",
+            )
         ),
         (PretrainConfig, {"vocab_size": 0}, "vocab_size is 0"),
         (PretrainConfig, {"sliding_window": 0}, "sliding_window is 0"),
@@ -134,6 +193,8 @@ def test_all_mistakes_come_at_once() -> None:
 
 def test_raw_text_takes_the_tokenizer_of_a_run_folder_as_teacher(world, tmp_path: Path) -> None:
     run = world.teacher.parents[1]
-    config = DistillConfig(data_path=world.text, output_dir=tmp_path / "run", teacher=str(run), device="cpu")
+    config = DistillConfig(
+        data_path=world.text, output_dir=tmp_path / "run", teacher=str(run), device="cpu"
+    )
     dataset = inputs.find_dataset(config, lambda progress: None)
     assert dataset.tokenizer_fingerprint == inputs.open_dataset(world.data).tokenizer_fingerprint

@@ -1,4 +1,6 @@
-"""Sketches of hidden states: the projection, their bytes, the plane in a cache, and what is refused."""
+"""Sketches of hidden states: the projection, their bytes, the plane in a cache, and what is
+refused.
+"""
 
 import json
 import shutil
@@ -37,7 +39,9 @@ def draw(*shape, seed=0):
 def sketched(world, tmp_path_factory):
     folder = tmp_path_factory.mktemp("sketched") / "cache"
     settings = {"max_seq_length": 64, "shard_positions": 3000, "batch_tokens": 512, "device": "cpu"}
-    result = score.run(CacheConfig(str(world.teacher), world.data, folder, sketch_depths=(0.5, 1.0), **settings))
+    result = score.run(
+        CacheConfig(str(world.teacher), world.data, folder, sketch_depths=(0.5, 1.0), **settings)
+    )
     split = open_dataset(world.data)
     targets = sum(int(split.split(name).mask.sum()) for name in ("train", "validation"))
     assert (result.sketched, result.sketch_bytes) == (targets, 2 * 66)
@@ -53,7 +57,9 @@ def test_projection_keeps_lengths_on_average_and_is_always_the_same():
         ratios.append(float((y.pow(2).sum(1) / x.pow(2).sum(1)).mean()))
     assert np.mean(ratios) == pytest.approx(1, abs=0.02)
     assert torch.equal(projection(64, 96), projection.__wrapped__(64, 96))
-    assert projection(64, 96).flatten()[:3].tolist() == pytest.approx([0.0952991, -0.0001619, 0.0316069], abs=1e-6)
+    assert projection(64, 96).flatten()[:3].tolist() == pytest.approx(
+        [0.0952991, -0.0001619, 0.0316069], abs=1e-6
+    )
 
 
 def test_a_sketch_forgets_the_length_of_a_state():
@@ -90,7 +96,8 @@ def test_depths_of_a_format_are_shares_of_the_layers():
     assert [fmt.column(share, "x") for share in (0.5, 0.6, 1.0)] == [0, 1, 2]
     assert SketchFormat.of((0.41, 0.5), 2, 96).depths == (1,)
     with pytest.raises(
-        UsageError, match=r"cache c has no sketches of relative depth 0.25 \(block 3 of 10\), only of 0.5"
+        UsageError,
+        match=r"cache c has no sketches of relative depth 0.25 \(block 3 of 10\), only of 0.5",
     ):
         fmt.column(0.25, "cache c")
 
@@ -104,7 +111,10 @@ def test_cached_sketches_are_the_live_ones_and_both_those_of_transformers(world,
     live = LiveTargets(HuggingFaceTeacher(str(world.teacher)), (0.5, 1.0))
     cached = CachedSketches(Cache(sketched), "train")
     assert cached.format == live.format == SketchFormat((1, 2), 2, 48)
-    (a, all_valid), (b, valid) = live.sketches(batch, chosen, CPU), cached.sketches(batch, chosen, CPU)
+    (a, all_valid), (b, valid) = (
+        live.sketches(batch, chosen, CPU),
+        cached.sketches(batch, chosen, CPU),
+    )
     assert bool(all_valid.all()) and bool(valid.all())
     assert bool(((a - b).abs() <= a.abs().amax(2, keepdim=True) / 127 * 0.6 + 1e-4).all())
     reference = AutoModelForCausalLM.from_pretrained(world.teacher).eval()
@@ -116,8 +126,12 @@ def test_cached_sketches_are_the_live_ones_and_both_those_of_transformers(world,
             out = reference(ids, output_hidden_states=True)
         expected = rms_normalise(out.hidden_states[1][0, -1]) @ projection(64, 48).t()
         torch.testing.assert_close(a[0, index], expected, atol=1e-4, rtol=1e-4)
-        # transformers' last entry is behind the final norm: the same direction once its weights are divided out.
-        last = rms_normalise(out.hidden_states[2][0, -1] / reference.model.norm.weight) @ projection(64, 48).t()
+        # transformers' last entry is behind the final norm: the same direction once its weights are
+        # divided out.
+        last = (
+            rms_normalise(out.hidden_states[2][0, -1] / reference.model.norm.weight)
+            @ projection(64, 48).t()
+        )
         torch.testing.assert_close(a[1, index], last, atol=1e-3, rtol=1e-3)
 
 
@@ -136,7 +150,9 @@ def test_one_forward_pass_of_a_live_teacher_serves_states_and_logits(world, monk
     live.sketches(batch, chosen, CPU)
     there = np.flatnonzero(other.labels.ravel() >= 0)
     found = live.targets(other, there, CPU).logits(slice(0, 9))
-    torch.testing.assert_close(found, LiveTargets(teacher).targets(other, there, CPU).logits(slice(0, 9)))
+    torch.testing.assert_close(
+        found, LiveTargets(teacher).targets(other, there, CPU).logits(slice(0, 9))
+    )
 
 
 def test_records_do_not_change_where_sketches_are_kept(world, sketched):
@@ -154,9 +170,17 @@ def test_positions_inside_a_nested_teachers_token_have_no_sketch(world, tmp_path
     student = BPETokenizer.prefix_of(teacher, 300)
     student.save(tmp_path / "tokenizer")
     data = tmp_path / "nested"
-    prepare.run(PrepareConfig(data_path=(str(world.text),), tokenizer_path=tmp_path / "tokenizer", output_dir=data))
+    prepare.run(
+        PrepareConfig(
+            data_path=(str(world.text),), tokenizer_path=tmp_path / "tokenizer", output_dir=data
+        )
+    )
     folder = tmp_path / "c"
-    score.run(CacheConfig(str(world.teacher), data, folder, max_seq_length=64, sketch_depths=(1.0,), device="cpu"))
+    score.run(
+        CacheConfig(
+            str(world.teacher), data, folder, max_seq_length=64, sketch_depths=(1.0,), device="cpu"
+        )
+    )
     split, source = open_dataset(data).split("train"), CachedSketches(Cache(folder), "train")
     model = HuggingFaceTeacher(str(world.teacher))
     inside = 0
@@ -164,7 +188,10 @@ def test_positions_inside_a_nested_teachers_token_have_no_sketch(world, tmp_path
         start, end = (int(x) for x in split.documents[document : document + 2])
         ids = split.tokens[start:end].astype(int).tolist()
         text = student.decode(ids[1:-1])
-        theirs = [teacher.bos_id if teacher.bos_id is not None else teacher.eos_id, *teacher.encode(text)][:64]
+        theirs = [
+            teacher.bos_id if teacher.bos_id is not None else teacher.eos_id,
+            *teacher.encode(text),
+        ][:64]
         ends = {len(teacher.decode(theirs[1 : n + 1]).encode()): n for n in range(len(theirs))}
         _, (states,) = model.states_and_hidden([np.array(theirs)], (2,))
         expected = sketch([states], source.format)[0]
@@ -198,7 +225,9 @@ def test_damaged_and_missing_sketches_are_refused(world, sketched, tmp_path):
         Cache(folder)
     plane.write_bytes(whole)
     manifest = json.loads((folder / "manifest.json").read_text())
-    (folder / "manifest.json").write_text(json.dumps({**manifest, "sketch": {**manifest["sketch"], "width": 32}}))
+    (folder / "manifest.json").write_text(
+        json.dumps({**manifest, "sketch": {**manifest["sketch"], "width": 32}})
+    )
     with pytest.raises(XinslmError, match="sketches of 68 bytes"):
         CachedSketches(Cache(folder), "train")
     (folder / "manifest.json").write_text(json.dumps({**manifest, "sketch": {"depths": [1]}}))
@@ -209,7 +238,9 @@ def test_damaged_and_missing_sketches_are_refused(world, sketched, tmp_path):
 def test_interrupted_cache_with_sketches_continues_to_the_same_bytes(world, sketched, tmp_path):
     folder = tmp_path / "c"
     settings = {"max_seq_length": 64, "shard_positions": 3000, "batch_tokens": 512, "device": "cpu"}
-    config = CacheConfig(str(world.teacher), world.data, folder, sketch_depths=(0.5, 1.0), **settings)
+    config = CacheConfig(
+        str(world.teacher), world.data, folder, sketch_depths=(0.5, 1.0), **settings
+    )
 
     def stop(progress):
         if (folder / "train" / "00001.sketch.bin").is_file():

@@ -1,4 +1,6 @@
-"""Byte spans: each tokenizer's partition a text's bytes, and shared boundaries are those that brute force finds."""
+"""Byte spans: each tokenizer's partition a text's bytes, and shared boundaries are those that brute
+force finds.
+"""
 
 import itertools
 import json
@@ -34,8 +36,21 @@ CHARACTERS = [
     "\x00",
     "ﬁ",
 ]
-TEXT = st.one_of(st.lists(st.sampled_from(CHARACTERS), max_size=12).map("".join), st.text(max_size=20))
-AWKWARD = ["", " ", "  a", "\r\nthe 😀 dog\r\n", "中文 é", " 'tis", "a\u0301b", "the cat \n\n sat", "👩‍👩‍👧", "\n"]
+TEXT = st.one_of(
+    st.lists(st.sampled_from(CHARACTERS), max_size=12).map("".join), st.text(max_size=20)
+)
+AWKWARD = [
+    "",
+    " ",
+    "  a",
+    "\r\nthe 😀 dog\r\n",
+    "中文 é",
+    " 'tis",
+    "a\u0301b",
+    "the cat \n\n sat",
+    "👩‍👩‍👧",
+    "\n",
+]
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +98,9 @@ def test_tokens_that_spell_bytes_stand_where_those_bytes_are(readers, kind, text
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("text", AWKWARD)
 def test_boundaries_on_characters_are_the_librarys(readers, kind, text):
-    """Offsets of the tokenizers library are of characters; where one begins a token, so must ours at its byte."""
+    """Offsets of the tokenizers library are of characters; where one begins a token, so must ours
+    at its byte.
+    """
     reader = readers[kind]
     ids, ends, _ = reader.read(text)
     found = reported(reader, text)
@@ -122,7 +139,8 @@ def test_shared_boundaries_by_brute_force(first, second, text):
         return
     ids = np.array([student.bos_id, *student.encode(text), student.eos_id])
     pair = SpanAligner(student, teacher).align(ids)
-    shared = np.intersect1d(pair.student_starts[1:-2], pair.teacher_starts[1:-2]) - 1  # BOS has one byte
+    # BOS has one byte
+    shared = np.intersect1d(pair.student_starts[1:-2], pair.teacher_starts[1:-2]) - 1
     assert set(shared.tolist()) == brute_shared(student, teacher, text)
     assert pair.student_starts[-1] == pair.teacher_starts[-1] == len(text.encode()) + 2
 
@@ -132,25 +150,34 @@ def test_bos_on_one_side_only_shifts_nothing():
     ids = np.array(student.encode("Once upon a time\r\n😀 there"))
     bare = SpanAligner(student, teacher).align(ids)
     full = SpanAligner(student, teacher).align(np.array([student.bos_id, *ids]))
-    assert bare.teacher_ids.tolist() == full.teacher_ids.tolist() and bare.teacher_ids[0] == teacher.bos_id
+    assert (
+        bare.teacher_ids.tolist() == full.teacher_ids.tolist()
+        and bare.teacher_ids[0] == teacher.bos_id
+    )
     assert (full.student_starts[1:] - 1 == bare.student_starts).all()
     assert (full.teacher_starts[1:] - 1 == bare.teacher_starts[1:]).all()
     none = BPETokenizer(vocab_size=256, special_tokens=())
     pair = SpanAligner(student, none).align(np.array([student.bos_id, *ids, student.eos_id]))
     assert pair.teacher_ids.tolist() == none.encode("Once upon a time\r\n😀 there<|endoftext|>")
-    assert pair.teacher_starts[0] == 1 and pair.foreign.tolist() == [False] * (len(ids) + 1) + [True]
+    assert pair.teacher_starts[0] == 1 and pair.foreign.tolist() == [False] * (len(ids) + 1) + [
+        True
+    ]
 
 
 def test_an_unknown_token_keeps_the_span_of_what_it_swallowed():
     ids, ends, spaced = ByteReader(characters()).read("Tom☃☃sat 😀.")
-    unknown = [(int(a), int(b)) for i, a, b in zip(ids, [0, *ends[:-1]], ends, strict=True) if i == 0]
+    unknown = [
+        (int(a), int(b)) for i, a, b in zip(ids, [0, *ends[:-1]], ends, strict=True) if i == 0
+    ]
     assert unknown == [(3, 9), (13, 17)] and spaced
 
 
 def test_document_end_decides_where_one_token_is_both():
     student, teacher = byte_level(400), metaspace(300)
     ids = np.array([student.bos_id, *student.encode("a dog"), student.eos_id])
-    ends = {end: SpanAligner(student, teacher, end).align(ids).teacher_ids[-1] for end in ("eos", "bos")}
+    ends = {
+        end: SpanAligner(student, teacher, end).align(ids).teacher_ids[-1] for end in ("eos", "bos")
+    }
     assert ends == {"eos": teacher.eos_id, "bos": teacher.bos_id}
 
 

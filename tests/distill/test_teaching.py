@@ -19,9 +19,19 @@ from xinslm.export.config import GgufConfig
 @pytest.fixture
 def base(world, tmp_path) -> DistillConfig:
     return DistillConfig(
-        data_path=world.data, output_dir=tmp_path / "run", teacher=str(world.teacher), max_seq_length=64, batch_size=2,
-        max_steps=2, hidden_size=32, num_layers=1, num_heads=2, num_kv_heads=1, head_dim=16, intermediate_size=64,
-    )  # fmt: skip
+        data_path=world.data,
+        output_dir=tmp_path / "run",
+        teacher=str(world.teacher),
+        max_seq_length=64,
+        batch_size=2,
+        max_steps=2,
+        hidden_size=32,
+        num_layers=1,
+        num_heads=2,
+        num_kv_heads=1,
+        head_dim=16,
+        intermediate_size=64,
+    )
 
 
 @pytest.fixture
@@ -44,17 +54,26 @@ def test_a_gguf_files_hidden_states_are_those_of_its_folder(base, gguf_file, tmp
     matched = replace(base, hidden=HiddenConfig(weight=1.0))
     train.run(replace(matched, output_dir=tmp_path / "folder"))
     train.run(replace(matched, output_dir=tmp_path / "file", teacher=str(gguf_file)))
-    first = [json.loads((tmp_path / name / "metrics.jsonl").read_text().splitlines()[0]) for name in ("folder", "file")]
+    first = [
+        json.loads((tmp_path / name / "metrics.jsonl").read_text().splitlines()[0])
+        for name in ("folder", "file")
+    ]
     assert first[0]["hidden"] > 0
     assert first[1]["hidden"] == pytest.approx(first[0]["hidden"], abs=1e-4)
 
 
 def test_a_cache_of_a_gguf_file_knows_it_again(base, gguf_file, world, tmp_path):
     cache = tmp_path / "cache"
-    score.run(CacheConfig(teacher=str(gguf_file), data_path=world.data, output_dir=cache, max_seq_length=64))
+    score.run(
+        CacheConfig(
+            teacher=str(gguf_file), data_path=world.data, output_dir=cache, max_seq_length=64
+        )
+    )
     train.run(replace(base, cache=cache, teacher=str(gguf_file)))
     with pytest.raises(UsageError, match="made by another teacher"):
-        train.run(replace(base, cache=cache, teacher=str(world.teacher), output_dir=tmp_path / "other"))
+        train.run(
+            replace(base, cache=cache, teacher=str(world.teacher), output_dir=tmp_path / "other")
+        )
 
 
 def test_an_endpoint_is_no_live_teacher(base):

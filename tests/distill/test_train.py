@@ -40,12 +40,18 @@ def weights(run, which="last"):
 
 def metrics(run):
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k not in ("seconds", "tokens_per_second")} for line in lines]
+    return [
+        {k: v for k, v in line.items() if k not in ("seconds", "tokens_per_second")}
+        for line in lines
+    ]
 
 
 def assert_same_run(a, b):
     ours, theirs = weights(a), weights(b)
-    assert all(torch.equal(ours[name], theirs[name]) for name in theirs) and ours.keys() == theirs.keys()
+    assert (
+        all(torch.equal(ours[name], theirs[name]) for name in theirs)
+        and ours.keys() == theirs.keys()
+    )
     assert metrics(a) == metrics(b)
 
 
@@ -68,7 +74,9 @@ def trainer(world, micro=None, source=None, loss=None, model=None, **changes):
     config = world.distill(world.folder / "unused", micro_batch_size=micro, **changes)
     rows = PackedRows(open_dataset(world.data).split("train"), config.max_seq_length)
     if model is None:
-        model = Transformer(dataclasses.replace(load_config(world.teacher), hidden_size=36, head_dim=12))
+        model = Transformer(
+            dataclasses.replace(load_config(world.teacher), hidden_size=36, head_dim=12)
+        )
         model.initialise(torch.Generator().manual_seed(0))
     return Trainer(model, config, loss or config.loss, rows, 8, source, CPU)
 
@@ -80,9 +88,14 @@ def cached(world):
 @pytest.mark.parametrize("micro", [1, 2])
 def test_accumulation_gives_the_step_of_the_whole_batch(world, micro):
     """Rows hold different numbers of targets, so a mean of micro-batch means would differ."""
-    whole, parts = trainer(world, source=cached(world)), trainer(world, micro=micro, source=cached(world))
+    whole, parts = (
+        trainer(world, source=cached(world)),
+        trainer(world, micro=micro, source=cached(world)),
+    )
     a, b = whole.step(0), parts.step(0)
-    assert (a.loss, a.ce, a.kd, a.grad_norm) == pytest.approx((b.loss, b.ce, b.kd, b.grad_norm), rel=1e-5)
+    assert (a.loss, a.ce, a.kd, a.grad_norm) == pytest.approx(
+        (b.loss, b.ce, b.kd, b.grad_norm), rel=1e-5
+    )
     for (name, p), q in zip(whole.model.named_parameters(), parts.model.parameters(), strict=True):
         torch.testing.assert_close(p.grad, q.grad, atol=1e-6, rtol=1e-4, msg=name)
 
@@ -119,34 +132,52 @@ def test_live_teacher_sees_each_document_alone(world):
 
 
 def test_cached_loss_is_the_live_teachers_within_the_codes_precision(world):
-    """Head exact, tail as one bucket: the difference to the dense KL is the divergence within the tail, below it."""
+    """Head exact, tail as one bucket: the difference to the dense KL is the divergence within the
+    tail, below it.
+    """
     loss = LossConfig(0.0, 1.0, tail_weight=0.0)
-    live = trainer(world, source=LiveTargets(HuggingFaceTeacher(str(world.teacher))), loss=loss).step(0)
+    live = trainer(
+        world, source=LiveTargets(HuggingFaceTeacher(str(world.teacher))), loss=loss
+    ).step(0)
     sparse = trainer(world, source=cached(world), loss=loss).step(0)
     assert live.ce == pytest.approx(sparse.ce, rel=1e-6)
     assert 0 < sparse.kd < live.kd
 
 
 def test_prompts_are_not_trained_on(world, tmp_path):
-    """Labels of prompt tokens carry no gradient and no weight in the mean: only answers and their end do."""
+    """Labels of prompt tokens carry no gradient and no weight in the mean: only answers and their
+    end do.
+    """
     lines = [{"prompt": f"What is {i}?", "response": f"It is {i}."} for i in range(300)]
     (tmp_path / "chat.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     prepare.run(
         PrepareConfig(
-            data_path=(str(tmp_path / "chat.jsonl"),), tokenizer_path=world.tokenizer, output_dir=tmp_path / "data"
+            data_path=(str(tmp_path / "chat.jsonl"),),
+            tokenizer_path=world.tokenizer,
+            output_dir=tmp_path / "data",
         )
     )
     split = open_dataset(tmp_path / "data").split("train")
     rows = PackedRows(split, 64)
-    model = Transformer(dataclasses.replace(load_config(world.teacher), hidden_size=36, head_dim=12))
+    model = Transformer(
+        dataclasses.replace(load_config(world.teacher), hidden_size=36, head_dim=12)
+    )
     step = Trainer(
-        model, world.pretrain(tmp_path / "r", batch_size=len(rows)), LossConfig(1.0, 0.0), rows, 2, None, CPU
+        model,
+        world.pretrain(tmp_path / "r", batch_size=len(rows)),
+        LossConfig(1.0, 0.0),
+        rows,
+        2,
+        None,
+        CPU,
     ).step(0)
     assert step.tokens == int(split.mask.sum()) < len(split.tokens) / 2
 
 
 def run_in_subprocess(config, action, at_step):
-    """Run the stage in a process of its own that signals itself when the listener hears of `at_step`."""
+    """Run the stage in a process of its own that signals itself when the listener hears of
+    `at_step`.
+    """
     code = f"""
 import os, signal, sys
 from pathlib import Path, PosixPath
@@ -166,14 +197,20 @@ except BaseException as error:
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
 
 
-@pytest.mark.parametrize(("action", "at_step"), [("SIGKILL", 2), ("SIGKILL", 5), ("SIGKILL", 7), ("SIGINT", 5)])
+@pytest.mark.parametrize(
+    ("action", "at_step"), [("SIGKILL", 2), ("SIGKILL", 5), ("SIGKILL", 7), ("SIGINT", 5)]
+)
 def test_a_stopped_run_continues_bit_for_bit(world, tmp_path, action, at_step):
     whole, broken = world.distill(tmp_path / "whole"), world.distill(tmp_path / "broken")
     train.run(whole)
     done = run_in_subprocess(broken, action, at_step)
     if action == "SIGINT":
         assert done.returncode == 130
-        assert done.stderr == "error: interrupted after step 5 of 8; the run is saved. The same command continues it\n"
+        assert (
+            done.stderr
+            == "error: interrupted after step 5 of 8; the run is saved. The same command "
+            "continues it\n"
+        )
     else:
         assert done.returncode == -signal.SIGKILL
         with open(tmp_path / "broken" / "metrics.jsonl", "a") as file:
@@ -191,12 +228,16 @@ def test_distilling_approaches_the_teacher_and_leaves_a_standard_model(world, tm
     lines = metrics(tmp_path / "r")
     divergences = [line["validation_kd"] for line in lines if "validation_kd" in line]
     assert divergences[-1] < divergences[0] - 0.1
-    assert result.state.best_validation == min(line["validation_ce"] for line in lines if "validation_ce" in line)
+    assert result.state.best_validation == min(
+        line["validation_ce"] for line in lines if "validation_ce" in line
+    )
     best = tmp_path / "r" / "checkpoints" / "best"
     theirs, ours = AutoModelForCausalLM.from_pretrained(best), load_model(best)
     ids = torch.arange(20)[None]
     with torch.no_grad():
-        torch.testing.assert_close(theirs(ids).logits, ours.logits(ours.hidden(ids)), atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(
+            theirs(ids).logits, ours.logits(ours.hidden(ids)), atol=1e-5, rtol=1e-4
+        )
     expected = {name for name in Transformer(load_config(best)).state_dict()}
     assert set(load_file(best / "model.safetensors")) == expected, "nothing but the LLaMA keys"
 
@@ -205,13 +246,24 @@ def test_best_is_the_checkpoint_with_the_lowest_validation_loss(world, tmp_path)
     """A rate that ruins the model after a few steps must leave the early one as best."""
     run = tmp_path / "r"
     train.run(
-        world.pretrain(run, max_steps=12, learning_rate=0.6, validate_every=1, warmup_fraction=0.9, decay_fraction=0)
+        world.pretrain(
+            run,
+            max_steps=12,
+            learning_rate=0.6,
+            validate_every=1,
+            warmup_fraction=0.9,
+            decay_fraction=0,
+        )
     )
-    validations = {line["step"]: line["validation_ce"] for line in metrics(run) if "validation_ce" in line}
+    validations = {
+        line["step"]: line["validation_ce"] for line in metrics(run) if "validation_ce" in line
+    }
     best = min(validations, key=validations.get)
     assert best < 12
     rows = PackedRows(open_dataset(world.data).split("validation"), 64)
-    again = trainer(world, model=load_model(run / "checkpoints" / "best"), loss=LossConfig(1.0, 0.0))
+    again = trainer(
+        world, model=load_model(run / "checkpoints" / "best"), loss=LossConfig(1.0, 0.0)
+    )
     assert again.validate(rows, None, 64).ce == pytest.approx(validations[best], rel=1e-5)
 
 
@@ -276,9 +328,13 @@ def test_raw_text_run_that_never_began_can_be_started_again_with_other_settings(
     run = tmp_path / "r"
     settings = {**world.settings, "max_steps": 2, "vocab_size": 300}
     with pytest.raises(UsageError, match="batch_size is 5000"):
-        train.run(PretrainConfig(data_path=world.text, output_dir=run, **{**settings, "batch_size": 5000}))
+        train.run(
+            PretrainConfig(data_path=world.text, output_dir=run, **{**settings, "batch_size": 5000})
+        )
     assert (run / "data" / "manifest.json").is_file(), "what was prepared is kept"
-    train.run(PretrainConfig(data_path=world.text, output_dir=run, **{**settings, "vocab_size": 320}))
+    train.run(
+        PretrainConfig(data_path=world.text, output_dir=run, **{**settings, "vocab_size": 320})
+    )
     assert load_config(run / "checkpoints" / "best").vocab_size == 320
 
 
@@ -293,10 +349,14 @@ def test_a_continued_run_may_log_and_split_its_batches_otherwise(world, tmp_path
 
 
 def test_best_is_linked_before_the_state_that_knows_of_it(world, tmp_path, monkeypatch):
-    """A kill between the two links must not leave a `last` whose best loss belongs to no checkpoint."""
+    """A kill between the two links must not leave a `last` whose best loss belongs to no
+    checkpoint.
+    """
     linked = []
     real = checkpoint._point
-    monkeypatch.setattr(checkpoint, "_point", lambda link, target: linked.append(link.name) or real(link, target))
+    monkeypatch.setattr(
+        checkpoint, "_point", lambda link, target: linked.append(link.name) or real(link, target)
+    )
     train.run(world.distill(tmp_path / "r", max_steps=2))
     assert linked == ["best", "last"]
 
@@ -310,9 +370,15 @@ def test_live_teacher_beside_a_student_with_padded_rows(world, tmp_path):
 
     load_tokenizer(world.teacher).save(wide)
     config = DistillConfig(
-        data_path=world.data, output_dir=tmp_path / "r", teacher=str(world.teacher), init_from=wide,
-        max_seq_length=64, batch_size=4, max_steps=2, device="cpu",
-    )  # fmt: skip
+        data_path=world.data,
+        output_dir=tmp_path / "r",
+        teacher=str(world.teacher),
+        init_from=wide,
+        max_seq_length=64,
+        batch_size=4,
+        max_steps=2,
+        device="cpu",
+    )
     assert train.run(config).state.step == 2
 
 
@@ -327,7 +393,12 @@ def test_a_loss_that_is_not_finite_stops_at_once_and_is_placed(world, tmp_path):
     tensors["model.layers.1.mlp.up_proj.weight"][0, 0] = float("nan")
     save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
     config = PretrainConfig(
-        data_path=world.data, output_dir=tmp_path / "r", init_from=broken, max_seq_length=64, batch_size=4, max_steps=3
+        data_path=world.data,
+        output_dir=tmp_path / "r",
+        init_from=broken,
+        max_seq_length=64,
+        batch_size=4,
+        max_steps=3,
     )
     with pytest.raises(XinslmError, match=r"the loss is nan at step 1, on training documents \d+"):
         train.run(config)
@@ -356,7 +427,11 @@ def test_full_disk_while_saving_keeps_the_last_checkpoint(world, tmp_path, monke
 
 def test_stages_that_do_not_fit_are_refused_by_name(world, tmp_path):
     other = tmp_path / "other"
-    prepare.run(PrepareConfig(data_path=(str(world.text),), tokenizer_path=world.tokenizer, output_dir=other, seed=9))
+    prepare.run(
+        PrepareConfig(
+            data_path=(str(world.text),), tokenizer_path=world.tokenizer, output_dir=other, seed=9
+        )
+    )
     config = dataclasses.replace(world.distill(tmp_path / "r"), data_path=other)
     with pytest.raises(UsageError, match=r"was made from another dataset than .*other"):
         train.run(config)
@@ -366,7 +441,9 @@ def test_stages_that_do_not_fit_are_refused_by_name(world, tmp_path):
         train.run(world.distill(tmp_path / "r", loss=LossConfig(0.1, 0.9, 3.0, "full", 0.0)))
     with pytest.raises(UsageError, match="is not a cache folder: it has no manifest"):
         train.run(world.distill(tmp_path / "r", cache=world.folder))
-    with pytest.raises(UsageError, match=r"num_key_value_heads .5. must divide num_attention_heads"):
+    with pytest.raises(
+        UsageError, match=r"num_key_value_heads .5. must divide num_attention_heads"
+    ):
         train.run(world.distill(tmp_path / "r", num_kv_heads=5))
     with pytest.raises(UsageError, match=r"micro_batch_size .3. must divide batch_size .4."):
         train.run(world.distill(tmp_path / "r", micro_batch_size=3))
@@ -378,14 +455,21 @@ def test_cache_of_another_teacher_is_refused_by_name(world, tmp_path):
     tensors = load_file(revised / "model.safetensors")
     tensors["model.norm.weight"] *= 1.01
     save_file(tensors, revised / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(UsageError, match=r"made by another teacher, or another revision of it, than .*revised"):
+    with pytest.raises(
+        UsageError, match=r"made by another teacher, or another revision of it, than .*revised"
+    ):
         train.run(world.distill(tmp_path / "a", teacher=str(revised), cache=world.cache))
     train.run(world.distill(tmp_path / "b", teacher=str(world.teacher), cache=world.cache))
 
 
 def test_pads_change_nothing(world, tmp_path):
-    """Wider rows hold other numbers of pads and other neighbours; the loss of each document stays what it was."""
-    lines = [json.dumps({"text": f"The {word} is here."}) + "\n" for word in ("cat", "dog", "little bird", "tall tree")]
+    """Wider rows hold other numbers of pads and other neighbours; the loss of each document stays
+    what it was.
+    """
+    lines = [
+        json.dumps({"text": f"The {word} is here."}) + "\n"
+        for word in ("cat", "dog", "little bird", "tall tree")
+    ]
     (tmp_path / "short.jsonl").write_text("".join(lines))
     prepare.run(
         PrepareConfig(
@@ -400,7 +484,9 @@ def test_pads_change_nothing(world, tmp_path):
     narrow, wide = PackedRows(split, 20), PackedRows(split, 64)
     assert len(narrow) > len(wide) == 1
     checker = trainer(world, model=model, loss=LossConfig(1.0, 0.0))
-    assert checker.validate(narrow, None, 0).ce == pytest.approx(checker.validate(wide, None, 0).ce, rel=1e-6)
+    assert checker.validate(narrow, None, 0).ce == pytest.approx(
+        checker.validate(wide, None, 0).ce, rel=1e-6
+    )
 
 
 def test_live_teacher_with_another_tokenizer_is_refused(world, tmp_path):
@@ -420,12 +506,19 @@ def test_raw_text_trains_a_tokenizer_and_a_model_with_the_documented_flags(world
     from xinslm.cli.main import main
 
     words = (
-        f"pretrain --data_path {world.text} --output_dir {tmp_path / 'r'} --vocab_size 350 --hidden_size 32 "
-        f"--num_layers 2 --num_heads 2 --intermediate_size 64 --max_seq_length 64 --batch_size 4 --num_epochs 0.2 "
+        f"pretrain --data_path {world.text} --output_dir {tmp_path / 'r'} --vocab_size 350 "
+        "--hidden_size 32 "
+        "--num_layers 2 --num_heads 2 --intermediate_size 64 --max_seq_length 64 --batch_size 4 "
+        "--num_epochs 0.2 "
         f"--learning_rate 1e-3 --seed 7 --device cpu"
     ).split()
     assert main(words) == 0
     config = load_config(tmp_path / "r" / "checkpoints" / "best")
-    assert (config.vocab_size, config.hidden_size, config.num_hidden_layers, config.head_dim) == (350, 32, 2, 16)
+    assert (config.vocab_size, config.hidden_size, config.num_hidden_layers, config.head_dim) == (
+        350,
+        32,
+        2,
+        16,
+    )
     assert (config.bos_token_id, config.pad_token_id) == (346, 349)
     assert main(words) == 2, "a finished run is not trained again"

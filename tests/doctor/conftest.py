@@ -1,4 +1,6 @@
-"""A healthy world: text, tokenizer, dataset, a teacher trained for a moment, its cache, a student."""
+"""A healthy world: text, tokenizer, dataset, a teacher trained for a moment, its cache, a
+student.
+"""
 
 import json
 from types import SimpleNamespace
@@ -17,9 +19,16 @@ from xinslm.tokenizer import train as tokenizer_train
 from xinslm.tokenizer.config import TrainConfig
 
 SIZES = {
-    "hidden_size": 32, "num_layers": 2, "num_heads": 2, "num_kv_heads": 1, "intermediate_size": 64,
-    "max_seq_length": 64, "batch_size": 4, "device": "cpu", "learning_rate": 5e-3,
-}  # fmt: skip
+    "hidden_size": 32,
+    "num_layers": 2,
+    "num_heads": 2,
+    "num_kv_heads": 1,
+    "intermediate_size": 64,
+    "max_seq_length": 64,
+    "batch_size": 4,
+    "device": "cpu",
+    "learning_rate": 5e-3,
+}
 
 
 @pytest.fixture(scope="session")
@@ -31,10 +40,25 @@ def healthy(tmp_path_factory):
     tokenizer_train.run(TrainConfig(data_path=(str(text),), output_dir=tokenizer, vocab_size=400))
     prepare.run(PrepareConfig(data_path=(str(text),), tokenizer_path=tokenizer, output_dir=data))
     for name, steps in (("teacher", 150), ("student", 5)):
-        train.run(PretrainConfig(data_path=data, output_dir=folder / name, max_steps=steps, **SIZES))
+        train.run(
+            PretrainConfig(data_path=data, output_dir=folder / name, max_steps=steps, **SIZES)
+        )
     teacher = folder / "teacher" / "checkpoints" / "best"
-    score.run(CacheConfig(str(teacher), data, folder / "cache", max_seq_length=64, shard_positions=3000, device="cpu"))
+    score.run(
+        CacheConfig(
+            str(teacher),
+            data,
+            folder / "cache",
+            max_seq_length=64,
+            shard_positions=3000,
+            device="cpu",
+        )
+    )
     return SimpleNamespace(
-        folder=folder, data=data, tokenizer=tokenizer, teacher=teacher, cache=folder / "cache",
+        folder=folder,
+        data=data,
+        tokenizer=tokenizer,
+        teacher=teacher,
+        cache=folder / "cache",
         student=folder / "student" / "checkpoints" / "best",
-    )  # fmt: skip
+    )

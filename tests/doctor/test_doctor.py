@@ -1,4 +1,6 @@
-"""Everything passes in a healthy world, and each planted defect is found by the check that is there for it."""
+"""Everything passes in a healthy world, and each planted defect is found by the check that is there
+for it.
+"""
 
 import json
 import shutil
@@ -26,9 +28,13 @@ from xinslm.tokenizer.load import load_tokenizer
 
 def examine(healthy, **changes):
     settings = {
-        "data_path": healthy.data, "cache": healthy.cache, "teacher": str(healthy.teacher),
-        "student": healthy.student, "device": "cpu", **changes,
-    }  # fmt: skip
+        "data_path": healthy.data,
+        "cache": healthy.cache,
+        "teacher": str(healthy.teacher),
+        "student": healthy.student,
+        "device": "cpu",
+        **changes,
+    }
     return doctor.run(DoctorConfig(**settings))
 
 
@@ -59,7 +65,15 @@ def test_a_healthy_world_passes_every_check(healthy, capsys):
     result = examine(healthy)
     only(result)
     assert set(status(result).values()) == {"ok"} and len(result.checks) >= 20, result.describe()
-    words = ["doctor", "--data-path", str(healthy.data), "--cache", str(healthy.cache), "--device", "cpu"]
+    words = [
+        "doctor",
+        "--data-path",
+        str(healthy.data),
+        "--cache",
+        str(healthy.cache),
+        "--device",
+        "cpu",
+    ]
     assert main(words) == 0
     assert "skipped  teacher agreement" in capsys.readouterr().out
 
@@ -68,8 +82,14 @@ def test_what_is_not_given_is_skipped_with_a_reason(healthy):
     result = examine(healthy, cache=None, student=None, teacher=None)
     only(result)
     found = {check.name: check for check in result.checks}
-    assert found["alignment"].detail == "no --cache" and found["teacher agreement"].detail == "no --teacher"
-    assert found["fused distillation"].status == "ok" and "a drawn teacher" in found["fused distillation"].detail
+    assert (
+        found["alignment"].detail == "no --cache"
+        and found["teacher agreement"].detail == "no --teacher"
+    )
+    assert (
+        found["fused distillation"].status == "ok"
+        and "a drawn teacher" in found["fused distillation"].detail
+    )
     alone = status(examine(healthy, cache=None, student=None))
     assert alone["teacher on this data"] == "ok" and alone["teacher agreement"] == "skipped"
     assert list(alone).count("teacher on this data") == 1
@@ -93,7 +113,10 @@ def test_a_missing_shard_and_a_damaged_dataset(healthy, cache, tmp_path):
     (cache / "train" / "00000.bin").unlink()
     result = examine(healthy, cache=cache, student=None)
     only(result, "cache files")
-    assert status(result)["alignment"] == "skipped" and status(result)["teacher agreement"] == "skipped"
+    assert (
+        status(result)["alignment"] == "skipped"
+        and status(result)["teacher agreement"] == "skipped"
+    )
     data = shutil.copytree(healthy.data, tmp_path / "data")
     mask = bytearray((data / "train" / "mask.bin").read_bytes())
     mask[100] ^= 1
@@ -120,7 +143,9 @@ def test_a_cache_of_another_teacher_that_claims_to_be_of_this_one(healthy, cache
 
     def blur(records):
         records = records.copy()
-        records["codes"] = np.clip(records["codes"].astype(int) + np.resize([25, -25], records["codes"].shape), 0, 255)
+        records["codes"] = np.clip(
+            records["codes"].astype(int) + np.resize([25, -25], records["codes"].shape), 0, 255
+        )
         records["log_label"] *= 1.2
         return records
 
@@ -154,7 +179,13 @@ def test_a_head_too_small_without_draws(healthy, tmp_path):
 
     score.run(
         CacheConfig(
-            str(healthy.teacher), healthy.data, tmp_path / "c", head=1, draws=0, max_seq_length=64, device="cpu"
+            str(healthy.teacher),
+            healthy.data,
+            tmp_path / "c",
+            head=1,
+            draws=0,
+            max_seq_length=64,
+            device="cpu",
         )
     )
     only(examine(healthy, cache=tmp_path / "c", teacher=None, student=None), "tail")
@@ -166,7 +197,10 @@ def test_a_teacher_that_knows_nothing(healthy, tmp_path):
         model.model.norm.weight.mul_(-1)
     save_model(model, tmp_path / "t")
     load_tokenizer(healthy.teacher).save(tmp_path / "t")
-    only(examine(healthy, cache=None, teacher=str(tmp_path / "t"), student=None), "teacher on this data")
+    only(
+        examine(healthy, cache=None, teacher=str(tmp_path / "t"), student=None),
+        "teacher on this data",
+    )
 
 
 def test_a_cache_of_another_dataset(healthy, tmp_path):
@@ -175,8 +209,15 @@ def test_a_cache_of_another_dataset(healthy, tmp_path):
 
     text = tmp_path / "other.txt"
     text.write_text("some other text. " * 300)
-    prepare.run(PrepareConfig(data_path=(str(text),), tokenizer_path=healthy.tokenizer, output_dir=tmp_path / "d"))
-    only(examine(healthy, data_path=tmp_path / "d", teacher=None, student=None), "cache of this dataset")
+    prepare.run(
+        PrepareConfig(
+            data_path=(str(text),), tokenizer_path=healthy.tokenizer, output_dir=tmp_path / "d"
+        )
+    )
+    only(
+        examine(healthy, data_path=tmp_path / "d", teacher=None, student=None),
+        "cache of this dataset",
+    )
 
 
 def test_ids_that_mean_other_bytes(healthy, tmp_path):
@@ -205,7 +246,9 @@ def test_weights_that_are_not_finite(healthy, tmp_path):
 
 @pytest.fixture
 def wrong_gradient(monkeypatch):
-    """Plant a defect in the gradient that the fused head makes: a function of the gradient and the settings."""
+    """Plant a defect in the gradient that the fused head makes: a function of the gradient and the
+    settings.
+    """
 
     def plant(change):
         real = losses._fused
@@ -220,16 +263,24 @@ def wrong_gradient(monkeypatch):
 
 
 def test_temperature_squared_in_the_value_and_not_in_the_gradient(healthy, wrong_gradient):
-    wrong_gradient(lambda hidden, weight, config: (hidden / config.temperature**2, weight / config.temperature**2))
+    wrong_gradient(
+        lambda hidden, weight, config: (
+            hidden / config.temperature**2,
+            weight / config.temperature**2,
+        )
+    )
     only(examine(healthy, teacher=None), "fused distillation, T=2", "temperature")
 
 
 def test_a_gradient_that_misses_the_head(healthy, wrong_gradient):
     wrong_gradient(lambda hidden, weight, config: (hidden, 0.99 * weight))
     only(
-        examine(healthy, teacher=None), "fused cross-entropy", "fused distillation", "fused distillation, T=2",
+        examine(healthy, teacher=None),
+        "fused cross-entropy",
+        "fused distillation",
+        "fused distillation, T=2",
         "other divergences",
-    )  # fmt: skip
+    )
 
 
 @pytest.mark.parametrize("divergence", ["reverse_kl", "jsd", "skew_kl", "skew_reverse_kl"])

@@ -1,4 +1,6 @@
-"""The stage: raw files and datasets, the model's tokenizer and another's, chats, other architectures, bad requests."""
+"""The stage: raw files and datasets, the model's tokenizer and another's, chats, other
+architectures, bad requests.
+"""
 
 import json
 import math
@@ -17,7 +19,11 @@ from xinslm.evaluate.config import EvaluateConfig
 from xinslm.evaluate.run import run
 from xinslm.progress import Progress
 
-TEXTS = ["The quick brown fox.", "Zwölf Boxkämpfer jagen Viktor quer über den Sylter Deich. 😀" * 2, "a  b\n\n c"]
+TEXTS = [
+    "The quick brown fox.",
+    "Zwölf Boxkämpfer jagen Viktor quer über den Sylter Deich. 😀" * 2,
+    "a  b\n\n c",
+]
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +61,10 @@ def evaluate(model: Path, data: Path, **changes):
 
 
 def test_figures_equal_transformers(model: Path, text: Path) -> None:
-    reference, tokenizer = AutoModelForCausalLM.from_pretrained(model), AutoTokenizer.from_pretrained(model)
+    reference, tokenizer = (
+        AutoModelForCausalLM.from_pretrained(model),
+        AutoTokenizer.from_pretrained(model),
+    )
     nats, tokens = 0.0, 0
     for document in TEXTS:
         ids = torch.tensor([[0, *tokenizer(document, add_special_tokens=False).input_ids]])
@@ -74,29 +83,45 @@ def test_figures_equal_transformers(model: Path, text: Path) -> None:
 
 
 @pytest.mark.parametrize("document_end", ["eos", "bos", "none"])
-def test_a_dataset_gives_the_figures_of_its_text(model: Path, text: Path, tmp_path: Path, document_end) -> None:
+def test_a_dataset_gives_the_figures_of_its_text(
+    model: Path, text: Path, tmp_path: Path, document_end
+) -> None:
     dataset = make_dataset(tmp_path / "data", text, model, document_end=document_end)
     expected, found = evaluate(model, text), evaluate(model, dataset)
-    assert replace(found, data="", tokens_per_second=0) == replace(expected, data="", tokens_per_second=0)
+    assert replace(found, data="", tokens_per_second=0) == replace(
+        expected, data="", tokens_per_second=0
+    )
 
 
-def test_another_tokenizers_dataset_is_turned_back_into_text(model: Path, text: Path, tmp_path: Path) -> None:
+def test_another_tokenizers_dataset_is_turned_back_into_text(
+    model: Path, text: Path, tmp_path: Path
+) -> None:
     save_tokenizer(tmp_path / "tokenizer", vocab_size=290)
     dataset = make_dataset(tmp_path / "data", text, tmp_path / "tokenizer")
     expected, found = evaluate(model, text), evaluate(model, dataset)
-    assert replace(found, data="", tokens_per_second=0) == replace(expected, data="", tokens_per_second=0)
+    assert replace(found, data="", tokens_per_second=0) == replace(
+        expected, data="", tokens_per_second=0
+    )
 
 
 def test_of_chats_the_answers_alone_count(model: Path, tmp_path: Path) -> None:
     chats = tmp_path / "chats.jsonl"
     answers = ["blue", "I like the dog"]
-    rows = [{"prompt": f"question {i} about foxes", "response": answer} for i, answer in enumerate(answers)]
+    rows = [
+        {"prompt": f"question {i} about foxes", "response": answer}
+        for i, answer in enumerate(answers)
+    ]
     chats.write_text("".join(json.dumps(row) + "\n" for row in rows))
     dataset = make_dataset(tmp_path / "data", chats, model)
     raw, stored = evaluate(model, chats), evaluate(model, dataset)
-    assert replace(raw, data="", tokens_per_second=0) == replace(stored, data="", tokens_per_second=0)
+    assert replace(raw, data="", tokens_per_second=0) == replace(
+        stored, data="", tokens_per_second=0
+    )
     assert raw.bytes == sum(map(len, answers))
-    tokenizer, reference = AutoTokenizer.from_pretrained(model), AutoModelForCausalLM.from_pretrained(model)
+    tokenizer, reference = (
+        AutoTokenizer.from_pretrained(model),
+        AutoModelForCausalLM.from_pretrained(model),
+    )
     nats, tokens = 0.0, 0
     for row, answer in zip(rows, answers, strict=True):
         prompt = f"<|user|>\n{row['prompt']}<|end|>\n<|assistant|>\n"
@@ -115,7 +140,9 @@ def test_of_chats_the_answers_alone_count(model: Path, tmp_path: Path) -> None:
 
 def test_any_causal_model_of_transformers(text: Path, tmp_path: Path) -> None:
     torch.manual_seed(0)
-    other = GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=2, n_head=2, vocab_size=320, n_positions=40))
+    other = GPT2LMHeadModel(
+        GPT2Config(n_embd=32, n_layer=2, n_head=2, vocab_size=320, n_positions=40)
+    )
     with torch.no_grad():
         for weight in other.parameters():
             weight.mul_(3)
@@ -126,7 +153,9 @@ def test_any_causal_model_of_transformers(text: Path, tmp_path: Path) -> None:
     short.write_text(TEXTS[0])
     ids = torch.tensor([[0, *tokenizer(TEXTS[0], add_special_tokens=False).input_ids]])
     result = evaluate(tmp_path, short)
-    assert result.nats_per_token == pytest.approx(other.eval()(ids, labels=ids).loss.item(), rel=1e-5)
+    assert result.nats_per_token == pytest.approx(
+        other.eval()(ids, labels=ids).loss.item(), rel=1e-5
+    )
     assert result.parameters == sum(weight.numel() for weight in other.parameters())
     assert evaluate(tmp_path, text).tokens > 40, "longer documents are windowed"
 
@@ -143,7 +172,9 @@ def test_a_quantized_folder_says_so(model: Path, text: Path, tmp_path: Path) -> 
     assert found.bits_per_byte == pytest.approx(exact.bits_per_byte, rel=0.5)
 
 
-def test_the_row_goes_into_the_run_folder_once_a_name(model: Path, text: Path, tmp_path: Path) -> None:
+def test_the_row_goes_into_the_run_folder_once_a_name(
+    model: Path, text: Path, tmp_path: Path
+) -> None:
     (tmp_path / "metrics.jsonl").write_text("")
     for name, count in (("student", 1), ("student", 2), ("teacher", 3)):
         result = evaluate(model, text, run=tmp_path, name=name, max_documents=count)
@@ -157,7 +188,12 @@ def test_the_row_goes_into_the_run_folder_once_a_name(model: Path, text: Path, t
 
 def test_progress_reaches_its_total(model: Path, text: Path) -> None:
     seen: list[Progress] = []
-    run(EvaluateConfig(model=model, data_path=(str(text),), device="cpu", batch_tokens=50, context=20), seen.append)
+    run(
+        EvaluateConfig(
+            model=model, data_path=(str(text),), device="cpu", batch_tokens=50, context=20
+        ),
+        seen.append,
+    )
     last = seen[-1]
     assert last.done == last.total and last.values["tokens/s"] > 0
 
@@ -192,12 +228,16 @@ def test_missing_things_are_named(model: Path, text: Path, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("value", ["64", None, True, 64.0])
-def test_a_config_with_a_value_of_another_type_is_named(model: Path, text: Path, tmp_path: Path, value) -> None:
+def test_a_config_with_a_value_of_another_type_is_named(
+    model: Path, text: Path, tmp_path: Path, value
+) -> None:
     for file in model.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
     path = tmp_path / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "hidden_size": value}))
-    with pytest.raises(XinslmError, match=r"config\.json: hidden_size is .*, but must be a whole number"):
+    with pytest.raises(
+        XinslmError, match=r"config\.json: hidden_size is .*, but must be a whole number"
+    ):
         evaluate(tmp_path, text)
     path.write_text("[]")
     with pytest.raises(XinslmError, match=r"config\.json: must hold an object"):

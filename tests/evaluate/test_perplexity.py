@@ -1,4 +1,6 @@
-"""Rolling log-likelihoods against lm-evaluation-harness (its windows, its values) and plain transformers."""
+"""Rolling log-likelihoods against lm-evaluation-harness (its windows, its values) and plain
+transformers.
+"""
 
 import json
 from pathlib import Path
@@ -18,8 +20,9 @@ from xinslm.evaluate.scorers import load_scorer
 
 CPU = torch.device("cpu")
 
-# (tokens after the prefix, longest window): (input, predicted) of each window, printed from lm_eval 0.4.13's
-# get_rolling_token_windows(tokens, 0, longest, context_len=1) and make_disjoint_window; token i is i, the prefix 0
+# (tokens after the prefix, longest window): (input, predicted) of each window, printed from lm_eval
+# 0.4.13's get_rolling_token_windows(tokens, 0, longest, context_len=1) and make_disjoint_window;
+# token i is i, the prefix 0
 HARNESS = {
     (3, 5): [([0, 1, 2], [1, 2, 3])],
     (5, 5): [([0, 1, 2, 3, 4], [1, 2, 3, 4, 5])],
@@ -29,7 +32,11 @@ HARNESS = {
         ([5, 6, 7, 8, 9], [6, 7, 8, 9, 10]),
         ([6, 7, 8, 9, 10], [11]),
     ],
-    (12, 4): [([0, 1, 2, 3], [1, 2, 3, 4]), ([4, 5, 6, 7], [5, 6, 7, 8]), ([8, 9, 10, 11], [9, 10, 11, 12])],
+    (12, 4): [
+        ([0, 1, 2, 3], [1, 2, 3, 4]),
+        ([4, 5, 6, 7], [5, 6, 7, 8]),
+        ([8, 9, 10, 11], [9, 10, 11, 12]),
+    ],
     (4, 1): [([0], [1]), ([1], [2]), ([2], [3]), ([3], [4])],
 }
 
@@ -44,7 +51,9 @@ def test_windows_are_the_harness_windows(count: int, longest: int) -> None:
 
 
 @given(st.integers(0, 300), st.integers(1, 40))
-def test_each_token_is_predicted_once_with_a_window_as_full_as_can_be(count: int, longest: int) -> None:
+def test_each_token_is_predicted_once_with_a_window_as_full_as_can_be(
+    count: int, longest: int
+) -> None:
     predicted: list[int] = []
     for window in rolling_windows(count + 1, longest):
         predicted += range(window.end - window.predicted + 1, window.end + 1)
@@ -97,12 +106,18 @@ def test_logits_are_never_whole(folder: Path, monkeypatch: pytest.MonkeyPatch) -
     expected = score(scorer, random_items())
     rows: list[int] = []
     original = scorer.logits
-    monkeypatch.setattr(scorer, "logits", lambda states: rows.append(len(states)) or original(states))
+    monkeypatch.setattr(
+        scorer, "logits", lambda states: rows.append(len(states)) or original(states)
+    )
     monkeypatch.setattr(perplexity, "CHUNK_LOGITS", 7 * 320)
     again = score(scorer, random_items())
     assert max(rows) == 7
-    assert sum(rows) == sum(item.scored.sum() for item in random_items()), "only scored places need the head"
-    np.testing.assert_allclose([s.log_likelihood for s in again], [s.log_likelihood for s in expected], rtol=1e-6)
+    assert sum(rows) == sum(item.scored.sum() for item in random_items()), (
+        "only scored places need the head"
+    )
+    np.testing.assert_allclose(
+        [s.log_likelihood for s in again], [s.log_likelihood for s in expected], rtol=1e-6
+    )
 
 
 def test_damaged_weights_name_the_document(folder: Path) -> None:
@@ -120,18 +135,29 @@ def test_padding_of_the_vocabulary_has_no_probability(tmp_path: Path) -> None:
     item = Item("x", np.array([0, 9]), np.array([False, True]), 1)
     with torch.no_grad():
         logits = model.logits(model.hidden(torch.tensor([[0]])))[0, 0, :320].double()
-    assert score(scorer, [item])[0].log_likelihood == pytest.approx(logits.log_softmax(-1)[9].item(), rel=1e-5)
+    assert score(scorer, [item])[0].log_likelihood == pytest.approx(
+        logits.log_softmax(-1)[9].item(), rel=1e-5
+    )
 
 
 def test_golden_values_of_the_harness(shared_data: Path) -> None:
-    """lm-eval 0.4.13 in float64 on stories260K, whose tokenizer it lets add BOS: BOS is predicted after BOS."""
-    golden = json.loads((shared_data / "bench" / "golden_lmeval_0.4.13_stories260K.json").read_text())
+    """lm-eval 0.4.13 in float64 on stories260K, whose tokenizer it lets add BOS: BOS is predicted
+    after BOS.
+    """
+    golden = json.loads(
+        (shared_data / "bench" / "golden_lmeval_0.4.13_stories260K.json").read_text()
+    )
     task = golden["tasks"]["stories_ppl_local"]
     scorer, _ = load_scorer(shared_data / "models" / "stories260K", CPU)
     data = (str(shared_data / "text" / "tinystories_docs.jsonl"),)
     items = read_items(data, "validation", scorer.tokenizer, 30)
     doubled = [
-        Item(i.source, np.r_[scorer.tokenizer.bos_id, i.tokens], np.r_[False, True, i.scored[1:]], i.num_bytes)
+        Item(
+            i.source,
+            np.r_[scorer.tokenizer.bos_id, i.tokens],
+            np.r_[False, True, i.scored[1:]],
+            i.num_bytes,
+        )
         for i in items
     ]
     found = score(scorer, doubled)
@@ -139,6 +165,10 @@ def test_golden_values_of_the_harness(shared_data: Path) -> None:
         assert result.log_likelihood == pytest.approx(document["ll"][0], rel=1e-5)
     bits = -sum(s.log_likelihood for s in found) / np.log(2) / sum(i.num_bytes for i in items)
     assert bits == pytest.approx(task["metrics"]["bits_per_byte,none"], rel=1e-6)
-    # we do not: the text alone is predicted, and the surprise at a second BOS, alike for all, is not counted
-    surprise = [two.log_likelihood - one.log_likelihood for two, one in zip(found, score(scorer, items), strict=True)]
+    # we do not: the text alone is predicted, and the surprise at a second BOS, alike for all, is
+    # not counted
+    surprise = [
+        two.log_likelihood - one.log_likelihood
+        for two, one in zip(found, score(scorer, items), strict=True)
+    ]
     assert all(-14 < difference < -7 for difference in surprise)

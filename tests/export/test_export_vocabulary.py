@@ -34,7 +34,11 @@ TEXTS = [
 
 
 def keys_of(path):
-    return {name: field.contents() for name, field in GGUFReader(path).fields.items() if "tokenizer" in name}
+    return {
+        name: field.contents()
+        for name, field in GGUFReader(path).fields.items()
+        if "tokenizer" in name
+    }
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +55,9 @@ def test_byte_level_ids_are_ours(byte_level):
     ours = load_tokenizer(root / "model")
     for text in TEXTS:
         assert llama.tokenize(text) == ours.encode(text), repr(text)
-        assert llama.tokenize(text, add_special=True) == ours.encode(text), "no BOS is added: it was not trained so"
+        assert llama.tokenize(text, add_special=True) == ours.encode(text), (
+            "no BOS is added: it was not trained so"
+        )
 
 
 def test_special_tokens_are_control_tokens(byte_level):
@@ -60,11 +66,16 @@ def test_special_tokens_are_control_tokens(byte_level):
     text = "<|begin|>hello<|end|> there<|user|>\n"
     assert llama.tokenize(text, parse_special=True) == ours.encode(text, allowed_special=True)
     keys = keys_of(root / "m.gguf")
-    assert [keys["tokenizer.ggml.token_type"][ours.special_tokens[name]] for name in SPECIALS] == [3] * 5
+    assert [keys["tokenizer.ggml.token_type"][ours.special_tokens[name]] for name in SPECIALS] == [
+        3
+    ] * 5
     assert keys["tokenizer.ggml.bos_token_id"] == 0 and keys["tokenizer.ggml.eos_token_id"] == 1
     assert keys["tokenizer.ggml.padding_token_id"] == 2
     assert keys["tokenizer.ggml.pre"] == "llama-bpe" and keys["tokenizer.ggml.model"] == "gpt2"
-    assert keys["tokenizer.ggml.add_bos_token"] is False and keys["tokenizer.ggml.add_space_prefix"] is False
+    assert (
+        keys["tokenizer.ggml.add_bos_token"] is False
+        and keys["tokenizer.ggml.add_space_prefix"] is False
+    )
 
 
 def test_rows_without_a_token_are_unused(byte_level):
@@ -84,7 +95,9 @@ def test_chat_template_renders_and_tokenizes_as_ours(byte_level):
         {"role": "user", "content": "Thanks!"},
     ]
     rendered = llama.apply_template(messages)
-    ours, _ = load_tokenizer(root / "model").apply_chat_template(messages, add_generation_prompt=True)
+    ours, _ = load_tokenizer(root / "model").apply_chat_template(
+        messages, add_generation_prompt=True
+    )
     assert llama.tokenize(rendered, add_special=True, parse_special=True) == list(ours)
 
 
@@ -93,7 +106,10 @@ def test_sentencepiece_ids_are_ours(shared_data, tmp_path):
     result = run(GgufConfig(source, tmp_path / "m.gguf"))
     keys = keys_of(tmp_path / "m.gguf")
     assert keys["tokenizer.ggml.model"] == "llama" and keys["tokenizer.ggml.add_bos_token"] is True
-    assert keys["tokenizer.ggml.token_type"][:4] == [2, 3, 3, 6] and keys["tokenizer.ggml.tokens"][3] == "<0x00>"
+    assert (
+        keys["tokenizer.ggml.token_type"][:4] == [2, 3, 3, 6]
+        and keys["tokenizer.ggml.tokens"][3] == "<0x00>"
+    )
     assert keys["tokenizer.ggml.unknown_token_id"] == 0
     assert result.notes == ()
     ours = load_tokenizer(source)
@@ -110,7 +126,9 @@ def test_real_byte_level_tokenizer_on_its_corpus(shared_data, tmp_path):
 
     source = shared_data / "models" / "stories5M"
     run(GgufConfig(source, tmp_path / "m.gguf"))
-    with gzip.open(shared_data / "text" / "stories_valid.jsonl.gz", "rt", encoding="utf-8") as lines:
+    with gzip.open(
+        shared_data / "text" / "stories_valid.jsonl.gz", "rt", encoding="utf-8"
+    ) as lines:
         texts = TEXTS + [line for _, line in zip(range(30), lines, strict=False)]
     ours = load_tokenizer(source)
     with LlamaCpp(tmp_path / "m.gguf") as llama:
@@ -129,7 +147,9 @@ def test_a_split_rule_that_llama_cpp_does_not_have_is_refused(tmp_path):
     save_random_model(tmp_path / "model")
 
     def change(spec):
-        spec["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"] = LLAMA3.replace("{1,3}", "{1,2}")
+        spec["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"] = LLAMA3.replace(
+            "{1,3}", "{1,2}"
+        )
 
     edit_tokenizer(tmp_path / "model", change)
     with pytest.raises(XinslmError, match="rule for splitting"):
@@ -151,8 +171,13 @@ def test_logits_of_unused_rows_are_there(byte_level):
 
 def llama_cpp_vectors(path):
     """llama.cpp's own test texts and the ids that go with them."""
-    texts = path.with_suffix(".gguf.inp").read_text(encoding="utf-8").split("\n__ggml_vocab_test__\n")
-    ids = [[int(i) for i in line.split()] for line in path.with_suffix(".gguf.out").read_text().splitlines()]
+    texts = (
+        path.with_suffix(".gguf.inp").read_text(encoding="utf-8").split("\n__ggml_vocab_test__\n")
+    )
+    ids = [
+        [int(i) for i in line.split()]
+        for line in path.with_suffix(".gguf.out").read_text().splitlines()
+    ]
     assert len(texts) >= len(ids) > 20
     return list(zip(texts, ids, strict=False))
 
@@ -165,9 +190,17 @@ def llama_cpp_vectors(path):
     ],
 )
 def test_llama_cpps_own_vectors(shared_data, tmp_path, name, rows, files):
-    """LLaMA-2's sentencepiece model alone, and GPT-2's two old files, give the ids in llama.cpp's repository."""
+    """LLaMA-2's sentencepiece model alone, and GPT-2's two old files, give the ids in llama.cpp's
+    repository.
+    """
     tokenizers = shared_data / "tokenizers"
-    save_random_model(tmp_path / "model", vocab_size=rows, hidden_size=32, intermediate_size=32, num_hidden_layers=1)
+    save_random_model(
+        tmp_path / "model",
+        vocab_size=rows,
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=1,
+    )
     for file in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         (tmp_path / "model" / file).unlink()
     for target, origin in files.items():
@@ -177,4 +210,6 @@ def test_llama_cpps_own_vectors(shared_data, tmp_path, name, rows, files):
     with LlamaCpp(tmp_path / "m.gguf") as llama:
         for text, ids in llama_cpp_vectors(tokenizers / f"ggml-vocab-{name}.gguf"):
             assert llama.tokenize(text) == ids, repr(text)
-        assert (llama.tokenize("a", add_special=True)[0] == 1) == (name == "llama-spm"), "BOS, or none"
+        assert (llama.tokenize("a", add_special=True)[0] == 1) == (name == "llama-spm"), (
+            "BOS, or none"
+        )

@@ -1,4 +1,6 @@
-"""Batched generation: the engine's own greedy text, draws that no neighbour changes, and what it costs."""
+"""Batched generation: the engine's own greedy text, draws that no neighbour changes, and what it
+costs.
+"""
 
 from pathlib import Path
 
@@ -39,7 +41,9 @@ def make_prompts(count: int, low: int = 3, high: int = 20, seed: int = 0) -> lis
     return [rng.integers(5, 320, rng.integers(low, high)) for _ in range(count)]
 
 
-def one_by_one(engine: TorchEngine, prompt: np.ndarray, limit: int, ends: frozenset[int]) -> list[int]:
+def one_by_one(
+    engine: TorchEngine, prompt: np.ndarray, limit: int, ends: frozenset[int]
+) -> list[int]:
     engine.reset()
     logits, tokens = engine.start(prompt.tolist()), []
     while True:
@@ -51,7 +55,9 @@ def one_by_one(engine: TorchEngine, prompt: np.ndarray, limit: int, ends: frozen
 
 @pytest.mark.parametrize("window", [None, 9])
 def test_greedy_text_is_the_engines(tmp_path: Path, window: int | None) -> None:
-    """Uneven prompts, rows that end at different times, more prompts than rows, a context that runs full."""
+    """Uneven prompts, rows that end at different times, more prompts than rows, a context that runs
+    full.
+    """
     save_random_model(tmp_path, sliding_window=window, max_position_embeddings=40)
     engine = TorchEngine.load(tmp_path, "cpu")
     prompts = make_prompts(23)
@@ -62,17 +68,22 @@ def test_greedy_text_is_the_engines(tmp_path: Path, window: int | None) -> None:
     assert [c.tokens.tolist() for c in result.texts] == expected
     assert [c.ended for c in result.texts] == [text[-1] in ends for text in expected]
     assert 3 <= sum(c.ended for c in result.texts) < 23, "some rows must leave early, some must not"
-    assert any(len(p) + len(t) == 41 and len(t) < 30 for p, t in zip(prompts, expected, strict=True))
+    assert any(
+        len(p) + len(t) == 41 and len(t) < 30 for p, t in zip(prompts, expected, strict=True)
+    )
 
 
 def test_real_model_tells_the_engines_story(shared_data: Path) -> None:
     folder = shared_data / "models" / "stories260K"
     engine = TorchEngine.load(folder, "cpu")
     prompts = [
-        np.array([1, *engine.tokenizer.encode(text)]) for text in ("Once upon a time", "Lily", "The big dog ran")
+        np.array([1, *engine.tokenizer.encode(text)])
+        for text in ("Once upon a time", "Lily", "The big dog ran")
     ]
     result = generate_batch(load_model(folder), prompts, GREEDY, 60, frozenset({1, 2}))
-    assert [c.tokens.tolist() for c in result.texts] == [one_by_one(engine, p, 60, frozenset({1, 2})) for p in prompts]
+    assert [c.tokens.tolist() for c in result.texts] == [
+        one_by_one(engine, p, 60, frozenset({1, 2})) for p in prompts
+    ]
 
 
 def test_a_text_depends_on_its_number_and_the_seed_alone(model: Transformer) -> None:
@@ -85,30 +96,43 @@ def test_a_text_depends_on_its_number_and_the_seed_alone(model: Transformer) -> 
     last = generate_batch(model, prompts[7:], FREE, 25, ends, first_index=7).texts
     assert all(np.array_equal(a.tokens, b.tokens) for a, b in zip(whole[7:], last, strict=True))
     same = generate_batch(model, [prompts[0]] * 6, FREE, 25, ends).texts
-    assert len({tuple(c.tokens.tolist()) for c in same}) == 6, "the same prompt, another number: another text"
+    assert len({tuple(c.tokens.tolist()) for c in same}) == 6, (
+        "the same prompt, another number: another text"
+    )
     other = generate_batch(model, prompts, Sampling(**{**vars(FREE), "seed": 4}), 25, ends).texts
     assert any(not np.array_equal(a.tokens, b.tokens) for a, b in zip(whole, other, strict=True))
 
 
-def test_every_token_goes_through_the_model_once(model: Transformer, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without a cache, 16 + 24 tokens would cost 16 + 17 + ... = 660 forwards of a token a sequence."""
+def test_every_token_goes_through_the_model_once(
+    model: Transformer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without a cache, 16 + 24 tokens would cost 16 + 17 + ... = 660 forwards of a token a
+    sequence.
+    """
     seen = []
     real = model.model.layers[0].forward
     monkeypatch.setattr(
-        model.model.layers[0], "forward", lambda x, *rest: seen.append(x.shape[:2].numel()) or real(x, *rest)
+        model.model.layers[0],
+        "forward",
+        lambda x, *rest: seen.append(x.shape[:2].numel()) or real(x, *rest),
     )
     prompts = make_prompts(10, low=16, high=17)
     result = generate_batch(model, prompts, GREEDY, 24, NONE, rows=4)
     assert sum(seen) == result.token_forwards == 10 * (16 + 24 - 1)
     ends = frozenset(range(0, 320, 3))
     early = generate_batch(model, prompts, FREE, 24, ends, rows=10)
-    assert early.token_forwards == sum(16 + len(c.tokens) - 1 for c in early.texts), "rows that end leave the batch"
+    assert early.token_forwards == sum(16 + len(c.tokens) - 1 for c in early.texts), (
+        "rows that end leave the batch"
+    )
 
 
 def test_draws_follow_the_models_distribution(model: Transformer) -> None:
     prompt = np.array([7, 8, 9])
     settings = Sampling(temperature=1.7, top_k=0, top_p=1.0, min_p=0.0, seed=1)
-    drawn = [int(c.tokens[0]) for c in generate_batch(model, [prompt] * 6000, settings, 1, NONE, rows=512).texts]
+    drawn = [
+        int(c.tokens[0])
+        for c in generate_batch(model, [prompt] * 6000, settings, 1, NONE, rows=512).texts
+    ]
     with torch.no_grad():
         logits = model.logits(model.hidden(torch.from_numpy(prompt)[None]))[0, -1]
     expected = 6000 * torch.softmax(logits / 1.7, dim=0).numpy()
@@ -116,7 +140,10 @@ def test_draws_follow_the_models_distribution(model: Transformer) -> None:
     common = expected > 8
     chi = ((counts[common] - expected[common]) ** 2 / expected[common]).sum()
     assert chi < 2 * common.sum() and common.sum() > 10
-    assert abs(counts[~common].sum() - expected[~common].sum()) < 5 * np.sqrt(expected[~common].sum()) + 1
+    assert (
+        abs(counts[~common].sum() - expected[~common].sum())
+        < 5 * np.sqrt(expected[~common].sum()) + 1
+    )
 
 
 @pytest.mark.parametrize(
@@ -159,7 +186,9 @@ def test_most_likely_is_topk() -> None:
 
 def test_top_ids_are_those_of_whole_passes(model: Transformer) -> None:
     prompts = make_prompts(5)
-    for prompt, text in zip(prompts, generate_batch(model, prompts, FREE, 10, NONE, rows=3, top=6).texts, strict=True):
+    for prompt, text in zip(
+        prompts, generate_batch(model, prompts, FREE, 10, NONE, rows=3, top=6).texts, strict=True
+    ):
         ids = torch.from_numpy(np.concatenate([prompt, text.tokens]))[None]
         with torch.no_grad():
             logits = model.logits(model.hidden(ids))[0, len(prompt) - 1 : -1]
@@ -175,7 +204,9 @@ def test_padded_rows_of_the_head_are_never_written(model: Transformer) -> None:
 
 def test_what_cannot_be_continued_is_refused(model: Transformer) -> None:
     for prompt in (np.arange(5, 134), np.array([], dtype=np.int64)):
-        with pytest.raises(UsageError, match=f"prompt of {len(prompt)} tokens cannot be continued: .* 128 tokens"):
+        with pytest.raises(
+            UsageError, match=f"prompt of {len(prompt)} tokens cannot be continued: .* 128 tokens"
+        ):
             generate_batch(model, [np.array([5]), prompt], GREEDY, 4, NONE)
     with pytest.raises(UsageError, match="needs a seed"):
         generate_batch(model, [np.array([5])], Sampling(), 4, NONE)
@@ -188,7 +219,9 @@ def test_what_cannot_be_continued_is_refused(model: Transformer) -> None:
 
 
 def test_room_is_made_for_what_can_be_written_and_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
-    """However many tokens are asked for, the context ends a text; as many rows as the bytes allow."""
+    """However many tokens are asked for, the context ends a text; as many rows as the bytes
+    allow.
+    """
     model = Transformer(ModelConfig(40, 16, 32, 1, 2, 2, 8, max_position_embeddings=24)).eval()
     model.initialise(torch.Generator().manual_seed(0))
     made = []
@@ -205,5 +238,8 @@ def test_room_is_made_for_what_can_be_written_and_no_more(monkeypatch: pytest.Mo
     monkeypatch.setattr(batch, "CACHE_BYTES", 29 * 2 * 2 * 8 * 4)
     made.clear()
     again = generate_batch(model, prompts, Sampling(temperature=0), 10_000, frozenset()).texts
-    assert all((a.tokens == b.tokens).all() for a, b in zip(texts, again, strict=True)) and made[0][0] == 1
+    assert (
+        all((a.tokens == b.tokens).all() for a, b in zip(texts, again, strict=True))
+        and made[0][0] == 1
+    )
     assert batch.rows_that_fit(model, 10**12) == 1

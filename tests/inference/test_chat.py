@@ -1,4 +1,6 @@
-"""Conversations: what the model is given, what is reused, what happens when the context is full; and the loop."""
+"""Conversations: what the model is given, what is reused, what happens when the context is full;
+and the loop.
+"""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -99,7 +101,11 @@ def reader(lines: list[str | type[BaseException]]) -> Callable[[str], str]:
 def test_the_loop(folder: Path) -> None:
     shown: list[str] = []
     lines = ["the fox", "", "/reset", "/wat", "the fox", "/quit", "never read"]
-    result = run(ChatConfig(model=folder, device="cpu", seed=1, max_new_tokens=6), reader(lines), shown.append)
+    result = run(
+        ChatConfig(model=folder, device="cpu", seed=1, max_new_tokens=6),
+        reader(lines),
+        shown.append,
+    )
     text = "".join(shown)
     assert result.turns == 2 and result.new_tokens > 0
     assert "tok/s, prompt" in text and "/wat is no command" in text and "starts anew" in text
@@ -122,12 +128,16 @@ def test_ctrl_c_stops_the_answer_but_not_the_loop(folder: Path) -> None:
         if pieces == 3:
             raise KeyboardInterrupt
 
-    result = run(ChatConfig(model=folder, device="cpu", seed=1), reader(["the fox", "the dog"]), write)
+    result = run(
+        ChatConfig(model=folder, device="cpu", seed=1), reader(["the fox", "the dog"]), write
+    )
     assert result.turns == 2
 
 
 def test_a_too_long_message_is_told_and_the_loop_goes_on(folder: Path) -> None:
     shown: list[str] = []
     lines = ["very long " * 200, "hi"]
-    result = run(ChatConfig(model=folder, device="cpu", max_new_tokens=4), reader(lines), shown.append)
+    result = run(
+        ChatConfig(model=folder, device="cpu", max_new_tokens=4), reader(lines), shown.append
+    )
     assert result.turns == 1 and "shorten it" in "".join(shown)

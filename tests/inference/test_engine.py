@@ -1,4 +1,6 @@
-"""The PyTorch engine: cached steps equal whole passes, prefixes are reused, padding is never sampled."""
+"""The PyTorch engine: cached steps equal whole passes, prefixes are reused, padding is never
+sampled.
+"""
 
 import json
 from pathlib import Path
@@ -35,7 +37,9 @@ def whole(folder: Path, ids: list[int]) -> np.ndarray:
 def test_stories260k_writes_what_llama2_c_expects(shared_data: Path) -> None:
     folder = shared_data / "models" / "stories260K"
     expected = json.loads((folder / "expected_greedy.json").read_text())
-    result = run(GenerateConfig(model=folder, prompt="", temperature=0, max_new_tokens=200, device="cpu"))
+    result = run(
+        GenerateConfig(model=folder, prompt="", temperature=0, max_new_tokens=200, device="cpu")
+    )
     assert result.text == expected["expected"]
     assert result.new_tokens == 200 and result.stop == "length"
 
@@ -56,7 +60,12 @@ def test_start_computes_only_what_is_new(folder: Path) -> None:
     first = [5, 6, 7, 8, 9, 10]
     engine.start(first)
     engine.step(11)
-    for ids, reused in (([5, 6, 7, 8, 40, 41], 4), ([5, 6, 7, 8, 40, 41], 5), ([5, 6], 1), ([9], 0)):
+    for ids, reused in (
+        ([5, 6, 7, 8, 40, 41], 4),
+        ([5, 6, 7, 8, 40, 41], 5),
+        ([5, 6], 1),
+        ([9], 0),
+    ):
         logits = engine.start(ids)
         assert engine.reused == reused
         np.testing.assert_allclose(logits, whole(folder, ids), atol=2e-4)
@@ -108,7 +117,9 @@ def test_a_quantized_folder_runs_with_its_own_weights(tmp_path: Path) -> None:
     save_tokenizer(tmp_path / "plain")
     four_bit, plain = (TorchEngine.load(tmp_path / name, "cpu") for name in ("q", "plain"))
     assert np.array_equal(four_bit.start([3, 50, 60]), plain.start([3, 50, 60]))
-    assert not np.allclose(four_bit.start([3, 50]), TorchEngine.load(tmp_path / "model", "cpu").start([3, 50]))
+    assert not np.allclose(
+        four_bit.start([3, 50]), TorchEngine.load(tmp_path / "model", "cpu").start([3, 50])
+    )
 
 
 def test_half_precision_and_windows_run(tmp_path: Path) -> None:

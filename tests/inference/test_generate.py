@@ -1,4 +1,6 @@
-"""Generation on an engine that plays a script: streaming, stops, figures; and the stage on real folders."""
+"""Generation on an engine that plays a script: streaming, stops, figures; and the stage on real
+folders.
+"""
 
 import json
 from collections.abc import Sequence
@@ -51,7 +53,9 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory):
     return load_tokenizer(folder)
 
 
-def write(tokenizer, text: str, end: Sequence[int] = (), **arguments) -> tuple[list[str], str | None]:
+def write(
+    tokenizer, text: str, end: Sequence[int] = (), **arguments
+) -> tuple[list[str], str | None]:
     """Texts of the pieces, and why the writing ended."""
     script = [*tokenizer.encode(text), *end]
     pieces = list(generate(ScriptedEngine(tokenizer, script), [0], GREEDY, **arguments))
@@ -89,7 +93,8 @@ def test_lengths(tokenizer) -> None:
     pieces = list(generate(ScriptedEngine(tokenizer, ids), [0], GREEDY, max_tokens=3))
     assert len(pieces) == 3 and pieces[-1].stop == "length"
     pieces = list(generate(ScriptedEngine(tokenizer, ids, context_length=10), [0] * 7, GREEDY))
-    assert len(pieces) == 4 and pieces[-1].stop == "context"  # the fourth is predicted from 10, and cannot be read
+    # the fourth is predicted from 10, and cannot be read
+    assert len(pieces) == 4 and pieces[-1].stop == "context"
     with pytest.raises(UsageError, match="max_new_tokens is 0"):
         list(generate(ScriptedEngine(tokenizer, ids), [0], GREEDY, max_tokens=0))
 
@@ -106,7 +111,9 @@ def test_lengths(tokenizer) -> None:
         ([""], "over the lazy dog"),
     ],
 )
-def test_stop_texts_are_found_across_tokens_and_left_out(tokenizer, stops: list[str], expected: str) -> None:
+def test_stop_texts_are_found_across_tokens_and_left_out(
+    tokenizer, stops: list[str], expected: str
+) -> None:
     texts, stop = write(tokenizer, "over the lazy dog", [tokenizer.eos_id], stop_strings=stops)
     assert "".join(texts) == expected
     assert stop == ("stop text" if expected != "over the lazy dog" else "end token")
@@ -128,9 +135,16 @@ def test_log_probabilities_are_the_models(tokenizer) -> None:
 
 
 def test_a_chat_models_turn_ends_with_its_own_token(tmp_path: Path) -> None:
-    save_tokenizer(tmp_path, template="{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|pad|>{% endfor %}")
+    save_tokenizer(
+        tmp_path,
+        template="{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|pad|>{% endfor %}",
+    )
     tokenizer = load_tokenizer(tmp_path)
-    assert end_ids(tokenizer) == {tokenizer.bos_id, tokenizer.eos_id, tokenizer.special_tokens["<|pad|>"]}
+    assert end_ids(tokenizer) == {
+        tokenizer.bos_id,
+        tokenizer.eos_id,
+        tokenizer.special_tokens["<|pad|>"],
+    }
 
 
 @pytest.fixture(scope="module")
@@ -143,7 +157,9 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_seed_fixes_the_text_and_streaming_gives_all_of_it(model: Path) -> None:
     def write(seed: int) -> str:
         shown: list[str] = []
-        config = GenerateConfig(model=model, prompt="The fox", seed=seed, max_new_tokens=25, device="cpu")
+        config = GenerateConfig(
+            model=model, prompt="The fox", seed=seed, max_new_tokens=25, device="cpu"
+        )
         result = run(config, shown.append)
         assert "".join(shown) == result.text and result.prompt_tokens > 1
         return result.text
@@ -152,7 +168,9 @@ def test_a_seed_fixes_the_text_and_streaming_gives_all_of_it(model: Path) -> Non
 
 
 def test_the_context_ends_the_text_and_is_told(model: Path) -> None:
-    config = GenerateConfig(model=model, prompt="The", max_new_tokens=500, context=12, device="cpu", temperature=0)
+    config = GenerateConfig(
+        model=model, prompt="The", max_new_tokens=500, context=12, device="cpu", temperature=0
+    )
     result = run(config)
     assert result.stop in ("context", "end token")
     assert result.prompt_tokens + result.new_tokens <= 13
@@ -184,11 +202,20 @@ def test_the_sample_goes_into_the_run_folder_once_a_name(model: Path, tmp_path: 
     (tmp_path / "metrics.jsonl").write_text("")
     for seed, name in ((1, "student"), (2, "student"), (3, "teacher")):
         config = GenerateConfig(
-            model=model, prompt="A dog", seed=seed, max_new_tokens=4, device="cpu", run=tmp_path, name=name
+            model=model,
+            prompt="A dog",
+            seed=seed,
+            max_new_tokens=4,
+            device="cpu",
+            run=tmp_path,
+            name=name,
         )
         result = run(config)
     rows = json.loads((tmp_path / "samples.json").read_text())["rows"]
-    assert [(row["name"], row["settings"]["seed"]) for row in rows] == [("student", 2), ("teacher", 3)]
+    assert [(row["name"], row["settings"]["seed"]) for row in rows] == [
+        ("student", 2),
+        ("teacher", 3),
+    ]
     assert rows[1]["text"] == result.text and rows[1]["prompt"] == "A dog"
     with pytest.raises(UsageError, match="is not a run folder"):
         run(GenerateConfig(model=model, run=tmp_path / "absent", device="cpu"))

@@ -1,4 +1,6 @@
-"""Sampling against closed forms, a brute force, and transformers' logits processors in our order."""
+"""Sampling against closed forms, a brute force, and transformers' logits processors in our
+order.
+"""
 
 import dataclasses
 
@@ -90,14 +92,19 @@ def test_nucleus_keeps_the_token_that_reaches_the_bound_exactly() -> None:
 
 def test_min_p_keeps_what_reaches_its_share_of_the_best() -> None:
     logits = np.log([0.4, 0.3, 0.2, 0.1])
-    np.testing.assert_allclose(full(sampler(min_p=0.5), logits), [4 / 9, 3 / 9, 2 / 9, 0], atol=1e-12)
+    np.testing.assert_allclose(
+        full(sampler(min_p=0.5), logits), [4 / 9, 3 / 9, 2 / 9, 0], atol=1e-12
+    )
     np.testing.assert_allclose(full(sampler(min_p=1.0), logits), [1, 0, 0, 0])
 
 
 def test_temperature_reshapes_only_what_the_filters_kept() -> None:
     logits = np.log([0.5, 0.3, 0.2])
-    np.testing.assert_allclose(full(sampler(top_k=2, temperature=2.0), logits), [0.5635, 0.4365, 0], atol=1e-4)
-    hot = full(sampler(top_p=0.6, temperature=100.0), logits)  # a filter after the temperature would keep all three
+    np.testing.assert_allclose(
+        full(sampler(top_k=2, temperature=2.0), logits), [0.5635, 0.4365, 0], atol=1e-4
+    )
+    # a filter after the temperature would keep all three
+    hot = full(sampler(top_p=0.6, temperature=100.0), logits)
     assert np.count_nonzero(hot) == 2
 
 
@@ -147,6 +154,8 @@ def test_all_impossible_settings_are_named() -> None:
     settings = Sampling(temperature=-1.0, top_k=-1, top_p=0.0, min_p=2.0, seed=-1)
     with pytest.raises(UsageError) as error:
         Sampler(settings)
-    assert all(name in str(error.value) for name in ("temperature", "top_k", "top_p", "min_p", "seed"))
+    assert all(
+        name in str(error.value) for name in ("temperature", "top_k", "top_p", "min_p", "seed")
+    )
     with pytest.raises(UsageError, match="temperature is nan"):
         Sampler(Sampling(temperature=float("nan")))

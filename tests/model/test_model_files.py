@@ -1,4 +1,6 @@
-"""Model folders: exchanged with transformers in both directions, and every damaged kind refused by name."""
+"""Model folders: exchanged with transformers in both directions, and every damaged kind refused by
+name.
+"""
 
 import dataclasses
 import json
@@ -38,7 +40,9 @@ LLAMA3_ROPE = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 32,
 }
-WRONG_KIND = '{"model_type": "llama", "vocab_size": 9, "hidden_size": "x", "num_attention_heads": 2}'
+WRONG_KIND = (
+    '{"model_type": "llama", "vocab_size": 9, "hidden_size": "x", "num_attention_heads": 2}'
+)
 IDS = torch.randint(0, 97, (2, 40), generator=torch.Generator().manual_seed(1))
 
 
@@ -97,7 +101,9 @@ def test_transformers_loads_what_we_save(name: str, tmp_path: Path) -> None:
 def test_we_load_what_transformers_saves(name: str, tmp_path: Path) -> None:
     config, kind = CONFIGS[name]
     values = {k: v for k, v in config.to_hf().items() if k not in ("architectures", "model_type")}
-    reference = kind({LlamaForCausalLM: LlamaConfig, MistralForCausalLM: MistralConfig}[kind](**values)).eval()
+    reference = kind(
+        {LlamaForCausalLM: LlamaConfig, MistralForCausalLM: MistralConfig}[kind](**values)
+    ).eval()
     with torch.no_grad():
         for weight in reference.parameters():
             weight.copy_(torch.randn_like(weight) * 0.2 + (weight.dim() == 1))
@@ -160,7 +166,9 @@ def change(folder: Path, edit) -> None:
 def test_wrong_weights_are_named(folder: Path) -> None:
     name = "model.layers.1.mlp.up_proj.weight"
     change(folder, lambda tensors: tensors.update({name: torch.zeros(5, 64)}))
-    with pytest.raises(XinslmError, match=rf"'{name}' has shape \(5, 64\), config.json asks for \(96, 64\)"):
+    with pytest.raises(
+        XinslmError, match=rf"'{name}' has shape \(5, 64\), config.json asks for \(96, 64\)"
+    ):
         load_model(folder)
     change(folder, lambda tensors: tensors.pop(name))
     with pytest.raises(XinslmError, match=f"1 weights are missing, the first is '{name}'"):
@@ -181,7 +189,9 @@ def test_wrong_weights_are_named(folder: Path) -> None:
         ("num_key_value_heads", 3, "must divide num_attention_heads"),
     ],
 )
-def test_what_the_model_cannot_express_is_refused(folder: Path, key: str, value, message: str) -> None:
+def test_what_the_model_cannot_express_is_refused(
+    folder: Path, key: str, value, message: str
+) -> None:
     path = folder / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), key: value}))
     with pytest.raises(XinslmError, match=message):
@@ -267,7 +277,9 @@ def test_the_fingerprint_follows_the_weights_not_the_folder(folder: Path, tmp_pa
         ("rope_parameters", "linear", '"linear"'),
     ],
 )
-def test_a_value_of_another_type_is_named_with_its_key(folder: Path, key: str, value, shown: str) -> None:
+def test_a_value_of_another_type_is_named_with_its_key(
+    folder: Path, key: str, value, shown: str
+) -> None:
     path = folder / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), key: value}))
     for read in (load_config, load_model):
@@ -284,7 +296,10 @@ def test_a_value_of_another_type_is_named_with_its_key(folder: Path, key: str, v
         ({"rope_parameters": None, "rope_theta": True}, "rope_theta is true"),
         ({"rope_parameters": {"rope_type": "llama3"}}, "'rope_parameters.factor' is missing"),
         ({"rope_parameters": {**LLAMA3_ROPE, "factor": "8"}}, "rope_parameters.factor is "),
-        ({"rope_parameters": {**LLAMA3_ROPE, "high_freq_factor": 1.0}}, "other than high_freq_factor"),
+        (
+            {"rope_parameters": {**LLAMA3_ROPE, "high_freq_factor": 1.0}},
+            "other than high_freq_factor",
+        ),
         ({"num_key_value_heads": 0}, "num_key_value_heads .0. must divide"),
         ({"head_dim": 0}, "head_dim is 0"),
         ({"num_hidden_layers": -1}, "num_hidden_layers is -1"),
@@ -292,7 +307,9 @@ def test_a_value_of_another_type_is_named_with_its_key(folder: Path, key: str, v
         ({"rms_norm_eps": 0}, "rms_norm_eps is 0.0"),
     ],
 )
-def test_numbers_that_no_model_has_are_named_with_the_file(folder: Path, changes: dict, message: str) -> None:
+def test_numbers_that_no_model_has_are_named_with_the_file(
+    folder: Path, changes: dict, message: str
+) -> None:
     path = folder / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
     with pytest.raises(XinslmError, match=message) as caught:

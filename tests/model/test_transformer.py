@@ -48,14 +48,22 @@ def shape(**changes) -> ModelConfig:
 
 
 def random_pair(config: ModelConfig, seed: int = 0):
-    """Our model and the reference with equal weights, drawn so wide that attention is far from uniform."""
+    """Our model and the reference with equal weights, drawn so wide that attention is far from
+    uniform.
+    """
     torch.manual_seed(seed)
     values = {k: v for k, v in config.to_hf().items() if k not in ("architectures", "model_type")}
-    kinds = (MistralConfig, MistralForCausalLM) if config.sliding_window else (LlamaConfig, LlamaForCausalLM)
+    kinds = (
+        (MistralConfig, MistralForCausalLM)
+        if config.sliding_window
+        else (LlamaConfig, LlamaForCausalLM)
+    )
     reference = kinds[1](kinds[0](**values, attn_implementation="eager")).eval()
     with torch.no_grad():
         for weight in reference.parameters():
-            weight.copy_(torch.randn_like(weight) * (0.3 if weight.dim() == 2 else 0.2) + (weight.dim() == 1))
+            weight.copy_(
+                torch.randn_like(weight) * (0.3 if weight.dim() == 2 else 0.2) + (weight.dim() == 1)
+            )
     model = Transformer(config).eval()
     state = dict(reference.state_dict())
     if config.tie_word_embeddings:
@@ -65,7 +73,9 @@ def random_pair(config: ModelConfig, seed: int = 0):
 
 
 def random_ids(rows: int, length: int, seed: int = 1) -> torch.Tensor:
-    return torch.randint(0, TINY.vocab_size, (rows, length), generator=torch.Generator().manual_seed(seed))
+    return torch.randint(
+        0, TINY.vocab_size, (rows, length), generator=torch.Generator().manual_seed(seed)
+    )
 
 
 def logits_of(model: Transformer, ids: torch.Tensor, **arguments) -> torch.Tensor:
@@ -96,7 +106,9 @@ def test_cached_equals_uncached(name: str, chunks: list[int]) -> None:
     model, reference = random_pair(config)
     ids = random_ids(2, 40)
     cache = KVCache(config, batch=2, max_length=64)
-    found = torch.cat([logits_of(model, part, cache=cache) for part in ids.split(chunks, dim=1)], dim=1)
+    found = torch.cat(
+        [logits_of(model, part, cache=cache) for part in ids.split(chunks, dim=1)], dim=1
+    )
     assert cache.length == 40
     with torch.no_grad():
         assert_near(found, reference(ids).logits)
@@ -116,7 +128,9 @@ def test_each_segment_of_a_packed_row_equals_the_segment_alone(name: str) -> Non
     lengths = [11, 1, 20, 8]  # the last one stands for padding: it must not disturb the others
     ids = random_ids(2, sum(lengths))
     positions = torch.cat([torch.arange(n) for n in lengths]).expand(2, -1)
-    segments = torch.repeat_interleave(torch.tensor([0, 1, 2, -1]), torch.tensor(lengths)).expand(2, -1)
+    segments = torch.repeat_interleave(torch.tensor([0, 1, 2, -1]), torch.tensor(lengths)).expand(
+        2, -1
+    )
     packed = logits_of(model, ids, positions=positions, segments=segments)
     start = 0
     for length in lengths:
@@ -153,9 +167,13 @@ def test_gradients_equal_transformers() -> None:
 @pytest.mark.parametrize("name", PRESETS)
 def test_num_parameters_counts_the_weights(name: str) -> None:
     for tied in (True, False):
-        config = ModelConfig(vocab_size=512, tie_word_embeddings=tied, **dataclasses.asdict(PRESETS[name]))
+        config = ModelConfig(
+            vocab_size=512, tie_word_embeddings=tied, **dataclasses.asdict(PRESETS[name])
+        )
         with torch.device("meta"):
-            assert config.num_parameters == sum(weight.numel() for weight in Transformer(config).parameters())
+            assert config.num_parameters == sum(
+                weight.numel() for weight in Transformer(config).parameters()
+            )
 
 
 def test_initialisation_is_small_where_the_residual_stream_is_written() -> None:

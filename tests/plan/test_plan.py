@@ -32,13 +32,20 @@ def settings(**changes) -> PretrainConfig:
 @pytest.mark.parametrize("weights", ["float32", "bfloat16"])
 @pytest.mark.parametrize("optimizer", ["adamw", "adamw8bit", "muon"])
 @pytest.mark.parametrize("tied", [True, False])
-def test_weights_and_states_are_those_of_a_built_model(optimizer: str, weights: str, tied: bool) -> None:
+def test_weights_and_states_are_those_of_a_built_model(
+    optimizer: str, weights: str, tied: bool
+) -> None:
     shape = dataclasses.replace(SMALL, tie_word_embeddings=tied)
     model, config = Transformer(shape), settings(optimizer=optimizer, weights=weights)
     if weights == "bfloat16":
         narrow_matrices(model)
     states = make_optimizer(model, config)
-    held = sum(tensor.nbytes for p in model.parameters() for key, tensor in states.state_of(p).items() if key != "step")
+    held = sum(
+        tensor.nbytes
+        for p in model.parameters()
+        for key, tensor in states.state_of(p).items()
+        if key != "step"
+    )
     parts = step_memory(shape, config).parts
     assert parts["weights"] == sum(p.nbytes for p in model.parameters())
     assert parts["optimiser's states"] == held
@@ -73,23 +80,29 @@ def test_operations_are_those_that_pytorch_counts() -> None:
         model.logits(model.hidden(torch.zeros(1, length, dtype=torch.int64)))
     blocks, head = forward_operations(SMALL, length)
     counted = counter.get_total_flops()
-    whole = SMALL.num_hidden_layers * 4 * length / 2 * 96  # it counts attention over the whole square
+    # it counts attention over the whole square
+    whole = SMALL.num_hidden_layers * 4 * length / 2 * 96
     assert length * (blocks + head + whole) == pytest.approx(counted, rel=1e-9)
 
 
 def test_training_costs_three_forward_passes_and_checkpointing_one_more() -> None:
     blocks, head = forward_operations(SMALL, 128)
     plain, again = (
-        training_operations(SMALL, settings(max_seq_length=128, checkpointing=flag)) for flag in (False, True)
+        training_operations(SMALL, settings(max_seq_length=128, checkpointing=flag))
+        for flag in (False, True)
     )
     assert plain == 3 * (blocks + head) and again - plain == blocks
     muon = training_operations(SMALL, settings(max_seq_length=128, batch_size=2, optimizer="muon"))
-    per_layer = 5 * (2 * 6 * 96**3 + 2 * (4 * 48 * 48 * 96 + 2 * 48**3) + 3 * (4 * 96 * 96 * 160 + 2 * 96**3))
+    per_layer = 5 * (
+        2 * 6 * 96**3 + 2 * (4 * 48 * 48 * 96 + 2 * 48**3) + 3 * (4 * 96 * 96 * 160 + 2 * 96**3)
+    )
     assert (muon - plain) * 256 == pytest.approx(3 * per_layer)
 
 
 def test_savings_save_in_the_order_that_is_known() -> None:
-    """The 1B preset of the reference: 16 bytes a parameter for plain AdamW, and within 12 GiB with everything on."""
+    """The 1B preset of the reference: 16 bytes a parameter for plain AdamW, and within 12 GiB with
+    everything on.
+    """
     shape = ModelConfig(vocab_size=32_000, **vars(PRESETS["1b"]))
     base = settings(max_seq_length=2048, batch_size=1)
     chain = [
@@ -97,7 +110,13 @@ def test_savings_save_in_the_order_that_is_known() -> None:
         dataclasses.replace(base, checkpointing=True),
         dataclasses.replace(base, checkpointing=True, optimizer="adamw8bit"),
         dataclasses.replace(base, checkpointing=True, optimizer="adamw8bit", step_in_backward=True),
-        dataclasses.replace(base, checkpointing=True, optimizer="adamw8bit", step_in_backward=True, weights="bfloat16"),
+        dataclasses.replace(
+            base,
+            checkpointing=True,
+            optimizer="adamw8bit",
+            step_in_backward=True,
+            weights="bfloat16",
+        ),
     ]
     peaks = [step_memory(shape, config).peak / GIB for config in chain]
     assert peaks == sorted(peaks, reverse=True)
@@ -114,7 +133,9 @@ print(json.dumps([plan_accuracy.planned(settings), plan_accuracy.measured(settin
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="reads the kernel's high-water mark, Linux's")
+@pytest.mark.skipif(
+    not Path("/proc/self/status").is_file(), reason="reads the kernel's high-water mark, Linux's"
+)
 def test_a_planned_peak_is_the_measured_one() -> None:
     """`benchmarks/plan_accuracy.py` has more of them."""
     changes = {"preset": "10m", "batch_size": 4, "max_seq_length": 256}
@@ -126,7 +147,9 @@ def test_a_planned_peak_is_the_measured_one() -> None:
 
 
 def planned(**changes) -> plan_run.PlanResult:
-    return plan_run.run(PlanConfig(**{"preset": "1m", "max_steps": 10, "vocab_size": 4096, **changes}))
+    return plan_run.run(
+        PlanConfig(**{"preset": "1m", "max_steps": 10, "vocab_size": 4096, **changes})
+    )
 
 
 def test_a_plan_says_what_fits_and_what_would(monkeypatch) -> None:
@@ -134,7 +157,18 @@ def test_a_plan_says_what_fits_and_what_would(monkeypatch) -> None:
     result = planned(preset="1b", batch_size=4, max_seq_length=2048, memory=12.0, vocab_size=32_000)
     assert "does not fit in 12 GiB; with --" in result.advice
     wanted = result.advice.partition("with ")[2].partition(" it needs")[0].split()
-    words = ["--preset", "1b", "--batch-size", "4", "--max-seq-length", "2048", "--memory", "12", "--max-steps", "1"]
+    words = [
+        "--preset",
+        "1b",
+        "--batch-size",
+        "4",
+        "--max-seq-length",
+        "2048",
+        "--memory",
+        "12",
+        "--max-steps",
+        "1",
+    ]
     import tyro
 
     if "--batch-size" in wanted:
@@ -151,7 +185,11 @@ def test_a_plan_knows_dataset_teacher_and_cache(tmp_path: Path, monkeypatch) -> 
     data = save_dataset(tmp_path / "data", "a tokenizer")
     teacher = save_random_model(tmp_path / "teacher")
     cached = planned(
-        data_path=data, vocab_size=None, teacher=str(tmp_path / "teacher"), cache=Path("c"), max_steps=None
+        data_path=data,
+        vocab_size=None,
+        teacher=str(tmp_path / "teacher"),
+        cache=Path("c"),
+        max_steps=None,
     )
     cache, train = cached.stages
     tokens = (data / "train" / "tokens.bin").stat().st_size // 2

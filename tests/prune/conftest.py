@@ -22,7 +22,12 @@ class Workshop:
     found: Statistics
 
     def config(self, output_dir: Path, **changes) -> InitConfig:
-        settings = {"teacher": str(self.teacher), "data_path": self.data, "row_length": 32, "device": "cpu"}
+        settings = {
+            "teacher": str(self.teacher),
+            "data_path": self.data,
+            "row_length": 32,
+            "device": "cpu",
+        }
         settings |= {"calibration_rows": 16, "search_rows": 4, "validation_rows": 4}
         return InitConfig(output_dir=output_dir, **(settings | changes))
 

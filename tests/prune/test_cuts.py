@@ -1,4 +1,6 @@
-"""Layers, neurons and vocabulary rows: what stays is untouched, and what goes is what matters least."""
+"""Layers, neurons and vocabulary rows: what stays is untouched, and what goes is what matters
+least.
+"""
 
 import itertools
 
@@ -28,7 +30,9 @@ def test_fewer_layers_are_the_transformers_model_with_those_removed(workshop) ->
     theirs.config.num_hidden_layers = 2
     ours = keep_layers(workshop.model.config, workshop.model.state_dict(), [0, 2])
     with torch.no_grad():
-        torch.testing.assert_close(logits(ours), theirs(IDS, use_cache=False).logits, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(
+            logits(ours), theirs(IDS, use_cache=False).logits, rtol=1e-4, atol=1e-4
+        )
 
 
 def test_layers_are_chosen_by_the_loss_without_them(workshop) -> None:
@@ -36,7 +40,10 @@ def test_layers_are_chosen_by_the_loss_without_them(workshop) -> None:
         return measure.loss(model, workshop.passages[:1])
 
     weights, config = workshop.model.state_dict(), workshop.model.config
-    by_force = min(itertools.combinations(range(3), 2), key=lambda kept: score(keep_layers(config, weights, kept)))
+    by_force = min(
+        itertools.combinations(range(3), 2),
+        key=lambda kept: score(keep_layers(config, weights, kept)),
+    )
     assert cuts.choose_layers(workshop.model, 2, score, lambda done: None) == list(by_force)
     one = cuts.choose_layers(workshop.model, 1, score, lambda done: None)
     assert len(one) == 1 and one[0] in by_force
@@ -51,7 +58,9 @@ def test_influence_is_one_minus_the_cosine_of_input_and_output(workshop) -> None
     one = measure.Passage(row, row, torch.arange(row.shape[1])[None], torch.zeros_like(row))
     found = measure.measure(workshop.model, [one], lambda layer: None)
     for layer in (0, 1):  # the last of transformers' states is normed
-        expected = (1 - torch.cosine_similarity(states[layer], states[layer + 1], dim=-1)).mean().item()
+        expected = (
+            (1 - torch.cosine_similarity(states[layer], states[layer + 1], dim=-1)).mean().item()
+        )
         assert found.layers[layer].influence == pytest.approx(expected, rel=1e-4)
     assert cuts.choose_by_influence([0.9, 0.1, 0.5, 0.1], 2) == [0, 2]
     assert cuts.choose_by_influence([0.5, 0.5, 0.1], 1) == [0]
@@ -66,10 +75,16 @@ def test_neurons_that_add_nothing_go_first(workshop) -> None:
     found = measure.measure(teacher, workshop.passages[:1], lambda layer: None)
     cut = dict(weights)
     for layer in range(3):
-        own = {name.split(".", 3)[3]: t for name, t in weights.items() if name.startswith(f"model.layers.{layer}.")}
+        own = {
+            name.split(".", 3)[3]: t
+            for name, t in weights.items()
+            if name.startswith(f"model.layers.{layer}.")
+        }
         kept = cuts.choose_neurons(found.layers[layer].neurons, own["mlp.down_proj.weight"], 64)
         assert not set(kept.tolist()) & set(dead.tolist())
-        cut |= {f"model.layers.{layer}.{name}": t for name, t in cuts.keep_neurons(own, kept).items()}
+        cut |= {
+            f"model.layers.{layer}.{name}": t for name, t in cuts.keep_neurons(own, kept).items()
+        }
     from dataclasses import replace
 
     thin = assemble(replace(teacher.config, intermediate_size=64), cut)
@@ -84,11 +99,15 @@ def test_a_nested_vocabulary_keeps_rows_by_identity(workshop) -> None:
     for token, row in enumerate(rows):
         assert student.token_bytes(token) == teacher.token_bytes(row)
     specials = {name: rows[token] for name, token in student.special_tokens.items()}
-    assert specials == {name: teacher.special_tokens[name] for name in specials} and len(specials) == 5
+    assert (
+        specials == {name: teacher.special_tokens[name] for name in specials} and len(specials) == 5
+    )
     sliced = cuts.keep_vocabulary(workshop.model, rows, {"bos_token_id": student.bos_id})
     ids = torch.randint(0, 290, (2, 24), generator=torch.Generator().manual_seed(5))
     whole = workshop.model.logits(workshop.model.hidden(torch.tensor(rows)[ids]))
-    torch.testing.assert_close(sliced.logits(sliced.hidden(ids)), whole[:, :, rows], rtol=0, atol=1e-5)
+    torch.testing.assert_close(
+        sliced.logits(sliced.hidden(ids)), whole[:, :, rows], rtol=0, atol=1e-5
+    )
     assert sliced.config.bos_token_id == student.bos_id != workshop.model.config.bos_token_id
 
 
@@ -109,5 +128,6 @@ def test_foreign_tokenizers_are_refused(workshop, tmp_path) -> None:
     with pytest.raises(UsageError, match=r"has the token <\|tool\|>, which the teacher's has not"):
         cuts.vocabulary_rows(strange, teacher, "data")
     save_tokenizer(tmp_path, 300)
-    assert load_tokenizer(tmp_path).vocab_size == 300  # the same text, fewer merges: nested, though made apart
+    # the same text, fewer merges: nested, though made apart
+    assert load_tokenizer(tmp_path).vocab_size == 300
     assert len(cuts.vocabulary_rows(load_tokenizer(tmp_path), teacher, "data")) == 300

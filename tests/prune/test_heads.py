@@ -1,4 +1,6 @@
-"""Heads: merging is exact where key-value heads agree up to what the rotary embedding and the output leave free."""
+"""Heads: merging is exact where key-value heads agree up to what the rotary embedding and the
+output leave free.
+"""
 
 from dataclasses import replace
 
@@ -21,7 +23,11 @@ def logits(model) -> torch.Tensor:
 
 
 def own(weights, layer: int) -> dict:
-    return {name.split(".", 3)[3]: t for name, t in weights.items() if name.startswith(f"model.layers.{layer}.")}
+    return {
+        name.split(".", 3)[3]: t
+        for name, t in weights.items()
+        if name.startswith(f"model.layers.{layer}.")
+    }
 
 
 def cut(model, found, num_heads: int, num_kv: int):
@@ -36,13 +42,19 @@ def cut(model, found, num_heads: int, num_kv: int):
 
 
 def with_key_values(model, change) -> object:
-    """The model with each layer's (K, D, d) key and value heads changed by `change(keys, values, outputs)`."""
+    """The model with each layer's (K, D, d) key and value heads changed by `change(keys, values,
+    outputs)`.
+    """
     weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     for layer in range(model.config.num_hidden_layers):
         k, v, o = (f"model.layers.{layer}.self_attn.{name}_proj.weight" for name in "kvo")
         parts = [weights[k].view(-1, WIDTH, 64), weights[v].view(-1, WIDTH, 64), weights[o]]
         parts = change(*parts)
-        weights[k], weights[v], weights[o] = parts[0].reshape(-1, 64), parts[1].reshape(-1, 64), parts[2]
+        weights[k], weights[v], weights[o] = (
+            parts[0].reshape(-1, 64),
+            parts[1].reshape(-1, 64),
+            parts[2],
+        )
     return assemble(model.config, weights)
 
 
@@ -57,19 +69,31 @@ def test_identical_key_value_heads_merge_exactly(untied) -> None:
 
 
 def test_heads_that_differ_by_what_is_free_merge_exactly(untied) -> None:
-    """Keys turned and scaled pair by pair, values in another basis: the same attention, so nothing may be lost."""
+    """Keys turned and scaled pair by pair, values in another basis: the same attention, so nothing
+    may be lost.
+    """
     generator = torch.Generator().manual_seed(8)
     half = WIDTH // 2
 
     def change(k, v, o):
-        angle, size = torch.rand(half, generator=generator) * 6.28, torch.rand(half, generator=generator) + 0.5
+        angle, size = (
+            torch.rand(half, generator=generator) * 6.28,
+            torch.rand(half, generator=generator) + 0.5,
+        )
         real, imaginary = size * angle.cos(), size * angle.sin()
         low, high = k[0, :half], k[0, half:]
         turned = torch.cat(
-            (real[:, None] * low - imaginary[:, None] * high, imaginary[:, None] * low + real[:, None] * high)
+            (
+                real[:, None] * low - imaginary[:, None] * high,
+                imaginary[:, None] * low + real[:, None] * high,
+            )
         )
         mix = torch.randn(WIDTH, WIDTH, generator=generator)
-        return torch.stack((k[0], turned, k[2], k[2])), torch.stack((v[0], mix @ v[0], v[2], v[2])), o
+        return (
+            torch.stack((k[0], turned, k[2], k[2])),
+            torch.stack((v[0], mix @ v[0], v[2], v[2])),
+            o,
+        )
 
     teacher = with_key_values(untied.model, change)
     found = measure(teacher, untied.passages[:2], lambda layer: None)
@@ -100,7 +124,9 @@ def test_whole_groups_go_where_queries_are_few_enough(workshop) -> None:
     teacher = with_key_values(workshop.model, change)
     found = measure(teacher, workshop.passages[:2], lambda layer: None)
     student, groups = cut(teacher, found, 2, 1)
-    assert [[(g.key_values, g.queries) for g in layer] for layer in groups] == [[((0,), (0, 1))]] * 3
+    assert [[(g.key_values, g.queries) for g in layer] for layer in groups] == [
+        [((0,), (0, 1))]
+    ] * 3
     torch.testing.assert_close(logits(student), logits(teacher), rtol=1e-4, atol=1e-4)
 
 
@@ -114,12 +140,18 @@ def test_merging_loses_less_than_mean_pooling(untied) -> None:
         kept = heads.keep_heads(part, groups, untied.found.layers[layer].inputs, WIDTH)
         merged |= {f"model.layers.{layer}.{name}": tensor for name, tensor in kept.items()}
         for name in ("self_attn.k_proj.weight", "self_attn.v_proj.weight"):
-            pooled[f"model.layers.{layer}.{name}"] = part[name].view(2, 2, WIDTH, 64).mean(1).reshape(-1, 64)
-    wanted = torch.cat([teacher.hidden(p.ids, p.positions, p.segments)[p.real] for p in untied.passages])
+            pooled[f"model.layers.{layer}.{name}"] = (
+                part[name].view(2, 2, WIDTH, 64).mean(1).reshape(-1, 64)
+            )
+    wanted = torch.cat(
+        [teacher.hidden(p.ids, p.positions, p.segments)[p.real] for p in untied.passages]
+    )
 
     def error(weights) -> float:
         model = assemble(student, weights)
-        states = torch.cat([model.hidden(p.ids, p.positions, p.segments)[p.real] for p in untied.passages])
+        states = torch.cat(
+            [model.hidden(p.ids, p.positions, p.segments)[p.real] for p in untied.passages]
+        )
         return float((states - wanted).pow(2).mean())
 
     assert error(merged) < 0.8 * error(pooled)
@@ -134,12 +166,17 @@ def test_all_counts_that_can_be_cut_run(untied, num_heads: int, num_kv: int) -> 
         queries = [q for group in layer for q in group.queries]
         assert len(set(queries)) == len(queries) == num_heads
         for group in layer:
-            assert all(q in group.key_values for q in group.queries)  # each query head had one of its own
+            # each query head had one of its own
+            assert all(q in group.key_values for q in group.queries)
 
 
 def test_counts_that_cannot_be_cut_are_refused(untied, tmp_path) -> None:
-    shape = replace(untied.model.config, num_attention_heads=8, hidden_size=72, num_key_value_heads=4)
-    config = InitConfig(teacher="t", data_path=tmp_path, output_dir=tmp_path, num_heads=6, num_kv_heads=3)
+    shape = replace(
+        untied.model.config, num_attention_heads=8, hidden_size=72, num_key_value_heads=4
+    )
+    config = InitConfig(
+        teacher="t", data_path=tmp_path, output_dir=tmp_path, num_heads=6, num_kv_heads=3
+    )
     assert student_shape(config, shape, 320).num_attention_heads == 6  # two each of three groups
     shape = replace(shape, num_attention_heads=4, num_key_value_heads=4)
     config = replace(config, num_heads=4, num_kv_heads=3)
@@ -147,5 +184,7 @@ def test_counts_that_cannot_be_cut_are_refused(untied, tmp_path) -> None:
         student_shape(config, shape, 320)
     shape = replace(shape, num_attention_heads=12, hidden_size=72, num_key_value_heads=4)
     config = replace(config, num_heads=12, num_kv_heads=3)
-    with pytest.raises(UsageError, match="2 of the teacher's key-value heads would have to become one"):
+    with pytest.raises(
+        UsageError, match="2 of the teacher's key-value heads would have to become one"
+    ):
         student_shape(config, shape, 320)

@@ -1,4 +1,6 @@
-"""`xinslm init` from folder to folder: exact where nothing is lost, readable by transformers, taken by distill."""
+"""`xinslm init` from folder to folder: exact where nothing is lost, readable by transformers, taken
+by distill.
+"""
 
 import itertools
 import json
@@ -25,12 +27,18 @@ def logits(model, ids=IDS) -> torch.Tensor:
 
 
 def test_the_teachers_own_shape_gives_the_teacher(workshop, tmp_path) -> None:
-    result = run(workshop.config(tmp_path / "s", num_layers=3, hidden_size=64, num_heads=4, intermediate_size=96))
+    result = run(
+        workshop.config(
+            tmp_path / "s", num_layers=3, hidden_size=64, num_heads=4, intermediate_size=96
+        )
+    )
     assert torch.equal(logits(load_model(tmp_path / "s")), logits(workshop.model))
     assert [name for name, _, _ in result.losses] == ["teacher"]
 
 
-def test_fewer_layers_uncompensated_are_the_transformers_model_without_the_others(workshop, tmp_path) -> None:
+def test_fewer_layers_uncompensated_are_the_transformers_model_without_the_others(
+    workshop, tmp_path
+) -> None:
     run(workshop.config(tmp_path / "s", num_layers=2, compensate=False))
     kept = json.loads((tmp_path / "s" / "manifest.json").read_text())["layers"]
     theirs = AutoModelForCausalLM.from_pretrained(workshop.teacher)
@@ -42,16 +50,28 @@ def test_fewer_layers_uncompensated_are_the_transformers_model_without_the_other
 
 
 SHAPES = {
-    "tied": {"num_layers": 2, "hidden_size": 48, "num_heads": 2, "num_kv_heads": 1, "intermediate_size": 64},
+    "tied": {
+        "num_layers": 2,
+        "hidden_size": 48,
+        "num_heads": 2,
+        "num_kv_heads": 1,
+        "intermediate_size": 64,
+    },
     "made untied": {"hidden_size": 48, "tie_word_embeddings": False},
     "untied at full width": {"num_layers": 1, "tie_word_embeddings": False, "layers": "influence"},
     "heads merged": {"num_kv_heads": 1},
-    "heads that divide the student's width alone": {"num_heads": 3, "num_kv_heads": 1, "hidden_size": 48},
+    "heads that divide the student's width alone": {
+        "num_heads": 3,
+        "num_kv_heads": 1,
+        "hidden_size": 48,
+    },
 }
 
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-def test_what_is_written_loads_in_transformers_with_the_same_logits(workshop, tmp_path, shape) -> None:
+def test_what_is_written_loads_in_transformers_with_the_same_logits(
+    workshop, tmp_path, shape
+) -> None:
     result = run(workshop.config(tmp_path / "s", **shape))
     ours, theirs = load_model(tmp_path / "s"), AutoModelForCausalLM.from_pretrained(tmp_path / "s")
     with torch.no_grad():
@@ -65,9 +85,13 @@ def test_what_is_written_loads_in_transformers_with_the_same_logits(workshop, tm
     for name, value in shape.items():
         if name != "layers":
             assert getattr(config, names.get(name, name)) == value
-    assert config.num_parameters == sum(p.numel() for p in theirs.parameters()) == result.losses[-1][1]
+    assert (
+        config.num_parameters == sum(p.numel() for p in theirs.parameters()) == result.losses[-1][1]
+    )
     text = "Zwölf große Boxkämpfer"
-    assert AutoTokenizer.from_pretrained(tmp_path / "s").encode(text) == load_tokenizer(workshop.teacher).encode(text)
+    assert AutoTokenizer.from_pretrained(tmp_path / "s").encode(text) == load_tokenizer(
+        workshop.teacher
+    ).encode(text)
 
 
 def test_mistral_teachers_keep_their_window(tmp_path) -> None:
@@ -75,7 +99,8 @@ def test_mistral_teachers_keep_their_window(tmp_path) -> None:
     tokenizer = load_tokenizer(tmp_path / "teacher")
     tokenizer.save(save_dataset(tmp_path / "data", tokenizer.fingerprint()) / "tokenizer")
     line = (
-        f"init {tmp_path / 'teacher'} --data-path {tmp_path / 'data'} -o {tmp_path / 's'} --num-layers 2 --device cpu"
+        f"init {tmp_path / 'teacher'} --data-path {tmp_path / 'data'} -o {tmp_path / 's'} "
+        "--num-layers 2 --device cpu"
     )
     assert main([*line.split(), "--row-length", "64", "--no-compensate"]) == 0
     student = load_model(tmp_path / "s")
@@ -89,15 +114,21 @@ def test_manifest_and_table_say_what_was_done(workshop, tmp_path) -> None:
     heard: list = []
     result = run(workshop.config(tmp_path / "s", **SHAPES["tied"]), heard.append)
     manifest = json.loads((tmp_path / "s" / "manifest.json").read_text())
-    assert manifest["kind"] == "model" and manifest["inputs"]["teacher"] == model_fingerprint(workshop.teacher)
+    assert manifest["kind"] == "model" and manifest["inputs"]["teacher"] == model_fingerprint(
+        workshop.teacher
+    )
     assert len(manifest["influence"]) == 3 and len(manifest["layers"]) == 2
     assert [len(layer) for layer in manifest["neurons"]] == [64, 64]
     assert all(len(group[1]) == 2 for layer in manifest["heads"] for group in layer)
     assert manifest["losses"] == [list(row) for row in result.losses]
     names = [name for name, _, _ in result.losses]
     assert names[0] == "teacher" and names[-1] == "random weights of that shape" and len(names) >= 6
-    assert [p for _, p, _ in result.losses] == sorted((p for _, p, _ in result.losses), reverse=True)
-    assert all(name in result.describe() for name in names) and {p.note for p in heard} >= set(names)
+    assert [p for _, p, _ in result.losses] == sorted(
+        (p for _, p, _ in result.losses), reverse=True
+    )
+    assert all(name in result.describe() for name in names) and {p.note for p in heard} >= set(
+        names
+    )
 
 
 def test_the_same_seed_gives_the_same_student(workshop, tmp_path) -> None:
@@ -107,8 +138,12 @@ def test_the_same_seed_gives_the_same_student(workshop, tmp_path) -> None:
 
 
 def test_losses_are_those_of_the_models(workshop, tmp_path) -> None:
-    """The figures of teacher and student, computed anew from the folders, token by token, by transformers."""
-    result = run(workshop.config(tmp_path / "s", num_layers=2, compensate=False, validation_rows=1000))
+    """The figures of teacher and student, computed anew from the folders, token by token, by
+    transformers.
+    """
+    result = run(
+        workshop.config(tmp_path / "s", num_layers=2, compensate=False, validation_rows=1000)
+    )
     data = workshop.data / "validation"
     import numpy as np
 
@@ -135,7 +170,10 @@ def test_a_nested_vocabulary_is_cut_out(workshop, tmp_path) -> None:
     made = load_model(tmp_path / "s")
     assert made.config.vocab_size == 290 and made.config.eos_token_id == student.eos_id
     assert load_tokenizer(tmp_path / "s").fingerprint() == student.fingerprint()
-    rows = [next(t for t in range(320) if teacher.token_bytes(t) == student.token_bytes(s)) for s in range(285)]
+    rows = [
+        next(t for t in range(320) if teacher.token_bytes(t) == student.token_bytes(s))
+        for s in range(285)
+    ]
     weights = workshop.model.model.embed_tokens.weight
     assert torch.equal(made.model.embed_tokens.weight[:285], weights[rows])
     assert result.notes == () and result.losses[0][0] == "teacher, vocabulary cut to 290"
@@ -144,12 +182,16 @@ def test_a_nested_vocabulary_is_cut_out(workshop, tmp_path) -> None:
 def test_distill_starts_from_it(workshop, tmp_path) -> None:
     run(workshop.config(tmp_path / "s", **SHAPES["tied"]))
     line = (
-        f"distill --data-path {workshop.data} --teacher {workshop.teacher} --init-from {tmp_path / 's'} "
-        f"-o {tmp_path / 'r'} --max-seq-length 32 --batch-size 2 --max-steps 1 --learning-rate 1e-12 --device cpu"
+        f"distill --data-path {workshop.data} --teacher {workshop.teacher} --init-from "
+        f"{tmp_path / 's'} "
+        f"-o {tmp_path / 'r'} --max-seq-length 32 --batch-size 2 --max-steps 1 --learning-rate "
+        "1e-12 --device cpu"
     )
     assert main(line.split()) == 0
     trained = load_model(tmp_path / "r" / "checkpoints" / "last")
-    torch.testing.assert_close(logits(trained), logits(load_model(tmp_path / "s")), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        logits(trained), logits(load_model(tmp_path / "s")), rtol=1e-4, atol=1e-4
+    )
 
 
 def test_a_dataset_without_validation_is_reported_on_search_rows(workshop, tmp_path) -> None:
@@ -191,8 +233,15 @@ def test_an_untied_teacher_has_no_tied_student(untied, tmp_path) -> None:
 
 
 def test_other_architectures_are_refused_by_name(workshop, tmp_path) -> None:
-    shape = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
-    Qwen2ForCausalLM(Qwen2Config(vocab_size=320, num_key_value_heads=2, **shape)).save_pretrained(tmp_path / "qwen")
+    shape = {
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+    }
+    Qwen2ForCausalLM(Qwen2Config(vocab_size=320, num_key_value_heads=2, **shape)).save_pretrained(
+        tmp_path / "qwen"
+    )
     save_tokenizer(tmp_path / "qwen")
     with pytest.raises(XinslmError, match=r"'qwen2'.*no place for other parts, such as the biases"):
         run(workshop.config(tmp_path / "s", teacher=str(tmp_path / "qwen")))
@@ -216,7 +265,9 @@ def test_a_teacher_with_broken_weights_is_refused(workshop, tmp_path) -> None:
         broken.model.layers[0].mlp.up_proj.weight.fill_(float("nan"))
     save_model(broken, tmp_path / "t")
     save_tokenizer(tmp_path / "t")
-    with pytest.raises(XinslmError, match=r"the loss of .* is nan on validation text: its weights are damaged"):
+    with pytest.raises(
+        XinslmError, match=r"the loss of .* is nan on validation text: its weights are damaged"
+    ):
         run(workshop.config(tmp_path / "s", teacher=str(tmp_path / "t"), num_layers=1))
     assert sorted(p.name for p in tmp_path.iterdir()) == ["t"]
 
@@ -242,8 +293,12 @@ def test_choices_are_made_on_rows_that_nothing_was_fitted_to(workshop, tmp_path,
     from xinslm.data.dataset import open_dataset
     from xinslm.prune.run import _Text
 
-    config = workshop.config(tmp_path / "s", calibration_rows=asked[0], search_rows=asked[1], validation_rows=1_000)
-    text = _Text.read(config, open_dataset(workshop.data), workshop.model.config, torch.device("cpu"))
+    config = workshop.config(
+        tmp_path / "s", calibration_rows=asked[0], search_rows=asked[1], validation_rows=1_000
+    )
+    text = _Text.read(
+        config, open_dataset(workshop.data), workshop.model.config, torch.device("cpu")
+    )
     fitted, chosen, held_out = (
         {tuple(row) for passage in part for row in passage.ids.tolist()}
         for part in (text.calibration, text.search, text.validation)
@@ -256,7 +311,9 @@ def test_a_fit_that_is_worse_is_dropped(workshop, tmp_path, monkeypatch) -> None
     from xinslm.prune import run as stage
 
     def worse(teacher, thin, plain, *rest):
-        return stage.assemble(plain.config, {name: 3 * tensor for name, tensor in plain.state_dict().items()})
+        return stage.assemble(
+            plain.config, {name: 3 * tensor for name, tensor in plain.state_dict().items()}
+        )
 
     monkeypatch.setattr(stage, "compensate", worse)
     result = run(workshop.config(tmp_path / "a", num_layers=2, layers="influence"))
@@ -266,7 +323,9 @@ def test_a_fit_that_is_worse_is_dropped(workshop, tmp_path, monkeypatch) -> None
 
 
 def test_a_real_teachers_student_has_part_of_its_skill(shared_data, tmp_path) -> None:
-    """Half of stories5M: each figure far from a random model's, and the fit better than the plain cut."""
+    """Half of stories5M: each figure far from a random model's, and the fit better than the plain
+    cut.
+    """
     import gzip
 
     from xinslm.data import prepare
@@ -279,17 +338,29 @@ def test_a_real_teachers_student_has_part_of_its_skill(shared_data, tmp_path) ->
     teacher = shared_data / "models" / "stories5M"
     prepare.run(
         PrepareConfig(
-            data_path=(str(tmp_path / "train.jsonl"),), validation_path=(str(tmp_path / "valid.jsonl"),),
-            tokenizer_path=teacher, output_dir=tmp_path / "data",
+            data_path=(str(tmp_path / "train.jsonl"),),
+            validation_path=(str(tmp_path / "valid.jsonl"),),
+            tokenizer_path=teacher,
+            output_dir=tmp_path / "data",
         )
-    )  # fmt: skip
+    )
     result = run(
         InitConfig(
-            teacher=str(teacher), data_path=tmp_path / "data", output_dir=tmp_path / "s", row_length=128, device="cpu",
-            num_layers=4, hidden_size=192, num_kv_heads=2, intermediate_size=512, layers="influence",
-            calibration_rows=30, search_rows=4, validation_rows=6,
+            teacher=str(teacher),
+            data_path=tmp_path / "data",
+            output_dir=tmp_path / "s",
+            row_length=128,
+            device="cpu",
+            num_layers=4,
+            hidden_size=192,
+            num_kv_heads=2,
+            intermediate_size=512,
+            layers="influence",
+            calibration_rows=30,
+            search_rows=4,
+            validation_rows=6,
         )
-    )  # fmt: skip
+    )
     losses = {name.partition(" ")[0]: value for name, _, value in result.losses}
     assert losses["teacher"] < losses["fitted"] < losses["width"] - 0.05
     assert losses["width"] < 4.2 < 8 < losses["random"]

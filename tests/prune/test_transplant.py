@@ -1,4 +1,6 @@
-"""The narrow stream: exact for a full rotation, and where it lies in a subspace; the fit is ridge regression."""
+"""The narrow stream: exact for a full rotation, and where it lies in a subspace; the fit is ridge
+regression.
+"""
 
 from dataclasses import replace
 
@@ -18,7 +20,9 @@ def logits(model) -> torch.Tensor:
 
 
 def rotation(size: int, seed: int = 0) -> torch.Tensor:
-    return torch.linalg.qr(torch.randn(size, size, generator=torch.Generator().manual_seed(seed)).double())[0]
+    return torch.linalg.qr(
+        torch.randn(size, size, generator=torch.Generator().manual_seed(seed)).double()
+    )[0]
 
 
 def test_a_rotated_model_of_full_width_gives_the_same_logits(untied) -> None:
@@ -45,7 +49,9 @@ def test_a_tied_teacher_can_have_an_untied_student_which_is_exact_with_any_gain(
 
 
 def test_a_tied_embedding_gives_way_towards_the_teachers_logits(workshop) -> None:
-    """With uneven gains one matrix cannot be both; the compromise must beat the turned embedding at writing."""
+    """With uneven gains one matrix cannot be both; the compromise must beat the turned embedding at
+    writing.
+    """
     basis = transplant.principal_directions(workshop.found.stream, 48)
     config = replace(workshop.model.config, hidden_size=48)
     cut = transplant.narrow(workshop.model, config, basis, workshop.found)
@@ -55,7 +61,9 @@ def test_a_tied_embedding_gives_way_towards_the_teachers_logits(workshop) -> Non
     scale = cut.model.norm.weight.double() / transplant.norm_factor(workshop.found.final, basis)
 
     def error(embedding: torch.Tensor) -> float:
-        off = (embedding * scale) @ basis.T - workshop.model.model.embed_tokens.weight.double() * gain
+        off = (
+            embedding * scale
+        ) @ basis.T - workshop.model.model.embed_tokens.weight.double() * gain
         return float(torch.einsum("vi,ij,vj->", off, final, off))
 
     made = cut.model.embed_tokens.weight.double()
@@ -64,7 +72,9 @@ def test_a_tied_embedding_gives_way_towards_the_teachers_logits(workshop) -> Non
 
 
 def in_subspace(model, basis: torch.Tensor):
-    """The model with a residual stream confined to the columns of `basis`: everything written there is projected."""
+    """The model with a residual stream confined to the columns of `basis`: everything written there
+    is projected.
+    """
     project = (basis @ basis.T).float()
     weights = dict(model.state_dict())
     for name, tensor in weights.items():
@@ -82,21 +92,33 @@ def test_a_stream_in_a_subspace_is_cut_without_loss(untied) -> None:
     basis = transplant.principal_directions(found.stream, 40)
     cut = transplant.narrow(teacher, replace(teacher.config, hidden_size=40), basis, found)
     assert cut.model.embed_tokens.weight.shape == (320, 40)
-    torch.testing.assert_close(logits(cut), logits(teacher), rtol=1e-3, atol=3e-3)  # eps weighs less
+    # eps weighs less
+    torch.testing.assert_close(logits(cut), logits(teacher), rtol=1e-3, atol=3e-3)
     assert transplant.norm_factor(found.stream, basis) == pytest.approx((64 / 40) ** 0.5, rel=1e-6)
 
 
 def test_the_fit_leaves_alone_what_needs_no_fit(untied) -> None:
-    """A student that is its teacher stays it, whatever the gains; so does one cut from a subspace."""
+    """A student that is its teacher stays it, whatever the gains; so does one cut from a
+    subspace.
+    """
     same = transplant.compensate(
-        untied.model, untied.model, untied.model, [0, 1], None, untied.passages, 0.01, lambda layer: None
+        untied.model,
+        untied.model,
+        untied.model,
+        [0, 1],
+        None,
+        untied.passages,
+        0.01,
+        lambda layer: None,
     )
     torch.testing.assert_close(logits(same), logits(untied.model), rtol=1e-3, atol=1e-3)
     teacher = in_subspace(untied.model, rotation(64)[:, :40])
     found = measure(teacher, untied.passages, lambda layer: None)
     basis = transplant.principal_directions(found.stream, 40)
     plain = transplant.narrow(teacher, replace(teacher.config, hidden_size=40), basis, found)
-    fitted = transplant.compensate(teacher, teacher, plain, [0, 1], basis, untied.passages, 0.01, lambda layer: None)
+    fitted = transplant.compensate(
+        teacher, teacher, plain, [0, 1], basis, untied.passages, 0.01, lambda layer: None
+    )
     torch.testing.assert_close(logits(fitted), logits(teacher), rtol=1e-2, atol=1e-2)
 
 
@@ -108,22 +130,35 @@ def test_ridge_regression_pulls_to_its_prior() -> None:
     fit.add(x[:20], t[:20])
     fit.add(x[20:], t[20:])
     pull = (0.3 * (x.pow(2).sum(0).mean())).sqrt()
-    stacked = torch.cat((x, pull * torch.eye(6))), torch.cat((t, pull * prior.T))  # the same as an ordinary problem
-    expected = np.linalg.lstsq(stacked[0].double().numpy(), stacked[1].double().numpy(), rcond=None)[0].T
+    # the same as an ordinary problem
+    stacked = torch.cat((x, pull * torch.eye(6))), torch.cat((t, pull * prior.T))
+    expected = np.linalg.lstsq(
+        stacked[0].double().numpy(), stacked[1].double().numpy(), rcond=None
+    )[0].T
     np.testing.assert_allclose(fit.solve(prior, 0.3).numpy(), expected, rtol=1e-4, atol=1e-5)
     assert torch.allclose(fit.solve(prior, 1e9), prior, atol=1e-5)
 
 
 def test_the_fit_brings_states_nearer_to_the_teachers(workshop) -> None:
-    """A layer dropped and the width cut: the fitted student's stream is nearer to the teacher's, on text not fitted."""
+    """A layer dropped and the width cut: the fitted student's stream is nearer to the teacher's, on
+    text not fitted.
+    """
     teacher, kept = workshop.model, [0, 2]
     thin = keep_layers(teacher.config, teacher.state_dict(), kept)
     basis = transplant.principal_directions(workshop.found.stream, 48)
     plain = transplant.narrow(thin, replace(thin.config, hidden_size=48), basis, workshop.found)
     half = len(workshop.passages) // 2 or 1
-    rows = [type(p)(p.ids[:40], p.labels[:40], p.positions[:40], p.segments[:40]) for p in workshop.passages[:half]]
-    rest = [type(p)(p.ids[40:], p.labels[40:], p.positions[40:], p.segments[40:]) for p in workshop.passages[:half]]
-    fitted = transplant.compensate(teacher, thin, plain, kept, basis, rows, 0.01, lambda layer: None)
+    rows = [
+        type(p)(p.ids[:40], p.labels[:40], p.positions[:40], p.segments[:40])
+        for p in workshop.passages[:half]
+    ]
+    rest = [
+        type(p)(p.ids[40:], p.labels[40:], p.positions[40:], p.segments[40:])
+        for p in workshop.passages[:half]
+    ]
+    fitted = transplant.compensate(
+        teacher, thin, plain, kept, basis, rows, 0.01, lambda layer: None
+    )
 
     def error(student) -> float:
         total = 0.0

@@ -1,4 +1,6 @@
-"""The canonical folder: what is written is what is read, by us and by the safetensors library; damage is named."""
+"""The canonical folder: what is written is what is read, by us and by the safetensors library;
+damage is named.
+"""
 
 import json
 
@@ -8,7 +10,12 @@ from safetensors.torch import load_file, save_file
 
 from small_models import save_random_model
 from xinslm.errors import UsageError, XinslmError
-from xinslm.quantize.canonical import dequantized_tensors, is_quantized, load_quantized, open_quantized
+from xinslm.quantize.canonical import (
+    dequantized_tensors,
+    is_quantized,
+    load_quantized,
+    open_quantized,
+)
 from xinslm.quantize.config import QuantizeConfig
 from xinslm.quantize.run import run
 from xinslm.quantize.stream import SafetensorsWriter
@@ -24,7 +31,9 @@ def quantized(tmp_path_factory):
 
 @pytest.fixture
 def damaged(quantized, tmp_path):
-    """A copy of the folder whose weights `edit` may change; the manifest is made to fit the new size."""
+    """A copy of the folder whose weights `edit` may change; the manifest is made to fit the new
+    size.
+    """
 
     def edit(change):
         folder = tmp_path / "damaged"
@@ -35,7 +44,9 @@ def damaged(quantized, tmp_path):
         change(tensors)
         save_file(tensors, folder / "model.safetensors")
         manifest = json.loads((folder / "manifest.json").read_text())
-        manifest["files"]["model.safetensors"]["bytes"] = (folder / "model.safetensors").stat().st_size
+        manifest["files"]["model.safetensors"]["bytes"] = (
+            (folder / "model.safetensors").stat().st_size
+        )
         (folder / "manifest.json").write_text(json.dumps(manifest))
         return folder
 
@@ -46,9 +57,14 @@ def test_stored_shapes_and_types_are_the_documented_ones(quantized):
     tensors = load_file(quantized / "model.safetensors")
     up = "model.layers.1.mlp.up_proj"
     assert tensors[f"{up}.codes"].dtype == torch.uint8 and tensors[f"{up}.codes"].shape == (96, 32)
-    assert tensors[f"{up}.scales"].dtype == torch.float16 and tensors[f"{up}.scales"].shape == (96, 2)
+    assert tensors[f"{up}.scales"].dtype == torch.float16 and tensors[f"{up}.scales"].shape == (
+        96,
+        2,
+    )
     for table in ("model.embed_tokens", "lm_head"):
-        assert tensors[f"{table}.codes"].dtype == torch.int8 and tensors[f"{table}.codes"].shape == (320, 64)
+        assert tensors[f"{table}.codes"].dtype == torch.int8 and tensors[
+            f"{table}.codes"
+        ].shape == (320, 64)
     assert tensors["model.norm.weight"].dtype == torch.float32
     formats = json.loads((quantized / "manifest.json").read_text())["formats"]
     assert formats[up] == "q4_0" and formats["lm_head"] == "q8_0" and formats["model.norm"] == "f32"
@@ -76,7 +92,9 @@ def test_loads_into_the_model(quantized):
 
 
 def test_bfloat16_keeps_the_scales(quantized):
-    """Scales have 8 significant bits, so only the product is rounded: at most 2^-8 of each weight."""
+    """Scales have 8 significant bits, so only the product is rounded: at most 2^-8 of each
+    weight.
+    """
     exact, short = load_quantized(quantized), load_quantized(quantized, torch.bfloat16)
     for name, weight in exact.state_dict().items():
         if "proj" in name:
@@ -98,7 +116,9 @@ def test_missing_tensor_wrong_type_wrong_shape_and_bad_scales_are_named(damaged)
 
     def change(tensors):
         tensors[f"{name}.codes"] = tensors[f"{name}.codes"].to(torch.int16)
-        tensors["model.layers.0.mlp.up_proj.codes"] = tensors["model.layers.0.mlp.up_proj.codes"][:-1].clone()
+        tensors["model.layers.0.mlp.up_proj.codes"] = tensors["model.layers.0.mlp.up_proj.codes"][
+            :-1
+        ].clone()
         tensors["lm_head.scales"][3, 1] = torch.inf
         del tensors["model.norm.weight"]
 
@@ -148,7 +168,8 @@ def test_a_manifest_that_is_no_object_is_not_one_of_a_quantized_folder(tmp_path,
 
 
 @pytest.mark.parametrize(
-    "changes", [{"formats": None}, {"formats": []}, {"bits": "4"}, {"formats": {"model.norm": ["f32"]}}]
+    "changes",
+    [{"formats": None}, {"formats": []}, {"bits": "4"}, {"formats": {"model.norm": ["f32"]}}],
 )
 def test_a_manifest_with_damaged_entries_is_named(damaged, changes):
     folder = damaged(lambda tensors: None)

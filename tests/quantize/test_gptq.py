@@ -1,9 +1,18 @@
-"""GPTQ against the method it speeds up (one column at a time, explicit inverses), and on inputs made to break it."""
+"""GPTQ against the method it speeds up (one column at a time, explicit inverses), and on inputs
+made to break it.
+"""
 
 import pytest
 import torch
 
-from xinslm.quantize.gptq import Hessian, factorise, feed_back_errors, layer_loss, quantize_weight, round_to_nearest
+from xinslm.quantize.gptq import (
+    Hessian,
+    factorise,
+    feed_back_errors,
+    layer_loss,
+    quantize_weight,
+    round_to_nearest,
+)
 from xinslm.quantize.grids import Q4_0, decode, encode, fit_scales
 
 
@@ -25,9 +34,13 @@ def hessian_of(inputs):
 
 
 def optimal_brain_quantization(weight, scales, hessian, order, damping):
-    """Fix columns in `order`; after each, move the rest to the optimum given what is fixed (float64, explicit)."""
+    """Fix columns in `order`; after each, move the rest to the optimum given what is fixed
+    (float64, explicit).
+    """
     weight, scales = weight.double().clone(), scales.double()
-    damped = hessian + damping * hessian.diagonal().mean() * torch.eye(len(hessian), dtype=torch.float64)
+    damped = hessian + damping * hessian.diagonal().mean() * torch.eye(
+        len(hessian), dtype=torch.float64
+    )
     codes, free = torch.zeros_like(weight), list(order.tolist())
     while free:
         column = free[0]
@@ -51,7 +64,9 @@ def test_equals_the_naive_method(columns, act_order):
     naive = optimal_brain_quantization(weight, scales, hessian, factor.order, factor.damping)
     ours = feed_back_errors(weight, scales, factor)
     assert (naive == ours).float().mean() > 0.995, "float32 may decide a near-tie otherwise"
-    losses = [layer_loss(weight, decode(c.to(torch.int8), scales), factor.hessian) for c in (naive, ours)]
+    losses = [
+        layer_loss(weight, decode(c.to(torch.int8), scales), factor.hessian) for c in (naive, ours)
+    ]
     assert losses[1] == pytest.approx(losses[0], rel=1e-2)
 
 
@@ -75,7 +90,9 @@ def test_streaming_equals_one_shot():
 def test_beats_rounding_to_nearest_clearly_on_correlated_inputs():
     inputs, weight = correlated_inputs(2000, 128), weights(64, 128)
     result = quantize_weight(weight, factorise(hessian_of(inputs)))
-    output_error = (inputs @ (weight - decode(result.codes, result.scales)).T).square().sum(1).mean()
+    output_error = (
+        (inputs @ (weight - decode(result.codes, result.scales)).T).square().sum(1).mean()
+    )
     nearest = round_to_nearest(weight)
     rtn_error = (inputs @ (weight - decode(nearest.codes, nearest.scales)).T).square().sum(1).mean()
     assert result.method == "gptq"
@@ -85,7 +102,9 @@ def test_beats_rounding_to_nearest_clearly_on_correlated_inputs():
 
 
 def test_act_order_leaves_each_code_with_the_scale_of_its_own_group():
-    """Uncorrelated inputs move no error, so any order must give plain rounding, each code in its own place."""
+    """Uncorrelated inputs move no error, so any order must give plain rounding, each code in its
+    own place.
+    """
     hessian = torch.diag(torch.rand(96, generator=torch.Generator().manual_seed(0)).double() + 0.1)
     weight = weights(5, 96)
     factor = factorise(hessian)
@@ -111,7 +130,15 @@ def dead_columns():
         correlated_inputs(300, 64) * 1e-12,
         correlated_inputs(300, 64) * 1e12,
     ],
-    ids=["dead columns", "one sample", "duplicated columns", "constant", "all zero", "tiny", "huge"],
+    ids=[
+        "dead columns",
+        "one sample",
+        "duplicated columns",
+        "constant",
+        "all zero",
+        "tiny",
+        "huge",
+    ],
 )
 def test_awkward_inputs_give_finite_codes_never_worse_than_nearest(inputs):
     weight = weights(16, 64)
@@ -121,7 +148,9 @@ def test_awkward_inputs_give_finite_codes_never_worse_than_nearest(inputs):
     assert (weight - quantized).abs().max() < 1.0
     nearest = round_to_nearest(weight)
     hessian = hessian_of(inputs).float()
-    assert layer_loss(weight, quantized, hessian) <= layer_loss(weight, decode(nearest.codes, nearest.scales), hessian)
+    assert layer_loss(weight, quantized, hessian) <= layer_loss(
+        weight, decode(nearest.codes, nearest.scales), hessian
+    )
 
 
 def test_dead_columns_are_rounded_not_dropped():
@@ -132,7 +161,9 @@ def test_dead_columns_are_rounded_not_dropped():
 
 
 def indefinite(negative):
-    basis = torch.linalg.qr(torch.randn(64, 64, generator=torch.Generator().manual_seed(0), dtype=torch.float64))[0]
+    basis = torch.linalg.qr(
+        torch.randn(64, 64, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    )[0]
     values = torch.linspace(0.5, 1.5, 64, dtype=torch.float64)
     values[0] = negative
     return basis @ torch.diag(values) @ basis.T
@@ -151,7 +182,9 @@ def test_damping_climbs_until_the_hessian_is_definite_and_gives_up_in_the_end():
 
 
 def test_nearest_is_kept_where_feedback_does_worse():
-    """A factor of another layer's inputs sends errors to the wrong places; the true loss notices."""
+    """A factor of another layer's inputs sends errors to the wrong places; the true loss
+    notices.
+    """
     weight, wrong = weights(16, 64), factorise(hessian_of(correlated_inputs(300, 64, seed=7)))
     right = hessian_of(correlated_inputs(300, 64, seed=8)).float()
     mixed = type(wrong)(right, wrong.order, wrong.upper, wrong.importance, wrong.damping)

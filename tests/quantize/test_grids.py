@@ -35,7 +35,9 @@ def block_errors(weight, values):
 @pytest.mark.parametrize("grid", [Q4_0, Q8_0], ids=lambda grid: grid.name)
 def test_our_bytes_mean_the_same_to_llama_cpp(grid):
     generator = torch.Generator().manual_seed(3)
-    codes = torch.randint(grid.lowest, grid.highest + 1, (16, 96), generator=generator, dtype=torch.int8)
+    codes = torch.randint(
+        grid.lowest, grid.highest + 1, (16, 96), generator=generator, dtype=torch.int8
+    )
     scales = (torch.randn(16, 3, generator=generator) * 0.01).half()  # negative scales are legal
     stored = pack_nibbles(codes) if grid is Q4_0 else codes
     blocks = to_ggml(stored, scales)
@@ -59,7 +61,9 @@ def test_q8_has_llama_cpps_scales_and_never_a_larger_error():
     weight = random_weights()
     theirs = gguf.quants.quantize(weight.numpy(), KINDS["q8_0"])
     scales = fit_scales(weight, Q8_0, bf16_exact=False)
-    assert np.array_equal(theirs.reshape(24, 4, 34)[..., :2].copy().view(np.float16)[..., 0], scales.half().numpy())
+    assert np.array_equal(
+        theirs.reshape(24, 4, 34)[..., :2].copy().view(np.float16)[..., 0], scales.half().numpy()
+    )
     theirs = torch.from_numpy(gguf.quants.dequantize(theirs, KINDS["q8_0"]))
     ours = decode(encode(weight, scales, Q8_0), scales)
     assert (block_errors(weight, ours) <= block_errors(weight, theirs) * (1 + 1e-6)).all()
@@ -70,7 +74,9 @@ def test_q8_has_llama_cpps_scales_and_never_a_larger_error():
 
 def test_q8_of_weights_on_the_grid_gives_llama_cpps_bytes():
     scales = torch.full((4, 2), 2.0**-7)
-    codes = torch.randint(-127, 128, (4, 64), generator=torch.Generator().manual_seed(0), dtype=torch.int8)
+    codes = torch.randint(
+        -127, 128, (4, 64), generator=torch.Generator().manual_seed(0), dtype=torch.int8
+    )
     codes[:, ::32] = 127
     weight = decode(codes, scales)
     ours = to_ggml(encode(weight, fit_scales(weight, Q8_0), Q8_0), fit_scales(weight, Q8_0).half())
@@ -81,14 +87,18 @@ def test_q4_search_beats_llama_cpp_and_is_near_the_best_scale_there_is():
     weight = random_weights(8, 64)
     scales = fit_scales(weight, Q4_0)
     ours = block_errors(weight, decode(encode(weight, scales, Q4_0), scales))
-    theirs = gguf.quants.dequantize(gguf.quants.quantize(weight.numpy(), KINDS["q4_0"]), KINDS["q4_0"])
+    theirs = gguf.quants.dequantize(
+        gguf.quants.quantize(weight.numpy(), KINDS["q4_0"]), KINDS["q4_0"]
+    )
     assert (ours <= block_errors(weight, torch.from_numpy(theirs)) * 1.01).all()
     largest = weight.unflatten(-1, (-1, 32)).abs().amax(-1)
     best = torch.full_like(ours, torch.inf)
     for factor in np.linspace(0.05, 0.25, 1500):
         for sign in (-1, 1):
             candidate = largest * (sign * factor)
-            best = torch.minimum(best, block_errors(weight, decode(encode(weight, candidate, Q4_0), candidate)))
+            best = torch.minimum(
+                best, block_errors(weight, decode(encode(weight, candidate, Q4_0), candidate))
+            )
     assert ours.sum() < 1.02 * best.sum()
 
 
@@ -104,7 +114,11 @@ def test_importance_moves_the_scale_towards_the_columns_that_matter():
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.integers(0, 10_000), st.sampled_from([0.0, 1e-30, 1e-8, 1e-5, 1e-3, 1.0, 1e4, 1e7]), st.booleans())
+@given(
+    st.integers(0, 10_000),
+    st.sampled_from([0.0, 1e-30, 1e-8, 1e-5, 1e-3, 1.0, 1e4, 1e7]),
+    st.booleans(),
+)
 def test_scales_are_always_storable_and_codes_belong_to_the_stored_scale(seed, magnitude, flip):
     weight = random_weights(2, 64, seed) * magnitude * (-1 if flip else 1)
     for grid in (Q4_0, Q8_0):

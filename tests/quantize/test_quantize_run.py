@@ -1,4 +1,6 @@
-"""The whole quantization of a model: sequential, without padding or validation text, whole or absent."""
+"""The whole quantization of a model: sequential, without padding or validation text, whole or
+absent.
+"""
 
 import json
 import os
@@ -51,12 +53,16 @@ def calibration_batches(folders, config):
 
 
 def linear_inputs(model, batches):
-    """Inputs of every linear, by name, from a plain run of each document on its own: no packing, no padding."""
+    """Inputs of every linear, by name, from a plain run of each document on its own: no packing, no
+    padding.
+    """
     seen = {}
     for name, module in model.named_modules():
         if name.endswith("_proj"):
             module.register_forward_pre_hook(
-                lambda _, inputs, name=name: seen.setdefault(name, []).append(inputs[0].flatten(0, 1))
+                lambda _, inputs, name=name: seen.setdefault(name, []).append(
+                    inputs[0].flatten(0, 1)
+                )
             )
     with torch.no_grad():
         for batch in batches:
@@ -67,9 +73,13 @@ def linear_inputs(model, batches):
 
 
 def test_losses_are_those_of_inputs_from_the_quantized_model(folders, gptq):
-    """Sequential order, padding and document borders at once: the recorded loss of each linear is recomputed with
-    the inputs that it gets in the finished quantized model, each document run alone."""
-    model, original = load_quantized(gptq[0]), dict(load_model(folders / "model").named_parameters())
+    """Sequential order, padding and document borders at once: the recorded loss of each linear is
+    recomputed with the inputs that it gets in the finished quantized model, each document run
+    alone."""
+    model, original = (
+        load_quantized(gptq[0]),
+        dict(load_model(folders / "model").named_parameters()),
+    )
     inputs = linear_inputs(model, calibration_batches(folders, model.config))
     recorded = json.loads((gptq[0] / "manifest.json").read_text())["layers"]
     assert recorded.keys() == inputs.keys() and len(recorded) == 14
@@ -86,7 +96,9 @@ def divergence(original, other, batches):
         total = 0.0
         for batch in batches:
             keep = torch.from_numpy(batch.segments >= 0)
-            arguments = (torch.from_numpy(a) for a in (batch.input_ids, batch.positions, batch.segments))
+            arguments = (
+                torch.from_numpy(a) for a in (batch.input_ids, batch.positions, batch.segments)
+            )
             arguments = list(arguments)
             p, q = (m.logits(m.hidden(*arguments))[keep].log_softmax(-1) for m in (original, other))
             total += float((p.exp() * (p - q)).sum(-1).mean())
@@ -97,10 +109,14 @@ def test_gptq_keeps_more_than_rounding(folders, gptq):
     run(options(folders, folders / "rtn", method="rtn", data_path=None))
     original = load_model(folders / "model")
     batches = calibration_batches(folders, original.config)
-    losses = [divergence(original, load_quantized(folders / name), batches) for name in ("gptq", "rtn")]
+    losses = [
+        divergence(original, load_quantized(folders / name), batches) for name in ("gptq", "rtn")
+    ]
     assert losses[0] < 0.8 * losses[1]
     assert gptq[1].loss_ratio < 0.8
-    assert "q4_0" in gptq[1].describe() and "of what rounding to nearest costs" in gptq[1].describe()
+    assert (
+        "q4_0" in gptq[1].describe() and "of what rounding to nearest costs" in gptq[1].describe()
+    )
 
 
 def test_eight_bits_are_nearly_exact(folders):
@@ -129,7 +145,9 @@ def test_same_input_same_bytes(folders, gptq, tmp_path):
 
 
 def test_sharded_bfloat16_source_gives_the_same_as_one_file(folders, tmp_path):
-    tensors = {name: w.bfloat16() for name, w in load_file(folders / "model" / "model.safetensors").items()}
+    tensors = {
+        name: w.bfloat16() for name, w in load_file(folders / "model" / "model.safetensors").items()
+    }
     for kind in ("one", "shards"):
         folder = tmp_path / kind
         folder.mkdir()
@@ -173,7 +191,9 @@ def test_magnitudes_beyond_float16_keep_the_weight_unquantized(tmp_path):
 
 def test_never_reads_validation_text(folders, tmp_path, monkeypatch):
     names, split = [], Dataset.split
-    monkeypatch.setattr(Dataset, "split", lambda self, name: names.append(name) or split(self, name))
+    monkeypatch.setattr(
+        Dataset, "split", lambda self, name: names.append(name) or split(self, name)
+    )
     run(options(folders, tmp_path / "out"))
     assert names == ["train"]
 
@@ -186,7 +206,9 @@ def test_calibration_rows_are_drawn_from_all_of_the_text(folders):
 
 
 def test_more_rows_than_there_are(folders, tmp_path):
-    with pytest.raises(UsageError, match=r"has \d+ rows of 96 tokens to train on, 9,999 are asked for"):
+    with pytest.raises(
+        UsageError, match=r"has \d+ rows of 96 tokens to train on, 9,999 are asked for"
+    ):
         run(options(folders, tmp_path / "out", calibration_rows=9999))
     assert not (tmp_path / "out").exists()
 
@@ -270,12 +292,17 @@ run(QuantizeConfig(root / "model", root / "out" / "q4", method="rtn", force=True
 
 @pytest.mark.parametrize("end", ["kill", "interrupt", "full"])
 def test_an_end_in_the_middle_leaves_nothing_half_written(folders, tmp_path, end):
-    """kill -9, Ctrl-C, and a disk that is full (a file size limit stands in): the old result stays whole."""
+    """kill -9, Ctrl-C, and a disk that is full (a file size limit stands in): the old result stays
+    whole.
+    """
     os.symlink(folders / "model", tmp_path / "model")
     before = run(QuantizeConfig(tmp_path / "model", tmp_path / "out" / "q4", bits=8))
     old = tree_hash(before.folder)
-    child = subprocess.run([sys.executable, "-c", CHILD, str(tmp_path), end], capture_output=True, text=True)
-    # Python ends by the signal itself after an uncaught Ctrl-C, or with 1 where the signal is ignored
+    child = subprocess.run(
+        [sys.executable, "-c", CHILD, str(tmp_path), end], capture_output=True, text=True
+    )
+    # Python ends by the signal itself after an uncaught Ctrl-C, or with 1 where the signal is
+    # ignored
     codes = {"kill": {-signal.SIGKILL}, "interrupt": {1, -signal.SIGINT}, "full": {1}}
     assert child.returncode in codes[end], child.stderr
     expected = {"kill": "", "interrupt": "KeyboardInterrupt", "full": "File too large"}[end]
@@ -292,7 +319,9 @@ def test_stories260k_says_the_same_at_eight_bits(shared_data, tmp_path):
     """A real model, its down_proj at 16 bits: the most likely tokens do not change."""
     source = shared_data / "models" / "stories260K"
     run(QuantizeConfig(source, tmp_path / "q8", bits=8))
-    ids = torch.tensor([[1, *load_tokenizer(source).encode("Once upon a time, there was a little girl")]])
+    ids = torch.tensor(
+        [[1, *load_tokenizer(source).encode("Once upon a time, there was a little girl")]]
+    )
     original, q8 = load_model(source), load_quantized(tmp_path / "q8")
     with torch.no_grad():
         a, b = (model.logits(model.hidden(ids)) for model in (original, q8))
@@ -303,10 +332,18 @@ def test_stories260k_says_the_same_at_eight_bits(shared_data, tmp_path):
 def test_a_model_without_its_own_tokenizer_is_refused_before_the_work(folders, tmp_path, method):
     save_random_model(tmp_path / "model", vocab_size=300)  # its tokenizer has 320 ids
     seen = []
-    with pytest.raises(XinslmError, match="the tokenizer beside the model has 320 ids, the model only 300 rows"):
-        run(QuantizeConfig(tmp_path / "model", tmp_path / "out", folders / "data", method=method), seen.append)
+    with pytest.raises(
+        XinslmError, match="the tokenizer beside the model has 320 ids, the model only 300 rows"
+    ):
+        run(
+            QuantizeConfig(tmp_path / "model", tmp_path / "out", folders / "data", method=method),
+            seen.append,
+        )
     for path in (tmp_path / "model").glob("*token*"):
         path.unlink()
     with pytest.raises(XinslmError, match=r"there is no tokenizer\.json"):
-        run(QuantizeConfig(tmp_path / "model", tmp_path / "out", folders / "data", method=method), seen.append)
+        run(
+            QuantizeConfig(tmp_path / "model", tmp_path / "out", folders / "data", method=method),
+            seen.append,
+        )
     assert seen == [] and not (tmp_path / "out").exists()

@@ -19,14 +19,39 @@ HEADER = "# Resolved configuration. Run it again with: xinslm distill --config T
 
 
 def training_line(step: int, **changes) -> dict:
-    line = {"step": step, "tokens": 1000 * step, "loss": 3.0, "ce": 3 - step / 100, "kd": 1.0, "lr": 1e-3}
+    line = {
+        "step": step,
+        "tokens": 1000 * step,
+        "loss": 3.0,
+        "ce": 3 - step / 100,
+        "kd": 1.0,
+        "lr": 1e-3,
+    }
     return {**line, "grad_norm": 1.0, "tokens_per_second": 5000.0, "seconds": 0.2 * step, **changes}
 
 
 def evaluation_row(name: str, bits: float, **changes) -> dict:
-    row = {"name": name, "model": f"runs/{name}", "kind": "model", "parameters": 1_234_567, "file_bytes": 4_900_000}
-    row |= {"data": "data/stories", "documents": 20, "tokens": 4000, "bytes": 16000, "nats_per_token": 2.0}
-    return {**row, "perplexity": 7.389, "bits_per_byte": bits, "tokens_per_second": 9000.0, **changes}
+    row = {
+        "name": name,
+        "model": f"runs/{name}",
+        "kind": "model",
+        "parameters": 1_234_567,
+        "file_bytes": 4_900_000,
+    }
+    row |= {
+        "data": "data/stories",
+        "documents": 20,
+        "tokens": 4000,
+        "bytes": 16000,
+        "nats_per_token": 2.0,
+    }
+    return {
+        **row,
+        "perplexity": 7.389,
+        "bits_per_byte": bits,
+        "tokens_per_second": 9000.0,
+        **changes,
+    }
 
 
 @pytest.fixture
@@ -36,13 +61,26 @@ def folder(tmp_path: Path) -> Path:
     folder.mkdir(parents=True)
     (folder / "config.yaml").write_text(HEADER + "teacher: runs/big\nseed: 1\n")
     lines = [training_line(step) for step in range(1, 31)]
-    lines += [{"step": step, "tokens": 1000 * step, "validation_ce": 2.5, "validation_kd": 0.9} for step in (10, 30)]
+    lines += [
+        {"step": step, "tokens": 1000 * step, "validation_ce": 2.5, "validation_kd": 0.9}
+        for step in (10, 30)
+    ]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     for name, bits in (("teacher", 1.0), ("student", 1.25)):
         add_row(folder, "evaluation.json", evaluation_row(name, bits))
-        sample = {"name": name, "model": name, "prompt": "Once", "text": f" upon {name}", "settings": {"seed": 1}}
+        sample = {
+            "name": name,
+            "model": name,
+            "prompt": "Once",
+            "text": f" upon {name}",
+            "settings": {"seed": 1},
+        }
         add_row(folder, "samples.json", sample)
-    add_row(folder, "files.json", {"name": "GGUF", "path": "out/a.gguf", "bytes": 1_234_000, "bits_per_weight": 4.61})
+    add_row(
+        folder,
+        "files.json",
+        {"name": "GGUF", "path": "out/a.gguf", "bytes": 1_234_000, "bits_per_weight": 4.61},
+    )
     return folder
 
 
@@ -92,8 +130,15 @@ def test_a_whole_run(folder: Path) -> None:
     text, markdown, page = make(folder)
     for content in (text, markdown):
         assert "80.0 %" in content, "the teacher's 1.0 bits are 80 % of the student's 1.25"
-        assert "1,234,567" in content and "4.90 MB" in content and "1.23 MB" in content and "4.61" in content
-        assert f"xinslm distill --config {folder}/config.yaml --output-dir {folder}-again" in content
+        assert (
+            "1,234,567" in content
+            and "4.90 MB" in content
+            and "1.23 MB" in content
+            and "4.61" in content
+        )
+        assert (
+            f"xinslm distill --config {folder}/config.yaml --output-dir {folder}-again" in content
+        )
         assert "upon student" in content
     assert page.tags.count("figure") == 3  # cross-entropy, divergence, speed
     assert "seed: 1" in text
@@ -107,7 +152,9 @@ def test_the_page_needs_nothing_from_outside(folder: Path) -> None:
     assert "prefers-color-scheme: dark" in html
 
 
-@pytest.mark.parametrize("name", ["config.yaml", "metrics.jsonl", "evaluation.json", "samples.json", "files.json"])
+@pytest.mark.parametrize(
+    "name", ["config.yaml", "metrics.jsonl", "evaluation.json", "samples.json", "files.json"]
+)
 def test_what_is_missing_is_left_out(folder: Path, name: str) -> None:
     whole, _, _ = make(folder)
     (folder / name).unlink()
@@ -189,7 +236,9 @@ def test_null_and_nan_are_gaps(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["evaluation.json", "samples.json", "files.json"])
-@pytest.mark.parametrize("content", ['{"rows": [', "[]", '{"rows": [1]}', '{"rows": [{"model": "x"}]}'])
+@pytest.mark.parametrize(
+    "content", ['{"rows": [', "[]", '{"rows": [1]}', '{"rows": [{"model": "x"}]}']
+)
 def test_broken_tables_are_named(folder: Path, name: str, content: str) -> None:
     (folder / name).write_text(content)
     with pytest.raises(XinslmError, match=re.escape(name)):
@@ -213,12 +262,18 @@ EVIL = "</pre><script>alert('x')</script>| *b* `````\n<img src=x onerror=alert(1
 
 def test_hostile_texts_stay_text(folder: Path) -> None:
     (folder / "config.yaml").write_text(HEADER + "# " + EVIL.replace("\n", " ") + "\nteacher: x\n")
-    add_row(folder, "samples.json", {"name": EVIL, "model": "m", "prompt": EVIL, "text": EVIL, "settings": {"a": EVIL}})
+    add_row(
+        folder,
+        "samples.json",
+        {"name": EVIL, "model": "m", "prompt": EVIL, "text": EVIL, "settings": {"a": EVIL}},
+    )
     add_row(folder, "evaluation.json", evaluation_row(EVIL, 2.0, data=EVIL))
     add_row(folder, "files.json", {"name": EVIL, "path": EVIL, "bytes": 10})
     _, markdown, page = make(folder)
     assert sum(text.count("<script>alert('x')</script>") for text in page.texts) >= 5
-    table = next(block for block in markdown.split("\n\n") if "out/a.gguf" in block.replace("\\", ""))
+    table = next(
+        block for block in markdown.split("\n\n") if "out/a.gguf" in block.replace("\\", "")
+    )
     for line in table.splitlines():
         assert len(re.findall(r"(?<!\\)\|", line)) == 5
     assert "``````text" in markdown, "a code block is fenced by more ticks than it holds"
@@ -232,11 +287,16 @@ def test_compared_runs_stand_beside_it(folder: Path, tmp_path: Path) -> None:
     add_row(other, "evaluation.json", evaluation_row("student", 1.6))
     add_row(other, "evaluation.json", evaluation_row("elsewhere", 0.5, data="other data"))
     text, markdown, page = make(folder, compare=(other,), x="step", log_x=True)
-    assert "| student (a) | 1.2500 | 80.0 % |" in markdown and "| student (b) | 1.6000 | 62.5 % |" in markdown
+    assert (
+        "| student (a) | 1.2500 | 80.0 % |" in markdown
+        and "| student (b) | 1.6000 | 62.5 % |" in markdown
+    )
     assert "b training" in text and "optimiser step" in text
     assert page.tags.count("polyline") == 7  # ce: 2 + 1 validation; kd: 1 + 1; speed: 2
     tables = summary(read_run(folder), [read_run(other)])
-    assert len(tables) == 2 and "Retained" not in tables[1].head, "other text has no teacher to compare with"
+    assert len(tables) == 2 and "Retained" not in tables[1].head, (
+        "other text has no teacher to compare with"
+    )
 
 
 def test_the_teacher_is_also_found_by_its_folder(folder: Path) -> None:
@@ -259,12 +319,22 @@ def test_rows_replace_those_of_their_name(tmp_path: Path) -> None:
     assert read_rows(tmp_path, "samples.json") == []
     for name, text in (("a", "1"), ("b", "2"), ("a", "3")):
         add_row(tmp_path, "samples.json", {"name": name, "text": text})
-    assert read_rows(tmp_path, "samples.json") == [{"name": "a", "text": "3"}, {"name": "b", "text": "2"}]
+    assert read_rows(tmp_path, "samples.json") == [
+        {"name": "a", "text": "3"},
+        {"name": "b", "text": "2"},
+    ]
 
 
 @pytest.mark.parametrize(
     ("value", "text"),
-    [(950, "950 B"), (12_345, "12.3 kB"), (4_560_000, "4.56 MB"), (935_000, "935 kB"), (2.2e9, "2.20 GB"), (None, "–")],
+    [
+        (950, "950 B"),
+        (12_345, "12.3 kB"),
+        (4_560_000, "4.56 MB"),
+        (935_000, "935 kB"),
+        (2.2e9, "2.20 GB"),
+        (None, "–"),
+    ],
 )
 def test_sizes(value, text: str) -> None:
     assert size(value) == text

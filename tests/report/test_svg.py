@@ -22,7 +22,10 @@ def points_of(chart: str) -> list[list[tuple[float, float]]]:
 def ticks_of(chart: str, kind: str) -> list[tuple[str, float]]:
     """Label and place of the ticks: kind 'mid' for x, 'end' for y."""
     texts = [t for t in parse(chart).iter("text") if t.get("class") == f"tick {kind}"]
-    return [(t.text, float(t.get("x" if kind == "mid" else "y")) - (0 if kind == "mid" else 4)) for t in texts]
+    return [
+        (t.text, float(t.get("x" if kind == "mid" else "y")) - (0 if kind == "mid" else 4))
+        for t in texts
+    ]
 
 
 @pytest.mark.parametrize("log_x", [False, True])
@@ -65,7 +68,9 @@ def test_a_rate_starts_at_zero() -> None:
     assert ticks_of(chart, "end")[0] == ("0", pytest.approx(HEIGHT - BOTTOM))
 
 
-@pytest.mark.parametrize("values", [[(5.0, 2.0)], [(5.0, 0.0)], [(1.0, 2.0), (2.0, 2.0)], [(0.0, 1e-9), (1e9, 1e9)]])
+@pytest.mark.parametrize(
+    "values", [[(5.0, 2.0)], [(5.0, 0.0)], [(1.0, 2.0), (2.0, 2.0)], [(0.0, 1e-9), (1e9, 1e9)]]
+)
 @pytest.mark.parametrize("log_x", [False, True])
 def test_odd_ranges_make_a_chart(values: list, log_x: bool) -> None:
     chart = line_chart([Series("a", values, 0, marked=True)], "x", "y", log_x)
@@ -89,7 +94,15 @@ def test_names_are_escaped() -> None:
 
 @pytest.mark.parametrize(
     ("value", "text"),
-    [(0, "0"), (0.05, "0.05"), (2.5, "2.5"), (300, "300"), (1500, "1500"), (40_000, "40k"), (2.5e6, "2.5M")],
+    [
+        (0, "0"),
+        (0.05, "0.05"),
+        (2.5, "2.5"),
+        (300, "300"),
+        (1500, "1500"),
+        (40_000, "40k"),
+        (2.5e6, "2.5M"),
+    ],
 )
 def test_numbers_of_an_axis(value: float, text: str) -> None:
     assert short(value) == text

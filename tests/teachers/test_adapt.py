@@ -1,4 +1,6 @@
-"""LoRA adapters: trained on a tiny LLaMA, scored as peft's own merge does, bound to their base, whole or absent."""
+"""LoRA adapters: trained on a tiny LLaMA, scored as peft's own merge does, bound to their base,
+whole or absent.
+"""
 
 import json
 import shutil
@@ -28,9 +30,14 @@ from xinslm.teachers.huggingface import HuggingFaceTeacher
 from xinslm.tokenizer.bpe import BPETokenizer
 
 SHAPE = {
-    "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "vocab_size": 320, "max_position_embeddings": 64,
-}  # fmt: skip
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 320,
+    "max_position_embeddings": 64,
+}
 
 
 def save_llama(folder, tokenizer, seed=0, **changes):
@@ -54,21 +61,34 @@ def small(tmp_path_factory):
     (folder / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     prepare.run(
         PrepareConfig(
-            data_path=(str(folder / "text.jsonl"),), tokenizer_path=folder / "base", output_dir=folder / "data"
+            data_path=(str(folder / "text.jsonl"),),
+            tokenizer_path=folder / "base",
+            output_dir=folder / "data",
         )
     )
     result = adapt.run(settings(folder, folder / "adapter"))
     return SimpleNamespace(
-        folder=folder, base=folder / "base", adapter=folder / "adapter", result=result, tokenizer=tokenizer
+        folder=folder,
+        base=folder / "base",
+        adapter=folder / "adapter",
+        result=result,
+        tokenizer=tokenizer,
     )
 
 
 def settings(folder, output, **changes):
     options = {
-        "rank": 8, "max_steps": 12, "learning_rate": 1e-2, "max_seq_length": 64, "batch_tokens": 1024, "device": "cpu",
+        "rank": 8,
+        "max_steps": 12,
+        "learning_rate": 1e-2,
+        "max_seq_length": 64,
+        "batch_tokens": 1024,
+        "device": "cpu",
         **changes,
-    }  # fmt: skip
-    return AdaptConfig(str(options.pop("teacher", folder / "base")), folder / "data", output, **options)
+    }
+    return AdaptConfig(
+        str(options.pop("teacher", folder / "base")), folder / "data", output, **options
+    )
 
 
 def test_validation_falls_and_says_so(small):
@@ -77,8 +97,10 @@ def test_validation_falls_and_says_so(small):
     manifest = json.loads((small.adapter / "manifest.json").read_text())
     assert manifest["validation"] == {"before": result.before, "after": result.after}
     assert sorted(p.name for p in small.adapter.iterdir()) == [
-        "adapter_config.json", "adapter_model.safetensors", "manifest.json",
-    ]  # fmt: skip
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "manifest.json",
+    ]
     assert f"{result.before:.4f} -> {result.after:.4f}" in result.describe()
 
 
@@ -89,7 +111,9 @@ def test_the_first_loss_is_transformers_own(small):
     total, count = 0.0, 0
     for a, b in zip(split.documents[:-1], split.documents[1:], strict=True):
         for start in range(int(a), int(b) - 1, 64):
-            ids = torch.from_numpy(split.tokens[start : min(start + 65, int(b))].astype(np.int64))[None]
+            ids = torch.from_numpy(split.tokens[start : min(start + 65, int(b))].astype(np.int64))[
+                None
+            ]
             with torch.no_grad():
                 logits = model(ids[:, :-1]).logits[0, :, :300]
             total += torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="sum").item()
@@ -158,14 +182,18 @@ def test_a_cache_is_scored_with_the_adapter_and_bound_to_it(small, tmp_path):
 
 def test_an_adapter_of_another_base_is_refused(small, tmp_path):
     save_llama(tmp_path / "other", small.tokenizer, seed=9)
-    with pytest.raises(UsageError, match=r"adapter .* was trained on other weights than those of .*other"):
+    with pytest.raises(
+        UsageError, match=r"adapter .* was trained on other weights than those of .*other"
+    ):
         HuggingFaceTeacher(str(tmp_path / "other"), adapter=small.adapter)
     foreign = tmp_path / "foreign"  # made elsewhere: no manifest to tell
     shutil.copytree(small.adapter, foreign)
     (foreign / "manifest.json").unlink()
     assert HuggingFaceTeacher(str(small.base), adapter=foreign).fingerprint
     save_llama(tmp_path / "shallow", small.tokenizer, num_hidden_layers=1)
-    with pytest.raises(XinslmError, match=r"does not fit teacher .*: 14 of its matrices have no counterpart"):
+    with pytest.raises(
+        XinslmError, match=r"does not fit teacher .*: 14 of its matrices have no counterpart"
+    ):
         HuggingFaceTeacher(str(tmp_path / "shallow"), adapter=foreign)
     save_llama(tmp_path / "wide", small.tokenizer, intermediate_size=96)
     with pytest.raises(XinslmError, match="cannot be put on teacher"):
@@ -181,13 +209,21 @@ def test_folders_that_are_no_adapters(small, tmp_path):
     with pytest.raises(XinslmError, match="safetensors only"):
         HuggingFaceTeacher(str(small.base), adapter=tmp_path / "p")
     with pytest.raises(UsageError, match="--adapter is for Hugging Face models"):
-        score.run(cache(small, tmp_path / "c").__class__("http://localhost:1/v1", small.folder / "data", tmp_path / "c",
-                                                         adapter=small.adapter))  # fmt: skip
+        score.run(
+            cache(small, tmp_path / "c").__class__(
+                "http://localhost:1/v1",
+                small.folder / "data",
+                tmp_path / "c",
+                adapter=small.adapter,
+            )
+        )
 
 
 def test_an_adapted_head_learns_too(small, tmp_path):
     """The head's own weight is not what an adapted head computes with."""
-    result = adapt.run(settings(small.folder, tmp_path / "head", target_modules=("lm_head",), max_steps=6))
+    result = adapt.run(
+        settings(small.folder, tmp_path / "head", target_modules=("lm_head",), max_steps=6)
+    )
     assert result.after < result.before - 0.02
     teacher = HuggingFaceTeacher(str(small.base), adapter=tmp_path / "head")
     assert (teacher.logits(teacher.states([np.arange(9)])) - plain_logits(small)).abs().max() > 0.01
@@ -214,7 +250,9 @@ def test_refusals_leave_nothing(small, tmp_path):
         adapt.run(settings(small.folder, tmp_path / "o", target_modules=("nothing",)))
     with pytest.raises(UsageError, match="has a context of 64 tokens"):
         adapt.run(settings(small.folder, tmp_path / "o", max_seq_length=65))
-    with pytest.raises(XinslmError, match=r"the loss is (nan|inf).* at step \d+: training has stopped"):
+    with pytest.raises(
+        XinslmError, match=r"the loss is (nan|inf).* at step \d+: training has stopped"
+    ):
         adapt.run(settings(small.folder, tmp_path / "o", learning_rate=1e20, clip_norm=0))
     assert sorted(p.name for p in tmp_path.iterdir()) == ["foreign"]
     with pytest.raises(UsageError, match="already holds something"):
@@ -232,7 +270,9 @@ def test_an_interruption_leaves_nothing(small, tmp_path):
 
 
 def test_killed_and_continued_equals_uninterrupted(small, tmp_path):
-    """Dropout's generator, the moments and the order of batches go on where they stood; kill -9, not an exception."""
+    """Dropout's generator, the moments and the order of batches go on where they stood; kill -9,
+    not an exception.
+    """
     wanted = settings(small.folder, tmp_path / "whole", max_steps=12, dropout=0.2, save_every=5)
     whole = adapt.run(wanted)
     again = replace(wanted, output_dir=tmp_path / "killed")
@@ -249,7 +289,9 @@ def listen(progress):
 adapt.run({again!r}, listen)
 """
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == -signal.SIGKILL
-    assert [p.name for p in tmp_path.iterdir() if "killed" in p.name] == [".killed.training.safetensors"]
+    assert [p.name for p in tmp_path.iterdir() if "killed" in p.name] == [
+        ".killed.training.safetensors"
+    ]
     with pytest.raises(UsageError, match="begun with other options"):
         adapt.run(replace(again, rank=4))
     steps = []
@@ -262,14 +304,23 @@ adapt.run({again!r}, listen)
 
 def test_a_damaged_state_says_what_to_do(small, tmp_path):
     (tmp_path / ".o.training.safetensors").write_bytes(b"half")
-    with pytest.raises(XinslmError, match=r"\.o\.training\.safetensors: damaged .*--force begins anew"):
+    with pytest.raises(
+        XinslmError, match=r"\.o\.training\.safetensors: damaged .*--force begins anew"
+    ):
         adapt.run(settings(small.folder, tmp_path / "o"))
     adapt.run(settings(small.folder, tmp_path / "o", max_steps=1, force=True))
     assert sorted(p.name for p in tmp_path.iterdir()) == ["o"]
 
 
 def test_without_peft_the_message_says_how_to_get_it(small, tmp_path):
-    words = ["adapt", str(small.base), "--data-path", str(small.folder / "data"), "-o", str(tmp_path / "o")]
+    words = [
+        "adapt",
+        str(small.base),
+        "--data-path",
+        str(small.folder / "data"),
+        "-o",
+        str(tmp_path / "o"),
+    ]
     code = f"""
 import sys
 sys.modules["peft"] = None

@@ -89,7 +89,8 @@ def test_when_all_tries_fail_the_last_reason_is_told():
     with Script(*[(502, {}, b'{"detail": "no route"}')] * 3) as server:
         client = Client(server.url, EndpointConfig(retries=2), pace=clock.pace(None, None))
         with pytest.raises(
-            XinslmError, match=r"POST .*/v1/x: the server says 502 no route \(3 tries in .*same command"
+            XinslmError,
+            match=r"POST .*/v1/x: the server says 502 no route \(3 tries in .*same command",
         ):
             client.post("/x", {})
 
@@ -102,19 +103,24 @@ def test_connection_that_is_refused_is_a_clear_error():
 
 def test_refusals_are_not_tried_again_and_keys_are_never_shown():
     with Script(
-        (400, {}, b'{"error": {"message": "bad sk-secret"}}'), (401, {}, b'{"error": "wrong sk-secret"}')
+        (400, {}, b'{"error": {"message": "bad sk-secret"}}'),
+        (401, {}, b'{"error": "wrong sk-secret"}'),
     ) as server:
         client = Client(server.url, EndpointConfig(), "sk-secret")
         with pytest.raises(RefusedError, match=r"the server says 400 bad \*\*\*$"):
             client.post("/x", {})
-        with pytest.raises(UsageError, match=r"401: wrong \*\*\*. Give the key with --endpoint.api-key-file"):
+        with pytest.raises(
+            UsageError, match=r"401: wrong \*\*\*. Give the key with --endpoint.api-key-file"
+        ):
             client.post("/x", {})
         assert server.keys == ["Bearer sk-secret"] * 2
 
 
 def test_answers_that_are_no_json_are_tried_again():
     with Script((200, {}, b'{"choices": [{"te'), GOOD) as server:
-        assert Client(server.url, EndpointConfig(), pace=Clock().pace(None, None)).post("/x", {}) == {"fine": True}
+        assert Client(server.url, EndpointConfig(), pace=Clock().pace(None, None)).post(
+            "/x", {}
+        ) == {"fine": True}
 
 
 def test_limits_a_minute():

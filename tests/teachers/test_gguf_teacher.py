@@ -1,4 +1,6 @@
-"""GGUF teachers: the weights and tokenizers in the file, against our models, gguf's own quantization and llama.cpp."""
+"""GGUF teachers: the weights and tokenizers in the file, against our models, gguf's own
+quantization and llama.cpp.
+"""
 
 import shutil
 
@@ -22,9 +24,12 @@ from xinslm.teachers.open import open_teacher
 from xinslm.tokenizer.load import load_tokenizer
 
 LLAMA3_SCALING = {
-    "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
     "original_max_position_embeddings": 32,
-}  # fmt: skip
+}
 
 
 def prompt(length, seed=0):
@@ -39,7 +44,12 @@ def logits_of(model, ids):
 @pytest.mark.parametrize("dtype", ["f32", "f16", "bf16"])
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"tie_word_embeddings": False, "rope_theta": 500000.0}, {"rope_scaling": LLAMA3_SCALING}, {"vocab_size": 331}],
+    [
+        {},
+        {"tie_word_embeddings": False, "rope_theta": 500000.0},
+        {"rope_scaling": LLAMA3_SCALING},
+        {"vocab_size": 331},
+    ],
     ids=["tied GQA", "untied", "llama3 rope", "padded vocabulary"],
 )
 def test_logits_are_those_of_the_model_that_was_exported(tmp_path, changes, dtype):
@@ -51,7 +61,10 @@ def test_logits_are_those_of_the_model_that_was_exported(tmp_path, changes, dtyp
             if weight.dim() == 2:
                 weight.data = weight.data.to(kind).float()
     teacher = open_teacher(str(tmp_path / "m.gguf"))
-    assert isinstance(teacher, GgufTeacher) and (teacher.vocab_size, teacher.max_length) == (320, 128)
+    assert isinstance(teacher, GgufTeacher) and (teacher.vocab_size, teacher.max_length) == (
+        320,
+        128,
+    )
     assert not teacher.model.training
     texts = [prompt(40), prompt(7, 1)]
     found = teacher.logits(teacher.states(texts))
@@ -68,7 +81,9 @@ def test_quantized_files_are_the_quantized_model(tmp_path, bits):
     teacher = GgufTeacher(tmp_path / "m.gguf")
     ids = prompt(30)
     expected = logits_of(load_quantized(tmp_path / "q"), ids)
-    torch.testing.assert_close(teacher.logits(teacher.states([ids])), expected, atol=2e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        teacher.logits(teacher.states([ids])), expected, atol=2e-5, rtol=1e-5
+    )
 
 
 def test_real_model_against_llama_cpp_on_the_same_file(shared_data, tmp_path):
@@ -83,7 +98,9 @@ def test_real_model_against_llama_cpp_on_the_same_file(shared_data, tmp_path):
         theirs = llama.next_logprobs(ids.tolist(), 512)
     assert np.abs(ours - theirs).max() < 1e-4
     original = load_tokenizer(shared_data / "models" / "stories260K")
-    assert teacher.tokenizer.fingerprint() == original.fingerprint(), "caches fit datasets of either"
+    assert teacher.tokenizer.fingerprint() == original.fingerprint(), (
+        "caches fit datasets of either"
+    )
 
 
 def test_byte_level_tokenizer_comes_back_as_it_was(tmp_path):
@@ -91,7 +108,9 @@ def test_byte_level_tokenizer_comes_back_as_it_was(tmp_path):
     export(GgufConfig(tmp_path / "model", tmp_path / "m.gguf"))
     ours, original = GgufTeacher(tmp_path / "m.gguf").tokenizer, load_tokenizer(tmp_path / "model")
     assert ours.fingerprint() == original.fingerprint()
-    assert ours.encode(TEXT) == original.encode(TEXT) and ours.chat_template == original.chat_template
+    assert (
+        ours.encode(TEXT) == original.encode(TEXT) and ours.chat_template == original.chat_template
+    )
     chat = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
     assert ours.apply_chat_template(chat) == original.apply_chat_template(chat)
 
@@ -102,8 +121,13 @@ def test_llama_cpps_own_vocabularies_and_test_vectors(shared_data, name):
     file = shared_data / "tokenizers" / f"ggml-vocab-{name}.gguf"
     keys = {key: field.contents() for key, field in GGUFReader(file).fields.items()}
     tokenizer = read_tokenizer(keys, str(file))
-    texts = file.with_name(file.name + ".inp").read_bytes().decode().split("\n__ggml_vocab_test__\n")
-    wanted = [[int(x) for x in line.split()] for line in file.with_name(file.name + ".out").read_text().split("\n")]
+    texts = (
+        file.with_name(file.name + ".inp").read_bytes().decode().split("\n__ggml_vocab_test__\n")
+    )
+    wanted = [
+        [int(x) for x in line.split()]
+        for line in file.with_name(file.name + ".out").read_text().split("\n")
+    ]
     assert len(texts) > 40
     for text, ids in zip(texts, wanted, strict=False):
         assert tokenizer.encode(text) == ids, text
@@ -130,7 +154,9 @@ def test_writing_is_the_models_greedy_choice_whatever_shares_the_batch(tmp_path)
         assert written.log_probs == pytest.approx(values, abs=1e-4)
         assert written.finished == ended
     alone = teacher.generate(["It"], [1], Sampling(temperature=0, max_new_tokens=20))[0]
-    assert alone.text == found[1].text and alone.log_probs == pytest.approx(found[1].log_probs, abs=1e-4)
+    assert alone.text == found[1].text and alone.log_probs == pytest.approx(
+        found[1].log_probs, abs=1e-4
+    )
 
 
 def test_draws_follow_the_distribution_and_the_key():
@@ -145,7 +171,9 @@ def test_draws_follow_the_distribution_and_the_key():
     tokens, _ = draw(logits, keys, numbers, Sampling(temperature=2.0, top_p=0.7, seed=3), "t")
     softened = (logits[0] / 2).softmax(0).numpy()  # .47 .29 .17: the second reaches 0.7
     share = np.bincount(tokens, minlength=5) / 40_000
-    assert np.abs(share[:2] - softened[:2] / softened[:2].sum()).max() < 0.01 and not share[2:].any()
+    assert (
+        np.abs(share[:2] - softened[:2] / softened[:2].sum()).max() < 0.01 and not share[2:].any()
+    )
     again, _ = draw(logits, keys, numbers, Sampling(seed=4), "t")
     assert (again != draw(logits, keys, numbers, Sampling(seed=3), "t")[0]).any()
     assert set(draw(logits, keys, numbers, Sampling(temperature=0), "t")[0]) == {0}
@@ -169,7 +197,9 @@ def test_files_that_cannot_teach_are_refused_by_name(tmp_path):
     foreign(tmp_path / "other.gguf", "rwkv6")
     save_random_model(tmp_path / "model")
     tokenizer = str(tmp_path / "model")
-    with pytest.raises(UsageError, match=r"other.gguf has no tokenizer in it; give the model's with --tokenizer"):
+    with pytest.raises(
+        UsageError, match=r"other.gguf has no tokenizer in it; give the model's with --tokenizer"
+    ):
         GgufTeacher(tmp_path / "other.gguf")
     with pytest.raises(UsageError, match=r"holds a rwkv6 model; .*Hugging Face folder"):
         GgufTeacher(tmp_path / "other.gguf", tokenizer=tokenizer)
@@ -208,16 +238,21 @@ def test_a_missing_weight_is_named(tmp_path):
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    with pytest.raises(XinslmError, match=r"1 weights are missing, the first is 'model.layers.1.mlp.up_proj.weight'"):
+    with pytest.raises(
+        XinslmError,
+        match=r"1 weights are missing, the first is 'model.layers.1.mlp.up_proj.weight'",
+    ):
         GgufTeacher(tmp_path / "less.gguf", tokenizer=str(tmp_path / "model"))
     shutil.rmtree(tmp_path / "model")
 
 
 def test_unknown_split_rules_ask_for_the_tokenizer():
     keys = {
-        "tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": "tekken", "tokenizer.ggml.tokens": ["a"],
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": "tekken",
+        "tokenizer.ggml.tokens": ["a"],
         "tokenizer.ggml.token_type": [1],
-    }  # fmt: skip
+    }
     with pytest.raises(UsageError, match=r"split rule 'tekken' is not known here.*--tokenizer"):
         read_tokenizer(keys, "x.gguf")
     with pytest.raises(UsageError, match="tokenizer of kind 'bert'"):

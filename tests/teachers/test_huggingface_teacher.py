@@ -1,4 +1,6 @@
-"""Teachers of several architectures against transformers' own logits, also where more follows the head."""
+"""Teachers of several architectures against transformers' own logits, also where more follows the
+head.
+"""
 
 import json
 
@@ -49,13 +51,18 @@ MODELS = {
             "v_head_dim": 8,
         },
     ),
-    "GPT2": (transformers.GPT2Config, {"vocab_size": 320, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128}),
+    "GPT2": (
+        transformers.GPT2Config,
+        {"vocab_size": 320, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128},
+    ),
 }
 
 
 @pytest.fixture
 def saved(tmp_path):
-    """Saves a random model of an architecture with a tokenizer beside it; gives the model in eval mode."""
+    """Saves a random model of an architecture with a tokenizer beside it; gives the model in eval
+    mode.
+    """
 
     def save(name, **changes):
         cls, settings = MODELS[name]
@@ -67,7 +74,9 @@ def saved(tmp_path):
                     weight.mul_(8)  # peaked enough for a greedy choice to be a choice
         model.save_pretrained(tmp_path)
         tokenizer = BPETokenizer(vocab_size=300)
-        tokenizer.train(["a few words to learn some merges from, a few words more, and then some more words"])
+        tokenizer.train(
+            ["a few words to learn some merges from, a few words more, and then some more words"]
+        )
         tokenizer.save(tmp_path)
         return model
 
@@ -98,7 +107,9 @@ def test_teacher_is_in_eval_mode_and_scores_twice_alike(name, tmp_path, saved):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_writing_is_transformers_own_greedy_text(name, tmp_path, saved):
-    """Prompts of different lengths in one batch, with a key-value cache, against `generate` on each alone."""
+    """Prompts of different lengths in one batch, with a key-value cache, against `generate` on each
+    alone.
+    """
     model = saved(name)
     teacher = HuggingFaceTeacher(str(tmp_path))
     prompts = ["a few words", "some", "and then some more words from"]
@@ -107,9 +118,13 @@ def test_writing_is_transformers_own_greedy_text(name, tmp_path, saved):
         ids = prompt_ids(teacher.tokenizer, prompt)
         never = list(range(teacher.vocab_size, model.config.vocab_size))
         expected = model.generate(
-            torch.tensor([ids]), max_new_tokens=12, do_sample=False, eos_token_id=sorted(end_ids(teacher.tokenizer)),
-            suppress_tokens=never, pad_token_id=0,
-        )[0, len(ids) :].tolist()  # fmt: skip
+            torch.tensor([ids]),
+            max_new_tokens=12,
+            do_sample=False,
+            eos_token_id=sorted(end_ids(teacher.tokenizer)),
+            suppress_tokens=never,
+            pad_token_id=0,
+        )[0, len(ids) :].tolist()
         if found.finished:
             assert expected[-1] in end_ids(teacher.tokenizer)
             expected = expected[:-1]
@@ -119,7 +134,9 @@ def test_writing_is_transformers_own_greedy_text(name, tmp_path, saved):
 def test_a_prompt_beyond_the_context_is_refused(tmp_path, saved):
     saved("Llama")
     teacher = HuggingFaceTeacher(str(tmp_path))
-    with pytest.raises(UsageError, match=r"a prompt has \d+ tokens, the context of teacher .* is 128"):
+    with pytest.raises(
+        UsageError, match=r"a prompt has \d+ tokens, the context of teacher .* is 128"
+    ):
         teacher.generate(["word " * 200], [0], Sampling())
 
 
@@ -144,7 +161,9 @@ def test_only_llama_and_mistral_run_in_our_transformer(name, tmp_path, saved):
     with torch.no_grad():
         expected = torch.cat([model(torch.from_numpy(ids)[None]).logits[0] for ids in sequences])
     found, hidden = teacher.states_and_hidden(sequences, (1, 2))
-    torch.testing.assert_close(teacher.logits(found), expected[:, : teacher.vocab_size], atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(
+        teacher.logits(found), expected[:, : teacher.vocab_size], atol=1e-5, rtol=1e-4
+    )
     for ours, other in zip(hidden, theirs.states_and_hidden(sequences, (1, 2))[1], strict=True):
         torch.testing.assert_close(ours, other, atol=1e-5, rtol=1e-4)
     assert isinstance(open_teacher(str(tmp_path), trust_remote_code=True), HuggingFaceTeacher)

@@ -1,4 +1,6 @@
-"""The endpoint adapter against a real llama.cpp server: its text, its log-probabilities, what it cannot do."""
+"""The endpoint adapter against a real llama.cpp server: its text, its log-probabilities, what it
+cannot do.
+"""
 
 import shutil
 
@@ -19,7 +21,9 @@ from xinslm.teachers.huggingface import HuggingFaceTeacher
 
 @pytest.fixture(scope="module")
 def served(shared_data, tmp_path_factory):
-    """The real stories260K with a chat template of its own: its folder, and the address of llama.cpp serving it."""
+    """The real stories260K with a chat template of its own: its folder, and the address of
+    llama.cpp serving it.
+    """
     folder = tmp_path_factory.mktemp("served")
     shutil.copytree(shared_data / "models" / "stories260K", folder / "model")
     template = "{{ bos_token }}{% for message in messages %}{{ message['content'] }}{% endfor %}"
@@ -30,12 +34,15 @@ def served(shared_data, tmp_path_factory):
 
 
 def tokens_of(written, tokenizer):
-    table = {tokenizer.token_bytes(t): t for t in range(tokenizer.vocab_size)}  # pieces come behind single bytes
+    # pieces come behind single bytes
+    table = {tokenizer.token_bytes(t): t for t in range(tokenizer.vocab_size)}
     return [table[data] for data in written.token_bytes]
 
 
 @pytest.mark.parametrize(
-    "prompt", ["Once upon a", [{"role": "user", "content": "Tim saw a big dog. He"}]], ids=["text", "chat"]
+    "prompt",
+    ["Once upon a", [{"role": "user", "content": "Tim saw a big dog. He"}]],
+    ids=["text", "chat"],
 )
 @pytest.mark.parametrize("temperature", [0.0, 1.0, 2.0])
 def test_text_and_log_probabilities_are_transformers(served, prompt, temperature):
@@ -49,7 +56,11 @@ def test_text_and_log_probabilities_are_transformers(served, prompt, temperature
     ids = prompt_ids(reference.tokenizer, prompt)
     new = tokens_of(written, reference.tokenizer)
     assert len(new) > 3 or written.finished
-    log_p = reference.logits(reference.states([np.array([*ids, *new])])).double().log_softmax(1)[len(ids) - 1 : -1]
+    log_p = (
+        reference.logits(reference.states([np.array([*ids, *new])]))
+        .double()
+        .log_softmax(1)[len(ids) - 1 : -1]
+    )
     expected = log_p[torch.arange(len(new)), new]
     np.testing.assert_allclose(written.log_probs, expected.numpy(), atol=1e-3)
     for row, top in zip(log_p, written.top, strict=True):
@@ -66,7 +77,8 @@ def test_it_is_told_apart_from_servers_that_score_given_text(served):
     folder, url = served
     teacher = EndpointTeacher(url, EndpointConfig(), tokenizer=str(folder))
     with pytest.raises(
-        UsageError, match=r"cannot score a given text \(it leaves prompt_logprobs unanswered\).*synthesize"
+        UsageError,
+        match=r"cannot score a given text \(it leaves prompt_logprobs unanswered\).*synthesize",
     ):
         teacher.require_scoring()
 

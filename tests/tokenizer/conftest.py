@@ -12,11 +12,13 @@ from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
 
 # The patterns as LLaMA-3, Qwen2 and GPT-2 publish them, not taken from the package under test.
 LLAMA3 = (
-    "(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\\r\\n\\p{L}\\p{N}]?\\p{L}+|\\p{N}{1,3}| ?[^\\s\\p{L}\\p{N}]+[\\r\\n]*"
+    "(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\\r\\n\\p{L}\\p{N}]?\\p{L}+|\\p{N}{1,3}| "
+    "?[^\\s\\p{L}\\p{N}]+[\\r\\n]*"
     "|\\s*[\\r\\n]+|\\s+(?!\\S)|\\s+"
 )
 QWEN2 = (
-    "(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\\r\\n\\p{L}\\p{N}]?\\p{L}+|\\p{N}| ?[^\\s\\p{L}\\p{N}]+[\\r\\n]*"
+    "(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\\r\\n\\p{L}\\p{N}]?\\p{L}+|\\p{N}| "
+    "?[^\\s\\p{L}\\p{N}]+[\\r\\n]*"
     "|\\s*[\\r\\n]+|\\s+(?!\\S)|\\s+"
 )
 
@@ -57,12 +59,29 @@ def patterns() -> dict[str, str]:
 
 
 TRICKY = [
-    "", " ", "a", "\n", "\r\n\r\nx", "a\r\n  b\t\n \n", "it's IT'S x'ſab 'LLama they'Ll", "12345 1 22 ٣٤٥٦ Ⅷ½²",
-    "trailing   ", "  leading", "x \u00a0\u3000y\u0085z\u180ew\u200bq", "naïve café Ünïcödé ﬁ ß İı",
-    "日本語テキスト、中文。",     "🙂👍🏽👨‍👩‍👧 e\u0301 \u0301", "!!!...???\n\n-->", "_snake_case __init__(self):",
+    "",
+    " ",
+    "a",
+    "\n",
+    "\r\n\r\nx",
+    "a\r\n  b\t\n \n",
+    "it's IT'S x'ſab 'LLama they'Ll",
+    "12345 1 22 ٣٤٥٦ Ⅷ½²",
+    "trailing   ",
+    "  leading",
+    "x \u00a0\u3000y\u0085z\u180ew\u200bq",
+    "naïve café Ünïcödé ﬁ ß İı",
+    "日本語テキスト、中文。",
+    "🙂👍🏽👨‍👩‍👧 e\u0301 \u0301",
+    "!!!...???\n\n-->",
+    "_snake_case __init__(self):",
     "\x00\x01\x7f\ufffd\ufeff",
-    "<|endoftext|> <|im_start|> <|pad", "a" * 3000, "ab" * 900 + " " * 700 + "\n" * 300, "ĠĊ Āā", "'s's're'",
-]  # fmt: skip
+    "<|endoftext|> <|im_start|> <|pad",
+    "a" * 3000,
+    "ab" * 900 + " " * 700 + "\n" * 300,
+    "ĠĊ Āā",
+    "'s's're'",
+]
 
 
 @pytest.fixture(scope="session")
@@ -72,15 +91,47 @@ def tricky() -> list[str]:
 
 @pytest.fixture(scope="session")
 def prose() -> list[str]:
-    """Two hundred made-up documents: words of a few syllables, punctuation, figures, other scripts."""
+    """Two hundred made-up documents: words of a few syllables, punctuation, figures, other
+    scripts.
+    """
     source = random.Random(7)
-    parts = [*list("aeopéß東и"), "th", "an", "ing", "re", "on", "st", "er", "qu", "ou", "li", "sh", "mb"]
+    parts = [
+        *list("aeopéß東и"),
+        "th",
+        "an",
+        "ing",
+        "re",
+        "on",
+        "st",
+        "er",
+        "qu",
+        "ou",
+        "li",
+        "sh",
+        "mb",
+    ]
     words = ["".join(source.choices(parts, k=source.randint(1, 5))) for _ in range(1500)]
-    words += ["don't", "WE'LL", "x_1", "3.14159", "2024", "(see", "§4)", "---", "http://a.b/c?d=e", "🙂"] * 20
+    words += [
+        "don't",
+        "WE'LL",
+        "x_1",
+        "3.14159",
+        "2024",
+        "(see",
+        "§4)",
+        "---",
+        "http://a.b/c?d=e",
+        "🙂",
+    ] * 20
     texts = []
     for _ in range(200):
-        chosen = [source.choice(words) + source.choice(["", "", "", ",", ".", "s", "ing"]) for _ in range(80)]
-        texts.append("".join(word + source.choice([" ", " ", " ", "  ", "\n", "\r\n"]) for word in chosen))
+        chosen = [
+            source.choice(words) + source.choice(["", "", "", ",", ".", "s", "ing"])
+            for _ in range(80)
+        ]
+        texts.append(
+            "".join(word + source.choice([" ", " ", " ", "  ", "\n", "\r\n"]) for word in chosen)
+        )
     return texts
 
 

@@ -1,4 +1,6 @@
-"""Encoding and decoding, against Hugging Face, a quadratic reference, and the laws a tokenizer obeys."""
+"""Encoding and decoding, against Hugging Face, a quadratic reference, and the laws a tokenizer
+obeys.
+"""
 
 import itertools
 import json
@@ -15,7 +17,9 @@ from xinslm.errors import XinslmError
 from xinslm.tokenizer import BPETokenizer
 from xinslm.tokenizer.alphabet import BYTE_TO_CHAR, SPLITS
 
-TEXT = st.text(st.characters(codec="utf-8"), max_size=120) | st.text("ab '\r\n\t1٣é🙂.", max_size=120)
+TEXT = st.text(st.characters(codec="utf-8"), max_size=120) | st.text(
+    "ab '\r\n\t1٣é🙂.", max_size=120
+)
 
 
 @pytest.fixture(scope="module")
@@ -62,13 +66,17 @@ def test_any_text_round_trips_and_equals_hugging_face(ours, theirs, text):
 @pytest.mark.parametrize("form", ["{}", "a{}b {}", " {}{}\n{}1", "'{}"])
 def test_every_code_point(ours, theirs, form):
     """Traps 8, 9: classes of letters, digits and spaces agree on all that Unicode has assigned."""
-    assigned = [chr(c) for c in range(0x110000) if unicodedata.category(chr(c)) not in ("Cn", "Cs", "Co")]
+    assigned = [
+        chr(c) for c in range(0x110000) if unicodedata.category(chr(c)) not in ("Cn", "Cs", "Co")
+    ]
     step = 1 if form == "{}" else 7
     texts = [form.replace("{}", char) for char in assigned[::step]]
     encoded = theirs.encode_batch_fast(texts, add_special_tokens=False)
     ids, offsets = ours.encode_batch(texts)
     for index, encoding in enumerate(encoded):
-        assert ids[offsets[index] : offsets[index + 1]].tolist() == encoding.ids, ascii(texts[index])
+        assert ids[offsets[index] : offsets[index + 1]].tolist() == encoding.ids, ascii(
+            texts[index]
+        )
 
 
 @pytest.mark.parametrize("name", ["gpt-2", "llama-bpe", "qwen2"])
@@ -214,7 +222,11 @@ def test_ids_of_another_tokenizer(ours):
 def test_fingerprint_says_whether_ids_mean_the_same(ours, prose, tmp_path):
     ours.save(tmp_path)
     assert BPETokenizer.load(tmp_path).fingerprint() == ours.fingerprint()
-    others = [BPETokenizer(1499), BPETokenizer(1500, split="qwen2"), BPETokenizer(1500, special_tokens=list("#&+@"))]
+    others = [
+        BPETokenizer(1499),
+        BPETokenizer(1500, split="qwen2"),
+        BPETokenizer(1500, special_tokens=list("#&+@")),
+    ]
     for other in others:
         other.train(prose)
     assert len({t.fingerprint() for t in [ours, *others]}) == 4

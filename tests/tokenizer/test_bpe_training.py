@@ -38,7 +38,13 @@ def test_rare_pairs_are_not_merged(prose, hf_trained, min_frequency):
 
 @pytest.mark.parametrize(
     ("corpus", "num_tokens"),
-    [("shakespeare", 1000), ("shakespeare", 8192), ("stories", 4092), ("stories", 512), ("peps", 6000)],
+    [
+        ("shakespeare", 1000),
+        ("shakespeare", 8192),
+        ("stories", 4092),
+        ("stories", 512),
+        ("peps", 6000),
+    ],
 )
 def test_real_texts(corpora, hf_trained, corpus, num_tokens):
     texts = corpora[corpus]
@@ -67,7 +73,9 @@ def test_the_first_merge_is_the_most_frequent_pair(prose):
 
 
 def test_counts_do_not_overflow_32_bits():
-    """Traps 1 and 2: a pair that occurs four thousand million times, counted without holding its text."""
+    """Traps 1 and 2: a pair that occurs four thousand million times, counted without holding its
+    text.
+    """
     from xinslm.tokenizer.learn import MergeLearner
 
     learner = MergeLearner(Counter({b"ab": 3, b"cd": 2**32 + 1, b"ce": 2**31}), 0, None)

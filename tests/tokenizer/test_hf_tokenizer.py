@@ -1,4 +1,6 @@
-"""Sentencepiece vocabularies behind the same interface, against sentencepiece, llama.cpp's vectors and transformers."""
+"""Sentencepiece vocabularies behind the same interface, against sentencepiece, llama.cpp's vectors
+and transformers.
+"""
 
 import json
 
@@ -15,18 +17,42 @@ from xinslm.tokenizer.hf import HFTokenizer
 @pytest.fixture
 def made(tmp_path):
     """A small sentencepiece-style BPE with byte fallback, written by `tokenizers`."""
-    pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", "a", "b", "c", "▁a", "bc"]
+    pieces = [
+        "<unk>",
+        "<s>",
+        "</s>",
+        *(f"<0x{byte:02X}>" for byte in range(256)),
+        "▁",
+        "a",
+        "b",
+        "c",
+        "▁a",
+        "bc",
+    ]
     vocab = {piece: index for index, piece in enumerate(pieces)}
     model = models.BPE(
-        vocab=vocab, merges=[("▁", "a"), ("b", "c")], unk_token="<unk>", byte_fallback=True, fuse_unk=True
+        vocab=vocab,
+        merges=[("▁", "a"), ("b", "c")],
+        unk_token="<unk>",
+        byte_fallback=True,
+        fuse_unk=True,
     )
     tokenizer = Tokenizer(model)
-    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+    )
+    steps = [
+        decoders.Replace("▁", " "),
+        decoders.ByteFallback(),
+        decoders.Fuse(),
+        decoders.Strip(" ", 1, 0),
+    ]
     tokenizer.decoder = decoders.Sequence(steps)
     tokenizer.add_special_tokens(["<unk>", "<s>", "</s>"])
     tokenizer.save(str(tmp_path / "tokenizer.json"))
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<s>", "eos_token": "</s>"}))
+    (tmp_path / "tokenizer_config.json").write_text(
+        json.dumps({"bos_token": "<s>", "eos_token": "</s>"})
+    )
     return load_tokenizer(tmp_path), tokenizer
 
 
@@ -36,12 +62,20 @@ def test_small_sentencepiece_style(made, tmp_path):
     for text in ("a bc", " a", "", "é🙂 a", "a\n bc  "):
         assert ours.encode(text) == theirs.encode(text, add_special_tokens=False).ids
         assert ours.decode(ours.encode(text)) == text
-    assert ours.decode([1, *ours.encode("a"), 2]) == "<s> a</s>" and ours.decode([1, 263, 2], skip_special=True) == "a"
+    assert (
+        ours.decode([1, *ours.encode("a"), 2]) == "<s> a</s>"
+        and ours.decode([1, 263, 2], skip_special=True) == "a"
+    )
     assert [ours.token_bytes(t) for t in (1, 3 + 0xE9, 259, 263)] == [b"<s>", b"\xe9", b" ", b" a"]
     assert 2 not in ours.encode("a</s>") and ours.encode("a</s>", allowed_special=True)[-1] == 2
     assert ours.decode(ours.encode("a\ud800")) == "a\ufffd"
     ids, offsets = ours.encode_batch(["a", "", "bc a"])
-    assert ids.tolist() == ours.encode("a") + ours.encode("bc a") and offsets.tolist() == [0, 1, 1, len(ids)]
+    assert ids.tolist() == ours.encode("a") + ours.encode("bc a") and offsets.tolist() == [
+        0,
+        1,
+        1,
+        len(ids),
+    ]
     with pytest.raises(XinslmError, match="not in 0"):
         ours.token_bytes(ours.vocab_size)
 
@@ -90,9 +124,15 @@ def test_sentencepiece_model_made_here(tmp_path, prose):
     library = pytest.importorskip("sentencepiece")
     (tmp_path / "text.txt").write_text("\n".join(" ".join(text.split()) for text in prose), "utf-8")
     library.SentencePieceTrainer.train(
-        input=str(tmp_path / "text.txt"), model_prefix=str(tmp_path / "tokenizer"), vocab_size=900, model_type="bpe",
-        byte_fallback=True, normalization_rule_name="identity", remove_extra_whitespaces=False, minloglevel=2,
-    )  # fmt: skip
+        input=str(tmp_path / "text.txt"),
+        model_prefix=str(tmp_path / "tokenizer"),
+        vocab_size=900,
+        model_type="bpe",
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        minloglevel=2,
+    )
     (tmp_path / "tokenizer.vocab").unlink()
     oracle = library.SentencePieceProcessor(model_file=str(tmp_path / "tokenizer.model"))
     ours = load_tokenizer(tmp_path)
@@ -103,7 +143,8 @@ def test_sentencepiece_model_made_here(tmp_path, prose):
 
 
 @pytest.mark.parametrize(
-    "name", ["tokenizers/llama2_32k.model", "models/babyllama105", "models/babyllama105/tok105.model"]
+    "name",
+    ["tokenizers/llama2_32k.model", "models/babyllama105", "models/babyllama105/tok105.model"],
 )
 def test_real_sentencepiece_models(shared_data, corpora, tricky, name):
     library = pytest.importorskip("sentencepiece")
@@ -139,7 +180,9 @@ def test_vectors_of_llama_cpp(shared_data, vectors, tokenizer):
 
 
 def test_llama3_cuts_of_llama_cpp(shared_data):
-    """The LLaMA-3 vocabulary is not at hand, but its number of tokens is at least that of the pieces."""
+    """The LLaMA-3 vocabulary is not at hand, but its number of tokens is at least that of the
+    pieces.
+    """
     from xinslm.tokenizer.alphabet import SPLITS
 
     for text, ids in llama_cpp_vectors(shared_data / "tokenizers", "ggml-vocab-llama-bpe.gguf"):
@@ -166,7 +209,9 @@ def test_stories260k(shared_data, corpora):
     ours = load_cached(shared_data)
     assert (ours.vocab_size, ours.bos_id, ours.eos_id, ours.pad_id) == (512, 1, 2, 0)
     assert ours.strips_first_space
-    theirs = pytest.importorskip("transformers").AutoTokenizer.from_pretrained(shared_data / "models/stories260K")
+    theirs = pytest.importorskip("transformers").AutoTokenizer.from_pretrained(
+        shared_data / "models/stories260K"
+    )
     for text in corpora["stories"][:50]:
         ids = theirs(text, add_special_tokens=False)["input_ids"]
         assert ours.encode(text) == ids and ours.decode(ids) == theirs.decode(ids)

@@ -1,4 +1,6 @@
-"""Nested tokenizers: every boundary of the teacher is one of the student; pieces laid end to end are its tokens."""
+"""Nested tokenizers: every boundary of the teacher is one of the student; pieces laid end to end
+are its tokens.
+"""
 
 import json
 
@@ -61,9 +63,13 @@ def test_nested_is_what_training_stopped_earlier_gives(teacher, prose):
 def test_special_tokens_map_by_content(teacher):
     student = BPETokenizer.prefix_of(teacher, 300, special_tokens=("<|endoftext|>", "<|new|>"))
     pieces = prefix_pieces(student, teacher)
-    assert pieces[teacher.special_tokens["<|endoftext|>"]] == (student.special_tokens["<|endoftext|>"],)
+    assert pieces[teacher.special_tokens["<|endoftext|>"]] == (
+        student.special_tokens["<|endoftext|>"],
+    )
     assert pieces[teacher.special_tokens["<|im_end|>"]] == ()
-    assert student.special_tokens == {"<|endoftext|>": 298, "<|new|>": 299} and student.eos_id == 298
+    assert (
+        student.special_tokens == {"<|endoftext|>": 298, "<|new|>": 299} and student.eos_id == 298
+    )
 
 
 def test_student_has_the_teachers_roles_and_loads_elsewhere(teacher, tmp_path, prose):
@@ -75,11 +81,14 @@ def test_student_has_the_teachers_roles_and_loads_elsewhere(teacher, tmp_path, p
 
 
 def test_added_tokens_stay_because_they_cut_text(teacher, tmp_path):
-    """A teacher's non-control added token splits text before merges; a student without it would cross the cut."""
+    """A teacher's non-control added token splits text before merges; a student without it would
+    cross the cut.
+    """
     teacher.save(tmp_path)
     content = json.loads((tmp_path / "tokenizer.json").read_text("utf-8"))
     content["added_tokens"].append(
-        content["added_tokens"][-1] | {"id": content["model"]["vocab"]["ing"], "content": "ing", "special": False}
+        content["added_tokens"][-1]
+        | {"id": content["model"]["vocab"]["ing"], "content": "ing", "special": False}
     )
     (tmp_path / "tokenizer.json").write_text(json.dumps(content), "utf-8")
     cutting = BPETokenizer.load(tmp_path)

@@ -1,4 +1,6 @@
-"""Files: what is written loads elsewhere with the same ids; what is read is what the file says; bad ones refused."""
+"""Files: what is written loads elsewhere with the same ids; what is read is what the file says; bad
+ones refused.
+"""
 
 import json
 import pickle
@@ -37,7 +39,9 @@ def auto(folder):
 
 
 @pytest.mark.parametrize("model_type", [None, "llama", "mistral"])
-def test_transformers_loads_the_folder_with_the_same_ids(folder, trained, tricky, prose, model_type):
+def test_transformers_loads_the_folder_with_the_same_ids(
+    folder, trained, tricky, prose, model_type
+):
     if model_type:
         (folder / "config.json").write_text(json.dumps({"model_type": model_type}))
     theirs = auto(folder)
@@ -50,11 +54,20 @@ def test_transformers_loads_the_folder_with_the_same_ids(folder, trained, tricky
 
 
 def test_written_class_is_known_everywhere(folder):
-    """Traps 5, 15: not transformers' own TokenizersBackend; nothing that changes text is left to a default."""
+    """Traps 5, 15: not transformers' own TokenizersBackend; nothing that changes text is left to a
+    default.
+    """
     config = json.loads((folder / "tokenizer_config.json").read_text())
-    assert config["tokenizer_class"] == "PreTrainedTokenizerFast" and config["clean_up_tokenization_spaces"] is False
+    assert (
+        config["tokenizer_class"] == "PreTrainedTokenizerFast"
+        and config["clean_up_tokenization_spaces"] is False
+    )
     content = json.loads((folder / "tokenizer.json").read_text("utf-8"))
-    assert content["post_processor"] is None and content["truncation"] is None and content["padding"] is None
+    assert (
+        content["post_processor"] is None
+        and content["truncation"] is None
+        and content["padding"] is None
+    )
     assert content["pre_tokenizer"]["pretokenizers"][1]["add_prefix_space"] is False
     assert not list(folder.glob("*.pkl"))
 
@@ -83,13 +96,25 @@ def test_old_spellings_are_read(folder, trained, prose):
     (folder / "chat_template.jinja").unlink()
     again = load_tokenizer(folder)
     assert again.encode(prose[0]) == trained.encode(prose[0])
-    assert (again.bos_id, again.eos_id, again.pad_id) == (None, 798, None) and again.chat_template == "y"
+    assert (again.bos_id, again.eos_id, again.pad_id) == (
+        None,
+        798,
+        None,
+    ) and again.chat_template == "y"
 
 
 def test_what_surrounds_a_text_is_kept_for_transformers_and_not_applied(folder, tmp_path, trained):
-    single = [{"SpecialToken": {"id": "<|endoftext|>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
+    single = [
+        {"SpecialToken": {"id": "<|endoftext|>", "type_id": 0}},
+        {"Sequence": {"id": "A", "type_id": 0}},
+    ]
     tokens = {"<|endoftext|>": {"id": "<|endoftext|>", "ids": [796], "tokens": ["<|endoftext|>"]}}
-    processor = {"type": "TemplateProcessing", "single": single, "pair": single, "special_tokens": tokens}
+    processor = {
+        "type": "TemplateProcessing",
+        "single": single,
+        "pair": single,
+        "special_tokens": tokens,
+    }
     edit(folder, post_processor=processor)
     tokenizer = BPETokenizer.load(folder)
     assert tokenizer.encode("hi") == trained.encode("hi")
@@ -104,14 +129,28 @@ def test_nfc_is_applied_like_hugging_face(folder):
     assert ours.encode(text, allowed_special=True) == theirs.encode(text).ids
     assert (
         ours.fingerprint()
-        != BPETokenizer.of(ours.definition.__class__(**{**vars(ours.definition), "normalizer": None})).fingerprint()
+        != BPETokenizer.of(
+            ours.definition.__class__(**{**vars(ours.definition), "normalizer": None})
+        ).fingerprint()
     )
 
 
 @pytest.mark.parametrize("setting", ["truncation", "padding"])
 def test_baked_in_truncation_is_refused(folder, setting):
-    edit(folder, **{setting: {"max_length": 8, "strategy": "LongestFirst", "stride": 0, "direction": "Right"}})
-    with pytest.raises(XinslmError, match=rf'tokenizer\.json: "{setting}" is set .*Set "{setting}" to null'):
+    edit(
+        folder,
+        **{
+            setting: {
+                "max_length": 8,
+                "strategy": "LongestFirst",
+                "stride": 0,
+                "direction": "Right",
+            }
+        },
+    )
+    with pytest.raises(
+        XinslmError, match=rf'tokenizer\.json: "{setting}" is set .*Set "{setting}" to null'
+    ):
         load_tokenizer(folder)
 
 
@@ -146,11 +185,19 @@ def test_a_merge_without_its_token_is_found(folder):
 
 
 def other_byte_level(path, prose):
-    """A byte-level BPE with a split rule that BPETokenizer does not know: figures one by one before GPT-2's."""
+    """A byte-level BPE with a split rule that BPETokenizer does not know: figures one by one before
+    GPT-2's.
+    """
     tokenizer = Tokenizer(
-        models.BPE(vocab={c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}, merges=[])
+        models.BPE(
+            vocab={c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))},
+            merges=[],
+        )
     )
-    steps = [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    steps = [
+        pre_tokenizers.Digits(individual_digits=True),
+        pre_tokenizers.ByteLevel(add_prefix_space=False),
+    ]
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps)
     tokenizer.decoder = decoders.ByteLevel()
     path.mkdir()
@@ -198,4 +245,9 @@ def test_a_copy_of_a_model_folder_says_the_same(shared_data, tmp_path):
     tokenizer = load_tokenizer(shared_data / "models/stories5M")
     shutil.copy(shared_data / "models/stories5M/tokenizer.json", tmp_path)
     assert load_tokenizer(tmp_path).eos_id is None  # no tokenizer_config.json, no roles
-    assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id, tokenizer.vocab_size) == (4094, 4094, 4095, 4096)
+    assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id, tokenizer.vocab_size) == (
+        4094,
+        4094,
+        4095,
+        4096,
+    )

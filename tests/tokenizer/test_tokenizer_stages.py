@@ -20,7 +20,12 @@ from xinslm.tokenizer.config import ShowConfig, TrainConfig
 def text_file(tmp_path, prose):
     file = tmp_path / "text.jsonl"
     rows = [{"text": text} for text in prose[:50]]
-    chat = {"messages": [{"role": "user", "content": "zebra zebra"}, {"role": "assistant", "content": "yes"}]}
+    chat = {
+        "messages": [
+            {"role": "user", "content": "zebra zebra"},
+            {"role": "assistant", "content": "yes"},
+        ]
+    }
     file.write_text("\n".join(json.dumps(row) for row in [*rows, chat]), "utf-8")
     return file
 
@@ -31,11 +36,17 @@ def test_train_writes_a_tokenizer_folder(tmp_path, text_file, prose):
     result = train.run(config, notes.append)
     manifest = read_manifest(config.output_dir, "tokenizer", 1, "xinslm tokenizer train")
     made = BPETokenizer.load(config.output_dir)
-    assert manifest["fingerprint"] == made.fingerprint() and manifest["vocab_size"] == made.vocab_size == 600
+    assert (
+        manifest["fingerprint"] == made.fingerprint()
+        and manifest["vocab_size"] == made.vocab_size == 600
+    )
     expected = BPETokenizer(600)
     expected.train([*prose[:50], "zebra zebra\nyes"])
     assert made.merges == expected.merges
-    assert f"{result.vocab_size:,} ids" in result.describe() and str(config.output_dir) in result.describe()
+    assert (
+        f"{result.vocab_size:,} ids" in result.describe()
+        and str(config.output_dir) in result.describe()
+    )
     tokens = sum(len(made.encode(text)) for text in [*prose[:50], "zebra zebra\nyes"])
     size = sum(len(text.encode()) for text in [*prose[:50], "zebra zebra\nyes"])
     assert result.bytes_per_token == pytest.approx(size / tokens)
@@ -68,13 +79,19 @@ def test_small_text_is_noted(tmp_path, text_file):
 
 def test_nested_from_a_teacher(tmp_path, text_file):
     train.run(TrainConfig(tmp_path / "teacher", (str(text_file),), vocab_size=600))
-    config = TrainConfig(tmp_path / "out", (str(text_file),), vocab_size=400, prefix_of=tmp_path / "teacher")
+    config = TrainConfig(
+        tmp_path / "out", (str(text_file),), vocab_size=400, prefix_of=tmp_path / "teacher"
+    )
     result = train.run(config)
     teacher = BPETokenizer.load(tmp_path / "teacher")
     assert BPETokenizer.load(tmp_path / "out").merges == teacher.merges[: 400 - 260]
-    assert read_manifest(tmp_path / "out", "tokenizer", 1, "")["inputs"] == {"teacher": teacher.fingerprint()}
+    assert read_manifest(tmp_path / "out", "tokenizer", 1, "")["inputs"] == {
+        "teacher": teacher.fingerprint()
+    }
     assert result.bytes_per_token is not None and result.bytes_per_token > 1
-    silent = train.run(TrainConfig(tmp_path / "bare", vocab_size=400, prefix_of=tmp_path / "teacher"))
+    silent = train.run(
+        TrainConfig(tmp_path / "bare", vocab_size=400, prefix_of=tmp_path / "teacher")
+    )
     assert silent.bytes_per_token is None and "not measured" in silent.describe()
 
 
@@ -95,7 +112,9 @@ def test_show_follows_the_merges(tmp_path, text_file):
         data = piece.piece.encode()
         tokens = [bytes([byte]) for byte in data]
         for step in piece.steps:
-            assert tokenizer.merges[step.rank] == tuple(spelled(part) for part in (step.left, step.right))
+            assert tokenizer.merges[step.rank] == tuple(
+                spelled(part) for part in (step.left, step.right)
+            )
             assert len(step.tokens) == len(tokens) - 1 and b"".join(step.tokens) == data
             tokens = list(step.tokens)
         assert [tokenizer.token_bytes(t) for t in tokenizer.encode_piece(data)] == tokens
@@ -113,7 +132,9 @@ def spelled(part):
 
 def test_show_without_a_tokenizer_learns_from_the_text():
     result = show.run(ShowConfig("banana banana"))
-    assert [token.decode() for token in result.tokens] == ["banana", " ", "banana"] or len(result.ids) < 13
+    assert [token.decode() for token in result.tokens] == ["banana", " ", "banana"] or len(
+        result.ids
+    ) < 13
     assert "learnt from the text itself" in result.describe()
     with pytest.raises(UsageError, match="empty"):
         show.run(ShowConfig(""))
@@ -165,9 +186,13 @@ def test_a_hub_name_is_taken_from_the_hub(run_folder, tmp_path, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.chdir(tmp_path)
-    assert load_tokenizer(Path("org/name")).fingerprint() == load_tokenizer(run_folder).fingerprint()
+    assert (
+        load_tokenizer(Path("org/name")).fingerprint() == load_tokenizer(run_folder).fingerprint()
+    )
     assert show.run(ShowConfig("a thing", Path("org/name"))).vocab_size == 400
-    with pytest.raises(UsageError, match=r"org/other does not exist here, and the Hub did not give"):
+    with pytest.raises(
+        UsageError, match=r"org/other does not exist here, and the Hub did not give"
+    ):
         load_tokenizer("org/other")
     (repository / "snapshots" / ("a" * 40) / "tokenizer.json").unlink()
     with pytest.raises(UsageError, match="on the Hub holds no tokenizer"):
@@ -187,9 +212,20 @@ def test_only_tokenizer_files_are_asked_of_the_hub(monkeypatch, tmp_path):
     with pytest.raises(UsageError, match="holds no tokenizer"):
         load_tokenizer("org/name")
     (patterns,) = asked.values()
-    wanted = ["tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "merges.txt"]
+    wanted = [
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "tokenizer.model",
+        "vocab.json",
+        "merges.txt",
+    ]
     assert all(any(fnmatch(name, pattern) for pattern in patterns) for name in wanted)
-    refused = ["model.safetensors", "config.json", "model.safetensors.index.json", "pytorch_model.bin"]
+    refused = [
+        "model.safetensors",
+        "config.json",
+        "model.safetensors.index.json",
+        "pytorch_model.bin",
+    ]
     assert not any(fnmatch(name, pattern) for name in refused for pattern in patterns)
 
 
@@ -197,7 +233,9 @@ def test_only_tokenizer_files_are_asked_of_the_hub(monkeypatch, tmp_path):
 def test_what_is_no_hub_name_is_not_asked_for(path, monkeypatch, tmp_path):
     import huggingface_hub
 
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: pytest.fail("asked the Hub"))
+    monkeypatch.setattr(
+        huggingface_hub, "snapshot_download", lambda *_, **__: pytest.fail("asked the Hub")
+    )
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UsageError, match=f"{path} does not exist; a tokenizer is"):
         load_tokenizer(path)

@@ -1,4 +1,6 @@
-"""The commands: a name, a sentence, where its configuration and its function live. Nothing is imported until used."""
+"""The commands: a name, a sentence, where its configuration and its function live. Nothing is
+imported until used.
+"""
 
 import importlib
 from dataclasses import dataclass
@@ -13,7 +15,9 @@ class Command:
     config: str
     run: str
     present: str = ""
-    """How the result reaches the terminal where printing `result.describe()` is not all; a function of `present`."""
+    """How the result reaches the terminal where printing `result.describe()` is not all; a function
+    of `present`.
+    """
 
     def load(self, what: str) -> Any:
         """Import the configuration class or the function."""
@@ -23,7 +27,10 @@ class Command:
 
 COMMANDS = {
     "demo": Command(
-        "the whole pipeline on built-in data, in a few minutes", "demo.config:DemoConfig", "cli.demo:run", "play_demo"
+        "the whole pipeline on built-in data, in a few minutes",
+        "demo.config:DemoConfig",
+        "cli.demo:run",
+        "play_demo",
     ),
     "tokenizer train": Command(
         "learn a byte-level BPE from text, or cut one out of a teacher's",
@@ -36,9 +43,13 @@ COMMANDS = {
         "tokenizer.show:run",
         "show_tokens",
     ),
-    "prepare": Command("text or instructions to token shards", "data.config:PrepareConfig", "data.prepare:run"),
+    "prepare": Command(
+        "text or instructions to token shards", "data.config:PrepareConfig", "data.prepare:run"
+    ),
     "pretrain": Command(
-        "train a model on text, without a teacher", "distill.config:PretrainConfig", "distill.train:run"
+        "train a model on text, without a teacher",
+        "distill.config:PretrainConfig",
+        "distill.train:run",
     ),
     "adapt": Command(
         "fit a teacher to your data with LoRA, before it is cached",
@@ -46,40 +57,63 @@ COMMANDS = {
         "teachers.adapt:run",
     ),
     "cache merge": Command(
-        "the caches of several teachers into one", "distill.cache.merge_config:MergeConfig", "distill.cache.merge:run"
+        "the caches of several teachers into one",
+        "distill.cache.merge_config:MergeConfig",
+        "distill.cache.merge:run",
     ),
     "cache": Command(
-        "let a teacher score a dataset, once", "distill.cache.config:CacheConfig", "distill.cache.score:run"
+        "let a teacher score a dataset, once",
+        "distill.cache.config:CacheConfig",
+        "distill.cache.score:run",
     ),
     "synthesize": Command(
         "let a teacher answer prompts: text, dataset and cache",
         "distill.texts.synthesize_config:SynthesizeConfig",
         "distill.texts.synthesize:run",
     ),
-    "init": Command("cut a student out of a teacher, to start from", "prune.config:InitConfig", "prune.run:run"),
+    "init": Command(
+        "cut a student out of a teacher, to start from", "prune.config:InitConfig", "prune.run:run"
+    ),
     "doctor": Command(
         "check data, teacher, cache and student before a long run",
         "doctor.config:DoctorConfig",
         "doctor.run:run",
         "diagnose",
     ),
-    "distill": Command("train a student from a teacher", "distill.config:DistillConfig", "distill.train:run"),
+    "distill": Command(
+        "train a student from a teacher", "distill.config:DistillConfig", "distill.train:run"
+    ),
     "onpolicy": Command(
         "train a student on texts it writes itself, scored by a teacher",
         "distill.texts.onpolicy_config:OnPolicyConfig",
         "distill.texts.onpolicy:run",
     ),
     "plan": Command(
-        "memory, time and storage of a training run, before it starts", "plan.config:PlanConfig", "plan.run:run"
+        "memory, time and storage of a training run, before it starts",
+        "plan.config:PlanConfig",
+        "plan.run:run",
     ),
     "evaluate": Command(
-        "bits per byte and perplexity of a model", "evaluate.config:EvaluateConfig", "evaluate.run:run"
+        "bits per byte and perplexity of a model",
+        "evaluate.config:EvaluateConfig",
+        "evaluate.run:run",
     ),
-    "quantize": Command("4-bit weights by GPTQ, or 8-bit", "quantize.config:QuantizeConfig", "quantize.run:run"),
-    "export gguf": Command("write a GGUF file for llama.cpp", "export.config:GgufConfig", "export.gguf:run"),
+    "quantize": Command(
+        "4-bit weights by GPTQ, or 8-bit", "quantize.config:QuantizeConfig", "quantize.run:run"
+    ),
+    "export gguf": Command(
+        "write a GGUF file for llama.cpp", "export.config:GgufConfig", "export.gguf:run"
+    ),
     "generate": Command(
-        "continue a prompt", "inference.config:GenerateConfig", "inference.generate:run", "stream_text"
+        "continue a prompt",
+        "inference.config:GenerateConfig",
+        "inference.generate:run",
+        "stream_text",
     ),
-    "chat": Command("talk to a model", "inference.config:ChatConfig", "inference.chat:run", "converse"),
-    "report": Command("an HTML page of what a run did", "report.config:ReportConfig", "report.run:run"),
+    "chat": Command(
+        "talk to a model", "inference.config:ChatConfig", "inference.chat:run", "converse"
+    ),
+    "report": Command(
+        "an HTML page of what a run did", "report.config:ReportConfig", "report.run:run"
+    ),
 }

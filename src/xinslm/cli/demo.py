@@ -1,7 +1,7 @@
 """The demo: every command of the tool, one after another, on text that it writes itself.
 
-Each line that begins with `$` is a command that can be typed as it stands; the demo runs it through the same entry
-point. The settings make it fit two cores and a few minutes; nothing else is special.
+Each line that begins with `$` is a command that can be typed as it stands; the demo runs it through
+the same entry point. The settings make it fit two cores and a few minutes; nothing else is special.
 """
 
 import shlex
@@ -71,13 +71,17 @@ def commands(config: DemoConfig) -> list[str]:
     evaluated = f"--data-path {d}/data --run {d}/student"
     sample = f"--max-new-tokens 80 --seed {config.seed} --run {d}/student"
     lines = [
-        f"tokenizer train --data-path {d}/text --output-dir {d}/tokenizer --vocab-size {config.vocab_size}",
-        f"prepare --data-path {d}/text --tokenizer-path {d}/tokenizer --output-dir {d}/data --show 1",
-        f"pretrain --data-path {d}/data --output-dir {d}/teacher {train} {TEACHER} --max-steps {config.teacher_steps}",
+        f"tokenizer train --data-path {d}/text --output-dir {d}/tokenizer --vocab-size "
+        f"{config.vocab_size}",
+        f"prepare --data-path {d}/text --tokenizer-path {d}/tokenizer --output-dir {d}/data "
+        "--show 1",
+        f"pretrain --data-path {d}/data --output-dir {d}/teacher {train} {TEACHER} --max-steps "
+        f"{config.teacher_steps}",
         f"cache {d}/teacher --data-path {d}/data --output-dir {d}/cache --max-seq-length 256",
         f"distill --data-path {d}/data --cache {d}/cache --output-dir {d}/student {student}",
         f"pretrain --data-path {d}/data --output-dir {d}/undistilled {student}",
-        f"quantize {d}/student --data-path {d}/data --output-dir {d}/student-4bit --run {d}/student "
+        f"quantize {d}/student --data-path {d}/data --output-dir {d}/student-4bit --run "
+        f"{d}/student "
         f"--calibration-rows 64",
         f"export gguf {d}/student-4bit --output-path {d}/student.gguf --run {d}/student",
         f"evaluate {d}/teacher {evaluated} --name teacher",
@@ -85,7 +89,8 @@ def commands(config: DemoConfig) -> list[str]:
         f"evaluate {d}/undistilled {evaluated} --name 'student without teacher'",
         f"evaluate {d}/student-4bit {evaluated} --name 'student, 4-bit'",
         *(
-            f"generate {d}/{folder} --prompt {shlex.quote(prompt)} {sample} --name '{name}: {prompt}'"
+            f"generate {d}/{folder} --prompt {shlex.quote(prompt)} {sample} --name '{name}: "
+            f"{prompt}'"
             for prompt in PROMPTS
             for name, folder in (("teacher", "teacher"), ("student, 4-bit", "student-4bit"))
         ),
@@ -94,13 +99,18 @@ def commands(config: DemoConfig) -> list[str]:
     return lines
 
 
-def run(config: DemoConfig, command: Callable[[Sequence[str]], int], say: Callable[[str], None]) -> DemoResult:
+def run(
+    config: DemoConfig, command: Callable[[Sequence[str]], int], say: Callable[[str], None]
+) -> DemoResult:
     """Write the text, run the commands through `command`, stop at the first that fails."""
     from xinslm.demo.texts import write_sample
 
     began = time.monotonic()
     _clear(config)
-    say(f"writing {config.megabytes:g} MB of stories, facts and instructions into {config.output_dir / 'text'}")
+    say(
+        f"writing {config.megabytes:g} MB of stories, facts and instructions into "
+        f"{config.output_dir / 'text'}"
+    )
     write_sample(config.output_dir / "text", int(config.megabytes * 1e6), config.seed)
     for line in commands(config):
         say(f"\n$ xinslm {line}")
@@ -120,5 +130,8 @@ def _clear(config: DemoConfig) -> None:
     refuse_existing(config.output_dir, config.force)
     if config.output_dir.is_dir() and any(config.output_dir.iterdir()):
         if not (config.output_dir / "text" / "stories.jsonl").is_file():
-            raise XinslmError(f"{config.output_dir} holds something that no demo made; choose another --output-dir")
+            raise XinslmError(
+                f"{config.output_dir} holds something that no demo made; choose "
+                "another --output-dir"
+            )
         shutil.rmtree(config.output_dir)

@@ -1,4 +1,6 @@
-"""Progress on the terminal: a live bar with figures and time left; plain lines where the output is not a terminal."""
+"""Progress on the terminal: a live bar with figures and time left; plain lines where the output is
+not a terminal.
+"""
 
 import sys
 import time
@@ -34,15 +36,27 @@ class PlainLines:
         """Take one report."""
         now = time.monotonic()
         if progress.stage != self.stage:
-            self.stage, self.began, self.printed, self.first_done = progress.stage, now, now, progress.done
+            self.stage, self.began, self.printed, self.first_done = (
+                progress.stage,
+                now,
+                now,
+                progress.done,
+            )
         if progress.note:
             print(f"{progress.stage}: {progress.note}", flush=True)
             return
         finished = progress.total is not None and progress.done >= progress.total
-        if not finished and "validation" not in progress.values and now - self.printed < SECONDS_BETWEEN_LINES:
+        if (
+            not finished
+            and "validation" not in progress.values
+            and now - self.printed < SECONDS_BETWEEN_LINES
+        ):
             return
         self.printed = now
-        print(f"{progress.stage}  {self._place(progress, now)}  {figures(progress)}".rstrip(), flush=True)
+        print(
+            f"{progress.stage}  {self._place(progress, now)}  {figures(progress)}".rstrip(),
+            flush=True,
+        )
 
     def _place(self, progress: Progress, now: float) -> str:
         if progress.total is None:
@@ -65,17 +79,26 @@ def listener() -> Iterator[Listener]:
     from rich.progress import Progress as Bars
 
     columns = (
-        TextColumn("[bold]{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[unit]}"),
-        TimeRemainingColumn(), TextColumn("{task.fields[figures]}"),
-    )  # fmt: skip
+        TextColumn("[bold]{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[unit]}"),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[figures]}"),
+    )
     with Bars(*columns) as bars:
         tasks: dict[str, tuple[object, dict[str, float | str]]] = {}
 
         def listen(progress: Progress) -> None:
             if progress.note:
-                bars.console.print(f"[yellow]{progress.stage}:[/] {escape(progress.note)}", highlight=False)
+                bars.console.print(
+                    f"[yellow]{progress.stage}:[/] {escape(progress.note)}", highlight=False
+                )
             if progress.stage not in tasks:
-                tasks[progress.stage] = (bars.add_task(progress.stage, total=None, unit="", figures=""), {})
+                tasks[progress.stage] = (
+                    bars.add_task(progress.stage, total=None, unit="", figures=""),
+                    {},
+                )
             task, values = tasks[progress.stage]
             values.update(progress.values)
             shown = Progress(progress.stage, values=values)

@@ -1,9 +1,10 @@
-"""The command line: finds the command, reads YAML and flags into its configuration, runs it, prints.
+"""The command line: finds the command, reads YAML and flags into its configuration, runs it,
+prints.
 
     xinslm distill --config recipe.yaml --learning-rate 1e-3
 
-Flags win over YAML, YAML over defaults. Exit codes: 0 done, 1 failure, 2 wrong usage, 130 stopped by Ctrl-C. A mistake
-of the user's is one message without a traceback; `--debug` shows it.
+Flags win over YAML, YAML over defaults. Exit codes: 0 done, 1 failure, 2 wrong usage, 130 stopped
+by Ctrl-C. A mistake of the user's is one message without a traceback; `--debug` shows it.
 """
 
 import os
@@ -62,12 +63,16 @@ def _run(name: str, command: Command, words: list[str]) -> int:
 
 
 def _secrets(config: Any) -> dict[str, str]:
-    """The API key that a configuration names by its environment variable; it stays out of what is written down."""
+    """The API key that a configuration names by its environment variable; it stays out of what is
+    written down.
+    """
     name = getattr(getattr(config, "endpoint", None), "api_key_env", None)
     if name is None:
         return {}
     if not os.environ.get(name, "").strip():
-        raise UsageError(f"--endpoint.api-key-env {name}: there is no such environment variable, or it is empty")
+        raise UsageError(
+            f"--endpoint.api-key-env {name}: there is no such environment variable, or it is empty"
+        )
     return {"api_key": os.environ[name].strip()}
 
 
@@ -80,7 +85,10 @@ def _parse(name: str, command: Command, words: list[str]) -> Any:
     files, rest = _take_config_files(words)
     cls = command.load("config")
     options: dict[str, Any] = {"default": from_yaml(cls, files, tyro.MISSING)} if files else {}
-    summary = f"{command.summary[0].upper()}{command.summary[1:]}. --config FILE reads these settings from YAML."
+    summary = (
+        f"{command.summary[0].upper()}{command.summary[1:]}. --config FILE reads these settings "
+        "from YAML."
+    )
     return tyro.cli(cls, args=rest, prog=f"xinslm {name}", description=summary, **options)
 
 
@@ -104,9 +112,11 @@ def _overview() -> str:
     lines = [f"  {name:<{width}}  {command.summary}" for name, command in COMMANDS.items()]
     return "\n".join(
         [
-            f"xinslm {__version__}: large open language models in, small ones that run on a laptop out.",
+            f"xinslm {__version__}: large open language models in, small ones that run on a "
+            "laptop out.",
             "",
-            "  xinslm COMMAND [--config FILE.yaml] [flags]      `xinslm COMMAND --help` lists a command's flags",
+            "  xinslm COMMAND [--config FILE.yaml] [flags]      `xinslm COMMAND --help` lists a "
+            "command's flags",
             "",
             *lines,
             "",
@@ -120,9 +130,16 @@ def _unknown(words: list[str]) -> str:
 
     groups = sorted(name for name in COMMANDS if name.startswith(f"{words[0]} "))
     if groups:
-        return f"'{words[0]}' needs one of: {', '.join(name.split()[1] for name in groups)}. {SEE_HELP}"
+        return (
+            f"'{words[0]}' needs one of: {', '.join(name.split()[1] for name in groups)}. "
+            f"{SEE_HELP}"
+        )
     near = difflib.get_close_matches(words[0], [name.split()[0] for name in COMMANDS], n=1)
-    return f"unknown command '{words[0]}'." + (f" Did you mean '{near[0]}'?" if near else "") + f" {SEE_HELP}"
+    return (
+        f"unknown command '{words[0]}'."
+        + (f" Did you mean '{near[0]}'?" if near else "")
+        + f" {SEE_HELP}"
+    )
 
 
 def _explain(error: BaseException) -> int:
@@ -142,16 +159,25 @@ def _explain(error: BaseException) -> int:
         where = f" ({error.filename})" if error.filename else ""
         print(f"error: {error.strerror or error}{where}", file=sys.stderr)
         return 1
-    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and "memory" in str(error)):
+    if isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and "memory" in str(error)
+    ):
         print(
-            f"error: out of memory: {str(error).splitlines()[0]}. Take smaller batches or a smaller model",
+            f"error: out of memory: {str(error).splitlines()[0]}. Take smaller batches or a "
+            "smaller model",
             file=sys.stderr,
         )
         return 1
     if type(error).__module__.startswith(("torch._inductor", "torch._dynamo")):
-        print(f"error: torch.compile failed ({str(error).splitlines()[0]}). Leave --compile out", file=sys.stderr)
+        print(
+            f"error: torch.compile failed ({str(error).splitlines()[0]}). Leave --compile out",
+            file=sys.stderr,
+        )
         return 1
-    print(f"internal error: {type(error).__name__}: {error}. Add --debug for the traceback", file=sys.stderr)
+    print(
+        f"internal error: {type(error).__name__}: {error}. Add --debug for the traceback",
+        file=sys.stderr,
+    )
     return 1
 
 

@@ -1,4 +1,6 @@
-"""Commands whose output is more than a few lines at the end: streamed text, a conversation, coloured tokens."""
+"""Commands whose output is more than a few lines at the end: streamed text, a conversation,
+coloured tokens.
+"""
 
 import sys
 from collections.abc import Callable, Sequence
@@ -9,7 +11,9 @@ Entry = Callable[[Sequence[str]], int]
 
 
 def stream_text(run: Callable[..., Any], config: Any, command: Entry) -> None:
-    """Print a continuation as it comes, then its figures on the error stream, so that the text can be piped."""
+    """Print a continuation as it comes, then its figures on the error stream, so that the text can
+    be piped.
+    """
 
     def write(text: str) -> None:
         print(text, end="", flush=True)
@@ -51,7 +55,10 @@ def diagnose(run: Callable[..., Any], config: Any, command: Entry) -> None:
         result = run(config, on_progress)
     print(result.describe(), flush=True)
     if result.failed:
-        raise XinslmError(f"{len(result.failed)} of {len(result.checks)} checks failed: {', '.join(result.failed)}")
+        raise XinslmError(
+            f"{len(result.failed)} of {len(result.checks)} checks failed: "
+            f"{', '.join(result.failed)}"
+        )
 
 
 def play_demo(run: Callable[..., Any], config: Any, command: Entry) -> None:

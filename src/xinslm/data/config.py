@@ -12,26 +12,38 @@ DocumentEnd = Literal["eos", "bos", "none"]
 
 @dataclass(frozen=True)
 class PrepareConfig:
-    """Turn raw text and conversations into a dataset of tokens with a loss mask and a validation split."""
+    """Turn raw text and conversations into a dataset of tokens with a loss mask and a validation
+    split.
+    """
 
     data_path: tuple[str, ...]
-    """Files (.txt .json .jsonl .parquet, also .gz), folders of them, Hugging Face datasets (OWNER/NAME)."""
+    """Files (.txt .json .jsonl .parquet, also .gz), folders of them, Hugging Face datasets
+    (OWNER/NAME).
+    """
     tokenizer_path: Path
     """Folder of the tokenizer, a model or run folder (its best checkpoint), or a Hub name."""
     output_dir: Annotated[Path, tyro.conf.arg(aliases=["-o"])]
     """Folder to write the dataset to."""
     validation_fraction: float = 0.05
-    """Share of the documents held back to measure on; a document's own content and the seed decide which."""
+    """Share of the documents held back to measure on; a document's own content and the seed decide
+    which.
+    """
     validation_path: tuple[str, ...] = ()
     """Files, folders or datasets to measure on, instead of a share of the data."""
     document_end: DocumentEnd = "eos"
-    """Token that closes a plain text (llama2.c models close with BOS); chats close as their template says."""
+    """Token that closes a plain text (llama2.c models close with BOS); chats close as their
+    template says.
+    """
     max_tokens: int | None = None
-    """Stop at the first document that brings the training split to this many tokens; fewer is an error."""
+    """Stop at the first document that brings the training split to this many tokens; fewer is an
+    error.
+    """
     keep_duplicates: bool = False
     """Keep documents that are exactly equal to an earlier one."""
     split_documents: SplitDocuments = "auto"
-    """What is one document of a .txt file; auto: the parts between lines of <|endoftext|>, else the file."""
+    """What is one document of a .txt file; auto: the parts between lines of <|endoftext|>, else the
+    file.
+    """
     text_field: str | None = None
     """Key or column that holds the text, where it is not called 'text'."""
     dataset_name: str | None = None

@@ -1,11 +1,11 @@
 """The dataset folder as the later stages see it: mapped token streams, document offsets, loss mask.
 
-Layout (kind "dataset", version 1), for each of `train/` and `validation/`: `tokens.bin` (little-endian
-uint16, or uint32 for more than 65,536 ids; all documents one after another), `mask.bin` (uint8, 1 = this
-token counts as a target), `documents.npy` (int64 offsets, n+1), `document_bytes.npy` (int64, UTF-8 bytes of
-each document's text), `document_sources.npy` (int64, the source of each document, a place in the manifest's
-`source_names`; it names no token and is no part of the fingerprint). `tokenizer/` holds the tokenizer, so that the
-folder stands alone.
+Layout (kind "dataset", version 1), for each of `train/` and `validation/`: `tokens.bin`
+(little-endian uint16, or uint32 for more than 65,536 ids; all documents one after another),
+`mask.bin` (uint8, 1 = this token counts as a target), `documents.npy` (int64 offsets, n+1),
+`document_bytes.npy` (int64, UTF-8 bytes of each document's text), `document_sources.npy` (int64,
+the source of each document, a place in the manifest's `source_names`; it names no token and is no
+part of the fingerprint). `tokenizer/` holds the tokenizer, so that the folder stands alone.
 
     dataset = open_dataset(Path("data"))
     rows = PackedRows(dataset.split("train"), row_length=512)
@@ -31,7 +31,9 @@ class Split:
     tokens: np.ndarray
     """Token ids, uint16 or uint32, (tokens,)."""
     mask: np.ndarray
-    """1 where the token is a target that counts, uint8, (tokens,); never on a document's first token."""
+    """1 where the token is a target that counts, uint8, (tokens,); never on a document's first
+    token.
+    """
     documents: np.ndarray
     """Offsets of the documents in the stream, int64, (documents + 1,)."""
     document_bytes: np.ndarray
@@ -49,7 +51,9 @@ class Dataset:
     folder: Path
     manifest: dict[str, Any]
     fingerprint: str
-    """Names the tokens, not the folder: the same data prepared again, elsewhere, has the same fingerprint."""
+    """Names the tokens, not the folder: the same data prepared again, elsewhere, has the same
+    fingerprint.
+    """
     tokenizer_fingerprint: str
 
     def split(self, name: str) -> Split:
@@ -67,18 +71,24 @@ class Dataset:
             name=name,
         )
         ends, count = split.documents[-1], len(split.documents) - 1
-        if not (ends == len(split.tokens) == len(split.mask) and count == len(split.document_bytes)):
+        if not (
+            ends == len(split.tokens) == len(split.mask) and count == len(split.document_bytes)
+        ):
             raise XinslmError(
-                f"{folder}: its files do not belong together. Make the dataset anew with `xinslm prepare`"
+                f"{folder}: its files do not belong together. Make the dataset anew with `xinslm "
+                "prepare`"
             )
         return split
 
     def sources(self, name: str) -> np.ndarray:
-        """Source of each document of a split, an index into `source_names` of the manifest; int64, (documents,)."""
+        """Source of each document of a split, an index into `source_names` of the manifest; int64,
+        (documents,).
+        """
         path = self.folder / name / SOURCES
         if not path.is_file() or not isinstance(self.manifest.get("source_names"), list):
             raise UsageError(
-                f"{self.folder} does not say which source a document is from: it was prepared by an older xinslm. "
+                f"{self.folder} does not say which source a document is from: it was prepared by "
+                "an older xinslm. "
                 f"Make it anew with `xinslm prepare`; caches of it still fit"
             )
         sources: np.ndarray = np.load(path, allow_pickle=False)
@@ -95,14 +105,19 @@ def open_dataset(folder: Path) -> Dataset:
     folder = Path(folder)
     manifest = read_manifest(folder, KIND, VERSION, "xinslm prepare")
     if damage := _damage(manifest):
-        raise XinslmError(f"{folder / MANIFEST}: {damage}. Make the dataset anew with `xinslm prepare`")
+        raise XinslmError(
+            f"{folder / MANIFEST}: {damage}. Make the dataset anew with `xinslm prepare`"
+        )
     tokenizer = manifest["inputs"]["tokenizer"]
     hashes = {name: facts["sha256"] for name, facts in manifest["files"].items()}
     contents = {
-        name: hash for name, hash in hashes.items()
+        name: hash
+        for name, hash in hashes.items()
         if name.startswith(("train/", "validation/")) and not name.endswith(SOURCES)
-    }  # fmt: skip
-    return Dataset(folder, manifest, sha256_json({"files": contents, "tokenizer": tokenizer}), tokenizer)
+    }
+    return Dataset(
+        folder, manifest, sha256_json({"files": contents, "tokenizer": tokenizer}), tokenizer
+    )
 
 
 def _damage(manifest: dict[str, Any]) -> str | None:
@@ -110,12 +125,19 @@ def _damage(manifest: dict[str, Any]) -> str | None:
     inputs, splits, files = (manifest.get(key) for key in ("inputs", "splits", "files"))
     if not isinstance(inputs, dict) or not isinstance(inputs.get("tokenizer"), str):
         return "the tokenizer's fingerprint ('inputs.tokenizer') is missing"
-    if not isinstance(splits, dict) or not all(isinstance(facts, dict) for facts in splits.values()):
+    if not isinstance(splits, dict) or not all(
+        isinstance(facts, dict) for facts in splits.values()
+    ):
         return "'splits' must hold an object for each split"
-    if not isinstance(files, dict) or not all(isinstance(f, dict) and "sha256" in f for f in files.values()):
+    if not isinstance(files, dict) or not all(
+        isinstance(f, dict) and "sha256" in f for f in files.values()
+    ):
         return "'files' must hold the size and hash of each file"
     if type(manifest.get("vocab_size")) is not int or manifest["vocab_size"] < 1:
-        return f"'vocab_size' is {manifest.get('vocab_size')!r}, but must be a whole number of at least 1"
+        return (
+            f"'vocab_size' is {manifest.get('vocab_size')!r}, but must be a whole number of at "
+            "least 1"
+        )
     if manifest.get("dtype") not in ("uint16", "uint32"):
         return f"'dtype' is {manifest.get('dtype')!r}, but must be 'uint16' or 'uint32'"
     return None
@@ -125,8 +147,10 @@ def require_tokenizer(dataset: Dataset, fingerprint: str, what: str) -> None:
     """Raise UsageError unless `what` ('the model runs/a') uses the tokenizer of the dataset."""
     if fingerprint != dataset.tokenizer_fingerprint:
         raise UsageError(
-            f"the tokenizer of {what} ({fingerprint[:12]}) is not the one that {dataset.folder} was made "
-            f"with ({dataset.tokenizer_fingerprint[:12]}): the same ids mean other text. Prepare the data "
+            f"the tokenizer of {what} ({fingerprint[:12]}) is not the one that {dataset.folder} "
+            "was made "
+            f"with ({dataset.tokenizer_fingerprint[:12]}): the same ids mean other text. Prepare "
+            "the data "
             f"again with `xinslm prepare --tokenizer-path` of {what}, or use what belongs to "
             f"{dataset.folder / 'tokenizer'}"
         )

@@ -27,16 +27,21 @@ class Encoded:
 
 
 class Encoder:
-    """Encodes documents with one tokenizer; `document_end` names the token that closes a plain text."""
+    """Encodes documents with one tokenizer; `document_end` names the token that closes a plain
+    text.
+    """
 
-    def __init__(self, tokenizer: "Tokenizer", document_end: DocumentEnd, train_on_prompts: bool) -> None:
+    def __init__(
+        self, tokenizer: "Tokenizer", document_end: DocumentEnd, train_on_prompts: bool
+    ) -> None:
         self.tokenizer = tokenizer
         self.train_on_prompts = train_on_prompts
         first = tokenizer.bos_id if tokenizer.bos_id is not None else tokenizer.eos_id
         last = {"eos": tokenizer.eos_id, "bos": tokenizer.bos_id, "none": None}[document_end]
         if document_end != "none" and last is None:
             raise UsageError(
-                f"--document-end {document_end}: the tokenizer has no {document_end.upper()} token; choose another"
+                f"--document-end {document_end}: the tokenizer has no {document_end.upper()} "
+                "token; choose another"
             )
         self._prefix = [] if first is None else [first]
         self._end = [] if last is None else [last]
@@ -47,7 +52,9 @@ class Encoder:
         ids, offsets = self.tokenizer.encode_batch(texts)
         plain = (ids[begin:end] for begin, end in pairwise(offsets))
         return [
-            self._chat(document) if document.text is None else self._plain(next(plain), document.text)
+            self._chat(document)
+            if document.text is None
+            else self._plain(next(plain), document.text)
             for document in documents
         ]
 
@@ -60,20 +67,29 @@ class Encoder:
     def _chat(self, document: Document) -> Encoded:
         if self.tokenizer.chat_template is None:
             raise XinslmError(
-                f"{document.source} is a chat, but the tokenizer has no chat template. Put one into the "
+                f"{document.source} is a chat, but the tokenizer has no chat template. Put one "
+                "into the "
                 f"tokenizer's folder as chat_template.jinja, or use a tokenizer that has one "
                 f"(`xinslm tokenizer train` adds it)"
             )
         messages = [dict(message) for message in document.messages or ()]
         ids, targets = self.tokenizer.apply_chat_template(messages)
-        mask = np.ones(len(ids), np.uint8) if self.train_on_prompts else np.asarray(targets, np.uint8)
+        mask = (
+            np.ones(len(ids), np.uint8) if self.train_on_prompts else np.asarray(targets, np.uint8)
+        )
         mask[:1] = 0
-        counted = [m["content"] for m in messages if self.train_on_prompts or m["role"] == "assistant"]
-        return Encoded(np.asarray(ids, np.int64), mask, sum(len(content.encode()) for content in counted))
+        counted = [
+            m["content"] for m in messages if self.train_on_prompts or m["role"] == "assistant"
+        ]
+        return Encoded(
+            np.asarray(ids, np.int64), mask, sum(len(content.encode()) for content in counted)
+        )
 
 
 def show(tokenizer: "Tokenizer", document: Document, encoded: Encoded) -> str:
-    """Print a document's tokens, '|' between them, in runs of equal mask: `-` is context, `+` is learnt."""
+    """Print a document's tokens, '|' between them, in runs of equal mask: `-` is context, `+` is
+    learnt.
+    """
     targets = int(encoded.mask.sum())
     lines = [f"{document.source}: {len(encoded.tokens):,} tokens, {targets:,} of them targets"]
     pairs = zip(encoded.mask.tolist(), encoded.tokens.tolist(), strict=True)
@@ -90,7 +106,9 @@ def show(tokenizer: "Tokenizer", document: Document, encoded: Encoded) -> str:
 
 
 def _visible(data: bytes) -> str:
-    """Make one token readable in a line: `·` is a space, `⏎` a line end, half a character is escaped."""
+    """Make one token readable in a line: `·` is a space, `⏎` a line end, half a character is
+    escaped.
+    """
     text = data.decode("utf-8", errors="backslashreplace")
     names = {" ": "·", "\n": "⏎", "\t": "→"}
     return "".join(names.get(c, c if c.isprintable() else f"\\x{ord(c):02x}") for c in text)

@@ -1,8 +1,8 @@
 """The file formats that documents are read from: .txt, .json, .jsonl, .parquet, and gzip of these.
 
-Files are read as bytes, so that line ends stay what they are, and every complaint names the file and the
-line (the byte, where the text itself is damaged). Only one document is in memory at a time, except that a
-JSON array or a text file that is one document is read whole.
+Files are read as bytes, so that line ends stay what they are, and every complaint names the file
+and the line (the byte, where the text itself is damaged). Only one document is in memory at a time,
+except that a JSON array or a text file that is one document is read whole.
 """
 
 import gzip
@@ -29,7 +29,9 @@ def suffix(path: Path) -> str:
     return Path(path.name.lower().removesuffix(".gz")).suffix
 
 
-def read_file(path: Path, split_documents: SplitDocuments, text_field: str | None) -> Iterator[Document]:
+def read_file(
+    path: Path, split_documents: SplitDocuments, text_field: str | None
+) -> Iterator[Document]:
     """Read one file of a known ending; damage to it becomes an XinslmError that names it."""
     try:
         with _open(path) as file:
@@ -43,30 +45,43 @@ def read_file(path: Path, split_documents: SplitDocuments, text_field: str | Non
                 case ".parquet":
                     yield from _read_parquet(path, file, text_field)
     except EOFError:
-        raise XinslmError(f"{path}: the .gz file ends in the middle; copy or download it again") from None
+        raise XinslmError(
+            f"{path}: the .gz file ends in the middle; copy or download it again"
+        ) from None
     except (gzip.BadGzipFile, zlib.error) as error:
-        raise XinslmError(f"{path}: not a sound .gz file ({error}); copy or download it again") from None
+        raise XinslmError(
+            f"{path}: not a sound .gz file ({error}); copy or download it again"
+        ) from None
     except (PermissionError, IsADirectoryError) as error:
         raise XinslmError(f"{path}: cannot be read ({error.strerror})") from None
 
 
 def _open(path: Path) -> IO[bytes]:
-    return cast(IO[bytes], gzip.open(path)) if path.name.lower().endswith(".gz") else open(path, "rb")
+    return (
+        cast(IO[bytes], gzip.open(path)) if path.name.lower().endswith(".gz") else open(path, "rb")
+    )
 
 
 def _lines(path: Path, file: IO[bytes]) -> Iterator[tuple[int, int, bytes]]:
-    """Give (line number, byte offset, line with its end); a byte order mark is dropped, binary is refused."""
+    """Give (line number, byte offset, line with its end); a byte order mark is dropped, binary is
+    refused.
+    """
     offset = 0
     for number, line in enumerate(file, start=1):
         begin = offset
         offset += len(line)
         if number == 1:
             if line[:2] in (b"\xff\xfe", b"\xfe\xff"):
-                raise XinslmError(f"{path}: UTF-16 text; convert it: iconv -f UTF-16 -t UTF-8 {path.name} > utf8.txt")
+                raise XinslmError(
+                    f"{path}: UTF-16 text; convert it: iconv -f UTF-16 -t UTF-8 "
+                    f"{path.name} > utf8.txt"
+                )
             if line.startswith(_BOM):
                 line, begin = line[len(_BOM) :], len(_BOM)
         if b"\0" in line:
-            raise XinslmError(f"{path}:{number}: not a text file (NUL at byte {begin + line.index(0):,})")
+            raise XinslmError(
+                f"{path}:{number}: not a text file (NUL at byte {begin + line.index(0):,})"
+            )
         yield number, begin, line
 
 
@@ -75,7 +90,8 @@ def _decode(path: Path, data: bytes, offset: int) -> str:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
         raise XinslmError(
-            f"{path}: byte {offset + error.start:,} (0x{data[error.start]:02x}) is not UTF-8. Convert the "
+            f"{path}: byte {offset + error.start:,} (0x{data[error.start]:02x}) is not UTF-8. "
+            "Convert the "
             f"file, for instance: iconv -f WINDOWS-1252 -t UTF-8 {path.name} > utf8{path.suffix}"
         ) from None
 
@@ -113,13 +129,19 @@ def _read_jsonl(path: Path, file: IO[bytes], text_field: str | None) -> Iterator
                 record = json.loads(text)
             except (ValueError, RecursionError) as error:
                 reason = getattr(error, "msg", "nested too deep")
-                half = "" if line.endswith(b"\n") else "; the line has no end, the file may be half-written"
+                half = (
+                    ""
+                    if line.endswith(b"\n")
+                    else "; the line has no end, the file may be half-written"
+                )
                 raise XinslmError(f"{path}:{number}: not valid JSON ({reason}){half}") from None
             yield to_document(record, f"{path}:{number}", text_field)
 
 
 def _read_json(path: Path, file: IO[bytes], text_field: str | None) -> Iterator[Document]:
-    """Read an array of records, or records one after another; each is parsed when it is asked for."""
+    """Read an array of records, or records one after another; each is parsed when it is asked
+    for.
+    """
     text = "".join(_decode(path, line, offset) for _, offset, line in _lines(path, file))
     space = re.compile(r"[ \t\r\n]*")
     decoder = json.JSONDecoder()
@@ -143,14 +165,17 @@ def _read_json(path: Path, file: IO[bytes], text_field: str | None) -> Iterator[
         except (ValueError, RecursionError) as error:
             reason = getattr(error, "msg", "nested too deep")
             at = line + text.count("\n", counted, getattr(error, "pos", counted))
-            raise XinslmError(f"{path}:{at}: not valid JSON ({reason}); the file may be half-written") from None
+            raise XinslmError(
+                f"{path}:{at}: not valid JSON ({reason}); the file may be half-written"
+            ) from None
         yield to_document(record, where, text_field)
         position = space.match(text, position).end()  # type: ignore[union-attr]
         expect_value = text[position : position + 1] == ","
         if in_array and not expect_value and text[position : position + 1] != "]":
             at = line + text.count("\n", counted, position)
             raise XinslmError(
-                f"{path}:{at}: not valid JSON (no ',' or ']' after a record); the file may be half-written"
+                f"{path}:{at}: not valid JSON (no ',' or ']' after a record); the file may be "
+                "half-written"
             )
         position += expect_value and in_array
 
@@ -168,4 +193,6 @@ def _read_parquet(path: Path, file: IO[bytes], text_field: str | None) -> Iterat
                 yield to_document(record, f"{path}:{row}", text_field)
     except (pyarrow.ArrowException, OSError) as error:
         reason = str(error).splitlines()[0]
-        raise XinslmError(f"{path}: not a sound Parquet file ({reason}); copy or download it again") from None
+        raise XinslmError(
+            f"{path}: not a sound Parquet file ({reason}); copy or download it again"
+        ) from None

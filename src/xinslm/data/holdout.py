@@ -1,7 +1,7 @@
 """Which documents are held back for validation.
 
-A document's own content and the seed decide, so that data added later moves no document to the other side,
-and copies of a document stay together.
+A document's own content and the seed decide, so that data added later moves no document to the
+other side, and copies of a document stay together.
 """
 
 import hashlib
@@ -16,7 +16,9 @@ def draw_number(digest: bytes, seed: int) -> float:
 
 
 def cut_text(document: Document, fraction: float) -> tuple[Document, Document]:
-    """Cut off the last `fraction` of a text of at least 2 characters, at a line end or a space if it can."""
+    """Cut off the last `fraction` of a text of at least 2 characters, at a line end or a space if
+    it can.
+    """
     text = document.plain_text
     at = min(max(round(len(text) * (1 - fraction)), 1), len(text) - 1)
     for separator in ("\n", " "):

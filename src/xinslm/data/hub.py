@@ -1,8 +1,8 @@
 """Records of Hugging Face datasets: a name on the Hub, or a folder that `save_to_disk` made.
 
-The `datasets` library owns the formats and the cache; a Hub dataset is streamed, so nothing is downloaded
-that is not read. What goes wrong there comes in many exception types, and becomes one message that says what
-to do.
+The `datasets` library owns the formats and the cache; a Hub dataset is streamed, so nothing is
+downloaded that is not read. What goes wrong there comes in many exception types, and becomes one
+message that says what to do.
 """
 
 from collections.abc import Iterable, Iterator
@@ -28,7 +28,9 @@ def read_saved(folder: Path, split: str) -> Iterator[tuple[Any, str]]:
     if isinstance(data, datasets.DatasetDict):
         if split not in data:
             splits = ", ".join(data)
-            raise UsageError(f"{folder} has no split '{split}'; choose with --dataset-split: {splits}")
+            raise UsageError(
+                f"{folder} has no split '{split}'; choose with --dataset-split: {splits}"
+            )
         data = data[split]
     yield from _numbered(data, str(folder))
 
@@ -46,7 +48,8 @@ def read_hub(name: str, configuration: str | None, split: str) -> Iterator[tuple
         raise XinslmError(
             f"{name} is no path here, and the Hugging Face dataset of that name could not be read "
             f"({type(error).__name__}: {_first_line(error)}). Check the spelling, --dataset-name, "
-            f"--dataset-split and the connection; without one, give --data-path the files or a folder that "
+            "--dataset-split and the connection; without one, give --data-path the files or a "
+            "folder that "
             f"save_to_disk made"
         ) from None
 

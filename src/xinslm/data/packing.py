@@ -1,10 +1,10 @@
 """Documents cut into sequences, sequences packed into rows of one fixed shape.
 
-Rows are filled by best-fit decreasing: the longest sequence first, each into the row it fills best. Rows with
-the same space left are interchangeable, so whole groups of equal lengths are placed at once: a million
-sequences take well under a second, and the outcome depends on the lengths alone. Segment numbers confine
-attention, positions restart in every sequence, and `stream` says where in the dataset each input stands: so
-the teacher's cache finds its record.
+Rows are filled by best-fit decreasing: the longest sequence first, each into the row it fills best.
+Rows with the same space left are interchangeable, so whole groups of equal lengths are placed at
+once: a million sequences take well under a second, and the outcome depends on the lengths alone.
+Segment numbers confine attention, positions restart in every sequence, and `stream` says where in
+the dataset each input stands: so the teacher's cache finds its record.
 """
 
 from dataclasses import dataclass
@@ -37,10 +37,12 @@ class Batch:
 
 
 def sequences(documents: np.ndarray, max_length: int) -> tuple[np.ndarray, np.ndarray]:
-    """Cut documents into pieces of at most `max_length` inputs; return starts and lengths, both int64.
+    """Cut documents into pieces of at most `max_length` inputs; return starts and lengths, both
+    int64.
 
-    `documents` holds offsets into the token stream, (n+1,). A document of n tokens has n-1 inputs (its last
-    token predicts nothing); pieces do not overlap: each token but the first is a target once.
+    `documents` holds offsets into the token stream, (n+1,). A document of n tokens has n-1 inputs
+    (its last token predicts nothing); pieces do not overlap: each token but the first is a target
+    once.
     """
     if max_length < 1:
         raise UsageError(f"a row must hold at least 1 token, not {max_length}")
@@ -55,7 +57,8 @@ def sequences(documents: np.ndarray, max_length: int) -> tuple[np.ndarray, np.nd
 def pack(lengths: np.ndarray, row_length: int) -> tuple[np.ndarray, np.ndarray]:
     """Distribute sequences over rows: (order, offsets), row r holds order[offsets[r]:offsets[r+1]].
 
-    Both are int64. Within a row sequences keep their order; one longer than `row_length` is a UsageError.
+    Both are int64. Within a row sequences keep their order; one longer than `row_length` is a
+    UsageError.
     """
     lengths = np.asarray(lengths, np.int64)
     if len(lengths) and (lengths.max() > row_length or lengths.min() < 1):
@@ -63,14 +66,16 @@ def pack(lengths: np.ndarray, row_length: int) -> tuple[np.ndarray, np.ndarray]:
         raise UsageError(f"a sequence of {wrong} tokens cannot be packed into rows of {row_length}")
     row_of = np.empty(len(lengths), np.int64)
     num_rows = 0
-    # open_rows[space] lists the rows with that much space left, as arrays that are joined when needed.
+    # open_rows[space] lists the rows with that much space left, as arrays that are joined when
+    # needed.
     open_rows: _Rows = {}
     by_length = np.argsort(-lengths, kind="stable")
     bounds = np.flatnonzero(np.diff(lengths[by_length], prepend=-1, append=-1))
     for begin, end in pairwise(bounds):
         left = by_length[begin:end]
         length = int(lengths[left[0]])
-        # Filling a row only ever adds spaces below the one at hand, so the spaces of now are all that can count.
+        # Filling a row only ever adds spaces below the one at hand, so the spaces of now are all
+        # that can count.
         for space in sorted(space for space in open_rows if space >= length):
             if len(left):
                 rows = np.concatenate(open_rows.pop(space))
@@ -85,9 +90,16 @@ def pack(lengths: np.ndarray, row_length: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _fill(
-    rows: np.ndarray, space: int, length: int, left: np.ndarray, row_of: np.ndarray, open_rows: _Rows
+    rows: np.ndarray,
+    space: int,
+    length: int,
+    left: np.ndarray,
+    row_of: np.ndarray,
+    open_rows: _Rows,
 ) -> np.ndarray:
-    """Put sequences of one length into rows of one space, each to the brim; return those without a place."""
+    """Put sequences of one length into rows of one space, each to the brim; return those without a
+    place.
+    """
     each = space // length
     full = min(len(rows), len(left) // each)
     placed = full * each
@@ -115,8 +127,9 @@ def _ramps(lengths: np.ndarray) -> np.ndarray:
 class PackedRows:
     """A split as rows of `row_length` tokens, each made when it is asked for.
 
-    No sequence is longer than `max_length` (default: the row), the context a model needs. Documents that fill little
-    more than half a row leave much of it empty; rows of several times `max_length` are full again.
+    No sequence is longer than `max_length` (default: the row), the context a model needs. Documents
+    that fill little more than half a row leave much of it empty; rows of several times `max_length`
+    are full again.
     """
 
     def __init__(self, split: Split, row_length: int, max_length: int | None = None) -> None:

@@ -1,10 +1,11 @@
 """The stage `prepare`: raw text and chats in, a dataset folder out.
 
-    xinslm prepare --data-path stories.jsonl.gz --tokenizer-path runs/tokenizer --output-dir runs/data
+    xinslm prepare --data-path stories.jsonl.gz --tokenizer-path runs/tokenizer --output-dir
+    runs/data
 
-A plain text becomes BOS (EOS where the tokenizer has no BOS), its tokens, and the closing token; all but the
-first count as targets. A chat becomes what the chat template makes of it; the answers count. Everything is
-streamed: memory holds one batch of documents and a hash of each.
+A plain text becomes BOS (EOS where the tokenizer has no BOS), its tokens, and the closing token;
+all but the first count as targets. A chat becomes what the chat template makes of it; the answers
+count. Everything is streamed: memory holds one batch of documents and a hash of each.
 """
 
 import hashlib
@@ -55,7 +56,9 @@ class PrepareResult:
         ]
         for name, split in self.splits.items():
             ratio = split["bytes"] / max(split["targets"], 1)
-            lines.append(f"{name:10}" + "".join(f"{split[c]:16,}" for c in columns) + f"{ratio:16.2f}")
+            lines.append(
+                f"{name:10}" + "".join(f"{split[c]:16,}" for c in columns) + f"{ratio:16.2f}"
+            )
         lines.append(f"exact duplicates dropped: {self.duplicates_dropped:,}")
         if self.without_targets:
             lines.append(f"documents without an answer dropped: {self.without_targets:,}")
@@ -68,14 +71,19 @@ def run(config: PrepareConfig, on_progress: Listener = ignore) -> PrepareResult:
 
     _check(config)
     if config.force:
-        refuse_inside(config.output_dir, (*config.data_path, *config.validation_path, config.tokenizer_path))
+        refuse_inside(
+            config.output_dir, (*config.data_path, *config.validation_path, config.tokenizer_path)
+        )
     tokenizer = load_tokenizer(config.tokenizer_path)
     return _Stage(config, tokenizer, on_progress).run()
 
 
 def _check(config: PrepareConfig) -> None:
     if not 0 <= config.validation_fraction < 1:
-        raise UsageError(f"--validation-fraction must be at least 0 and below 1, not {config.validation_fraction}")
+        raise UsageError(
+            "--validation-fraction must be at least 0 and below 1, not "
+            f"{config.validation_fraction}"
+        )
     if config.max_tokens is not None and config.max_tokens < 1:
         raise UsageError(f"--max-tokens must be at least 1, not {config.max_tokens}")
     refuse_existing(config.output_dir, config.force)
@@ -84,11 +92,14 @@ def _check(config: PrepareConfig) -> None:
 class _Stage:
     """One run: the writers, the hashes of what was seen, and the counts."""
 
-    def __init__(self, config: PrepareConfig, tokenizer: "Tokenizer", on_progress: Listener) -> None:
+    def __init__(
+        self, config: PrepareConfig, tokenizer: "Tokenizer", on_progress: Listener
+    ) -> None:
         self.config, self.tokenizer, self.on_progress = config, tokenizer, on_progress
         self.encoder = Encoder(tokenizer, config.document_end, config.train_on_prompts)
         self.seen: set[bytes] = set()
-        # (draw, index) of the training document that was nearest to be held back, and the other way round.
+        # (draw, index) of the training document that was nearest to be held back, and the other way
+        # round.
         self.lowest, self.highest = (1.0, 0), (-1.0, 0)
         self.sources: Counter[str] = Counter()
         self.numbers: dict[str, int] = {}
@@ -110,20 +121,31 @@ class _Stage:
                 splits = {name: writer.finish() for name, writer in self.writers.items()}
             self.tokenizer.save(folder / "tokenizer")
             write_manifest(
-                folder, KIND, VERSION, to_dict(config), {"tokenizer": self.tokenizer.fingerprint()},
-                vocab_size=self.tokenizer.vocab_size, dtype=dtype.name, document_end=config.document_end,
-                splits=splits, duplicates_dropped=self.duplicates, sources=dict(self.sources),
+                folder,
+                KIND,
+                VERSION,
+                to_dict(config),
+                {"tokenizer": self.tokenizer.fingerprint()},
+                vocab_size=self.tokenizer.vocab_size,
+                dtype=dtype.name,
+                document_end=config.document_end,
+                splits=splits,
+                duplicates_dropped=self.duplicates,
+                sources=dict(self.sources),
                 source_names=list(self.numbers),
                 without_targets_dropped=self.without_targets,
-            )  # fmt: skip
-        return PrepareResult(config.output_dir, splits, self.duplicates, self.without_targets, tuple(self.samples))
+            )
+        return PrepareResult(
+            config.output_dir, splits, self.duplicates, self.without_targets, tuple(self.samples)
+        )
 
     def _fill(self) -> None:
         """Read all data into the two splits."""
         config, options = self.config, ReadOptions.of(self.config, self._note)
         documents = read_documents(config.data_path, options)
         if config.validation_path:
-            # What is measured on comes first: a copy of it in the training data is then the duplicate.
+            # What is measured on comes first: a copy of it in the training data is then the
+            # duplicate.
             self._write(read_documents(config.validation_path, options), "validation")
             self._write(documents, "train")
         elif config.validation_fraction == 0:
@@ -133,7 +155,8 @@ class _Stage:
             if len(first) == 1 and len(first[0].text or "") > 1:
                 head, tail = cut_text(first[0], config.validation_fraction)
                 self._note(
-                    f"{first[0].source} is the only document; its last {len(tail.plain_text):,} characters "
+                    f"{first[0].source} is the only document; its last {len(tail.plain_text):,} "
+                    "characters "
                     f"are held back for validation"
                 )
                 self._write([tail], "validation")
@@ -145,12 +168,16 @@ class _Stage:
     def _write(self, documents: Iterable[Document], split: str | None) -> None:
         """Tokenize documents into one split, or each into the one its content draws."""
         for batch in _batches(self._new(documents)):
-            for (document, digest), encoded in zip(batch, self.encoder([d for d, _ in batch]), strict=True):
+            for (document, digest), encoded in zip(
+                batch, self.encoder([d for d, _ in batch]), strict=True
+            ):
                 if not encoded.mask.any():
                     self.without_targets += 1
                     continue
                 draw = draw_number(digest, self.config.seed)
-                target = split or ("validation" if draw < self.config.validation_fraction else "train")
+                target = split or (
+                    "validation" if draw < self.config.validation_fraction else "train"
+                )
                 self._append(target, document, encoded, draw)
                 if self._enough() and target == "train":
                     self._report()
@@ -182,7 +209,9 @@ class _Stage:
             self.samples.append(show(self.tokenizer, document, encoded))
 
     def _balance(self) -> None:
-        """Where all of several documents fell into one split, give the other the one that came nearest."""
+        """Where all of several documents fell into one split, give the other the one that came
+        nearest.
+        """
         train, validation = self.writers["train"], self.writers["validation"]
         if len(train) >= 2 and not len(validation):
             source = train.sources[self.lowest[1]]
@@ -202,12 +231,14 @@ class _Stage:
         train, limit = self.writers["train"].num_tokens, self.config.max_tokens
         if train == 0:
             raise XinslmError(
-                f"nothing is left to train on: {self.duplicates:,} documents were dropped as duplicates, "
+                f"nothing is left to train on: {self.duplicates:,} documents were dropped as "
+                "duplicates, "
                 f"{self.without_targets:,} because they hold no answer. Give --data-path other data"
             )
         if limit is not None and train < limit:
             raise XinslmError(
-                f"--max-tokens asks for {limit:,} tokens to train on, but the data holds {train:,}. Ask for "
+                f"--max-tokens asks for {limit:,} tokens to train on, but the data holds "
+                f"{train:,}. Ask for "
                 f"at most {train:,}, leave --max-tokens out, or add data"
             )
 
@@ -221,7 +252,10 @@ class _Stage:
                 "prepare",
                 done=sum(len(writer) for writer in self.writers.values()),
                 unit="documents",
-                values={"tokens": tokens, "tokens/s": tokens / max(time.monotonic() - self.started, 1e-9)},
+                values={
+                    "tokens": tokens,
+                    "tokens/s": tokens / max(time.monotonic() - self.started, 1e-9),
+                },
             )
         )
 

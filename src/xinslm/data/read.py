@@ -3,7 +3,8 @@
     for document in read_documents(["stories.jsonl.gz", "books/", "roneneldan/TinyStories"]):
         print(document.source, document.text or document.messages)
 
-A path that exists wins over a dataset of the same name; all paths are checked before the first is read.
+A path that exists wins over a dataset of the same name; all paths are checked before the first is
+read.
 """
 
 import difflib
@@ -34,18 +35,27 @@ class ReadOptions:
     @classmethod
     def of(cls, config: PrepareConfig, on_note: Callable[[str], None]) -> "ReadOptions":
         """Take the options that a configuration gives."""
-        return cls(config.split_documents, config.text_field, config.dataset_name, config.dataset_split, on_note)
+        return cls(
+            config.split_documents,
+            config.text_field,
+            config.dataset_name,
+            config.dataset_split,
+            on_note,
+        )
 
 
 def read_documents(paths: Iterable[str], options: ReadOptions | None = None) -> Iterator[Document]:
     """Read all documents of files, folders and Hugging Face datasets, in the order given.
 
-    Empty documents are left out; nothing but empty ones is an XinslmError. A missing path is a UsageError.
+    Empty documents are left out; nothing but empty ones is an XinslmError. A missing path is a
+    UsageError.
     """
     options = options or ReadOptions()
     paths = list(paths)
     if not paths:
-        raise UsageError("no data given; name files, folders or Hugging Face datasets with --data-path")
+        raise UsageError(
+            "no data given; name files, folders or Hugging Face datasets with --data-path"
+        )
     sources = [_resolve(path) for path in paths]  # every path is checked before the first is read
     found = False
     for source in sources:
@@ -57,7 +67,9 @@ def read_documents(paths: Iterable[str], options: ReadOptions | None = None) -> 
 
 
 def _resolve(path: str) -> Path | str:
-    """Give the path that `path` names, or `path` itself where it names a dataset of the Hugging Face Hub."""
+    """Give the path that `path` names, or `path` itself where it names a dataset of the Hugging
+    Face Hub.
+    """
     here = Path(path).expanduser()
     if here.exists():
         return here
@@ -72,7 +84,9 @@ def _near(path: Path) -> str:
     parent = path.parent
     while not parent.exists():
         path, parent = parent, parent.parent
-    near = difflib.get_close_matches(path.name, sorted(entry.name for entry in parent.iterdir()), n=3)
+    near = difflib.get_close_matches(
+        path.name, sorted(entry.name for entry in parent.iterdir()), n=3
+    )
     if near:
         return f" Did you mean {' or '.join(str(parent / name) for name in near)}?"
     return f" {parent.resolve()} is there, but holds nothing of a similar name"
@@ -81,11 +95,15 @@ def _near(path: Path) -> str:
 def _read_source(source: Path | str, options: ReadOptions) -> Iterator[Document]:
     """Read what `_resolve` gave, without its empty documents; an empty file is noted."""
     if isinstance(source, str):
-        yield from _to_documents(read_hub(source, options.dataset_name, options.dataset_split), options)
+        yield from _to_documents(
+            read_hub(source, options.dataset_name, options.dataset_split), options
+        )
     elif is_saved_dataset(source):
         yield from _to_documents(read_saved(source, options.dataset_split), options)
     elif source.is_file() and suffix(source) not in SUFFIXES:
-        raise UsageError(f"{source}: unknown kind of file. Known endings: {ENDINGS}; rename it if it is one")
+        raise UsageError(
+            f"{source}: unknown kind of file. Known endings: {ENDINGS}; rename it if it is one"
+        )
     else:
         for file in _files(source, options) if source.is_dir() else [source]:
             found = False
@@ -109,7 +127,9 @@ def _nonempty(documents: Iterable[Document]) -> Iterator[Document]:
 def _files(folder: Path, options: ReadOptions) -> list[Path]:
     """List the usable files below a folder, sorted; hidden ones are passed over."""
     below = [p for p in folder.rglob("*") if p.is_file()]
-    files = sorted(p for p in below if not any(x.startswith(".") for x in p.relative_to(folder).parts))
+    files = sorted(
+        p for p in below if not any(x.startswith(".") for x in p.relative_to(folder).parts)
+    )
     usable = [file for file in files if suffix(file) in SUFFIXES]
     ignored = [str(file.relative_to(folder)) for file in files if suffix(file) not in SUFFIXES]
     if not usable:
@@ -117,5 +137,7 @@ def _files(folder: Path, options: ReadOptions) -> list[Path]:
         raise UsageError(f"{folder} holds {what}. Known endings: {ENDINGS}")
     if ignored:
         more = f" and {len(ignored) - 5:,} more" if len(ignored) > 5 else ""
-        options.on_note(f"{folder}: left out {', '.join(ignored[:5])}{more} (known endings: {ENDINGS})")
+        options.on_note(
+            f"{folder}: left out {', '.join(ignored[:5])}{more} (known endings: {ENDINGS})"
+        )
     return usable

@@ -3,7 +3,8 @@
     {"text"}                             plain text (another key with `text_field`)
     {"messages": [{"role", "content"}]}  chat
     {"conversations": [{"from", "value"}]}  chat, as ShareGPT writes it
-    {"instruction", "input", "output"}   Alpaca: one question, one answer; "input" may be missing or empty
+    {"instruction", "input", "output"}   Alpaca: one question, one answer; "input" may be missing or
+    empty
     {"prompt", "response" | "completion"}  the same
 
 A record that has several of these is read by the first that fits, chats before text.
@@ -57,14 +58,17 @@ def to_document(record: Any, source: str, text_field: str | None = None) -> Docu
     """Read one record; an XinslmError names `source` and what is wrong with it."""
     if not isinstance(record, Mapping):
         raise XinslmError(
-            f"{source}: holds {_kind(record)}, but a record must be an object. Recognised are {RECOGNISED}"
+            f"{source}: holds {_kind(record)}, but a record must be an object. Recognised are "
+            f"{RECOGNISED}"
         )
     if text_field is not None:
         return Document(source, text=_string(record, text_field, source))
     if "messages" in record:
         return Document(source, messages=_messages(record["messages"], "messages", source))
     if "conversations" in record:
-        return Document(source, messages=_messages(record["conversations"], "conversations", source))
+        return Document(
+            source, messages=_messages(record["conversations"], "conversations", source)
+        )
     if "instruction" in record and "output" in record:
         question = _string(record, "instruction", source)
         if record.get("input"):
@@ -73,7 +77,9 @@ def to_document(record: Any, source: str, text_field: str | None = None) -> Docu
     if "prompt" in record:
         for key in ("response", "completion"):
             if key in record:
-                return _exchange(_string(record, "prompt", source), _string(record, key, source), source)
+                return _exchange(
+                    _string(record, "prompt", source), _string(record, key, source), source
+                )
     if "text" in record:
         return Document(source, text=_string(record, "text", source))
     keys = ", ".join(repr(str(key)) for key in list(record)[:12]) or "none"
@@ -84,7 +90,10 @@ def to_document(record: Any, source: str, text_field: str | None = None) -> Docu
 
 
 def _exchange(question: str, answer: str, source: str) -> Document:
-    return Document(source, messages=({"role": "user", "content": question}, {"role": "assistant", "content": answer}))
+    return Document(
+        source,
+        messages=({"role": "user", "content": question}, {"role": "assistant", "content": answer}),
+    )
 
 
 def _messages(value: Any, key: str, source: str) -> tuple[dict[str, str], ...]:
@@ -114,14 +123,23 @@ def _string(record: Mapping[str, Any], key: str, source: str) -> str:
         value.encode()
     except UnicodeEncodeError as error:
         raise XinslmError(
-            f"{source}: '{key}' holds half a surrogate pair (\\u{ord(value[error.start]):04x}) at character "
+            f"{source}: '{key}' holds half a surrogate pair (\\u{ord(value[error.start]):04x}) at "
+            "character "
             f"{error.start}; it is no valid Unicode text"
         ) from None
     return value
 
 
 def _kind(value: Any) -> str:
-    names = {type(None): "null", bool: "true or false", int: "a number", float: "a number", str: "a string"}
+    names = {
+        type(None): "null",
+        bool: "true or false",
+        int: "a number",
+        float: "a number",
+        str: "a string",
+    }
     if isinstance(value, list):
         return "a list" if value else "an empty list"
-    return names.get(type(value), "an object" if isinstance(value, Mapping) else type(value).__name__)
+    return names.get(
+        type(value), "an object" if isinstance(value, Mapping) else type(value).__name__
+    )

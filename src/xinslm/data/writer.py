@@ -30,7 +30,10 @@ class SplitWriter:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         try:
             self._tokens.close()
@@ -46,7 +49,9 @@ class SplitWriter:
         return self.documents[-1]
 
     def append(self, tokens: np.ndarray, mask: np.ndarray, num_bytes: int, source: int = 0) -> None:
-        """Write one document: token ids, their mask (1 = target), the bytes of its text, the number of its source."""
+        """Write one document: token ids, their mask (1 = target), the bytes of its text, the number
+        of its source.
+        """
         self._tokens.write(np.ascontiguousarray(tokens, self.dtype).tobytes())
         self._mask.write(np.ascontiguousarray(mask, np.uint8).tobytes())
         self.documents.append(self.documents[-1] + len(tokens))
@@ -59,7 +64,9 @@ class SplitWriter:
         begin, end = self.documents[index], self.documents[index + 1]
         tokens = _cut(self._tokens, self.dtype, begin, end, self.num_tokens)
         mask = _cut(self._mask, np.dtype(np.uint8), begin, end, self.num_tokens)
-        self.documents[index + 1 :] = [offset - (end - begin) for offset in self.documents[index + 2 :]]
+        self.documents[index + 1 :] = [
+            offset - (end - begin) for offset in self.documents[index + 2 :]
+        ]
         self.targets -= int(np.count_nonzero(mask))
         del self.sources[index]
         return tokens, mask, self.document_bytes.pop(index)
@@ -97,7 +104,9 @@ def _cut(file: io.BufferedRandom, dtype: np.dtype, begin: int, end: int, total: 
 
 
 def _save(path: Path, values: list[int]) -> None:
-    """Write an int64 .npy file; np.save to a path would hide the reason of a failed write (a full disk)."""
+    """Write an int64 .npy file; np.save to a path would hide the reason of a failed write (a full
+    disk).
+    """
     buffer = io.BytesIO()
     np.save(buffer, np.asarray(values, np.int64), allow_pickle=False)
     path.write_bytes(buffer.getvalue())

@@ -14,10 +14,14 @@ def lost_and_found(s: Scene) -> list[str]:
     hero, place, thing = s.child(), s.pick(words.PLACES), s.thing()
     helper = s.child() if s.random() < 0.6 else s.relative(hero)
     first, second, last = s.several(place.spots, 3)
-    search = [f"They looked {first}, but {s.pick(('there was nothing there', 'there was no trace of it'))}."]
+    search = [
+        f"They looked {first}, but {s.pick(('there was nothing there', 'there was no trace of it'))}."
+    ]
     arrives = s.pick(("came along", "was passing by", "saw it", "came running"))
     if s.random() < 0.6:
-        search.append(f"Then they looked {second}. {s.pick(('Nothing.', 'It was not there either.', 'No luck.'))}")
+        search.append(
+            f"Then they looked {second}. {s.pick(('Nothing.', 'It was not there either.', 'No luck.'))}"
+        )
     finder = s.pick((hero, helper))
     return [
         f"{s.opening(hero, place)} {hero.He} had {hero.his} {thing.full} with {hero.him}, but suddenly it was gone. "
@@ -27,14 +31,22 @@ def lost_and_found(s: Scene) -> list[str]:
         f"{s.say(hero, f'I have lost my {thing.full}.')} "
         + s.say(
             helper,
-            s.pick(("Let us look for it together.", "Two pairs of eyes see more than one.", "It cannot be far away.")),
+            s.pick(
+                (
+                    "Let us look for it together.",
+                    "Two pairs of eyes see more than one.",
+                    "It cannot be far away.",
+                )
+            ),
         ),
         f"{' '.join(search)} At last {finder.name} looked {last}, and there was the {thing.full}! "
         f"{s.pick(('The wind had carried it there.', 'It must have fallen down.', 'Nobody knew how.'))}",
         f"{hero.name} was {s.pick(words.GLAD)}. "
         f"{s.say(hero, f'Thank you, I will take better care of my {thing.noun}.')} "
         + s.moral(
-            "A friend makes every search shorter.", "It is good to have help.", "Patience finds what haste lost."
+            "A friend makes every search shorter.",
+            "It is good to have help.",
+            "Patience finds what haste lost.",
         ),
     ]
 
@@ -49,7 +61,9 @@ def race(s: Scene) -> list[str]:
     )
     kind = s.pick(("ran", "rode their bicycles", "hopped on one leg", "skipped"))
     helped = s.random() < 0.5
-    trouble = s.pick(("slipped on wet leaves", "got a cramp", "stumbled over a root", "lost a shoe"))
+    trouble = s.pick(
+        ("slipped on wet leaves", "got a cramp", "stumbled over a root", "lost a shoe")
+    )
     if helped:
         end = (
             f"{two.name} saw it, stopped and helped {one.him} up. So {three.name} came in first. But "
@@ -121,7 +135,11 @@ def trade(s: Scene) -> list[str]:
         while new.noun == held.noun or new.noun == start.noun:
             new = s.thing()
         offer = f"I will give you my {new.full} for your {held.noun}."
-        when = s.pick(("Then", "After that", "A little later") if number else ("First", "At the corner", "On the way"))
+        when = s.pick(
+            ("Then", "After that", "A little later")
+            if number
+            else ("First", "At the corner", "On the way")
+        )
         parts.append(
             f"{when} {hero.he} met {partner.name}. {s.say(partner, offer)} So {hero.name} gave away the "
             f"{held.full} and got the {new.full}."
@@ -146,7 +164,10 @@ def key_and_chest(s: Scene) -> list[str]:
     right, inside = s.number(0, 2), s.thing()
     ways = s.several(("north", "south", "east", "west"), 2)
     steps = [s.number(2, 20) for _ in ways]
-    tries = [f"{s.pick((hero, friend)).name} tried the {keys[i]} key, but the chest stayed shut." for i in range(right)]
+    tries = [
+        f"{s.pick((hero, friend)).name} tried the {keys[i]} key, but the chest stayed shut."
+        for i in range(right)
+    ]
     return [
         f"{s.opening(hero, place)} {s.pick(place.spots).capitalize()} {hero.he} found an old map. "
         f"{s.say(hero, 'Look, a map!')} {hero.His} friend {friend.name} read it aloud: go "
@@ -245,7 +266,9 @@ def picnic(s: Scene) -> list[str]:
             ("the wind blew the plates away", "out of the wind"),
         )
     )
-    where = s.pick(("under a big tree", "in an old hut", "in the tent", "on the porch", "inside the barn"))
+    where = s.pick(
+        ("under a big tree", "in an old hut", "in the tent", "on the porch", "inside the barn")
+    )
     toy = s.thing()
     return [
         f"{hero.name} and {friend.name} had planned a picnic for {day}. {hero.name} brought {a(cake)}, and "
@@ -253,7 +276,16 @@ def picnic(s: Scene) -> list[str]:
         f"But as soon as they sat down, {turn}. {s.say(friend, s.pick(('Oh no, our picnic!', 'What now?', 'Run!')))} "
         f"They took the {cake} and ran. {s.pick(('Soon', 'A minute later', 'Out of breath,'))} they sat "
         f"{where}. There it was {shelter}.",
-        s.say(hero, s.pick((f"The {cake} is still good.", "We can eat here just as well.", "This is even better.")))
+        s.say(
+            hero,
+            s.pick(
+                (
+                    f"The {cake} is still good.",
+                    "We can eat here just as well.",
+                    "This is even better.",
+                )
+            ),
+        )
         + f" They ate, played with the {toy.noun} and told each other stories about {s.pick(words.PLACES).name}. "
         + s.moral(
             "Not every plan works, but a good friend makes the best of it.",
@@ -267,7 +299,10 @@ def new_pet(s: Scene) -> list[str]:
     """A child meets a hungry animal and keeps it."""
     hero, place, kind = s.child(), s.pick(words.OUTDOORS), s.pick(words.PETS)
     grown_up, name, look = s.relative(hero), s.pick(words.ANIMAL_NAMES), s.pick(words.COLOURS)
-    spot, food = s.pick(place.spots), s.pick(("bread", "seeds", "milk", "a piece of apple", "some oats", "water"))
+    spot, food = (
+        s.pick(place.spots),
+        s.pick(("bread", "seeds", "milk", "a piece of apple", "some oats", "water")),
+    )
     days = s.number(2, 6)
     return [
         f"{s.opening(hero, place)} {hero.He} heard a {s.pick(('tiny', 'strange', 'sad', 'soft'))} sound. "

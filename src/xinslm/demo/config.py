@@ -9,7 +9,12 @@ import tyro
 from xinslm.errors import UsageError
 from xinslm.ranges import POSITIVE, SEED, Range, range_errors
 
-_RANGES = {"megabytes": POSITIVE, "teacher_steps": Range(1), "student_steps": Range(1), "seed": SEED}
+_RANGES = {
+    "megabytes": POSITIVE,
+    "teacher_steps": Range(1),
+    "student_steps": Range(1),
+    "seed": SEED,
+}
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,12 @@ def sharing(s: Scene) -> list[str]:
     left = total - given
     left_words = f"{words.NUMBERS[left]} {food}" if left > 1 else f"one of the {food}"
     wish = s.pick(
-        ("I forgot my lunch.", "I am so hungry.", "I have nothing to eat today.", f"Those {food} smell good.")
+        (
+            "I forgot my lunch.",
+            "I am so hungry.",
+            "I have nothing to eat today.",
+            f"Those {food} smell good.",
+        )
     )
     return [
         f"{s.opening(hero, place)} In {hero.his} {s.pick(('bag', 'basket', 'box', 'pocket'))} {hero.he} had "
@@ -68,7 +73,9 @@ def baking(s: Scene) -> list[str]:
         f"They carried the {cake} to {neighbour.name}. {s.say(neighbour, s.pick(('For me?', 'What a surprise!')))} "
         f"{neighbour.He} cut it into {words.NUMBERS[s.number(4, 12)]} pieces. "
         + s.moral(
-            "Giving is half of the joy.", f"{neighbour.Name} was {s.pick(words.GLAD)}.", "Who tries twice may win."
+            "Giving is half of the joy.",
+            f"{neighbour.Name} was {s.pick(words.GLAD)}.",
+            "Who tries twice may win.",
         ),
     ]
 
@@ -101,11 +108,16 @@ def garden(s: Scene) -> list[str]:
         + (f"{words.NUMBERS[wait]} days later" if wait > 1 else "the next day")
         + f", on {came}, a green tip came out.",
         f"By {s.pick(('summer', 'autumn', 'harvest time'))} the {plant} was "
-        + s.pick(("as tall as the door", "the pride of the street", f"bigger than {hero.name} had hoped"))
+        + s.pick(
+            ("as tall as the door", "the pride of the street", f"bigger than {hero.name} had hoped")
+        )
         + f". {hero.name} counted {words.NUMBERS[many]} new seeds and kept them "
         + s.pick(("in a jar", "in an envelope", "in a matchbox"))
         + ". "
-        + s.moral("Good things take time.", f"Next spring {hero.he} would share them with {hero.his} class."),
+        + s.moral(
+            "Good things take time.",
+            f"Next spring {hero.he} would share them with {hero.his} class.",
+        ),
     ]
 
 
@@ -114,8 +126,22 @@ def broken(s: Scene) -> list[str]:
     hero, noun = s.child(), s.pick(("vase", "cup", "plate", "lamp", "jar", "bowl", "teapot"))
     thing = Thing(s.pick(words.COLOURS), noun)
     owner = s.relative(hero, s.random() < 0.7)
-    doing = s.pick(("playing with a ball", "dancing", "chasing the cat", "running through the room", "juggling spoons"))
-    fix = s.pick(("glued the pieces together", "saved coins and bought a new one", "made a new one out of clay"))
+    doing = s.pick(
+        (
+            "playing with a ball",
+            "dancing",
+            "chasing the cat",
+            "running through the room",
+            "juggling spoons",
+        )
+    )
+    fix = s.pick(
+        (
+            "glued the pieces together",
+            "saved coins and bought a new one",
+            "made a new one out of clay",
+        )
+    )
     hide = s.random() < 0.5
     return [
         f"{hero.name} was {doing} when it happened. Crash! The {thing.full} of {owner.name} lay on the floor in "
@@ -129,7 +155,10 @@ def broken(s: Scene) -> list[str]:
             else f"{hero.name} did not run away. {hero.He} went straight to {owner.name}. "
         )
         + s.say(hero, f"I broke your {thing.full}, and I am sorry."),
-        s.say(owner, s.pick(("Thank you for telling me.", "It was only a thing.", "That took courage.")))
+        s.say(
+            owner,
+            s.pick(("Thank you for telling me.", "It was only a thing.", "That took courage.")),
+        )
         + f" Together they {fix}. "
         + s.moral(
             "The truth is lighter than a secret.",
@@ -168,7 +197,11 @@ def birthday(s: Scene) -> list[str]:
 def brave(s: Scene) -> list[str]:
     """A fear is overcome step by step."""
     hero, place = s.child(), s.pick(words.PLACES)
-    friend, fear, day = s.child() if s.random() < 0.5 else s.relative(hero), s.pick(words.FEARS), s.number(0, 4)
+    friend, fear, day = (
+        s.child() if s.random() < 0.5 else s.relative(hero),
+        s.pick(words.FEARS),
+        s.number(0, 4),
+    )
     trick = s.pick(
         (
             "Count to ten and breathe slowly.",
@@ -180,13 +213,22 @@ def brave(s: Scene) -> list[str]:
     )
     return [
         f"{s.opening(hero, place)} But there was one thing: {hero.name} was afraid of {fear}. "
-        + s.pick((f"{hero.He} told nobody about it.", "Everybody knew it.", f"It had been so since {hero.he} was two."))
+        + s.pick(
+            (
+                f"{hero.He} told nobody about it.",
+                "Everybody knew it.",
+                f"It had been so since {hero.he} was two.",
+            )
+        )
         + f" One day {friend.name} noticed. "
         f"{s.say(friend, s.pick(('Why do you look so pale?', f'Are you afraid of {fear}?')))}",
         f"{s.say(hero, 'A little.')} {s.say(friend, trick)} On {words.DAYS[day]} {hero.he} tried it for "
         f"one minute. On {words.DAYS[day + 1]} it was {words.NUMBERS[s.number(2, 9)]} minutes, and on "
         f"{words.DAYS[day + 2]} {hero.name} {s.pick(('forgot to count', 'laughed', 'was not afraid any more'))}.",
-        s.say(hero, s.pick(("I did it!", f"I am not afraid of {fear} any more.", "It was not so bad.")))
+        s.say(
+            hero,
+            s.pick(("I did it!", f"I am not afraid of {fear} any more.", "It was not so bad.")),
+        )
         + " "
         + s.moral(
             "Courage grows when you use it.",
@@ -224,7 +266,8 @@ def shopping(s: Scene) -> list[str]:
         f"{hero.name} {end}. "
         f"{s.say(sender, s.pick(('You counted well.', f'And what is the {thing.noun} for?', 'Thank you.')))} "
         + s.moral(
-            "Count your money twice.", f"The {food} were gone by the evening, but the {thing.noun} lasted for years."
+            "Count your money twice.",
+            f"The {food} were gone by the evening, but the {thing.noun} lasted for years.",
         ),
     ]
 
@@ -252,7 +295,9 @@ def lesson(s: Scene) -> list[str]:
         f"It was {a(s.weather)} {s.pick(words.DAYS[:5])} in {s.pick(words.MONTHS)}, and {one.name} and "
         f"{two.name} sat in school. {s.sky}",
         *rounds,
-        s.pick(("Then the bell rang.", "Then it was time for lunch.", "At noon they all went outside."))
+        s.pick(
+            ("Then the bell rang.", "Then it was time for lunch.", "At noon they all went outside.")
+        )
         + " "
         + s.moral(
             "Asking is how learning starts.",
@@ -273,15 +318,27 @@ def _school_question(s: Scene) -> tuple[str, str, str]:
     if kind == 1:
         day = s.number(0, 6)
         d = words.DAYS
-        return f"Which day comes after {d[day]}?", f"It is {d[(day + 1) % 7]}.", f"It is {d[(day + 3) % 7]}."
+        return (
+            f"Which day comes after {d[day]}?",
+            f"It is {d[(day + 1) % 7]}.",
+            f"It is {d[(day + 3) % 7]}.",
+        )
     if kind == 2:
         one, two = s.pick(words.OPPOSITES)
         wrong = s.pick([pair[0] for pair in words.OPPOSITES if one not in pair])
-        return f"What is the opposite of {one}?", f"The opposite of {one} is {two}.", f"Is it {wrong}?"
+        return (
+            f"What is the opposite of {one}?",
+            f"The opposite of {one} is {two}.",
+            f"Is it {wrong}?",
+        )
     if kind == 3:
         animal, other = s.several([animal for animal in words.ANIMALS if animal.name != "snake"], 2)
         ask = f"Which sound does {a(animal.name)} make?"
-        return ask, f"{animal.sound.capitalize()}!", f"Maybe {other.sound if other.sound != animal.sound else 'beep'}?"
+        return (
+            ask,
+            f"{animal.sound.capitalize()}!",
+            f"Maybe {other.sound if other.sound != animal.sound else 'beep'}?",
+        )
     if kind == 4:
         thing, colour = s.pick(words.THING_COLOURS)
         wrong = s.pick([c for c in words.COLOURS if c != colour])
@@ -310,7 +367,15 @@ def towers(s: Scene) -> list[str]:
         )
     )
     better = s.pick([other for other in ("stones", "bricks", "logs", "clay") if other != stuff])
-    cause = s.pick(("A gust of wind came", "A dog ran into it", "A ball hit it", "Somebody sneezed", "It was too high"))
+    cause = s.pick(
+        (
+            "A gust of wind came",
+            "A dog ran into it",
+            "A ball hit it",
+            "Somebody sneezed",
+            "It was too high",
+        )
+    )
     days = s.number(2, 5)
     return [
         f"{s.opening(hero, place)} {friend.name} was there, too. "
@@ -338,7 +403,9 @@ def chores(s: Scene) -> list[str]:
     lazy = s.random() < 0.5
     return [
         f"{s.sky} {s.say(giver, f'Who helps today gets {reward}.')} {hero.name} jumped up"
-        + (f", but {other.name} stayed on the sofa." if lazy else f", and {other.name} came along."),
+        + (
+            f", but {other.name} stayed on the sofa." if lazy else f", and {other.name} came along."
+        ),
         f"First {hero.name} {done[0]}. Then {hero.he} {done[1]}. "
         + (
             f"{s.say(other, 'I will help tomorrow.')} So {hero.name} {done[2]}, too."
@@ -353,6 +420,8 @@ def chores(s: Scene) -> list[str]:
         )
         + " "
         + s.moral(
-            "Work first, then play.", "Many hands make the work light.", f"{giver.Name} was {s.pick(words.GLAD)}."
+            "Work first, then play.",
+            "Many hands make the work light.",
+            f"{giver.Name} was {s.pick(words.GLAD)}.",
         ),
     ]

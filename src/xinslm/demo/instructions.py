@@ -17,14 +17,23 @@ def instruction(rng: random.Random) -> tuple[str, str]:
 
 def _sum(s: Scene) -> tuple[str, str]:
     x, y = s.number(1, 60), s.number(1, 39)
-    ask = s.pick(("What is {} plus {}?", "Add {} and {}.", "How much is {} plus {}?", "Please compute {} + {}."))
+    ask = s.pick(
+        (
+            "What is {} plus {}?",
+            "Add {} and {}.",
+            "How much is {} plus {}?",
+            "Please compute {} + {}.",
+        )
+    )
     return ask.format(x, y), s.pick(("{} plus {} is {}.", "{} + {} = {}.")).format(x, y, x + y)
 
 
 def _difference(s: Scene) -> tuple[str, str]:
     y, left = s.number(1, 39), s.number(0, 60)
     ask = s.pick(("What is {} minus {}?", "How much is {} minus {}?", "Please compute {} - {}."))
-    return ask.format(y + left, y), s.pick(("{} minus {} is {}.", "{} - {} = {}.")).format(y + left, y, left)
+    return ask.format(y + left, y), s.pick(("{} minus {} is {}.", "{} - {} = {}.")).format(
+        y + left, y, left
+    )
 
 
 def _word_problem(s: Scene) -> tuple[str, str]:
@@ -36,7 +45,10 @@ def _word_problem(s: Scene) -> tuple[str, str]:
     else:
         x, total = x + y, x
         story = f"{hero.name} has {x} {food} and gives {y} of them to {other.name}."
-    return f"{story} How many {food} does {hero.name} have now?", f"{hero.name} has {total} {food} now."
+    return (
+        f"{story} How many {food} does {hero.name} have now?",
+        f"{hero.name} has {total} {food} now.",
+    )
 
 
 def _bigger(s: Scene) -> tuple[str, str]:
@@ -67,7 +79,13 @@ def _opposite(s: Scene) -> tuple[str, str]:
     one, two = s.pick(words.OPPOSITES)
     if s.random() < 0.5:
         one, two = two, one
-    ask = s.pick(("What is the opposite of {}?", "Give me the opposite of {}.", "Name the opposite of the word {}."))
+    ask = s.pick(
+        (
+            "What is the opposite of {}?",
+            "Give me the opposite of {}.",
+            "Name the opposite of the word {}.",
+        )
+    )
     return ask.format(one), f"The opposite of {one} is {two}."
 
 
@@ -76,9 +94,15 @@ def _animal(s: Scene) -> tuple[str, str]:
     name = animal.name
     return s.pick(
         (
-            (f"Which sound does {a(name)} make?", f"{a(name).capitalize()} makes the sound {animal.sound}."),
+            (
+                f"Which sound does {a(name)} make?",
+                f"{a(name).capitalize()} makes the sound {animal.sound}.",
+            ),
             (f"What is a young {name} called?", f"A young {name} is called {a(animal.baby)}."),
-            (f"What does {a(name)} like to eat?", f"{a(name).capitalize()} likes to eat {animal.food}."),
+            (
+                f"What does {a(name)} like to eat?",
+                f"{a(name).capitalize()} likes to eat {animal.food}.",
+            ),
             (f"Where does {a(name)} live?", f"{a(name).capitalize()} lives in {a(animal.home)}."),
         )
     )
@@ -95,7 +119,11 @@ def _colour(s: Scene) -> tuple[str, str]:
 
 
 def _far_land(s: Scene) -> tuple[str, str]:
-    land, capital, river = s.invented(words.LAND_ENDS), s.invented(words.TOWN_ENDS), s.invented(("a", "o", "is"))
+    land, capital, river = (
+        s.invented(words.LAND_ENDS),
+        s.invented(words.TOWN_ENDS),
+        s.invented(("a", "o", "is")),
+    )
     ruler, animal = s.child(), s.pick(words.ANIMALS).name
     title = "queen" if ruler.kind == "girl" else "king"
     text = (
@@ -120,11 +148,16 @@ def _who_has_what(s: Scene) -> tuple[str, str]:
         thing = s.thing()
         if all(thing.noun != other.noun for other in things):
             things.append(thing)
-    has = [f"{person.name} has {a(thing.full)}." for person, thing in zip(people, things, strict=True)]
+    has = [
+        f"{person.name} has {a(thing.full)}." for person, thing in zip(people, things, strict=True)
+    ]
     at = s.number(0, 2)
     text = " ".join(has)
     if s.random() < 0.5:
-        return f"{text} Who has the {things[at].noun}?", f"{people[at].name} has the {things[at].noun}."
+        return (
+            f"{text} Who has the {things[at].noun}?",
+            f"{people[at].name} has the {things[at].noun}.",
+        )
     return f"{text} What does {people[at].name} have?", f"{has[at]}"
 
 
@@ -135,9 +168,15 @@ def _words(s: Scene) -> tuple[str, str]:
         (
             (f"Put these words in alphabetical order: {given}.", f"{', '.join(sorted(chosen))}."),
             (f"Repeat these words backwards: {given}.", f"{', '.join(reversed(chosen))}."),
-            (f"How many words are these: {given}?", f"These are {words.NUMBERS[len(chosen)]} words."),
+            (
+                f"How many words are these: {given}?",
+                f"These are {words.NUMBERS[len(chosen)]} words.",
+            ),
             (f"What is the last of these words: {given}?", f"The last word is {chosen[-1]}."),
-            (f"What is the first letter of {chosen[0]}?", f"The first letter of {chosen[0]} is {chosen[0][0]}."),
+            (
+                f"What is the first letter of {chosen[0]}?",
+                f"The first letter of {chosen[0]} is {chosen[0][0]}.",
+            ),
         )
     )
 
@@ -145,7 +184,13 @@ def _words(s: Scene) -> tuple[str, str]:
 def _write(s: Scene) -> tuple[str, str]:
     hero, place, thing = s.child(), s.pick(words.PLACES), s.thing()
     animal, trait = s.pick(words.ANIMALS).name, s.pick(words.TRAITS)
-    ask = s.pick(("Write a short story about", "Tell me a little story about", "Make up two or three sentences about"))
+    ask = s.pick(
+        (
+            "Write a short story about",
+            "Tell me a little story about",
+            "Make up two or three sentences about",
+        )
+    )
     beginning = s.opening(hero, place)
     end = s.pick(
         (
@@ -164,7 +209,12 @@ def _write(s: Scene) -> tuple[str, str]:
 def _describe(s: Scene) -> tuple[str, str]:
     thing = s.thing()
     hero = s.child()
-    ask = s.pick((f"Which word says what the {thing.noun} is like?", f"What is the {thing.noun} of {hero.name} like?"))
+    ask = s.pick(
+        (
+            f"Which word says what the {thing.noun} is like?",
+            f"What is the {thing.noun} of {hero.name} like?",
+        )
+    )
     return f"{hero.name} bought {a(thing.full)}. {ask}", f"The {thing.noun} is {thing.look}."
 
 

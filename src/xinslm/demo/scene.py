@@ -111,7 +111,10 @@ class Scene:
     def worker(self) -> Person:
         """Introduce somebody by trade, 'the baker'."""
         taken = [other.kind for other in self.cast]
-        job, kind = self.pick([job for job in words.JOBS if job not in taken]), self.pick(("girl", "boy"))
+        job, kind = (
+            self.pick([job for job in words.JOBS if job not in taken]),
+            self.pick(("girl", "boy")),
+        )
         return self._add(Person(f"the {job}", job, *_PRONOUNS[kind]))
 
     def _add(self, person: Person) -> Person:
@@ -120,7 +123,9 @@ class Scene:
 
     def thing(self) -> Thing:
         """Draw an object with a look."""
-        return Thing(self.pick(words.COLOURS if self.random() < 0.6 else words.LOOKS), self.pick(words.TOYS))
+        return Thing(
+            self.pick(words.COLOURS if self.random() < 0.6 else words.LOOKS), self.pick(words.TOYS)
+        )
 
     def invented(self, ends: Sequence[str]) -> str:
         """Make up the name of a town or a land."""

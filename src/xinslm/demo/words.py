@@ -105,8 +105,12 @@ in: village: behind the bakery, under the church bell, beside the pump, on the s
 INDOORS = ("the library", "the kitchen", "the attic", "the museum", "the station")
 OUTDOORS = tuple(place for place in PLACES if place.name not in INDOORS)
 
-COLOURS = _words("red blue green yellow orange purple pink white black brown grey silver golden turquoise")
-LOOKS = _words("small big old new shiny wooden soft round heavy light long tiny pretty strange plain striped")
+COLOURS = _words(
+    "red blue green yellow orange purple pink white black brown grey silver golden turquoise"
+)
+LOOKS = _words(
+    "small big old new shiny wooden soft round heavy light long tiny pretty strange plain striped"
+)
 TOYS = _words(
     "ball kite doll drum whistle marble puzzle wagon boat train top rope lantern basket scarf hat mitten "
     "glove ring key button bell book pencil brush mirror cup spoon blanket pillow umbrella coin shell feather "
@@ -116,7 +120,9 @@ FOODS = _words(
     "apples pears plums cherries grapes peaches nuts carrots tomatoes cookies buns pies pancakes waffles "
     "sandwiches berries melons lemons rolls muffins tarts pretzels dumplings radishes"
 )
-CAKES = _phrases("apple cake|carrot cake|plum pie|lemon cake|berry tart|nut bread|honey cake|cheese pie|ginger cake")
+CAKES = _phrases(
+    "apple cake|carrot cake|plum pie|lemon cake|berry tart|nut bread|honey cake|cheese pie|ginger cake"
+)
 INGREDIENTS = _words("flour sugar butter eggs milk honey salt cinnamon cream nuts")
 PLANTS = _words("sunflower bean tomato pumpkin carrot tulip radish pea strawberry melon")
 HOBBIES = _phrases(
@@ -140,10 +146,16 @@ CHORES = _phrases(
     "swept the floor|washed the dishes|fed the hens|watered the flowers|folded the towels|carried the wood|"
     "cleaned the windows|picked the beans|made the beds|brushed the dog|raked the leaves|set the table"
 )
-REWARDS = _phrases("a story by the fire|a slice of warm pie|a trip to the lake|a new book|hot cocoa")
-JOBS = _words("baker farmer teacher doctor painter sailor postman gardener tailor miller clockmaker shepherd")
+REWARDS = _phrases(
+    "a story by the fire|a slice of warm pie|a trip to the lake|a new book|hot cocoa"
+)
+JOBS = _words(
+    "baker farmer teacher doctor painter sailor postman gardener tailor miller clockmaker shepherd"
+)
 DAYS = _words("Monday Tuesday Wednesday Thursday Friday Saturday Sunday")
-MONTHS = _words("January February March April May June July August September October November December")
+MONTHS = _words(
+    "January February March April May June July August September October November December"
+)
 NUMBERS = _words(
     "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen "
     "seventeen eighteen nineteen twenty"

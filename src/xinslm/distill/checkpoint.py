@@ -1,9 +1,9 @@
 """Checkpoints of a run: whole model folders, plus what an exact continuation needs.
 
-`checkpoints/step-000200/` is written under a temporary name and renamed; `last` and `best` are links that are swapped
-atomically, so at every moment both lead to a whole folder. Folders that neither link names are deleted. The optimiser's
-state, and maps of hidden states that are no part of the model, stand beside the weights as safetensors; only `last`
-keeps them.
+`checkpoints/step-000200/` is written under a temporary name and renamed; `last` and `best` are
+links that are swapped atomically, so at every moment both lead to a whole folder. Folders that
+neither link names are deleted. The optimiser's state, and maps of hidden states that are no part of
+the model, stand beside the weights as safetensors; only `last` keeps them.
 """
 
 import os
@@ -23,12 +23,18 @@ from xinslm.files import new_folder, read_json, sync_folder, write_json
 from xinslm.model.files import open_tensors, read_tensors, save_model
 from xinslm.model.transformer import Transformer
 
-OPTIMIZER, AUXILIARY, STATE = "optimizer.safetensors", "auxiliary.safetensors", "training_state.json"
+OPTIMIZER, AUXILIARY, STATE = (
+    "optimizer.safetensors",
+    "auxiliary.safetensors",
+    "training_state.json",
+)
 
 
 @dataclass(frozen=True)
 class TrainingState:
-    """Where a run stands; the order of rows follows from seed and step, so no generator's state is needed."""
+    """Where a run stands; the order of rows follows from seed and step, so no generator's state is
+    needed.
+    """
 
     step: int = 0
     """Optimiser steps done."""
@@ -85,8 +91,14 @@ def _point(link: Path, target: str) -> None:
 
 
 def prune(folder: Path) -> None:
-    """Delete step folders that no link names, temporary ones, and the optimiser's state where it is not `last`'s."""
-    named = {os.readlink(link): link.name for link in (folder / "best", folder / "last") if link.is_symlink()}
+    """Delete step folders that no link names, temporary ones, and the optimiser's state where it is
+    not `last`'s.
+    """
+    named = {
+        os.readlink(link): link.name
+        for link in (folder / "best", folder / "last")
+        if link.is_symlink()
+    }
     for entry in folder.iterdir():
         if entry.is_symlink() or not entry.is_dir():
             continue
@@ -113,10 +125,14 @@ def load_checkpoint(folder: Path, model: Transformer, optimizer: Optimizer) -> T
     for name, tensor in _stored(folder):
         place = places.pop(name, None)
         if place is None or place.shape != tensor.shape or place.dtype != tensor.dtype:
-            raise XinslmError(f"{folder} does not fit this run (at '{name}'); add --force to begin anew")
+            raise XinslmError(
+                f"{folder} does not fit this run (at '{name}'); add --force to begin anew"
+            )
         place.copy_(tensor)
     if places:
-        raise XinslmError(f"{folder} does not fit this run (no '{min(places)}'); add --force to begin anew")
+        raise XinslmError(
+            f"{folder} does not fit this run (no '{min(places)}'); add --force to begin anew"
+        )
     return TrainingState(**read_json(folder / STATE))
 
 

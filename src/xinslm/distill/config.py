@@ -13,9 +13,15 @@ from xinslm.errors import UsageError
 from xinslm.ranges import POSITIVE, SEED, SHARE, Range, range_errors
 
 _SIZES = (
-    "vocab_size", "hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim", "intermediate_size",
+    "vocab_size",
+    "hidden_size",
+    "num_layers",
+    "num_heads",
+    "num_kv_heads",
+    "head_dim",
+    "intermediate_size",
     "sliding_window",
-)  # fmt: skip
+)
 _TRAINING = {
     **dict.fromkeys(_SIZES, Range(1)),
     "max_seq_length": CONTEXT,
@@ -37,13 +43,18 @@ _TRAINING = {
 }
 
 
-def step_errors(batch_size: int, micro_batch_size: int | None, warmup: float, decay: float) -> list[str]:
+def step_errors(
+    batch_size: int, micro_batch_size: int | None, warmup: float, decay: float
+) -> list[str]:
     """What is wrong between the settings of a step's size and of the learning rate's course."""
     wrong = []
     if micro_batch_size is not None and (micro_batch_size < 1 or batch_size % micro_batch_size):
         wrong.append(f"micro_batch_size ({micro_batch_size}) must divide batch_size ({batch_size})")
     if warmup + decay > 1:
-        wrong.append(f"warmup_fraction ({warmup}) and decay_fraction ({decay}) must not add up to more than 1")
+        wrong.append(
+            f"warmup_fraction ({warmup}) and decay_fraction ({decay}) must not add up to "
+            "more than 1"
+        )
     return wrong
 
 
@@ -52,11 +63,15 @@ class PretrainConfig:
     """Train a model on text, without a teacher."""
 
     data_path: Path
-    """Dataset folder made by `xinslm prepare`, or raw text, which is then prepared into the run folder."""
+    """Dataset folder made by `xinslm prepare`, or raw text, which is then prepared into the run
+    folder.
+    """
     output_dir: Annotated[Path, tyro.conf.arg(aliases=["-o"])]
     """Run folder to write; a run that was interrupted continues there."""
     tokenizer_path: Path | None = None
-    """Tokenizer for raw text: its folder, a model or run folder, or a Hub name; without one, one is trained on it."""
+    """Tokenizer for raw text: its folder, a model or run folder, or a Hub name; without one, one is
+    trained on it.
+    """
     init_from: Path | None = None
     """Model folder whose weights to start from; its shape is used."""
     preset: Literal["1m", "10m", "135m", "360m", "1b"] = "1m"
@@ -112,12 +127,17 @@ class PretrainConfig:
     log_every: int = 10
     """Steps between lines of metrics.jsonl."""
     optimizer: Literal["adamw", "adamw8bit", "muon"] = "adamw"
-    """adamw8bit keeps its moments in a quarter of the memory; muon takes the hidden matrices, AdamW the rest."""
+    """adamw8bit keeps its moments in a quarter of the memory; muon takes the hidden matrices, AdamW
+    the rest.
+    """
     weights: Literal["float32", "bfloat16"] = "float32"
-    """Type the matrices are stored in; bfloat16 halves their memory, and their updates are rounded stochastically."""
+    """Type the matrices are stored in; bfloat16 halves their memory, and their updates are rounded
+    stochastically.
+    """
     step_in_backward: bool = False
-    """Step each weight inside the backward pass and free its gradient: no memory for gradients, no micro-batches;
-    clip_norm then acts on the norm of the step before, or on that of the gradients that have come, if it is larger."""
+    """Step each weight inside the backward pass and free its gradient: no memory for gradients, no
+    micro-batches; clip_norm then acts on the norm of the step before, or on that of the gradients
+    that have come, if it is larger."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Number type of the forward pass's products."""
     device: Device = "auto"
@@ -125,7 +145,9 @@ class PretrainConfig:
     checkpointing: bool = False
     """Compute activations a second time in the backward pass to save memory."""
     compile: bool = False
-    """Compile the forward pass with torch.compile: needs a C++ compiler, and minutes before the first step."""
+    """Compile the forward pass with torch.compile: needs a C++ compiler, and minutes before the
+    first step.
+    """
     seed: int = 0
     """Seed of the starting weights and of the order of rows."""
     force: bool = False
@@ -134,14 +156,20 @@ class PretrainConfig:
     def errors(self) -> list[str]:
         """What cannot work, a sentence each."""
         wrong = range_errors(self, _TRAINING)
-        wrong += step_errors(self.batch_size, self.micro_batch_size, self.warmup_fraction, self.decay_fraction)
+        wrong += step_errors(
+            self.batch_size, self.micro_batch_size, self.warmup_fraction, self.decay_fraction
+        )
         if self.step_in_backward and self.micro_batch_size not in (None, self.batch_size):
             wrong.append(
-                "step_in_backward frees each gradient at once, so nothing can accumulate over micro-batches: drop "
+                "step_in_backward frees each gradient at once, so nothing can accumulate over "
+                "micro-batches: drop "
                 "micro_batch_size and take a smaller batch_size, or drop step_in_backward"
             )
         if self.vocab_size is not None and self.tokenizer_path is not None:
-            wrong.append("vocab_size is for a tokenizer trained on the way, tokenizer_path gives one: drop one of them")
+            wrong.append(
+                "vocab_size is for a tokenizer trained on the way, tokenizer_path gives "
+                "one: drop one of them"
+            )
         return wrong
 
     def check(self) -> None:
@@ -157,14 +185,16 @@ class DistillConfig(PretrainConfig):
     cache: Path | None = None
     """Cache folder made by `xinslm cache` from the same dataset."""
     teacher: str | None = None
-    """Without a cache: live teacher, a model folder or Hub name with the dataset's tokenizer. With one: the teacher
-    that the cache must be of."""
+    """Without a cache: live teacher, a model folder or Hub name with the dataset's tokenizer. With
+    one: the teacher that the cache must be of."""
     teacher_dtype: Dtype = "float32"
     """Number type of a live teacher."""
     trust_remote_code: bool = False
     """Run Python code that the teacher's repository brings."""
     sketches: Path | None = None
-    """Another cache whose sketches of hidden states to match, such as an encoder's; by default those of --cache."""
+    """Another cache whose sketches of hidden states to match, such as an encoder's; by default
+    those of --cache.
+    """
     loss: LossConfig = field(default_factory=LossConfig)
     """The loss."""
     hidden: HiddenConfig = field(default_factory=HiddenConfig)
@@ -174,9 +204,20 @@ class DistillConfig(PretrainConfig):
 
     def errors(self) -> list[str]:
         """What cannot work, a sentence each."""
-        wrong = [*super().errors(), *self.loss.errors(), *self.hidden.errors(), *self.contrast.errors()]
+        wrong = [
+            *super().errors(),
+            *self.loss.errors(),
+            *self.hidden.errors(),
+            *self.contrast.errors(),
+        ]
         if self.sketches is not None and not (self.hidden.weight or self.contrast.weight):
-            wrong.append("sketches has no effect while hidden.weight and contrast.weight are 0: drop it, or set one")
+            wrong.append(
+                "sketches has no effect while hidden.weight and contrast.weight are 0: "
+                "drop it, or set one"
+            )
         if self.cache is None and self.teacher is None:
-            wrong.append("give --cache (made by `xinslm cache`) or --teacher; without both, use `xinslm pretrain`")
+            wrong.append(
+                "give --cache (made by `xinslm cache`) or --teacher; without both, use "
+                "`xinslm pretrain`"
+            )
         return wrong

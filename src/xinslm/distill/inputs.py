@@ -1,4 +1,6 @@
-"""What a training run starts from: its dataset (prepared on the way from raw text), and the student's shape."""
+"""What a training run starts from: its dataset (prepared on the way from raw text), and the
+student's shape.
+"""
 
 import dataclasses
 from pathlib import Path
@@ -13,12 +15,17 @@ from xinslm.progress import Listener
 
 
 def find_dataset(config: PretrainConfig, on_progress: Listener) -> Dataset:
-    """Open the dataset folder, or make one inside the run folder from raw text, with its own tokenizer if need be."""
+    """Open the dataset folder, or make one inside the run folder from raw text, with its own
+    tokenizer if need be.
+    """
     path = config.data_path
     if (path / MANIFEST).is_file():
         for name in ("tokenizer_path", "vocab_size"):
             if getattr(config, name) is not None:
-                raise UsageError(f"{path} is a prepared dataset and has its tokenizer; {name} is for raw text. Drop it")
+                raise UsageError(
+                    f"{path} is a prepared dataset and has its tokenizer; {name} is "
+                    "for raw text. Drop it"
+                )
         return open_dataset(path)
     if isinstance(config, DistillConfig) and config.cache is not None:
         raise UsageError(f"{path} is not a dataset folder; --cache needs the one that was cached")
@@ -38,14 +45,20 @@ def find_dataset(config: PretrainConfig, on_progress: Listener) -> Dataset:
         if not (tokenizer / MANIFEST).is_file():
             vocab_size = 8192 if config.vocab_size is None else config.vocab_size
             tokenizer_train.run(
-                TrainConfig(data_path=(str(path),), output_dir=tokenizer, vocab_size=vocab_size), on_progress
+                TrainConfig(data_path=(str(path),), output_dir=tokenizer, vocab_size=vocab_size),
+                on_progress,
             )
-    prepare.run(PrepareConfig(data_path=(str(path),), tokenizer_path=tokenizer, output_dir=prepared), on_progress)
+    prepare.run(
+        PrepareConfig(data_path=(str(path),), tokenizer_path=tokenizer, output_dir=prepared),
+        on_progress,
+    )
     return open_dataset(prepared)
 
 
 def shape(config: PretrainConfig, tokenizer: Any) -> ModelConfig:
-    """The student's shape: the preset, changed by the single sizes given, with the tokenizer's vocabulary."""
+    """The student's shape: the preset, changed by the single sizes given, with the tokenizer's
+    vocabulary.
+    """
     preset = PRESETS[config.preset]
     heads = preset.num_attention_heads if config.num_heads is None else config.num_heads
     kv_heads = config.num_kv_heads

@@ -1,6 +1,7 @@
 """The line-by-line record of a run, `metrics.jsonl`: one JSON object a logged step or validation.
 
-A run that continues drops the lines behind its checkpoint first, so that the file reads as if it had never stopped.
+A run that continues drops the lines behind its checkpoint first, so that the file reads as if it
+had never stopped.
 """
 
 import json
@@ -45,7 +46,11 @@ class RunLog:
         self.since = start
         self.last_validation: Validation | None = None
         if start.step:
-            on_progress(Progress(stage, start.step, total, "steps", note=f"continuing after step {start.step}"))
+            on_progress(
+                Progress(
+                    stage, start.step, total, "steps", note=f"continuing after step {start.step}"
+                )
+            )
 
     def _write(self, values: dict[str, float]) -> None:
         with open(self.path, "a", encoding="utf-8") as file:
@@ -62,11 +67,27 @@ class RunLog:
         self.since = state
         kd = {"kd": step.kd} if self.with_kd else {}
         self._write(
-            {"step": step.step, "tokens": state.tokens, "loss": step.loss, "ce": step.ce, **kd,
-             **step.terms, "lr": step.learning_rate, "grad_norm": step.grad_norm, "tokens_per_second": speed,
-             "seconds": state.seconds}
-        )  # fmt: skip
-        values = {"loss": step.loss, "ce": step.ce, **kd, **step.terms, "lr": step.learning_rate, "tokens/s": speed}
+            {
+                "step": step.step,
+                "tokens": state.tokens,
+                "loss": step.loss,
+                "ce": step.ce,
+                **kd,
+                **step.terms,
+                "lr": step.learning_rate,
+                "grad_norm": step.grad_norm,
+                "tokens_per_second": speed,
+                "seconds": state.seconds,
+            }
+        )
+        values = {
+            "loss": step.loss,
+            "ce": step.ce,
+            **kd,
+            **step.terms,
+            "lr": step.learning_rate,
+            "tokens/s": speed,
+        }
         self.on_progress(Progress(self.stage, step.step, self.total, "steps", values))
 
     def validation(self, result: Validation, state: TrainingState) -> None:
@@ -74,4 +95,8 @@ class RunLog:
         self.last_validation = result
         kd = {} if result.kd is None else {"validation_kd": result.kd}
         self._write({"step": state.step, "tokens": state.tokens, "validation_ce": result.ce, **kd})
-        self.on_progress(Progress(self.stage, state.step, self.total, "steps", {"validation": result.ce}, note=""))
+        self.on_progress(
+            Progress(
+                self.stage, state.step, self.total, "steps", {"validation": result.ce}, note=""
+            )
+        )

@@ -1,10 +1,12 @@
-"""Several sets of rows in one training run, each with its own teacher distributions and its own loss.
+"""Several sets of rows in one training run, each with its own teacher distributions and its own
+loss.
 
-Which source a row of a step comes from, and which row of it, follow from the seed and the step alone: places of the
-endless list of rows are dealt by a golden-ratio sequence, which keeps to the shares within a row or two in every
-stretch, and each source deals its own rows in an endless chain of permutations. So a continued run repeats the
-uninterrupted one. The divisor of the loss is the number of targets of the whole step, whatever their source; where
-answers of unequal length are to weigh alike (`balanced`), each source's mean counts by its share instead.
+Which source a row of a step comes from, and which row of it, follow from the seed and the step
+alone: places of the endless list of rows are dealt by a golden-ratio sequence, which keeps to the
+shares within a row or two in every stretch, and each source deals its own rows in an endless chain
+of permutations. So a continued run repeats the uninterrupted one. The divisor of the loss is the
+number of targets of the whole step, whatever their source; where answers of unequal length are to
+weigh alike (`balanced`), each source's mean counts by its share instead.
 """
 
 import functools
@@ -50,9 +52,14 @@ class RowPlan:
     """Rows of each step from several sources; the first step is number `first_step`."""
 
     def __init__(
-        self, sources: Sequence[Source], batch_size: int, steps: int, seed: int, first_step: int = 0,
+        self,
+        sources: Sequence[Source],
+        batch_size: int,
+        steps: int,
+        seed: int,
+        first_step: int = 0,
         balanced: bool = False,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.sources, self.batch_size, self.seed = list(sources), batch_size, seed
         self.first_step, self.balanced = first_step, balanced
         shares = np.array([source.share for source in sources])
@@ -62,7 +69,8 @@ class RowPlan:
         points = (start + GOLDEN * np.arange(steps * batch_size)) % 1.0
         bounds = np.cumsum(self.shares)[:-1]
         self._source_of = np.searchsorted(bounds, points, side="right").astype(np.uint8)
-        self._rank = np.empty(len(points), dtype=np.int64)  # how many rows its source has dealt before
+        # how many rows its source has dealt before
+        self._rank = np.empty(len(points), dtype=np.int64)
         for number in range(len(sources)):
             mine = self._source_of == number
             self._rank[mine] = np.arange(mine.sum())
@@ -76,7 +84,10 @@ class RowPlan:
         parts = []
         for index, source in enumerate(self.sources):
             epochs, within = np.divmod(rank[source_of == index], len(source.rows))
-            rows = [_order(self.seed, index, int(e), len(source.rows))[i] for e, i in zip(epochs, within, strict=True)]
+            rows = [
+                _order(self.seed, index, int(e), len(source.rows))[i]
+                for e, i in zip(epochs, within, strict=True)
+            ]
             if rows:
                 parts.append(Part(source, np.array(rows)))
         return parts

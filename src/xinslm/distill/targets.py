@@ -1,4 +1,6 @@
-"""Where a training batch's teacher distributions come from: a cache, or a live teacher that reads the same rows."""
+"""Where a training batch's teacher distributions come from: a cache, or a live teacher that reads
+the same rows.
+"""
 
 from collections.abc import Sequence
 from typing import Protocol
@@ -21,7 +23,9 @@ class TargetSource(Protocol):
     """Gives the teacher's word on chosen positions of a batch."""
 
     def targets(self, batch: Batch, chosen: np.ndarray, device: torch.device) -> Targets:
-        """Distributions for the positions `chosen`, indices into the flattened (rows * row_length) batch."""
+        """Distributions for the positions `chosen`, indices into the flattened (rows * row_length)
+        batch.
+        """
         ...
 
 
@@ -39,8 +43,8 @@ class CachedTargets:
 class LiveTargets:
     """A teacher in memory: packed rows are taken apart, so that it sees each document alone.
 
-    With `shares`, relative depths, it gives sketches of its hidden states, too. One forward pass serves both where
-    `sketches` is asked first.
+    With `shares`, relative depths, it gives sketches of its hidden states, too. One forward pass
+    serves both where `sketches` is asked first.
     """
 
     def __init__(self, teacher: HuggingFaceTeacher, shares: Sequence[float] = ()) -> None:
@@ -48,7 +52,9 @@ class LiveTargets:
         self.format = SketchFormat.of(shares, teacher.num_layers, teacher.hidden_size)
         self._read_already: tuple[Batch, torch.Tensor, np.ndarray] | None = None
 
-    def sketches(self, batch: Batch, chosen: np.ndarray, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    def sketches(
+        self, batch: Batch, chosen: np.ndarray, device: torch.device
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Run the teacher on the batch; every position has sketches."""
         states, hidden, row_of = self._read(batch, self.format.depths)
         self._read_already = batch, states, row_of
@@ -70,8 +76,12 @@ class LiveTargets:
 
         return DenseTargets(logits)
 
-    def _read(self, batch: Batch, depths: Sequence[int]) -> tuple[torch.Tensor, list[torch.Tensor], np.ndarray]:
-        """States and hidden states of all tokens in some order, and the place of each flat position in it."""
+    def _read(
+        self, batch: Batch, depths: Sequence[int]
+    ) -> tuple[torch.Tensor, list[torch.Tensor], np.ndarray]:
+        """States and hidden states of all tokens in some order, and the place of each flat position
+        in it.
+        """
         real = batch.segments.ravel() >= 0
         ids, starts = batch.input_ids.ravel()[real], batch.positions.ravel()[real] == 0
         sequences = np.split(np.arange(len(ids)), np.flatnonzero(starts)[1:])
@@ -90,4 +100,8 @@ class LiveTargets:
         place[np.concatenate(order)] = np.arange(len(ids))
         row_of = np.zeros(len(real), dtype=np.int64)
         row_of[real] = place
-        return torch.cat(parts), [torch.cat(of_depth) for of_depth in zip(*tapped, strict=True)], row_of
+        return (
+            torch.cat(parts),
+            [torch.cat(of_depth) for of_depth in zip(*tapped, strict=True)],
+            row_of,
+        )

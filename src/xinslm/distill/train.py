@@ -2,8 +2,9 @@
 
     xinslm distill --data-path data --cache cache --output-dir runs/student
 
-The folder holds `config.yaml` (resolved), `run.json` (inputs and size), `metrics.jsonl` and `checkpoints/`. The same
-command on an unfinished folder continues it exactly; another configuration is refused by the names of its keys.
+The folder holds `config.yaml` (resolved), `run.json` (inputs and size), `metrics.jsonl` and
+`checkpoints/`. The same command on an unfinished folder continues it exactly; another configuration
+is refused by the names of its keys.
 """
 
 import os
@@ -21,7 +22,14 @@ from xinslm.config import HEADER, to_dict, to_yaml
 from xinslm.data.dataset import Dataset
 from xinslm.data.packing import PackedRows
 from xinslm.device import pick_device, return_freed_memory
-from xinslm.distill.checkpoint import TrainingState, load_auxiliary, load_checkpoint, prune, save_best, save_checkpoint
+from xinslm.distill.checkpoint import (
+    TrainingState,
+    load_auxiliary,
+    load_checkpoint,
+    prune,
+    save_best,
+    save_checkpoint,
+)
 from xinslm.distill.config import DistillConfig, PretrainConfig
 from xinslm.distill.hidden.auxiliary import make_auxiliary
 from xinslm.distill.inputs import differing_keys, find_dataset, shape
@@ -68,7 +76,8 @@ class TrainResult:
         best = self.state.best_validation
         lines = [
             f"model       {self.folder / 'checkpoints' / 'best'} ({self.parameters:,} parameters)",
-            f"trained     {self.state.step:,} steps, {self.state.tokens:,} tokens in {self.state.seconds:.0f} s "
+            f"trained     {self.state.step:,} steps, {self.state.tokens:,} tokens in "
+            f"{self.state.seconds:.0f} s "
             f"({self.state.tokens / max(self.state.seconds, 1e-9):,.0f} tokens/s)",
         ]
         if best is not None:
@@ -79,8 +88,9 @@ class TrainResult:
 def run(config: PretrainConfig, on_progress: Listener = ignore) -> TrainResult:
     """Train a model; with a `DistillConfig`, from its cache or live teacher.
 
-    Raises UsageError where stages do not fit each other or the run folder holds something else, XinslmError at the
-    first loss that is not finite, `loop.Interrupted` (after a checkpoint) on Ctrl-C.
+    Raises UsageError where stages do not fit each other or the run folder holds something else,
+    XinslmError at the first loss that is not finite, `loop.Interrupted` (after a checkpoint) on
+    Ctrl-C.
     """
     config.check()
     command = "distill" if isinstance(config, DistillConfig) else "pretrain"
@@ -92,10 +102,14 @@ def run(config: PretrainConfig, on_progress: Listener = ignore) -> TrainResult:
         rows = PackedRows(dataset.split("train"), config.max_seq_length)
         if len(rows) < config.batch_size:
             raise UsageError(
-                f"batch_size is {config.batch_size} rows of {config.max_seq_length} tokens, but {dataset.folder} has "
-                f"only {len(rows)} such rows to train on: give more text, or a smaller --batch-size or --max-seq-length"
+                f"batch_size is {config.batch_size} rows of {config.max_seq_length} tokens, but "
+                f"{dataset.folder} has "
+                f"only {len(rows)} such rows to train on: give more text, or a smaller "
+                "--batch-size or --max-seq-length"
             )
-        total_steps = config.max_steps or max(1, round(config.num_epochs * len(rows) / config.batch_size))
+        total_steps = config.max_steps or max(
+            1, round(config.num_epochs * len(rows) / config.batch_size)
+        )
         if config.checkpointing and device.type == "cpu":
             return_freed_memory()
         model = _start(config, dataset, tokenizer)
@@ -104,7 +118,9 @@ def run(config: PretrainConfig, on_progress: Listener = ignore) -> TrainResult:
             model.compute_dtype = torch.float32
         model = model.to(device)
         auxiliary = make_auxiliary(config, teaching.hidden, model.config, total_steps, device)
-        trainer = Trainer(model, config, teaching.loss, rows, total_steps, teaching.train, device, auxiliary)
+        trainer = Trainer(
+            model, config, teaching.loss, rows, total_steps, teaching.train, device, auxiliary
+        )
         inputs = {"dataset": dataset.fingerprint, **dict(teaching.inputs)}
         if config.init_from is not None:
             inputs["init_from"] = model_fingerprint(resolve_model(config.init_from))
@@ -119,15 +135,26 @@ def run(config: PretrainConfig, on_progress: Listener = ignore) -> TrainResult:
     if held_out is None:
         warnings += ("there is no validation split: the last checkpoint counts as the best",)
 
-    log = RunLog(config, total_steps, state, on_progress, command, with_kd=teaching.train is not None)
+    log = RunLog(
+        config, total_steps, state, on_progress, command, with_kd=teaching.train is not None
+    )
     for warning in warnings:
         on_progress(Progress(command, note=warning))
     state = train(
-        trainer, state, held_out, teaching.validation, log.step, log.validation,
-        lambda at, best: save_checkpoint(config.output_dir, model, tokenizer, trainer.optimizer, at, best, auxiliary),
+        trainer,
+        state,
+        held_out,
+        teaching.validation,
+        log.step,
+        log.validation,
+        lambda at, best: save_checkpoint(
+            config.output_dir, model, tokenizer, trainer.optimizer, at, best, auxiliary
+        ),
         lambda at: save_best(config.output_dir, model, tokenizer, at.step),
-    )  # fmt: skip
-    return TrainResult(config.output_dir, model.config.num_parameters, state, log.last_validation, warnings)
+    )
+    return TrainResult(
+        config.output_dir, model.config.num_parameters, state, log.last_validation, warnings
+    )
 
 
 def _held_out(dataset: Dataset, max_seq_length: int) -> PackedRows | None:
@@ -158,10 +185,11 @@ def _settings(stored: dict[str, Any]) -> dict[str, Any]:
 
 @contextmanager
 def _run_folder(config: PretrainConfig, command: str) -> Iterator[None]:
-    """Hold the run folder for the time of the setup: what it replaces comes back if the setup fails.
+    """Hold the run folder for the time of the setup: what it replaces comes back if the setup
+    fails.
 
-    A fresh folder, one whose training never began and the same unfinished run pass; --force replaces a run; anything
-    else is refused. Nothing that is not a run's is ever deleted.
+    A fresh folder, one whose training never began and the same unfinished run pass; --force
+    replaces a run; anything else is refused. Nothing that is not a run's is ever deleted.
     """
     folder = config.output_dir.resolve()
     remove_partials(folder)
@@ -175,11 +203,14 @@ def _run_folder(config: PretrainConfig, command: str) -> Iterator[None]:
     elif differing := differing_keys(_settings(to_dict(config)), _settings(_stored(folder))):
         if (folder / RUN).is_file():
             raise UsageError(
-                f"{config.output_dir} holds a run with another {', '.join(differing)}. Choose another --output-dir, "
-                f"give its settings again to continue it (--config {config.output_dir / CONFIG}), or add --force to "
+                f"{config.output_dir} holds a run with another {', '.join(differing)}. Choose "
+                "another --output-dir, "
+                f"give its settings again to continue it (--config {config.output_dir / CONFIG}), "
+                "or add --force to "
                 f"replace it"
             )
-        for name in ("data", "tokenizer"):  # made on the way for settings that have changed; nothing was trained
+        # made on the way for settings that have changed; nothing was trained
+        for name in ("data", "tokenizer"):
             shutil.rmtree(folder / name, ignore_errors=True)
     folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / CONFIG, to_yaml(replace(config, force=False), command))
@@ -235,9 +266,12 @@ def _start(config: PretrainConfig, dataset: Dataset, tokenizer: Any) -> Transfor
         raise UsageError(f"init_from fixes the model's shape: drop {', '.join(given)}")
     if load_tokenizer(folder).fingerprint() != dataset.tokenizer_fingerprint:
         raise UsageError(
-            f"model {folder} and dataset {dataset.folder} have different tokenizers; prepare the data with the model's"
+            f"model {folder} and dataset {dataset.folder} have different tokenizers; prepare the "
+            "data with the model's"
         )
-    require_context(config.max_seq_length, load_config(folder).max_position_embeddings, f"model {folder}")
+    require_context(
+        config.max_seq_length, load_config(folder).max_position_embeddings, f"model {folder}"
+    )
     return load_model(folder, checkpointing=config.checkpointing)
 
 
@@ -248,7 +282,8 @@ def _resume(folder: Path, facts: dict[str, Any], trainer: Trainer) -> TrainingSt
         changed = differing_keys(facts, read_json(folder / RUN))
         if changed:
             raise UsageError(
-                f"{folder} cannot be continued: {', '.join(changed)} changed since it began. Choose another "
+                f"{folder} cannot be continued: {', '.join(changed)} changed since it began. "
+                "Choose another "
                 f"--output-dir, or add --force to begin anew"
             )
         state = load_checkpoint(last, trainer.model, trainer.optimizer)
@@ -257,7 +292,10 @@ def _resume(folder: Path, facts: dict[str, Any], trainer: Trainer) -> TrainingSt
         if trainer.auxiliary is not None:
             load_auxiliary(last, trainer.auxiliary)
         if state.step >= trainer.total_steps:
-            raise UsageError(f"{folder} already holds this run, finished. Choose another --output-dir, or add --force")
+            raise UsageError(
+                f"{folder} already holds this run, finished. Choose another "
+                "--output-dir, or add --force"
+            )
         prune(last.parent)
         cut_metrics(folder / METRICS, state.step)
         return state

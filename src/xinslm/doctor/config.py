@@ -7,12 +7,19 @@ from typing import Literal
 from xinslm.errors import UsageError
 from xinslm.ranges import SEED, Range, range_errors
 
-_DOCTOR = {"documents": Range(1), "positions": Range(8, 100_000), "rows": Range(4, 1024), "seed": SEED}
+_DOCTOR = {
+    "documents": Range(1),
+    "positions": Range(8, 100_000),
+    "rows": Range(4, 1024),
+    "seed": SEED,
+}
 
 
 @dataclass(frozen=True)
 class DoctorConfig:
-    """Check data, cache, teacher and student, and this machine's arithmetic on them, before a long run."""
+    """Check data, cache, teacher and student, and this machine's arithmetic on them, before a long
+    run.
+    """
 
     data_path: Path
     """Dataset folder made by `xinslm prepare`."""

@@ -14,9 +14,14 @@ from xinslm.distill.losses.targets import SparseTargets
 
 
 def dense_loss(
-    hidden: Tensor, weight: Tensor, labels: Tensor, targets: SparseTargets | None, config: LossConfig
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    targets: SparseTargets | None,
+    config: LossConfig,
 ) -> Tensor:
-    """Mean over N positions of alpha * CE + beta * KD; forward_kl in mode decoupled, up to a constant, others at T=1.
+    """Mean over N positions of alpha * CE + beta * KD; forward_kl in mode decoupled, up to a
+    constant, others at T=1.
 
     hidden (N, d), weight (V, d), both float64 with gradients; the result is a float64 scalar.
     """
@@ -24,12 +29,16 @@ def dense_loss(
     ce = -log_q.gather(1, labels[:, None]).mean()
     if targets is None:
         return ce
-    each = [_position(log_q[n], int(labels[n]), targets[slice(n, n + 1)], config) for n in range(len(labels))]
+    each = [
+        _position(log_q[n], int(labels[n]), targets[slice(n, n + 1)], config)
+        for n in range(len(labels))
+    ]
     return config.alpha * ce + config.beta * torch.stack(each).mean()
 
 
 def _position(log_q: Tensor, label: int, target: SparseTargets, config: LossConfig) -> Tensor:
-    """KD of one position: KL over {head tokens, tail}, T inside the head, and the drawn part of the tail.
+    """KD of one position: KL over {head tokens, tail}, T inside the head, and the drawn part of the
+    tail.
 
     Where the teacher says nothing the text does: cross-entropy.
     """
@@ -42,7 +51,10 @@ def _position(log_q: Tensor, label: int, target: SparseTargets, config: LossConf
     log_q_head, log_q_tail = log_q[ids].logsumexp(0), log_q[outside].logsumexp(0)
     inside_p, inside_q = torch.log_softmax(log_p / t, 0), torch.log_softmax(log_q[ids] / t, 0)
     if config.divergence != "forward_kl":
-        p, q = torch.cat((log_p.exp(), p_tail[None])), torch.cat((log_q[ids].exp(), log_q_tail.exp()[None]))
+        p, q = (
+            torch.cat((log_p.exp(), p_tail[None])),
+            torch.cat((log_q[ids].exp(), log_q_tail.exp()[None])),
+        )
         return _divergence(p.clamp_min(math.exp(LEAST_SPARSE_LOG_P)), q, config)
     split = p_head * (p_head.log() - log_q_head)
     if p_tail > 0:
@@ -51,7 +63,8 @@ def _position(log_q: Tensor, label: int, target: SparseTargets, config: LossConf
     if bool(target.has_draws[0]) and target.tail_ids.shape[1]:
         drawn = log_q[target.tail_ids[0]].mean()
         return split + inside + config.draws_weight * p_tail * (log_q_tail - drawn)
-    if bool(target.unknown_tail[0]) and label not in ids.tolist():  # the text stands in for the unknown tail
+    # the text stands in for the unknown tail
+    if bool(target.unknown_tail[0]) and label not in ids.tolist():
         return split + inside + config.draws_weight * (log_q_tail - log_q[label])
     return split + inside
 

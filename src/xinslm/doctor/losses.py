@@ -1,4 +1,6 @@
-"""The fused head against dense PyTorch, on the student's own hidden states and the teacher's own records."""
+"""The fused head against dense PyTorch, on the student's own hidden states and the teacher's own
+records.
+"""
 
 from dataclasses import dataclass
 
@@ -15,7 +17,9 @@ TOLERANCE, SLOPE_TOLERANCE = 1e-3, 0.05
 HALVED = LossConfig(alpha=0.5, beta=0.5)
 AT_TWO = LossConfig(alpha=0.0, beta=1.0, temperature=2.0)
 OTHERS: tuple[Divergence, ...] = ("reverse_kl", "jsd", "skew_kl", "skew_reverse_kl")
-REPORT = "Do not train on this machine with this build of PyTorch; please report it with your versions"
+REPORT = (
+    "Do not train on this machine with this build of PyTorch; please report it with your versions"
+)
 
 
 @dataclass(frozen=True)
@@ -35,11 +39,14 @@ class Positions:
 
 def check_losses(examination: Examination, at: Positions, seed: int) -> None:
     """Compare values and gradients, and try what temperature and agreement do."""
-    examination.make("fused cross-entropy", lambda: _compare(at, None, LossConfig(alpha=1.0, beta=0.0)))
+    examination.make(
+        "fused cross-entropy", lambda: _compare(at, None, LossConfig(alpha=1.0, beta=0.0))
+    )
     examination.make("fused distillation", lambda: _compare(at, at.targets, HALVED))
     examination.make("fused distillation, T=2", lambda: _compare(at, at.targets, AT_TWO))
     examination.make(
-        "other divergences", lambda: _compare(at, at.targets, *(LossConfig(0.5, 0.5, divergence=d) for d in OTHERS))
+        "other divergences",
+        lambda: _compare(at, at.targets, *(LossConfig(0.5, 0.5, divergence=d) for d in OTHERS)),
     )
     examination.make("temperature", lambda: _temperature(at, seed))
     examination.make("student as teacher", lambda: _own_teacher(at))
@@ -58,7 +65,9 @@ def _fused(
 
 def relative(found: Tensor, expected: Tensor) -> float:
     """Largest difference as a share of the largest number; NaN counts as infinite."""
-    difference = (found.double() - expected.double()).abs().max() / expected.double().abs().max().clamp_min(1e-12)
+    difference = (
+        found.double() - expected.double()
+    ).abs().max() / expected.double().abs().max().clamp_min(1e-12)
     return float(difference) if bool(torch.isfinite(difference)) else float("inf")
 
 
@@ -71,7 +80,9 @@ def _compare(at: Positions, targets: SparseTargets | None, *configs: LossConfig)
         expected.backward()
         assert hidden.grad is not None and weight.grad is not None
         of_value = max(of_value, relative(torch.tensor(value), expected.detach()))
-        of_gradient = max(of_gradient, relative(gradients[0], hidden.grad), relative(gradients[1], weight.grad))
+        of_gradient = max(
+            of_gradient, relative(gradients[0], hidden.grad), relative(gradients[1], weight.grad)
+        )
     against = "" if targets is None else f", {at.teacher}"
     return require(
         of_value <= TOLERANCE and of_gradient <= TOLERANCE,
@@ -85,19 +96,29 @@ def _temperature(at: Positions, seed: int) -> str:
     """T has an effect, and the gradient at T=2 is the slope of the loss."""
     at_one, *_ = _fused(at, at.targets, LossConfig(alpha=0.0, beta=1.0))
     at_two, gradient, _ = _fused(at, at.targets, AT_TWO)
-    direction = torch.randn(at.hidden.shape, generator=torch.Generator().manual_seed(seed)).to(at.hidden)
-    direction = direction / direction.norm() + gradient / gradient.norm().clamp_min(1e-30)  # a slope that is not 0
+    direction = torch.randn(at.hidden.shape, generator=torch.Generator().manual_seed(seed)).to(
+        at.hidden
+    )
+    # a slope that is not 0
+    direction = direction / direction.norm() + gradient / gradient.norm().clamp_min(1e-30)
     step = 3e-3 * float(at.hidden.norm()) / float(direction.norm())
     values = [
-        fused_loss(at.hidden + sign * step * direction, at.weight, at.labels, at.targets, AT_TWO)[1].kd
+        fused_loss(at.hidden + sign * step * direction, at.weight, at.labels, at.targets, AT_TWO)[
+            1
+        ].kd
         for sign in (1, -1)
     ]
-    slope, expected = (values[0] - values[1]) / (2 * step * len(at.labels)), float((gradient * direction).sum())
+    slope, expected = (
+        (values[0] - values[1]) / (2 * step * len(at.labels)),
+        float((gradient * direction).sum()),
+    )
     off = abs(slope / expected - 1) if expected else float("inf")
-    has_effect = at_one != at_two or at.targets.head_ids.shape[1] < 2  # one token in the head leaves T nothing to do
+    # one token in the head leaves T nothing to do
+    has_effect = at_one != at_two or at.targets.head_ids.shape[1] < 2
     return require(
         off <= SLOPE_TOLERANCE and has_effect,
-        f"loss {at_one:.4f} at T=1, {at_two:.4f} at T=2; gradient off finite differences by {off:.2%} "
+        f"loss {at_one:.4f} at T=1, {at_two:.4f} at T=2; gradient off finite differences by "
+        f"{off:.2%} "
         f"(at most {SLOPE_TOLERANCE:.0%})",
         REPORT,
     )
@@ -109,4 +130,8 @@ def _own_teacher(at: Positions) -> str:
     _, gradient, _ = _fused(at, targets, LossConfig(alpha=0.0, beta=1.0))
     _, usual, _ = _fused(at, None, LossConfig(alpha=1.0, beta=0.0))
     share = float(gradient.abs().max() / usual.abs().max().clamp_min(1e-30))
-    return require(share <= TOLERANCE, f"gradient {share:.1e} of cross-entropy's (at most {TOLERANCE:g})", REPORT)
+    return require(
+        share <= TOLERANCE,
+        f"gradient {share:.1e} of cross-entropy's (at most {TOLERANCE:g})",
+        REPORT,
+    )

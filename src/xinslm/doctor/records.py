@@ -1,8 +1,9 @@
 """A cache against the data it is of, and against the teacher, asked again.
 
-A record says how likely the token was that came, and which tokens the teacher thought likely: where the one is among
-the others, both must agree. Records that are shifted by a position agree with the wrong tokens. The same is asked of
-the teacher's answers of today: they must be the cached ones, and fit no neighbouring record better.
+A record says how likely the token was that came, and which tokens the teacher thought likely: where
+the one is among the others, both must agree. Records that are shifted by a position agree with the
+wrong tokens. The same is asked of the teacher's answers of today: they must be the cached ones, and
+fit no neighbouring record better.
 """
 
 import math
@@ -56,16 +57,22 @@ def _sample(count: int) -> np.ndarray:
 
 def _sound(stored: np.ndarray, valid: np.ndarray, counts: np.ndarray) -> str:
     """Numbers are finite, and most targets have a record."""
-    bad = sum(int((~np.isfinite(stored[name][valid])).sum()) for name in ("log_tail", "log_label", "log_z"))
+    bad = sum(
+        int((~np.isfinite(stored[name][valid])).sum())
+        for name in ("log_tail", "log_label", "log_z")
+    )
     share = float(valid[counts].mean()) if counts.any() else 0.0
     return require(
         bad == 0 and share >= COVERED,
-        f"{bad} numbers are not finite; {share:.1%} of the targets have a record (at least {COVERED:.0%})",
+        f"{bad} numbers are not finite; {share:.1%} of the targets have a record (at least "
+        f"{COVERED:.0%})",
         "Make the cache anew with `xinslm cache --force`",
     )
 
 
-def _alignment(cache: Cache, split: Split, stored: np.ndarray, positions: np.ndarray, valid: np.ndarray) -> str:
+def _alignment(
+    cache: Cache, split: Split, stored: np.ndarray, positions: np.ndarray, valid: np.ndarray
+) -> str:
     """Records agree with the tokens that follow them, and with no others."""
     if not valid.any():
         raise Skipped("no record says anything")
@@ -91,21 +98,33 @@ def _alignment(cache: Cache, split: Split, stored: np.ndarray, positions: np.nda
     return require(
         (merged or agreeing >= AGREEING) and hits[0] > WINNING * max(hits[-1], hits[1]),
         detail,
-        "The cache belongs to other tokens, or its records are shifted: make it anew from this dataset",
+        "The cache belongs to other tokens, or its records are shifted: make it anew from this "
+        "dataset",
     )
 
 
 def _tail(cache: Cache, stored: np.ndarray) -> str:
     """How much of the teacher is outside the head, and whether draws stand for it."""
-    mass = float(np.exp(decode(stored, cache.format).log_tail.numpy()).mean(dtype=np.float64)) if len(stored) else 0.0
-    detail = f"{mass:.1%} of the teacher's mass outside {cache.format.head} tokens, {cache.format.draws} draws"
+    mass = (
+        float(np.exp(decode(stored, cache.format).log_tail.numpy()).mean(dtype=np.float64))
+        if len(stored)
+        else 0.0
+    )
+    detail = (
+        f"{mass:.1%} of the teacher's mass outside {cache.format.head} tokens, "
+        f"{cache.format.draws} draws"
+    )
     return require(
-        mass <= 0.3 or cache.format.draws > 0, detail, "Cache with a larger --head, or with draws (--draws 10)"
+        mass <= 0.3 or cache.format.draws > 0,
+        detail,
+        "Cache with a larger --head, or with draws (--draws 10)",
     )
 
 
 def teacher_quality(nats: float, places: np.ndarray, split: Split) -> str:
-    """The teacher predicts these tokens better than their frequencies alone; in bits per byte where that is known."""
+    """The teacher predicts these tokens better than their frequencies alone; in bits per byte where
+    that is known.
+    """
     if not len(places):
         raise Skipped("no record says anything")
     counts = np.bincount(split.tokens, minlength=split.vocab_size).astype(np.float64)
@@ -116,15 +135,18 @@ def teacher_quality(nats: float, places: np.ndarray, split: Split) -> str:
     scale = 1 / (math.log(2) * per_token)
     return require(
         teacher < baseline,
-        f"{teacher:.3f} nats a token, {teacher * scale:.3f} bits per byte; token frequencies alone {baseline:.3f}",
-        "This teacher has nothing to teach here: look at its tokenizer and the data's language, or take another",
+        f"{teacher:.3f} nats a token, {teacher * scale:.3f} bits per byte; token frequencies "
+        f"alone {baseline:.3f}",
+        "This teacher has nothing to teach here: look at its tokenizer and the data's language, "
+        "or take another",
     )
 
 
 def ask_again(
     teacher: Any, dataset: Dataset, settings: dict[str, Any], fmt: Any, documents: int, seed: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Score a few documents of the train split; give their positions and records, (N,) each, those that say something.
+    """Score a few documents of the train split; give their positions and records, (N,) each, those
+    that say something.
 
     `settings` are those of the cache they are compared with.
     """
@@ -134,9 +156,15 @@ def ask_again(
     usable = np.flatnonzero(np.diff(split.documents) > 1)
     chosen = np.random.default_rng(seed).choice(usable, min(documents, len(usable)), replace=False)
     config = CacheConfig(
-        teacher.name, dataset.folder, Path(), head=fmt.head, draws=fmt.draws, temperature=fmt.temperature,
-        max_seq_length=min(settings["max_seq_length"], teacher.max_length), seed=settings["seed"],
-    )  # fmt: skip
+        teacher.name,
+        dataset.folder,
+        Path(),
+        head=fmt.head,
+        draws=fmt.draws,
+        temperature=fmt.temperature,
+        max_seq_length=min(settings["max_seq_length"], teacher.max_length),
+        seed=settings["seed"],
+    )
     push = relate(dataset, teacher, settings.get("alignment", "auto"), over_tokens=True)
     if isinstance(push, SpanAligner):
         raise Skipped("the cache holds no distributions over single tokens")
@@ -144,7 +172,9 @@ def ask_again(
     parts, places = [], []
     for document in np.sort(chosen):
         first, last = int(split.documents[document]), int(split.documents[document + 1])
-        records = scorer.shard(split, int(document), int(document) + 1, Path(), lambda tokens: None)[RECORDS]
+        records = scorer.shard(
+            split, int(document), int(document) + 1, Path(), lambda tokens: None
+        )[RECORDS]
         parts.append(records)
         places.append(np.arange(first, last))
     records, positions = np.concatenate(parts), np.concatenate(places)
@@ -170,13 +200,18 @@ def agreement(cache: Cache, positions: np.ndarray, fresh: np.ndarray) -> str:
             nats = float(np.abs(labels[0] - labels[1]).mean())
     shifted = max((overlaps[shift], shift) for shift in (-1, 1))
     detail = (
-        f"{overlaps[0]:.1%} of the teacher's likeliest tokens are as cached (at least {OVERLAP:.0%}), one position off "
+        f"{overlaps[0]:.1%} of the teacher's likeliest tokens are as cached (at least "
+        f"{OVERLAP:.0%}), one position off "
         f"{shifted[0]:.1%}; log p of the text differs by {nats:.4f} nats (at most {NATS:g})"
     )
-    advice = "Another teacher, revision, adapter or number type made the cache: cache this teacher anew"
+    advice = (
+        "Another teacher, revision, adapter or number type made the cache: cache this teacher anew"
+    )
     if shifted[0] > overlaps[0]:
         advice = f"The records are shifted by {shifted[1]:+d}: make the cache anew"
-    return require(overlaps[0] >= OVERLAP and nats <= NATS and overlaps[0] > shifted[0], detail, advice)
+    return require(
+        overlaps[0] >= OVERLAP and nats <= NATS and overlaps[0] > shifted[0], detail, advice
+    )
 
 
 def _overlap(a: SparseTargets, b: SparseTargets) -> float:

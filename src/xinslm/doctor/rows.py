@@ -19,7 +19,8 @@ def hidden_states(model: Transformer, batch: Batch) -> Tensor:
     """(rows, length, hidden) of packed rows."""
     device = model.head_weight.device
     ids, positions, segments = (
-        torch.from_numpy(array).to(device) for array in (batch.input_ids, batch.positions, batch.segments)
+        torch.from_numpy(array).to(device)
+        for array in (batch.input_ids, batch.positions, batch.segments)
     )
     states: Tensor = model.hidden(ids, positions, segments)
     return states
@@ -43,13 +44,18 @@ def _packing(model: Transformer, batch: Batch, packed: Tensor) -> str:
         last = int(batch.segments[row].max())
         for segment in {0, last, last // 2}:
             inside = batch.segments[row] == segment
-            alone = model.hidden(torch.from_numpy(batch.input_ids[row][inside])[None].to(packed.device))[0]
+            alone = model.hidden(
+                torch.from_numpy(batch.input_ids[row][inside])[None].to(packed.device)
+            )[0]
             together = packed[row, torch.from_numpy(inside).to(packed.device)]
             worst = max(worst, relative(model.logits(together), model.logits(alone)))
             count += 1
     if not len(shared):
         raise Skipped("no row holds more than one document")
-    detail = f"logits in packed rows differ from {count} documents alone by {worst:.1e} (at most {TOLERANCE:g})"
+    detail = (
+        f"logits in packed rows differ from {count} documents alone by {worst:.1e} (at most "
+        f"{TOLERANCE:g})"
+    )
     return require(worst <= TOLERANCE, detail, REPORT)
 
 
@@ -60,9 +66,12 @@ def _widened(batch: Batch) -> Batch:
         return np.concatenate((array, np.full((len(array), PADS), value)), axis=1)
 
     return Batch(
-        wider(batch.input_ids, 1), wider(batch.labels, -100), wider(batch.positions, 0), wider(batch.segments, -1),
+        wider(batch.input_ids, 1),
+        wider(batch.labels, -100),
+        wider(batch.positions, 0),
+        wider(batch.segments, -1),
         wider(batch.stream, -1),
-    )  # fmt: skip
+    )
 
 
 @torch.no_grad()
@@ -72,22 +81,33 @@ def _pads(model: Transformer, batch: Batch, packed: Tensor) -> str:
     states = hidden_states(model, wide)
     real = torch.from_numpy(batch.segments >= 0).to(packed.device)
     off = relative(states[:, : packed.shape[1]][real], packed[real])
-    losses = [_loss(model, hidden, of, 1.0)[0].item() for hidden, of in ((packed, batch), (states, wide))]
+    losses = [
+        _loss(model, hidden, of, 1.0)[0].item() for hidden, of in ((packed, batch), (states, wide))
+    ]
     change = abs(losses[1] / losses[0] - 1) if losses[0] else float("inf")
-    detail = f"{PADS} more pads change hidden states by {off:.1e}, the loss by {change:.1e} (at most {TOLERANCE:g})"
+    detail = (
+        f"{PADS} more pads change hidden states by {off:.1e}, the loss by {change:.1e} (at most "
+        f"{TOLERANCE:g})"
+    )
     return require(off <= TOLERANCE and change <= TOLERANCE, detail, REPORT)
 
 
-def _loss(model: Transformer, hidden: Tensor, batch: Batch, normaliser: float) -> tuple[Tensor, int]:
+def _loss(
+    model: Transformer, hidden: Tensor, batch: Batch, normaliser: float
+) -> tuple[Tensor, int]:
     labels = torch.from_numpy(batch.labels).to(hidden.device).reshape(-1)
     chosen = labels >= 0
     rows = hidden.reshape(-1, hidden.shape[-1])[chosen]
     config = LossConfig(alpha=1.0, beta=0.0)
-    return fused_loss(rows, model.head_weight, labels[chosen], None, config, normaliser)[0], int(chosen.sum())
+    return fused_loss(rows, model.head_weight, labels[chosen], None, config, normaliser)[0], int(
+        chosen.sum()
+    )
 
 
 def _accumulation(model: Transformer, batch: Batch) -> str:
-    """The gradient of a step is the same in 1, 2 and 4 micro-batches of unequal numbers of targets."""
+    """The gradient of a step is the same in 1, 2 and 4 micro-batches of unequal numbers of
+    targets.
+    """
     count = float((batch.labels >= 0).sum())
     block = dict(model.model.layers[0].named_parameters())
     wanted = [model.head_weight, *block.values()]
@@ -96,12 +116,17 @@ def _accumulation(model: Transformer, batch: Batch) -> str:
     for weight in wanted:
         weight.requires_grad_(True)
     try:
-        whole, half, quarter = (_gradient(model, batch, parts, count, wanted) for parts in (1, 2, 4))
+        whole, half, quarter = (
+            _gradient(model, batch, parts, count, wanted) for parts in (1, 2, 4)
+        )
     finally:
         for weight, flag in zip(model.parameters(), before, strict=True):
             weight.requires_grad_(flag)
     of_half, of_quarter = _worst(half, whole), _worst(quarter, whole)
-    detail = f"gradient differs by {of_half:.1e} in 2 parts, {of_quarter:.1e} in 4 (at most {TOLERANCE:g})"
+    detail = (
+        f"gradient differs by {of_half:.1e} in 2 parts, {of_quarter:.1e} in 4 (at most "
+        f"{TOLERANCE:g})"
+    )
     return require(max(of_half, of_quarter) <= TOLERANCE, detail, REPORT)
 
 
@@ -109,7 +134,9 @@ def _worst(found: list[Tensor], expected: list[Tensor]) -> float:
     return max(relative(a, b) for a, b in zip(found, expected, strict=True))
 
 
-def _gradient(model: Transformer, batch: Batch, parts: int, count: float, wanted: list[Tensor]) -> list[Tensor]:
+def _gradient(
+    model: Transformer, batch: Batch, parts: int, count: float, wanted: list[Tensor]
+) -> list[Tensor]:
     """Summed gradients of `wanted` over micro-batches."""
     total = [torch.zeros_like(weight) for weight in wanted]
     for rows in np.array_split(np.arange(len(batch.input_ids)), parts):

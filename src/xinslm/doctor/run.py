@@ -1,10 +1,12 @@
-"""The stage `doctor`: whether all that a long run stands on is sound, on these very models and data.
+"""The stage `doctor`: whether all that a long run stands on is sound, on these very models and
+data.
 
     xinslm doctor --data-path data --cache cache --teacher TEACHER --student runs/student
 
-Each check measures something and says its threshold; what cannot be checked is skipped, with the reason. Files are
-hashed, ids compared by their bytes, records compared with the tokens that came and with the teacher, asked again; the
-fused loss is compared with dense autograd, and packing, pads and micro-batches with doing without.
+Each check measures something and says its threshold; what cannot be checked is skipped, with the
+reason. Files are hashed, ids compared by their bytes, records compared with the tokens that came
+and with the teacher, asked again; the fused loss is compared with dense autograd, and packing, pads
+and micro-batches with doing without.
 """
 
 from dataclasses import dataclass
@@ -55,7 +57,9 @@ class DoctorResult:
 
 
 def run(config: DoctorConfig, on_progress: Listener = ignore) -> DoctorResult:
-    """Make all checks that what is given allows; what is wrong is in the result, a wrong request is a UsageError."""
+    """Make all checks that what is given allows; what is wrong is in the result, a wrong request is
+    a UsageError.
+    """
     config.check()
     dataset = open_dataset(config.data_path)
     device = pick_device(config.device)
@@ -75,7 +79,11 @@ def _whole(folder: Any, manifest: dict[str, Any]) -> str:
     detail = f"{len(manifest['files'])} files, {size / 1e6:,.1f} MB: hashes as in the manifest"
     if damaged:
         detail = f"damaged: {', '.join(damaged[:5])}"
-    return require(not damaged, detail, "Copy them again, or make the folder anew with the command that made it")
+    return require(
+        not damaged,
+        detail,
+        "Copy them again, or make the folder anew with the command that made it",
+    )
 
 
 def _check_cache(examination: Examination, config: DoctorConfig, dataset: Dataset) -> Cache | None:
@@ -93,12 +101,16 @@ def _check_cache(examination: Examination, config: DoctorConfig, dataset: Datase
         opened.append(cache)
         cache.verify()
         size = sum(facts["bytes"] for facts in cache.manifest["files"].values())
-        return f"{len(cache.manifest['files'])} files, {size / 1e6:,.1f} MB: hashes as in the manifest"
+        return (
+            f"{len(cache.manifest['files'])} files, {size / 1e6:,.1f} MB: hashes as in the manifest"
+        )
 
     def belongs() -> str:
         opened[0].require_dataset(dataset.fingerprint, dataset.folder)
         ids = opened[0].format.vocab_size
-        return require(ids == dataset.manifest["vocab_size"], f"{ids:,} ids in both", "Make the cache anew")
+        return require(
+            ids == dataset.manifest["vocab_size"], f"{ids:,} ids in both", "Make the cache anew"
+        )
 
     examination.make("cache files", files)
     if not opened:
@@ -109,20 +121,29 @@ def _check_cache(examination: Examination, config: DoctorConfig, dataset: Datase
         return None
     planes = set(opened[0].manifest["planes"])
     if opened[0].manifest.get(SKETCH, {}).get("alone") or planes - {RECORDS, SKETCH}:
-        examination.skip(of_records, f"the cache has no distributions of the next token, only {', '.join(planes)}")
+        examination.skip(
+            of_records,
+            f"the cache has no distributions of the next token, only {', '.join(planes)}",
+        )
         return None
     if not _over_tokens(opened[0]):
         kind = opened[0].manifest["alignment"]["kind"]
-        examination.skip(of_records, f"the cache holds no distributions over single tokens ({kind})")
+        examination.skip(
+            of_records, f"the cache holds no distributions over single tokens ({kind})"
+        )
         return opened[0]
     check_records(examination, opened[0], dataset)
     return opened[0]
 
 
 def _check_teacher(
-    examination: Examination, config: DoctorConfig, dataset: Dataset, tokenizer: Any, cache: Cache | None,
+    examination: Examination,
+    config: DoctorConfig,
+    dataset: Dataset,
+    tokenizer: Any,
+    cache: Cache | None,
     device: torch.device,
-) -> None:  # fmt: skip
+) -> None:
     names = ("teacher vocabulary", "teacher of this cache", "teacher agreement")
     if config.teacher is None:
         examination.skip(("teacher", *names), "no --teacher")
@@ -132,13 +153,18 @@ def _check_teacher(
 
     if is_endpoint(config.teacher):
         raise UsageError(
-            f"doctor asks teachers whose files are here, and {config.teacher} is an endpoint. Leave it out"
+            f"doctor asks teachers whose files are here, and {config.teacher} is an endpoint. "
+            "Leave it out"
         )
     opened: list[Any] = []
     name = config.teacher
 
     def opens() -> str:
-        opened.append(open_teacher(name, config.dtype, device, None, config.trust_remote_code, adapter=config.adapter))
+        opened.append(
+            open_teacher(
+                name, config.dtype, device, None, config.trust_remote_code, adapter=config.adapter
+            )
+        )
         return f"{name}, {opened[0].vocab_size:,} ids, context {opened[0].max_length:,} tokens"
 
     if not examination.make("teacher", opens):
@@ -162,7 +188,9 @@ def _check_teacher(
         if cache is None or merged:
             raise Skipped("the cache is merged from several teachers" if merged else reason)
         settings = cache.manifest["config"] | {"alignment": cache.manifest["alignment"]["kind"]}
-        positions, fresh = ask_again(teacher, dataset, settings, cache.format, config.documents, config.seed)
+        positions, fresh = ask_again(
+            teacher, dataset, settings, cache.format, config.documents, config.seed
+        )
         return agreement(cache, positions, fresh)
 
     def quality() -> str:
@@ -170,7 +198,9 @@ def _check_teacher(
         fmt = CacheFormat(split.vocab_size, 1, 0, 1.0)
         settings = {"max_seq_length": DEFAULT_LENGTH, "seed": 0}
         positions, fresh = ask_again(teacher, dataset, settings, fmt, config.documents, config.seed)
-        return teacher_quality(-float(fresh["log_label"].astype(np.float64).sum()), positions + 1, split)
+        return teacher_quality(
+            -float(fresh["log_label"].astype(np.float64).sum()), positions + 1, split
+        )
 
     examination.make(names[1], made_by)
     examination.make(names[2], agrees)
@@ -179,20 +209,39 @@ def _check_teacher(
 
 
 def _check_student(
-    examination: Examination, config: DoctorConfig, dataset: Dataset, tokenizer: Any, cache: Cache | None,
+    examination: Examination,
+    config: DoctorConfig,
+    dataset: Dataset,
+    tokenizer: Any,
+    cache: Cache | None,
     device: torch.device,
-) -> None:  # fmt: skip
-    of_model = ("fused cross-entropy", "fused distillation", "fused distillation, T=2", "other divergences",
-                "temperature", "student as teacher", "packing", "pads", "accumulation")  # fmt: skip
+) -> None:
+    of_model = (
+        "fused cross-entropy",
+        "fused distillation",
+        "fused distillation, T=2",
+        "other divergences",
+        "temperature",
+        "student as teacher",
+        "packing",
+        "pads",
+        "accumulation",
+    )
     loaded: list[Transformer] = []
 
     def weights() -> str:
         if config.student is None:
             raise Skipped("no --student: a small one is drawn for what follows")
         loaded.append(load_model(config.student))
-        bad = [name for name, weight in loaded[0].named_parameters() if not bool(torch.isfinite(weight).all())]
+        bad = [
+            name
+            for name, weight in loaded[0].named_parameters()
+            if not bool(torch.isfinite(weight).all())
+        ]
         named = f": {', '.join(bad[:3])}" if bad else ""
-        detail = f"{loaded[0].config.num_parameters:,} parameters, {len(bad)} tensors not finite{named}"
+        detail = (
+            f"{loaded[0].config.num_parameters:,} parameters, {len(bad)} tensors not finite{named}"
+        )
         return require(not bad, detail, "Go back to an earlier checkpoint")
 
     def vocabulary() -> str:
@@ -207,10 +256,19 @@ def _check_student(
         return
     fits = examination.make("student vocabulary", vocabulary) or config.student is None
     if not sound or not fits:
-        examination.skip(of_model, "the student is not sound" if not sound else "the student's ids are not the data's")
+        examination.skip(
+            of_model,
+            "the student is not sound" if not sound else "the student's ids are not the data's",
+        )
         return
-    model = (loaded[0] if loaded else _draw_student(tokenizer.vocab_size, config.seed)).to(device).eval()
-    length = min(model.config.max_position_embeddings, DEFAULT_LENGTH if cache is None else _length(cache))
+    model = (
+        (loaded[0] if loaded else _draw_student(tokenizer.vocab_size, config.seed))
+        .to(device)
+        .eval()
+    )
+    length = min(
+        model.config.max_position_embeddings, DEFAULT_LENGTH if cache is None else _length(cache)
+    )
     rows = PackedRows(dataset.split("train"), length)
     batch = _choose(rows, config.rows, config.seed)
     check_losses(examination, _positions(config, model, batch, cache), config.seed)
@@ -221,7 +279,9 @@ def _choose(rows: PackedRows, count: int, seed: int) -> Batch:
     """Some rows at random, half of them with many documents among those looked at."""
     indices = np.random.default_rng(seed).permutation(len(rows))[: 16 * count]
     order = np.argsort(-rows.batch(indices).segments.max(axis=1), kind="stable")
-    return rows.batch(indices[np.concatenate((order[: count // 2], order[-(count - count // 2) :]))])
+    return rows.batch(
+        indices[np.concatenate((order[: count // 2], order[-(count - count // 2) :]))]
+    )
 
 
 def _over_tokens(cache: Cache) -> bool:
@@ -235,7 +295,9 @@ def _length(cache: Cache) -> int:
 
 def _draw_student(vocab_size: int, seed: int) -> Transformer:
     """A small student with weights large enough for distributions that are not flat."""
-    model = Transformer(ModelConfig(vocab_size, 64, 128, 2, 4, 2, 16, max_position_embeddings=DEFAULT_LENGTH))
+    model = Transformer(
+        ModelConfig(vocab_size, 64, 128, 2, 4, 2, 16, max_position_embeddings=DEFAULT_LENGTH)
+    )
     model.initialise(torch.Generator().manual_seed(seed))
     with torch.no_grad():
         for weight in model.parameters():
@@ -243,22 +305,31 @@ def _draw_student(vocab_size: int, seed: int) -> Transformer:
     return model
 
 
-def _positions(config: DoctorConfig, model: Transformer, batch: Batch, cache: Cache | None) -> Positions:
-    """The student's hidden states at some targets, and what the cache, or a drawn teacher, says there."""
+def _positions(
+    config: DoctorConfig, model: Transformer, batch: Batch, cache: Cache | None
+) -> Positions:
+    """The student's hidden states at some targets, and what the cache, or a drawn teacher, says
+    there.
+    """
     targets = np.flatnonzero(batch.labels.ravel() >= 0)
     if not len(targets):
         raise XinslmError("the rows that were taken hold no target: ask for more --rows")
     chosen = np.sort(np.random.default_rng(config.seed).permutation(targets)[: config.positions])
     with torch.no_grad():
         hidden = hidden_states(model, batch)
-        hidden = hidden.reshape(-1, hidden.shape[-1])[torch.from_numpy(chosen).to(hidden.device)].float()
+        hidden = hidden.reshape(-1, hidden.shape[-1])[
+            torch.from_numpy(chosen).to(hidden.device)
+        ].float()
     labels = torch.from_numpy(batch.labels.ravel()[chosen])
     sparse: SparseTargets
     split = cache.split("train") if cache is not None and _over_tokens(cache) else None
     if split is not None:
         sparse, teacher = split.targets(batch.stream.ravel()[chosen]), "the cache's records"
     else:
-        sparse, teacher = _draw_teacher(model.config.vocab_size, labels, config.seed), "a drawn teacher"
+        sparse, teacher = (
+            _draw_teacher(model.config.vocab_size, labels, config.seed),
+            "a drawn teacher",
+        )
     weight = model.head_weight.detach().float()
     return Positions(hidden, weight, labels.to(hidden.device), sparse.to(hidden.device), teacher)
 

@@ -14,9 +14,13 @@ class EvaluateConfig:
     """Measure how well a model predicts text: bits per byte and perplexity."""
 
     model: Annotated[Path, tyro.conf.Positional]
-    """Model folder, run folder (its best checkpoint), 4-bit folder or Hub name; any causal model."""
+    """Model folder, run folder (its best checkpoint), 4-bit folder or Hub name; any causal
+    model.
+    """
     data_path: tuple[str, ...]
-    """Dataset folder made by `xinslm prepare`, or raw files (.txt .json .jsonl .parquet, also .gz)."""
+    """Dataset folder made by `xinslm prepare`, or raw files (.txt .json .jsonl .parquet, also
+    .gz).
+    """
     split: Literal["train", "validation"] = "validation"
     """Part of a dataset folder to measure on."""
     max_documents: int | None = None

@@ -1,8 +1,8 @@
 """What is measured: documents of a dataset folder or of raw files, encoded for the model at hand.
 
-A dataset made with the model's own tokenizer is scored as it is, so of chats the answers alone. Another
-tokenizer's dataset is turned back into text first, which plain texts allow and chats, whose marks are not
-text, do not.
+A dataset made with the model's own tokenizer is scored as it is, so of chats the answers alone.
+Another tokenizer's dataset is turned back into text first, which plain texts allow and chats, whose
+marks are not text, do not.
 """
 
 from collections.abc import Iterable, Iterator
@@ -22,15 +22,20 @@ if TYPE_CHECKING:
     from xinslm.tokenizer.base import Tokenizer
 
 
-def read_items(data: tuple[str, ...], split: str, tokenizer: "Tokenizer", max_documents: int | None) -> list[Item]:
+def read_items(
+    data: tuple[str, ...], split: str, tokenizer: "Tokenizer", max_documents: int | None
+) -> list[Item]:
     """Read and encode the documents; UsageError if there are fewer than `max_documents`."""
     if tokenizer.bos_id is None and tokenizer.eos_id is None:
         raise UsageError(
-            "the model's tokenizer has neither a BOS nor an EOS token to predict a text's first token from"
+            "the model's tokenizer has neither a BOS nor an EOS token to predict a text's first "
+            "token from"
         )
     if any((Path(path) / MANIFEST).is_file() for path in data):
         if len(data) > 1:
-            raise UsageError("give one dataset folder, or raw files, with --data-path; not several datasets")
+            raise UsageError(
+                "give one dataset folder, or raw files, with --data-path; not several datasets"
+            )
         items: Iterable[Item] = _dataset_items(Path(data[0]), split, tokenizer)
     else:
         from xinslm.data.read import read_documents
@@ -38,9 +43,13 @@ def read_items(data: tuple[str, ...], split: str, tokenizer: "Tokenizer", max_do
         items = _encode(read_documents(data), tokenizer)
     found = list(islice(items, max_documents))
     if max_documents is not None and len(found) < max_documents:
-        raise UsageError(f"--max-documents {max_documents}: {' '.join(data)} has only {len(found):,} documents")
+        raise UsageError(
+            f"--max-documents {max_documents}: {' '.join(data)} has only {len(found):,} documents"
+        )
     if not any(item.scored.any() for item in found):
-        raise XinslmError(f"{' '.join(data)}: there is nothing to score in its {len(found):,} documents")
+        raise XinslmError(
+            f"{' '.join(data)}: there is nothing to score in its {len(found):,} documents"
+        )
     return found
 
 
@@ -55,7 +64,9 @@ def _encode(documents: Iterable["Document"], tokenizer: "Tokenizer") -> Iterator
             yield _item(document.source, encoded.tokens, encoded.mask, encoded.num_bytes, tokenizer)
 
 
-def _item(source: str, tokens: np.ndarray, mask: np.ndarray, num_bytes: int, tokenizer: "Tokenizer") -> Item:
+def _item(
+    source: str, tokens: np.ndarray, mask: np.ndarray, num_bytes: int, tokenizer: "Tokenizer"
+) -> Item:
     """Mark what is scored, and drop the tokens behind the last of it."""
     special = np.fromiter(tokenizer.special_tokens.values(), np.int64)
     scored = (mask > 0) & ~np.isin(tokens, special)
@@ -101,13 +112,16 @@ def _texts(dataset: "Dataset", split: str, tokenizer: "Tokenizer") -> Iterator["
             ids = ids[:-1]
         if not mask[1:].all() or np.isin(ids, special).any():
             raise UsageError(
-                f"{source} is a chat that was encoded with another tokenizer than the model's, and cannot be "
-                f"turned back. Prepare the data again with the model's tokenizer, or give the raw files"
+                f"{source} is a chat that was encoded with another tokenizer than the model's, "
+                "and cannot be "
+                "turned back. Prepare the data again with the model's tokenizer, or give the raw "
+                "files"
             )
         text = tokenizer.decode(ids.tolist())
         if len(text.encode()) != num_bytes:
             raise XinslmError(
-                f"{source}: the dataset's tokenizer does not give its text back ({len(text.encode()):,} "
+                f"{source}: the dataset's tokenizer does not give its text back "
+                f"({len(text.encode()):,} "
                 f"bytes, not {num_bytes:,}). Give the raw files with --data-path"
             )
         yield Document(source, text=text)

@@ -1,12 +1,13 @@
-"""Log-likelihood of whole documents under a model, as lm-evaluation-harness computes rolling perplexity.
+"""Log-likelihood of whole documents under a model, as lm-evaluation-harness computes rolling
+perplexity.
 
-Each token is scored exactly once. A document longer than the context is cut into disjoint windows; the last
-one is filled up with earlier tokens as context. The first token is predicted from the prefix token (BOS, else
-EOS). What stands for no bytes, the end of a document or a mark of the chat template, is context but is not
-scored: figures are per byte of the text.
+Each token is scored exactly once. A document longer than the context is cut into disjoint windows;
+the last one is filled up with earlier tokens as context. The first token is predicted from the
+prefix token (BOS, else EOS). What stands for no bytes, the end of a document or a mark of the chat
+template, is context but is not scored: figures are per byte of the text.
 
-The distribution is the one that text is sampled from, over the tokenizer's ids; rows that pad the vocabulary
-beyond them, to which the harness grants their share, are left out.
+The distribution is the one that text is sampled from, over the tokenizer's ids; rows that pad the
+vocabulary beyond them, to which the harness grants their share, are left out.
 """
 
 import math
@@ -59,9 +60,11 @@ class Window:
 
 
 def rolling_windows(num_tokens: int, max_length: int) -> list[Window]:
-    """Cut the tokens after the prefix, `num_tokens` - 1 of them, into windows that predict each exactly once.
+    """Cut the tokens after the prefix, `num_tokens` - 1 of them, into windows that predict each
+    exactly once.
 
-    The same as `get_rolling_token_windows` with context_len=1 and `make_disjoint_window` of lm-eval 0.4.13.
+    The same as `get_rolling_token_windows` with context_len=1 and `make_disjoint_window` of lm-eval
+    0.4.13.
     """
     windows: list[Window] = []
     done = 0  # tokens predicted so far; token i + 1 of the document is the (i + 1)th to predict
@@ -78,7 +81,8 @@ def score(
     batch_tokens: int = 8192,
     on_tokens: Callable[[int], None] = lambda tokens: None,
 ) -> list[Score]:
-    """Score documents, in the order given; `on_tokens` is told the tokens of each batch that is done.
+    """Score documents, in the order given; `on_tokens` is told the tokens of each batch that is
+    done.
 
     An XinslmError names the first document whose likelihood is not finite.
     """
@@ -100,15 +104,20 @@ def score(
         for (index, _), value in zip(batch, values, strict=True):
             if not math.isfinite(value):
                 raise XinslmError(
-                    f"{items[index].source}: its log-likelihood is {value}; the model's weights are damaged "
+                    f"{items[index].source}: its log-likelihood is {value}; the model's weights "
+                    "are damaged "
                     f"or its numbers overflow (try --dtype float32)"
                 )
             sums[index] += value
         on_tokens(sum(window.end - window.begin for _, window in batch))
-    return [Score(float(total), int(item.scored.sum())) for total, item in zip(sums, items, strict=True)]
+    return [
+        Score(float(total), int(item.scored.sum())) for total, item in zip(sums, items, strict=True)
+    ]
 
 
-def _batch_log_likelihoods(scorer: Scorer, items: Sequence[Item], batch: list[tuple[int, Window]]) -> list[float]:
+def _batch_log_likelihoods(
+    scorer: Scorer, items: Sequence[Item], batch: list[tuple[int, Window]]
+) -> list[float]:
     """Sum the log-probabilities of each window's scored tokens, float64."""
     inputs = [items[index].tokens[window.begin : window.end] for index, window in batch]
     states = scorer.states(inputs)
@@ -116,7 +125,8 @@ def _batch_log_likelihoods(scorer: Scorer, items: Sequence[Item], batch: list[tu
     offset = 0
     for owner, (index, window) in enumerate(batch):
         item = items[index]
-        places = np.arange(window.end - window.predicted, window.end)  # of the inputs whose prediction is new
+        # of the inputs whose prediction is new
+        places = np.arange(window.end - window.predicted, window.end)
         places = places[item.scored[places + 1]]
         rows.append(offset + places - window.begin)
         targets.append(item.tokens[places + 1])

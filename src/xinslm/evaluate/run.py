@@ -1,7 +1,8 @@
-"""The stage `xinslm evaluate`: load a model, score documents, and put the figures into a run folder.
+"""The stage `xinslm evaluate`: load a model, score documents, and put the figures into a run
+folder.
 
-Bits per byte is the figure to compare models of different tokenizers by; perplexity is per token of the
-model's own.
+Bits per byte is the figure to compare models of different tokenizers by; perplexity is per token of
+the model's own.
 
     xinslm evaluate runs/student --data-path data/stories --run runs/student --name student
 """
@@ -43,10 +44,14 @@ class Result:
         """A few aligned lines for the terminal."""
         megabytes = self.file_bytes / 1e6
         lines = [
-            ("model", f"{self.name} ({self.kind}, {self.parameters:,} parameters, {megabytes:,.2f} MB)"),
+            (
+                "model",
+                f"{self.name} ({self.kind}, {self.parameters:,} parameters, {megabytes:,.2f} MB)",
+            ),
             (
                 "data",
-                f"{self.data}: {self.documents:,} documents, {self.bytes:,} bytes, {self.tokens:,} tokens",
+                f"{self.data}: {self.documents:,} documents, {self.bytes:,} bytes, "
+                f"{self.tokens:,} tokens",
             ),
             ("bits per byte", f"{self.bits_per_byte:.4f}"),
             ("perplexity", f"{self.perplexity:.3f} per token ({self.nats_per_token:.4f} nats)"),
@@ -66,7 +71,9 @@ def run(config: EvaluateConfig, on_progress: Listener = ignore) -> Result:
     config.check()
     if config.run is not None:
         require_run(config.run)
-    scorer, facts = load_scorer(config.model, pick_device(config.device), config.dtype, config.context)
+    scorer, facts = load_scorer(
+        config.model, pick_device(config.device), config.dtype, config.context
+    )
     on_progress(Progress("read documents"))
     items = read_items(config.data_path, config.split, scorer.tokenizer, config.max_documents)
     total = sum(len(item.tokens) - 1 for item in items)

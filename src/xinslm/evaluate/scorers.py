@@ -28,7 +28,9 @@ class Scorer(Protocol):
     """Most tokens in one window."""
 
     def states(self, sequences: list[np.ndarray]) -> Tensor:
-        """Run sequences of ids as one batch; (total tokens, ...), the sequences one after another."""
+        """Run sequences of ids as one batch; (total tokens, ...), the sequences one after
+        another.
+        """
 
     def logits(self, states: Tensor) -> Tensor:
         """(rows, ...) of `states` -> float32 logits (rows, tokenizer.vocab_size)."""
@@ -37,7 +39,9 @@ class Scorer(Protocol):
 class TransformerScorer:
     """The student's own transformer as a `Scorer`."""
 
-    def __init__(self, model: Transformer, tokenizer: "Tokenizer", name: str, device: torch.device | str) -> None:
+    def __init__(
+        self, model: Transformer, tokenizer: "Tokenizer", name: str, device: torch.device | str
+    ) -> None:
         check_vocabulary(model.config.vocab_size, tokenizer, name)
         self.model = model.to(device).eval().requires_grad_(False)
         self.tokenizer = tokenizer
@@ -46,7 +50,9 @@ class TransformerScorer:
 
     @torch.inference_mode()
     def states(self, sequences: list[np.ndarray]) -> Tensor:
-        """Run sequences of ids, right-padded: attention looks back only, so pads disturb nothing."""
+        """Run sequences of ids, right-padded: attention looks back only, so pads disturb
+        nothing.
+        """
         lengths = torch.tensor([len(ids) for ids in sequences])
         batch = torch.zeros(len(sequences), int(lengths.max()), dtype=torch.int64)
         for row, ids in zip(batch, sequences, strict=True):
@@ -57,7 +63,9 @@ class TransformerScorer:
 
     @torch.inference_mode()
     def logits(self, states: Tensor) -> Tensor:
-        """(rows, hidden) -> float32 (rows, tokenizer.vocab_size); rows of a padded vocabulary are cut off."""
+        """(rows, hidden) -> float32 (rows, tokenizer.vocab_size); rows of a padded vocabulary are
+        cut off.
+        """
         return self.model.logits(states)[:, : self.tokenizer.vocab_size].float()
 
 
@@ -83,7 +91,9 @@ def load_scorer(
         scorer = other
     if context is not None:
         if context > scorer.max_length:
-            raise UsageError(f"--context {context}: {path} reads at most {scorer.max_length:,} tokens")
+            raise UsageError(
+                f"--context {context}: {path} reads at most {scorer.max_length:,} tokens"
+            )
         scorer.max_length = context
     file_bytes = sum(file.stat().st_size for file in weight_files(folder))
     return scorer, {"kind": kind, "parameters": parameters, "file_bytes": file_bytes}

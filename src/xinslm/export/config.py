@@ -16,7 +16,9 @@ class GgufConfig:
     output_path: Annotated[Path, tyro.conf.arg(aliases=["-o"])]
     """File to write; its name ends in .gguf by custom."""
     dtype: Literal["f32", "f16", "bf16"] | None = None
-    """Type of the matrices of an unquantized model, f16 where not given; a quantized one keeps its own."""
+    """Type of the matrices of an unquantized model, f16 where not given; a quantized one keeps its
+    own.
+    """
     run: Path | None = None
     """Run folder whose report lists the file."""
     force: bool = False

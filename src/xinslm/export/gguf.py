@@ -1,9 +1,9 @@
 """`xinslm export gguf`: one file for llama.cpp and what builds on it.
 
-A quantized folder is transcribed: its codes and scales become llama.cpp's Q4_0 and Q8_0 blocks bit for bit,
-nothing is rounded again. Query and key rows are reordered, because llama.cpp rotates neighbouring pairs where
-Hugging Face rotates (i, i + D/2); blocks run along columns, so that works on packed bytes. Memory stays at
-one tensor.
+A quantized folder is transcribed: its codes and scales become llama.cpp's Q4_0 and Q8_0 blocks bit
+for bit, nothing is rounded again. Query and key rows are reordered, because llama.cpp rotates
+neighbouring pairs where Hugging Face rotates (i, i + D/2); blocks run along columns, so that works
+on packed bytes. Memory stays at one tensor.
 
     run(GgufConfig(model=Path("model-4bit"), output_path=Path("model.gguf")))
 """
@@ -90,7 +90,8 @@ class Result:
         return "\n".join(
             [
                 f"tensors {census}",
-                f"size    {self.file_bytes / 2**20:.2f} MiB, {self.bits_per_weight:.3f} bits a weight",
+                f"size    {self.file_bytes / 2**20:.2f} MiB, {self.bits_per_weight:.3f} bits a "
+                "weight",
                 f"context {self.context_length:,} tokens",
                 *(f"note    {note}" for note in self.notes),
                 f"output  {self.path}",
@@ -101,15 +102,22 @@ class Result:
 def run(config: GgufConfig, on_progress: Listener = ignore) -> Result:
     """Write a GGUF file of a quantized folder, bit for bit, or of a plain model folder."""
     if config.output_path.is_dir():
-        raise UsageError(f"--output-path {config.output_path} is a folder; name a file, such as model.gguf in it")
+        raise UsageError(
+            f"--output-path {config.output_path} is a folder; name a file, such as model.gguf in it"
+        )
     if config.output_path.exists() and not config.force:
-        raise UsageError(f"{config.output_path} exists. Choose another --output-path, or add --force to replace it")
+        raise UsageError(
+            f"{config.output_path} exists. Choose another --output-path, or add "
+            "--force to replace it"
+        )
     if config.run is not None:
         require_run(config.run)
     source = resolve_model(config.model)
     quantized = open_quantized(source) if is_quantized(source) else None
     if quantized is not None and config.dtype is not None:
-        raise UsageError(f"{source} is quantized and is written as it is: leave --dtype {config.dtype} out")
+        raise UsageError(
+            f"{source} is quantized and is written as it is: leave --dtype {config.dtype} out"
+        )
     model = load_config(source)
     entries = _rope_factors(model)
     if quantized is not None:
@@ -167,14 +175,19 @@ def _context(model: ModelConfig) -> tuple[int, tuple[str, ...]]:
     if window is None or window >= full:
         return full, ()
     return window, (
-        f"llama.cpp ignores this model's sliding window of {window:,} tokens: its results are the model's "
+        f"llama.cpp ignores this model's sliding window of {window:,} tokens: its results are the "
+        "model's "
         f"own up to {window:,} tokens, not beyond. The file's context is {window:,}, not {full:,}",
     )
 
 
-def _write_tensors(writer: GGUFWriter, path: Path, entries: list[Entry], on_progress: Listener) -> None:
+def _write_tensors(
+    writer: GGUFWriter, path: Path, entries: list[Entry], on_progress: Listener
+) -> None:
     for entry in entries:
-        writer.add_tensor_info(entry.name, entry.shape, entry.dtype, entry.nbytes, raw_dtype=entry.kind)
+        writer.add_tensor_info(
+            entry.name, entry.shape, entry.dtype, entry.nbytes, raw_dtype=entry.kind
+        )
     writer.write_header_to_file(path)
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
@@ -193,14 +206,19 @@ def _stored(model: QuantizedModel) -> Iterator[Entry]:
 
         shape, dtype = model.shapes[name], np.dtype(np.float16 if kind == "f16" else np.float32)
         if kind in GRIDS:
-            shape, dtype = (shape[0], shape[1] // BLOCK * GRIDS[kind].block_bytes), np.dtype(np.uint8)
+            shape, dtype = (
+                (shape[0], shape[1] // BLOCK * GRIDS[kind].block_bytes),
+                np.dtype(np.uint8),
+            )
         yield Entry(gguf_name(name), GGMLQuantizationType[kind.upper()], shape, dtype, load)
 
 
 def _plain(reader: WeightReader, model: ModelConfig, dtype: str) -> Iterator[Entry]:
     """Entries of a plain model folder: matrices in `dtype`, norms in float32."""
     with torch.device("meta"):
-        shapes = {name: tuple(weight.shape) for name, weight in Transformer(model).state_dict().items()}
+        shapes = {
+            name: tuple(weight.shape) for name, weight in Transformer(model).state_dict().items()
+        }
     for name, shape in shapes.items():
         kind = "f32" if len(shape) == 1 else dtype
 
@@ -209,7 +227,9 @@ def _plain(reader: WeightReader, model: ModelConfig, dtype: str) -> Iterator[Ent
 
         if name not in reader:
             raise XinslmError(f"{reader.folder}: weight '{name}' is missing")
-        entry = Entry(gguf_name(name), GGMLQuantizationType[kind.upper()], shape, np.dtype(np.float32), load)
+        entry = Entry(
+            gguf_name(name), GGMLQuantizationType[kind.upper()], shape, np.dtype(np.float32), load
+        )
         if kind == "f16":
             entry = replace(entry, dtype=np.dtype(np.float16))
         elif kind == "bf16":
@@ -221,27 +241,47 @@ def _convert(weight: Tensor, kind: str, name: str) -> np.ndarray:
     if kind == "bf16":
         return weight.bfloat16().view(torch.uint8).numpy()
     if kind == "f16" and not torch.isfinite(weight.half()).all():
-        raise XinslmError(f"weight '{name}' has values beyond 65,504, more than float16 holds: use --dtype bf16")
+        raise XinslmError(
+            f"weight '{name}' has values beyond 65,504, more than float16 holds: use --dtype bf16"
+        )
     return (weight.half() if kind == "f16" else weight).numpy()
 
 
 def _rope_factors(model: ModelConfig) -> list[Entry]:
-    """LLaMA-3's frequency rescaling as the divisors that llama.cpp reads, float32 (head_dim / 2,)."""
+    """LLaMA-3's frequency rescaling as the divisors that llama.cpp reads, float32 (head_dim /
+    2,).
+    """
     if model.rope_scaling is None:
         return []
-    factors = (rotary_frequencies(replace(model, rope_scaling=None)) / rotary_frequencies(model)).numpy()
-    return [Entry("rope_freqs.weight", GGMLQuantizationType.F32, factors.shape, factors.dtype, lambda: factors)]
+    factors = (
+        rotary_frequencies(replace(model, rope_scaling=None)) / rotary_frequencies(model)
+    ).numpy()
+    return [
+        Entry(
+            "rope_freqs.weight",
+            GGMLQuantizationType.F32,
+            factors.shape,
+            factors.dtype,
+            lambda: factors,
+        )
+    ]
 
 
 def _for_rotary(rows: np.ndarray, name: str, model: ModelConfig) -> np.ndarray:
-    """Reorder query and key rows within each head from (2, D/2) to (D/2, 2); leave other weights."""
+    """Reorder query and key rows within each head from (2, D/2) to (D/2, 2); leave other
+    weights.
+    """
     if ".q_proj." not in name and ".k_proj." not in name:
         return rows
-    return rows.reshape(-1, 2, model.head_dim // 2, rows.shape[1]).swapaxes(1, 2).reshape(rows.shape)
+    return (
+        rows.reshape(-1, 2, model.head_dim // 2, rows.shape[1]).swapaxes(1, 2).reshape(rows.shape)
+    )
 
 
 def gguf_name(name: str) -> str:
-    """Translate a Hugging Face name: 'model.layers.0.mlp.up_proj.weight' -> 'blk.0.ffn_up.weight'."""
+    """Translate a Hugging Face name: 'model.layers.0.mlp.up_proj.weight' ->
+    'blk.0.ffn_up.weight'.
+    """
     stem = name.removesuffix(".weight")
     if not stem.startswith("model.layers."):
         return f"{_NAMES[stem]}.weight"
@@ -252,5 +292,9 @@ def gguf_name(name: str) -> str:
 def _num_weights(entry: Entry) -> int:
     from gguf import quant_shape_from_byte_shape
 
-    values = quant_shape_from_byte_shape(entry.shape, entry.kind) if entry.dtype == np.uint8 else entry.shape
+    values = (
+        quant_shape_from_byte_shape(entry.shape, entry.kind)
+        if entry.dtype == np.uint8
+        else entry.shape
+    )
     return math.prod(values)

@@ -1,9 +1,9 @@
 """A Hugging Face tokenizer as the `tokenizer.ggml.*` keys of a GGUF file.
 
-llama.cpp has two engines that matter here: "gpt2", byte-level BPE, whose split rule goes by a name it knows;
-and "llama", sentencepiece, which merges by the score of the piece that comes out. Scores are taken from the
-merges' ranks. What either engine could not tokenize in the same way is refused or noted, never written in
-silence.
+llama.cpp has two engines that matter here: "gpt2", byte-level BPE, whose split rule goes by a name
+it knows; and "llama", sentencepiece, which merges by the score of the piece that comes out. Scores
+are taken from the merges' ranks. What either engine could not tokenize in the same way is refused
+or noted, never written in silence.
 """
 
 import re
@@ -20,7 +20,9 @@ from xinslm.model.config import ModelConfig
 
 _BYTE = re.compile("<0x[0-9A-F]{2}>")
 _IGNORES_MERGES = {"llama-bpe": True, "gpt-2": False, "qwen2": False}
-"""By llama.cpp's name of a split rule: whether it takes whole words from the vocabulary before any merge."""
+"""By llama.cpp's name of a split rule: whether it takes whole words from the vocabulary before any
+merge.
+"""
 
 
 @dataclass(frozen=True)
@@ -83,7 +85,10 @@ def read_vocabulary(folder: Path, config: ModelConfig) -> Vocabulary:
         pieces[added["content"]] = added["id"]
         types[added["id"]] = TokenType.CONTROL if added["special"] else TokenType.USER_DEFINED
     tokens = _rows(pieces, types, config.vocab_size, path)
-    merges = [tuple(merge.split(" ")) if isinstance(merge, str) else tuple(merge) for merge in model["merges"]]
+    merges = [
+        tuple(merge.split(" ")) if isinstance(merge, str) else tuple(merge)
+        for merge in model["merges"]
+    ]
     roles = {
         "bos": config.bos_token_id if ours.bos_id is None else ours.bos_id,
         "eos": config.eos_token_id if ours.eos_id is None else ours.eos_id,
@@ -102,7 +107,8 @@ def read_vocabulary(folder: Path, config: ModelConfig) -> Vocabulary:
         notes = _byte_level_notes(spec, tokens, types, merges, pre)
     else:
         raise XinslmError(
-            f"{path}: neither sentencepiece BPE with byte fallback nor byte-level BPE with a rule for splitting that "
+            f"{path}: neither sentencepiece BPE with byte fallback nor byte-level BPE with a rule "
+            "for splitting that "
             f"is known here ({', '.join(_IGNORES_MERGES)}); llama.cpp would cut texts differently"
         )
     return Vocabulary(
@@ -128,12 +134,16 @@ def _specification(tokenizer: Any, folder: Path) -> dict[str, Any]:
             return _specification(tokenizer, Path(made))
     spec: dict[str, Any] = read_json(folder / "tokenizer.json")
     if spec["model"].get("type", "BPE") != "BPE":
-        raise XinslmError(f"{folder}: a {spec['model']['type']} tokenizer; GGUF export knows BPE only")
+        raise XinslmError(
+            f"{folder}: a {spec['model']['type']} tokenizer; GGUF export knows BPE only"
+        )
     return spec
 
 
 def _adds_bos(folder: Path, bos: int | None, engine: str) -> bool:
-    """Whether transformers puts BOS before a text of itself; sentencepiece models alone always had it."""
+    """Whether transformers puts BOS before a text of itself; sentencepiece models alone always had
+    it.
+    """
     if not (folder / "tokenizer.json").is_file():
         return engine == "llama"
     from transformers import AutoTokenizer
@@ -141,18 +151,26 @@ def _adds_bos(folder: Path, bos: int | None, engine: str) -> bool:
     return bool(AutoTokenizer.from_pretrained(str(folder))("a").input_ids[0] == bos)
 
 
-def _rows(pieces: dict[str, int], types: dict[int, TokenType], num_rows: int, path: Path) -> list[str]:
+def _rows(
+    pieces: dict[str, int], types: dict[int, TokenType], num_rows: int, path: Path
+) -> list[str]:
     """List pieces by id, as many as the embedding has rows; rows without a piece become UNUSED."""
     by_id = {token: piece for piece, token in pieces.items()}
     if max(by_id) >= num_rows:
-        raise XinslmError(f"{path} has token id {max(by_id)}, but the model's embedding only {num_rows} rows")
+        raise XinslmError(
+            f"{path} has token id {max(by_id)}, but the model's embedding only {num_rows} rows"
+        )
     for missing in set(range(num_rows)) - by_id.keys():
         by_id[missing], types[missing] = f"[PAD{missing}]", TokenType.UNUSED
     return [by_id[token] for token in range(num_rows)]
 
 
-def _scores(tokens: list[str], types: dict[int, TokenType], merges: list[tuple[str, ...]]) -> list[float]:
-    """Sentencepiece scores: minus the rank of a piece's first merge, all other pieces below; marks bytes in `types`."""
+def _scores(
+    tokens: list[str], types: dict[int, TokenType], merges: list[tuple[str, ...]]
+) -> list[float]:
+    """Sentencepiece scores: minus the rank of a piece's first merge, all other pieces below; marks
+    bytes in `types`.
+    """
     ranks: dict[str, int] = {}
     for rank, (left, right) in enumerate(merges):
         ranks.setdefault(left + right, rank)
@@ -166,7 +184,9 @@ def _scores(tokens: list[str], types: dict[int, TokenType], merges: list[tuple[s
 
 
 def _sentencepiece_notes(tokens: list[str], merges: list[tuple[str, ...]]) -> tuple[str, ...]:
-    """Note pairs that llama.cpp joins, since their joined piece has a score, but tokenizer.json's merges do not."""
+    """Note pairs that llama.cpp joins, since their joined piece has a score, but tokenizer.json's
+    merges do not.
+    """
     known, listed = set(tokens), set(merges)
     hidden = [
         piece
@@ -177,13 +197,16 @@ def _sentencepiece_notes(tokens: list[str], merges: list[tuple[str, ...]]) -> tu
     if not hidden:
         return ()
     return (
-        f"{len(hidden)} pairs of pieces join by sentencepiece's rule but not by the merges (the first makes "
+        f"{len(hidden)} pairs of pieces join by sentencepiece's rule but not by the merges (the "
+        "first makes "
         f"'{hidden[0]}'); llama.cpp follows sentencepiece, so rare words may split otherwise",
     )
 
 
 def _space_prefix(spec: dict[str, Any], path: Path) -> bool:
-    """Whether a space is put before each text; XinslmError where normalisation does more than spaces."""
+    """Whether a space is put before each text; XinslmError where normalisation does more than
+    spaces.
+    """
     found: list[dict[str, Any]] = []
     for step in (spec.get("normalizer"), spec.get("pre_tokenizer")):
         if step is not None:
@@ -192,11 +215,20 @@ def _space_prefix(spec: dict[str, Any], path: Path) -> bool:
     for step in found:
         if step["type"] == "Prepend" and step["prepend"] == "▁":
             prefix = True
-        elif step["type"] == "Metaspace" and step["replacement"] == "▁" and not step.get("split", True):
+        elif (
+            step["type"] == "Metaspace"
+            and step["replacement"] == "▁"
+            and not step.get("split", True)
+        ):
             prefix |= step.get("prepend_scheme", "always") != "never"
-        elif not (step["type"] == "Replace" and step["content"] == "▁" and step["pattern"] == {"String": " "}):
+        elif not (
+            step["type"] == "Replace"
+            and step["content"] == "▁"
+            and step["pattern"] == {"String": " "}
+        ):
             raise XinslmError(
-                f"{path}: its step '{step['type']}' has no counterpart in llama.cpp's sentencepiece engine"
+                f"{path}: its step '{step['type']}' has no counterpart in llama.cpp's "
+                "sentencepiece engine"
             )
     return prefix
 
@@ -208,10 +240,15 @@ def _byte_level_notes(
     merges: list[tuple[str, ...]],
     pre: str,
 ) -> tuple[str, ...]:
-    """Note where llama.cpp differs: it never normalizes, and decides by the split rule if words skip the merges."""
+    """Note where llama.cpp differs: it never normalizes, and decides by the split rule if words
+    skip the merges.
+    """
     notes: tuple[str, ...] = ()
     if spec.get("normalizer"):
-        notes = ("the tokenizer normalizes Unicode (NFC) first, llama.cpp does not: decomposed accents differ",)
+        notes = (
+            "the tokenizer normalizes Unicode (NFC) first, llama.cpp does not: decomposed "
+            "accents differ",
+        )
     if bool(spec["model"].get("ignore_merges")) == _IGNORES_MERGES[pre]:
         return notes
     made = {left + right for left, right in merges}
@@ -221,5 +258,8 @@ def _byte_level_notes(
         if types[token] == TokenType.NORMAL and len(piece) > 1 and piece not in made
     ]
     if odd:
-        notes += (f"{len(odd)} pieces (the first is '{odd[0]}') come out of no merge; llama.cpp may differ there",)
+        notes += (
+            f"{len(odd)} pieces (the first is '{odd[0]}') come out of no merge; llama.cpp "
+            "may differ there",
+        )
     return notes

@@ -1,7 +1,8 @@
 """A conversation with a model, and the terminal loop of `xinslm chat`.
 
-The whole conversation is encoded anew each turn; the engine computes only what differs from the last one,
-which is the new message. When the context is full, the oldest exchange is dropped and the reader is told.
+The whole conversation is encoded anew each turn; the engine computes only what differs from the
+last one, which is the new message. When the context is full, the oldest exchange is dropped and the
+reader is told.
 """
 
 from collections.abc import Callable, Generator, Iterator
@@ -37,7 +38,8 @@ class Conversation:
     def ask(
         self, question: str, sampling: Sampling | None = None, max_tokens: int = 512
     ) -> Generator[Piece, None, None]:
-        """Put a question and write the answer; what was written stays in `messages`, even if the reader stops early.
+        """Put a question and write the answer; what was written stays in `messages`, even if the
+        reader stops early.
 
         UsageError, with nothing added, if the question alone is longer than the context.
         """
@@ -72,7 +74,9 @@ class Conversation:
                 self.messages = [*messages, {"role": "assistant", "content": "".join(texts)}]
 
     def _encode(self, messages: list[Message]) -> list[int]:
-        return self.engine.tokenizer.apply_chat_template([*self._system, *messages], add_generation_prompt=True)[0]
+        return self.engine.tokenizer.apply_chat_template(
+            [*self._system, *messages], add_generation_prompt=True
+        )[0]
 
 
 @dataclass(frozen=True)
@@ -88,7 +92,9 @@ class Result:
 
 
 def run(
-    config: ChatConfig, read: Callable[[str], str] = input, write: Callable[[str], None] = lambda text: None
+    config: ChatConfig,
+    read: Callable[[str], str] = input,
+    write: Callable[[str], None] = lambda text: None,
 ) -> Result:
     """Talk until /quit or the end of the input; /reset starts anew, Ctrl-C stops an answer.
 
@@ -101,7 +107,10 @@ def run(
         raise UsageError(f"--max-new-tokens is {config.max_new_tokens}, but must be at least 1")
     engine = TorchEngine.load(config.model, config.device, config.dtype, config.context)
     conversation = Conversation(engine, config.system)
-    write(f"{engine.name}, context {engine.context_length:,} tokens. /reset starts anew, /quit ends.\n")
+    write(
+        f"{engine.name}, context {engine.context_length:,} tokens. /reset starts anew, /quit "
+        "ends.\n"
+    )
     turns = new_tokens = 0
     while True:
         try:
@@ -121,7 +130,9 @@ def run(
     return Result(turns, new_tokens)
 
 
-def _turn(conversation: Conversation, line: str, config: ChatConfig, write: Callable[[str], None]) -> bool:
+def _turn(
+    conversation: Conversation, line: str, config: ChatConfig, write: Callable[[str], None]
+) -> bool:
     """Answer one line and end with its speed; False if there was no answer."""
     try:
         pieces = conversation.ask(line, config, config.max_new_tokens)

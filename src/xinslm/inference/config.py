@@ -14,7 +14,9 @@ Dtype = Literal["float32", "bfloat16", "float16"]
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How the next token is chosen; the defaults are llama.cpp's, so exported models behave alike."""
+    """How the next token is chosen; the defaults are llama.cpp's, so exported models behave
+    alike.
+    """
 
     temperature: float = 0.8
     """Below 1 sharpens, above 1 flattens the distribution; 0 always takes the most likely token."""
@@ -49,7 +51,9 @@ class GenerateConfig(Sampling):
     """Continue a text with a model."""
 
     model: Annotated[Path, tyro.conf.Positional]
-    """Model folder, run folder (its best checkpoint), 4-bit folder of `xinslm quantize`, or a Hub name."""
+    """Model folder, run folder (its best checkpoint), 4-bit folder of `xinslm quantize`, or a Hub
+    name.
+    """
     prompt: str = ""
     """Text to continue; without one the model starts a document."""
     prompt_file: Path | None = None
@@ -77,7 +81,9 @@ class ChatConfig(Sampling):
     """Talk with a model in the terminal."""
 
     model: Annotated[Path, tyro.conf.Positional]
-    """Model folder, run folder (its best checkpoint), 4-bit folder of `xinslm quantize`, or a Hub name."""
+    """Model folder, run folder (its best checkpoint), 4-bit folder of `xinslm quantize`, or a Hub
+    name.
+    """
     system: str | None = None
     """System message that opens the conversation."""
     max_new_tokens: int = 512

@@ -1,8 +1,9 @@
 """What a program that runs a model offers to generation, chat and serving.
 
-An engine holds one sequence. `start` gives it a text and `step` one token more; both return the logits of the
-next token as numpy, so that nothing above depends on PyTorch. An engine remembers what it has computed: a
-`start` with a text that begins like the last one computes the difference only.
+An engine holds one sequence. `start` gives it a text and `step` one token more; both return the
+logits of the next token as numpy, so that nothing above depends on PyTorch. An engine remembers
+what it has computed: a `start` with a text that begins like the last one computes the difference
+only.
 """
 
 from collections.abc import Sequence
@@ -32,13 +33,16 @@ class Engine(Protocol):
         """Tokens of the last `start` that were already computed."""
 
     def start(self, ids: Sequence[int]) -> np.ndarray:
-        """Make `ids` the sequence; return float32 logits (tokenizer.vocab_size,) of the token after it.
+        """Make `ids` the sequence; return float32 logits (tokenizer.vocab_size,) of the token after
+        it.
 
         UsageError when there are more ids than context; ValueError when there are none.
         """
 
     def step(self, token: int) -> np.ndarray:
-        """Append one token; return the logits of the token after it. UsageError when the context is full."""
+        """Append one token; return the logits of the token after it. UsageError when the context is
+        full.
+        """
 
     def reset(self) -> None:
         """Forget the sequence."""

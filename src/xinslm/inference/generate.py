@@ -27,7 +27,9 @@ class Piece:
     """One token of the writing."""
 
     text: str
-    """Text that the token completed: none for half a character, or while it may be the start of a stop text."""
+    """Text that the token completed: none for half a character, or while it may be the start of a
+    stop text.
+    """
     token: int
     log_probability: float
     """Of the token under the model itself, before filters and temperature; nats."""
@@ -46,9 +48,10 @@ def generate(
 ) -> Iterator[Piece]:
     """Continue `prompt_ids`; the last piece says why it is the last.
 
-    The writing ends at a token of `stop_ids` (by default `end_ids`), whose piece has no text, before a text of
-    `stop_strings`, after `max_tokens` tokens, or when the context is full. `at_start` says that no text stands
-    before this one, so a sentencepiece tokenizer's first space is dropped. UsageError for a prompt beyond the context.
+    The writing ends at a token of `stop_ids` (by default `end_ids`), whose piece has no text,
+    before a text of `stop_strings`, after `max_tokens` tokens, or when the context is full.
+    `at_start` says that no text stands before this one, so a sentencepiece tokenizer's first space
+    is dropped. UsageError for a prompt beyond the context.
     """
     from xinslm.inference.sampling import Sampler, log_probability
     from xinslm.tokenizer.base import StreamDecoder
@@ -85,7 +88,9 @@ def generate(
 
 
 class _StopWatch:
-    """Passes text on, but holds back what may be the start of a stop text, and ends before a whole one."""
+    """Passes text on, but holds back what may be the start of a stop text, and ends before a whole
+    one.
+    """
 
     def __init__(self, stops: Sequence[str]) -> None:
         self._stops = [stop for stop in stops if stop]
@@ -112,7 +117,9 @@ class _StopWatch:
 
 def _overlap(text: str, stop: str) -> int:
     """Length of the longest end of `text` that `stop` begins with."""
-    return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)
+    return next(
+        (n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0
+    )
 
 
 @dataclass
@@ -126,7 +133,9 @@ class Clock:
     """Of the tokens after the first."""
 
     def watch(self, pieces: Iterator[Piece]) -> Iterator[Piece]:
-        """Pass pieces on, counting and timing them; time that the reader takes in between is not counted."""
+        """Pass pieces on, counting and timing them; time that the reader takes in between is not
+        counted.
+        """
         while True:
             start = time.perf_counter()
             piece = next(pieces, None)
@@ -153,7 +162,9 @@ class Clock:
     def describe(self) -> str:
         """The line that ends a turn: '123 tokens, 45.1 tok/s, prompt 812 tok/s'."""
         speed = f"{self.tokens_per_second:,.1f} tok/s, " if self.seconds else ""
-        return f"{self.new_tokens:,} tokens, {speed}prompt {self.prompt_tokens_per_second:,.0f} tok/s"
+        return (
+            f"{self.new_tokens:,} tokens, {speed}prompt {self.prompt_tokens_per_second:,.0f} tok/s"
+        )
 
 
 @dataclass(frozen=True)
@@ -195,7 +206,9 @@ def run(config: GenerateConfig, on_text: Callable[[str], None] = lambda text: No
     engine = TorchEngine.load(config.model, config.device, config.dtype, config.context)
     ids = prompt_ids(engine.tokenizer, prompt, config.chat)
     clock = Clock(len(ids))
-    pieces = generate(engine, ids, config, config.max_new_tokens, None, config.stop, config.chat or not prompt)
+    pieces = generate(
+        engine, ids, config, config.max_new_tokens, None, config.stop, config.chat or not prompt
+    )
     texts = []
     for piece in clock.watch(pieces):
         texts.append(piece.text)
@@ -203,22 +216,38 @@ def run(config: GenerateConfig, on_text: Callable[[str], None] = lambda text: No
     assert piece.stop is not None
     text = "".join(texts)
     if config.run is not None:
-        settings = {f.name: getattr(config, f.name) for f in fields(Sampling) if getattr(config, f.name) is not None}
-        row = {"name": config.name or config.model.name, "model": str(config.model), "prompt": prompt, "text": text}
+        settings = {
+            f.name: getattr(config, f.name)
+            for f in fields(Sampling)
+            if getattr(config, f.name) is not None
+        }
+        row = {
+            "name": config.name or config.model.name,
+            "model": str(config.model),
+            "prompt": prompt,
+            "text": text,
+        }
         add_row(config.run, "samples.json", {**row, "settings": settings})
     speeds = clock.tokens_per_second, clock.prompt_tokens_per_second
     return Result(prompt, text, piece.stop, len(ids), clock.new_tokens, *speeds, clock.describe())
 
 
 def prompt_ids(tokenizer: "Tokenizer", prompt: str, chat: bool) -> list[int]:
-    """Encode a prompt behind BOS (else EOS), as documents are trained; or as a user's message of a chat."""
+    """Encode a prompt behind BOS (else EOS), as documents are trained; or as a user's message of a
+    chat.
+    """
     if chat:
         require_chat_template(tokenizer)
-        return tokenizer.apply_chat_template([{"role": "user", "content": prompt}], add_generation_prompt=True)[0]
+        return tokenizer.apply_chat_template(
+            [{"role": "user", "content": prompt}], add_generation_prompt=True
+        )[0]
     first = tokenizer.bos_id if tokenizer.bos_id is not None else tokenizer.eos_id
     ids = ([] if first is None else [first]) + tokenizer.encode(prompt)
     if not ids:
-        raise UsageError("the prompt is empty, and the tokenizer has no BOS or EOS token to start from; give --prompt")
+        raise UsageError(
+            "the prompt is empty, and the tokenizer has no BOS or EOS token to start "
+            "from; give --prompt"
+        )
     return ids
 
 
@@ -226,8 +255,10 @@ def require_chat_template(tokenizer: "Tokenizer") -> None:
     """Raise UsageError if the tokenizer cannot format a conversation."""
     if tokenizer.chat_template is None:
         raise UsageError(
-            "the model's tokenizer has no chat template: it was not trained to talk. Use `xinslm generate` "
-            "without --chat to continue a text, or put a chat_template.jinja into the model's folder"
+            "the model's tokenizer has no chat template: it was not trained to talk. Use `xinslm "
+            "generate` "
+            "without --chat to continue a text, or put a chat_template.jinja into the model's "
+            "folder"
         )
 
 

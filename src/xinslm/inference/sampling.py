@@ -1,8 +1,8 @@
 """Choose the next token from logits: top-k, top-p, min-p, then temperature, in llama.cpp's order.
 
-The filters look at the model's own distribution, and temperature only reshapes what they kept: a high
-temperature cannot bring nonsense in. (transformers divides by the temperature first.) Computed with numpy in
-float64, so that a seed gives the same text on every device whose logits agree.
+The filters look at the model's own distribution, and temperature only reshapes what they kept: a
+high temperature cannot bring nonsense in. (transformers divides by the temperature first.) Computed
+with numpy in float64, so that a seed gives the same text on every device whose logits agree.
 
 Nucleus: Holtzman et al., arXiv:1904.09751. Min-p: arXiv:2407.01082.
 """
@@ -21,7 +21,9 @@ class Sampler:
         self._random = np.random.default_rng(settings.seed)
 
     def distribution(self, logits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Give the tokens that may follow, most likely first (ties by id), and their probabilities."""
+        """Give the tokens that may follow, most likely first (ties by id), and their
+        probabilities.
+        """
         s = self.settings
         if s.temperature == 0:
             return np.array([int(logits.argmax())]), np.ones(1)
@@ -44,7 +46,9 @@ class Sampler:
 
 
 def log_probability(logits: np.ndarray, token: int) -> float:
-    """Natural logarithm of the model's own probability of `token`, before any filter or temperature."""
+    """Natural logarithm of the model's own probability of `token`, before any filter or
+    temperature.
+    """
     wide = logits.astype(np.float64)
     top = wide.max()
     return float(wide[token] - top - np.log(np.exp(wide - top).sum()))

@@ -1,7 +1,7 @@
 """The reference engine: the student in PyTorch with a key-value cache, from any folder we write.
 
-Weights of the canonical 4-bit folder are expanded on loading: the numbers are those of the 4-bit model, the
-memory and the speed are not.
+Weights of the canonical 4-bit folder are expanded on loading: the numbers are those of the 4-bit
+model, the memory and the speed are not.
 """
 
 from collections.abc import Sequence
@@ -34,7 +34,8 @@ def check_vocabulary(rows: int, tokenizer: "Tokenizer", name: str) -> None:
     """Raise XinslmError if the tokenizer has ids that the model has no rows for."""
     if tokenizer.vocab_size > rows:
         raise XinslmError(
-            f"{name}: the tokenizer beside the model has {tokenizer.vocab_size:,} ids, the model only "
+            f"{name}: the tokenizer beside the model has {tokenizer.vocab_size:,} ids, the model "
+            "only "
             f"{rows:,} rows; the tokenizer belongs to another model"
         )
 
@@ -55,7 +56,9 @@ class TorchEngine:
     ) -> None:
         own = model.config.max_position_embeddings
         if context_length is not None and not 1 <= context_length <= own:
-            raise UsageError(f"--context {context_length}: the context of {name} holds 1 to {own:,} tokens")
+            raise UsageError(
+                f"--context {context_length}: the context of {name} holds 1 to {own:,} tokens"
+            )
         check_vocabulary(model.config.vocab_size, tokenizer, name)
         self.model = model.to(device).eval().requires_grad_(False)
         self.tokenizer, self.name = tokenizer, name
@@ -67,9 +70,15 @@ class TorchEngine:
 
     @classmethod
     def load(
-        cls, path: Path | str, device: str = "auto", dtype: str = "float32", context_length: int | None = None
+        cls,
+        path: Path | str,
+        device: str = "auto",
+        dtype: str = "float32",
+        context_length: int | None = None,
     ) -> "TorchEngine":
-        """Load a model folder, a run folder, a canonical 4-bit folder or a Hub name, with its tokenizer."""
+        """Load a model folder, a run folder, a canonical 4-bit folder or a Hub name, with its
+        tokenizer.
+        """
         from xinslm.device import pick_device
         from xinslm.tokenizer.load import load_tokenizer
 
@@ -83,11 +92,14 @@ class TorchEngine:
         return len(self._ids)
 
     def start(self, ids: Sequence[int]) -> np.ndarray:
-        """Make `ids` the sequence; only what follows the prefix shared with the last sequence is computed."""
+        """Make `ids` the sequence; only what follows the prefix shared with the last sequence is
+        computed.
+        """
         if not ids:
             raise ValueError("a text needs at least one token to start from")
         self._require_room(len(ids))
-        self.reused = min(common_prefix(self._ids, ids), len(ids) - 1)  # the last one gives the logits
+        # the last one gives the logits
+        self.reused = min(common_prefix(self._ids, ids), len(ids) - 1)
         self._ids, self._cache.length = self._ids[: self.reused], self.reused
         return self._run(list(ids[self.reused :]))
 
@@ -112,7 +124,8 @@ class TorchEngine:
     def _require_room(self, length: int) -> None:
         if length > self.context_length:
             raise UsageError(
-                f"the text has {length:,} tokens, the context of {self.name} holds {self.context_length:,}; "
+                f"the text has {length:,} tokens, the context of {self.name} holds "
+                f"{self.context_length:,}; "
                 f"shorten the text"
             )
 

@@ -1,7 +1,7 @@
 """The student's shape: Hugging Face's field names, so that `config.json` is the format of record.
 
-Presets are deep and narrow (MobileLLM, arXiv:2402.14905, section 2.2): hidden and feed-forward sizes are
-multiples of 256 from 10M up (of 32 below), so that every 4-bit block format fits.
+Presets are deep and narrow (MobileLLM, arXiv:2402.14905, section 2.2): hidden and feed-forward
+sizes are multiples of 256 from 10M up (of 32 below), so that every 4-bit block format fits.
 """
 
 import dataclasses
@@ -14,7 +14,9 @@ from xinslm.ranges import POSITIVE
 
 
 class UnsupportedModelError(XinslmError):
-    """The config.json is sound, but of a model that this package's own transformer cannot express."""
+    """The config.json is sound, but of a model that this package's own transformer cannot
+    express.
+    """
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,9 @@ class ModelConfig:
         ):
             if getattr(self, name) < 1:
                 wrong.append(f"{name} is {getattr(self, name)}, but must be at least 1")
-        if self.num_key_value_heads < 1 or self.num_attention_heads % max(self.num_key_value_heads, 1):
+        if self.num_key_value_heads < 1 or self.num_attention_heads % max(
+            self.num_key_value_heads, 1
+        ):
             wrong.append(
                 f"num_key_value_heads ({self.num_key_value_heads}) must divide num_attention_heads "
                 f"({self.num_attention_heads})"
@@ -78,7 +82,9 @@ class ModelConfig:
                 f"({self.num_attention_heads}), or transformers refuses the model"
             )
         if self.head_dim < 2 or self.head_dim % 2:
-            wrong.append(f"head_dim is {self.head_dim}, but the rotary embedding needs an even number")
+            wrong.append(
+                f"head_dim is {self.head_dim}, but the rotary embedding needs an even number"
+            )
         if self.sliding_window is not None and self.sliding_window < 1:
             wrong.append(f"sliding_window is {self.sliding_window}, but must be at least 1")
         for name in ("rope_theta", "rms_norm_eps"):
@@ -116,7 +122,9 @@ class ModelConfig:
 
     @staticmethod
     def from_hf(values: dict[str, Any], where: str = "config.json") -> "ModelConfig":
-        """Read a Llama or Mistral `config.json`; XinslmError names what this model file cannot express."""
+        """Read a Llama or Mistral `config.json`; XinslmError names what this model file cannot
+        express.
+        """
         if not isinstance(values, dict):
             raise XinslmError(f"{where}: must hold an object, but holds {type(values).__name__}")
         family = values.get("model_type")
@@ -124,15 +132,22 @@ class ModelConfig:
             raise UnsupportedModelError(
                 f"{where}: model_type is {family!r}; xinslm's own model is 'llama' or 'mistral'"
             )
-        refused = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "quantization_config": None}
+        refused = {
+            "hidden_act": "silu",
+            "attention_bias": False,
+            "mlp_bias": False,
+            "quantization_config": None,
+        }
         for key, supported in refused.items():
             if values.get(key, supported) != supported:
                 raise UnsupportedModelError(
-                    f"{where}: {key} is {values[key]!r:.60}; xinslm's own model has only {supported!r}"
+                    f"{where}: {key} is {values[key]!r:.60}; xinslm's own model has only "
+                    f"{supported!r}"
                 )
         read = _Reader(values, where)
         theta, scaling = _rope(read)
-        windowed = family == "mistral"  # what transformers takes for keys that a config.json leaves out differs
+        # what transformers takes for keys that a config.json leaves out differs
+        windowed = family == "mistral"
         heads, hidden = read.whole("num_attention_heads"), read.whole("hidden_size")
         kv_heads = read.whole_or_null("num_key_value_heads", 8 if windowed else None)
         head_dim = read.whole_or_null("head_dim")
@@ -144,7 +159,9 @@ class ModelConfig:
             num_attention_heads=heads,
             num_key_value_heads=heads if kv_heads is None else kv_heads,
             head_dim=hidden // max(heads, 1) if head_dim is None else head_dim,
-            max_position_embeddings=read.whole("max_position_embeddings", 131072 if windowed else 2048),
+            max_position_embeddings=read.whole(
+                "max_position_embeddings", 131072 if windowed else 2048
+            ),
             rope_theta=theta,
             rms_norm_eps=read.number("rms_norm_eps", 1e-6),
             tie_word_embeddings=read.flag("tie_word_embeddings", False),
@@ -162,7 +179,9 @@ class ModelConfig:
 
 
 class _Reader:
-    """Entries of a parsed JSON object by type; an XinslmError names file, key and value of what is another."""
+    """Entries of a parsed JSON object by type; an XinslmError names file, key and value of what is
+    another.
+    """
 
     def __init__(self, values: dict[str, Any], where: str, prefix: str = "") -> None:
         self.values, self.where, self.prefix = values, where, prefix
@@ -175,7 +194,11 @@ class _Reader:
     def whole_or_null(self, key: str, default: int | None = None) -> int | None:
         """A whole number or null."""
         value = self.values.get(key, default)
-        return value if value is None or type(value) is int else self._refuse(key, value, "a whole number or null")
+        return (
+            value
+            if value is None or type(value) is int
+            else self._refuse(key, value, "a whole number or null")
+        )
 
     def number(self, key: str, default: float | None = None) -> float:
         """A finite number."""
@@ -190,15 +213,25 @@ class _Reader:
         return value if isinstance(value, bool) else self._refuse(key, value, "true or false")
 
     def token(self, key: str) -> int | None:
-        """A token's id or null; LLaMA-3 lists several end ids, of which the first closes a document."""
+        """A token's id or null; LLaMA-3 lists several end ids, of which the first closes a
+        document.
+        """
         value = self.values.get(key)
         first = value[0] if isinstance(value, list) and value else value
-        return first if first is None or type(first) is int else self._refuse(key, value, "an id, ids or null")
+        return (
+            first
+            if first is None or type(first) is int
+            else self._refuse(key, value, "an id, ids or null")
+        )
 
     def entries(self, key: str) -> dict[str, Any] | None:
         """An object or null."""
         value = self.values.get(key)
-        return value if value is None or isinstance(value, dict) else self._refuse(key, value, "an object or null")
+        return (
+            value
+            if value is None or isinstance(value, dict)
+            else self._refuse(key, value, "an object or null")
+        )
 
     def _get(self, key: str, default: Any) -> Any:
         if key not in self.values and default is None:
@@ -206,15 +239,21 @@ class _Reader:
         return self.values.get(key, default)
 
     def _refuse(self, key: str, value: Any, wanted: str) -> NoReturn:
-        raise XinslmError(f"{self.where}: {self.prefix}{key} is {json.dumps(value):.80}, but must be {wanted}")
+        raise XinslmError(
+            f"{self.where}: {self.prefix}{key} is {json.dumps(value):.80}, but must be {wanted}"
+        )
 
 
 def _rope(read: _Reader) -> tuple[float, dict[str, Any] | None]:
-    """Read the rotary base, and LLaMA-3's rescaling where there is one, in the old spelling or the new."""
+    """Read the rotary base, and LLaMA-3's rescaling where there is one, in the old spelling or the
+    new.
+    """
     key = "rope_parameters" if read.entries("rope_parameters") else "rope_scaling"
     rope = dict(read.entries(key) or {})
     inner = _Reader(rope, read.where, f"{key}.")
-    base = next((reader for reader in (inner, read) if reader.values.get("rope_theta") is not None), None)
+    base = next(
+        (reader for reader in (inner, read) if reader.values.get("rope_theta") is not None), None
+    )
     theta = 10000.0 if base is None else base.number("rope_theta")
     rope.pop("rope_theta", None)
     kind = rope.get("rope_type", rope.pop("type", "default"))
@@ -227,7 +266,8 @@ def _rope(read: _Reader) -> tuple[float, dict[str, Any] | None]:
     numbers = {name: inner.number(name) for name in _LLAMA3_ROPE}
     if min(numbers.values()) <= 0 or numbers["low_freq_factor"] == numbers["high_freq_factor"]:
         raise XinslmError(
-            f"{read.where}: {key} must hold numbers above 0, and low_freq_factor other than high_freq_factor"
+            f"{read.where}: {key} must hold numbers above 0, and low_freq_factor other than "
+            "high_freq_factor"
         )
     return theta, {**rope, "rope_type": kind}
 
@@ -254,4 +294,6 @@ PRESETS = {
     "360m": Preset(1024, 2816, 30, 16, 4, 64),
     "1b": Preset(1536, 6144, 28, 24, 8, 64),
 }
-"""By parameter count with the vocabulary each is meant for: 1m with 4k, 10m with 8k, the others with 32k."""
+"""By parameter count with the vocabulary each is meant for: 1m with 4k, 10m with 8k, the others
+with 32k.
+"""

@@ -1,4 +1,5 @@
-"""Model folders in Hugging Face's layout: `config.json`, `model.safetensors` or its shards, tokenizer files.
+"""Model folders in Hugging Face's layout: `config.json`, `model.safetensors` or its shards,
+tokenizer files.
 
 Weights are safetensors only; a pickle can run code when it is opened, so none ever is.
 """
@@ -23,22 +24,29 @@ HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.jinja"]
 
 
 def resolve_model(path: Path | str) -> Path:
-    """Find the model folder that `path` means: itself, a run's best checkpoint, or a Hub name, downloaded."""
+    """Find the model folder that `path` means: itself, a run's best checkpoint, or a Hub name,
+    downloaded.
+    """
     folder = Path(path)
     for candidate in (folder, folder / "checkpoints" / "best", folder / "checkpoints" / "last"):
         if (candidate / "config.json").is_file():
             return candidate
     if folder.exists():
-        raise UsageError(f"{folder} is not a model folder: it has no config.json (and no checkpoints/best/config.json)")
+        raise UsageError(
+            f"{folder} is not a model folder: it has no config.json (and no "
+            "checkpoints/best/config.json)"
+        )
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)):
         raise UsageError(
-            f"there is no model at {path}: give a model folder, a run folder or a Hub name such as org/name"
+            f"there is no model at {path}: give a model folder, a run folder or a Hub name such "
+            "as org/name"
         )
     import huggingface_hub
 
     try:
         return Path(huggingface_hub.snapshot_download(str(path), allow_patterns=HUB_FILES))
-    except Exception as error:  # the hub client raises a dozen kinds: offline, no such repository, gated
+    # the hub client raises a dozen kinds: offline, no such repository, gated
+    except Exception as error:
         raise UsageError(
             f"there is no folder {path}, and the Hub did not give a model of that name: {error}"
         ) from error
@@ -48,7 +56,8 @@ def require_context(max_seq_length: int, context: int, who: str) -> None:
     """Raise UsageError if `who` ("teacher X") reads fewer tokens than `max_seq_length`."""
     if max_seq_length > context:
         raise UsageError(
-            f"max_seq_length is {max_seq_length}, but {who} has a context of {context} tokens: pass --max-seq-length "
+            f"max_seq_length is {max_seq_length}, but {who} has a context of {context} tokens: "
+            "pass --max-seq-length "
             f"{context}"
         )
 
@@ -71,22 +80,33 @@ def is_own(folder: Path) -> bool:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """Safetensors files of a model folder, all shards; a folder that has only pickles is refused."""
+    """Safetensors files of a model folder, all shards; a folder that has only pickles is
+    refused.
+    """
     folder = Path(folder)
     index = folder / f"{WEIGHTS}.index.json"
     if index.is_file():
         content = read_json(index)
         places = content.get("weight_map") if isinstance(content, dict) else None
-        if not isinstance(places, dict) or not all(isinstance(name, str) for name in places.values()):
-            raise XinslmError(f"{index}: must hold a 'weight_map' from weights to files. Copy the whole model folder")
+        if not isinstance(places, dict) or not all(
+            isinstance(name, str) for name in places.values()
+        ):
+            raise XinslmError(
+                f"{index}: must hold a 'weight_map' from weights to files. Copy the "
+                "whole model folder"
+            )
         files = [folder / name for name in sorted(set(places.values()))]
         for file in files:
             if not file.is_file():
-                raise XinslmError(f"{file} is missing; {index.name} lists it. Copy the whole model folder")
+                raise XinslmError(
+                    f"{file} is missing; {index.name} lists it. Copy the whole model folder"
+                )
         return files
     if (folder / WEIGHTS).is_file():
         return [folder / WEIGHTS]
-    pickles = sorted(p.name for suffix in ("bin", "pt", "pth", "ckpt", "pkl") for p in folder.glob(f"*.{suffix}"))
+    pickles = sorted(
+        p.name for suffix in ("bin", "pt", "pth", "ckpt", "pkl") for p in folder.glob(f"*.{suffix}")
+    )
     if pickles:
         raise XinslmError(
             f"{folder} has its weights in {pickles[0]}, a pickle, which can run code when opened; "
@@ -109,10 +129,14 @@ def open_tensors(file: Path) -> safe_open:
     try:
         return safe_open(file, framework="pt")
     except (SafetensorError, OSError) as error:
-        raise XinslmError(f"{file} is not a whole safetensors file ({error}); copy or make it again") from None
+        raise XinslmError(
+            f"{file} is not a whole safetensors file ({error}); copy or make it again"
+        ) from None
 
 
-def load_model(folder: Path | str, dtype: torch.dtype = torch.float32, checkpointing: bool = False) -> Transformer:
+def load_model(
+    folder: Path | str, dtype: torch.dtype = torch.float32, checkpointing: bool = False
+) -> Transformer:
     """Load a Llama or Mistral folder into the student's model, weights converted to `dtype`."""
     folder = resolve_model(folder)
     config = load_config(folder)
@@ -121,10 +145,14 @@ def load_model(folder: Path | str, dtype: torch.dtype = torch.float32, checkpoin
     expected = {name: tensor.shape for name, tensor in model.state_dict().items()}
     loaded: dict[str, Tensor] = {}
     for name, tensor in read_tensors(folder):
-        if (name == "lm_head.weight" and config.tie_word_embeddings) or name.endswith("rotary_emb.inv_freq"):
+        if (name == "lm_head.weight" and config.tie_word_embeddings) or name.endswith(
+            "rotary_emb.inv_freq"
+        ):
             continue
         if name not in expected:
-            raise XinslmError(f"{folder}: weight '{name}' has no place in a {config.to_hf()['model_type']} model")
+            raise XinslmError(
+                f"{folder}: weight '{name}' has no place in a {config.to_hf()['model_type']} model"
+            )
         if tensor.shape != expected[name]:
             raise XinslmError(
                 f"{folder}: weight '{name}' has shape {tuple(tensor.shape)}, "
@@ -133,7 +161,9 @@ def load_model(folder: Path | str, dtype: torch.dtype = torch.float32, checkpoin
         loaded[name] = tensor.to(dtype)
     missing = sorted(expected.keys() - loaded.keys())
     if missing:
-        raise XinslmError(f"{folder}: {len(missing)} weights are missing, the first is '{missing[0]}'")
+        raise XinslmError(
+            f"{folder}: {len(missing)} weights are missing, the first is '{missing[0]}'"
+        )
     model.load_state_dict(loaded, assign=True)
     rebuild_buffers(model)
     return model.eval()
@@ -161,7 +191,11 @@ def save_model(model: Transformer, folder: Path, dtype: torch.dtype | None = Non
     write_json(folder / "config.json", {**model.config.to_hf(), "dtype": name})
     write_json(
         folder / "generation_config.json",
-        {k: v for k in ("bos_token_id", "eos_token_id", "pad_token_id") if (v := getattr(model.config, k)) is not None},
+        {
+            k: v
+            for k in ("bos_token_id", "eos_token_id", "pad_token_id")
+            if (v := getattr(model.config, k)) is not None
+        },
     )
     with new_file(folder / WEIGHTS) as partial:
         save_file(tensors, partial, metadata={"format": "pt"})

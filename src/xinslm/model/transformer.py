@@ -1,9 +1,9 @@
 """The student: a LLaMA-style decoder in plain PyTorch, with Hugging Face's parameter names.
 
-RMSNorm before each half of a block, grouped-query attention, rotary positions, SwiGLU, tied embeddings,
-optional sliding window. The `state_dict` is the checkpoint format of transformers, so nothing is ever
-converted; logits equal theirs (`tests/model/test_transformer.py`). Shapes: B rows, T positions, H query
-heads, K key heads, D head width.
+RMSNorm before each half of a block, grouped-query attention, rotary positions, SwiGLU, tied
+embeddings, optional sliding window. The `state_dict` is the checkpoint format of transformers, so
+nothing is ever converted; logits equal theirs (`tests/model/test_transformer.py`). Shapes: B rows,
+T positions, H query heads, K key heads, D head width.
 
     model = Transformer(config)
     logits = model.logits(model.hidden(input_ids))      # (B, T) -> (B, T, vocabulary)
@@ -38,12 +38,16 @@ class RMSNorm(nn.Module):
 
 
 def _scaled(x: Tensor, by: Tensor) -> Tensor:
-    """Give x * by, written over x where autograd keeps nothing: fresh memory costs more than the product."""
+    """Give x * by, written over x where autograd keeps nothing: fresh memory costs more than the
+    product.
+    """
     return x * by if torch.is_grad_enabled() or x.dtype != by.dtype else x.mul_(by)
 
 
 def rotary_frequencies(config: ModelConfig) -> Tensor:
-    """Radians a position for each of the head's D/2 pairs, float32, LLaMA-3's rescaling included."""
+    """Radians a position for each of the head's D/2 pairs, float32, LLaMA-3's rescaling
+    included.
+    """
     exponents = torch.arange(0, config.head_dim, 2, dtype=torch.int64).float() / config.head_dim
     frequencies = 1.0 / (config.rope_theta**exponents)
     if config.rope_scaling is None:
@@ -64,7 +68,9 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class KVCache:
-    """Keys and values of past positions, allocated once at full length: (layers, B, K, max_length, D)."""
+    """Keys and values of past positions, allocated once at full length: (layers, B, K, max_length,
+    D).
+    """
 
     def __init__(
         self,
@@ -74,14 +80,22 @@ class KVCache:
         dtype: torch.dtype = torch.float32,
         device: Any = None,
     ):
-        shape = (config.num_hidden_layers, batch, config.num_key_value_heads, max_length, config.head_dim)
+        shape = (
+            config.num_hidden_layers,
+            batch,
+            config.num_key_value_heads,
+            max_length,
+            config.head_dim,
+        )
         self.keys = torch.zeros(shape, dtype=dtype, device=device)
         self.values = torch.zeros(shape, dtype=dtype, device=device)
         self.length = 0
         """Positions filled so far, the same for all rows."""
 
     def extend(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Store (B, K, T, D) behind the past, return both together; `length` moves after all layers."""
+        """Store (B, K, T, D) behind the past, return both together; `length` moves after all
+        layers.
+        """
         end = self.length + keys.shape[2]
         if end > self.keys.shape[3]:
             raise ValueError(f"the cache holds {self.keys.shape[3]} positions, {end} are needed")
@@ -105,7 +119,9 @@ class Attention(nn.Module):
         self.v_proj = Linear(config.hidden_size, shared, bias=False)
         self.o_proj = Linear(query, config.hidden_size, bias=False)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: KVCache | None) -> Tensor:
+    def forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: KVCache | None
+    ) -> Tensor:
         """(B, T, hidden) -> (B, T, hidden); no mask means plain causal."""
         b, t, _ = x.shape
         q = self.q_proj(x).view(b, t, -1, self.head_dim).transpose(1, 2)  # (B, H, T, D)
@@ -116,7 +132,12 @@ class Attention(nn.Module):
         if cache is not None:
             k, v = cache.extend(self.layer, k, v)
         y = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=mask is None and t > 1, enable_gqa=q.shape[1] != k.shape[1]
+            q,
+            k,
+            v,
+            attn_mask=mask,
+            is_causal=mask is None and t > 1,
+            enable_gqa=q.shape[1] != k.shape[1],
         )
         return self.o_proj(y.transpose(1, 2).reshape(b, t, -1))
 
@@ -146,7 +167,9 @@ class Block(nn.Module):
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: KVCache | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: KVCache | None = None
+    ) -> Tensor:
         """(B, T, hidden) -> (B, T, hidden)."""
         x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask, cache)
         return x + self.mlp(self.post_attention_layernorm(x))
@@ -158,12 +181,16 @@ class Decoder(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(
+            Block(config, layer) for layer in range(config.num_hidden_layers)
+        )
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
 
 class Transformer(nn.Module):
-    """A causal language model; `checkpointing` trades a second forward pass for memory in training."""
+    """A causal language model; `checkpointing` trades a second forward pass for memory in
+    training.
+    """
 
     frequencies: Tensor
 
@@ -179,11 +206,15 @@ class Transformer(nn.Module):
         self.register_buffer("frequencies", rotary_frequencies(config), persistent=False)
 
     def initialise(self, generator: torch.Generator | None = None) -> None:
-        """Draw matrices from N(0, 0.02), the residual stream's writers sqrt(2 layers) smaller (GPT-2); vectors 1."""
+        """Draw matrices from N(0, 0.02), the residual stream's writers sqrt(2 layers) smaller
+        (GPT-2); vectors 1.
+        """
         residual = 0.02 / math.sqrt(2 * self.config.num_hidden_layers)
         for name, weight in self.named_parameters():
             if weight.dim() > 1:
-                deviation = residual if name.endswith(("o_proj.weight", "down_proj.weight")) else 0.02
+                deviation = (
+                    residual if name.endswith(("o_proj.weight", "down_proj.weight")) else 0.02
+                )
                 nn.init.normal_(weight, std=deviation, generator=generator)
             else:
                 nn.init.ones_(weight)
@@ -191,7 +222,11 @@ class Transformer(nn.Module):
     @property
     def head_weight(self) -> Tensor:
         """Output matrix (vocabulary, hidden): the embedding itself where tied."""
-        return self.model.embed_tokens.weight if self.config.tie_word_embeddings else self.lm_head.weight
+        return (
+            self.model.embed_tokens.weight
+            if self.config.tie_word_embeddings
+            else self.lm_head.weight
+        )
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(..., hidden) -> (..., vocabulary)."""
@@ -203,8 +238,12 @@ class Transformer(nn.Module):
         angles = torch.cat((angles, angles), dim=-1)
         return angles.cos().to(dtype), angles.sin().to(dtype)
 
-    def mask(self, length: int, past: int, segments: Tensor | None, device: torch.device) -> Tensor | None:
-        """What each query may see, (B or 1, 1, T, past + T) of bool; None where plain causal says it all."""
+    def mask(
+        self, length: int, past: int, segments: Tensor | None, device: torch.device
+    ) -> Tensor | None:
+        """What each query may see, (B or 1, 1, T, past + T) of bool; None where plain causal says
+        it all.
+        """
         window = self.config.sliding_window
         if window is not None and past + length <= window:
             window = None
@@ -229,11 +268,14 @@ class Transformer(nn.Module):
     ) -> Any:
         """Run the blocks and the final norm: ids (B, T) -> (B, T, hidden).
 
-        `positions` (B, T) restart at each document of a packed row, `segments` (B, T) number those documents:
-        attention never crosses them. With a `cache` the ids continue what it holds; packed rows have none.
-        With `taps`, numbers of blocks from 1, a pair is returned: that, and what comes out of each of those blocks.
+        `positions` (B, T) restart at each document of a packed row, `segments` (B, T) number those
+        documents: attention never crosses them. With a `cache` the ids continue what it holds;
+        packed rows have none. With `taps`, numbers of blocks from 1, a pair is returned: that, and
+        what comes out of each of those blocks.
         """
-        assert cache is None or segments is None, "packed rows are for training, a cache is for generation"
+        assert cache is None or segments is None, (
+            "packed rows are for training, a cache is for generation"
+        )
         past = cache.length if cache is not None else 0
         length = input_ids.shape[1]
         if positions is None:
@@ -241,7 +283,8 @@ class Transformer(nn.Module):
         mask = self.mask(length, past, segments, input_ids.device)
         weight = self.model.embed_tokens.weight
         x = embed(input_ids, weight, self.compute_dtype or weight.dtype)
-        if mask is not None and self.training and x.device.type == "cpu":  # or attention makes and keeps one a block
+        # or attention makes and keeps one a block
+        if mask is not None and self.training and x.device.type == "cpu":
             mask = torch.zeros(mask.shape, dtype=x.dtype).masked_fill_(~mask, -torch.inf)
         cos, sin = self.rotary(positions, x.dtype)
         outputs = {}

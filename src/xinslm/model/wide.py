@@ -1,7 +1,8 @@
 """Matrices stored in bfloat16 and multiplied in float32, for processors that have no fast bfloat16.
 
-A layer's float32 copy lives for one multiplication and is made again in the backward pass; of a whole model there is
-never one. The gradient is summed in float32 and rounded once. Where types agree, or autocast decides, nothing changes.
+A layer's float32 copy lives for one multiplication and is made again in the backward pass; of a
+whole model there is never one. The gradient is summed in float32 and rounded once. Where types
+agree, or autocast decides, nothing changes.
 """
 
 from typing import Any
@@ -55,13 +56,16 @@ class _WideEmbedding(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor, None]:
         (ids,) = ctx.saved_tensors
-        total = torch.zeros(ctx.shape, dtype=grad.dtype, device=grad.device)  # a token's many gradients need its bits
+        # a token's many gradients need its bits
+        total = torch.zeros(ctx.shape, dtype=grad.dtype, device=grad.device)
         total.index_add_(0, ids.flatten(), grad.flatten(0, -2))
         return None, total.to(ctx.dtype), None
 
 
 def narrow_matrices(model: nn.Module) -> None:
-    """Store a model's matrices in bfloat16, one after another; vectors stay float32, they are few."""
+    """Store a model's matrices in bfloat16, one after another; vectors stay float32, they are
+    few.
+    """
     for parameter in model.parameters():
         if parameter.dim() > 1:
             parameter.data = parameter.data.bfloat16()

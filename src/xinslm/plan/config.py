@@ -1,4 +1,6 @@
-"""Configuration of `plan`: the settings of the run it is about, and what to measure that run against."""
+"""Configuration of `plan`: the settings of the run it is about, and what to measure that run
+against.
+"""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +20,9 @@ _PLAN = {
 
 @dataclass(frozen=True, kw_only=True)
 class PlanConfig(DistillConfig):
-    """Memory, time, storage and cost of a run of `distill` or `pretrain` with the same settings; nothing is run."""
+    """Memory, time, storage and cost of a run of `distill` or `pretrain` with the same settings;
+    nothing is run.
+    """
 
     data_path: Path | None = None  # type: ignore[assignment]
     """Dataset folder, for its vocabulary and size; without one give --vocab-size and --tokens."""
@@ -33,7 +37,9 @@ class PlanConfig(DistillConfig):
     hourly_price: float | None = None
     """Price of a machine's hour, for the cost of each stage."""
     head: int | None = None
-    """Most likely tokens a cache keeps at each position; by default 4, or 11 where there are no draws."""
+    """Most likely tokens a cache keeps at each position; by default 4, or 11 where there are no
+    draws.
+    """
     draws: int = 10
     """Drawn tokens a cache keeps at each position."""
 

@@ -1,12 +1,14 @@
-"""Peak memory of a training step, part by part, from the shape of the model and the settings of the run.
+"""Peak memory of a training step, part by part, from the shape of the model and the settings of the
+run.
 
-Counted is what autograd keeps of a block, tensor by tensor (`kept_by_block`), what the backward pass adds, weights,
-moments and gradients, and the fused head. The peak is the largest of four moments of a step: the loss, while all
-activations are kept; the start of the backward pass; its end, at the embedding; the optimiser. That holds where freed
-memory is given back, as it is with `checkpointing`; elsewhere what one moment frees is still there at the next, and the
-parts add up with gaps between them. Not counted are the interpreter with its libraries (`RUNTIME_GIB`) and the mapped
-dataset and cache, which the system can drop at any time.
-`benchmarks/plan_accuracy.py` compares with measured peaks.
+Counted is what autograd keeps of a block, tensor by tensor (`kept_by_block`), what the backward
+pass adds, weights, moments and gradients, and the fused head. The peak is the largest of four
+moments of a step: the loss, while all activations are kept; the start of the backward pass; its
+end, at the embedding; the optimiser. That holds where freed memory is given back, as it is with
+`checkpointing`; elsewhere what one moment frees is still there at the next, and the parts add up
+with gaps between them. Not counted are the interpreter with its libraries (`RUNTIME_GIB`) and the
+mapped dataset and cache, which the system can drop at any time. `benchmarks/plan_accuracy.py`
+compares with measured peaks.
 """
 
 from dataclasses import dataclass
@@ -21,7 +23,9 @@ LOSS_ROWS = 256
 SMALLEST_IN_8_BITS = 4096
 PIECE = 1 << 16
 GAPS = 0.15
-"""Of the activations, freed and taken again in a step, where the allocator keeps them; thrice over micro-batches."""
+"""Of the activations, freed and taken again in a step, where the allocator keeps them; thrice over
+micro-batches.
+"""
 TARGET_BYTES = 400
 """Of a position's labels, teacher targets and their temporaries."""
 
@@ -57,7 +61,10 @@ class Matrix:
 def matrices(shape: ModelConfig) -> list[Matrix]:
     """All trained matrices of a model."""
     d, f, layers = shape.hidden_size, shape.intermediate_size, shape.num_hidden_layers
-    query, shared = shape.num_attention_heads * shape.head_dim, shape.num_key_value_heads * shape.head_dim
+    query, shared = (
+        shape.num_attention_heads * shape.head_dim,
+        shape.num_key_value_heads * shape.head_dim,
+    )
     return [
         Matrix(shape.vocab_size, d, 1 if shape.tie_word_embeddings else 2, hidden=False),
         Matrix(query, d, 2 * layers, hidden=True),
@@ -72,13 +79,18 @@ def num_vectors(shape: ModelConfig) -> int:
 
 
 def kept_by_block(shape: ModelConfig, tokens: int, width: int) -> int:
-    """Bytes autograd keeps of one block for `tokens` positions, in a residual stream of 4 bytes a number.
+    """Bytes autograd keeps of one block for `tokens` positions, in a residual stream of 4 bytes a
+    number.
 
-    width: bytes of a number that a matrix product reads or gives, 2 under autocast. Norms keep their input, the
-    normalised input and what the products read of it; attention q, k, v and its output; SwiGLU four times its width.
+    width: bytes of a number that a matrix product reads or gives, 2 under autocast. Norms keep
+    their input, the normalised input and what the products read of it; attention q, k, v and its
+    output; SwiGLU four times its width.
     """
     d, f = shape.hidden_size, shape.intermediate_size
-    query, shared = shape.num_attention_heads * shape.head_dim, shape.num_key_value_heads * shape.head_dim
+    query, shared = (
+        shape.num_attention_heads * shape.head_dim,
+        shape.num_key_value_heads * shape.head_dim,
+    )
     norms = 2 * (2 * 4 * d + width * d + 4)
     attention = width * (2 * query + 2 * shared) + 4 * shape.num_attention_heads
     return tokens * (norms + attention + width * 4 * f)
@@ -99,13 +111,16 @@ def step_memory(shape: ModelConfig, config: PretrainConfig) -> Memory:
 
     block = kept_by_block(shape, tokens, width)
     mask = rows * config.max_seq_length**2 * width
-    passing = 4 * tokens * max(2 * d + 3 * f * width // 4, 4 * d)  # gradients on their way through a block
-    widened = 4 * (max(m.size for m in all_matrices) if stored == 2 else 0)  # the copy that is multiplied
+    # gradients on their way through a block
+    passing = 4 * tokens * max(2 * d + 3 * f * width // 4, 4 * d)
+    # the copy that is multiplied
+    widened = 4 * (max(m.size for m in all_matrices) if stored == 2 else 0)
     if config.checkpointing:
         kept, inside = (layers + 3) * 4 * tokens * d, block
     else:
         kept, inside = layers * block + 3 * 4 * tokens * d, 0
-    head = 4 * embedding + (stored == 2) * 4 * embedding  # the head's gradient, and its float32 copy
+    # the head's gradient, and its float32 copy
+    head = 4 * embedding + (stored == 2) * 4 * embedding
     loss = tokens * (2 * 4 * d + TARGET_BYTES) + 2 * 4 * min(LOSS_ROWS, tokens) * vocabulary
     head_gradient = embedding * stored
     accumulating = rows < config.batch_size
@@ -116,21 +131,29 @@ def step_memory(shape: ModelConfig, config: PretrainConfig) -> Memory:
 
     moments_of_step = {
         "the loss": {
-            "gradients": gradients if accumulating else 0, "activations": kept + mask, "head and loss": head + loss,
+            "gradients": gradients if accumulating else 0,
+            "activations": kept + mask,
+            "head and loss": head + loss,
         },
         "the start of the backward pass": {
             "gradients": begun + (single if config.step_in_backward else 0),
-            "activations": kept + inside + mask + passing + widened, "head and loss": 4 * tokens * d,
+            "activations": kept + inside + mask + passing + widened,
+            "head and loss": 4 * tokens * d,
         },
         "the end of the backward pass": {
-            "gradients": gradients + embedding * (stored + 4) + (head_gradient if config.step_in_backward else 0),
-            "activations": (inside or block) + mask + passing, "head and loss": 0,
+            "gradients": gradients
+            + embedding * (stored + 4)
+            + (head_gradient if config.step_in_backward else 0),
+            "activations": (inside or block) + mask + passing,
+            "head and loss": 0,
         },
         "the optimiser's step": {
-            "gradients": gradients + (2 * head_gradient if config.step_in_backward else 0), "activations": 0,
-            "head and loss": 0, "optimiser's temporaries": temporary,
+            "gradients": gradients + (2 * head_gradient if config.step_in_backward else 0),
+            "activations": 0,
+            "head and loss": 0,
+            "optimiser's temporaries": temporary,
         },
-    }  # fmt: skip
+    }
     always = {"weights": weights, "optimiser's states": moments}
     if config.checkpointing:
         found = [Memory(moment, always | parts) for moment, parts in moments_of_step.items()]

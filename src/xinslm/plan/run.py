@@ -24,7 +24,10 @@ SAVERS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("--checkpointing", {"checkpointing": True}),
     ("--micro-batch-size 1", {"micro_batch_size": 1}),
     ("--optimizer adamw8bit", {"optimizer": "adamw8bit"}),
-    ("--batch-size 1 --step-in-backward", {"batch_size": 1, "micro_batch_size": None, "step_in_backward": True}),
+    (
+        "--batch-size 1 --step-in-backward",
+        {"batch_size": 1, "micro_batch_size": None, "step_in_backward": True},
+    ),
     ("--weights bfloat16", {"weights": "bfloat16"}),
 )
 """What saves memory, what costs least first."""
@@ -64,8 +67,10 @@ class PlanResult:
         """Tables for the terminal."""
         config = self.config
         lines = [
-            f"model     {self.shape.num_parameters:,} parameters, vocabulary {self.shape.vocab_size:,}",
-            f"training  {self.tokens:,} tokens in steps of {config.batch_size} rows of {config.max_seq_length}",
+            f"model     {self.shape.num_parameters:,} parameters, vocabulary "
+            f"{self.shape.vocab_size:,}",
+            f"training  {self.tokens:,} tokens in steps of {config.batch_size} rows of "
+            f"{config.max_seq_length}",
             "",
             f"memory    {self.needed / GIB:.2f} GiB at the peak ({self.memory.moment})",
         ]
@@ -74,23 +79,40 @@ class PlanResult:
         lines += [f"  {self.advice}"] if self.advice else []
         lines += ["", f"  {'stage':<10}{'operations':>12}{'a token':>12}{'writes':>12}"]
         lines += [
-            f"  {stage.name:<10}{stage.operations:>12.2e}{stage.operations / max(self.tokens, 1):>12.2e}"
+            "  "
+            f"{stage.name:<10}{stage.operations:>12.2e}"
+            f"{stage.operations / max(self.tokens, 1):>12.2e}"
             f"{_size(stage.written):>12}"
             for stage in self.stages
         ]
         width = max(len(device.name) for device in self.devices) + 2
-        lines += ["", f"  {'time':<{width}}{''.join(f'{s.name:>12}' for s in self.stages)}  of peak  fits"]
+        lines += [
+            "",
+            f"  {'time':<{width}}{''.join(f'{s.name:>12}' for s in self.stages)}  of peak  fits",
+        ]
         for device in self.devices:
             seconds = [device.seconds(stage.operations, stage.dtype) for stage in self.stages]
-            fits = "-" if device.memory_gib is None else "yes" if self.needed <= 0.9 * device.memory_gib * GIB else "no"
-            price = "" if config.hourly_price is None else f"  {sum(seconds) / 3600 * config.hourly_price:,.2f} in all"
+            fits = (
+                "-"
+                if device.memory_gib is None
+                else "yes"
+                if self.needed <= 0.9 * device.memory_gib * GIB
+                else "no"
+            )
+            price = (
+                ""
+                if config.hourly_price is None
+                else f"  {sum(seconds) / 3600 * config.hourly_price:,.2f} in all"
+            )
             times = "".join(f"{_time(s):>12}" for s in seconds)
             lines.append(f"  {device.name:<{width}}{times}{device.share:9.0%}{fits:>6}{price}")
         return "\n".join(lines + [f"note      {note}" for note in self.notes])
 
 
 def run(config: PlanConfig, on_progress: Listener = ignore) -> PlanResult:
-    """Work out memory, time and storage. Raises UsageError where it is not said what to train on."""
+    """Work out memory, time and storage. Raises UsageError where it is not said what to train
+    on.
+    """
     config.check()
     vocabulary, tokens, notes = _data(config)
     student = shape(config, _Vocabulary(vocabulary))
@@ -101,16 +123,29 @@ def run(config: PlanConfig, on_progress: Listener = ignore) -> PlanResult:
     stages, beside = [], {}
     if numbers and config.cache is None and config.teacher is not None:
         beside["live teacher"] = round(numbers * (4 if dtype == "float32" else 2))
-        notes += ("the teacher is in memory beside the student; a cache (`xinslm cache`) spares that, and its time",)
+        notes += (
+            "the teacher is in memory beside the student; a cache (`xinslm cache`) spares "
+            "that, and its time",
+        )
     if numbers:
-        record = CacheFormat(vocabulary, head_size(config.head, config.draws), config.draws, 2.0).dtype.itemsize
+        record = CacheFormat(
+            vocabulary, head_size(config.head, config.draws), config.draws, 2.0
+        ).dtype.itemsize
         stages.append(Stage("cache", 2.0 * numbers * tokens, dtype, tokens * record))
     written = _checkpoint(student, config)
     products = "bfloat16" if config.dtype == "bfloat16" else "float32"
     stages.append(Stage("train", training_operations(student, config) * trained, products, written))
     needed = step_memory(student, config)
     result = PlanResult(
-        config, student, trained, needed, beside, tuple(stages), (measure_here(products), *DEVICES), "", notes
+        config,
+        student,
+        trained,
+        needed,
+        beside,
+        tuple(stages),
+        (measure_here(products), *DEVICES),
+        "",
+        notes,
     )
     return replace(result, advice=_advice(result))
 
@@ -133,7 +168,8 @@ def _data(config: PlanConfig) -> tuple[int, int, tuple[str, ...]]:
         return manifest["vocab_size"], config.tokens or manifest["splits"]["train"]["tokens"], ()
     if config.data_path is not None:
         raise UsageError(
-            f"{config.data_path} is not a dataset folder: make one with `xinslm prepare`, or give --tokens and "
+            f"{config.data_path} is not a dataset folder: make one with `xinslm prepare`, or give "
+            "--tokens and "
             f"--vocab-size"
         )
     size = config.vocab_size
@@ -141,7 +177,11 @@ def _data(config: PlanConfig) -> tuple[int, int, tuple[str, ...]]:
         from xinslm.tokenizer.load import load_tokenizer
 
         size = load_tokenizer(config.tokenizer_path).vocab_size
-    assumed = () if size is not None else ("a vocabulary of 32,000 is assumed; --vocab-size or --data-path says it",)
+    assumed = (
+        ()
+        if size is not None
+        else ("a vocabulary of 32,000 is assumed; --vocab-size or --data-path says it",)
+    )
     tokens = config.tokens or (config.max_steps or 0) * config.batch_size * config.max_seq_length
     return size or 32_000, tokens, assumed
 
@@ -182,7 +222,9 @@ def _advice(result: PlanResult) -> str:
     for count in range(1, len(SAVERS) + 1):
         for chosen in itertools.combinations(SAVERS, count):
             changes = {key: value for _, change in chosen for key, value in change.items()}
-            if "step_in_backward" in changes and "--micro-batch-size 1" in [flag for flag, _ in chosen]:
+            if "step_in_backward" in changes and "--micro-batch-size 1" in [
+                flag for flag, _ in chosen
+            ]:
                 continue
             config = replace(result.config, **changes)
             if all(getattr(result.config, k) == v for k, v in changes.items()):
@@ -192,8 +234,14 @@ def _advice(result: PlanResult) -> str:
             peak = step_memory(result.shape, config).peak + beside
             if peak <= there:
                 flags = " ".join(flag for flag, _ in chosen)
-                return f"does not fit in {result.config.memory:g} GiB; with {flags} it needs {peak / GIB:.2f} GiB"
-    return f"does not fit in {result.config.memory:g} GiB, whatever is set: take a smaller model or shorter rows"
+                return (
+                    f"does not fit in {result.config.memory:g} GiB; with {flags} it needs "
+                    f"{peak / GIB:.2f} GiB"
+                )
+    return (
+        f"does not fit in {result.config.memory:g} GiB, whatever is set: take a smaller model or "
+        "shorter rows"
+    )
 
 
 def _size(size: float) -> str:

@@ -1,9 +1,10 @@
 """Floating-point operations of each stage, and the time they take on named devices.
 
-A multiplication with an addition counts as two operations. A token costs a forward pass twice its matrices' numbers
-(the head's included), plus attention over half the row; the backward pass costs twice the forward one, checkpointing
-one more forward pass through the blocks. The devices' figures are the makers' published dense peaks; what share of a
-peak a training step reaches is an assumption that stands beside it.
+A multiplication with an addition counts as two operations. A token costs a forward pass twice its
+matrices' numbers (the head's included), plus attention over half the row; the backward pass costs
+twice the forward one, checkpointing one more forward pass through the blocks. The devices' figures
+are the makers' published dense peaks; what share of a peak a training step reaches is an assumption
+that stands beside it.
 """
 
 import time
@@ -60,7 +61,12 @@ def training_operations(shape: ModelConfig, config: PretrainConfig) -> float:
         step = 0.0
         for m in matrices(shape):
             small, large = sorted((m.rows, m.columns))
-            step += m.hidden * m.count * NEWTON_SCHULZ_STEPS * (4.0 * small * small * large + 2.0 * small**3)
+            step += (
+                m.hidden
+                * m.count
+                * NEWTON_SCHULZ_STEPS
+                * (4.0 * small * small * large + 2.0 * small**3)
+            )
         total += step / (config.batch_size * config.max_seq_length)
     return total
 
@@ -70,8 +76,17 @@ def measure_here(dtype: str = "float32") -> Device:
     import torch
 
     kind = torch.float32 if dtype == "float32" else torch.bfloat16
-    device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    left, right = torch.randn(512, 1024, device=device, dtype=kind), torch.randn(1024, 1024, device=device, dtype=kind)
+    device = (
+        "cuda"
+        if torch.cuda.is_available()
+        else "mps"
+        if torch.backends.mps.is_available()
+        else "cpu"
+    )
+    left, right = (
+        torch.randn(512, 1024, device=device, dtype=kind),
+        torch.randn(1024, 1024, device=device, dtype=kind),
+    )
     best, ends = float("inf"), time.perf_counter() + 0.7
     while time.perf_counter() < ends:
         began = time.perf_counter()
@@ -79,4 +94,6 @@ def measure_here(dtype: str = "float32") -> Device:
         product[0, 0].item()
         best = min(best, time.perf_counter() - began)
     rate = 2 * 512 * 1024 * 1024 / best / 1e12
-    return Device(f"this machine ({device}, {torch.get_num_threads()} threads, measured)", rate, rate, 0.7)
+    return Device(
+        f"this machine ({device}, {torch.get_num_threads()} threads, measured)", rate, rate, 0.7
+    )

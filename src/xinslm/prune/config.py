@@ -12,7 +12,8 @@ from xinslm.ranges import POSITIVE, SEED, Range, range_errors
 
 _RANGES = {
     **dict.fromkeys(
-        ("num_layers", "hidden_size", "num_heads", "num_kv_heads", "head_dim", "intermediate_size"), Range(1)
+        ("num_layers", "hidden_size", "num_heads", "num_kv_heads", "head_dim", "intermediate_size"),
+        Range(1),
     ),
     "calibration_rows": Range(1, 1_000_000),
     "search_rows": Range(1, 1_000_000),
@@ -30,8 +31,8 @@ class InitConfig:
     teacher: Annotated[str, tyro.conf.Positional]
     """Model folder, run folder or Hub name of a Llama or Mistral model."""
     data_path: Path
-    """Dataset folder made by `xinslm prepare`, with the teacher's tokenizer or one nested in it; the student gets its
-    tokenizer."""
+    """Dataset folder made by `xinslm prepare`, with the teacher's tokenizer or one nested in it;
+    the student gets its tokenizer."""
     output_dir: Annotated[Path, tyro.conf.arg(aliases=["-o"])]
     """Model folder to write; `xinslm distill --init-from` takes it."""
     num_layers: int | None = None
@@ -49,10 +50,13 @@ class InitConfig:
     tie_word_embeddings: bool | None = None
     """Use the embedding as output head; as in the teacher, if not given."""
     layers: Literal["loss", "influence"] = "loss"
-    """How to choose layers: one by one, that whose absence costs the least loss (about num_layers passes over the
-    search rows for each), or at once, those that turn their input the most (one pass)."""
+    """How to choose layers: one by one, that whose absence costs the least loss (about num_layers
+    passes over the search rows for each), or at once, those that turn their input the most (one
+    pass)."""
     compensate: bool = True
-    """Fit what is left to the teacher's activations by least squares; kept where it lowers the loss on search rows."""
+    """Fit what is left to the teacher's activations by least squares; kept where it lowers the loss
+    on search rows.
+    """
     ridge: float = 0.01
     """Pull of that fit towards the plainly cut weights, as a share of the inputs' mean square."""
     calibration_rows: int = 64

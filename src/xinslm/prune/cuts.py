@@ -1,8 +1,9 @@
-"""Cuts that leave the width alone: which layers, neurons and vocabulary rows stay. What is not cut is shared.
+"""Cuts that leave the width alone: which layers, neurons and vocabulary rows stay. What is not cut
+is shared.
 
-Layers go one by one, each time the one whose absence costs the least loss on calibration text, or all at once those of
-the smallest block influence (ShortGPT, arXiv:2403.03853). Neurons stay by the mean square of what they add to the
-residual stream.
+Layers go one by one, each time the one whose absence costs the least loss on calibration text, or
+all at once those of the smallest block influence (ShortGPT, arXiv:2403.03853). Neurons stay by the
+mean square of what they add to the residual stream.
 """
 
 import dataclasses
@@ -42,9 +43,14 @@ def keep_layers(config: ModelConfig, weights: Weights, kept: Sequence[int]) -> T
 
 
 def choose_layers(
-    teacher: Transformer, count: int, score: Callable[[Transformer], float], on_layer: Callable[[int], None]
+    teacher: Transformer,
+    count: int,
+    score: Callable[[Transformer], float],
+    on_layer: Callable[[int], None],
 ) -> list[int]:
-    """Remove layers one at a time, always the one without which `score` stays lowest, until `count` are left."""
+    """Remove layers one at a time, always the one without which `score` stays lowest, until `count`
+    are left.
+    """
     kept = list(range(teacher.config.num_hidden_layers))
     weights = teacher.state_dict()
     while len(kept) > count:
@@ -56,11 +62,15 @@ def choose_layers(
 
 def choose_by_influence(influence: Sequence[float], count: int) -> list[int]:
     """The `count` layers of the largest influence, in their order."""
-    return sorted(sorted(range(len(influence)), key=lambda layer: (-influence[layer], layer))[:count])
+    return sorted(
+        sorted(range(len(influence)), key=lambda layer: (-influence[layer], layer))[:count]
+    )
 
 
 def choose_neurons(squares: Tensor, down: Tensor, count: int) -> Tensor:
-    """Indices of the `count` neurons that add most to the stream: activation squares (f,), output matrix (d, f)."""
+    """Indices of the `count` neurons that add most to the stream: activation squares (f,), output
+    matrix (d, f).
+    """
     added = squares * down.cpu().double().pow(2).sum(0)
     return added.argsort(descending=True, stable=True)[:count].sort().values
 
@@ -76,7 +86,8 @@ def keep_neurons(layer: Weights, kept: Tensor) -> Weights:
 
 
 def vocabulary_rows(student: Any, teacher: Any, where: str) -> list[int]:
-    """The teacher's id of each of the student's: the same bytes, or the same special token by content or role.
+    """The teacher's id of each of the student's: the same bytes, or the same special token by
+    content or role.
 
     Raises UsageError where the student's vocabulary is not nested in the teacher's.
     """
@@ -86,8 +97,10 @@ def vocabulary_rows(student: Any, teacher: Any, where: str) -> list[int]:
         return list(range(student.vocab_size))
     if not is_nested(student, teacher):
         raise UsageError(
-            f"the tokenizer of {where} is neither the teacher's nor nested in it, so the teacher's embedding has no "
-            f"rows for its tokens. Make one with `xinslm tokenizer train --prefix-of TEACHER`, and prepare the data "
+            f"the tokenizer of {where} is neither the teacher's nor nested in it, so the "
+            "teacher's embedding has no "
+            "rows for its tokens. Make one with `xinslm tokenizer train --prefix-of TEACHER`, "
+            "and prepare the data "
             f"with it"
         )
     theirs = {teacher.token_bytes(token): token for token in reversed(range(teacher.vocab_size))}
@@ -107,7 +120,8 @@ def vocabulary_rows(student: Any, teacher: Any, where: str) -> list[int]:
         if row is None:
             name = special.get(token, repr(student.token_bytes(token)))
             raise UsageError(
-                f"the tokenizer of {where} has the token {name}, which the teacher's has not; make it with "
+                f"the tokenizer of {where} has the token {name}, which the teacher's has not; "
+                "make it with "
                 f"`xinslm tokenizer train --prefix-of TEACHER` and the teacher's special tokens"
             )
         rows.append(row)
@@ -115,7 +129,9 @@ def vocabulary_rows(student: Any, teacher: Any, where: str) -> list[int]:
 
 
 def keep_vocabulary(teacher: Transformer, rows: Sequence[int], ids: dict[str, Any]) -> Transformer:
-    """The teacher reading and writing only the tokens `rows`, renumbered; `ids` are its special ones."""
+    """The teacher reading and writing only the tokens `rows`, renumbered; `ids` are its special
+    ones.
+    """
     config = dataclasses.replace(teacher.config, vocab_size=len(rows), **ids)
     weights = dict(teacher.state_dict())
     if list(rows) != list(range(teacher.config.vocab_size)):

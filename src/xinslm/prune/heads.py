@@ -1,11 +1,12 @@
 """Fewer query heads, and fewer key-value heads under those that stay.
 
-Query heads stay by the mean square of what they add to the residual stream. Where their key-value heads outnumber the
-student's, groups of those become one. What the rotary embedding leaves free decides how: a key may be turned and scaled
-pair by pair of channels, the query heads taking the inverse, so that one key stands for a group best along the
-strongest direction of each pair's complex products; values have no such tie, and any basis of the head's width may be
-taken: the group's strongest directions. Both are exact where the group's heads agree. Mean pooling (arXiv:2305.13245,
-section 2.1) adds up heads whose bases have nothing to do with each other.
+Query heads stay by the mean square of what they add to the residual stream. Where their key-value
+heads outnumber the student's, groups of those become one. What the rotary embedding leaves free
+decides how: a key may be turned and scaled pair by pair of channels, the query heads taking the
+inverse, so that one key stands for a group best along the strongest direction of each pair's
+complex products; values have no such tie, and any basis of the head's width may be taken: the
+group's strongest directions. Both are exact where the group's heads agree. Mean pooling
+(arXiv:2305.13245, section 2.1) adds up heads whose bases have nothing to do with each other.
 """
 
 from dataclasses import dataclass
@@ -21,7 +22,9 @@ from xinslm.prune.shape import merged_heads
 
 @dataclass(frozen=True)
 class Group:
-    """One key-value head of the student: the teacher's that it is made of, and the query heads that read it."""
+    """One key-value head of the student: the teacher's that it is made of, and the query heads that
+    read it.
+    """
 
     key_values: tuple[int, ...]
     queries: tuple[int, ...]
@@ -34,8 +37,12 @@ def head_importance(layer: Weights, heads: Tensor) -> Tensor:
     return torch.einsum("dhi,hij,dhj->h", output, heads, output)
 
 
-def choose_heads(teacher: ModelConfig, student: ModelConfig, layer: Weights, found: LayerStatistics) -> list[Group]:
-    """Which query heads stay, and on which key-value heads, most important first within what the shape allows."""
+def choose_heads(
+    teacher: ModelConfig, student: ModelConfig, layer: Weights, found: LayerStatistics
+) -> list[Group]:
+    """Which query heads stay, and on which key-value heads, most important first within what the
+    shape allows.
+    """
     importance = head_importance(layer, found.heads)
     shared = teacher.num_attention_heads // teacher.num_key_value_heads
     wanted = student.num_attention_heads // student.num_key_value_heads
@@ -43,17 +50,27 @@ def choose_heads(teacher: ModelConfig, student: ModelConfig, layer: Weights, fou
     by_group = importance.view(-1, shared)
     # Of merged heads all or nearly all queries stay; of a lone one the best.
     best = by_group.sort(descending=True).values[:, : -(-wanted // merged)].sum(1)
-    kept = best.argsort(descending=True, stable=True)[: merged * student.num_key_value_heads].sort().values.tolist()
+    kept = (
+        best.argsort(descending=True, stable=True)[: merged * student.num_key_value_heads]
+        .sort()
+        .values.tolist()
+    )
     groups = []
     for members in _alike(kept, merged, layer, found.inputs, teacher.head_dim):
-        queries = [head for member in members for head in range(member * shared, (member + 1) * shared)]
+        queries = [
+            head for member in members for head in range(member * shared, (member + 1) * shared)
+        ]
         queries = sorted(sorted(queries, key=lambda head: -importance[head].item())[:wanted])
         groups.append(Group(tuple(members), tuple(queries)))
     return groups
 
 
-def _alike(kept: list[int], size: int, layer: Weights, inputs: Tensor, width: int) -> list[list[int]]:
-    """Put heads into groups of `size`: each time the first left and those whose merger with it keeps the most."""
+def _alike(
+    kept: list[int], size: int, layer: Weights, inputs: Tensor, width: int
+) -> list[list[int]]:
+    """Put heads into groups of `size`: each time the first left and those whose merger with it
+    keeps the most.
+    """
     left, groups = list(kept), []
     keys, values = (
         _per_head(layer["self_attn.k_proj.weight"], width),
@@ -111,7 +128,9 @@ def _per_head(weight: Tensor, width: int) -> Tensor:
 
 
 def _complex(heads: Tensor) -> Tensor:
-    """(..., D, d) -> (..., D/2, d): the pairs (i, i + D/2) that the rotary embedding turns, as complex numbers."""
+    """(..., D, d) -> (..., D/2, d): the pairs (i, i + D/2) that the rotary embedding turns, as
+    complex numbers.
+    """
     half = heads.shape[-2] // 2
     return torch.complex(heads[..., :half, :], heads[..., half:, :])
 
@@ -121,7 +140,8 @@ def _real(pairs: Tensor) -> Tensor:
 
 
 def _merge_keys(keys: Tensor, inputs: Tensor, sizes: Tensor) -> tuple[Tensor, Tensor, float]:
-    """One key head (D, d) for m of them (m, D, d), the factors (m, D/2) that give each back, the share kept.
+    """One key head (D, d) for m of them (m, D, d), the factors (m, D/2) that give each back, the
+    share kept.
 
     `sizes` (D/2, m) weigh each head's pairs: by the squares of the queries that read them.
     """
@@ -137,7 +157,9 @@ def _merge_keys(keys: Tensor, inputs: Tensor, sizes: Tensor) -> tuple[Tensor, Te
 
 
 def _merge_values(values: Tensor, inputs: Tensor, sizes: Tensor) -> tuple[Tensor, Tensor, float]:
-    """One value head (D, d) for m of them (m, D, d), the matrices (m, D, D) that give each back, the share kept."""
+    """One value head (D, d) for m of them (m, D, d), the matrices (m, D, D) that give each back,
+    the share kept.
+    """
     count, width, _ = values.shape
     weight = sizes.clamp_min(1e-12 * sizes.max().clamp_min(1e-300)).sqrt()[:, None, None]
     scaled = (values * weight).flatten(0, 1)
@@ -145,4 +167,8 @@ def _merge_values(values: Tensor, inputs: Tensor, sizes: Tensor) -> tuple[Tensor
     top = directions[:, -width:]  # (mD, D)
     size = weight.mean()
     bases = top.reshape(count, width, width) / weight * size
-    return top.T @ scaled / size, bases, float(strength[-width:].sum() / strength.sum().clamp_min(1e-300))
+    return (
+        top.T @ scaled / size,
+        bases,
+        float(strength[-width:].sum() / strength.sum().clamp_min(1e-300)),
+    )

@@ -1,6 +1,8 @@
-"""Calibration text, the loss on it, and one pass through the teacher that measures what each part does.
+"""Calibration text, the loss on it, and one pass through the teacher that measures what each part
+does.
 
-Sums of products are taken in float32 on the device and kept in float64 on the CPU; pads never enter.
+Sums of products are taken in float32 on the device and kept in float64 on the CPU; pads never
+enter.
 """
 
 from collections.abc import Callable, Sequence
@@ -34,7 +36,9 @@ class Passage:
         return self.segments >= 0
 
 
-def read_passages(split: Split, length: int, chosen: np.ndarray | None, device: torch.device) -> list[Passage]:
+def read_passages(
+    split: Split, length: int, chosen: np.ndarray | None, device: torch.device
+) -> list[Passage]:
     """Pack a split into rows of `length` and give those of the indices `chosen`, all if None."""
     rows = PackedRows(split, length)
     indices = np.arange(len(rows)) if chosen is None else np.sort(chosen)
@@ -54,7 +58,9 @@ def loss(model: Transformer, passages: Sequence[Passage]) -> float:
     for passage in passages:
         where = passage.labels >= 0
         hidden = model.hidden(passage.ids, passage.positions, passage.segments)[where]
-        for states, labels in zip(hidden.split(rows), passage.labels[where].split(rows), strict=True):
+        for states, labels in zip(
+            hidden.split(rows), passage.labels[where].split(rows), strict=True
+        ):
             total += F.cross_entropy(model.logits(states), labels, reduction="sum").item()
         count += int(where.sum())
     return total / max(count, 1)
@@ -68,7 +74,9 @@ def unit(x: Tensor, eps: float) -> Tensor:
 def mixed(model: Transformer, block: Block, normed: Tensor, passage: Passage) -> Tensor:
     """What the heads of `block` pass to its output matrix: (rows, length, heads * head_dim)."""
     caught: list[Tensor] = []
-    hook = block.self_attn.o_proj.register_forward_pre_hook(lambda _, inputs: caught.append(inputs[0]))
+    hook = block.self_attn.o_proj.register_forward_pre_hook(
+        lambda _, inputs: caught.append(inputs[0])
+    )
     try:
         cos, sin = model.rotary(passage.positions, normed.dtype)
         mask = model.mask(normed.shape[1], 0, passage.segments, normed.device)
@@ -99,9 +107,13 @@ class LayerStatistics:
     """What calibration text does in one layer; sums over tokens, float64."""
 
     influence: float
-    """Mean of 1 - cos(input, output): how far the layer turns the residual stream (ShortGPT, arXiv:2403.03853)."""
+    """Mean of 1 - cos(input, output): how far the layer turns the residual stream (ShortGPT,
+    arXiv:2403.03853).
+    """
     inputs: Tensor
-    """Products of the normalised input of the attention, gain included, (hidden, hidden); (0, 0) if not asked for."""
+    """Products of the normalised input of the attention, gain included, (hidden, hidden); (0, 0) if
+    not asked for.
+    """
     heads: Tensor
     """Products of each head's output, (heads, head_dim, head_dim)."""
     neurons: Tensor
@@ -114,7 +126,9 @@ class Statistics:
 
     layers: list[LayerStatistics]
     stream: Tensor
-    """Products of the residual stream, each token scaled to mean square 1, over all places where a norm reads it."""
+    """Products of the residual stream, each token scaled to mean square 1, over all places where a
+    norm reads it.
+    """
     final: Tensor
     """The same of the last place, before the output head."""
     ids: Tensor
@@ -122,9 +136,14 @@ class Statistics:
 
 
 def measure(
-    model: Transformer, passages: Sequence[Passage], on_layer: Callable[[int], None], with_inputs: bool = True
+    model: Transformer,
+    passages: Sequence[Passage],
+    on_layer: Callable[[int], None],
+    with_inputs: bool = True,
 ) -> Statistics:
-    """Pass calibration text through `model`, layer by layer; only merging key-value heads needs the inputs."""
+    """Pass calibration text through `model`, layer by layer; only merging key-value heads needs the
+    inputs.
+    """
     config, eps = model.config, model.config.rms_norm_eps
     d = config.hidden_size
     stream = torch.zeros(d, d, dtype=torch.float64)
@@ -138,7 +157,9 @@ def measure(
         found = LayerStatistics(
             0.0,
             torch.zeros((d, d) if with_inputs else (0, 0), dtype=torch.float64),
-            torch.zeros(config.num_attention_heads, config.head_dim, config.head_dim, dtype=torch.float64),
+            torch.zeros(
+                config.num_attention_heads, config.head_dim, config.head_dim, dtype=torch.float64
+            ),
             torch.zeros(config.intermediate_size, dtype=torch.float64),
         )
         count = 0
@@ -155,7 +176,9 @@ def measure(
             if with_inputs:
                 found.inputs += products(normed[real], normed[real])
             found.neurons += active[real].pow(2).sum(0).cpu().double()
-            found.influence += float((1 - F.cosine_similarity(x[real], states[at][real], dim=-1)).sum())
+            found.influence += float(
+                (1 - F.cosine_similarity(x[real], states[at][real], dim=-1)).sum()
+            )
             count += int(real.sum())
             for place in (x[real], middle[real]):
                 stream += products(unit(place, eps), unit(place, eps))

@@ -3,8 +3,9 @@
     xinslm init TEACHER --data-path data --output-dir student0 --num-layers 4 --hidden-size 192
     xinslm distill --data-path data --cache cache --init-from student0 --output-dir runs/student
 
-Vocabulary, layers, heads and neurons are cut first, at the teacher's width, then the width; at last what is left is
-fitted to the teacher's activations. The table says what each of it cost or gave, in nats a token on validation text.
+Vocabulary, layers, heads and neurons are cut first, at the teacher's width, then the width; at last
+what is left is fitted to the teacher's activations. The table says what each of it cost or gave, in
+nats a token on validation text.
 """
 
 import math
@@ -61,14 +62,20 @@ class InitResult:
         """Lines for the terminal."""
         width = max(len(name) for name, _, _ in self.losses)
         lines = [f"{'':<{width}} {'parameters':>15} {'nats/token':>11}"]
-        lines += [f"{name:<{width}} {parameters:>15,} {value:>11.4f}" for name, parameters, value in self.losses]
-        return "\n".join([*lines, *(f"note  {note}" for note in self.notes), f"written to {self.folder}"])
+        lines += [
+            f"{name:<{width}} {parameters:>15,} {value:>11.4f}"
+            for name, parameters, value in self.losses
+        ]
+        return "\n".join(
+            [*lines, *(f"note  {note}" for note in self.notes), f"written to {self.folder}"]
+        )
 
 
 def run(config: InitConfig, on_progress: Listener = ignore) -> InitResult:
     """Cut a student out of a teacher and write it as a model folder.
 
-    UsageError where shape, tokenizer or folders do not fit each other, XinslmError for a teacher of another kind.
+    UsageError where shape, tokenizer or folders do not fit each other, XinslmError for a teacher of
+    another kind.
     """
     config.check()
     refuse_existing(config.output_dir, config.force)
@@ -81,7 +88,8 @@ def run(config: InitConfig, on_progress: Listener = ignore) -> InitResult:
     theirs = load_tokenizer(folder)
     if theirs.vocab_size > shape.vocab_size:
         raise XinslmError(
-            f"{folder}: its tokenizer has {theirs.vocab_size} ids, its embedding only {shape.vocab_size} rows; the "
+            f"{folder}: its tokenizer has {theirs.vocab_size} ids, its embedding only "
+            f"{shape.vocab_size} rows; the "
             f"tokenizer belongs to another model"
         )
     rows = vocabulary_rows(tokenizer, theirs, str(dataset.folder))
@@ -91,7 +99,9 @@ def run(config: InitConfig, on_progress: Listener = ignore) -> InitResult:
     ids: dict[str, Any] = {}
     name = "teacher"
     if rows != list(range(theirs.vocab_size)):
-        ids = {f"{role}_token_id": getattr(tokenizer, f"{role}_id") for role in ("bos", "eos", "pad")}
+        ids = {
+            f"{role}_token_id": getattr(tokenizer, f"{role}_id") for role in ("bos", "eos", "pad")
+        }
         name = f"teacher, vocabulary cut to {len(rows):,}"
     work = _Cutting(config, text, on_progress)
     with torch.no_grad():
@@ -115,34 +125,47 @@ class _Text:
     notes: tuple[str, ...] = ()
 
     @staticmethod
-    def read(config: InitConfig, dataset: Dataset, teacher: ModelConfig, device: torch.device) -> "_Text":
+    def read(
+        config: InitConfig, dataset: Dataset, teacher: ModelConfig, device: torch.device
+    ) -> "_Text":
         length = config.row_length or min(teacher.max_position_embeddings, 512)
         if length > teacher.max_position_embeddings:
             raise UsageError(
-                f"row_length is {length}, but the teacher reads at most {teacher.max_position_embeddings} tokens"
+                f"row_length is {length}, but the teacher reads at most "
+                f"{teacher.max_position_embeddings} tokens"
             )
         split = dataset.split("train")
         count = len(PackedRows(split, length))
         if count < 2:
             raise UsageError(
-                f"{dataset.folder} has {count} rows of {length} tokens to train on, but at least 2 are needed, to "
+                f"{dataset.folder} has {count} rows of {length} tokens to train on, but at least "
+                "2 are needed, to "
                 f"measure on and to choose by: give more text, or a smaller --row-length"
             )
         searched = min(config.search_rows, max(1, count // 4))
         order = np.random.default_rng(config.seed).permutation(count)
         search = read_passages(split, length, order[:searched], device)
-        calibration = read_passages(split, length, order[searched:][: config.calibration_rows], device)
-        held_out = dataset.split("validation") if "validation" in dataset.manifest["splits"] else None
+        calibration = read_passages(
+            split, length, order[searched:][: config.calibration_rows], device
+        )
+        held_out = (
+            dataset.split("validation") if "validation" in dataset.manifest["splits"] else None
+        )
         number = 0 if held_out is None else len(PackedRows(held_out, length))
         if held_out is None or number == 0:
-            note = "there is no validation split: losses are of the rows of the train split that choices were made on"
+            note = (
+                "there is no validation split: losses are of the rows of the train split that "
+                "choices were made on"
+            )
             return _Text(calibration, search, search, (note,))
         chosen = np.random.default_rng(config.seed).permutation(number)[: config.validation_rows]
         return _Text(calibration, search, read_passages(held_out, length, chosen, device))
 
 
 class _Between(ModelConfig):
-    """A shape on the way: heads that do not divide the teacher's width may well divide the student's."""
+    """A shape on the way: heads that do not divide the teacher's width may well divide the
+    student's.
+    """
 
     def check(self) -> None:
         """Take it."""
@@ -181,14 +204,23 @@ class _Cutting:
             held = float((basis * (found.stream @ basis)).sum() / found.stream.trace())
             self.facts["stream_kept"] = held
             plain = narrow(thin, student, basis, found)
-            self._report(f"width {student.hidden_size} of {shape.hidden_size}, {held:.1%} of the stream", plain)
+            self._report(
+                f"width {student.hidden_size} of {shape.hidden_size}, {held:.1%} of the stream",
+                plain,
+            )
         else:
             head = {} if student.tie_word_embeddings else {HEAD: thin.head_weight.clone()}
             plain = assemble(student, dict(thin.state_dict()) | head)
-        made = self._compensated(teacher, thin, plain, kept, basis) if self.config.compensate else plain
+        made = (
+            self._compensated(teacher, thin, plain, kept, basis)
+            if self.config.compensate
+            else plain
+        )
         random = Transformer(student)
         random.initialise(torch.Generator().manual_seed(self.config.seed))
-        self._report("random weights of that shape", random.to(made.model.embed_tokens.weight.device).eval())
+        self._report(
+            "random weights of that shape", random.to(made.model.embed_tokens.weight.device).eval()
+        )
         return made
 
     def _layers(self, teacher: Transformer, student: ModelConfig, found: Statistics) -> list[int]:
@@ -198,7 +230,9 @@ class _Cutting:
         progress = self._progress("choose layers", total - wanted, "layers")
         return choose_layers(teacher, wanted, lambda model: loss(model, self.text.search), progress)
 
-    def _heads(self, thin: Transformer, student: ModelConfig, kept: list[int], found: Statistics) -> Transformer:
+    def _heads(
+        self, thin: Transformer, student: ModelConfig, kept: list[int], found: Statistics
+    ) -> Transformer:
         shape = thin.config
         heads, shared = student.num_attention_heads, student.num_key_value_heads
         if (heads, shared) == (shape.num_attention_heads, shape.num_key_value_heads):
@@ -211,20 +245,28 @@ class _Cutting:
             weights |= {f"model.layers.{index}.{name}": tensor for name, tensor in cut.items()}
             groups.append([[list(group.key_values), list(group.queries)] for group in chosen])
         self.facts["heads"] = groups
-        between = _Between(**asdict(shape) | {"num_attention_heads": heads, "num_key_value_heads": shared})
+        between = _Between(
+            **asdict(shape) | {"num_attention_heads": heads, "num_key_value_heads": shared}
+        )
         thin = assemble(between, weights)
         self._report(f"{heads} query heads on {shared}", thin)
         return thin
 
-    def _neurons(self, thin: Transformer, student: ModelConfig, kept: list[int], found: Statistics) -> Transformer:
+    def _neurons(
+        self, thin: Transformer, student: ModelConfig, kept: list[int], found: Statistics
+    ) -> Transformer:
         shape = thin.config
         if student.intermediate_size == shape.intermediate_size:
             return thin
         weights, neurons = dict(thin.state_dict()), []
         for index, layer in enumerate(kept):
             own = _layer(weights, index)
-            chosen = choose_neurons(found.layers[layer].neurons, own["mlp.down_proj.weight"], student.intermediate_size)
-            weights |= {f"model.layers.{index}.{name}": t for name, t in keep_neurons(own, chosen).items()}
+            chosen = choose_neurons(
+                found.layers[layer].neurons, own["mlp.down_proj.weight"], student.intermediate_size
+            )
+            weights |= {
+                f"model.layers.{index}.{name}": t for name, t in keep_neurons(own, chosen).items()
+            }
             neurons.append(chosen.tolist())
         self.facts["neurons"] = neurons
         thin = assemble(replace(shape, intermediate_size=student.intermediate_size), weights)
@@ -232,18 +274,32 @@ class _Cutting:
         return thin
 
     def _compensated(
-        self, teacher: Transformer, thin: Transformer, plain: Transformer, kept: list[int], basis: torch.Tensor | None
+        self,
+        teacher: Transformer,
+        thin: Transformer,
+        plain: Transformer,
+        kept: list[int],
+        basis: torch.Tensor | None,
     ) -> Transformer:
-        """Take the fitted student if it is better than the plain one on rows that neither was made from."""
+        """Take the fitted student if it is better than the plain one on rows that neither was made
+        from.
+        """
         fitted = compensate(
-            teacher, thin, plain, kept, basis, self.text.calibration, self.config.ridge,
+            teacher,
+            thin,
+            plain,
+            kept,
+            basis,
+            self.text.calibration,
+            self.config.ridge,
             self._progress("compensate", len(kept), "layers"),
-        )  # fmt: skip
+        )
         before, after = loss(plain, self.text.search), loss(fitted, self.text.search)
         self.facts["compensation"] = {"plain": before, "fitted": after}
         if not after < before:  # NaN, too
             self.notes.append(
-                f"the least-squares fit was dropped: {after:.4f} nats on search rows, {before:.4f} before"
+                f"the least-squares fit was dropped: {after:.4f} nats on search rows, "
+                f"{before:.4f} before"
             )
             return plain
         self._report("fitted to the teacher's activations", fitted)
@@ -253,7 +309,8 @@ class _Cutting:
         value = loss(model, self.text.validation)
         if not math.isfinite(value) and not self.losses:
             raise XinslmError(
-                f"the loss of {self.config.teacher} is {value} on validation text: its weights are damaged"
+                f"the loss of {self.config.teacher} is {value} on validation text: its weights "
+                "are damaged"
             )
         self.losses.append((name, model.config.num_parameters, value))
         self.on_progress(Progress("init", values={"nats/token": value}, note=name))
@@ -264,7 +321,11 @@ class _Cutting:
 
 def _layer(weights: Weights, index: int) -> Weights:
     prefix = f"model.layers.{index}."
-    return {name.removeprefix(prefix): tensor for name, tensor in weights.items() if name.startswith(prefix)}
+    return {
+        name.removeprefix(prefix): tensor
+        for name, tensor in weights.items()
+        if name.startswith(prefix)
+    }
 
 
 def _spans(numbers: Sequence[int]) -> str:

@@ -14,7 +14,10 @@ from xinslm.prune.config import InitConfig
 def find_teacher(name: str) -> tuple[Path, ModelConfig]:
     """Find the teacher's folder and read its shape; what cannot be cut is refused by name."""
     if name.lower().endswith(".gguf"):
-        raise UsageError(f"{name} is a GGUF file; a student is cut from safetensors: give the folder it was made from")
+        raise UsageError(
+            f"{name} is a GGUF file; a student is cut from safetensors: give the "
+            "folder it was made from"
+        )
     folder = resolve_model(name)
     manifest = read_json(folder / MANIFEST) if (folder / MANIFEST).is_file() else None
     if isinstance(manifest, dict) and manifest.get("kind") == "quantized":
@@ -23,14 +26,18 @@ def find_teacher(name: str) -> tuple[Path, ModelConfig]:
         return folder, load_config(folder)
     except UnsupportedModelError as error:
         raise XinslmError(
-            f"{error}. A student is cut only from models whose weights are the student's own kind, Llama and Mistral: "
-            f"it has no place for other parts, such as the biases of Qwen2 or the query and key norms of Qwen3. "
+            f"{error}. A student is cut only from models whose weights are the student's own "
+            "kind, Llama and Mistral: "
+            "it has no place for other parts, such as the biases of Qwen2 or the query and key "
+            "norms of Qwen3. "
             f"As a teacher (`xinslm cache`) the model serves all the same"
         ) from None
 
 
 def student_shape(config: InitConfig, teacher: ModelConfig, vocab_size: int) -> ModelConfig:
-    """The teacher's shape with the sizes of `config` and the vocabulary; UsageError lists what cannot be cut."""
+    """The teacher's shape with the sizes of `config` and the vocabulary; UsageError lists what
+    cannot be cut.
+    """
     given: dict[str, Any] = {
         "num_hidden_layers": config.num_layers,
         "hidden_size": config.hidden_size,
@@ -45,19 +52,23 @@ def student_shape(config: InitConfig, teacher: ModelConfig, vocab_size: int) -> 
         given["num_key_value_heads"] = max(1, config.num_heads // share)
     student = dataclasses.replace(teacher, vocab_size=vocab_size, **given)
     wrong = [
-        f"{name} is {getattr(student, name)}, but the teacher has only {getattr(teacher, name)}: a student is cut out "
+        f"{name} is {getattr(student, name)}, but the teacher has only {getattr(teacher, name)}: "
+        "a student is cut out "
         f"of its teacher and cannot be larger"
         for name in given
         if name != "tie_word_embeddings" and getattr(student, name) > getattr(teacher, name)
     ]
     if config.head_dim not in (None, teacher.head_dim):
         wrong.append(
-            f"head_dim is {config.head_dim}, but must stay the teacher's {teacher.head_dim}: each pair of a head's "
-            f"channels turns at its own rotary frequency, and another width has other frequencies. Take fewer heads"
+            f"head_dim is {config.head_dim}, but must stay the teacher's {teacher.head_dim}: each "
+            "pair of a head's "
+            "channels turns at its own rotary frequency, and another width has other "
+            "frequencies. Take fewer heads"
         )
     if student.tie_word_embeddings and not teacher.tie_word_embeddings:
         wrong.append(
-            "tie_word_embeddings is true, but the teacher's output head is not its embedding, and one matrix cannot "
+            "tie_word_embeddings is true, but the teacher's output head is not its embedding, and "
+            "one matrix cannot "
             "start as both"
         )
     if wrong:
@@ -66,15 +77,20 @@ def student_shape(config: InitConfig, teacher: ModelConfig, vocab_size: int) -> 
     merged = merged_heads(teacher, student)
     if merged * student.num_key_value_heads > teacher.num_key_value_heads:
         raise UsageError(
-            f"{student.num_attention_heads} query heads on {student.num_key_value_heads} key-value heads cannot be cut "
-            f"from {teacher.num_attention_heads} on {teacher.num_key_value_heads}: {merged} of the teacher's key-value "
-            f"heads would have to become one, and there are not enough. Take a num_kv_heads that divides "
+            f"{student.num_attention_heads} query heads on {student.num_key_value_heads} "
+            "key-value heads cannot be cut "
+            f"from {teacher.num_attention_heads} on {teacher.num_key_value_heads}: {merged} of "
+            "the teacher's key-value "
+            "heads would have to become one, and there are not enough. Take a num_kv_heads that "
+            "divides "
             f"{teacher.num_key_value_heads}, or fewer num_heads"
         )
     return student
 
 
 def merged_heads(teacher: ModelConfig, student: ModelConfig) -> int:
-    """How many of the teacher's key-value heads become one so that the student's query heads all come from them."""
+    """How many of the teacher's key-value heads become one so that the student's query heads all
+    come from them.
+    """
     group = teacher.num_attention_heads // teacher.num_key_value_heads
     return -(-student.num_attention_heads // (student.num_key_value_heads * group))

@@ -1,7 +1,9 @@
-"""Calibration: packed rows of a dataset's train split, and their activations as they pass through the layers.
+"""Calibration: packed rows of a dataset's train split, and their activations as they pass through
+the layers.
 
-Rows flow through layers that are quantized already, so that each layer is fitted to the inputs it will really
-get (GPTQ's "true sequential" order). Padding never enters a Hessian; documents never see each other.
+Rows flow through layers that are quantized already, so that each layer is fitted to the inputs it
+will really get (GPTQ's "true sequential" order). Padding never enters a Hessian; documents never
+see each other.
 """
 
 import contextlib
@@ -25,10 +27,11 @@ _TOKENS_A_BATCH = 2048
 def read_rows(
     data: Path, tokenizer: str, config: ModelConfig, num_rows: int, length: int, seed: int
 ) -> tuple[list[Batch], str]:
-    """Draw `num_rows` packed rows of `length` tokens from the train split, in batches of about 2,048 tokens.
+    """Draw `num_rows` packed rows of `length` tokens from the train split, in batches of about
+    2,048 tokens.
 
-    Returns the batches and the dataset's fingerprint. `tokenizer` is the fingerprint of the model's own;
-    another tokenizer's dataset, or one with too few rows, is a UsageError.
+    Returns the batches and the dataset's fingerprint. `tokenizer` is the fingerprint of the model's
+    own; another tokenizer's dataset, or one with too few rows, is a UsageError.
     """
     dataset = open_dataset(data)
     require_tokenizer(dataset, tokenizer, "the model to quantize")
@@ -39,7 +42,9 @@ def read_rows(
             f"{num_rows:,} are asked for. Set --calibration-rows to {len(rows):,} or less"
         )
     if rows.split.vocab_size > config.vocab_size:
-        raise UsageError(f"{data} has {rows.split.vocab_size:,} token ids, the model only {config.vocab_size:,}")
+        raise UsageError(
+            f"{data} has {rows.split.vocab_size:,} token ids, the model only {config.vocab_size:,}"
+        )
     chosen = np.sort(np.random.default_rng(seed).choice(len(rows), num_rows, replace=False))
     step = max(_TOKENS_A_BATCH // length, 1)
     return [rows.batch(chosen[i : i + step]) for i in range(0, num_rows, step)], dataset.fingerprint
@@ -59,7 +64,9 @@ class Calibration:
         self._batches, self._states = batches, states
 
     def hessian(self, block: Block, half: nn.Module, linear: nn.Linear) -> Hessian:
-        """Run the rows through a half of `block` up to `linear` in it and sum X^T X over its inputs."""
+        """Run the rows through a half of `block` up to `linear` in it and sum X^T X over its
+        inputs.
+        """
         hessian = Hessian(linear.in_features)
         kept = torch.empty(0)
 
@@ -78,12 +85,18 @@ class Calibration:
         return hessian
 
     def advance(self, block: Block, half: nn.Module) -> None:
-        """Add to the states what a half of `block`, its attention or its feed-forward, makes of them."""
+        """Add to the states what a half of `block`, its attention or its feed-forward, makes of
+        them.
+        """
         for index, batch in enumerate(self._batches):
-            self._states[index] = self._states[index] + self._run(block, half, batch, self._states[index])
+            self._states[index] = self._states[index] + self._run(
+                block, half, batch, self._states[index]
+            )
 
     def _run(self, block: Block, half: nn.Module, batch: Batch, states: Tensor) -> Tensor:
-        """Give what one half of `Block.forward` adds to the states; halves spare the other half's repetition."""
+        """Give what one half of `Block.forward` adds to the states; halves spare the other half's
+        repetition.
+        """
         if half is block.mlp:
             return block.mlp(block.post_attention_layernorm(states))
         positions, segments = torch.from_numpy(batch.positions), torch.from_numpy(batch.segments)

@@ -1,9 +1,10 @@
-"""The canonical quantized folder: int4 or int8 codes and one fp16 scale per 32 weights, in safetensors.
+"""The canonical quantized folder: int4 or int8 codes and one fp16 scale per 32 weights, in
+safetensors.
 
-Every runtime's format is transcribed from this one without rounding again. For a weight `NAME.weight` of
-(rows, columns) the file holds `NAME.codes` (uint8 (rows, columns / 2) in Q4_0's nibble order, or int8 (rows,
-columns)) and `NAME.scales` (float16 (rows, columns / 32)); norms, and weights whose rows are no multiple of
-32, stand there plainly.
+Every runtime's format is transcribed from this one without rounding again. For a weight
+`NAME.weight` of (rows, columns) the file holds `NAME.codes` (uint8 (rows, columns / 2) in Q4_0's
+nibble order, or int8 (rows, columns)) and `NAME.scales` (float16 (rows, columns / 32)); norms, and
+weights whose rows are no multiple of 32, stand there plainly.
 
     for name, weight in dequantized_tensors(folder): ...
 """
@@ -46,7 +47,9 @@ class StoredWeight:
         """Give the weight in float32."""
         if self.scales is None:
             return self.data.float()
-        return decode(unpack_nibbles(self.data) if self.format == Q4_0.name else self.data, self.scales)
+        return decode(
+            unpack_nibbles(self.data) if self.format == Q4_0.name else self.data, self.scales
+        )
 
     def ggml_rows(self) -> np.ndarray:
         """Give codes and scales as llama.cpp's blocks, uint8 (rows, bytes), or the plain array."""
@@ -62,28 +65,41 @@ class QuantizedModel:
         self.config: ModelConfig = load_config(self.folder)
         formats = self.manifest.get("formats")
         if not isinstance(formats, dict) or self.manifest.get("bits") not in (4, 8):
-            raise XinslmError(f"{self.folder / MANIFEST}: 'formats' or 'bits' is missing or damaged; run `{_MADE_BY}`")
+            raise XinslmError(
+                f"{self.folder / MANIFEST}: 'formats' or 'bits' is missing or "
+                f"damaged; run `{_MADE_BY}`"
+            )
         self.formats: dict[str, str] = {f"{name}.weight": kind for name, kind in formats.items()}
         """Format of every weight, by its Hugging Face parameter name."""
         self._file = open_tensors(self.folder / WEIGHTS)
         with torch.device("meta"):
-            self.shapes = {name: tuple(w.shape) for name, w in Transformer(self.config).state_dict().items()}
+            self.shapes = {
+                name: tuple(w.shape) for name, w in Transformer(self.config).state_dict().items()
+            }
         if self.formats.keys() != self.shapes.keys():
             odd = sorted(self.formats.keys() ^ self.shapes.keys())
-            raise XinslmError(f"{folder}: weight '{odd[0]}' is in only one of config.json and {MANIFEST}")
+            raise XinslmError(
+                f"{folder}: weight '{odd[0]}' is in only one of config.json and {MANIFEST}"
+            )
 
     def read(self, name: str) -> StoredWeight:
-        """Read one weight by its Hugging Face name; XinslmError where it is not what it should be."""
+        """Read one weight by its Hugging Face name; XinslmError where it is not what it should
+        be.
+        """
         kind, shape, stem = self.formats[name], self.shapes[name], name.removesuffix(".weight")
         if not isinstance(kind, str):
-            raise XinslmError(f"{self.folder / MANIFEST}: the format of '{stem}' is {kind!r}, which is no name")
+            raise XinslmError(
+                f"{self.folder / MANIFEST}: the format of '{stem}' is {kind!r}, which is no name"
+            )
         if kind in _PLAIN:
             return StoredWeight(kind, shape, self._tensor(name, _PLAIN[kind], shape), None)
         if kind not in GRIDS:
             raise XinslmError(f"{self.folder / MANIFEST}: '{stem}' has the unknown format '{kind}'")
         scales = self._tensor(f"{stem}.scales", torch.float16, (shape[0], shape[1] // BLOCK))
         if not torch.isfinite(scales).all():
-            raise XinslmError(f"{self.folder / WEIGHTS}: '{stem}.scales' holds NaN or infinity; quantize again")
+            raise XinslmError(
+                f"{self.folder / WEIGHTS}: '{stem}.scales' holds NaN or infinity; quantize again"
+            )
         if kind == Q4_0.name:
             codes = self._tensor(f"{stem}.codes", torch.uint8, (shape[0], shape[1] // 2))
         else:
@@ -92,7 +108,9 @@ class QuantizedModel:
 
     def _tensor(self, name: str, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
         if name not in self._file.keys():  # noqa: SIM118 - not a dict
-            raise XinslmError(f"{self.folder / WEIGHTS} has no '{name}'; quantize again with `{_MADE_BY}`")
+            raise XinslmError(
+                f"{self.folder / WEIGHTS} has no '{name}'; quantize again with `{_MADE_BY}`"
+            )
         tensor: Tensor = self._file.get_tensor(name)
         if tensor.dtype != dtype or tuple(tensor.shape) != shape:
             raise XinslmError(
@@ -110,7 +128,9 @@ def is_quantized(folder: Path) -> bool:
 
 
 def open_quantized(folder: Path) -> QuantizedModel:
-    """Open a folder `xinslm quantize` wrote; UsageError where it is none, XinslmError where damaged."""
+    """Open a folder `xinslm quantize` wrote; UsageError where it is none, XinslmError where
+    damaged.
+    """
     return QuantizedModel(folder)
 
 

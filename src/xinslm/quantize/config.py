@@ -23,7 +23,9 @@ class QuantizeConfig:
     bits: int = 4
     """Bits a weight of the linear layers, 4 or 8; embedding and head have 8 bits either way."""
     method: Literal["gptq", "rtn"] = "gptq"
-    """gptq feeds rounding errors forward (needs --data-path), rtn rounds to nearest; 8 bits always round."""
+    """gptq feeds rounding errors forward (needs --data-path), rtn rounds to nearest; 8 bits always
+    round.
+    """
     calibration_rows: int = 128
     """Number of packed rows of the train split that calibrate GPTQ."""
     calibration_length: int | None = None
@@ -40,9 +42,13 @@ class QuantizeConfig:
         if self.bits not in (4, 8):
             raise UsageError(f"--bits is {self.bits}, but must be 4 or 8")
         if self.calibration_rows < 1:
-            raise UsageError(f"--calibration-rows is {self.calibration_rows}, but must be at least 1")
+            raise UsageError(
+                f"--calibration-rows is {self.calibration_rows}, but must be at least 1"
+            )
         if self.calibration_length is not None and self.calibration_length < 1:
-            raise UsageError(f"--calibration-length is {self.calibration_length}, but must be at least 1")
+            raise UsageError(
+                f"--calibration-length is {self.calibration_length}, but must be at least 1"
+            )
         if problem := SEED.problem(self.seed):
             raise UsageError(f"--seed is {self.seed}, but must be {problem}")
         if self.calibrates and self.data_path is None:

@@ -1,10 +1,10 @@
 """GPTQ (Frantar et al., arXiv:2210.17323) on llama.cpp's Q4_0 grid.
 
-Columns are rounded one after another; each column's error is moved onto the columns not yet rounded, by the
-inverse Hessian of the layer's squared output error. Scales are fixed beforehand from the original weights
-("static groups"), so columns may be taken in order of importance ("act-order") and the codes still go back to
-their own places. The result is never worse than rounding to nearest, by the layer's own loss: where it is,
-that is kept instead.
+Columns are rounded one after another; each column's error is moved onto the columns not yet
+rounded, by the inverse Hessian of the layer's squared output error. Scales are fixed beforehand
+from the original weights ("static groups"), so columns may be taken in order of importance
+("act-order") and the codes still go back to their own places. The result is never worse than
+rounding to nearest, by the layer's own loss: where it is, that is kept instead.
 
     hessian = Hessian(columns); hessian.add(inputs)
     result = quantize_weight(weight, factorise(hessian.mean()))
@@ -52,20 +52,27 @@ class Factor:
     upper: Tensor
     """Upper Cholesky factor of the damped inverse Hessian, float32, in `order`."""
     importance: Tensor
-    """1 / diag(H^-1), float32 (columns,): what an error in a column costs after the others make up for it."""
+    """1 / diag(H^-1), float32 (columns,): what an error in a column costs after the others make up
+    for it.
+    """
     damping: float
     """Share of the mean diagonal that was added to make the Hessian invertible."""
 
 
 def factorise(hessian: Tensor, act_order: bool = True) -> Factor | None:
-    """Invert and factorise a float64 Hessian (columns, columns); None where no damping allows that."""
+    """Invert and factorise a float64 Hessian (columns, columns); None where no damping allows
+    that.
+    """
     diagonal = hessian.diagonal()
     mean = float(diagonal.mean())
     if not torch.isfinite(hessian).all() or mean <= 0:
         return None
-    order = diagonal.argsort(descending=True, stable=True) if act_order else torch.arange(len(hessian))
+    order = (
+        diagonal.argsort(descending=True, stable=True) if act_order else torch.arange(len(hessian))
+    )
     ordered = hessian[order[:, None], order]
-    dead = ordered.diagonal() == 0  # inputs that were always zero: their weights are rounded, not dropped
+    # inputs that were always zero: their weights are rounded, not dropped
+    dead = ordered.diagonal() == 0
     for damping in DAMPING_LADDER:
         damped = ordered.clone()
         damped.diagonal().add_(damping * mean)
@@ -107,9 +114,11 @@ def round_to_nearest(weight: Tensor, search: bool = True) -> QuantizedLinear:
 
 
 def quantize_weight(weight: Tensor, factor: Factor | None, search: bool = True) -> QuantizedLinear:
-    """Quantize float32 weights (rows, columns) by GPTQ, or to nearest where that has the smaller layer loss.
+    """Quantize float32 weights (rows, columns) by GPTQ, or to nearest where that has the smaller
+    layer loss.
 
-    `search` chooses scales by weighted squared error; without it they are the largest weight over -8.
+    `search` chooses scales by weighted squared error; without it they are the largest weight over
+    -8.
     """
     nearest = round_to_nearest(weight, search)
     if factor is None:
@@ -124,7 +133,9 @@ def quantize_weight(weight: Tensor, factor: Factor | None, search: bool = True) 
 
 
 def feed_back_errors(weight: Tensor, scales: Tensor, factor: Factor) -> Tensor:
-    """Choose int8 codes (rows, columns) for fixed scales: all rows at once, updates in blocks of 128."""
+    """Choose int8 codes (rows, columns) for fixed scales: all rows at once, updates in blocks of
+    128.
+    """
     order, upper = factor.order, factor.upper
     work = weight.T[order].contiguous()  # (columns, rows): a column's weights lie together
     groups, codes = scales.T[order // BLOCK], torch.empty_like(work, dtype=torch.int8)
@@ -144,6 +155,8 @@ def feed_back_errors(weight: Tensor, scales: Tensor, factor: Factor) -> Tensor:
 
 
 def layer_loss(weight: Tensor, quantized: Tensor, hessian: Tensor) -> float:
-    """Mean squared output error a token, tr((W - Q) H (W - Q)^T), of float32 (rows, columns) weights."""
+    """Mean squared output error a token, tr((W - Q) H (W - Q)^T), of float32 (rows, columns)
+    weights.
+    """
     error = weight - quantized
     return float(((error @ hessian) * error).sum(dtype=torch.float64))

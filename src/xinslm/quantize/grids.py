@@ -1,12 +1,13 @@
-"""The two grids: Q4_0 and Q8_0 of llama.cpp, symmetric codes with one fp16 scale per 32 neighbours of a row.
+"""The two grids: Q4_0 and Q8_0 of llama.cpp, symmetric codes with one fp16 scale per 32 neighbours
+of a row.
 
     weight = scale * code        Q4_0: code in [-8, 7]        Q8_0: code in [-127, 127]
 
-A scale is rounded to what is stored before any code is chosen, so codes are nearest for the stored scale.
-Stored scales have at most 8 significant bits (exact in bfloat16 as well as float16: no loader changes them)
-and stay in float16's normal range. Measured on the linears of a 5.8M model this costs 0.02 % of the squared
-error. Q4_0's scale may be negative: its code range reaches one step further down, and the largest weight is
-put there.
+A scale is rounded to what is stored before any code is chosen, so codes are nearest for the stored
+scale. Stored scales have at most 8 significant bits (exact in bfloat16 as well as float16: no
+loader changes them) and stay in float16's normal range. Measured on the linears of a 5.8M model
+this costs 0.02 % of the squared error. Q4_0's scale may be negative: its code range reaches one
+step further down, and the largest weight is put there.
 """
 
 from dataclasses import dataclass
@@ -45,10 +46,11 @@ GRIDS = {grid.name: grid for grid in (Q4_0, Q8_0)}
 
 
 def storable(scales: Tensor, bf16_exact: bool = True) -> Tensor:
-    """Round float32 scales to values float16 holds as normal numbers, and bfloat16 too unless told otherwise.
+    """Round float32 scales to values float16 holds as normal numbers, and bfloat16 too unless told
+    otherwise.
 
-    Magnitudes outside [2^-14, 65280] are clamped; zero becomes 2^-14, so that dividing by a scale is always
-    safe.
+    Magnitudes outside [2^-14, 65280] are clamped; zero becomes 2^-14, so that dividing by a scale
+    is always safe.
     """
     magnitudes = scales.abs().clamp(SMALLEST_SCALE, LARGEST_SCALE)
     rounded = (magnitudes.bfloat16() if bf16_exact else magnitudes.half()).float()
@@ -58,22 +60,34 @@ def storable(scales: Tensor, bf16_exact: bool = True) -> Tensor:
 def encode(weight: Tensor, scales: Tensor, grid: Grid) -> Tensor:
     """Nearest codes, int8 (rows, columns), of weights for stored scales (rows, columns / 32)."""
     blocks = weight.unflatten(-1, (-1, BLOCK))
-    return (blocks / scales[..., None]).round_().clamp_(grid.lowest, grid.highest).to(torch.int8).flatten(-2)
+    return (
+        (blocks / scales[..., None])
+        .round_()
+        .clamp_(grid.lowest, grid.highest)
+        .to(torch.int8)
+        .flatten(-2)
+    )
 
 
 def decode(codes: Tensor, scales: Tensor) -> Tensor:
-    """Float32 weights of codes (rows, columns) and scales (rows, columns / 32): one product each."""
+    """Float32 weights of codes (rows, columns) and scales (rows, columns / 32): one product
+    each.
+    """
     return (codes.unflatten(-1, (-1, BLOCK)).float() * scales.float()[..., None]).flatten(-2)
 
 
 def fit_scales(
-    weight: Tensor, grid: Grid, importance: Tensor | None = None, search: bool = True, bf16_exact: bool = True
+    weight: Tensor,
+    grid: Grid,
+    importance: Tensor | None = None,
+    search: bool = True,
+    bf16_exact: bool = True,
 ) -> Tensor:
     """Choose storable scales, float32 (rows, columns / 32), for float32 weights (rows, columns).
 
-    Q8_0 takes the largest magnitude over 127. Q4_0 tries 41 multiples of the largest weight with both signs
-    and keeps the one with the least squared error, each column weighted by `importance` (columns,); without
-    `search` it takes the largest weight over -8.
+    Q8_0 takes the largest magnitude over 127. Q4_0 tries 41 multiples of the largest weight with
+    both signs and keeps the one with the least squared error, each column weighted by `importance`
+    (columns,); without `search` it takes the largest weight over -8.
     """
     blocks = weight.reshape(-1, BLOCK)
     position = blocks.abs().argmax(dim=1, keepdim=True)
@@ -83,7 +97,9 @@ def fit_scales(
         return storable(extreme.abs() / 127, bf16_exact).view(shape)
     if not search:
         return storable(extreme / -8, bf16_exact).view(shape)
-    weights = torch.ones(shape[1], BLOCK) if importance is None else importance.float().view(-1, BLOCK)
+    weights = (
+        torch.ones(shape[1], BLOCK) if importance is None else importance.float().view(-1, BLOCK)
+    )
     best = torch.empty(len(blocks))
     for start in range(0, len(blocks), _CHUNK_BLOCKS):  # a chunk stays in the processor's cache
         rows = torch.arange(start, min(start + _CHUNK_BLOCKS, len(blocks)))
@@ -119,8 +135,9 @@ class RangeReport:
 def check_range(weight: Tensor, grid: Grid) -> RangeReport:
     """Say whether clamped scales can hold a weight matrix.
 
-    A block below the smallest scale loses at most half a step of 2^-14 in each weight. That is tolerated
-    while the sum of it is under 1e-3 of the tensor's energy, a fraction of what 4-bit rounding costs anyway.
+    A block below the smallest scale loses at most half a step of 2^-14 in each weight. That is
+    tolerated while the sum of it is under 1e-3 of the tensor's energy, a fraction of what 4-bit
+    rounding costs anyway.
     """
     blocks = weight.reshape(-1, BLOCK)
     largest = blocks.abs().amax(dim=1)
@@ -128,14 +145,22 @@ def check_range(weight: Tensor, grid: Grid) -> RangeReport:
     if bool((largest > steps * LARGEST_SCALE).any()):
         return RangeReport(False, 0)
     small = (largest < steps * SMALLEST_SCALE) & (largest > 0)
-    energy = blocks[small].double().square().sum(dim=1).clamp(max=BLOCK * (SMALLEST_SCALE / 2) ** 2).sum()
+    energy = (
+        blocks[small]
+        .double()
+        .square()
+        .sum(dim=1)
+        .clamp(max=BLOCK * (SMALLEST_SCALE / 2) ** 2)
+        .sum()
+    )
     return RangeReport(bool(energy <= 1e-3 * blocks.double().square().sum()), int(small.sum()))
 
 
 def pack_nibbles(codes: Tensor) -> Tensor:
     """Pack int8 codes in [-8, 7] (rows, columns) into uint8 (rows, columns / 2), Q4_0's order.
 
-    Byte j of a block holds code j in its low half and code j + 16 in its high half, 8 added to each.
+    Byte j of a block holds code j in its low half and code j + 16 in its high half, 8 added to
+    each.
     """
     halves = (codes.unflatten(-1, (-1, 2, BLOCK // 2)) + 8).to(torch.uint8)
     return (halves[..., 0, :] | (halves[..., 1, :] << 4)).flatten(-2)

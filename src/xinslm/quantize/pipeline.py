@@ -1,9 +1,9 @@
 """The quantization of one model, streamed: one layer in memory at a time.
 
-Within a layer the order is q, k, v -> o -> gate, up -> down, each step fitted to inputs that the earlier
-steps' codes produce. Linear layers get Q4_0 codes by GPTQ; the embedding (and an untied head) gets Q8_0,
-because a 4-bit table would cost as much quality as the whole body. What no grid can hold stays at 16 bits,
-and a note says so.
+Within a layer the order is q, k, v -> o -> gate, up -> down, each step fitted to inputs that the
+earlier steps' codes produce. Linear layers get Q4_0 codes by GPTQ; the embedding (and an untied
+head) gets Q8_0, because a 4-bit table would cost as much quality as the whole body. What no grid
+can hold stays at 16 bits, and a note says so.
 """
 
 from collections.abc import Callable
@@ -37,15 +37,17 @@ LINEARS = {
     "self_attn": (("q_proj", "k_proj", "v_proj"), ("o_proj",)),
     "mlp": (("gate_proj", "up_proj"), ("down_proj",)),
 }
-"""The linears of each half of a block in the order they are quantized; those in one group read the same inputs."""
+"""The linears of each half of a block in the order they are quantized; those in one group read the
+same inputs.
+"""
 _TABLE_ROWS = 8192
 
 
 class Quantization:
     """One run: reads weights from `reader`, quantizes, writes `model.safetensors` into `folder`.
 
-    `batches` are the calibration rows; without any, weights are rounded to nearest. `act_order` and `search` are off
-    only where it is measured what each of them brings.
+    `batches` are the calibration rows; without any, weights are rounded to nearest. `act_order` and
+    `search` are off only where it is measured what each of them brings.
     """
 
     def __init__(
@@ -63,7 +65,9 @@ class Quantization:
         self.grid = Q4_0 if bits == 4 else Q8_0
         self.batches = batches
         with torch.device("meta"):
-            self.shapes = {name: tuple(w.shape) for name, w in Transformer(model).state_dict().items()}
+            self.shapes = {
+                name: tuple(w.shape) for name, w in Transformer(model).state_dict().items()
+            }
         self.formats: dict[str, str] = {}
         """Format by weight name without '.weight'."""
         self.losses: dict[str, dict[str, Any]] = {}
@@ -94,7 +98,10 @@ class Quantization:
             for layer in range(layers):
                 self.on_progress(Progress("quantize", layer, layers, "layers"))
                 self._layer(layer)
-            self._plain("model.norm.weight", self.reader.read("model.norm.weight", self.shapes["model.norm.weight"]))
+            self._plain(
+                "model.norm.weight",
+                self.reader.read("model.norm.weight", self.shapes["model.norm.weight"]),
+            )
             if not self.model.tie_word_embeddings:
                 self._table("lm_head.weight")
         self.on_progress(Progress("quantize", layers, layers, "layers"))
@@ -105,7 +112,9 @@ class Quantization:
         names = [name for name in self.shapes if name.startswith(prefix)]
         with torch.device("meta"):
             block = Block(self.model, index)
-        weights = {name.removeprefix(prefix): self.reader.read(name, self.shapes[name]) for name in names}
+        weights = {
+            name.removeprefix(prefix): self.reader.read(name, self.shapes[name]) for name in names
+        }
         block.load_state_dict(weights, assign=True)
         for stem in ("input_layernorm", "post_attention_layernorm"):
             self._plain(f"{prefix}{stem}.weight", weights[f"{stem}.weight"])
@@ -121,7 +130,9 @@ class Quantization:
                 self._calibration.advance(block, half)
 
     def _factor(self, block: Block, half: nn.Module, linear: nn.Linear, name: str) -> Factor | None:
-        """Factorise the Hessian of what a linear reads, or give None where there is nothing to calibrate."""
+        """Factorise the Hessian of what a linear reads, or give None where there is nothing to
+        calibrate.
+        """
         if self._calibration is None or linear.in_features % BLOCK:
             return None
         factor = factorise(self._calibration.hessian(block, half, linear).mean(), self.act_order)
@@ -130,7 +141,9 @@ class Quantization:
         return factor
 
     def _linear(self, name: str, weight: Tensor, factor: Factor | None) -> Tensor:
-        """Quantize and write one linear's float32 weight, and return what was stored, dequantized."""
+        """Quantize and write one linear's float32 weight, and return what was stored,
+        dequantized.
+        """
         if not self._fits(name, weight, self.grid):
             return self._half(f"{name}.weight", weight)
         if self.grid is Q8_0:
@@ -139,7 +152,11 @@ class Quantization:
         else:
             result = quantize_weight(weight, factor, self.search)
         if factor is not None:
-            self.losses[name] = {"method": result.method, "loss": result.loss, "rtn_loss": result.rtn_loss}
+            self.losses[name] = {
+                "method": result.method,
+                "loss": result.loss,
+                "rtn_loss": result.rtn_loss,
+            }
             if result.method == "rtn":
                 self._note(name, "GPTQ did not beat rounding to nearest, which was kept")
         codes = pack_nibbles(result.codes) if self.grid is Q4_0 else result.codes
@@ -147,25 +164,36 @@ class Quantization:
         return decode(result.codes, result.scales)
 
     def _table(self, name: str) -> Callable[[Tensor], Tensor]:
-        """Write the embedding or head at 8 bits, some rows at a time; return a lookup of what was stored."""
+        """Write the embedding or head at 8 bits, some rows at a time; return a lookup of what was
+        stored.
+        """
         shape, stem = self.shapes[name], name.removesuffix(".weight")
         starts = range(0, shape[0], _TABLE_ROWS)
         parts = [(start, min(start + _TABLE_ROWS, shape[0])) for start in starts]
-        if not all(self._fits(stem, self.reader.read_rows(name, shape, *part), Q8_0) for part in parts):
+        if not all(
+            self._fits(stem, self.reader.read_rows(name, shape, *part), Q8_0) for part in parts
+        ):
             kept = self._half(name, self.reader.read(name, shape))
             return lambda ids: kept[ids]
-        codes, scales = torch.empty(shape, dtype=torch.int8), torch.empty(shape[0], shape[1] // BLOCK)
+        codes, scales = (
+            torch.empty(shape, dtype=torch.int8),
+            torch.empty(shape[0], shape[1] // BLOCK),
+        )
         for start, stop in parts:
             weight = self.reader.read_rows(name, shape, start, stop)
             scales[start:stop] = fit_scales(weight, Q8_0)
             codes[start:stop] = encode(weight, scales[start:stop], Q8_0)
         self._coded(stem, Q8_0, codes, scales)
-        return lambda ids: decode(codes[ids].flatten(0, -2), scales[ids].flatten(0, -2)).view(*ids.shape, -1)
+        return lambda ids: decode(codes[ids].flatten(0, -2), scales[ids].flatten(0, -2)).view(
+            *ids.shape, -1
+        )
 
     def _fits(self, name: str, weight: Tensor, grid: Grid) -> bool:
         """Whether a matrix can have this grid; notes why not."""
         if weight.shape[1] % BLOCK:
-            self._note(name, f"rows of {weight.shape[1]} are no multiple of {BLOCK}, kept at 16 bits")
+            self._note(
+                name, f"rows of {weight.shape[1]} are no multiple of {BLOCK}, kept at 16 bits"
+            )
             return False
         report = check_range(weight, grid)
         if not report.fits:
@@ -184,7 +212,9 @@ class Quantization:
         self._out.add(name, weight)
 
     def _half(self, name: str, weight: Tensor) -> Tensor:
-        """Write a weight in float16, or in float32 where float16 loses it; return what was stored."""
+        """Write a weight in float16, or in float32 where float16 loses it; return what was
+        stored.
+        """
         half = weight.half()
         lost = (half.float() - weight).double().square().sum()
         if not torch.isfinite(half).all() or lost > 1e-6 * weight.double().square().sum():

@@ -1,4 +1,5 @@
-"""`xinslm quantize`: a model folder in, the canonical quantized folder out (see `pipeline` for how).
+"""`xinslm quantize`: a model folder in, the canonical quantized folder out (see `pipeline` for
+how).
 
 run(QuantizeConfig(model=Path("model"), output_dir=Path("model-4bit"), data_path=Path("dataset")))
 """
@@ -70,7 +71,10 @@ class Result:
             f"source {self.source_bytes / 2**20:.2f} MiB, {smaller:.1f} times as large"
         )
         if self.loss_ratio is not None:
-            lines.append(f"loss   {self.loss_ratio:.3f} of what rounding to nearest costs a layer (geometric mean)")
+            lines.append(
+                f"loss   {self.loss_ratio:.3f} of what rounding to nearest costs a layer "
+                "(geometric mean)"
+            )
         lines += [f"note   {note}" for note in self.notes]
         return "\n".join([*lines, f"output {self.folder}"])
 
@@ -87,7 +91,8 @@ def run(config: QuantizeConfig, on_progress: Listener = ignore) -> Result:
     if is_quantized(source):
         raise UsageError(f"{source} is quantized already; quantize the model that it was made from")
     model = load_config(source)
-    tokenizer = load_tokenizer(source)  # for rounding alone, too: no later stage has a use for a folder without one
+    # for rounding alone, too: no later stage has a use for a folder without one
+    tokenizer = load_tokenizer(source)
     check_vocabulary(model.vocab_size, tokenizer, str(source))
     inputs = {"model": model_fingerprint(source)}
     batches: list[Batch] = []
@@ -106,26 +111,45 @@ def run(config: QuantizeConfig, on_progress: Listener = ignore) -> Result:
 
 
 def write_folder(
-    work: Quantization, source: Path, folder: Path, config: dict[str, Any], inputs: dict[str, str], method: str
+    work: Quantization,
+    source: Path,
+    folder: Path,
+    config: dict[str, Any],
+    inputs: dict[str, str],
+    method: str,
 ) -> None:
     """Quantize into an empty `folder`: weights, the source's config and tokenizer, manifest."""
     work.write(folder)
     for name in _COPIED:
         if (source / name).is_file():
             shutil.copyfile(source / name, folder / name)
-    content: dict[str, Any] = {"method": method, "formats": work.formats, "layers": work.losses, "notes": work.notes}
-    write_manifest(folder, KIND, VERSION, config, inputs, bits=4 if work.grid is Q4_0 else 8, **content)
+    content: dict[str, Any] = {
+        "method": method,
+        "formats": work.formats,
+        "layers": work.losses,
+        "notes": work.notes,
+    }
+    write_manifest(
+        folder, KIND, VERSION, config, inputs, bits=4 if work.grid is Q4_0 else 8, **content
+    )
 
 
-def _calibration_rows(config: QuantizeConfig, tokenizer: str, model: ModelConfig) -> tuple[list[Batch], str]:
-    """Read the calibration rows and the dataset's fingerprint; `tokenizer` is the one of the model's."""
+def _calibration_rows(
+    config: QuantizeConfig, tokenizer: str, model: ModelConfig
+) -> tuple[list[Batch], str]:
+    """Read the calibration rows and the dataset's fingerprint; `tokenizer` is the one of the
+    model's.
+    """
     assert config.data_path is not None, "QuantizeConfig.check sees to it"
     length = config.calibration_length or min(model.max_position_embeddings, 512)
     if length > model.max_position_embeddings:
         raise UsageError(
-            f"--calibration-length is {length}, but the model reads at most {model.max_position_embeddings}"
+            f"--calibration-length is {length}, but the model reads at most "
+            f"{model.max_position_embeddings}"
         )
-    return read_rows(config.data_path, tokenizer, model, config.calibration_rows, length, config.seed)
+    return read_rows(
+        config.data_path, tokenizer, model, config.calibration_rows, length, config.seed
+    )
 
 
 def _result(work: Quantization, folder: Path) -> Result:
@@ -133,7 +157,11 @@ def _result(work: Quantization, folder: Path) -> Result:
     tensors, weights = Counter(work.formats.values()), Counter[str]()
     for name, kind in work.formats.items():
         weights[kind] += math.prod(work.shapes[f"{name}.weight"])
-    ratios = [loss["loss"] / loss["rtn_loss"] for loss in work.losses.values() if loss["loss"] and loss["rtn_loss"]]
+    ratios = [
+        loss["loss"] / loss["rtn_loss"]
+        for loss in work.losses.values()
+        if loss["loss"] and loss["rtn_loss"]
+    ]
     return Result(
         folder,
         {kind: (tensors[kind], weights[kind]) for kind in tensors},

@@ -1,7 +1,8 @@
 """Reading and writing safetensors one tensor at a time, so that memory stays at one tensor.
 
-The library's own writer wants all tensors at once. This one leaves room for the header, writes each tensor as
-it comes, and fills the header in at the end; spaces behind the JSON are part of the format.
+The library's own writer wants all tensors at once. This one leaves room for the header, writes each
+tensor as it comes, and fills the header in at the end; spaces behind the JSON are part of the
+format.
 """
 
 import json
@@ -44,18 +45,23 @@ class WeightReader:
         part = self._handles[name].get_slice(name)
         if tuple(part.get_shape()) != shape:
             raise XinslmError(
-                f"{self.folder}: weight '{name}' has shape {tuple(part.get_shape())}, config.json asks for {shape}"
+                f"{self.folder}: weight '{name}' has shape {tuple(part.get_shape())}, config.json "
+                f"asks for {shape}"
             )
         rows = part[start:stop].float()
         if not torch.isfinite(rows).all():
-            raise XinslmError(f"{self.folder}: weight '{name}' holds NaN or infinity; the model is broken")
+            raise XinslmError(
+                f"{self.folder}: weight '{name}' holds NaN or infinity; the model is broken"
+            )
         return rows
 
 
 class SafetensorsWriter:
-    """Write a safetensors file tensor by tensor: `with SafetensorsWriter(path, names) as out: out.add(...)`.
+    """Write a safetensors file tensor by tensor: `with SafetensorsWriter(path, names) as out:
+    out.add(...)`.
 
-    `room_for` is a list of names, at least as many and as long as will be added; it sizes the header.
+    `room_for` is a list of names, at least as many and as long as will be added; it sizes the
+    header.
     """
 
     def __init__(self, path: Path, room_for: list[str]) -> None:
@@ -71,7 +77,9 @@ class SafetensorsWriter:
         return self
 
     def add(self, name: str, tensor: Tensor) -> None:
-        """Write a tensor; one of odd size (not a multiple of 8 bytes) waits, so that all lie aligned."""
+        """Write a tensor; one of odd size (not a multiple of 8 bytes) waits, so that all lie
+        aligned.
+        """
         if tensor.numel() * tensor.element_size() % 8:
             self._late.append((name, tensor.clone()))
         else:
@@ -89,15 +97,22 @@ class SafetensorsWriter:
         self._position = offsets[1]
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         try:
             if kind is None:
                 for name, tensor in sorted(self._late, key=lambda item: -item[1].element_size()):
                     self._write(name, tensor)
                 header = json.dumps(self._header, separators=(",", ":")).encode()
-                assert len(header) <= self._header_bytes, "more or longer names than room was left for"
+                assert len(header) <= self._header_bytes, (
+                    "more or longer names than room was left for"
+                )
                 self._file.seek(0)
-                self._file.write(self._header_bytes.to_bytes(8, "little") + header.ljust(self._header_bytes))
+                self._file.write(
+                    self._header_bytes.to_bytes(8, "little") + header.ljust(self._header_bytes)
+                )
         finally:
             self._file.close()

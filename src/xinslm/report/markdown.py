@@ -1,4 +1,6 @@
-"""The report as Markdown, for a model card or a pull request: the same tables, without the curves."""
+"""The report as Markdown, for a model card or a pull request: the same tables, without the
+curves.
+"""
 
 import re
 from collections.abc import Sequence
@@ -20,7 +22,8 @@ def render(run: RunData, others: Sequence[RunData]) -> str:
         parts.append("## Samples")
     for r, row in rows:
         name = f"{row['name']} ({r.name})" if others else str(row["name"])
-        parts.append(f"**{_inline(name)}**\n\n{_fenced(str(row.get('prompt', '')) + str(row.get('text', '')))}")
+        text = str(row.get("prompt", "")) + str(row.get("text", ""))
+        parts.append(f"**{_inline(name)}**\n\n{_fenced(text)}")
     if made := files(run):
         parts += ["## Files", _table(made)]
     if run.command:
@@ -32,7 +35,8 @@ def _table(table: Table) -> str:
     rule = [":--" if i in table.left else "--:" for i in range(len(table.head))]
     lines = [table.head, rule, *table.rows]
     text = "\n".join(
-        f"| {' | '.join(_inline(cell) if line is not rule else cell for cell in line)} |" for line in lines
+        f"| {' | '.join(_inline(cell) if line is not rule else cell for cell in line)} |"
+        for line in lines
     )
     return f"{text}\n\n{_inline(table.note)}" if table.note else text
 

@@ -31,7 +31,9 @@ def render(run: RunData, others: Sequence[RunData], x: str, log_x: bool) -> str:
 def _header(run: RunData, others: Sequence[RunData]) -> str:
     beside = f" beside {', '.join(escape(r.name) for r in others)}" if others else ""
     notes = "".join(
-        f"<p class=warning>{escape(r.name)}: {escape(note)}</p>" for r in [run, *others] for note in r.notes
+        f"<p class=warning>{escape(r.name)}: {escape(note)}</p>"
+        for r in [run, *others]
+        for note in r.notes
     )
     title = f"<h1>{escape(run.name)}</h1><p>{escape(str(run.folder))}{beside}</p>"
     return f"<header><p class=kicker>xinslm report</p>{title}{notes}</header>\n"
@@ -40,7 +42,11 @@ def _header(run: RunData, others: Sequence[RunData]) -> str:
 def _tiles(run: RunData) -> str:
     """The few figures that a reader looks for first."""
     teacher = find_teacher(run, run.evaluation)
-    rows = [r for r in run.evaluation if r is not teacher and r.get("data") == (teacher or r).get("data")]
+    rows = [
+        r
+        for r in run.evaluation
+        if r is not teacher and r.get("data") == (teacher or r).get("data")
+    ]
     tiles = []
     for row in rows[:3]:
         kept = f"{retained(row, teacher)} of {teacher['name']}" if teacher else ""
@@ -51,7 +57,9 @@ def _tiles(run: RunData) -> str:
     cells = ""
     for name, value, unit, meaning in tiles:
         figure = f"<b>{escape(value)} <small>{escape(unit)}</small></b>"
-        cells += f"<div><span>{escape(str(name))}</span>{figure}<span>{escape(meaning)}</span></div>"
+        cells += (
+            f"<div><span>{escape(str(name))}</span>{figure}<span>{escape(meaning)}</span></div>"
+        )
     return f"<div class=tiles>{cells}</div>\n" if tiles else ""
 
 
@@ -65,17 +73,24 @@ def _table(table: Table | None) -> str:
         return ""
 
     def row(cells: Sequence[str], tag: str) -> str:
-        inner = (f"<{tag}{'' if i in table.left else ' class=n'}>{escape(c)}</{tag}>" for i, c in enumerate(cells))
+        inner = (
+            f"<{tag}{'' if i in table.left else ' class=n'}>{escape(c)}</{tag}>"
+            for i, c in enumerate(cells)
+        )
         return f"<tr>{''.join(inner)}</tr>"
 
     body = "".join(row(cells, "td") for cells in table.rows)
     note = f"<p class=note>{escape(table.note)}</p>" if table.note else ""
     head = row(table.head, "th")
-    return f"<div class=scroll><table><thead>{head}</thead><tbody>{body}</tbody></table></div>{note}"
+    return (
+        f"<div class=scroll><table><thead>{head}</thead><tbody>{body}</tbody></table></div>{note}"
+    )
 
 
 def _points(lines: Sequence[dict[str, Any]], x: str, y: str) -> list[tuple[float, float]]:
-    return [(line[x], line[y]) for line in lines if line.get(x) is not None and line.get(y) is not None]
+    return [
+        (line[x], line[y]) for line in lines if line.get(x) is not None and line.get(y) is not None
+    ]
 
 
 def _curves(runs: Sequence[RunData], x: str, log_x: bool) -> str:
@@ -93,9 +108,18 @@ def _curves(runs: Sequence[RunData], x: str, log_x: bool) -> str:
         for index, run in enumerate(runs):
             color = index % NUM_COLORS
             name = f"{run.name} " if len(runs) > 1 else ""
-            series.append(Series(f"{name}training".strip(), _points(run.training, x, measured), color))
+            series.append(
+                Series(f"{name}training".strip(), _points(run.training, x, measured), color)
+            )
             if validated:
-                series.append(Series(f"{name}validation", _points(run.validation, x, validated), color, marked=True))
+                series.append(
+                    Series(
+                        f"{name}validation",
+                        _points(run.validation, x, validated),
+                        color,
+                        marked=True,
+                    )
+                )
         charts.append(line_chart(series, x_label, title, log_x, from_zero=validated is None))
     return f"<div class=charts>{''.join(charts)}</div>" if any(charts) else ""
 
@@ -113,7 +137,11 @@ def _samples(runs: Sequence[RunData]) -> str:
         cards = []
         for name, row in rows:
             settings = row.get("settings")
-            how = ", ".join(f"{k} {v}" for k, v in settings.items()) if isinstance(settings, dict) else ""
+            how = (
+                ", ".join(f"{k} {v}" for k, v in settings.items())
+                if isinstance(settings, dict)
+                else ""
+            )
             text = f"<span>{escape(prompt)}</span>{escape(str(row.get('text', '')))}"
             cards.append(
                 f"<article><h3>{escape(name)}</h3><blockquote>{text}</blockquote>"
@@ -126,4 +154,7 @@ def _samples(runs: Sequence[RunData]) -> str:
 def _config(run: RunData) -> str:
     if not run.config_text:
         return ""
-    return f"<details><summary>Resolved configuration</summary><pre>{escape(run.config_text)}</pre></details>"
+    return (
+        "<details><summary>Resolved "
+        f"configuration</summary><pre>{escape(run.config_text)}</pre></details>"
+    )

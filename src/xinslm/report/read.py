@@ -1,7 +1,7 @@
 """What a run folder holds, as far as it is there; training never knows that a report exists.
 
-A run that was killed may have left half a last line in metrics.jsonl: it is passed over with a note. A run
-that was resumed may have written steps twice: the later ones count.
+A run that was killed may have left half a last line in metrics.jsonl: it is passed over with a
+note. A run that was resumed may have written steps twice: the later ones count.
 """
 
 import json
@@ -45,9 +45,13 @@ class RunData:
 
 
 def read_run(folder: Path) -> RunData:
-    """Read a run folder; UsageError if there is nothing of a run in it, XinslmError for a broken file."""
+    """Read a run folder; UsageError if there is nothing of a run in it, XinslmError for a broken
+    file.
+    """
     if not folder.is_dir():
-        raise UsageError(f"{folder} is not a folder; give a run folder, as `xinslm distill` writes it")
+        raise UsageError(
+            f"{folder} is not a folder; give a run folder, as `xinslm distill` writes it"
+        )
     run = RunData(folder, folder.resolve().name)
     if (folder / "config.yaml").is_file():
         _read_config(run, folder / "config.yaml")
@@ -56,7 +60,14 @@ def read_run(folder: Path) -> RunData:
     run.evaluation = _checked(folder, "evaluation.json", ("bits_per_byte", "perplexity"))
     run.samples = _checked(folder, "samples.json", ())
     run.files = _checked(folder, "files.json", ("bytes",))
-    if not (run.config_text or run.training or run.validation or run.evaluation or run.samples or run.files):
+    if not (
+        run.config_text
+        or run.training
+        or run.validation
+        or run.evaluation
+        or run.samples
+        or run.files
+    ):
         raise UsageError(
             f"{folder} is not a run folder: it has no config.yaml, metrics.jsonl, evaluation.json, "
             f"samples.json or files.json"
@@ -86,10 +97,18 @@ def _read_metrics(run: RunData, path: Path) -> None:
             if number == len(lines):  # it has no line end, so its writer did not come to the end
                 run.notes.append(f"The last line of {path.name} is half-written and was left out.")
                 continue
-            raise XinslmError(f"{path}:{number}: not valid JSON; delete the line to make a report without it") from None
+            raise XinslmError(
+                f"{path}:{number}: not valid JSON; delete the line to make a report without it"
+            ) from None
         if not isinstance(values, dict) or not isinstance(values.get("step"), int):
-            raise XinslmError(f"{path}:{number}: a line of metrics must be an object with a whole number 'step'")
-        wrong = [k for k, v in values.items() if isinstance(v, bool) or not isinstance(v, int | float | None)]
+            raise XinslmError(
+                f"{path}:{number}: a line of metrics must be an object with a whole number 'step'"
+            )
+        wrong = [
+            k
+            for k, v in values.items()
+            if isinstance(v, bool) or not isinstance(v, int | float | None)
+        ]
         if wrong:
             raise XinslmError(f"{path}:{number}: '{wrong[0]}' must be a number")
         for key, found in steps.items():
@@ -97,7 +116,10 @@ def _read_metrics(run: RunData, path: Path) -> None:
                 for later in [step for step in found if step >= values["step"]]:
                     del found[later]
                 found[values["step"]] = values
-    run.training, run.validation = list(steps["loss"].values()), list(steps["validation_ce"].values())
+    run.training, run.validation = (
+        list(steps["loss"].values()),
+        list(steps["validation_ce"].values()),
+    )
 
 
 def _checked(folder: Path, table: Any, numbers: tuple[str, ...]) -> list[dict[str, Any]]:
@@ -107,5 +129,7 @@ def _checked(folder: Path, table: Any, numbers: tuple[str, ...]) -> list[dict[st
         for key in numbers:
             value = row.get(key)
             if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
-                raise XinslmError(f"{folder / table}: row '{row['name']}' must have a number '{key}' above 0")
+                raise XinslmError(
+                    f"{folder / table}: row '{row['name']}' must have a number '{key}' above 0"
+                )
     return rows

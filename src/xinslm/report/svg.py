@@ -1,4 +1,6 @@
-"""Line charts as inline SVG: round ticks, a legend, values on hover; the page's CSS has the colours."""
+"""Line charts as inline SVG: round ticks, a legend, values on hover; the page's CSS has the
+colours.
+"""
 
 import math
 from collections.abc import Sequence
@@ -24,9 +26,14 @@ class Series:
 
 
 def line_chart(
-    series: Sequence[Series], x_label: str, y_label: str, log_x: bool = False, from_zero: bool = False
+    series: Sequence[Series],
+    x_label: str,
+    y_label: str,
+    log_x: bool = False,
+    from_zero: bool = False,
 ) -> str:
-    """Draw curves into one figure; '' if no curve has a finite point (at x > 0 where x is logarithmic).
+    """Draw curves into one figure; '' if no curve has a finite point (at x > 0 where x is
+    logarithmic).
 
     `from_zero` lets the y axis begin at 0, as a rate's should.
     """
@@ -44,21 +51,30 @@ def line_chart(
         across = LEFT + (a - b) / (c - b) * (WIDTH - LEFT - RIGHT)
         return across, HEIGHT - BOTTOM - (y - low) / (high - low) * (HEIGHT - TOP - BOTTOM)
 
-    parts = [f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(y_label)} by {escape(x_label)}">']
+    parts = [
+        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(y_label)} by '
+        f'{escape(x_label)}">'
+    ]
     for tick in y_ticks:
         _, y = place(x_low, tick)
-        parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
+        parts.append(
+            f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>'
+        )
         parts.append(f'<text class="tick end" x="{LEFT - 8}" y="{y + 4:.1f}">{short(tick)}</text>')
     for tick in x_ticks:
         x, y = place(tick, low)
-        parts.append(f'<line class="axis" x1="{x:.1f}" x2="{x:.1f}" y1="{y:.1f}" y2="{y + 4:.1f}"/>')
+        parts.append(
+            f'<line class="axis" x1="{x:.1f}" x2="{x:.1f}" y1="{y:.1f}" y2="{y + 4:.1f}"/>'
+        )
         parts.append(f'<text class="tick mid" x="{x:.1f}" y="{y + 18:.1f}">{short(tick)}</text>')
     base = HEIGHT - BOTTOM
     parts.append(f'<line class="axis" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{base}" y2="{base}"/>')
     middle = (LEFT + WIDTH - RIGHT) / 2
     parts.append(f'<text class="label mid" x="{middle}" y="{HEIGHT - 6}">{escape(x_label)}</text>')
     inner = WIDTH - LEFT
-    parts.append(f'<svg x="{LEFT}" y="0" width="{inner}" height="{base}" viewBox="{LEFT} 0 {inner} {base}">')
+    parts.append(
+        f'<svg x="{LEFT}" y="0" width="{inner}" height="{base}" viewBox="{LEFT} 0 {inner} {base}">'
+    )
     for s, points in curves:
         path = " ".join(f"{x:.1f},{y:.1f}" for x, y in (place(*point) for point in points))
         kind = "strong" if s.marked else "fine"
@@ -67,7 +83,9 @@ def line_chart(
             for point in points:
                 x, y = place(*point)
                 hint = f"<title>{escape(s.name)}: {_exact(point[1])} at {short(point[0])}</title>"
-                parts.append(f'<circle class="c{s.color}" cx="{x:.1f}" cy="{y:.1f}" r="3">{hint}</circle>')
+                parts.append(
+                    f'<circle class="c{s.color}" cx="{x:.1f}" cy="{y:.1f}" r="3">{hint}</circle>'
+                )
     parts.append("</svg></svg>")
     legend = ""
     for s, points in curves:
@@ -75,7 +93,9 @@ def line_chart(
         last = f"<b>{_exact(points[-1][1])}</b>"
         legend += f'<span class="key {kind} c{s.color}">{escape(s.name)} {last}</span>'
     note = " (the axis ends below the first values)" if cut else ""
-    caption = f"<figcaption><strong>{escape(y_label)}</strong>{note}<div>{legend}</div></figcaption>"
+    caption = (
+        f"<figcaption><strong>{escape(y_label)}</strong>{note}<div>{legend}</div></figcaption>"
+    )
     return f"<figure>{caption}{''.join(parts)}</figure>"
 
 
@@ -92,7 +112,9 @@ def _exact(value: float) -> str:
 
 
 def _finite(points: Sequence[tuple[float, float]], log_x: bool) -> list[tuple[float, float]]:
-    return [(x, y) for x, y in points if math.isfinite(x) and math.isfinite(y) and (x > 0 or not log_x)]
+    return [
+        (x, y) for x, y in points if math.isfinite(x) and math.isfinite(y) and (x > 0 or not log_x)
+    ]
 
 
 def _averaged(points: list[tuple[float, float]]) -> list[tuple[float, float]]:

@@ -1,7 +1,7 @@
 """The figures of a report as tables, the same for HTML and Markdown.
 
-Retained is the teacher's bits per byte as a share of the row's, both on the same text: 100 % loses nothing,
-and the figure compares across tokenizers.
+Retained is the teacher's bits per byte as a share of the row's, both on the same text: 100 % loses
+nothing, and the figure compares across tokenizers.
 """
 
 from collections.abc import Sequence
@@ -13,7 +13,9 @@ from xinslm.report.read import RunData
 
 @dataclass(frozen=True)
 class Table:
-    """Cells as text; the first column is left-aligned, the others are numbers unless named in `left`."""
+    """Cells as text; the first column is left-aligned, the others are numbers unless named in
+    `left`.
+    """
 
     head: Sequence[str]
     rows: Sequence[Sequence[str]]
@@ -23,14 +25,21 @@ class Table:
 
 
 def summary(run: RunData, others: Sequence[RunData]) -> list[Table]:
-    """One table for each text that models were measured on: the runs' evaluation rows beside each other."""
+    """One table for each text that models were measured on: the runs' evaluation rows beside each
+    other.
+    """
     found = [(r, row) for r in [run, *others] for row in r.evaluation]
     texts = dict.fromkeys((row.get("data"), row.get("documents")) for _, row in found)
-    return [_summary(run, [x for x in found if (x[1].get("data"), x[1].get("documents")) == text]) for text in texts]
+    return [
+        _summary(run, [x for x in found if (x[1].get("data"), x[1].get("documents")) == text])
+        for text in texts
+    ]
 
 
 def find_teacher(run: RunData, rows: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
-    """Find the row to measure against: called 'teacher...', or of the model that the run learnt from."""
+    """Find the row to measure against: called 'teacher...', or of the model that the run learnt
+    from.
+    """
     named = [row for row in rows if str(row["name"]).lower().startswith("teacher")]
     same = [row for row in rows if row.get("model") and row["model"] == run.config.get("teacher")]
     return next(iter(named + same), None)
@@ -73,8 +82,14 @@ def training(runs: Sequence[RunData]) -> Table | None:
     rows = []
     for run in runs:
         last = run.training[-1] if run.training else {}
-        speeds = sorted(row["tokens_per_second"] for row in run.training if row.get("tokens_per_second") is not None)
-        measured = [row["validation_ce"] for row in run.validation if row["validation_ce"] is not None]
+        speeds = sorted(
+            row["tokens_per_second"]
+            for row in run.training
+            if row.get("tokens_per_second") is not None
+        )
+        measured = [
+            row["validation_ce"] for row in run.validation if row["validation_ce"] is not None
+        ]
         if last or measured:
             end = last or run.validation[-1]
             cells = [
@@ -83,8 +98,17 @@ def training(runs: Sequence[RunData]) -> Table | None:
                 _count(end.get("tokens")),
                 _fixed(last.get("ce", last.get("loss"))),
             ]
-            cells += [_fixed(min(measured)) if measured else "–", _fixed(measured[-1]) if measured else "–"]
-            rows.append([*cells, _count(speeds[len(speeds) // 2]) if speeds else "–", _duration(last.get("seconds"))])
+            cells += [
+                _fixed(min(measured)) if measured else "–",
+                _fixed(measured[-1]) if measured else "–",
+            ]
+            rows.append(
+                [
+                    *cells,
+                    _count(speeds[len(speeds) // 2]) if speeds else "–",
+                    _duration(last.get("seconds")),
+                ]
+            )
     head = [
         "Run",
         "Steps",
@@ -95,7 +119,10 @@ def training(runs: Sequence[RunData]) -> Table | None:
         "Tokens/s",
         "Time",
     ]
-    note = "CE is the cross-entropy against the text in nats per token; tokens/s is the median over the steps."
+    note = (
+        "CE is the cross-entropy against the text in nats per token; tokens/s is the median over "
+        "the steps."
+    )
     return Table(head, rows, note) if rows else None
 
 
@@ -131,4 +158,8 @@ def _duration(seconds: Any) -> str:
     if not isinstance(seconds, int | float):
         return "–"
     minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes // 60} h {minutes % 60:02} min" if minutes >= 60 else f"{minutes} min {rest:02} s"
+    return (
+        f"{minutes // 60} h {minutes % 60:02} min"
+        if minutes >= 60
+        else f"{minutes} min {rest:02} s"
+    )

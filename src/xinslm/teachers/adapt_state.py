@@ -1,4 +1,6 @@
-"""Where the training of an adapter stands, in one hidden file beside the folder to come, until that is written."""
+"""Where the training of an adapter stands, in one hidden file beside the folder to come, until that
+is written.
+"""
 
 import json
 from collections.abc import Sequence
@@ -17,13 +19,17 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class AdaptState:
-    """Saves and restores weights, AdamW's moments and the generator of dropout; `plan` says what they belong to."""
+    """Saves and restores weights, AdamW's moments and the generator of dropout; `plan` says what
+    they belong to.
+    """
 
     def __init__(self, output_dir: Path, plan: dict[str, Any]) -> None:
         self.path = output_dir.parent / f".{output_dir.name}.training.safetensors"
         self.plan = sha256_json(plan)
 
-    def save(self, step: int, before: float | None, weights: Sequence[nn.Parameter], optimizer: Any) -> None:
+    def save(
+        self, step: int, before: float | None, weights: Sequence[nn.Parameter], optimizer: Any
+    ) -> None:
         """Replace the file; `before` is the validation loss without the adapter."""
         tensors: dict[str, Tensor] = {"generator": torch.get_rng_state()}
         for number, weight in enumerate(weights):
@@ -36,7 +42,8 @@ class AdaptState:
     def look(self) -> tuple[int, float | None]:
         """Steps done, and the validation loss before the first; (0, None) where nothing was begun.
 
-        Raises UsageError if what stands there was begun with other options, XinslmError if it is damaged.
+        Raises UsageError if what stands there was begun with other options, XinslmError if it is
+        damaged.
         """
         if not self.path.is_file():
             return 0, None
@@ -47,7 +54,8 @@ class AdaptState:
             raise XinslmError(f"{self.path}: damaged ({error}); --force begins anew") from None
         if found.get("plan") != self.plan:
             raise UsageError(
-                f"{self.path} is of an unfinished adapter begun with other options or data: give those again, take "
+                f"{self.path} is of an unfinished adapter begun with other options or data: give "
+                "those again, take "
                 f"another --output-dir, or begin anew with --force"
             )
         return int(found["step"]), json.loads(found["before"])
@@ -58,7 +66,9 @@ class AdaptState:
             step = torch.tensor(float(file.metadata()["step"]))
             for number, weight in enumerate(weights):
                 weight.copy_(file.get_tensor(f"{number}.weight"))
-                moments = {name: file.get_tensor(f"{number}.{name}").to(weight.device) for name in MOMENTS}
+                moments = {
+                    name: file.get_tensor(f"{number}.{name}").to(weight.device) for name in MOMENTS
+                }
                 optimizer.state[weight] = {"step": step.clone(), **moments}
             torch.set_rng_state(file.get_tensor("generator"))
 

@@ -1,8 +1,10 @@
-"""LoRA adapters on teachers: folders in peft's layout, safetensors only, tied to the weights they were trained on.
+"""LoRA adapters on teachers: folders in peft's layout, safetensors only, tied to the weights they
+were trained on.
 
-An adapter made by `xinslm adapt` carries a manifest with the fingerprint of its base and fits no other; one made
-elsewhere must at least name every matrix of the teacher that it changes. In float32 the adapter is added into the
-weights; in narrower types, where a small update would be rounded away, it stays beside them.
+An adapter made by `xinslm adapt` carries a manifest with the fingerprint of its base and fits no
+other; one made elsewhere must at least name every matrix of the teacher that it changes. In float32
+the adapter is added into the weights; in narrower types, where a small update would be rounded
+away, it stays beside them.
 """
 
 from pathlib import Path
@@ -32,7 +34,9 @@ def adapter_hash(folder: Path) -> str:
     """Hash of what an adapter computes: its weights and settings, not where its base lay."""
     settings = read_json(folder / CONFIG)
     meaning = {
-        key: sorted(value) if isinstance(value, list) and all(isinstance(x, str) for x in value) else value
+        key: sorted(value)
+        if isinstance(value, list) and all(isinstance(x, str) for x in value)
+        else value
         for key, value in settings.items()
         if key not in ("base_model_name_or_path", "revision", "peft_version")
     }
@@ -40,16 +44,21 @@ def adapter_hash(folder: Path) -> str:
 
 
 def check_adapter(folder: Path, base: str, name: str) -> None:
-    """Raise an error unless `folder` holds a LoRA adapter that may belong to the teacher with fingerprint `base`."""
+    """Raise an error unless `folder` holds a LoRA adapter that may belong to the teacher with
+    fingerprint `base`.
+    """
     if (folder / MANIFEST).is_file():
         trained_on = read_manifest(folder, KIND, VERSION, MADE_BY)["inputs"]["teacher"]
         if trained_on != base:
             raise UsageError(
-                f"adapter {folder} was trained on other weights than those of {name} (fingerprints {trained_on[:12]} "
+                f"adapter {folder} was trained on other weights than those of {name} "
+                f"(fingerprints {trained_on[:12]} "
                 f"and {base[:12]}). Give the teacher it was trained on, or run `{MADE_BY} {name}`"
             )
     if not (folder / CONFIG).is_file():
-        raise UsageError(f"{folder} is not an adapter folder: it has no {CONFIG}. Make one with `{MADE_BY}`")
+        raise UsageError(
+            f"{folder} is not an adapter folder: it has no {CONFIG}. Make one with `{MADE_BY}`"
+        )
     if not (folder / WEIGHTS).is_file():
         raise XinslmError(f"{folder} has no {WEIGHTS}; xinslm reads weights from safetensors only")
     settings = read_json(folder / CONFIG)
@@ -59,7 +68,9 @@ def check_adapter(folder: Path, base: str, name: str) -> None:
 
 
 def apply_adapter(model: Any, folder: Path, name: str) -> Any:
-    """Put an adapter on a transformers model; the same class of model comes back, with the adapter in it."""
+    """Put an adapter on a transformers model; the same class of model comes back, with the adapter
+    in it.
+    """
     import torch
     from safetensors import SafetensorError, safe_open
 
@@ -74,7 +85,8 @@ def apply_adapter(model: Any, folder: Path, name: str) -> Any:
     expected = set(peft.get_peft_model_state_dict(adapted, save_embedding_layers=False))
     if unknown := sorted(stored ^ expected):  # peft only warns
         raise XinslmError(
-            f"adapter {folder} does not fit teacher {name}: {len(unknown)} of its matrices have no counterpart, such "
+            f"adapter {folder} does not fit teacher {name}: {len(unknown)} of its matrices have "
+            "no counterpart, such "
             f"as '{unknown[0]}'"
         )
     if next(model.parameters()).dtype == torch.float32:

@@ -1,7 +1,7 @@
 """What teachers can do, by kind; an adapter is a class that has one of these.
 
-A teacher that gives whole distributions is asked for `states` of sequences, then for `logits` of a few of their rows at
-a time, so that a caller never holds (positions, vocabulary).
+A teacher that gives whole distributions is asked for `states` of sequences, then for `logits` of a
+few of their rows at a time, so that a caller never holds (positions, vocabulary).
 """
 
 from collections.abc import Mapping, Sequence
@@ -33,7 +33,9 @@ class DenseTeacher(Protocol):
         ...
 
     def states(self, sequences: list[np.ndarray]) -> Tensor:
-        """What `logits` needs for each token of the sequences: (total tokens, ...), one behind the other."""
+        """What `logits` needs for each token of the sequences: (total tokens, ...), one behind the
+        other.
+        """
         ...
 
     def logits(self, states: Tensor) -> Tensor:
@@ -47,13 +49,19 @@ class HiddenTeacher(DenseTeacher, Protocol):
     num_layers: int
     hidden_size: int
 
-    def states_and_hidden(self, sequences: list[np.ndarray], depths: Sequence[int]) -> tuple[Tensor, list[Tensor]]:
-        """What `states` gives, and what comes out of blocks `depths` (from 1), (total tokens, hidden_size) each."""
+    def states_and_hidden(
+        self, sequences: list[np.ndarray], depths: Sequence[int]
+    ) -> tuple[Tensor, list[Tensor]]:
+        """What `states` gives, and what comes out of blocks `depths` (from 1), (total tokens,
+        hidden_size) each.
+        """
         ...
 
 
 Prompt = str | Sequence[Mapping[str, str]]
-"""What a teacher is to answer: the beginning of a text, or the messages of a chat up to the user's last."""
+"""What a teacher is to answer: the beginning of a text, or the messages of a chat up to the user's
+last.
+"""
 
 
 @dataclass(frozen=True)
@@ -70,7 +78,9 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Generation:
-    """A teacher's answer; log-probabilities are the model's own, whatever the temperature, in nats."""
+    """A teacher's answer; log-probabilities are the model's own, whatever the temperature, in
+    nats.
+    """
 
     text: str
     token_bytes: list[bytes]
@@ -88,10 +98,13 @@ class GeneratingTeacher(Protocol):
 
     name: str
 
-    def generate(self, prompts: Sequence[Prompt], keys: Sequence[int], sampling: Sampling) -> list[Generation]:
-        """Answer each prompt; `keys` tell draws apart, so that the same prompt may be answered twice.
+    def generate(
+        self, prompts: Sequence[Prompt], keys: Sequence[int], sampling: Sampling
+    ) -> list[Generation]:
+        """Answer each prompt; `keys` tell draws apart, so that the same prompt may be answered
+        twice.
 
-        Where the teacher runs here, the answers follow from prompts, keys and settings alone. UsageError for a prompt
-        that does not fit the context.
+        Where the teacher runs here, the answers follow from prompts, keys and settings alone.
+        UsageError for a prompt that does not fit the context.
         """
         ...

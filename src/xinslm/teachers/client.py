@@ -1,8 +1,10 @@
-"""JSON over HTTP to a server that is slow, limited and sometimes broken: pace, time-outs, retries with back-off.
+"""JSON over HTTP to a server that is slow, limited and sometimes broken: pace, time-outs, retries
+with back-off.
 
-Tried again: 408, 429 and 5xx answers, lost connections, time-outs, answers that end in the middle. The wait doubles
-from half a second to a minute, with jitter, so that requests in flight do not come back together; where the server's
-Retry-After says when, all requests wait for that. Standard library only; no proxy is taken from the environment.
+Tried again: 408, 429 and 5xx answers, lost connections, time-outs, answers that end in the middle.
+The wait doubles from half a second to a minute, with jitter, so that requests in flight do not come
+back together; where the server's Retry-After says when, all requests wait for that. Standard
+library only; no proxy is taken from the environment.
 """
 
 import email.utils
@@ -43,7 +45,9 @@ class _PassingError(Exception):
 
 
 class Pace:
-    """Gives each request its moment, so that a minute holds no more requests and tokens than allowed."""
+    """Gives each request its moment, so that a minute holds no more requests and tokens than
+    allowed.
+    """
 
     def __init__(
         self,
@@ -86,7 +90,9 @@ class _Place:
 class Client:
     """One server; may be used from many threads."""
 
-    def __init__(self, url: str, config: EndpointConfig, api_key: str | None = None, pace: Pace | None = None) -> None:
+    def __init__(
+        self, url: str, config: EndpointConfig, api_key: str | None = None, pace: Pace | None = None
+    ) -> None:
         self._place = _take_apart(url)
         self.url = f"{url.rstrip('/')}{'' if urlsplit(url).path.strip('/') else '/v1'}"
         self._timeout, self._retries = config.timeout_seconds, config.retries
@@ -100,8 +106,8 @@ class Client:
     def post(self, path: str, body: dict[str, Any], tokens: int = 0) -> Any:
         """Parsed answer to POST of a JSON body that costs about so many tokens.
 
-        RefusedError for an answer that no further try changes, UsageError for a wrong key, XinslmError where all
-        tries failed.
+        RefusedError for an answer that no further try changes, UsageError for a wrong key,
+        XinslmError where all tries failed.
         """
         return self._patiently("POST", path, json.dumps(body).encode(), tokens)
 
@@ -121,7 +127,8 @@ class Client:
                 wait = min(2 * wait, LONGEST_WAIT_SECONDS)
         tries = "one try" if self._retries == 0 else f"{self._retries + 1} tries"
         raise XinslmError(
-            f"{method} {self.url}{path}: {self._scrub(str(reason))} ({tries} in {time.monotonic() - began:.0f} s). "
+            f"{method} {self.url}{path}: {self._scrub(str(reason))} ({tries} in "
+            f"{time.monotonic() - began:.0f} s). "
             f"What was finished is kept: see to the server and run the same command again"
         )
 
@@ -138,9 +145,13 @@ class Client:
         except TimeoutError:
             raise _PassingError(f"no answer within {self._timeout:g} s") from None
         except http.client.IncompleteRead as error:
-            raise _PassingError(f"the answer ended after {len(error.partial):,} bytes, in the middle") from None
+            raise _PassingError(
+                f"the answer ended after {len(error.partial):,} bytes, in the middle"
+            ) from None
         except (http.client.HTTPException, OSError) as error:
-            raise _PassingError(f"the connection failed ({error or type(error).__name__})") from None
+            raise _PassingError(
+                f"the connection failed ({error or type(error).__name__})"
+            ) from None
         finally:
             connection.close()
         if answer.status in RETRIED or answer.status >= 500:
@@ -148,25 +159,34 @@ class Client:
             raise _PassingError(f"the server says {answer.status} {_reason(content)}", wait)
         if answer.status in (401, 403):
             raise UsageError(
-                f"{self.url} says {answer.status}: {self._scrub(_reason(content))}. Give the key with "
+                f"{self.url} says {answer.status}: {self._scrub(_reason(content))}. Give the key "
+                "with "
                 f"--endpoint.api-key-file FILE or --endpoint.api-key-env NAME"
             )
         if answer.status != 200:
-            message = f"{method} {self.url}{path}: the server says {answer.status} {self._scrub(_reason(content))}"
+            message = (
+                f"{method} {self.url}{path}: the server says {answer.status} "
+                f"{self._scrub(_reason(content))}"
+            )
             raise RefusedError(message, answer.status)
         try:
             return json.loads(content)
         except ValueError:
-            raise _PassingError(f"the answer is not valid JSON; it begins with {content[:60]!r}") from None
+            raise _PassingError(
+                f"the answer is not valid JSON; it begins with {content[:60]!r}"
+            ) from None
 
     def _scrub(self, text: str) -> str:
         return text.replace(self._key, "***") if self._key else text
 
 
-def in_flight(work: Callable[[Item], Result], items: Iterable[Item], workers: int) -> Iterator[tuple[Item, Result]]:
+def in_flight(
+    work: Callable[[Item], Result], items: Iterable[Item], workers: int
+) -> Iterator[tuple[Item, Result]]:
     """Give (item, result) as they are done, `workers` at a time, in no order.
 
-    After an error nothing new is begun; what is under way is waited for and given, then the first error is raised.
+    After an error nothing new is begun; what is under way is waited for and given, then the first
+    error is raised.
     """
     pending = iter(list(items))
     lock, stopped = threading.Lock(), threading.Event()
@@ -210,12 +230,16 @@ def _take_apart(url: str) -> _Place:
     except ValueError:
         port = -1
     if parts.scheme not in ("http", "https") or not parts.hostname or port == -1 or parts.query:
-        raise UsageError(f"{url} is not the address of an endpoint; one looks like http://localhost:8000/v1")
+        raise UsageError(
+            f"{url} is not the address of an endpoint; one looks like http://localhost:8000/v1"
+        )
     return _Place(parts.scheme == "https", parts.hostname, port, parts.path.rstrip("/") or "/v1")
 
 
 def _retry_after(value: str | None) -> float | None:
-    """Seconds that a Retry-After header asks for: a number, or a date (RFC 9110, section 10.2.3)."""
+    """Seconds that a Retry-After header asks for: a number, or a date (RFC 9110, section
+    10.2.3).
+    """
     if value is None:
         return None
     try:
@@ -229,7 +253,9 @@ def _retry_after(value: str | None) -> float | None:
 
 
 def _reason(content: bytes) -> str:
-    """What an error's body says, in at most 300 characters: OpenAI's form, FastAPI's, or plain text."""
+    """What an error's body says, in at most 300 characters: OpenAI's form, FastAPI's, or plain
+    text.
+    """
     try:
         body = json.loads(content)
     except ValueError:

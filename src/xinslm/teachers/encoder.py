@@ -1,8 +1,9 @@
 """T5 encoders as teachers: hidden states of a text, no next tokens.
 
-A folder of transformers, with the tokenizer in it, or a diffusers folder such as FLUX's, whose text encoder stands in
-`text_encoder_2/` and its tokenizer in `tokenizer_2/`. Weights are safetensors only. Tokens are placed in the text by
-the offsets of the fast tokenizer, which survive what its normaliser does to spaces and to Unicode.
+A folder of transformers, with the tokenizer in it, or a diffusers folder such as FLUX's, whose text
+encoder stands in `text_encoder_2/` and its tokenizer in `tokenizer_2/`. Weights are safetensors
+only. Tokens are placed in the text by the offsets of the fast tokenizer, which survive what its
+normaliser does to spaces and to Unicode.
 """
 
 import hashlib
@@ -27,7 +28,9 @@ PARTS = ("text_encoder_2", "text_encoder", "text_encoder_3")
 
 
 def find_encoder(name: str) -> Path | None:
-    """The folder of the encoder that `name` means, itself or inside a diffusers folder; None where there is none."""
+    """The folder of the encoder that `name` means, itself or inside a diffusers folder; None where
+    there is none.
+    """
     for folder in (Path(name), *(Path(name) / part for part in PARTS)):
         if (folder / "config.json").is_file():
             settings = read_json(folder / "config.json")
@@ -51,7 +54,9 @@ class Reading:
 class EncoderTeacher:
     """Gives hidden states of texts; attention goes both ways, so a state knows what follows it."""
 
-    def __init__(self, name: str, folder: Path, dtype: str = "float32", device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self, name: str, folder: Path, dtype: str = "float32", device: torch.device | str = "cpu"
+    ) -> None:
         import transformers
 
         self.name, self.folder, self.device = name, folder, torch.device(device)
@@ -63,7 +68,8 @@ class EncoderTeacher:
         rows = model.get_input_embeddings().weight.shape[0]
         if rows < self.tokenizer.vocab_size:
             raise XinslmError(
-                f"encoder {name}: its tokenizer has {self.tokenizer.vocab_size} ids, its input only {rows} rows; the "
+                f"encoder {name}: its tokenizer has {self.tokenizer.vocab_size} ids, its input "
+                f"only {rows} rows; the "
                 f"tokenizer belongs to another model"
             )
         self.num_layers: int = model.config.num_layers
@@ -77,9 +83,11 @@ class EncoderTeacher:
 
     @torch.no_grad()
     def hidden(self, sequences: list[np.ndarray], depths: Sequence[int]) -> list[Tensor]:
-        """What comes out of blocks `depths` (from 1), (total tokens, hidden_size) each, one sequence behind the other.
+        """What comes out of blocks `depths` (from 1), (total tokens, hidden_size) each, one
+        sequence behind the other.
 
-        The end token that the encoder was trained with is put behind each sequence, and its state is left out.
+        The end token that the encoder was trained with is put behind each sequence, and its state
+        is left out.
         """
         end = [] if self.tokenizer.end is None else [self.tokenizer.end]
         longest = max(len(s) for s in sequences) + len(end)
@@ -87,7 +95,11 @@ class EncoderTeacher:
         seen, real = np.zeros_like(batch), np.zeros(batch.shape, dtype=bool)
         for row, ids in enumerate(sequences):
             whole = [*ids, *end]
-            batch[row, : len(whole)], seen[row, : len(whole)], real[row, : len(ids)] = whole, 1, True
+            batch[row, : len(whole)], seen[row, : len(whole)], real[row, : len(ids)] = (
+                whole,
+                1,
+                True,
+            )
         with tapped(self.model, self.num_layers, depths, self.name) as outputs:
             self.model(
                 input_ids=torch.from_numpy(batch).to(self.device),
@@ -112,8 +124,10 @@ class EncoderTokenizer:
             ) from error
         if not self.fast.is_fast:
             raise XinslmError(
-                f"the tokenizer of encoder {name} in {folder} does not tell which characters its tokens cover: a "
-                f"tokenizer.json is needed. Load it with transformers' AutoTokenizer and save it again"
+                f"the tokenizer of encoder {name} in {folder} does not tell which characters its "
+                "tokens cover: a "
+                "tokenizer.json is needed. Load it with transformers' AutoTokenizer and save it "
+                "again"
             )
         self.vocab_size = len(self.fast)
         self.end: int | None = self.fast.eos_token_id
@@ -127,19 +141,27 @@ class EncoderTokenizer:
     def read(self, texts: Sequence[str]) -> list[Reading]:
         """Tokens of each text, without an end token."""
         encoded = self.fast(
-            list(texts), add_special_tokens=False, return_offsets_mapping=True, return_attention_mask=False,
-            truncation=False, verbose=False,
-        )  # fmt: skip
+            list(texts),
+            add_special_tokens=False,
+            return_offsets_mapping=True,
+            return_attention_mask=False,
+            truncation=False,
+            verbose=False,
+        )
         return [
             _in_bytes(text, ids, offsets)
-            for text, ids, offsets in zip(texts, encoded["input_ids"], encoded["offset_mapping"], strict=True)
+            for text, ids, offsets in zip(
+                texts, encoded["input_ids"], encoded["offset_mapping"], strict=True
+            )
         ]
 
 
 def _in_bytes(text: str, ids: list[int], offsets: list[tuple[int, int]]) -> Reading:
     """Turn offsets in characters into offsets in UTF-8 bytes."""
     characters = np.frombuffer(text.encode("utf-32-le"), dtype="<u4")
-    sizes = 1 + (characters >= 0x80).astype(np.int64) + (characters >= 0x800) + (characters >= 0x10000)
+    sizes = (
+        1 + (characters >= 0x80).astype(np.int64) + (characters >= 0x800) + (characters >= 0x10000)
+    )
     bytes_before = np.concatenate([[0], np.cumsum(sizes)])
     spans = np.array(offsets, dtype=np.int64).reshape(-1, 2)
     begins, ends = bytes_before[spans[:, 0]], np.maximum.accumulate(bytes_before[spans[:, 1]])
@@ -153,5 +175,6 @@ def _tokenizer_folder(folder: Path) -> Path:
         if (place / "tokenizer.json").is_file() or any(place.glob("*.model")):
             return place
     raise XinslmError(
-        f"encoder {folder} has no tokenizer: neither {folder} nor {beside} holds a tokenizer.json or a .model file"
+        f"encoder {folder} has no tokenizer: neither {folder} nor {beside} holds a tokenizer.json "
+        "or a .model file"
     )

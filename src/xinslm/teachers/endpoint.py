@@ -1,9 +1,12 @@
-"""A teacher behind an OpenAI-compatible endpoint: what the server can do is tried out before any work is given to it.
+"""A teacher behind an OpenAI-compatible endpoint: what the server can do is tried out before any
+work is given to it.
 
-vLLM scores a given text (`prompt_logprobs` on /v1/completions, token ids as the prompt). Others, llama.cpp among them,
-give the most likely tokens only beside text that they write themselves: good for `synthesize`, not for `cache`.
+vLLM scores a given text (`prompt_logprobs` on /v1/completions, token ids as the prompt). Others,
+llama.cpp among them, give the most likely tokens only beside text that they write themselves: good
+for `synthesize`, not for `cache`.
 
-    teacher = EndpointTeacher("http://localhost:8000/v1", EndpointConfig(), tokenizer="Qwen/Qwen3-8B")
+    teacher = EndpointTeacher("http://localhost:8000/v1", EndpointConfig(),
+    tokenizer="Qwen/Qwen3-8B")
     teacher.require_scoring()     # says what to do where the server cannot
 """
 
@@ -37,7 +40,12 @@ class EndpointTeacher:
     """
 
     def __init__(
-        self, url: str, config: EndpointConfig, top: int = 8, tokenizer: str | None = None, api_key: str | None = None
+        self,
+        url: str,
+        config: EndpointConfig,
+        top: int = 8,
+        tokenizer: str | None = None,
+        api_key: str | None = None,
     ) -> None:
         self.client = Client(url, config, _key(config, api_key))
         self.config, self.top = config, top
@@ -50,8 +58,12 @@ class EndpointTeacher:
 
     @property
     def fingerprint(self) -> str:
-        """Hash of the model's name and tokenizer: what else decides its answers only the server knows."""
-        return sha256_json(["endpoint", self.model, self.tokenizer.fingerprint() if self.tokenizer else None])
+        """Hash of the model's name and tokenizer: what else decides its answers only the server
+        knows.
+        """
+        return sha256_json(
+            ["endpoint", self.model, self.tokenizer.fingerprint() if self.tokenizer else None]
+        )
 
     def _find_model(self, wanted: str | None) -> tuple[str, dict[str, Any]]:
         try:
@@ -61,20 +73,30 @@ class EndpointTeacher:
                 f"{error}. Is this the address of an OpenAI-compatible API? It often ends in /v1"
             ) from None
         rows = listed.get("data") if isinstance(listed, dict) else None
-        models = {row["id"]: row for row in rows or () if isinstance(row, dict) and isinstance(row.get("id"), str)}
+        models = {
+            row["id"]: row
+            for row in rows or ()
+            if isinstance(row, dict) and isinstance(row.get("id"), str)
+        }
         if wanted is not None:
             if models and wanted not in models:
-                raise UsageError(f"{self.client.url} has no model {wanted!r}. It has: {', '.join(list(models)[:20])}")
+                raise UsageError(
+                    f"{self.client.url} has no model {wanted!r}. It has: "
+                    f"{', '.join(list(models)[:20])}"
+                )
             return wanted, models.get(wanted, {})
         if len(models) != 1:
             raise UsageError(
-                f"{self.client.url} has {len(models)} models; name one with --endpoint.model. It has: "
+                f"{self.client.url} has {len(models)} models; name one with --endpoint.model. It "
+                "has: "
                 f"{', '.join(list(models)[:20]) or 'none'}"
             )
         return next(iter(models.items()))
 
     def require_scoring(self) -> None:
-        """Try to have a text of two tokens scored; UsageError, with the ways out, where the server cannot."""
+        """Try to have a text of two tokens scored; UsageError, with the ways out, where the server
+        cannot.
+        """
         reason = "it leaves prompt_logprobs unanswered"
         try:
             answer = self.client.post("/completions", self._scoring([0, 0]), 3)
@@ -82,25 +104,37 @@ class EndpointTeacher:
             reason, answer = str(error), None
         if answer is None or not isinstance(first_choice(answer).get("prompt_logprobs"), list):
             raise UsageError(
-                f"{self.name} cannot score a given text ({reason}); only servers with vLLM's prompt_logprobs can. Let "
-                f"it write the text itself with `xinslm synthesize`, or cache from the model's files: a Hugging Face "
+                f"{self.name} cannot score a given text ({reason}); only servers with vLLM's "
+                "prompt_logprobs can. Let "
+                "it write the text itself with `xinslm synthesize`, or cache from the model's "
+                "files: a Hugging Face "
                 f"folder or a .gguf"
             )
         if self.tokenizer is None:
             raise UsageError(
-                f"no tokenizer is found under the name {self.model}; give that of the endpoint's model with --tokenizer"
+                f"no tokenizer is found under the name {self.model}; give that of the endpoint's "
+                "model with --tokenizer"
             )
 
     def _scoring(self, ids: list[int]) -> dict[str, Any]:
-        return {"model": self.model, "prompt": ids, "max_tokens": 1, "temperature": 1.0, "prompt_logprobs": self.top}
+        return {
+            "model": self.model,
+            "prompt": ids,
+            "max_tokens": 1,
+            "temperature": 1.0,
+            "prompt_logprobs": self.top,
+        }
 
     def score(self, ids: np.ndarray) -> Scored:
-        """The `top` most likely tokens at each place of `ids` (N + 1,) behind the first, and the token that came."""
+        """The `top` most likely tokens at each place of `ids` (N + 1,) behind the first, and the
+        token that came.
+        """
         answer = self.client.post("/completions", self._scoring(ids.tolist()), len(ids) + 1)
         return prompt_scores(first_choice(answer), ids, self.top, self.tokenizer)
 
     def gives_log_probs(self, prompt: Prompt) -> str | None:
-        """Let the server write one token after `prompt`; None if it says how likely that was, else why it does not.
+        """Let the server write one token after `prompt`; None if it says how likely that was, else
+        why it does not.
 
         Servers that refuse so many rivals are asked for as many as are kept, then for none.
         """
@@ -114,17 +148,26 @@ class EndpointTeacher:
                     raise
                 reason = str(error)
             else:
-                given = isinstance(choice.get("logprobs"), dict) or choice.get("finish_reason") == "stop"
-                return None if self.rivals and given else reason  # an answer that ended at once says nothing
+                given = (
+                    isinstance(choice.get("logprobs"), dict)
+                    or choice.get("finish_reason") == "stop"
+                )
+                # an answer that ended at once says nothing
+                return None if self.rivals and given else reason
         return reason
 
     def write(self, prompt: Prompt, key: int, sampling: Sampling) -> Generation | None:
         """Let the server continue a text or answer a chat; None where it refuses."""
         written = generation(self._continue(prompt, key, sampling), self.tokenizer)
-        fewest = min((len(top) for top in written.top if top), default=None) if written is not None else None
+        fewest = (
+            min((len(top) for top in written.top if top), default=None)
+            if written is not None
+            else None
+        )
         if fewest is not None and fewest < self.top:
             raise XinslmError(
-                f"{self.name} gives {fewest} log-probabilities at a place where {self.rivals} were asked for and "
+                f"{self.name} gives {fewest} log-probabilities at a place where {self.rivals} "
+                "were asked for and "
                 f"{self.top} are kept; take --head {fewest}"
             )
         return written
@@ -132,12 +175,16 @@ class EndpointTeacher:
     def _continue(self, prompt: Prompt, key: int, sampling: Sampling) -> dict[str, Any]:
         """The choice that the server answers with."""
         body: dict[str, Any] = {
-            "model": self.model, "max_tokens": sampling.max_new_tokens, "temperature": sampling.temperature,
-            "top_p": sampling.top_p, "seed": (sampling.seed * 1_000_003 + key) % 2**31,
-        }  # fmt: skip
+            "model": self.model,
+            "max_tokens": sampling.max_new_tokens,
+            "temperature": sampling.temperature,
+            "top_p": sampling.top_p,
+            "seed": (sampling.seed * 1_000_003 + key) % 2**31,
+        }
         more: dict[str, Any]
         if isinstance(prompt, str):
-            # As ids, it begins with BOS whatever the server would add to a text, as a dataset's documents do.
+            # As ids, it begins with BOS whatever the server would add to a text, as a dataset's
+            # documents do.
             ids = prompt_ids(self.tokenizer, prompt) if self.tokenizer is not None else prompt
             path, more = "/completions", {"prompt": ids}
             asked: dict[str, Any] = {"logprobs": self.rivals}
@@ -148,7 +195,9 @@ class EndpointTeacher:
         if self.rivals:
             body |= asked
         size = len(prompt) if isinstance(prompt, str) else sum(len(m["content"]) for m in prompt)
-        return first_choice(self.client.post(path, {**body, **more}, size // 4 + sampling.max_new_tokens))
+        return first_choice(
+            self.client.post(path, {**body, **more}, size // 4 + sampling.max_new_tokens)
+        )
 
 
 def _key(config: EndpointConfig, given: str | None) -> str | None:
@@ -159,12 +208,16 @@ def _key(config: EndpointConfig, given: str | None) -> str | None:
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"--endpoint.api-key-file {config.api_key_file}: {error}") from None
     if not key or len(key.split()) != 1 or not key.isascii():
-        raise UsageError(f"--endpoint.api-key-file {config.api_key_file} must hold one key and nothing else")
+        raise UsageError(
+            f"--endpoint.api-key-file {config.api_key_file} must hold one key and nothing else"
+        )
     return key
 
 
 def _context(facts: dict[str, Any]) -> int:
-    """Longest context as vLLM and llama.cpp tell it in their list of models; else no limit is known."""
+    """Longest context as vLLM and llama.cpp tell it in their list of models; else no limit is
+    known.
+    """
     meta = facts.get("meta")
     found = facts.get("max_model_len") or (meta.get("n_ctx") if isinstance(meta, dict) else None)
     return found if isinstance(found, int) and found > 0 else 1 << 30

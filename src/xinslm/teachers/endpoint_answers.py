@@ -1,9 +1,10 @@
 """What OpenAI-compatible servers answer, read and checked: nothing of it is trusted before it is.
 
-`prompt_logprobs` is vLLM's: for each token of the prompt, but the first, an object from token ids to `logprob`, `rank`
-and `decoded_token`, that holds the n most likely and the token that came, also where that is not among them.
-Generated text has `logprobs.content` (chat, and llama.cpp's completions) or the older lists `tokens`, `token_logprobs`,
-`top_logprobs` (completions). Minus infinity is written as -9999.
+`prompt_logprobs` is vLLM's: for each token of the prompt, but the first, an object from token ids
+to `logprob`, `rank` and `decoded_token`, that holds the n most likely and the token that came, also
+where that is not among them. Generated text has `logprobs.content` (chat, and llama.cpp's
+completions) or the older lists `tokens`, `token_logprobs`, `top_logprobs` (completions). Minus
+infinity is written as -9999.
 """
 
 import math
@@ -36,22 +37,26 @@ def first_choice(answer: Any) -> dict[str, Any]:
     """The first of an answer's `choices`."""
     choices = answer.get("choices") if isinstance(answer, dict) else None
     if not isinstance(choices, list) or not choices or not isinstance(choices[0], dict):
-        raise XinslmError("the answer has no 'choices'; the server does not speak OpenAI's protocol")
+        raise XinslmError(
+            "the answer has no 'choices'; the server does not speak OpenAI's protocol"
+        )
     return choices[0]
 
 
 def prompt_scores(choice: dict[str, Any], ids: np.ndarray, count: int, tokenizer: Any) -> Scored:
-    """Read `prompt_logprobs` for the prompt `ids` (N + 1,): what was likely at each place behind the first.
+    """Read `prompt_logprobs` for the prompt `ids` (N + 1,): what was likely at each place behind
+    the first.
 
-    XinslmError for other positions than were sent, fewer than `count` entries, another vocabulary, and numbers that
-    are no log-probabilities; it names the token.
+    XinslmError for other positions than were sent, fewer than `count` entries, another vocabulary,
+    and numbers that are no log-probabilities; it names the token.
     """
     entries = choice.get("prompt_logprobs")
     if not isinstance(entries, list):
         raise XinslmError("the answer has no 'prompt_logprobs'")
     if len(entries) != len(ids):
         raise XinslmError(
-            f"the answer speaks of {len(entries)} tokens where {len(ids)} were sent: the server cuts or adds tokens"
+            f"the answer speaks of {len(entries)} tokens where {len(ids)} were sent: the server "
+            "cuts or adds tokens"
         )
     n = len(ids) - 1
     top_ids, top = np.empty((n, count), np.int64), np.empty((n, count))
@@ -63,7 +68,8 @@ def prompt_scores(choice: dict[str, Any], ids: np.ndarray, count: int, tokenizer
             raise XinslmError(f"token {place + 1}: {error}") from None
         if len(likely) < count:
             raise XinslmError(
-                f"token {place + 1}: {len(likely)} log-probabilities came where {count} were asked for; take a smaller "
+                f"token {place + 1}: {len(likely)} log-probabilities came where {count} were "
+                "asked for; take a smaller "
                 f"--head, or let the server give more (vLLM: --max-logprobs)"
             )
         top_ids[place] = [token for token, _ in likely[:count]]
@@ -76,7 +82,8 @@ def prompt_scores(choice: dict[str, Any], ids: np.ndarray, count: int, tokenizer
 def _place(entry: Any, label: int, tokenizer: Any) -> tuple[list[tuple[int, float]], float]:
     """(id, log p) of one place, most likely first, and log p of the token that came.
 
-    Where that one is not among the n most likely it stands behind them, so the first n are what was asked for.
+    Where that one is not among the n most likely it stands behind them, so the first n are what was
+    asked for.
     """
     if not isinstance(entry, dict) or not entry:
         raise XinslmError("it has no log-probabilities")
@@ -86,7 +93,8 @@ def _place(entry: Any, label: int, tokenizer: Any) -> tuple[list[tuple[int, floa
         token = int(key) if str(key).isdigit() else -1
         if not 0 <= token < tokenizer.vocab_size:
             raise XinslmError(
-                f"token id {key!r} is not in the tokenizer's {tokenizer.vocab_size:,} ids: the server's model has "
+                f"token id {key!r} is not in the tokenizer's {tokenizer.vocab_size:,} ids: the "
+                "server's model has "
                 f"another vocabulary. Give its tokenizer with --tokenizer"
             )
         value = number(facts.get("logprob") if isinstance(facts, dict) else facts)
@@ -102,13 +110,17 @@ def _place(entry: Any, label: int, tokenizer: Any) -> tuple[list[tuple[int, floa
 
 
 def _require_same_token(token: int, decoded: str, tokenizer: Any) -> None:
-    """Compare what the server says a token is with what our tokenizer says; some versions write a space as 'Ġ'."""
+    """Compare what the server says a token is with what our tokenizer says; some versions write a
+    space as 'Ġ'.
+    """
     ours = tokenizer.token_bytes(token)
     if token in tokenizer.special_tokens.values() or not decoded or "\ufffd" in decoded:
         return
     spelled = unspell(decoded)
     plain = decoded.replace("▁", " ").encode("utf-8", "replace")
-    if ours in (decoded.encode("utf-8", "replace"), spelled, plain) or ours.strip(b" ") == plain.strip(b" "):
+    if ours in (decoded.encode("utf-8", "replace"), spelled, plain) or ours.strip(
+        b" "
+    ) == plain.strip(b" "):
         return
     if decoded.startswith("<0x") and len(ours) == 1 and decoded[3:5].upper() == ours.hex().upper():
         return
@@ -117,7 +129,8 @@ def _require_same_token(token: int, decoded: str, tokenizer: Any) -> None:
     except UnicodeDecodeError:
         return  # part of a character: servers write it in a dozen ways
     raise XinslmError(
-        f"token id {token} is {decoded!r} to the server and {ours.decode()!r} to our tokenizer: the vocabularies "
+        f"token id {token} is {decoded!r} to the server and {ours.decode()!r} to our tokenizer: "
+        "the vocabularies "
         f"differ. Give the tokenizer of the server's model with --tokenizer"
     )
 
@@ -135,7 +148,8 @@ def _require_mass(sums: np.ndarray) -> None:
     if len(sums) and float(sums.max()) > 1 + 10 * SLACK:
         place = int(sums.argmax()) + 1
         raise XinslmError(
-            f"token {place}: the probabilities sum to {float(sums.max()):.3f}, more than 1; the server may have "
+            f"token {place}: the probabilities sum to {float(sums.max()):.3f}, more than 1; the "
+            "server may have "
             f"applied a temperature (vLLM: leave --logprobs-mode at raw_logprobs)"
         )
 
@@ -143,7 +157,8 @@ def _require_mass(sums: np.ndarray) -> None:
 def generation(choice: dict[str, Any], tokenizer: Any = None) -> Generation | None:
     """Read a generated answer with its log-probabilities; None where the model refused to answer.
 
-    llama.cpp tells tokens' ids, too: with the tokenizer they give the bytes of tokens that are half a character.
+    llama.cpp tells tokens' ids, too: with the tokenizer they give the bytes of tokens that are half
+    a character.
     """
     message = choice.get("message")
     text = message.get("content") if isinstance(message, dict) else choice.get("text")
@@ -157,27 +172,41 @@ def generation(choice: dict[str, Any], tokenizer: Any = None) -> Generation | No
     return Generation(text or "", tokens, values, top, reason == "stop")
 
 
-def _tokens(logprobs: Any, tokenizer: Any) -> tuple[list[bytes], list[float], list[list[tuple[bytes, float]]]]:
+def _tokens(
+    logprobs: Any, tokenizer: Any
+) -> tuple[list[bytes], list[float], list[list[tuple[bytes, float]]]]:
     """Bytes, log p and rivals of each token, from either form; nothing where there is none."""
     if not isinstance(logprobs, dict):
         return [], [], []
     content = logprobs.get("content")
     if isinstance(content, list):
         rows = [
-            (_bytes(row, tokenizer), row.get("logprob"), row.get("top_logprobs") or []) for row in map(_object, content)
+            (_bytes(row, tokenizer), row.get("logprob"), row.get("top_logprobs") or [])
+            for row in map(_object, content)
         ]
         tops = [
-            [(_bytes(_object(rival), tokenizer), number(_object(rival).get("logprob"))) for rival in top]
+            [
+                (_bytes(_object(rival), tokenizer), number(_object(rival).get("logprob")))
+                for rival in top
+            ]
             for *_, top in rows
         ]
     else:
         names, likely = logprobs.get("tokens") or [], logprobs.get("top_logprobs") or []
         chances = logprobs.get("token_logprobs") or []
-        if not all(isinstance(part, list) for part in (names, likely, chances)) or len(names) != len(chances):
-            raise XinslmError("'logprobs' has no 'content' and its lists 'tokens' and 'token_logprobs' do not match")
+        if not all(isinstance(part, list) for part in (names, likely, chances)) or len(
+            names
+        ) != len(chances):
+            raise XinslmError(
+                "'logprobs' has no 'content' and its lists 'tokens' and "
+                "'token_logprobs' do not match"
+            )
         rows = [(str(name).encode(), value, []) for name, value in zip(names, chances, strict=True)]
         tops = [
-            [(str(name).encode(), number(value)) for name, value in (_object(row) if row else {}).items()]
+            [
+                (str(name).encode(), number(value))
+                for name, value in (_object(row) if row else {}).items()
+            ]
             for row in likely
         ]
     for top in tops:
@@ -195,9 +224,13 @@ def _object(value: Any) -> dict[str, Any]:
 
 
 def _bytes(row: dict[str, Any], tokenizer: Any) -> bytes:
-    """A token's bytes, by its id where that is told and known; servers that give none give its text."""
+    """A token's bytes, by its id where that is told and known; servers that give none give its
+    text.
+    """
     data, token = row.get("bytes"), row.get("id")
-    told = isinstance(data, list) and all(isinstance(byte, int) and 0 <= byte < 256 for byte in data)
+    told = isinstance(data, list) and all(
+        isinstance(byte, int) and 0 <= byte < 256 for byte in data
+    )
     found = bytes(data or ()) if told else str(row.get("token", "")).encode("utf-8", "replace")
     if tokenizer is None or not isinstance(token, int):
         return found
@@ -205,9 +238,12 @@ def _bytes(row: dict[str, Any], tokenizer: Any) -> bytes:
     if found in (b"", own) or token in tokenizer.special_tokens.values():
         return own
     # llama.cpp holds back half a character and tells it with the token that completes it.
-    if token < tokenizer.vocab_size and (found.endswith(own) or own.decode("utf-8", "ignore").encode() != own):
+    if token < tokenizer.vocab_size and (
+        found.endswith(own) or own.decode("utf-8", "ignore").encode() != own
+    ):
         return found
     raise XinslmError(
-        f"token id {token} is {found!r} to the server and another to our tokenizer: the vocabularies differ. Give the "
+        f"token id {token} is {found!r} to the server and another to our tokenizer: the "
+        "vocabularies differ. Give the "
         f"tokenizer of the server's model with --tokenizer"
     )

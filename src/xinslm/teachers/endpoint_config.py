@@ -23,7 +23,9 @@ class EndpointConfig:
     api_key_file: Path | None = None
     """File that holds the API key and nothing else."""
     api_key_env: str | None = None
-    """Name of the environment variable that holds the API key; the key itself is written nowhere."""
+    """Name of the environment variable that holds the API key; the key itself is written
+    nowhere.
+    """
     concurrency: int = 8
     """Requests in flight at once."""
     timeout_seconds: float = 300.0

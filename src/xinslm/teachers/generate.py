@@ -1,8 +1,10 @@
-"""The loop in which a local teacher writes answers: a batch at a time, with a key-value cache, no padding.
+"""The loop in which a local teacher writes answers: a batch at a time, with a key-value cache, no
+padding.
 
-Prompts of different lengths share a batch from the length of the shortest on: each further step feeds a row its own
-prompt's next token as long as it has one, and what was drawn after that. So no row ever holds a pad, and any causal
-model that keeps a cache will do. Draws come from a counter-based generator by seed, key and token number.
+Prompts of different lengths share a batch from the length of the shortest on: each further step
+feeds a row its own prompt's next token as long as it has one, and what was drawn after that. So no
+row ever holds a pad, and any causal model that keeps a cache will do. Draws come from a
+counter-based generator by seed, key and token number.
 """
 
 from collections.abc import Callable, Sequence
@@ -24,7 +26,9 @@ Begin = Callable[[np.ndarray, int], tuple[Tensor, Step]]
 
 
 def prompt_ids(tokenizer: Any, prompt: Prompt) -> list[int]:
-    """A text behind BOS (else EOS), as documents are trained; or a chat up to where the answer begins."""
+    """A text behind BOS (else EOS), as documents are trained; or a chat up to where the answer
+    begins.
+    """
     if not isinstance(prompt, str):
         messages = [dict(message) for message in prompt]
         ids: list[int] = tokenizer.apply_chat_template(messages, add_generation_prompt=True)[0]
@@ -32,20 +36,30 @@ def prompt_ids(tokenizer: Any, prompt: Prompt) -> list[int]:
     first = tokenizer.bos_id if tokenizer.bos_id is not None else tokenizer.eos_id
     ids = ([] if first is None else [first]) + tokenizer.encode(prompt)
     if not ids:
-        raise UsageError("a prompt is empty, and the tokenizer has no BOS or EOS token to start from")
+        raise UsageError(
+            "a prompt is empty, and the tokenizer has no BOS or EOS token to start from"
+        )
     return ids
 
 
 def write(
-    begin: Begin, tokenizer: Any, max_length: int, name: str, prompts: Sequence[Prompt], keys: Sequence[int],
+    begin: Begin,
+    tokenizer: Any,
+    max_length: int,
+    name: str,
+    prompts: Sequence[Prompt],
+    keys: Sequence[int],
     sampling: Sampling,
-) -> list[Generation]:  # fmt: skip
-    """Answer prompts in one batch; an answer ends with an end token, at the limit, or where the context is full."""
+) -> list[Generation]:
+    """Answer prompts in one batch; an answer ends with an end token, at the limit, or where the
+    context is full.
+    """
     rows = [prompt_ids(tokenizer, prompt) for prompt in prompts]
     lengths = np.array([len(row) for row in rows])
     if lengths.max() >= max_length:
         raise UsageError(
-            f"a prompt has {lengths.max():,} tokens, the context of teacher {name} is {max_length:,} with the answer; "
+            f"a prompt has {lengths.max():,} tokens, the context of teacher {name} is "
+            f"{max_length:,} with the answer; "
             f"shorten it"
         )
     ends = np.array(sorted(end_ids(tokenizer)), np.int64)
@@ -68,7 +82,9 @@ def write(
             break
         logits = step(ids[:, at])
     return [
-        _generation(tokenizer, prompt, ids[row, first:last], log_probs[row, first:last], bool(finished[row]))
+        _generation(
+            tokenizer, prompt, ids[row, first:last], log_probs[row, first:last], bool(finished[row])
+        )
         for row, (prompt, first, last) in enumerate(zip(prompts, lengths, until, strict=True))
     ]
 
@@ -76,9 +92,13 @@ def write(
 def draw(
     logits: Tensor, keys: np.ndarray, numbers: np.ndarray, sampling: Sampling, name: str
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Draw one token a row from logits (B, V); its id (B,) and the model's own log-probability of it (B,)."""
+    """Draw one token a row from logits (B, V); its id (B,) and the model's own log-probability of
+    it (B,).
+    """
     if not bool(torch.isfinite(logits).all()):
-        raise XinslmError(f"teacher {name} gives numbers that are not finite while it writes. Try --dtype float32")
+        raise XinslmError(
+            f"teacher {name} gives numbers that are not finite while it writes. Try --dtype float32"
+        )
     log_p = torch.log_softmax(logits.double().cpu(), dim=1)
     if sampling.temperature == 0:
         tokens = log_p.argmax(dim=1)
@@ -87,13 +107,15 @@ def draw(
         order = None
         if sampling.top_p < 1:
             probs, order = probs.sort(dim=1, descending=True, stable=True)
-            kept = probs.cumsum(dim=1) - probs < sampling.top_p * (1 - 1e-12)  # the one that reaches it included
+            # the one that reaches it included
+            kept = probs.cumsum(dim=1) - probs < sampling.top_p * (1 - 1e-12)
             probs = probs * kept
         cumulative = probs.cumsum(dim=1)
         mass = cumulative[:, -1:].contiguous()
         points = torch.from_numpy(uniforms(keys, numbers, sampling.seed))[:, None] * mass
         place = torch.searchsorted(cumulative, points, right=True)
-        place = torch.minimum(place, torch.searchsorted(cumulative, mass))  # rounding must not pass the last mass
+        # rounding must not pass the last mass
+        place = torch.minimum(place, torch.searchsorted(cumulative, mass))
         tokens = (place if order is None else order.gather(1, place))[:, 0]
     return tokens.numpy(), log_p.gather(1, tokens[:, None])[:, 0].numpy()
 
@@ -113,7 +135,11 @@ def uniforms(keys: np.ndarray, numbers: np.ndarray, seed: int) -> np.ndarray:
     return (x >> np.uint64(11)).astype(np.float64) / 2.0**53
 
 
-def _generation(tokenizer: Any, prompt: Prompt, ids: np.ndarray, log_probs: np.ndarray, finished: bool) -> Generation:
+def _generation(
+    tokenizer: Any, prompt: Prompt, ids: np.ndarray, log_probs: np.ndarray, finished: bool
+) -> Generation:
     decoder = StreamDecoder(tokenizer, at_start=not isinstance(prompt, str) or not prompt)
     text = decoder.add(*ids.tolist()) + decoder.finish()
-    return Generation(text, [tokenizer.token_bytes(t) for t in ids.tolist()], log_probs.tolist(), [], finished)
+    return Generation(
+        text, [tokenizer.token_bytes(t) for t in ids.tolist()], log_probs.tolist(), [], finished
+    )

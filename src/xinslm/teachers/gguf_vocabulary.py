@@ -1,7 +1,8 @@
 """The tokenizer in a GGUF file's `tokenizer.ggml.*` keys, read back into one of ours.
 
-"gpt2" is byte-level BPE with a split rule known by llama.cpp's name; "llama" is sentencepiece, whose scores give the
-merges. Other engines (WordPiece, Unigram, RWKV) and split rules are refused: their ids would come out wrong.
+"gpt2" is byte-level BPE with a split rule known by llama.cpp's name; "llama" is sentencepiece,
+whose scores give the merges. Other engines (WordPiece, Unigram, RWKV) and split rules are refused:
+their ids would come out wrong.
 """
 
 from typing import Any
@@ -15,9 +16,13 @@ from xinslm.tokenizer.files import Definition
 from xinslm.tokenizer.hf import HFTokenizer
 
 _SPLITS = {
-    "llama-bpe": "llama-bpe", "llama-v3": "llama-bpe", "llama3": "llama-bpe", "gpt-2": "gpt-2", "qwen2": "qwen2",
+    "llama-bpe": "llama-bpe",
+    "llama-v3": "llama-bpe",
+    "llama3": "llama-bpe",
+    "gpt-2": "gpt-2",
+    "qwen2": "qwen2",
     "deepseek-r1-qwen": "qwen2",
-}  # fmt: skip
+}
 _ROLES = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
 
 
@@ -40,15 +45,24 @@ def read_tokenizer(keys: dict[str, Any], where: str) -> Any:
             return _sentencepiece(keys, tokens, types, named, template, where)
     except (KeyError, ValueError, TypeError) as error:
         if isinstance(error, XinslmError):
-            raise UsageError(f"{where}: {error}. Give the model's own tokenizer with --tokenizer") from None
-        raise UsageError(f"{where}: its tokenizer is damaged ({error!r}); give the model's with --tokenizer") from None
+            raise UsageError(
+                f"{where}: {error}. Give the model's own tokenizer with --tokenizer"
+            ) from None
+        raise UsageError(
+            f"{where}: its tokenizer is damaged ({error!r}); give the model's with --tokenizer"
+        ) from None
     raise UsageError(
-        f"{where} has a tokenizer of kind {engine!r}, which is not read; give the model's with --tokenizer"
+        f"{where} has a tokenizer of kind {engine!r}, which is not read; give the model's with "
+        "--tokenizer"
     )
 
 
 def _byte_level(
-    keys: dict[str, Any], tokens: list[str], types: list[int], named: dict[str, str], template: str | None
+    keys: dict[str, Any],
+    tokens: list[str],
+    types: list[int],
+    named: dict[str, str],
+    template: str | None,
 ) -> BPETokenizer:
     pre = keys.get("tokenizer.ggml.pre", "default")
     if pre not in _SPLITS:
@@ -76,7 +90,12 @@ def _byte_level(
 
 
 def _sentencepiece(
-    keys: dict[str, Any], tokens: list[str], types: list[int], named: dict[str, str], template: str | None, where: str
+    keys: dict[str, Any],
+    tokens: list[str],
+    types: list[int],
+    named: dict[str, str],
+    template: str | None,
+    where: str,
 ) -> HFTokenizer:
     scores = keys.get("tokenizer.ggml.scores")
     if scores is None or "unk_token" not in named:
@@ -86,7 +105,9 @@ def _sentencepiece(
         for token, kind, score in zip(tokens, types, scores, strict=True)
         if kind != TokenType.UNUSED
     ]
-    if len(pieces) != len(tokens) and any(kind == TokenType.UNUSED for kind in types[: len(pieces)]):
+    if len(pieces) != len(tokens) and any(
+        kind == TokenType.UNUSED for kind in types[: len(pieces)]
+    ):
         raise XinslmError("it has unused ids between used ones")
     content = sentencepiece.to_tokenizer_json(
         pieces,

@@ -1,8 +1,9 @@
 """A Hugging Face causal language model as teacher: a local folder or a Hub name, any architecture.
 
-`hidden` and `logits` are apart so that a caller can apply the head to a few rows at a time and never holds
-(positions, vocabulary). Models that do more after the head (soft caps, scales) are recognised by comparing both ways
-on a short input when the teacher is loaded; for those, `logits` comes from whole forward passes.
+`hidden` and `logits` are apart so that a caller can apply the head to a few rows at a time and
+never holds (positions, vocabulary). Models that do more after the head (soft caps, scales) are
+recognised by comparing both ways on a short input when the teacher is loaded; for those, `logits`
+comes from whole forward passes.
 """
 
 from inspect import signature
@@ -24,7 +25,8 @@ from xinslm.teachers.local import LocalTeacher, load_pretrained
 class HuggingFaceTeacher(LocalTeacher):
     """Scores sequences of token ids.
 
-    `vocab_size` counts the tokenizer's ids; rows of the head beyond them are padding and are cut off.
+    `vocab_size` counts the tokenizer's ids; rows of the head beyond them are padding and are cut
+    off.
     """
 
     def __init__(
@@ -52,7 +54,11 @@ class HuggingFaceTeacher(LocalTeacher):
         refuse_quantized(self.folder)
         self._require_rows(_configured_rows(self.folder))
         model = load_pretrained(
-            AutoModelForCausalLM, self.folder, dtype, f"teacher {name}", trust_remote_code=trust_remote_code
+            AutoModelForCausalLM,
+            self.folder,
+            dtype,
+            f"teacher {name}",
+            trust_remote_code=trust_remote_code,
         )
         if adapter is not None:
             model = apply_adapter(model, adapter, name)
@@ -73,14 +79,17 @@ class HuggingFaceTeacher(LocalTeacher):
 
     @property
     def has_plain_head(self) -> bool:
-        """Whether the logits are the output head applied to the backbone's states, and nothing more."""
+        """Whether the logits are the output head applied to the backbone's states, and nothing
+        more.
+        """
         return self._split
 
     def _require_rows(self, rows: int | None) -> None:
         """Raise XinslmError if the output has fewer rows than the tokenizer has ids."""
         if rows is not None and rows < self.vocab_size:
             raise XinslmError(
-                f"teacher {self.name}: its tokenizer has {self.vocab_size} ids, its output only {rows} rows; "
+                f"teacher {self.name}: its tokenizer has {self.vocab_size} ids, its output only "
+                f"{rows} rows; "
                 f"the tokenizer belongs to another model"
             )
 
@@ -93,11 +102,14 @@ class HuggingFaceTeacher(LocalTeacher):
                 return False
             hidden = backbone(input_ids=ids, use_cache=False)[0]
             apart = self.model.get_output_embeddings()(hidden).float()
-        return apart.shape == whole.shape and bool((apart - whole).abs().max() <= 1e-3 * whole.abs().max().clamp_min(1))
+        return apart.shape == whole.shape and bool(
+            (apart - whole).abs().max() <= 1e-3 * whole.abs().max().clamp_min(1)
+        )
 
     @torch.no_grad()
     def states(self, sequences: list[np.ndarray]) -> Tensor:
-        """Run sequences of ids, right-padded into one batch; return what `logits` needs for each of their tokens.
+        """Run sequences of ids, right-padded into one batch; return what `logits` needs for each of
+        their tokens.
 
         The rows of all sequences stand one after another: (total tokens, ...), pads left out.
         """
@@ -118,9 +130,15 @@ class HuggingFaceTeacher(LocalTeacher):
 
     @torch.inference_mode()
     def _begin(self, ids: np.ndarray, room: int) -> tuple[Tensor, Step]:
-        """Read (B, T) ids; logits of what follows, and the function that takes one token a row more."""
+        """Read (B, T) ids; logits of what follows, and the function that takes one token a row
+        more.
+        """
         # Rows whose logits are not read are never made: the head sees the last position alone.
-        last = {"logits_to_keep": 1} if "logits_to_keep" in signature(self.model.forward).parameters else {}
+        last = (
+            {"logits_to_keep": 1}
+            if "logits_to_keep" in signature(self.model.forward).parameters
+            else {}
+        )
         cache: Any = None
 
         @torch.inference_mode()
@@ -130,7 +148,9 @@ class HuggingFaceTeacher(LocalTeacher):
             out = self.model(input_ids=inputs, past_key_values=cache, use_cache=True, **last)
             cache = out.past_key_values
             if cache is None:
-                raise UsageError(f"teacher {self.name} keeps no key-value cache, so it cannot write text here")
+                raise UsageError(
+                    f"teacher {self.name} keeps no key-value cache, so it cannot write text here"
+                )
             logits: Tensor = out.logits[:, -1, : self.vocab_size].float()
             return logits
 
@@ -141,7 +161,10 @@ def refuse_quantized(folder: Path) -> None:
     """Raise UsageError for a folder that `xinslm quantize` made."""
     manifest = read_json(folder / MANIFEST) if (folder / MANIFEST).is_file() else None
     if isinstance(manifest, dict) and manifest.get("kind") == "quantized":
-        raise UsageError(f"{folder} is quantized; a teacher must be a model folder. Give the one it was made from")
+        raise UsageError(
+            f"{folder} is quantized; a teacher must be a model folder. Give the one "
+            "it was made from"
+        )
 
 
 def _configured_rows(folder: Path) -> int | None:
@@ -150,7 +173,9 @@ def _configured_rows(folder: Path) -> int | None:
     if not isinstance(settings, dict):
         raise XinslmError(f"{folder / 'config.json'}: must hold an object")
     inner = settings.get("text_config")
-    rows = settings.get("vocab_size") or (inner.get("vocab_size") if isinstance(inner, dict) else None)
+    rows = settings.get("vocab_size") or (
+        inner.get("vocab_size") if isinstance(inner, dict) else None
+    )
     return rows if isinstance(rows, int) else None
 
 
@@ -162,7 +187,11 @@ def local_folder(name: str, revision: str | None) -> Path:
         from xinslm.model.files import HUB_FILES
 
         try:
-            return Path(huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=HUB_FILES))
+            return Path(
+                huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=HUB_FILES)
+            )
         except Exception as error:
-            raise UsageError(f"the Hub did not give {name} at revision {revision}: {error}") from error
+            raise UsageError(
+                f"the Hub did not give {name} at revision {revision}: {error}"
+            ) from error
     return resolve_model(name)

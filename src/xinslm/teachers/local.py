@@ -1,4 +1,6 @@
-"""What teachers in this process share: padded batches, hidden states by hooks, loading that misses no weight."""
+"""What teachers in this process share: padded batches, hidden states by hooks, loading that misses
+no weight.
+"""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -15,7 +17,9 @@ from xinslm.teachers.generate import Step, write
 
 
 def batches_by_length(lengths: np.ndarray, batch_tokens: int) -> Iterator[np.ndarray]:
-    """Indices of sequences, longest first, in batches whose padded size stays within `batch_tokens`."""
+    """Indices of sequences, longest first, in batches whose padded size stays within
+    `batch_tokens`.
+    """
     order = np.argsort(-lengths, kind="stable")
     at = 0
     while at < len(order):
@@ -25,11 +29,19 @@ def batches_by_length(lengths: np.ndarray, batch_tokens: int) -> Iterator[np.nda
 
 
 @contextmanager
-def tapped(model: Any, num_layers: int, depths: Sequence[int], name: str) -> Iterator[dict[int, Tensor]]:
-    """Collect what comes out of blocks `depths` (from 1) in the forward passes inside; other layers are not kept."""
-    lists = [m for m in model.modules() if isinstance(m, torch.nn.ModuleList) and len(m) == num_layers]
+def tapped(
+    model: Any, num_layers: int, depths: Sequence[int], name: str
+) -> Iterator[dict[int, Tensor]]:
+    """Collect what comes out of blocks `depths` (from 1) in the forward passes inside; other layers
+    are not kept.
+    """
+    lists = [
+        m for m in model.modules() if isinstance(m, torch.nn.ModuleList) and len(m) == num_layers
+    ]
     if not lists:
-        raise XinslmError(f"teacher {name}: its {num_layers} blocks were not found, so it gives no hidden states")
+        raise XinslmError(
+            f"teacher {name}: its {num_layers} blocks were not found, so it gives no hidden states"
+        )
     outputs: dict[int, Tensor] = {}
 
     def keep(depth: int) -> Callable[..., None]:
@@ -47,25 +59,36 @@ def tapped(model: Any, num_layers: int, depths: Sequence[int], name: str) -> Ite
 
 
 def load_pretrained(cls: Any, folder: Path, dtype: str, who: str, **options: Any) -> Any:
-    """Load a transformers model from safetensors; XinslmError, naming `who`, where it fails or a weight is missing."""
+    """Load a transformers model from safetensors; XinslmError, naming `who`, where it fails or a
+    weight is missing.
+    """
     from transformers.utils import logging
 
     logging.disable_progress_bar()
     try:
         model, report = cls.from_pretrained(
-            folder, dtype=getattr(torch, dtype), use_safetensors=True, output_loading_info=True, **options
+            folder,
+            dtype=getattr(torch, dtype),
+            use_safetensors=True,
+            output_loading_info=True,
+            **options,
         )
-    except Exception as error:  # transformers, safetensors and huggingface_hub raise a dozen kinds for bad folders
+    # transformers, safetensors and huggingface_hub raise a dozen kinds for bad folders
+    except Exception as error:
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise XinslmError(f"transformers cannot load {who}: {first}") from error
     lacking = sorted({*report["missing_keys"], *(str(key) for key in report["mismatched_keys"])})
     if lacking:  # transformers would draw them at random
-        raise XinslmError(f"{who}: {len(lacking)} weights are missing or misshapen, such as '{lacking[0]}'")
+        raise XinslmError(
+            f"{who}: {len(lacking)} weights are missing or misshapen, such as '{lacking[0]}'"
+        )
     return model
 
 
 class LocalTeacher:
-    """Base of teachers in memory; a subclass sets the fields and has `states`, `logits` and `_begin`."""
+    """Base of teachers in memory; a subclass sets the fields and has `states`, `logits` and
+    `_begin`.
+    """
 
     name: str
     tokenizer: Any
@@ -77,27 +100,40 @@ class LocalTeacher:
     _begin: Callable[[np.ndarray, int], tuple[Tensor, Step]]
 
     def padded(self, sequences: list[np.ndarray]) -> tuple[Tensor, Tensor]:
-        """Right-pad sequences of ids into one batch: ids (B, T) int64 and which of them are real, (B, T) bool.
+        """Right-pad sequences of ids into one batch: ids (B, T) int64 and which of them are real,
+        (B, T) bool.
 
-        Causal attention makes right pads harmless. Raises UsageError for a sequence longer than the context.
+        Causal attention makes right pads harmless. Raises UsageError for a sequence longer than the
+        context.
         """
         longest = max(len(s) for s in sequences)
         if longest > self.max_length:
-            raise UsageError(f"teacher {self.name} has a context of {self.max_length} tokens, {longest} are asked for")
+            raise UsageError(
+                f"teacher {self.name} has a context of {self.max_length} tokens, "
+                f"{longest} are asked for"
+            )
         batch = np.zeros((len(sequences), longest), dtype=np.int64)
         real = np.zeros((len(sequences), longest), dtype=bool)
         for row, ids in enumerate(sequences):
             batch[row, : len(ids)], real[row, : len(ids)] = ids, True
         return torch.from_numpy(batch).to(self.device), torch.from_numpy(real).to(self.device)
 
-    def states_and_hidden(self, sequences: list[np.ndarray], depths: Sequence[int]) -> tuple[Tensor, list[Tensor]]:
-        """What `states` gives, and what comes out of blocks `depths` (from 1), (total tokens, hidden_size) each."""
+    def states_and_hidden(
+        self, sequences: list[np.ndarray], depths: Sequence[int]
+    ) -> tuple[Tensor, list[Tensor]]:
+        """What `states` gives, and what comes out of blocks `depths` (from 1), (total tokens,
+        hidden_size) each.
+        """
         lengths = torch.tensor([len(s) for s in sequences], device=self.device)
         with tapped(self.model, self.num_layers, depths, self.name) as outputs:
             states = self.states(sequences)
         real = torch.arange(int(lengths.max()), device=self.device) < lengths[:, None]
         return states, [outputs[depth][real] for depth in depths]
 
-    def generate(self, prompts: Sequence[Prompt], keys: Sequence[int], sampling: Sampling) -> list[Generation]:
+    def generate(
+        self, prompts: Sequence[Prompt], keys: Sequence[int], sampling: Sampling
+    ) -> list[Generation]:
         """Answer a batch of prompts; see `GeneratingTeacher`."""
-        return write(self._begin, self.tokenizer, self.max_length, self.name, prompts, keys, sampling)
+        return write(
+            self._begin, self.tokenizer, self.max_length, self.name, prompts, keys, sampling
+        )

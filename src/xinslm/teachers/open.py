@@ -1,8 +1,9 @@
 """Which adapter a teacher's name means.
 
-http://host:8000/v1 is an OpenAI-compatible endpoint, what ends in .gguf a file of llama.cpp's, and any other name a
-Hugging Face causal language model: a folder, a run folder, a name on the Hub. What our transformer can express, LLaMA
-and Mistral, runs there: it starts seconds sooner than transformers and is a little faster. An adapter needs the latter.
+http://host:8000/v1 is an OpenAI-compatible endpoint, what ends in .gguf a file of llama.cpp's, and
+any other name a Hugging Face causal language model: a folder, a run folder, a name on the Hub. What
+our transformer can express, LLaMA and Mistral, runs there: it starts seconds sooner than
+transformers and is a little faster. An adapter needs the latter.
 """
 
 from pathlib import Path
@@ -32,7 +33,9 @@ def open_teacher(
     api_key: str | None = None,
     adapter: Path | None = None,
 ) -> HuggingFaceTeacher | LlamaTeacher | GgufTeacher | EndpointTeacher:
-    """Open a teacher; `tokenizer` is for those that bring none, `endpoint`, `top` and `api_key` for URLs."""
+    """Open a teacher; `tokenizer` is for those that bring none, `endpoint`, `top` and `api_key` for
+    URLs.
+    """
     if adapter is not None and (is_endpoint(name) or name.endswith(".gguf")):
         raise UsageError(f"--adapter is for Hugging Face models, and {name} is none. Leave it out")
     if is_endpoint(name):
@@ -40,7 +43,9 @@ def open_teacher(
     if name.endswith(".gguf"):
         return GgufTeacher(Path(name), dtype, device, tokenizer)
     if tokenizer is not None:
-        raise UsageError(f"--tokenizer is for endpoints and GGUF files; {name} brings its own. Leave it out")
+        raise UsageError(
+            f"--tokenizer is for endpoints and GGUF files; {name} brings its own. Leave it out"
+        )
     folder = local_folder(name, revision)
     refuse_quantized(folder)
     if adapter is None and not trust_remote_code and is_own(folder):
@@ -59,4 +64,8 @@ def teacher_tokenizer(name: str) -> Any:
     """Tokenizer of a teacher whose files are here, without loading its weights."""
     from xinslm.tokenizer.load import load_tokenizer
 
-    return gguf_tokenizer(Path(name)) if name.endswith(".gguf") else load_tokenizer(resolve_model(name))
+    return (
+        gguf_tokenizer(Path(name))
+        if name.endswith(".gguf")
+        else load_tokenizer(resolve_model(name))
+    )

@@ -1,4 +1,6 @@
-"""Teachers in our own transformer: they score right-padded batches and write with a key-value cache."""
+"""Teachers in our own transformer: they score right-padded batches and write with a key-value
+cache.
+"""
 
 from functools import cached_property
 from pathlib import Path
@@ -16,10 +18,17 @@ from xinslm.teachers.local import LocalTeacher
 
 
 class OwnTeacher(LocalTeacher):
-    """Gives distributions, hidden states and text; a `DenseTeacher`, `HiddenTeacher` and `GeneratingTeacher`."""
+    """Gives distributions, hidden states and text; a `DenseTeacher`, `HiddenTeacher` and
+    `GeneratingTeacher`.
+    """
 
     def __init__(
-        self, name: str, folder: Path, model: Transformer, tokenizer: Any, device: torch.device | str = "cpu"
+        self,
+        name: str,
+        folder: Path,
+        model: Transformer,
+        tokenizer: Any,
+        device: torch.device | str = "cpu",
     ) -> None:
         if tokenizer.vocab_size > model.config.vocab_size:
             raise XinslmError(
@@ -35,7 +44,9 @@ class OwnTeacher(LocalTeacher):
 
     @torch.no_grad()
     def states(self, sequences: list[np.ndarray]) -> Tensor:
-        """Hidden states of all tokens of the sequences, one behind the other: (total tokens, hidden)."""
+        """Hidden states of all tokens of the sequences, one behind the other: (total tokens,
+        hidden).
+        """
         inputs, real = self.padded(sequences)
         hidden: Tensor = self.model.hidden(inputs)
         return hidden[real]
@@ -47,8 +58,16 @@ class OwnTeacher(LocalTeacher):
 
     @torch.inference_mode()
     def _begin(self, ids: np.ndarray, room: int) -> tuple[Tensor, Step]:
-        """Read (B, T) ids; logits of what follows, and the function that takes one token a row more."""
-        cache = KVCache(self.model.config, len(ids), ids.shape[1] + room, self.model.head_weight.dtype, self.device)
+        """Read (B, T) ids; logits of what follows, and the function that takes one token a row
+        more.
+        """
+        cache = KVCache(
+            self.model.config,
+            len(ids),
+            ids.shape[1] + room,
+            self.model.head_weight.dtype,
+            self.device,
+        )
 
         @torch.inference_mode()
         def step(tokens: np.ndarray) -> Tensor:
@@ -59,12 +78,18 @@ class OwnTeacher(LocalTeacher):
 
 
 class LlamaTeacher(OwnTeacher):
-    """A LLaMA or Mistral folder: the numbers of transformers to float32's rounding, without loading transformers."""
+    """A LLaMA or Mistral folder: the numbers of transformers to float32's rounding, without loading
+    transformers.
+    """
 
-    def __init__(self, name: str, folder: Path, dtype: str = "float32", device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self, name: str, folder: Path, dtype: str = "float32", device: torch.device | str = "cpu"
+    ) -> None:
         from xinslm.tokenizer.load import load_tokenizer
 
-        super().__init__(name, folder, load_model(folder, getattr(torch, dtype)), load_tokenizer(folder), device)
+        super().__init__(
+            name, folder, load_model(folder, getattr(torch, dtype)), load_tokenizer(folder), device
+        )
 
     @cached_property
     def fingerprint(self) -> str:

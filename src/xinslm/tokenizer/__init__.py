@@ -1,4 +1,5 @@
-"""Tokenizers: our own byte-level BPE, any Hugging Face tokenizer behind the same interface, nested vocabularies.
+"""Tokenizers: our own byte-level BPE, any Hugging Face tokenizer behind the same interface, nested
+vocabularies.
 
 Names are loaded when they are used, so that the command line can read `config.py` alone.
 """

@@ -1,8 +1,9 @@
 """The byte-level alphabet and the split rules of byte-level BPE.
 
-Vocabulary files spell each byte as one printable character (GPT-2, Radford et al. 2019): the printable bytes as
-themselves, the others from U+0100 on, so that a space is 'Ġ'. A split rule cuts text into pieces that merges never
-cross. Each carries llama.cpp's name for it (`tokenizer.ggml.pre`).
+Vocabulary files spell each byte as one printable character (GPT-2, Radford et al. 2019): the
+printable bytes as themselves, the others from U+0100 on, so that a space is 'Ġ'. A split rule cuts
+text into pieces that merges never cross. Each carries llama.cpp's name for it
+(`tokenizer.ggml.pre`).
 """
 
 from dataclasses import dataclass
@@ -14,13 +15,17 @@ import regex
 def _characters() -> dict[int, str]:
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
-    return {byte: chr(byte) for byte in printable} | {byte: chr(256 + i) for i, byte in enumerate(others)}
+    return {byte: chr(byte) for byte in printable} | {
+        byte: chr(256 + i) for i, byte in enumerate(others)
+    }
 
 
 BYTE_TO_CHAR: dict[int, str] = _characters()
 CHAR_TO_BYTE: dict[str, int] = {char: byte for byte, char in BYTE_TO_CHAR.items()}
 ALPHABET: list[str] = sorted(CHAR_TO_BYTE)
-"""The 256 characters in the order of their ids in a new vocabulary: by code point, which decides ties in training."""
+"""The 256 characters in the order of their ids in a new vocabulary: by code point, which decides
+ties in training.
+"""
 
 _TO_CHARS = [BYTE_TO_CHAR[byte] for byte in range(256)]
 
@@ -31,7 +36,9 @@ def spell(data: bytes) -> str:
 
 
 def unspell(token: str) -> bytes | None:
-    """Return the bytes that a vocabulary file's token stands for; None when it is not spelled byte by byte."""
+    """Return the bytes that a vocabulary file's token stands for; None when it is not spelled byte
+    by byte.
+    """
     try:
         return bytes(CHAR_TO_BYTE[char] for char in token)
     except KeyError:
@@ -62,7 +69,9 @@ SPLITS: dict[str, Split] = {
     split.name: split
     for split in (
         Split("llama-bpe", _LLAMA3),
-        Split("gpt-2", r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"),
+        Split(
+            "gpt-2", r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+        ),
         Split("qwen2", _LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")),
     )
 }

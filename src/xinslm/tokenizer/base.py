@@ -1,7 +1,9 @@
-"""The interface every tokenizer has, and what can be said through it alone: clean text, ids in bulk, live decoding.
+"""The interface every tokenizer has, and what can be said through it alone: clean text, ids in
+bulk, live decoding.
 
-Two classes implement it: `BPETokenizer` (ours, byte-level BPE) and `HFTokenizer` (any other Hugging Face
-tokenizer as it is). Both encode without BOS and EOS, and read special tokens in text as ordinary text unless asked.
+Two classes implement it: `BPETokenizer` (ours, byte-level BPE) and `HFTokenizer` (any other Hugging
+Face tokenizer as it is). Both encode without BOS and EOS, and read special tokens in text as
+ordinary text unless asked.
 """
 
 import codecs
@@ -32,11 +34,15 @@ class Tokenizer(Protocol):
     """Whether decoding drops one leading space, which sentencepiece adds when it encodes."""
 
     def encode(self, text: str, allowed_special: bool = False) -> list[int]:
-        """Turn text into ids, without BOS and EOS; control tokens in it count only with `allowed_special`."""
+        """Turn text into ids, without BOS and EOS; control tokens in it count only with
+        `allowed_special`.
+        """
         ...
 
     def encode_batch(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        """Encode texts into flat ids (uint16 when vocab_size <= 65,536, else uint32) and int64 offsets (n + 1)."""
+        """Encode texts into flat ids (uint16 when vocab_size <= 65,536, else uint32) and int64
+        offsets (n + 1).
+        """
         ...
 
     def decode(self, ids: Sequence[int], skip_special: bool = False) -> str:
@@ -44,13 +50,17 @@ class Tokenizer(Protocol):
         ...
 
     def token_bytes(self, token: int) -> bytes:
-        """Return the bytes of one token; of a special token, its content's UTF-8; of an unused id, nothing."""
+        """Return the bytes of one token; of a special token, its content's UTF-8; of an unused id,
+        nothing.
+        """
         ...
 
     def apply_chat_template(
         self, messages: list[dict[str, str]], add_generation_prompt: bool = False
     ) -> tuple[list[int], list[int]]:
-        """Turn a conversation into ids and a loss mask: 1 on what the assistant says and its end token, else 0."""
+        """Turn a conversation into ids and a loss mask: 1 on what the assistant says and its end
+        token, else 0.
+        """
         ...
 
     def fingerprint(self) -> str:
@@ -63,7 +73,9 @@ class Tokenizer(Protocol):
 
 
 def clean_surrogates(text: str) -> str:
-    """Replace lone surrogates, which UTF-8 cannot hold, with U+FFFD; a split pair becomes its character."""
+    """Replace lone surrogates, which UTF-8 cannot hold, with U+FFFD; a split pair becomes its
+    character.
+    """
     return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
 
 
@@ -75,7 +87,10 @@ def id_dtype(vocab_size: int) -> type[np.uint16] | type[np.uint32]:
 def check_id(token: int, vocab_size: int) -> None:
     """Raise XinslmError when a token id is outside the vocabulary."""
     if not 0 <= token < vocab_size:
-        raise XinslmError(f"token id {token} is not in 0..{vocab_size - 1}: these ids were made with another tokenizer")
+        raise XinslmError(
+            f"token id {token} is not in 0..{vocab_size - 1}: these ids were made "
+            "with another tokenizer"
+        )
 
 
 def join_bytes(tokenizer: Tokenizer, ids: Iterable[int], skip_special: bool) -> bytes:
@@ -85,7 +100,9 @@ def join_bytes(tokenizer: Tokenizer, ids: Iterable[int], skip_special: bool) -> 
 
 
 def fingerprint(tokenizer: Tokenizer, split_rule: str) -> str:
-    """Hash what the ids mean: the bytes of each, which are control tokens, BOS / EOS / pad, and the split rule."""
+    """Hash what the ids mean: the bytes of each, which are control tokens, BOS / EOS / pad, and the
+    split rule.
+    """
     meaning = {
         "bytes": [tokenizer.token_bytes(token).hex() for token in range(tokenizer.vocab_size)],
         "special": sorted(tokenizer.special_tokens.values()),
@@ -96,7 +113,8 @@ def fingerprint(tokenizer: Tokenizer, split_rule: str) -> str:
 
 
 class StreamDecoder:
-    """Turns ids into text as they come, holding back the bytes of a character that is not complete yet.
+    """Turns ids into text as they come, holding back the bytes of a character that is not complete
+    yet.
 
     decoder = StreamDecoder(tokenizer)
     for token in tokens:
@@ -105,7 +123,9 @@ class StreamDecoder:
     """
 
     def __init__(self, tokenizer: Tokenizer, skip_special: bool = True, at_start: bool = True):
-        """`at_start` is whether the text begins here; False when it continues a prompt shown before."""
+        """`at_start` is whether the text begins here; False when it continues a prompt shown
+        before.
+        """
         self._tokenizer = tokenizer
         self._skip = skip_special
         self._strip = tokenizer.strips_first_space and at_start

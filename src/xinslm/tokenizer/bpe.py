@@ -5,7 +5,8 @@
     tokenizer.save("my-tokenizer")
     ids = BPETokenizer.load("my-tokenizer").encode("Once upon a time")
 
-Merges and ids are those of Hugging Face `tokenizers`; the saved folder loads in `transformers.AutoTokenizer`.
+Merges and ids are those of Hugging Face `tokenizers`; the saved folder loads in
+`transformers.AutoTokenizer`.
 """
 
 from collections.abc import Iterable, Sequence
@@ -28,9 +29,11 @@ DEFAULT_SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|pad|
 
 
 class BPETokenizer:
-    """A byte-level BPE tokenizer; `vocab_size` is the total, special tokens included, which have the last ids.
+    """A byte-level BPE tokenizer; `vocab_size` is the total, special tokens included, which have
+    the last ids.
 
-    Until it is trained it knows single bytes. Ids of ordinary text do not move when special tokens are added.
+    Until it is trained it knows single bytes. Ids of ordinary text do not move when special tokens
+    are added.
     """
 
     strips_first_space = False
@@ -46,8 +49,8 @@ class BPETokenizer:
         """Ask for a vocabulary of `vocab_size`, to be filled by `train`.
 
         Pairs rarer than `min_frequency` are not merged (0, as in Hugging Face's trainer: no limit);
-        `max_token_length` is in bytes; `split` is 'llama-bpe', 'gpt-2' or 'qwen2'. The first special token is BOS
-        and EOS, the last is the pad.
+        `max_token_length` is in bytes; `split` is 'llama-bpe', 'gpt-2' or 'qwen2'. The first
+        special token is BOS and EOS, the last is the pad.
         """
         if split not in SPLITS:
             raise UsageError(f"unknown split rule '{split}'; known are {', '.join(SPLITS)}")
@@ -56,11 +59,16 @@ class BPETokenizer:
         smallest = len(ALPHABET) + len(special_tokens)
         if vocab_size < smallest:
             raise UsageError(
-                f"vocab_size is {vocab_size}, but 256 bytes and {len(special_tokens)} special tokens need {smallest}"
+                f"vocab_size is {vocab_size}, but 256 bytes and {len(special_tokens)} special "
+                f"tokens need {smallest}"
             )
         if max_token_length is not None and max_token_length < 2:
             raise UsageError("max_token_length must be at least 2 bytes")
-        self._target, self._min_frequency, self._longest = vocab_size, min_frequency, max_token_length
+        self._target, self._min_frequency, self._longest = (
+            vocab_size,
+            min_frequency,
+            max_token_length,
+        )
         self._take(files.new_definition(list(ALPHABET), [], list(special_tokens), split))
 
     def _take(self, definition: files.Definition) -> None:
@@ -90,18 +98,26 @@ class BPETokenizer:
 
     @classmethod
     def load(cls, path: Path | str) -> Self:
-        """Read a folder or a tokenizer.json; XinslmError says what is not a byte-level BPE we know about it."""
+        """Read a folder or a tokenizer.json; XinslmError says what is not a byte-level BPE we know
+        about it.
+        """
         return cls.of(files.read(Path(path)))
 
     @classmethod
-    def prefix_of(cls, teacher: Any, vocab_size: int, special_tokens: Sequence[str] | None = None) -> Self:
-        """Make the nested tokenizer of `vocab_size` that has the teacher's first merges (see `nested.py`)."""
+    def prefix_of(
+        cls, teacher: Any, vocab_size: int, special_tokens: Sequence[str] | None = None
+    ) -> Self:
+        """Make the nested tokenizer of `vocab_size` that has the teacher's first merges (see
+        `nested.py`).
+        """
         from xinslm.tokenizer.nested import prefix_definition
 
         return cls.of(prefix_definition(teacher, vocab_size, special_tokens))
 
     def save(self, path: Path | str) -> None:
-        """Write tokenizer.json, tokenizer_config.json and chat_template.jinja into folder `path`."""
+        """Write tokenizer.json, tokenizer_config.json and chat_template.jinja into folder
+        `path`.
+        """
         files.write(self.definition, Path(path))
 
     def train(self, texts: Iterable[str], on_progress: Listener = ignore) -> None:
@@ -128,13 +144,17 @@ class BPETokenizer:
         step = max(1, wanted // 100)
         for size in learner.run(wanted):
             if size % step == 0 or size == wanted:
-                on_progress(Progress("learn merges", size - len(ALPHABET), wanted - len(ALPHABET), "merges"))
+                on_progress(
+                    Progress("learn merges", size - len(ALPHABET), wanted - len(ALPHABET), "merges")
+                )
         definition = files.new_definition(learner.tokens, learner.merges, special, self.split_name)
         self._take(definition)
 
     def encode(self, text: str, allowed_special: bool = False) -> list[int]:
         """Turn text into ids; with `allowed_special` control tokens in it become their ids."""
-        ids: list[int] = np.frombuffer(self._pack(text, allowed_special), self._table.dtype).tolist()
+        ids: list[int] = np.frombuffer(
+            self._pack(text, allowed_special), self._table.dtype
+        ).tolist()
         return ids
 
     def encode_batch(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
@@ -142,7 +162,9 @@ class BPETokenizer:
         packed = [self._pack(text, False) for text in texts]
         offsets = np.zeros(len(packed) + 1, np.int64)
         np.cumsum([len(data) for data in packed], out=offsets[1:])
-        return np.frombuffer(b"".join(packed), self._table.dtype), offsets // self._table.dtype.itemsize
+        return np.frombuffer(
+            b"".join(packed), self._table.dtype
+        ), offsets // self._table.dtype.itemsize
 
     def _pack(self, text: str, allowed_special: bool) -> bytes:
         """Encode into the bytes of an id array."""
@@ -204,12 +226,18 @@ class BPETokenizer:
     def apply_chat_template(
         self, messages: list[dict[str, str]], add_generation_prompt: bool = False
     ) -> tuple[list[int], list[int]]:
-        """Turn a conversation into ids and a loss mask: 1 on what the assistant says and its end token, else 0."""
+        """Turn a conversation into ids and a loss mask: 1 on what the assistant says and its end
+        token, else 0.
+        """
         special, template = list(self.special_tokens), self.chat_template
         names = self.definition.named_tokens
-        return chat.encode_chat(template, messages, add_generation_prompt, names, special, self._encode_segments)
+        return chat.encode_chat(
+            template, messages, add_generation_prompt, names, special, self._encode_segments
+        )
 
-    def _encode_segments(self, segments: list[tuple[str, bool]]) -> tuple[list[int], list[tuple[int, int]]]:
+    def _encode_segments(
+        self, segments: list[tuple[str, bool]]
+    ) -> tuple[list[int], list[tuple[int, int]]]:
         ids: list[int] = []
         spans: list[tuple[int, int]] = []
         start = 0
@@ -221,14 +249,19 @@ class BPETokenizer:
         return ids, spans
 
     def _spans(self, text: str, ids: list[int], start: int) -> list[tuple[int, int]]:
-        """Give the range of characters that each token of an ordinary text covers, wholly or in part."""
+        """Give the range of characters that each token of an ordinary text covers, wholly or in
+        part.
+        """
         sizes = np.array([0, *(len(self._bytes[token]) for token in ids)], np.int64)
         edges = np.cumsum(sizes)
         lengths = [len(char.encode("utf-8", "replace")) for char in text]
         owner = np.repeat(np.arange(len(text)), lengths)
         first = np.minimum(edges[:-1], len(owner) - 1)
         last = np.minimum(edges[1:] - 1, len(owner) - 1)
-        return [(start + int(a), start + int(b) + 1) for a, b in zip(owner[first], owner[last], strict=True)]
+        return [
+            (start + int(a), start + int(b) + 1)
+            for a, b in zip(owner[first], owner[last], strict=True)
+        ]
 
     def fingerprint(self) -> str:
         """Return a hash that two tokenizers share if and only if the same ids mean the same."""
@@ -237,6 +270,8 @@ class BPETokenizer:
 
 
 def _finder(tokens: dict[str, int]) -> regex.Pattern[str] | None:
-    """Return the pattern that finds tokens in text, the longest where several begin at one place."""
+    """Return the pattern that finds tokens in text, the longest where several begin at one
+    place.
+    """
     longest_first = sorted(tokens, key=len, reverse=True)
     return regex.compile("|".join(map(regex.escape, longest_first))) if tokens else None

@@ -1,8 +1,9 @@
 """Conversations: render a chat template, encode it, and mark what the assistant says.
 
-Ids and mask equal those of transformers' `apply_chat_template(..., return_assistant_tokens_mask=True)`. Two things go
-further. A template without `{% generation %}` marks gets its mask by rendering with invisible characters around what
-the assistant says. And control tokens inside a message stay ordinary text, so that no message can fake a turn.
+Ids and mask equal those of transformers' `apply_chat_template(...,
+return_assistant_tokens_mask=True)`. Two things go further. A template without `{% generation %}`
+marks gets its mask by rendering with invisible characters around what the assistant says. And
+control tokens inside a message stay ordinary text, so that no message can fake a turn.
 """
 
 import json
@@ -30,7 +31,9 @@ CHATML = (
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
-"""The template of our own tokenizers: `<|im_start|>role`, a line break, the content, `<|im_end|>`, a line break."""
+"""The template of our own tokenizers: `<|im_start|>role`, a line break, the content, `<|im_end|>`,
+a line break.
+"""
 
 # Noncharacters of Unicode: they can stand in no text that is meant for exchange.
 _BEGIN, _END, _CONTROL = "\ufdd0", "\ufdd1", "\ufdd2"
@@ -38,7 +41,9 @@ _MARKS = regex.compile(f"[{_BEGIN}{_END}]")
 
 Message = dict[str, str]
 EncodeWithSpans = Callable[[list[tuple[str, bool]]], tuple[list[int], list[tuple[int, int]]]]
-"""Encodes segments (text, whether it is a control token) and gives each token's range of characters in them all."""
+"""Encodes segments (text, whether it is a control token) and gives each token's range of characters
+in them all.
+"""
 
 
 class _Generation(jinja2.ext.Extension):
@@ -65,7 +70,9 @@ def _tojson(value: Any, ensure_ascii: bool = False, **options: Any) -> str:
 
 @lru_cache(maxsize=16)
 def _compile(template: str) -> jinja2.Template:
-    """Compile a template in a sandbox, with the settings and functions that transformers gives it."""
+    """Compile a template in a sandbox, with the settings and functions that transformers gives
+    it.
+    """
     environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
     )
@@ -79,16 +86,22 @@ def _render(template: str, messages: list[Message], prompt: bool, names: dict[st
     try:
         return _compile(template).render(messages=messages, add_generation_prompt=prompt, **names)
     except jinja2.TemplateError as error:
-        raise XinslmError(f"the tokenizer's chat template refuses this conversation: {error}") from None
+        raise XinslmError(
+            f"the tokenizer's chat template refuses this conversation: {error}"
+        ) from None
     except (TypeError, KeyError, ValueError) as error:
-        raise XinslmError(f"the tokenizer's chat template fails on this conversation: {error!r}") from None
+        raise XinslmError(
+            f"the tokenizer's chat template fails on this conversation: {error!r}"
+        ) from None
 
 
 def _check(messages: list[Message]) -> None:
     for index, message in enumerate(messages):
         for key in ("role", "content"):
             if not isinstance(message, dict) or not isinstance(message.get(key), str):
-                raise XinslmError(f"message {index} of the conversation has no text under '{key}': {message!r}")
+                raise XinslmError(
+                    f"message {index} of the conversation has no text under '{key}': {message!r}"
+                )
     if not messages:
         raise XinslmError("the conversation has no messages")
 
@@ -103,18 +116,23 @@ def encode_chat(
 ) -> tuple[list[int], list[int]]:
     """Turn a conversation into ids and a loss mask of the same length.
 
-    `names` are the template's variables ('bos_token'), `control` the contents of the special tokens.
+    `names` are the template's variables ('bos_token'), `control` the contents of the special
+    tokens.
     """
     if template is None:
         raise XinslmError(
-            "this tokenizer has no chat template. Put a chat_template.jinja beside its tokenizer.json, or use plain "
+            "this tokenizer has no chat template. Put a chat_template.jinja beside its "
+            "tokenizer.json, or use plain "
             "text instead of messages"
         )
     _check(messages)
     tokens = sorted(control, key=len, reverse=True)
     finder = regex.compile("|".join(map(regex.escape, tokens)) or r"(?!)")
     hidden = [
-        {key: _hide(value, finder, tokens) if isinstance(value, str) else value for key, value in message.items()}
+        {
+            key: _hide(value, finder, tokens) if isinstance(value, str) else value
+            for key, value in message.items()
+        }
         for message in messages
     ]
     marked = _marked(template, hidden, add_generation_prompt, names, finder)
@@ -122,19 +140,31 @@ def encode_chat(
     segments, moved = _segments(text, finder, tokens)
     ids, spans = encode(segments)
     mask = np.zeros(len(ids), np.int64)
-    starts, ends = np.array([s for s, _ in spans], np.int64), np.array([e for _, e in spans], np.int64)
+    starts, ends = (
+        np.array([s for s, _ in spans], np.int64),
+        np.array([e for _, e in spans], np.int64),
+    )
     for begin, end in ranges:
         mask[(starts < moved(end)) & (ends > moved(begin))] = 1
     return ids, mask.tolist()
 
 
 def end_ids(tokenizer: Tokenizer) -> frozenset[int]:
-    """Tokens that end a text: EOS, BOS (llama2.c's models close with it), and what closes an assistant's turn."""
+    """Tokens that end a text: EOS, BOS (llama2.c's models close with it), and what closes an
+    assistant's turn.
+    """
     ids = {tokenizer.eos_id, tokenizer.bos_id}
     if tokenizer.chat_template is not None:
         turn = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
         tokens, mask = tokenizer.apply_chat_template(turn)
-        last = next((token for token, counts in zip(reversed(tokens), reversed(mask), strict=True) if counts), None)
+        last = next(
+            (
+                token
+                for token, counts in zip(reversed(tokens), reversed(mask), strict=True)
+                if counts
+            ),
+            None,
+        )
         if last in tokenizer.special_tokens.values():
             ids.add(last)
     return frozenset(id for id in ids if id is not None)
@@ -147,7 +177,11 @@ def _hide(content: str, finder: regex.Pattern[str], tokens: list[str]) -> str:
 
 
 def _marked(
-    template: str, messages: list[Message], prompt: bool, names: dict[str, str], finder: regex.Pattern[str]
+    template: str,
+    messages: list[Message],
+    prompt: bool,
+    names: dict[str, str],
+    finder: regex.Pattern[str],
 ) -> str:
     """Render with marks around what the assistant says and its end token."""
     if regex.search(r"\{%-?\s*generation\s*-?%\}", template):
@@ -157,7 +191,8 @@ def _marked(
     # Marks around all of the content; where the template trims it, around what it keeps.
     for pattern in (r"(?s)()^(.*)$()", r"(?s)^(\s*)(.*?)(\s*)$"):
         wrapped = [
-            message | {"content": regex.sub(pattern, rf"\1{_BEGIN}\2{_END}\3", message["content"], count=1)}
+            message
+            | {"content": regex.sub(pattern, rf"\1{_BEGIN}\2{_END}\3", message["content"], count=1)}
             if message["role"] == "assistant"
             else message
             for message in messages
@@ -167,8 +202,10 @@ def _marked(
             break
     else:
         raise XinslmError(
-            "cannot tell which tokens the assistant says: the tokenizer's chat template changes their content and has "
-            "no {% generation %} marks. Add these around the assistant's content and end token in chat_template.jinja"
+            "cannot tell which tokens the assistant says: the tokenizer's chat template changes "
+            "their content and has "
+            "no {% generation %} marks. Add these around the assistant's content and end token in "
+            "chat_template.jinja"
         )
     end = regex.escape(names.get("eos_token") or "") or r"(?!)"
     end_token = regex.compile(rf"{_END}(\s*{end}|{finder.pattern})")

@@ -1,9 +1,11 @@
-"""The files of a byte-level BPE: tokenizer.json, tokenizer_config.json and chat_template.jinja, read and written.
+"""The files of a byte-level BPE: tokenizer.json, tokenizer_config.json and chat_template.jinja,
+read and written.
 
-What `read` accepts is exactly what this package encodes like Hugging Face does; anything else it refuses by name.
-tokenizer_config.json says `PreTrainedTokenizerFast`, the class name that every version of transformers and
-swift-transformers knows. `ignore_merges` is written as true for the LLaMA-3 split because llama.cpp sets it for
-`pre = llama-bpe`; a learned vocabulary gives the same ids either way (see learn.py).
+What `read` accepts is exactly what this package encodes like Hugging Face does; anything else it
+refuses by name. tokenizer_config.json says `PreTrainedTokenizerFast`, the class name that every
+version of transformers and swift-transformers knows. `ignore_merges` is written as true for the
+LLaMA-3 split because llama.cpp sets it for `pre = llama-bpe`; a learned vocabulary gives the same
+ids either way (see learn.py).
 """
 
 import json
@@ -30,7 +32,9 @@ class Definition:
     """Everything that a byte-level BPE's files say."""
 
     vocab: dict[str, int]
-    """Tokens, spelled in the byte alphabet, to ids; special tokens stand in it only where the file has them there."""
+    """Tokens, spelled in the byte alphabet, to ids; special tokens stand in it only where the file
+    has them there.
+    """
     merges: list[tuple[str, str]]
     special_tokens: dict[str, int]
     added_tokens: dict[str, int]
@@ -49,7 +53,10 @@ class Definition:
     @property
     def vocab_size(self) -> int:
         """Number of ids, unused ones included."""
-        return max([*self.vocab.values(), *self.special_tokens.values(), *self.added_tokens.values()]) + 1
+        return (
+            max([*self.vocab.values(), *self.special_tokens.values(), *self.added_tokens.values()])
+            + 1
+        )
 
     def id_of(self, content: str) -> int | None:
         """Return the id of a token by its spelling or content."""
@@ -61,8 +68,12 @@ class Definition:
         return [None if content is None else self.id_of(content) for content in contents]
 
 
-def new_definition(tokens: list[str], merges: list[tuple[str, str]], special: list[str], split: str) -> Definition:
-    """Define a vocabulary: tokens in id order, then the special tokens, of which the first ends texts."""
+def new_definition(
+    tokens: list[str], merges: list[tuple[str, str]], special: list[str], split: str
+) -> Definition:
+    """Define a vocabulary: tokens in id order, then the special tokens, of which the first ends
+    texts.
+    """
     return Definition(
         vocab={token: index for index, token in enumerate(tokens)},
         merges=merges,
@@ -77,7 +88,11 @@ def new_definition(tokens: list[str], merges: list[tuple[str, str]], special: li
 
 def default_names(special: list[str]) -> dict[str, str]:
     """Return the roles of new special tokens: the first begins and ends texts, the last pads."""
-    return {"bos_token": special[0], "eos_token": special[0], "pad_token": special[-1]} if special else {}
+    return (
+        {"bos_token": special[0], "eos_token": special[0], "pad_token": special[-1]}
+        if special
+        else {}
+    )
 
 
 def default_template(special: list[str]) -> str | None:
@@ -89,7 +104,12 @@ def write(definition: Definition, folder: Path) -> None:
     """Write a tokenizer's files into a folder, each atomically."""
     added = [(content, index, True) for content, index in definition.special_tokens.items()]
     added += [(content, index, False) for content, index in definition.added_tokens.items()]
-    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+    byte_level = {
+        "type": "ByteLevel",
+        "add_prefix_space": False,
+        "trim_offsets": True,
+        "use_regex": False,
+    }
     rule = {"Regex": SPLITS[definition.split].pattern}
     content = {
         "version": "1.0",
@@ -97,8 +117,13 @@ def write(definition: Definition, folder: Path) -> None:
         "padding": None,
         "added_tokens": [
             {
-                "id": index, "content": content, "single_word": False, "lstrip": False, "rstrip": False,
-                "normalized": False, "special": special,
+                "id": index,
+                "content": content,
+                "single_word": False,
+                "lstrip": False,
+                "rstrip": False,
+                "normalized": False,
+                "special": special,
             }
             for content, index, special in sorted(added, key=lambda entry: entry[1])
         ],
@@ -113,17 +138,30 @@ def write(definition: Definition, folder: Path) -> None:
         "post_processor": definition.post_processor,
         "decoder": byte_level,
         "model": {
-            "type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
-            "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False,
-            "ignore_merges": definition.ignore_merges, "vocab": definition.vocab, "merges": definition.merges,
+            "type": "BPE",
+            "dropout": None,
+            "unk_token": None,
+            "continuing_subword_prefix": None,
+            "end_of_word_suffix": None,
+            "fuse_unk": False,
+            "byte_fallback": False,
+            "ignore_merges": definition.ignore_merges,
+            "vocab": definition.vocab,
+            "merges": definition.merges,
         },
-    }  # fmt: skip
-    write_text(folder / TOKENIZER, json.dumps(content, ensure_ascii=False, separators=(",", ":")) + "\n")
+    }
+    write_text(
+        folder / TOKENIZER, json.dumps(content, ensure_ascii=False, separators=(",", ":")) + "\n"
+    )
     write_config(folder, definition.named_tokens, definition.chat_template, definition.config)
 
 
-def write_config(folder: Path, named: dict[str, str], template: str | None, more: Mapping[str, Any]) -> None:
-    """Write tokenizer_config.json and chat_template.jinja; a template that stood there and is not ours goes."""
+def write_config(
+    folder: Path, named: dict[str, str], template: str | None, more: Mapping[str, Any]
+) -> None:
+    """Write tokenizer_config.json and chat_template.jinja; a template that stood there and is not
+    ours goes.
+    """
     # transformers' own writer names a class that other programs do not know (TokenizersBackend).
     fixed = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
     write_json(folder / CONFIG, {**fixed, **named, **more})
@@ -151,11 +189,15 @@ def read(path: Path) -> Definition:
 
 
 def read_tokenizer_json(file: Path) -> dict[str, Any]:
-    """Read a tokenizer.json as it is, and refuse what would silently change texts: truncation and padding."""
+    """Read a tokenizer.json as it is, and refuse what would silently change texts: truncation and
+    padding.
+    """
     if file.is_file():
         with open(file, "rb") as opened:
             if opened.read(1) == b"\x80":
-                raise XinslmError(f"{file} is a pickle, which can run code; xinslm reads tokenizer.json only")
+                raise XinslmError(
+                    f"{file} is a pickle, which can run code; xinslm reads tokenizer.json only"
+                )
     elif file.parent.is_dir() and file.name == TOKENIZER:
         raise XinslmError(f"{file.parent} holds no tokenizer: there is no {TOKENIZER} in it")
     content = read_json(file)
@@ -164,14 +206,17 @@ def read_tokenizer_json(file: Path) -> dict[str, Any]:
     for setting in ("truncation", "padding"):
         if content.get(setting) is not None:
             raise XinslmError(
-                f'{file}: "{setting}" is set ({json.dumps(content[setting])}); it would silently change every text '
+                f'{file}: "{setting}" is set ({json.dumps(content[setting])}); it would silently '
+                "change every text "
                 f'that is encoded. Set "{setting}" to null in that file'
             )
     return content
 
 
 def read_config(folder: Path) -> tuple[dict[str, str], str | None, dict[str, Any]]:
-    """Read tokenizer_config.json and chat_template.jinja: named tokens, template, and what else is kept."""
+    """Read tokenizer_config.json and chat_template.jinja: named tokens, template, and what else is
+    kept.
+    """
     config = read_json(folder / CONFIG) if (folder / CONFIG).is_file() else {}
     if not isinstance(config, dict):
         raise XinslmError(f"{folder / CONFIG}: must be an object of keys and values")
@@ -183,7 +228,9 @@ def read_config(folder: Path) -> tuple[dict[str, str], str | None, dict[str, Any
             named[name] = content
     template = config.get("chat_template")
     if isinstance(template, list):
-        template = next((entry["template"] for entry in template if entry.get("name") == "default"), None)
+        template = next(
+            (entry["template"] for entry in template if entry.get("name") == "default"), None
+        )
     if (folder / TEMPLATE).is_file():
         template = (folder / TEMPLATE).read_bytes().decode("utf-8", "replace")
     return named, template, {key: config[key] for key in ("model_max_length",) if key in config}
@@ -208,7 +255,9 @@ def _pair(entry: str | list[str]) -> tuple[str, str]:
 def _check_merges(vocab: dict[str, int], merges: list[tuple[str, str]], file: Path) -> None:
     for rank, (left, right) in enumerate(merges):
         if left not in vocab or right not in vocab or left + right not in vocab:
-            raise XinslmError(f"{file}: merge {rank} ({left!r}, {right!r}) has a token that the vocabulary lacks")
+            raise XinslmError(
+                f"{file}: merge {rank} ({left!r}, {right!r}) has a token that the vocabulary lacks"
+            )
 
 
 def _define(content: dict[str, Any], file: Path) -> Definition:
@@ -221,16 +270,30 @@ def _define(content: dict[str, Any], file: Path) -> Definition:
     for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback"):
         _require(not model.get(key), file, f"its model has {key}")
     complete = all(char in vocab for char in ALPHABET)
-    _require(model.get("unk_token") is None or complete, file, "its vocabulary lacks bytes and has an unknown token")
-    _require((content.get("decoder") or {}).get("type") == "ByteLevel", file, "its decoder is not ByteLevel")
+    _require(
+        model.get("unk_token") is None or complete,
+        file,
+        "its vocabulary lacks bytes and has an unknown token",
+    )
+    _require(
+        (content.get("decoder") or {}).get("type") == "ByteLevel",
+        file,
+        "its decoder is not ByteLevel",
+    )
     normalizer = content.get("normalizer")
-    _require(normalizer in (None, {"type": "NFC"}), file, "it normalizes text in another way than NFC")
+    _require(
+        normalizer in (None, {"type": "NFC"}), file, "it normalizes text in another way than NFC"
+    )
     added = content.get("added_tokens") or []
     following = max(vocab.values()) + 1
     for token in added:
         expected = vocab.get(token["content"], following)
         following += token["content"] not in vocab
-        _require(token["id"] == expected, file, f"its token {token['content']!r} does not have the id {expected}")
+        _require(
+            token["id"] == expected,
+            file,
+            f"its token {token['content']!r} does not have the id {expected}",
+        )
         strips = token.get("single_word") or token.get("lstrip") or token.get("rstrip")
         _require(not strips, file, f"its token {token['content']!r} takes in the spaces around it")
     _check_merges(vocab, merges, file)
@@ -249,7 +312,9 @@ def _define(content: dict[str, Any], file: Path) -> Definition:
 
 def _require(met: bool, file: Path, reason: str) -> None:
     if not met:
-        raise UnsupportedTokenizerError(f"{file} is no byte-level BPE that BPETokenizer can be: {reason}")
+        raise UnsupportedTokenizerError(
+            f"{file} is no byte-level BPE that BPETokenizer can be: {reason}"
+        )
 
 
 def _split_name(pre_tokenizer: dict[str, Any] | None) -> str | None:
@@ -261,7 +326,11 @@ def _split_name(pre_tokenizer: dict[str, Any] | None) -> str | None:
     if len(steps) == 1:
         return "gpt-2" if last.get("use_regex", True) else None
     first = steps[0]
-    plain = first.get("behavior") == "Isolated" and not first.get("invert") and not last.get("use_regex", True)
+    plain = (
+        first.get("behavior") == "Isolated"
+        and not first.get("invert")
+        and not last.get("use_regex", True)
+    )
     if len(steps) != 2 or first.get("type") != "Split" or not plain:
         return None
     pattern = first["pattern"].get("Regex")

@@ -1,7 +1,8 @@
 """`HFTokenizer`: any other Hugging Face tokenizer as it is, behind the same interface.
 
-tokenizer.json is the definition and the `tokenizers` library its interpreter; a sentencepiece .model is translated to
-one (sentencepiece.py). Needed are a byte-level or a sentencepiece vocabulary, since every token must have bytes.
+tokenizer.json is the definition and the `tokenizers` library its interpreter; a sentencepiece
+.model is translated to one (sentencepiece.py). Needed are a byte-level or a sentencepiece
+vocabulary, since every token must have bytes.
 """
 
 import json
@@ -26,7 +27,13 @@ _BYTE = regex.compile(r"<0x([0-9A-F]{2})>")
 class HFTokenizer:
     """A tokenizer.json that the `tokenizers` library runs."""
 
-    def __init__(self, content: dict[str, Any], named_tokens: dict[str, str], chat_template: str | None, source: str):
+    def __init__(
+        self,
+        content: dict[str, Any],
+        named_tokens: dict[str, str],
+        chat_template: str | None,
+        source: str,
+    ):
         """`content` is a parsed tokenizer.json; `source` names it in messages."""
         self.definition_json = content
         self.named_tokens = named_tokens
@@ -34,17 +41,22 @@ class HFTokenizer:
         try:
             self._backend = Backend.from_str(json.dumps(content))
         except Exception as error:  # the library raises bare Exceptions
-            raise XinslmError(f"{source}: the tokenizers library refuses this file: {error}") from None
+            raise XinslmError(
+                f"{source}: the tokenizers library refuses this file: {error}"
+            ) from None
         self._family = _family(content)
         if self._family is None:
             raise XinslmError(
-                f"{source}: tokens of this {content['model'].get('type')} tokenizer have no bytes of their own; "
+                f"{source}: tokens of this {content['model'].get('type')} tokenizer have no bytes "
+                "of their own; "
                 "byte-level and sentencepiece tokenizers are supported"
             )
         self._vocab: dict[str, int] = self._backend.get_vocab(with_added_tokens=True)
         self.vocab_size = max(self._vocab.values()) + 1
         added = self._backend.get_added_tokens_decoder()
-        self.special_tokens = {token.content: index for index, token in added.items() if token.special}
+        self.special_tokens = {
+            token.content: index for index, token in added.items() if token.special
+        }
         self._added = {index: token.content for index, token in added.items()}
         self.bos_id, self.eos_id, self.pad_id = (
             self._vocab.get(named_tokens.get(name, "")) for name in files.NAMES[:3]
@@ -60,7 +72,8 @@ class HFTokenizer:
             models = sorted(path.glob("*.model"))
             if len(models) != 1:
                 raise UsageError(
-                    f"{path} holds no {files.TOKENIZER} and {len(models)} .model files; exactly one is needed"
+                    f"{path} holds no {files.TOKENIZER} and {len(models)} .model files; exactly "
+                    "one is needed"
                 )
             path = models[0]
         if path.suffix == ".model":
@@ -70,7 +83,9 @@ class HFTokenizer:
         return cls(files.read_tokenizer_json(file), named, template, str(file))
 
     def save(self, path: Path | str) -> None:
-        """Write the tokenizer.json as it was read, and our tokenizer_config.json and chat_template.jinja."""
+        """Write the tokenizer.json as it was read, and our tokenizer_config.json and
+        chat_template.jinja.
+        """
         text = json.dumps(self.definition_json, ensure_ascii=False, separators=(",", ":"))
         write_text(Path(path) / files.TOKENIZER, text + "\n")
         files.write_config(Path(path), self.named_tokens, self.chat_template, {})
@@ -88,7 +103,9 @@ class HFTokenizer:
         for start in range(0, len(texts), _BATCH_TEXTS):
             batch = [_clean(text) for text in texts[start : start + _BATCH_TEXTS]]
             encodings = self._backend.encode_batch_fast(batch, add_special_tokens=False)
-            parts += [np.array(encoding.ids, base.id_dtype(self.vocab_size)) for encoding in encodings]
+            parts += [
+                np.array(encoding.ids, base.id_dtype(self.vocab_size)) for encoding in encodings
+            ]
         offsets = np.zeros(len(texts) + 1, np.int64)
         np.cumsum([len(part) for part in parts], out=offsets[1:])
         return np.concatenate([np.zeros(0, base.id_dtype(self.vocab_size)), *parts]), offsets
@@ -125,7 +142,9 @@ class HFTokenizer:
     def apply_chat_template(
         self, messages: list[dict[str, str]], add_generation_prompt: bool = False
     ) -> tuple[list[int], list[int]]:
-        """Turn a conversation into ids and a loss mask: 1 on what the assistant says and its end token, else 0."""
+        """Turn a conversation into ids and a loss mask: 1 on what the assistant says and its end
+        token, else 0.
+        """
         return chat.encode_chat(
             self.chat_template,
             messages,
@@ -135,8 +154,12 @@ class HFTokenizer:
             self._encode_segments,
         )
 
-    def _encode_segments(self, segments: list[tuple[str, bool]]) -> tuple[list[int], list[tuple[int, int]]]:
-        """Encode in one go, so that spaces at control tokens are as in transformers, unless a message holds one."""
+    def _encode_segments(
+        self, segments: list[tuple[str, bool]]
+    ) -> tuple[list[int], list[tuple[int, int]]]:
+        """Encode in one go, so that spaces at control tokens are as in transformers, unless a
+        message holds one.
+        """
         ordinary = [text for text, is_control in segments if not is_control]
         if not any(content in text for content in self.special_tokens for text in ordinary):
             segments = [("".join(text for text, _ in segments), True)]
@@ -164,7 +187,8 @@ def _family(content: dict[str, Any]) -> str | None:
     if any(step.get("type") == "ByteLevel" for step in steps):
         return "byte-level"
     replaces = any(
-        step.get("type") == "Metaspace" or (step.get("type") == "Replace" and step.get("pattern") == {"String": "▁"})
+        step.get("type") == "Metaspace"
+        or (step.get("type") == "Replace" and step.get("pattern") == {"String": "▁"})
         for step in steps
     )
     return "sentencepiece" if replaces else None

@@ -1,9 +1,11 @@
-"""Learning the merges: count the distinct pieces of a text, then join the most frequent pair again and again.
+"""Learning the merges: count the distinct pieces of a text, then join the most frequent pair again
+and again.
 
-The result is identical to Hugging Face's `BpeTrainer` (Sennrich et al. 2016, byte-level): ties go to the smallest pair
-of ids. Counts are Python integers, which do not overflow where 32-bit ones do. Only distinct pieces are kept, never
-the text. A token's string has one derivation: whatever surrounds it, the merges before its own leave the same two
-parts in it. So no merge makes a string that exists, and `ignore_merges` changes nothing for a learned vocabulary.
+The result is identical to Hugging Face's `BpeTrainer` (Sennrich et al. 2016, byte-level): ties go
+to the smallest pair of ids. Counts are Python integers, which do not overflow where 32-bit ones do.
+Only distinct pieces are kept, never the text. A token's string has one derivation: whatever
+surrounds it, the merges before its own leave the same two parts in it. So no merge makes a string
+that exists, and `ignore_merges` changes nothing for a learned vocabulary.
 """
 
 import heapq
@@ -27,8 +29,12 @@ def pieces_of(text: str, split: Split) -> Iterable[str]:
     return map(methodcaller("group"), split.regex.finditer(text))
 
 
-def count_pieces(texts: Iterable[str], split: Split, on_text: Callable[[int], None]) -> Counter[bytes]:
-    """Count the distinct pieces of all texts, as UTF-8; `on_text` is told the characters of each text."""
+def count_pieces(
+    texts: Iterable[str], split: Split, on_text: Callable[[int], None]
+) -> Counter[bytes]:
+    """Count the distinct pieces of all texts, as UTF-8; `on_text` is told the characters of each
+    text.
+    """
     counts: Counter[str] = Counter()
     for text in texts:
         counts.update(pieces_of(text, split))
@@ -43,10 +49,14 @@ def count_pieces(texts: Iterable[str], split: Split, on_text: Callable[[int], No
 
 
 class MergeLearner:
-    """The state of learning: words as lists of ids, the count of each pair, and the words it occurs in."""
+    """The state of learning: words as lists of ids, the count of each pair, and the words it occurs
+    in.
+    """
 
     def __init__(self, pieces: Counter[bytes], min_frequency: int, max_token_length: int | None):
-        """`max_token_length` is in bytes; a pair that would make a longer token is never counted."""
+        """`max_token_length` is in bytes; a pair that would make a longer token is never
+        counted.
+        """
         self.tokens = list(ALPHABET)
         self.merges: list[tuple[str, str]] = []
         self._minimum = max(1, min_frequency)
@@ -69,14 +79,20 @@ class MergeLearner:
                 self._where[pair].add(index)
 
     def _fits(self, pair: Pair) -> bool:
-        return self._longest is None or len(self.tokens[pair[0]]) + len(self.tokens[pair[1]]) <= self._longest
+        return (
+            self._longest is None
+            or len(self.tokens[pair[0]]) + len(self.tokens[pair[1]]) <= self._longest
+        )
 
     def run(self, num_tokens: int) -> Iterator[int]:
-        """Learn until the vocabulary has `num_tokens` tokens or no pair is left; give its size after each merge."""
+        """Learn until the vocabulary has `num_tokens` tokens or no pair is left; give its size
+        after each merge.
+        """
         while len(self.tokens) < num_tokens and self._heap:
             negative, pair = heapq.heappop(self._heap)
             count = self._counts.get(pair, 0)
-            if count != -negative:  # later merges took occurrences away: put it back where it belongs
+            # later merges took occurrences away: put it back where it belongs
+            if count != -negative:
                 if count >= self._minimum:
                     heapq.heappush(self._heap, (-count, pair))
                 continue
@@ -99,7 +115,9 @@ class MergeLearner:
                 heapq.heappush(self._heap, (-count, new))
 
     def _merge_word(self, index: int, pair: Pair, joined: int) -> set[Pair]:
-        """Merge a pair everywhere in one word, keep the counts true, and return the pairs that came to be."""
+        """Merge a pair everywhere in one word, keep the counts true, and return the pairs that came
+        to be.
+        """
         word, frequency, counts = self._words[index], self._frequency[index], self._counts
         first, second = pair
         touched: set[Pair] = set()

@@ -1,7 +1,9 @@
-"""Opening a tokenizer of any kind: ours where it is a byte-level BPE that we know, else the Hugging Face one.
+"""Opening a tokenizer of any kind: ours where it is a byte-level BPE that we know, else the Hugging
+Face one.
 
-A path means a folder with a tokenizer (a model's, too), a tokenizer.json, a sentencepiece .model, a run folder (its
-best checkpoint), or a name on the Hub, of which only the tokenizer's files are downloaded.
+A path means a folder with a tokenizer (a model's, too), a tokenizer.json, a sentencepiece .model, a
+run folder (its best checkpoint), or a name on the Hub, of which only the tokenizer's files are
+downloaded.
 """
 
 import re
@@ -13,13 +15,21 @@ from xinslm.tokenizer.base import Tokenizer
 from xinslm.tokenizer.bpe import BPETokenizer
 
 _HUB_FILES = [
-    files.TOKENIZER, files.CONFIG, files.TEMPLATE, "special_tokens_map.json", "added_tokens.json", "vocab.json",
-    "merges.txt", "*.model",
-]  # fmt: skip
+    files.TOKENIZER,
+    files.CONFIG,
+    files.TEMPLATE,
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "*.model",
+]
 
 
 def load_tokenizer(path: Path | str) -> Tokenizer:
-    """Load a tokenizer from a folder (of a model or a run, too), a file, or the Hub; see `resolve_tokenizer`."""
+    """Load a tokenizer from a folder (of a model or a run, too), a file, or the Hub; see
+    `resolve_tokenizer`.
+    """
     path = resolve_tokenizer(path)
     if not _is_sentencepiece(path):
         try:
@@ -32,7 +42,9 @@ def load_tokenizer(path: Path | str) -> Tokenizer:
 
 
 def resolve_tokenizer(path: Path | str) -> Path:
-    """Find the file or folder that `path` means; UsageError where there is none and the Hub gives none."""
+    """Find the file or folder that `path` means; UsageError where there is none and the Hub gives
+    none.
+    """
     folder = Path(path)
     for candidate in (folder, folder / "checkpoints" / "best", folder / "checkpoints" / "last"):
         if _holds_tokenizer(candidate):
@@ -41,26 +53,33 @@ def resolve_tokenizer(path: Path | str) -> Path:
         return folder  # the reader says what it lacks
     if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(path)):
         raise UsageError(
-            f"{path} does not exist; a tokenizer is a folder with a {files.TOKENIZER} (a model's, or a run folder), a "
+            f"{path} does not exist; a tokenizer is a folder with a {files.TOKENIZER} (a model's, "
+            "or a run folder), a "
             f".model file, or a Hub name such as org/name"
         )
     import huggingface_hub
 
     try:
         downloaded = Path(huggingface_hub.snapshot_download(str(path), allow_patterns=_HUB_FILES))
-    except Exception as error:  # the hub client raises a dozen kinds: offline, no such repository, gated
+    # the hub client raises a dozen kinds: offline, no such repository, gated
+    except Exception as error:
         raise UsageError(
-            f"{path} does not exist here, and the Hub did not give a tokenizer of that name: {error}"
+            f"{path} does not exist here, and the Hub did not give a tokenizer of that name: "
+            f"{error}"
         ) from error
     if not _holds_tokenizer(downloaded):
-        raise UsageError(f"{path} does not exist here, and what has that name on the Hub holds no tokenizer")
+        raise UsageError(
+            f"{path} does not exist here, and what has that name on the Hub holds no tokenizer"
+        )
     return downloaded
 
 
 def _holds_tokenizer(path: Path) -> bool:
     if not path.is_dir():
         return path.is_file()
-    return any((path / name).is_file() for name in (files.TOKENIZER, "vocab.json")) or any(path.glob("*.model"))
+    return any((path / name).is_file() for name in (files.TOKENIZER, "vocab.json")) or any(
+        path.glob("*.model")
+    )
 
 
 def _is_sentencepiece(path: Path) -> bool:

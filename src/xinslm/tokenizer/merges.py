@@ -1,8 +1,10 @@
-"""Byte pair encoding of one piece of text: apply the learned merges, lowest rank first, leftmost first.
+"""Byte pair encoding of one piece of text: apply the learned merges, lowest rank first, leftmost
+first.
 
-Words repeat (98 % of the pieces of unseen text were seen before), so a bounded table from piece to ids does nearly all
-the work and merging is only its miss path. That path scans a short piece again after every merge, which is fastest
-for words, and keeps a heap over a linked list for a long one, so that 100,000 equal letters are not quadratic.
+Words repeat (98 % of the pieces of unseen text were seen before), so a bounded table from piece to
+ids does nearly all the work and merging is only its miss path. That path scans a short piece again
+after every merge, which is fastest for words, and keeps a heap over a linked list for a long one,
+so that 100,000 equal letters are not quadratic.
 """
 
 import heapq
@@ -28,12 +30,13 @@ class Merger:
     def __init__(self, vocab: dict[str, int], merges: list[tuple[str, str]], ignore_merges: bool):
         """`vocab` and `merges` are spelled as in tokenizer.json.
 
-        With `ignore_merges` a whole piece that is in the vocabulary is one token whatever the merges say.
-        Bytes that the vocabulary lacks are dropped, as Hugging Face does.
+        With `ignore_merges` a whole piece that is in the vocabulary is one token whatever the
+        merges say. Bytes that the vocabulary lacks are dropped, as Hugging Face does.
         """
         self.bytes_to_id = [vocab.get(spell(bytes([byte]))) for byte in range(256)]
         self.ranks: dict[Pair, tuple[int, int]] = {
-            (vocab[left], vocab[right]): (rank, vocab[left + right]) for rank, (left, right) in enumerate(merges)
+            (vocab[left], vocab[right]): (rank, vocab[left + right])
+            for rank, (left, right) in enumerate(merges)
         }
         self.whole = vocab if ignore_merges else {}
 
@@ -44,7 +47,11 @@ class Merger:
             if token is not None:
                 return [token]
         symbols = [token for byte in piece if (token := self.bytes_to_id[byte]) is not None]
-        return self._merge_long(symbols) if len(symbols) > _LONG_SYMBOLS else self._merge_short(symbols)
+        return (
+            self._merge_long(symbols)
+            if len(symbols) > _LONG_SYMBOLS
+            else self._merge_short(symbols)
+        )
 
     def _merge_short(self, symbols: list[int]) -> list[int]:
         for _ in self.steps(symbols):
@@ -69,11 +76,17 @@ class Merger:
             yield best[0], at
 
     def _merge_long(self, symbols: list[int]) -> list[int]:
-        """Merge with a heap of (rank, index): entries that later merges made stale are skipped when they surface."""
+        """Merge with a heap of (rank, index): entries that later merges made stale are skipped when
+        they surface.
+        """
         ranks, end = self.ranks, len(symbols)
         following = list(range(1, end + 1))
         previous = list(range(-1, end - 1))
-        heap = [(ranks[pair][0], at, pair) for at, pair in enumerate(itertools.pairwise(symbols)) if pair in ranks]
+        heap = [
+            (ranks[pair][0], at, pair)
+            for at, pair in enumerate(itertools.pairwise(symbols))
+            if pair in ranks
+        ]
         heapq.heapify(heap)
         while heap:
             _, at, pair = heapq.heappop(heap)
@@ -95,7 +108,8 @@ class Merger:
 
 
 class PieceTable(dict[str, bytes]):
-    """Pieces and their ids, packed as in an array of uint16 or uint32; computes what it lacks, keeps a bounded number.
+    """Pieces and their ids, packed as in an array of uint16 or uint32; computes what it lacks,
+    keeps a bounded number.
 
     Packed ids make the encoding of a text one `b"".join` over its pieces.
     """

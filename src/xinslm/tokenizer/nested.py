@@ -1,8 +1,9 @@
 """Nested tokenizers: a student whose vocabulary is the teacher's first merges.
 
-Merges run in the order of their rank, so the student's tokens are the state of the teacher's run before its later
-merges: every boundary of the teacher is one of the student, and each teacher token is a fixed sequence of student
-tokens, whatever stands around it. A teacher's distribution then reads as one over student tokens by a table.
+Merges run in the order of their rank, so the student's tokens are the state of the teacher's run
+before its later merges: every boundary of the teacher is one of the student, and each teacher token
+is a fixed sequence of student tokens, whatever stands around it. A teacher's distribution then
+reads as one over student tokens by a table.
 """
 
 from collections.abc import Sequence
@@ -17,26 +18,36 @@ if TYPE_CHECKING:
     from xinslm.tokenizer.bpe import BPETokenizer
 
 
-def prefix_definition(teacher: Any, vocab_size: int, special_tokens: Sequence[str] | None) -> Definition:
-    """Cut a teacher's vocabulary down to `vocab_size` ids: bytes, first merges, added tokens, special tokens last.
+def prefix_definition(
+    teacher: Any, vocab_size: int, special_tokens: Sequence[str] | None
+) -> Definition:
+    """Cut a teacher's vocabulary down to `vocab_size` ids: bytes, first merges, added tokens,
+    special tokens last.
 
-    `special_tokens` chooses among the teacher's and may add new ones; None keeps all of the teacher's.
+    `special_tokens` chooses among the teacher's and may add new ones; None keeps all of the
+    teacher's.
     """
     source = getattr(teacher, "definition", None)
     if not isinstance(source, Definition):
         raise UsageError(
-            f"cannot nest a tokenizer in a {type(teacher).__name__}: the teacher must be a byte-level BPE with a known "
-            "split rule (LLaMA-3, GPT-2, Qwen2). Train a tokenizer, or let the student keep its teacher's"
+            f"cannot nest a tokenizer in a {type(teacher).__name__}: the teacher must be a "
+            "byte-level BPE with a known "
+            "split rule (LLaMA-3, GPT-2, Qwen2). Train a tokenizer, or let the student keep its "
+            "teacher's"
         )
     special = list(source.special_tokens) if special_tokens is None else list(special_tokens)
-    # Added tokens cut text before any merge, so a student without them would cross the teacher's boundaries.
+    # Added tokens cut text before any merge, so a student without them would cross the teacher's
+    # boundaries.
     wanted = vocab_size - len(special) - len(source.added_tokens)
-    present = sorted((char for char in ALPHABET if char in source.vocab), key=source.vocab.__getitem__)
+    present = sorted(
+        (char for char in ALPHABET if char in source.vocab), key=source.vocab.__getitem__
+    )
     largest = len({left + right for left, right in source.merges}) + len(present)
     if not len(present) <= wanted <= largest:
         fixed = len(special) + len(source.added_tokens)
         raise UsageError(
-            f"vocab_size is {vocab_size:,}, but a tokenizer nested in this teacher has {len(present) + fixed:,} to "
+            f"vocab_size is {vocab_size:,}, but a tokenizer nested in this teacher has "
+            f"{len(present) + fixed:,} to "
             f"{largest + fixed:,} ids, {fixed} special tokens included"
         )
     vocab = {char: index for index, char in enumerate(present)}
@@ -49,7 +60,8 @@ def prefix_definition(teacher: Any, vocab_size: int, special_tokens: Sequence[st
         merges.append((left, right))
     added: dict[str, int] = {}
     first = len(vocab)
-    for content in source.added_tokens:  # one that merges make, too, has that id, as in Hugging Face
+    # one that merges make, too, has that id, as in Hugging Face
+    for content in source.added_tokens:
         added[content] = vocab.get(content, first)
         first += content not in vocab
     kept = {name: content for name, content in source.named_tokens.items() if content in special}
@@ -68,10 +80,13 @@ def prefix_definition(teacher: Any, vocab_size: int, special_tokens: Sequence[st
 def prefix_pieces(student: "BPETokenizer", teacher: "BPETokenizer") -> list[tuple[int, ...]]:
     """Return, for each teacher id, the student's ids of the same bytes under its merges.
 
-    A special token maps to the student's of the same content, to () when it has none; so does an unused id.
+    A special token maps to the student's of the same content, to () when it has none; so does an
+    unused id.
     """
     named = student.added_tokens | student.special_tokens
-    reserved = {index: content for content, index in (teacher.added_tokens | teacher.special_tokens).items()}
+    reserved = {
+        index: content for content, index in (teacher.added_tokens | teacher.special_tokens).items()
+    }
     pieces: list[tuple[int, ...]] = []
     for token in range(teacher.vocab_size):
         if token in reserved:

@@ -1,7 +1,8 @@
 """Reading a sentencepiece BPE model (LLaMA-2's `tokenizer.model`) as a tokenizer.json.
 
-The file is parsed by the sentencepiece library. Its BPE joins the pair whose joined piece has the best score, so the
-merges are all ways to cut each piece in two known ones, in the order of the scores.
+The file is parsed by the sentencepiece library. Its BPE joins the pair whose joined piece has the
+best score, so the merges are all ways to cut each piece in two known ones, in the order of the
+scores.
 """
 
 from pathlib import Path
@@ -14,20 +15,28 @@ _BPE = 2
 
 
 def translate(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
-    """Return the tokenizer.json content for a .model file, and its BOS, EOS, pad and unknown tokens by name."""
+    """Return the tokenizer.json content for a .model file, and its BOS, EOS, pad and unknown tokens
+    by name.
+    """
     model = _parse(path)
     trainer, normalizer = model.trainer_spec, model.normalizer_spec
     if trainer.model_type != _BPE:
-        raise XinslmError(f"{path}: this sentencepiece model is not BPE; convert it to tokenizer.json first")
+        raise XinslmError(
+            f"{path}: this sentencepiece model is not BPE; convert it to tokenizer.json first"
+        )
     if normalizer.precompiled_charsmap:
         raise XinslmError(
-            f"{path}: this sentencepiece model rewrites text before it cuts it; convert it to tokenizer.json first"
+            f"{path}: this sentencepiece model rewrites text before it cuts it; convert it to "
+            "tokenizer.json first"
         )
     pieces = [(piece.piece, piece.type, piece.score) for piece in model.pieces]
     content = to_tokenizer_json(
-        pieces, trainer.unk_id, bool(trainer.byte_fallback), normalizer.add_dummy_prefix,
+        pieces,
+        trainer.unk_id,
+        bool(trainer.byte_fallback),
+        normalizer.add_dummy_prefix,
         normalizer.remove_extra_whitespaces,
-    )  # fmt: skip
+    )
     unknown = pieces[trainer.unk_id][0]
     ids = {"bos_token": trainer.bos_id, "eos_token": trainer.eos_id, "pad_token": trainer.pad_id}
     named = {name: pieces[index][0] for name, index in ids.items() if 0 <= index < len(pieces)}
@@ -35,9 +44,15 @@ def translate(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
 
 
 def to_tokenizer_json(
-    pieces: list[tuple[str, int, float]], unknown_id: int, byte_fallback: bool, dummy_prefix: bool, single_spaces: bool
+    pieces: list[tuple[str, int, float]],
+    unknown_id: int,
+    byte_fallback: bool,
+    dummy_prefix: bool,
+    single_spaces: bool,
 ) -> dict[str, Any]:
-    """Content of the tokenizer.json of a sentencepiece BPE: pieces in id order, with type (1 to 6) and score."""
+    """Content of the tokenizer.json of a sentencepiece BPE: pieces in id order, with type (1 to 6)
+    and score.
+    """
     vocab = {piece: index for index, (piece, _, _) in enumerate(pieces)}
     unknown = pieces[unknown_id][0]
     return {
@@ -46,21 +61,34 @@ def to_tokenizer_json(
         "padding": None,
         "added_tokens": [
             {
-                "id": index, "content": piece, "single_word": False, "lstrip": False, "rstrip": False,
-                "normalized": False, "special": kind in (_UNKNOWN, _CONTROL),
+                "id": index,
+                "content": piece,
+                "single_word": False,
+                "lstrip": False,
+                "rstrip": False,
+                "normalized": False,
+                "special": kind in (_UNKNOWN, _CONTROL),
             }
-            for index, (piece, kind, _) in enumerate(pieces) if kind in (_UNKNOWN, _CONTROL, _USER)
+            for index, (piece, kind, _) in enumerate(pieces)
+            if kind in (_UNKNOWN, _CONTROL, _USER)
         ],
         "normalizer": _normalizer(dummy_prefix, single_spaces),
         "pre_tokenizer": None,
         "post_processor": None,
         "decoder": _decoder(dummy_prefix),
         "model": {
-            "type": "BPE", "dropout": None, "unk_token": unknown, "continuing_subword_prefix": None,
-            "end_of_word_suffix": None, "fuse_unk": True, "byte_fallback": byte_fallback,
-            "ignore_merges": False, "vocab": vocab, "merges": _merges(pieces, vocab),
+            "type": "BPE",
+            "dropout": None,
+            "unk_token": unknown,
+            "continuing_subword_prefix": None,
+            "end_of_word_suffix": None,
+            "fuse_unk": True,
+            "byte_fallback": byte_fallback,
+            "ignore_merges": False,
+            "vocab": vocab,
+            "merges": _merges(pieces, vocab),
         },
-    }  # fmt: skip
+    }
 
 
 def _parse(path: Path) -> Any:
@@ -68,7 +96,8 @@ def _parse(path: Path) -> Any:
         from sentencepiece import sentencepiece_model_pb2 as schema
     except ImportError:
         raise UsageError(
-            f"{path}: reading a sentencepiece model needs two more packages: pip install 'xinslm[sentencepiece]'"
+            f"{path}: reading a sentencepiece model needs two more packages: pip install "
+            "'xinslm[sentencepiece]'"
         ) from None
     from google.protobuf.message import DecodeError
 
@@ -78,7 +107,9 @@ def _parse(path: Path) -> Any:
     except DecodeError:
         raise XinslmError(f"{path}: not a sentencepiece model, or a half-written one") from None
     if not model.pieces:
-        raise XinslmError(f"{path}: a sentencepiece model without pieces; the file may be half-written")
+        raise XinslmError(
+            f"{path}: a sentencepiece model without pieces; the file may be half-written"
+        )
     return model
 
 

@@ -19,14 +19,22 @@ from xinslm.tokenizer.load import load_tokenizer
 if TYPE_CHECKING:
     from rich.text import Text
 
-_COLOURS = ("black on cyan", "black on yellow", "black on green", "black on magenta", "black on white")
+_COLOURS = (
+    "black on cyan",
+    "black on yellow",
+    "black on green",
+    "black on magenta",
+    "black on white",
+)
 _VISIBLE = str.maketrans({" ": "·", "\n": "↵", "\t": "⇥", "\r": "␍"})
 _SELF_TAUGHT_IDS = 1_024
 
 
 @dataclass(frozen=True)
 class MergeStep:
-    """One merge: its rank (0 was learnt first), the two parts, and all tokens of the piece after it."""
+    """One merge: its rank (0 was learnt first), the two parts, and all tokens of the piece after
+    it.
+    """
 
     rank: int
     left: bytes
@@ -84,7 +92,9 @@ def run(config: ShowConfig, on_progress: Listener = ignore) -> ShowResult:
     ids = tokenizer.encode(config.text, allowed_special=config.allow_special)
     pieces: list[PieceMerges] = []
     if isinstance(tokenizer, BPETokenizer):
-        different = dict.fromkeys(piece for piece in tokenizer.pieces(config.text) if len(piece.encode()) > 1)
+        different = dict.fromkeys(
+            piece for piece in tokenizer.pieces(config.text) if len(piece.encode()) > 1
+        )
         pieces = [_follow(tokenizer, piece) for piece in list(different)[: config.num_pieces]]
     return ShowResult(
         source=source,
@@ -105,11 +115,15 @@ def _follow(tokenizer: BPETokenizer, piece: str) -> PieceMerges:
         left, right = tokens[at], tokens[at + 1]
         tokens[at : at + 2] = [left + right]
         steps.append(MergeStep(rank, left, right, tuple(tokens)))
-    return PieceMerges(piece, tuple(steps), len(tokens) > 1 and len(tokenizer.encode_piece(data)) == 1)
+    return PieceMerges(
+        piece, tuple(steps), len(tokens) > 1 and len(tokenizer.encode_piece(data)) == 1
+    )
 
 
 def visible(token: bytes) -> str:
-    """Spell a token so that it can be seen: spaces as dots, bytes that are no text as hexadecimal."""
+    """Spell a token so that it can be seen: spaces as dots, bytes that are no text as
+    hexadecimal.
+    """
     text = token.decode("utf-8", "backslashreplace").translate(_VISIBLE)
     return "".join(char if char.isprintable() else f"\\x{ord(char):02x}" for char in text)
 
@@ -125,7 +139,11 @@ def _layout(result: ShowResult, mark: Callable[[str, int], str | tuple[str, str]
     def row(tokens: tuple[bytes, ...]) -> list[str | tuple[str, str]]:
         return [mark(visible(token), index) for index, token in enumerate(tokens)]
 
-    lines = [Text.assemble(*row(result.tokens)), Text(" ".join(map(str, result.ids))), Text(result.headline)]
+    lines = [
+        Text.assemble(*row(result.tokens)),
+        Text(" ".join(map(str, result.ids))),
+        Text(result.headline),
+    ]
     for piece in result.pieces:
         note = "  (one token: the whole piece is in the vocabulary)" if piece.whole else ""
         lines += [Text(), Text(visible(piece.piece.encode("utf-8", "replace")) + note)]

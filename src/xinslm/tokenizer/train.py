@@ -1,4 +1,5 @@
-"""The stage `tokenizer train`: text in, a tokenizer folder out; or a teacher's tokenizer in, a nested one out.
+"""The stage `tokenizer train`: text in, a tokenizer folder out; or a teacher's tokenizer in, a
+nested one out.
 
 xinslm tokenizer train --data-path stories.jsonl.gz --vocab-size 4096 --output-dir runs/tokenizer
 xinslm tokenizer train --prefix-of TEACHER --vocab-size 2048 --output-dir runs/nested
@@ -35,7 +36,11 @@ class TrainResult:
 
     def describe(self) -> str:
         """Sizes, compression, and the folder."""
-        ratio = "not measured (no text)" if self.bytes_per_token is None else f"{self.bytes_per_token:.3f}"
+        ratio = (
+            "not measured (no text)"
+            if self.bytes_per_token is None
+            else f"{self.bytes_per_token:.3f}"
+        )
         return "\n".join(
             (
                 f"vocabulary       {self.vocab_size:,} ids",
@@ -63,11 +68,16 @@ def run(config: TrainConfig, on_progress: Listener = ignore) -> TrainResult:
         texts.read_sample()
     else:
         special = DEFAULT_SPECIAL_TOKENS if config.special_tokens is None else config.special_tokens
-        tokenizer = BPETokenizer(config.vocab_size, special, config.min_frequency, config.max_token_length)
+        tokenizer = BPETokenizer(
+            config.vocab_size, special, config.min_frequency, config.max_token_length
+        )
         tokenizer.train(texts, on_progress)
         inputs = {}
     if tokenizer.vocab_size < config.vocab_size:
-        note = f"the text gives {tokenizer.vocab_size:,} ids, not the {config.vocab_size:,} asked for: it is too small"
+        note = (
+            f"the text gives {tokenizer.vocab_size:,} ids, not the {config.vocab_size:,} asked "
+            "for: it is too small"
+        )
         on_progress(Progress("learn merges", note=note))
     with new_folder(config.output_dir, config.force) as folder:
         tokenizer.save(folder)
@@ -93,13 +103,18 @@ def run(config: TrainConfig, on_progress: Listener = ignore) -> TrainResult:
 def _check(config: TrainConfig) -> None:
     if config.prefix_of is None:
         if not config.data_path:
-            raise UsageError("no text to learn from: give --data-path, or --prefix-of TOKENIZER for a nested tokenizer")
+            raise UsageError(
+                "no text to learn from: give --data-path, or --prefix-of TOKENIZER "
+                "for a nested tokenizer"
+            )
         return
     defaults = {field.name: field.default for field in fields(config)}
     for name in ("min_frequency", "max_token_length"):
         if getattr(config, name) != defaults[name]:
             flag = "--" + name.replace("_", "-")
-            raise UsageError(f"{flag} has no effect with --prefix-of: the merges are the teacher's. Leave it out")
+            raise UsageError(
+                f"{flag} has no effect with --prefix-of: the merges are the teacher's. Leave it out"
+            )
 
 
 class _Texts:

@@ -1,17 +1,21 @@
-"""Teacher distributions for a student of any other tokenizer: first-token push-forward at shared byte boundaries.
+"""Teacher distributions for a student of any other tokenizer: first-token push-forward at shared
+byte boundaries.
 
-Where both tokenizers begin a token at one byte, the teacher's next token says what the student's next one is, if the
-student cuts every text that may follow alike: "needle" begins with the student's "need" or not, whatever comes. That
-is decided by encoding each teacher token with a set of continuations, among which those count that the teacher itself
-would cut there (no teacher that knows " there" goes on from " the" with "re"), and each student token with the
-teacher's tokenizer. A teacher token after which the student may have several tokens is *open*: which of them, nobody
-knows, so its mass and all mass of those tokens is left out, to be one bucket with the rest. What remains is exact:
-the student is taught the probability of a token only where that is known whole. Inside a teacher token that began at
-a shared boundary the same holds for the longer teacher tokens that begin with the student's pieces so far.
+Where both tokenizers begin a token at one byte, the teacher's next token says what the student's
+next one is, if the student cuts every text that may follow alike: "needle" begins with the
+student's "need" or not, whatever comes. That is decided by encoding each teacher token with a set
+of continuations, among which those count that the teacher itself would cut there (no teacher that
+knows " there" goes on from " the" with "re"), and each student token with the teacher's tokenizer.
+A teacher token after which the student may have several tokens is *open*: which of them, nobody
+knows, so its mass and all mass of those tokens is left out, to be one bucket with the rest. What
+remains is exact: the student is taught the probability of a token only where that is known whole.
+Inside a teacher token that began at a shared boundary the same holds for the longer teacher tokens
+that begin with the student's pieces so far.
 
-In the bucket the text stands in for the teacher. A student token that the text has, if it is not taught so but ends at
-a boundary of the teacher, has its probability told beside (`log_label`): the product of the teacher's along it, times
-the share of what may follow that leaves the token as it is.
+In the bucket the text stands in for the teacher. A student token that the text has, if it is not
+taught so but ends at a boundary of the teacher, has its probability told beside (`log_label`): the
+product of the teacher's along it, times the share of what may follow that leaves the token as it
+is.
 """
 
 from bisect import bisect_left
@@ -28,23 +32,29 @@ from xinslm.distill.alignment.push import Pieces, Prefixes, Tables
 from xinslm.distill.alignment.spans import Pair, SpanAligner
 
 CONTINUATIONS = ("", " ", "\n", ".", "1", "'", "A", *"esainrt")
-"""What may follow a token, as far as tokenizers tell texts apart: nothing, space, line end, signs, digit, letters."""
+"""What may follow a token, as far as tokenizers tell texts apart: nothing, space, line end, signs,
+digit, letters.
+"""
 
 
 @dataclass(frozen=True)
 class ByteAlignment:
-    """One document, as `nested.Alignment` has it; rows of positions without a prefix mean nothing."""
+    """One document, as `nested.Alignment` has it; rows of positions without a prefix mean
+    nothing.
+    """
 
     teacher_ids: np.ndarray
     rows: np.ndarray
     prefixes: np.ndarray
     path_ends: np.ndarray
-    """For each student token but the first: index behind the teacher tokens, from `rows + 1` on, that spell just it;
-    -1 where none do. int64."""
+    """For each student token but the first: index behind the teacher tokens, from `rows + 1` on,
+    that spell just it; -1 where none do. int64."""
 
 
 class BytePush:
-    """Maps teacher distributions (N, teacher vocabulary) to student ones (N, student vocabulary), as far as known."""
+    """Maps teacher distributions (N, teacher vocabulary) to student ones (N, student vocabulary),
+    as far as known.
+    """
 
     kind = "bytes"
 
@@ -63,7 +73,9 @@ class BytePush:
         for token, pieces in enumerate(self.pieces):
             for size in range(1, len(pieces) + (token in found.open)):
                 following, before = pieces[size] if size < len(pieces) else lost, pieces[:size]
-                entries.append((numbers[before], token, lost if following in unsure[before] else following))
+                entries.append(
+                    (numbers[before], token, lost if following in unsure[before] else following)
+                )
         self.tables = Tables(lost, columns, entries)
         self.exact = np.zeros(lost, dtype=bool)
         """Student tokens whose probability at a shared boundary is known whole."""
@@ -82,7 +94,8 @@ class BytePush:
         known = at >= 1
         safe = at.clip(min=0)
         from_start = pair.teacher_starts[safe]
-        first = np.searchsorted(pair.student_starts[:-1], from_start)  # the student token that begins there, if any
+        # the student token that begins there, if any
+        first = np.searchsorted(pair.student_starts[:-1], from_start)
         first = np.minimum(first, np.arange(1, len(ids)))
         same = pair.student_starts[first] == from_start
         spaced = pair.teacher_spaced[safe] == pair.student_spaced[first]
@@ -94,19 +107,35 @@ class BytePush:
             prefixes[going] = self.prefixes.after(prefixes[going], ids[first[going] + step])
         has_table = prefixes < len(self.tables.starts) - 1
         prefixes = np.where(has_table, prefixes, -1)
-        return ByteAlignment(pair.teacher_ids, at - 1, prefixes, _path_ends(pair, at, prefixes == 0))
+        return ByteAlignment(
+            pair.teacher_ids, at - 1, prefixes, _path_ends(pair, at, prefixes == 0)
+        )
 
     @cached_property
     def _extensions(self) -> tuple[list[bytes], list[int], dict[bytes, int], list[bytes]]:
-        """Teacher's tokens sorted by bytes, their ids, ids by bytes, and the student's tokens sorted by bytes."""
-        ordinary = [(b, i) for i, b in enumerate(self.spans.teacher.bytes)
-                    if b and i not in self.teacher.special_tokens.values()]  # fmt: skip
+        """Teacher's tokens sorted by bytes, their ids, ids by bytes, and the student's tokens
+        sorted by bytes.
+        """
+        ordinary = [
+            (b, i)
+            for i, b in enumerate(self.spans.teacher.bytes)
+            if b and i not in self.teacher.special_tokens.values()
+        ]
         ordinary.sort()
-        student = sorted(b for i, b in enumerate(self.spans.student.bytes) if b and i not in self.spans.control)
-        return [b for b, _ in ordinary], [i for _, i in ordinary], {b: i for b, i in ordinary}, student
+        student = sorted(
+            b for i, b in enumerate(self.spans.student.bytes) if b and i not in self.spans.control
+        )
+        return (
+            [b for b, _ in ordinary],
+            [i for _, i in ordinary],
+            {b: i for b, i in ordinary},
+            student,
+        )
 
     def leaves(self, token: int) -> tuple[np.ndarray, np.ndarray]:
-        """Teacher tokens that make another of the student's `token` when they follow it, and those that may."""
+        """Teacher tokens that make another of the student's `token` when they follow it, and those
+        that may.
+        """
         if token not in self._leaving:
             spelled, ids, by_bytes, student = self._extensions
             own = self.spans.student.bytes[token]
@@ -132,14 +161,18 @@ class BytePush:
         return {}
 
     def stay(self, probs: Tensor, tokens: np.ndarray) -> Tensor:
-        """Probability that student token n stays as it is when teacher row n (N, teacher vocabulary) follows it.
+        """Probability that student token n stays as it is when teacher row n (N, teacher
+        vocabulary) follows it.
 
         NaN where the teacher's next token leaves that open by more than a tenth; (N,) float32.
         """
         out = probs.new_ones(len(tokens))
         for token in np.unique(tokens):
             rows = torch.from_numpy(np.flatnonzero(tokens == token)).to(probs.device)
-            sure, perhaps = (torch.from_numpy(ids.astype(np.int64)).to(probs.device) for ids in self.leaves(int(token)))
+            sure, perhaps = (
+                torch.from_numpy(ids.astype(np.int64)).to(probs.device)
+                for ids in self.leaves(int(token))
+            )
             taken = probs[rows]
             least = 1 - taken[:, sure].sum(1) - taken[:, perhaps].sum(1)
             middle = least + taken[:, perhaps].sum(1) / 2
@@ -148,7 +181,9 @@ class BytePush:
 
 
 def _path_ends(pair: Pair, at: np.ndarray, usable: np.ndarray) -> np.ndarray:
-    """Index behind the teacher tokens, from `at` on, that end where a student token ends; -1 where none do."""
+    """Index behind the teacher tokens, from `at` on, that end where a student token ends; -1 where
+    none do.
+    """
     ends = pair.student_starts[2:]
     after = np.searchsorted(pair.teacher_starts, ends)
     whole = pair.teacher_starts[after.clip(max=len(pair.teacher_starts) - 1)] == ends
@@ -163,11 +198,17 @@ class _Pieces:
         count = spans.teacher.tokenizer.vocab_size
         self.known: list[Pieces] = [()] * count
         self.open: dict[int, set[int]] = {}
-        """Teacher tokens that leave the piece behind their known ones open, and the pieces it may be."""
+        """Teacher tokens that leave the piece behind their known ones open, and the pieces it may
+        be.
+        """
         control = set(spans.teacher.tokenizer.special_tokens.values())
         writing = {theirs: ours for ours, theirs in reversed(spans.specials.items())}
-        for role in ("bos_id", "eos_id"):  # both end a document, where the student has one token for it
-            theirs, ours = getattr(spans.teacher.tokenizer, role), getattr(spans.student.tokenizer, role)
+        # both end a document, where the student has one token for it
+        for role in ("bos_id", "eos_id"):
+            theirs, ours = (
+                getattr(spans.teacher.tokenizer, role),
+                getattr(spans.student.tokenizer, role),
+            )
             if theirs is not None and ours is not None:
                 writing.setdefault(theirs, ours)
         ordinary: list[int] = []
@@ -208,7 +249,9 @@ class _Pieces:
                 self.open[token] = {way[same] for way in different if len(way) > same}
 
     def _cuts(self, tokens: list[int], followed: list[str]) -> list[Pieces]:
-        """The student's pieces of texts, as far as they begin within the teacher tokens that begin those."""
+        """The student's pieces of texts, as far as they begin within the teacher tokens that begin
+        those.
+        """
         sizes, out = self.student.lengths.tolist(), []
         for token, cut in zip(tokens, self.student.encode_inner(followed), strict=True):
             left, count = len(self.teacher.bytes[token]), 0
@@ -219,7 +262,9 @@ class _Pieces:
         return out
 
     def _try_student_tokens(self, control: set[int], teacher_control: set[int]) -> None:
-        """Encode each student token with the teacher's tokenizer: a first token that is shorter may become it."""
+        """Encode each student token with the teacher's tokenizer: a first token that is shorter may
+        become it.
+        """
         usable = [t for t, b in enumerate(self.student.bytes) if b and t not in control]
         texts = [t for t in usable if _is_text(self.student.bytes[t])]
         cuts = self.teacher.encode_inner([self.student.bytes[t].decode() for t in texts])
@@ -228,12 +273,16 @@ class _Pieces:
             if first is None:
                 continue
             ours, theirs = self.student.bytes[token], self.teacher.bytes[first]
-            extends = ours != theirs and ours.startswith(theirs) and self.known[first][:1] != (token,)
+            extends = (
+                ours != theirs and ours.startswith(theirs) and self.known[first][:1] != (token,)
+            )
             if extends or first in teacher_control:  # that is the unknown token
                 self._open(first, 0, {token})
 
     def _open(self, token: int, size: int, candidates: set[int]) -> None:
-        """Leave a teacher token's piece number `size` open between what is known and `candidates`."""
+        """Leave a teacher token's piece number `size` open between what is known and
+        `candidates`.
+        """
         known = self.known[token]
         if len(known) > size:
             candidates = candidates | {known[size]}
@@ -243,8 +292,11 @@ class _Pieces:
 
     def _open_all(self, token: int, spelled: bytes, control: set[int]) -> None:
         """Leave part of a character open between all student tokens that may begin there."""
-        may = {t for t, b in enumerate(self.student.bytes)
-               if b and t not in control and (b.startswith(spelled) or spelled.startswith(b))}  # fmt: skip
+        may = {
+            t
+            for t, b in enumerate(self.student.bytes)
+            if b and t not in control and (b.startswith(spelled) or spelled.startswith(b))
+        }
         self._open(token, 0, may)
 
 

@@ -1,14 +1,16 @@
-"""Teacher distributions for a student of any other tokenizer, over groups of its tokens that begin alike.
+"""Teacher distributions for a student of any other tokenizer, over groups of its tokens that begin
+alike.
 
-At a byte where both tokenizers begin a token, the teacher's tokens along the text and beside it spell beginnings of
-what may follow: with the text's tokens u1 u2 ..., the beginnings are u1..uj v for each j and each token v that the
-teacher could take instead, and the probability of each is the chain rule's. A beginning x has its mass on the
-student's tokens that begin with x, and where the student cuts before x ends, on the shorter ones. How often it does
-one or the other where the text begins with x is counted in the dataset, so the masses are right on average, whatever
-the tokenizers. What a group's tokens share out among themselves the teacher does not say.
+At a byte where both tokenizers begin a token, the teacher's tokens along the text and beside it
+spell beginnings of what may follow: with the text's tokens u1 u2 ..., the beginnings are u1..uj v
+for each j and each token v that the teacher could take instead, and the probability of each is the
+chain rule's. A beginning x has its mass on the student's tokens that begin with x, and where the
+student cuts before x ends, on the shorter ones. How often it does one or the other where the text
+begins with x is counted in the dataset, so the masses are right on average, whatever the
+tokenizers. What a group's tokens share out among themselves the teacher does not say.
 
-From a teacher that reads characters that is the whole distribution of the next token's characters: 3.3 of them a token
-where a first-token push-forward (`bytewise`) knows none.
+From a teacher that reads characters that is the whole distribution of the next token's characters:
+3.3 of them a token where a first-token push-forward (`bytewise`) knows none.
 """
 
 from bisect import bisect_left
@@ -40,8 +42,12 @@ Group = tuple[int, int, int, bool, float]
 def byte_order(tokenizer: Any) -> np.ndarray:
     """A tokenizer's tokens by their bytes, control tokens last; int64 (vocabulary,)."""
     control = set(tokenizer.special_tokens.values())
-    spelled = [b"" if i in control else tokenizer.token_bytes(i) for i in range(tokenizer.vocab_size)]
-    return np.array(sorted(range(len(spelled)), key=lambda i: (not spelled[i], spelled[i], i)), dtype=np.int64)
+    spelled = [
+        b"" if i in control else tokenizer.token_bytes(i) for i in range(tokenizer.vocab_size)
+    ]
+    return np.array(
+        sorted(range(len(spelled)), key=lambda i: (not spelled[i], spelled[i], i)), dtype=np.int64
+    )
 
 
 class PrefixAligner(SpanAligner):
@@ -49,7 +55,9 @@ class PrefixAligner(SpanAligner):
 
     kind = "prefixes"
 
-    def __init__(self, student: Any, teacher: Any, document_end: str, sample: Iterable[np.ndarray] = ()) -> None:
+    def __init__(
+        self, student: Any, teacher: Any, document_end: str, sample: Iterable[np.ndarray] = ()
+    ) -> None:
         """`sample` gives documents of the dataset, ids, in which the student's cuts are counted."""
         super().__init__(student, teacher, document_end)
         self.order = byte_order(student)
@@ -68,7 +76,9 @@ class PrefixAligner(SpanAligner):
         self._shares: dict[bytes, list[tuple[int, Range, float]]] = {}
 
     def _count(self, ids: np.ndarray) -> None:
-        """Note for each beginning of a token in this document how long the token was, 0 for as long or longer."""
+        """Note for each beginning of a token in this document how long the token was, 0 for as long
+        or longer.
+        """
         pieces = [b"" if i in self.control else self.student.bytes[i] for i in ids.tolist()]
         text = b"".join(pieces)
         begin = 0
@@ -97,7 +107,9 @@ class PrefixAligner(SpanAligner):
         return low, bisect_left(self._sorted, piece + b"\0", lo=low)
 
     def shares(self, x: bytes) -> list[tuple[int, Range, float]]:
-        """Where the mass of the texts that begin with x goes: lengths of x that count, ranges, shares summing to 1."""
+        """Where the mass of the texts that begin with x goes: lengths of x that count, ranges,
+        shares summing to 1.
+        """
         if x not in self._shares:
             if len(self._shares) > 1 << 20:
                 self._shares.clear()
@@ -116,7 +128,9 @@ class PrefixAligner(SpanAligner):
         return [*found, (len(x), self.range_of(x), longer / total)] if longer else found
 
     def _first_piece(self, x: bytes) -> bytes:
-        """The student's token that a text begins with, if it begins with x and that is all one knows."""
+        """The student's token that a text begins with, if it begins with x and that is all one
+        knows.
+        """
         try:
             ids = self.student.encode_inner([x.decode()])[0]
         except UnicodeDecodeError:
@@ -128,13 +142,20 @@ class PrefixAligner(SpanAligner):
         return next((piece for piece in beginnings if _size(self.alone(piece))), b"")
 
     def groups(
-        self, ids: np.ndarray, pair: Pair, tops: np.ndarray, top_probs: np.ndarray, next_probs: np.ndarray
+        self,
+        ids: np.ndarray,
+        pair: Pair,
+        tops: np.ndarray,
+        top_probs: np.ndarray,
+        next_probs: np.ndarray,
     ) -> tuple[list[list[Group]], np.ndarray]:
-        """What the teacher says of each token of a document but the first; empty where it says nothing.
+        """What the teacher says of each token of a document but the first; empty where it says
+        nothing.
 
-        ids: the student's. tops, top_probs: (teacher tokens, m), the likeliest tokens in each one's place, most likely
-        first; next_probs: (teacher tokens,), of the tokens that are there; all as predicted from what is before them.
-        Also returns log p of each token's bytes where teacher tokens spell just those, else NaN, (tokens - 1,).
+        ids: the student's. tops, top_probs: (teacher tokens, m), the likeliest tokens in each one's
+        place, most likely first; next_probs: (teacher tokens,), of the tokens that are there; all
+        as predicted from what is before them. Also returns log p of each token's bytes where
+        teacher tokens spell just those, else NaN, (tokens - 1,).
         """
         begins = pair.teacher_starts[:-1]
         at = np.searchsorted(begins, pair.student_starts[1:-1], side="right") - 1
@@ -147,7 +168,14 @@ class PrefixAligner(SpanAligner):
             groups: list[Group] = []
             if usable:
                 told[number] = self._walk(
-                    int(ids[number]), int(ids[number + 1]), first, pair, tops, top_probs, next_probs, groups
+                    int(ids[number]),
+                    int(ids[number + 1]),
+                    first,
+                    pair,
+                    tops,
+                    top_probs,
+                    next_probs,
+                    groups,
                 )
             found.append(groups)
         return found, told
@@ -160,12 +188,25 @@ class PrefixAligner(SpanAligner):
         return (tally.get(len(before), 0) + UNSEEN) / (sum(tally.values()) + 1.0)
 
     def _walk(
-        self, before: int, label: int, first: int, pair: Pair, tops: np.ndarray, top_probs: np.ndarray,
-        next_probs: np.ndarray, groups: list[Group],
-    ) -> float:  # fmt: skip
-        """Follow the teacher's tokens through the label, a level each; return log p of the label's bytes or NaN."""
+        self,
+        before: int,
+        label: int,
+        first: int,
+        pair: Pair,
+        tops: np.ndarray,
+        top_probs: np.ndarray,
+        next_probs: np.ndarray,
+        groups: list[Group],
+    ) -> float:
+        """Follow the teacher's tokens through the label, a level each; return log p of the label's
+        bytes or NaN.
+        """
         spelled = b"" if label in self.control else self.student.bytes[label]
-        level = _Level(self, b"" if before in self.control else self.student.bytes[before], (0, len(self.order)))
+        level = _Level(
+            self,
+            b"" if before in self.control else self.student.bytes[before],
+            (0, len(self.order)),
+        )
         log_p, told = 0.0, np.nan
         for at in range(first, len(pair.teacher_ids)):
             if not np.isfinite(next_probs[at]):
@@ -173,13 +214,19 @@ class PrefixAligner(SpanAligner):
             actual, p = int(pair.teacher_ids[at]), max(float(next_probs[at]), LEAST_P)
             piece = b"" if actual in self.teacher_control else self.teacher.bytes[actual]
             x = level.spelled + piece
-            if not x.startswith(spelled) and not spelled.startswith(x):  # the teacher's tokenizer rewrote the text
+            # the teacher's tokenizer rewrote the text
+            if not x.startswith(spelled) and not spelled.startswith(x):
                 return np.nan
             level.read(actual, p, tops[at].tolist(), top_probs[at].tolist())
             log_p += float(np.log(p))
             if x == spelled and (piece or not spelled):
                 told = log_p
-            if not piece or len(x) > len(spelled) or _size(self.range_of(x)) <= 1 or level.number == LEVELS:
+            if (
+                not piece
+                or len(x) > len(spelled)
+                or _size(self.range_of(x)) <= 1
+                or level.number == LEVELS
+            ):
                 break
             level.go_on(x, groups)
         level.close(groups)
@@ -222,14 +269,22 @@ class _Level:
         if place != self.place:  # else nothing was to be decided
             self.close(groups, place, x)
             self.number += 1
-        further = [(text, mass) for text, mass in self.texts if isinstance(text, bytes) and text.startswith(x)]
+        further = [
+            (text, mass)
+            for text, mass in self.texts
+            if isinstance(text, bytes) and text.startswith(x)
+        ]
         total = sum(mass for _, mass in further)
         self.texts = [(text, mass / total) for text, mass in further if text != x]
         self.scale = sum(mass for text, mass in further if text == x) / total
         self.spelled, self.place = x, place
 
-    def close(self, groups: list[Group], onward: Range | None = None, x: bytes | None = None) -> None:
-        """Append this level's groups; the next level's set is `onward`, the tokens that begin with x."""
+    def close(
+        self, groups: list[Group], onward: Range | None = None, x: bytes | None = None
+    ) -> None:
+        """Append this level's groups; the next level's set is `onward`, the tokens that begin with
+        x.
+        """
         masses: dict[Range, float] = {}
         total = self.unlisted
         for text, mass in self.texts:
@@ -240,19 +295,29 @@ class _Level:
             if place != self.place and place[0] < place[1] and of_place:
                 groups.append((*place, self.number, place == onward, of_place / total))
 
-    def _places(self, text: bytes | int, mass: float, onward: bytes | None) -> list[tuple[Range, float]]:
+    def _places(
+        self, text: bytes | int, mass: float, onward: bytes | None
+    ) -> list[tuple[Range, float]]:
         """Where the mass of a beginning goes inside this level's set, and how much of it does."""
         owner = self.owner
         if isinstance(text, int):
             ours = owner.to_student.get(text)
             if self.spelled:  # the text ends there, and the student's token with it
                 return [(owner.alone(self.spelled), mass)]
-            return [] if ours is None else [((int(owner.place[ours]), int(owner.place[ours]) + 1), mass)]
+            return (
+                []
+                if ours is None
+                else [((int(owner.place[ours]), int(owner.place[ours]) + 1), mass)]
+            )
         if self.before:
             mass *= owner.cut_share(self.before, text)
         if onward is not None and text.startswith(onward):
             text = onward
-        return [(place, mass * share) for size, place, share in owner.shares(text) if size >= len(self.spelled)]
+        return [
+            (place, mass * share)
+            for size, place, share in owner.shares(text)
+            if size >= len(self.spelled)
+        ]
 
 
 def _size(place: Range) -> int:

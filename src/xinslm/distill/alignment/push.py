@@ -1,10 +1,12 @@
-"""Sums of teacher probabilities over student tokens, by tables: what `nested` and `bytewise` have in common.
+"""Sums of teacher probabilities over student tokens, by tables: what `nested` and `bytewise` have
+in common.
 
-At a boundary of both tokenizers each teacher token has one column: the student token that it begins with. Inside a
-teacher token, after pieces s, the teacher tokens that begin with s share their mass out over the piece that follows;
-these tables lie one behind the other, a prefix number each. Number 0 is the boundary, -1 a place that has no table.
-The column behind the last collects what the student cannot write or nobody knows; it is cut off, so that rows sum to
-less than 1 by it (the cache keeps it as tail without draws).
+At a boundary of both tokenizers each teacher token has one column: the student token that it begins
+with. Inside a teacher token, after pieces s, the teacher tokens that begin with s share their mass
+out over the piece that follows; these tables lie one behind the other, a prefix number each. Number
+0 is the boundary, -1 a place that has no table. The column behind the last collects what the
+student cannot write or nobody knows; it is cut off, so that rows sum to less than 1 by it (the
+cache keeps it as tail without draws).
 """
 
 from collections.abc import Iterable
@@ -17,7 +19,9 @@ Pieces = tuple[int, ...]
 
 
 class Prefixes:
-    """Numbers of the proper beginnings of piece sequences, from 1; a tree over (number, next piece)."""
+    """Numbers of the proper beginnings of piece sequences, from 1; a tree over (number, next
+    piece).
+    """
 
     def __init__(self, sequences: Iterable[Pieces]) -> None:
         self.numbers: dict[Pieces, int] = {(): 0}
@@ -26,7 +30,9 @@ class Prefixes:
             for size in range(1, len(pieces)):
                 if pieces[:size] not in self.numbers:
                     self.numbers[pieces[:size]] = len(self.numbers)
-                    children[self.numbers[pieces[: size - 1]], pieces[size - 1]] = self.numbers[pieces[:size]]
+                    children[self.numbers[pieces[: size - 1]], pieces[size - 1]] = self.numbers[
+                        pieces[:size]
+                    ]
         keys = sorted(children)
         self._parents = np.array([key[0] for key in keys], dtype=np.int64)
         self._pieces = np.array([key[1] for key in keys], dtype=np.int64)
@@ -35,7 +41,9 @@ class Prefixes:
         self._keys = self._parents * self._stride + self._pieces
 
     def after(self, numbers: np.ndarray, pieces: np.ndarray) -> np.ndarray:
-        """Numbers of the prefixes one piece longer, (N,) int64; -1 where no sequence begins like that."""
+        """Numbers of the prefixes one piece longer, (N,) int64; -1 where no sequence begins like
+        that.
+        """
         out = np.full(len(numbers), -1, dtype=np.int64)
         usable = np.flatnonzero((numbers >= 0) & (pieces < self._stride))
         if len(self._keys) and len(usable):
@@ -49,18 +57,23 @@ class Tables:
     """Applies the tables to rows of teacher probabilities."""
 
     def __init__(self, width: int, first: np.ndarray, entries: list[tuple[int, int, int]]) -> None:
-        """`first`: a column for each teacher token; `entries`: (prefix number, teacher token, column); `width` is the
-        number of columns, and as a column the place of what is lost.
+        """`first`: a column for each teacher token; `entries`: (prefix number, teacher token,
+        column); `width` is the number of columns, and as a column the place of what is lost.
         """
         self.width = width
         self.first = torch.from_numpy(np.asarray(first, dtype=np.int64))
         flat = np.array(sorted(entries), dtype=np.int64).reshape(-1, 3)
         count = int(flat[:, 0].max(initial=0)) + 1
         self.starts = torch.from_numpy(np.searchsorted(flat[:, 0], np.arange(count + 1)))
-        self.tokens, self.columns = torch.from_numpy(flat[:, 1].copy()), torch.from_numpy(flat[:, 2].copy())
+        self.tokens, self.columns = (
+            torch.from_numpy(flat[:, 1].copy()),
+            torch.from_numpy(flat[:, 2].copy()),
+        )
 
     def __call__(self, probs: Tensor, numbers: np.ndarray | Tensor) -> Tensor:
-        """Push teacher probabilities (N, teacher vocabulary) forward, row n by table `numbers[n]`; (N, width)."""
+        """Push teacher probabilities (N, teacher vocabulary) forward, row n by table `numbers[n]`;
+        (N, width).
+        """
         device = probs.device
         which = torch.as_tensor(numbers, dtype=torch.int64)
         out = probs.new_zeros(len(which), self.width + 1)
@@ -71,7 +84,9 @@ class Tables:
             sizes = self.starts[table + 1] - self.starts[table]
             rows = torch.repeat_interleave(torch.arange(len(inside)), sizes)
             ends = sizes.cumsum(0)
-            entry = torch.arange(int(ends[-1])) - torch.repeat_interleave(ends - sizes - self.starts[table], sizes)
+            entry = torch.arange(int(ends[-1])) - torch.repeat_interleave(
+                ends - sizes - self.starts[table], sizes
+            )
             row = inside[rows].to(device)
             mass = probs[row, self.tokens[entry].to(device)]
             total = probs.new_zeros(len(which)).index_add_(0, row, mass).clamp_min_(1e-30)

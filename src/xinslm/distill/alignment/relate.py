@@ -3,8 +3,10 @@
     same     one tokenizer: the teacher's distributions as they are
     nested   the dataset's merges are the teacher's first: an exact push-forward (`nested`)
     prefixes any two: masses of the student's tokens that begin with the same bytes (`prefixes`)
-    bytes    any two: a push-forward where both begin a token at one byte, as far as it is determined (`bytewise`)
-    chunks   any two: likelihoods of the stretches between such places (`cache.chunks`); the least informative
+    bytes    any two: a push-forward where both begin a token at one byte, as far as it is
+    determined (`bytewise`)
+    chunks   any two: likelihoods of the stretches between such places (`cache.chunks`); the least
+    informative
 
 `auto` takes the first of these that is possible.
 """
@@ -25,7 +27,9 @@ from xinslm.errors import UsageError, XinslmError
 
 Push = PushForward | BytePush
 LEAST_EXACT = 16
-"""Student tokens of which the teacher must be able to tell the whole probability, for `bytes` to be worth it."""
+"""Student tokens of which the teacher must be able to tell the whole probability, for `bytes` to be
+worth it.
+"""
 
 
 def relate(
@@ -45,7 +49,9 @@ def relate(
             return None
         reasons = ["same is possible and exact: the tokenizers are one"]
     else:
-        reasons = [f"same: the tokenizers differ ({own.vocab_size:,} and {teacher.vocab_size:,} ids)"]
+        reasons = [
+            f"same: the tokenizers differ ({own.vocab_size:,} and {teacher.vocab_size:,} ids)"
+        ]
     if wish in ("auto", "nested"):
         if is_nested(own, teacher.tokenizer):
             return PushForward(own, teacher.tokenizer)
@@ -61,7 +67,10 @@ def relate(
             push = BytePush(own, teacher.tokenizer, end)
             if (exact := int(push.exact.sum())) >= LEAST_EXACT:
                 return push
-            reasons.append(f"bytes: the teacher tells the probability of {exact} of {own.vocab_size:,} tokens only")
+            reasons.append(
+                f"bytes: the teacher tells the probability of {exact} of "
+                f"{own.vocab_size:,} tokens only"
+            )
         except XinslmError as error:
             reasons.append(f"bytes: {error}")
     if wish == "chunks" or (wish == "auto" and not over_tokens):
@@ -70,9 +79,12 @@ def relate(
         except XinslmError as error:
             reasons.append(f"chunks: {error}")
     raise UsageError(
-        f"no way leads from the tokenizer of teacher {teacher.name} to that of dataset {dataset.folder} with "
-        f"--alignment {wish}:\n  " + "\n  ".join(reasons) + f"\nPrepare the dataset with the teacher's own tokenizer "
-        f"(`xinslm prepare --tokenizer-path {teacher.name}`), with one that is nested in it (`xinslm tokenizer train "
+        f"no way leads from the tokenizer of teacher {teacher.name} to that of dataset "
+        f"{dataset.folder} with "
+        f"--alignment {wish}:\n  " + "\n  ".join(reasons) + "\nPrepare the dataset with the "
+        "teacher's own tokenizer "
+        f"(`xinslm prepare --tokenizer-path {teacher.name}`), with one that is nested in it "
+        "(`xinslm tokenizer train "
         f"--prefix-of {teacher.name}`), or leave --alignment out"
     )
 

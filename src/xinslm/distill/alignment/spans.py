@@ -1,10 +1,12 @@
-"""The same bytes read by two tokenizers: where each token of each begins, and the places where both begin one.
+"""The same bytes read by two tokenizers: where each token of each begins, and the places where both
+begin one.
 
-A document's student tokens say what its bytes are; the teacher reads the same text. Control tokens that both have (by
-content, else by role: BOS, EOS, pad) stand for each other and for one byte; one that the teacher lacks is text to it.
-The teacher's own BOS is put in front whether the student has one or not. Tokens need not spell the text: a space put
-in front (sentencepiece) begins nowhere, bytes of one character share it, and what a normaliser rewrote or an
-unknown-token swallowed keeps the span that the `tokenizers` library reports. Spans of a tokenizer partition the text.
+A document's student tokens say what its bytes are; the teacher reads the same text. Control tokens
+that both have (by content, else by role: BOS, EOS, pad) stand for each other and for one byte; one
+that the teacher lacks is text to it. The teacher's own BOS is put in front whether the student has
+one or not. Tokens need not spell the text: a space put in front (sentencepiece) begins nowhere,
+bytes of one character share it, and what a normaliser rewrote or an unknown-token swallowed keeps
+the span that the `tokenizers` library reports. Spans of a tokenizer partition the text.
 """
 
 import json
@@ -26,7 +28,9 @@ class ByteReader:
 
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
-        self.bytes: list[bytes] = [tokenizer.token_bytes(token) for token in range(tokenizer.vocab_size)]
+        self.bytes: list[bytes] = [
+            tokenizer.token_bytes(token) for token in range(tokenizer.vocab_size)
+        ]
         self.lengths = np.array([len(b) for b in self.bytes], dtype=np.int64)
 
     @cached_property
@@ -34,7 +38,9 @@ class ByteReader:
         """Its tokenizer.json."""
         with tempfile.TemporaryDirectory() as folder:
             self.tokenizer.save(Path(folder))
-            content: dict[str, Any] = json.loads((Path(folder) / "tokenizer.json").read_text(encoding="utf-8"))
+            content: dict[str, Any] = json.loads(
+                (Path(folder) / "tokenizer.json").read_text(encoding="utf-8")
+            )
         return content
 
     @cached_property
@@ -50,12 +56,14 @@ class ByteReader:
         return made
 
     def encode_inner(self, texts: list[str]) -> list[list[int]]:
-        """Encode pieces of text as they would be in the middle of one: nothing is put in front of them."""
+        """Encode pieces of text as they would be in the middle of one: nothing is put in front of
+        them.
+        """
         return [e.ids for e in self._inner.encode_batch_fast(texts, add_special_tokens=False)]
 
     def read(self, text: str) -> tuple[np.ndarray, np.ndarray, bool]:
-        """Ids, the byte of `text` where each token ends (never falling, the last at its end), both int64; and whether
-        the first token holds a space that the text does not.
+        """Ids, the byte of `text` where each token ends (never falling, the last at its end), both
+        int64; and whether the first token holds a space that the text does not.
         """
         data = text.encode()
         ids = np.array(self.tokenizer.encode(text), dtype=np.int64)
@@ -67,12 +75,14 @@ class ByteReader:
         found = self._backend.encode(text, add_special_tokens=False)
         if found.ids != ids.tolist():
             raise XinslmError(
-                f"the tokenizer's two readers disagree on {text[:40]!r}; its tokens cannot be placed in the text"
+                f"the tokenizer's two readers disagree on {text[:40]!r}; its tokens cannot be "
+                "placed in the text"
             )
         place = np.concatenate(([0], np.cumsum([len(c.encode()) for c in text]))).astype(np.int64)
         spans = np.array(found.offsets, dtype=np.int64).reshape(-1, 2)
         ends = place[spans[:, 1]]
-        for first, last in _shared(spans):  # a character's bytes, each a token; a space in front claims the first, too
+        # a character's bytes, each a token; a space in front claims the first, too
+        for first, last in _shared(spans):
             sizes, begin = self.lengths[ids[first : last + 1]].copy(), place[spans[last, 0]]
             sizes[0] -= self.bytes[ids[first]] == b" " and sizes.sum() == ends[last] - begin + 1
             if sizes.sum() == ends[last] - begin:
@@ -81,7 +91,9 @@ class ByteReader:
         if len(ids) and self.bytes[ids[0]] == b" ":
             ends[0] = place[spans[0, 0]]
         ends[-1:] = len(data)
-        spaced = len(ids) > 0 and self.bytes[ids[0]][:1] == b" " and ends[0] == self.lengths[ids[0]] - 1
+        spaced = (
+            len(ids) > 0 and self.bytes[ids[0]][:1] == b" " and ends[0] == self.lengths[ids[0]] - 1
+        )
         return ids, ends, bool(spaced)
 
 
@@ -115,7 +127,11 @@ def _without_beginning(definition: dict[str, Any]) -> dict[str, Any]:
 
 def _at_the_ends(step: dict[str, Any]) -> bool:
     pattern = step.get("pattern")
-    return step["type"] == "Replace" and isinstance(pattern, dict) and "\\A" in pattern.get("Regex", "")
+    return (
+        step["type"] == "Replace"
+        and isinstance(pattern, dict)
+        and "\\A" in pattern.get("Regex", "")
+    )
 
 
 def _steps(pre_tokenizer: dict[str, Any] | None) -> list[dict[str, Any]]:
@@ -148,7 +164,9 @@ class SpanAligner:
     kind = "chunks"
 
     def __init__(self, student: Any, teacher: Any, document_end: str = "eos") -> None:
-        """`document_end` is the dataset's: which token closes a text where the student's BOS and EOS are one."""
+        """`document_end` is the dataset's: which token closes a text where the student's BOS and
+        EOS are one.
+        """
         self.student, self.teacher = ByteReader(student), ByteReader(teacher)
         self.first, self.specials = _roles(student, teacher, document_end)
         self.control = set(student.special_tokens.values())
@@ -164,8 +182,12 @@ class SpanAligner:
         foreign = np.zeros(len(ids), dtype=bool)
         student_spaced = np.zeros(len(ids), dtype=bool)
         places = np.flatnonzero(np.isin(ids, self._control))
-        mapped = [int(p) for p in places if int(ids[p]) in self.specials and not (opened and p == 0)]
-        foreign[[p for p in places if int(ids[p]) not in self.specials and not (opened and p == 0)]] = True
+        mapped = [
+            int(p) for p in places if int(ids[p]) in self.specials and not (opened and p == 0)
+        ]
+        foreign[
+            [p for p in places if int(ids[p]) not in self.specials and not (opened and p == 0)]
+        ] = True
         cuts = sorted({int(opened), *mapped, *(p + 1 for p in mapped), len(ids)})
         for begin, end in pairwise(cuts):
             if begin in mapped:
@@ -185,15 +207,23 @@ class SpanAligner:
         teacher_spaced = np.zeros(len(joined), dtype=bool)
         teacher_spaced[spaced] = True
         return Pair(
-            joined, _starts(student_sizes, 0), _starts(teacher_sizes, int(opened and self.first is None)),
-            student_spaced, teacher_spaced, foreign,
-        )  # fmt: skip
+            joined,
+            _starts(student_sizes, 0),
+            _starts(teacher_sizes, int(opened and self.first is None)),
+            student_spaced,
+            teacher_spaced,
+            foreign,
+        )
 
     def _text(self, ids: np.ndarray, foreign: np.ndarray) -> tuple[np.ndarray, str, bool]:
-        """Bytes of each token of a run, the run's text, and whether its first token holds a space that it drops."""
+        """Bytes of each token of a run, the run's text, and whether its first token holds a space
+        that it drops.
+        """
         sizes = self.student.lengths[ids].copy()
         data = b"".join([self.student.bytes[i] for i in ids.tolist()])
-        has_space = self.student.tokenizer.strips_first_space and data[:1] == b" " and not foreign[0]
+        has_space = (
+            self.student.tokenizer.strips_first_space and data[:1] == b" " and not foreign[0]
+        )
         if has_space:
             sizes[0] -= 1
             data = data[1:]
@@ -201,7 +231,8 @@ class SpanAligner:
             return sizes, data.decode(), has_space
         except UnicodeDecodeError:
             raise XinslmError(
-                f"a document's tokens are not UTF-8 text, so that the teacher cannot read them; it holds {data[:60]!r}"
+                "a document's tokens are not UTF-8 text, so that the teacher cannot read them; "
+                f"it holds {data[:60]!r}"
             ) from None
 
 
@@ -210,11 +241,17 @@ def _starts(sizes: list[np.ndarray], begin: int) -> np.ndarray:
 
 
 def _roles(student: Any, teacher: Any, document_end: str) -> tuple[int | None, dict[int, int]]:
-    """The teacher's token that opens a document, and the teacher's tokens for the student's control tokens."""
+    """The teacher's token that opens a document, and the teacher's tokens for the student's control
+    tokens.
+    """
     table = {
-        i: teacher.special_tokens[name] for name, i in student.special_tokens.items() if name in teacher.special_tokens
+        i: teacher.special_tokens[name]
+        for name, i in student.special_tokens.items()
+        if name in teacher.special_tokens
     }
-    roles = ("bos_id", "eos_id", "pad_id") if document_end == "bos" else ("eos_id", "bos_id", "pad_id")
+    roles = (
+        ("bos_id", "eos_id", "pad_id") if document_end == "bos" else ("eos_id", "bos_id", "pad_id")
+    )
     for role in roles:
         ours, theirs = getattr(student, role), getattr(teacher, role)
         if ours is not None and theirs is not None:

@@ -1,9 +1,11 @@
-"""Chunk likelihoods: what a teacher with any other tokenizer says about stretches of text (ALM, Minixhofer 2025).
+"""Chunk likelihoods: what a teacher with any other tokenizer says about stretches of text (ALM,
+Minixhofer 2025).
 
-Between two bytes where both tokenizers begin a token lies a span, and the teacher's log-likelihood of a span is the
-sum of log p of its tokens: all that is needed of the teacher is log p of the text. The cache keeps it with each stream
-position whose label is in the span, 6 bytes, together with the span's length and the place in it, so that a batch that
-cuts a span (a row's end, a masked token) can leave it out whole.
+Between two bytes where both tokenizers begin a token lies a span, and the teacher's log-likelihood
+of a span is the sum of log p of its tokens: all that is needed of the teacher is log p of the text.
+The cache keeps it with each stream position whose label is in the span, 6 bytes, together with the
+span's length and the place in it, so that a batch that cuts a span (a row's end, a masked token)
+can leave it out whole.
 """
 
 from collections.abc import Callable
@@ -25,15 +27,18 @@ from xinslm.errors import UsageError, XinslmError
 from xinslm.teachers.base import DenseTeacher
 
 SPAN = np.dtype([("log_prob", "<f4"), ("size", "u1"), ("place", "u1")])
-"""log p of the whole span, its number of positions (0: the position is in no span), which of them this one is."""
+"""log p of the whole span, its number of positions (0: the position is in no span), which of them
+this one is.
+"""
 LONGEST = 255
 
 
 def span_records(pair: Pair, log_probs: np.ndarray) -> np.ndarray:
     """Records of one document, one a student token: record i is of the span that holds token i + 1.
 
-    log_probs: (teacher tokens,) float, log p of each token, NaN where unknown. A span with such a token, with a
-    control token that the teacher reads as text, or with more than 255 student tokens is no span.
+    log_probs: (teacher tokens,) float, log p of each token, NaN where unknown. A span with such a
+    token, with a control token that the teacher reads as text, or with more than 255 student tokens
+    is no span.
     """
     ours, theirs = pair.student_starts[:-1], pair.teacher_starts[:-1]
     shared = np.intersect1d(ours, theirs)
@@ -55,10 +60,15 @@ def span_records(pair: Pair, log_probs: np.ndarray) -> np.ndarray:
 
 
 def token_log_probs(
-    teacher: DenseTeacher, tokens: np.ndarray, documents: np.ndarray, config: CacheConfig,
+    teacher: DenseTeacher,
+    tokens: np.ndarray,
+    documents: np.ndarray,
+    config: CacheConfig,
     tell: Callable[[int], None],
-) -> np.ndarray:  # fmt: skip
-    """Log p of each token of documents (offsets) by a teacher, (tokens,) float64; NaN for a document's first."""
+) -> np.ndarray:
+    """Log p of each token of documents (offsets) by a teacher, (tokens,) float64; NaN for a
+    document's first.
+    """
     out = np.full(len(tokens), np.nan)
     for places, logits in predictions(teacher, tokens, documents, config, tell):
         log_p = torch.log_softmax(logits, dim=1)
@@ -66,7 +76,8 @@ def token_log_probs(
         out[places] = log_p.gather(1, ids[:, None])[:, 0].double().cpu().numpy()
         if not np.isfinite(out[places]).all():
             raise XinslmError(
-                f"teacher {teacher.name}: log p of a token is not finite. Try --dtype float32, or look at the weights; "
+                f"teacher {teacher.name}: log p of a token is not finite. Try --dtype float32, or "
+                "look at the weights; "
                 f"finished shards are kept"
             )
     return out
@@ -82,7 +93,9 @@ class ChunkScorer:
     def shard(
         self, split: Split, first: int, last: int, scratch: Path, tell: Callable[[int], None]
     ) -> dict[str, np.ndarray]:
-        """Score documents `first` to `last`; positions whose span holds a token that is no target have no span."""
+        """Score documents `first` to `last`; positions whose span holds a token that is no target
+        have no span.
+        """
         documents = np.asarray(split.documents[first : last + 1], dtype=np.int64)
         start, end = int(documents[0]), int(documents[-1])
         pairs = [self.aligner.align(np.asarray(split.tokens[a:b])) for a, b in pairwise(documents)]
@@ -102,17 +115,23 @@ class ChunkScorer:
 
 
 class CachedSpans:
-    """Span likelihoods of a cache, found by stream position; spans that a batch does not hold whole are left out."""
+    """Span likelihoods of a cache, found by stream position; spans that a batch does not hold whole
+    are left out.
+    """
 
     def __init__(self, cache: Cache, name: str) -> None:
         shards = cache.manifest["shards"][name]
         if cache.manifest.get("alignment", {}).get("kind") != "chunks":
             raise UsageError(f"cache {cache.folder} holds distributions, no span likelihoods")
         self.starts = np.array([shard["start"] for shard in shards], dtype=np.int64)
-        self.maps = [np.memmap(cache.folder / shard["file"], dtype=SPAN, mode="r") for shard in shards]
+        self.maps = [
+            np.memmap(cache.folder / shard["file"], dtype=SPAN, mode="r") for shard in shards
+        ]
 
     def targets(self, batch: Batch, chosen: np.ndarray, device: torch.device) -> SpanTargets:
-        """Spans among the positions `chosen`, rising indices into the flattened (rows * row_length) batch."""
+        """Spans among the positions `chosen`, rising indices into the flattened (rows * row_length)
+        batch.
+        """
         stream, segments = batch.stream.ravel()[chosen], batch.segments.ravel()[chosen]
         rows = chosen // batch.stream.shape[1]
         records = gather(self.maps, self.starts, stream)
@@ -121,7 +140,9 @@ class CachedSpans:
         ends = begins + sizes[begins] - 1
         begins, ends = begins[ends < len(chosen)], ends[ends < len(chosen)]
         length = sizes[begins] - 1
-        whole = (stream[ends] - stream[begins] == length) & (chosen[ends] - chosen[begins] == length)
+        whole = (stream[ends] - stream[begins] == length) & (
+            chosen[ends] - chosen[begins] == length
+        )
         whole &= (segments[ends] == segments[begins]) & (rows[ends] == rows[begins])
         begins, length = begins[whole], length[whole] + 1
         spans = np.full(len(chosen), -1, dtype=np.int64)
@@ -134,4 +155,8 @@ class CachedSpans:
         """Positions that are in a span, spans, and the sum of the spans' log-likelihoods."""
         firsts = [shard[(shard["size"] > 0) & (shard["place"] == 0)] for shard in self.maps]
         covered = sum(int(np.count_nonzero(shard["size"])) for shard in self.maps)
-        return covered, sum(map(len, firsts)), sum(float(f["log_prob"].sum(dtype=np.float64)) for f in firsts)
+        return (
+            covered,
+            sum(map(len, firsts)),
+            sum(float(f["log_prob"].sum(dtype=np.float64)) for f in firsts),
+        )

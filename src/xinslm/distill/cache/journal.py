@@ -1,4 +1,6 @@
-"""An append-only file of work that is done: a whole line each, so that a kill costs what was under way and no more."""
+"""An append-only file of work that is done: a whole line each, so that a kill costs what was under
+way and no more.
+"""
 
 import json
 import os
@@ -9,7 +11,8 @@ from typing import Any
 
 
 class Journal:
-    """`with Journal(path) as journal:` reads what an earlier run left, drops half a line at its end, goes on behind it.
+    """`with Journal(path) as journal:` reads what an earlier run left, drops half a line at its
+    end, goes on behind it.
 
     Each entry is a JSON object.
     """
@@ -33,7 +36,10 @@ class Journal:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         self._file.close()
 
@@ -43,7 +49,9 @@ class Journal:
 
     def append(self, *entries: dict[str, Any]) -> None:
         """Write entries to the disk."""
-        self._file.write(b"".join(json.dumps(entry, ensure_ascii=False).encode() + b"\n" for entry in entries))
+        self._file.write(
+            b"".join(json.dumps(entry, ensure_ascii=False).encode() + b"\n" for entry in entries)
+        )
         self._file.flush()
         os.fsync(self._file.fileno())
 

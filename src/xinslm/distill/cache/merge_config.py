@@ -20,7 +20,9 @@ _MERGE = {
 
 @dataclass(frozen=True)
 class MergeConfig:
-    """Merge the caches of several teachers, made from one dataset, into one cache of their weighted mixture."""
+    """Merge the caches of several teachers, made from one dataset, into one cache of their weighted
+    mixture.
+    """
 
     caches: Annotated[tuple[Path, ...], tyro.conf.Positional]
     """Cache folders to merge, two or more, all made from one dataset."""
@@ -31,11 +33,17 @@ class MergeConfig:
     weights: tuple[float, ...] = ()
     """Weight of each cache, in their order; only ratios count. All the same, if not given."""
     domain_weights: Path | None = None
-    """YAML file with weights by source: a file's name or pattern ('code*.jsonl') to a list with a weight a cache."""
+    """YAML file with weights by source: a file's name or pattern ('code*.jsonl') to a list with a
+    weight a cache.
+    """
     token_temperature: float | None = None
-    """tau: weights each teacher at each token by p(token)^(1/tau) as well; small values trust the best one alone."""
+    """tau: weights each teacher at each token by p(token)^(1/tau) as well; small values trust the
+    best one alone.
+    """
     head: int | None = None
-    """Tokens kept exactly at each position; by default, and at most, the smallest head of the caches."""
+    """Tokens kept exactly at each position; by default, and at most, the smallest head of the
+    caches.
+    """
     draws: int | None = None
     """Tokens drawn from the rest of the mixture; by default the most draws of the caches."""
     shard_positions: int = 1 << 18
@@ -43,7 +51,9 @@ class MergeConfig:
     seed: int = 0
     """Seed of the draws."""
     repair: bool = False
-    """Make damaged and missing files of a finished cache again, and only those; give the options it was made with."""
+    """Make damaged and missing files of a finished cache again, and only those; give the options it
+    was made with.
+    """
     force: bool = False
     """Replace what stands in the output folder."""
 
@@ -61,8 +71,13 @@ class MergeConfig:
 def weight_errors(weights: tuple[float, ...], count: int, where: str) -> list[str]:
     """Sentences for what is wrong with the weights of `count` caches."""
     if len(weights) != count:
-        return [f"{where}: {len(weights)} weights are given for {count} caches; give one for each, in their order"]
+        return [
+            f"{where}: {len(weights)} weights are given for {count} caches; give one for "
+            "each, in their order"
+        ]
     if any(Range(0).problem(weight) for weight in weights) or not sum(weights) > 0:
         listed = " ".join(f"{weight:g}" for weight in weights)
-        return [f"{where} are {listed}, but each must be a finite number of at least 0, and one above 0"]
+        return [
+            f"{where} are {listed}, but each must be a finite number of at least 0, and one above 0"
+        ]
     return []

@@ -1,6 +1,8 @@
-"""Weights of several teachers' caches for each document: the same everywhere, or by the source it was read from.
+"""Weights of several teachers' caches for each document: the same everywhere, or by the source it
+was read from.
 
-A YAML file names sources by pattern, the first that fits counts; sources that none fits take the general weights.
+A YAML file names sources by pattern, the first that fits counts; sources that none fits take the
+general weights.
 
     code*.jsonl: [0, 1, 0]
     stories.txt: [2, 1, 1]
@@ -21,9 +23,15 @@ Table = dict[str, tuple[float, ...]]
 
 
 def document_weights(
-    weights: tuple[float, ...], domain_weights: Path | None, count: int, dataset: Dataset, split: str
+    weights: tuple[float, ...],
+    domain_weights: Path | None,
+    count: int,
+    dataset: Dataset,
+    split: str,
 ) -> np.ndarray:
-    """Weight of each of `count` caches in each document of a split, (documents, count) float64, rows summing to 1."""
+    """Weight of each of `count` caches in each document of a split, (documents, count) float64,
+    rows summing to 1.
+    """
     general = weights or (1.0,) * count
     if domain_weights is None:
         documents = len(dataset.split(split).document_bytes)
@@ -37,7 +45,9 @@ def document_weights(
 
 
 def read_table(path: Path, count: int) -> Table:
-    """Read a YAML file of patterns and weights, `count` of them each; a UsageError lists what is wrong."""
+    """Read a YAML file of patterns and weights, `count` of them each; a UsageError lists what is
+    wrong.
+    """
     try:
         content: Any = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -45,10 +55,14 @@ def read_table(path: Path, count: int) -> Table:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UsageError(f"--domain-weights {path}: not valid YAML: {error}") from None
     if not isinstance(content, dict) or not content:
-        raise UsageError(f"--domain-weights {path}: must hold lines such as 'code*.jsonl: [1, 0]', a source each")
+        raise UsageError(
+            f"--domain-weights {path}: must hold lines such as 'code*.jsonl: [1, 0]', a source each"
+        )
     wrong, table = [], {}
     for name, row in content.items():
-        numbers = isinstance(row, list) and all(isinstance(x, int | float) and not isinstance(x, bool) for x in row)
+        numbers = isinstance(row, list) and all(
+            isinstance(x, int | float) and not isinstance(x, bool) for x in row
+        )
         if not numbers:
             wrong.append(f"{path}: the weights of '{name}' must be a list of numbers, not {row!r}")
             continue
@@ -59,7 +73,9 @@ def read_table(path: Path, count: int) -> Table:
     return table
 
 
-def _of_sources(table: Table, names: list[str], general: tuple[float, ...], path: Path) -> np.ndarray:
+def _of_sources(
+    table: Table, names: list[str], general: tuple[float, ...], path: Path
+) -> np.ndarray:
     """Weights of each source, (sources, caches)."""
 
     def fits(name: str, pattern: str) -> bool:
@@ -68,7 +84,11 @@ def _of_sources(table: Table, names: list[str], general: tuple[float, ...], path
     for pattern in table:
         if not any(fits(name, pattern) for name in names):
             raise UsageError(
-                f"--domain-weights {path}: no source of the dataset is called '{pattern}'. It has: {', '.join(names)}"
+                f"--domain-weights {path}: no source of the dataset is called '{pattern}'. It "
+                f"has: {', '.join(names)}"
             )
-    rows = [next((row for pattern, row in table.items() if fits(name, pattern)), general) for name in names]
+    rows = [
+        next((row for pattern, row in table.items() if fits(name, pattern)), general)
+        for name in names
+    ]
     return np.array(rows, dtype=np.float64).reshape(len(names), len(general))

@@ -1,9 +1,10 @@
 """A weighted mixture of sparse distributions as one sparse distribution, without bias.
 
-Each part is h tokens exactly and the rest as mass with n draws, each of which stands for 1/n of it. All atoms, draws
-with their share of the mass, are put together by token. The tokens with the largest exact share become the head, with
-everything that is known of them; the others are drawn from again at n evenly spaced points of their distribution
-function (one uniform number a row), so that the expectation over the numbers is the mixture itself.
+Each part is h tokens exactly and the rest as mass with n draws, each of which stands for 1/n of it.
+All atoms, draws with their share of the mass, are put together by token. The tokens with the
+largest exact share become the head, with everything that is known of them; the others are drawn
+from again at n evenly spaced points of their distribution function (one uniform number a row), so
+that the expectation over the numbers is the mixture itself.
 """
 
 from collections.abc import Sequence
@@ -28,7 +29,9 @@ class Part:
     draws: np.ndarray
     """(N, n) int64."""
     has_draws: np.ndarray
-    """(N,) bool: whether the draws stand for the tail; where not, nothing is known of it but its mass."""
+    """(N,) bool: whether the draws stand for the tail; where not, nothing is known of it but its
+    mass.
+    """
 
 
 @dataclass(frozen=True)
@@ -48,7 +51,8 @@ class Mixture:
 
 
 def mix(parts: Sequence[Part], uniforms: np.ndarray, head: int, draws: int) -> Mixture:
-    """Add up parts of N rows; uniforms (N,) in [0, 1), independent of those the parts were drawn with.
+    """Add up parts of N rows; uniforms (N,) in [0, 1), independent of those the parts were drawn
+    with.
 
     `head` is at most the smallest head of the parts.
     """
@@ -69,7 +73,8 @@ def mix(parts: Sequence[Part], uniforms: np.ndarray, head: int, draws: int) -> M
 
 
 def _by_token(parts: Sequence[Part]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Atoms of all parts, each row sorted by token: ids, exact share and whole weight, all (N, atoms).
+    """Atoms of all parts, each row sorted by token: ids, exact share and whole weight, all (N,
+    atoms).
 
     The first of several atoms of a token has the sum; the others have weight 0 and exact share -1.
     """
@@ -80,7 +85,9 @@ def _by_token(parts: Sequence[Part]) -> tuple[np.ndarray, np.ndarray, np.ndarray
     at = heads
     for part in parts:
         count = part.draws.shape[1]
-        weight[:, at : at + count] = np.where(part.has_draws, part.tail / max(count, 1), 0.0)[:, None]
+        weight[:, at : at + count] = np.where(part.has_draws, part.tail / max(count, 1), 0.0)[
+            :, None
+        ]
         at += count
     bits = ids.shape[1].bit_length()
     keys = np.sort(ids << bits | np.arange(ids.shape[1]), axis=1)

@@ -2,8 +2,9 @@
 
     xinslm cache TEACHER --data-path data --output-dir cache
 
-Shards are written one by one, each atomically; a run that was stopped continues behind the last whole shard, and the
-result is the same. What a shard holds comes from a `Scorer`; this module knows folders only.
+Shards are written one by one, each atomically; a run that was stopped continues behind the last
+whole shard, and the result is the same. What a shard holds comes from a `Scorer`; this module knows
+folders only.
 """
 
 import shutil
@@ -24,7 +25,17 @@ from xinslm.distill.cache.chunks import SPAN, CachedSpans, ChunkScorer
 from xinslm.distill.cache.config import CacheConfig, head_size
 from xinslm.distill.cache.encoder_scorer import EncoderScorer, empty_format
 from xinslm.distill.cache.groups import GROUPS, GroupScorer, count_groups, group_maps
-from xinslm.distill.cache.records import FP16_FLOOR, KIND, PLAN, VALID, VERSION, Cache, CacheFormat, decode, suffix
+from xinslm.distill.cache.records import (
+    FP16_FLOOR,
+    KIND,
+    PLAN,
+    VALID,
+    VERSION,
+    Cache,
+    CacheFormat,
+    decode,
+    suffix,
+)
 from xinslm.distill.cache.repair import differing, reopen
 from xinslm.distill.cache.scorers import RECORDS, DenseScorer, Scorer
 from xinslm.distill.hidden.sketches import SKETCH, CachedSketches, SketchFormat, facts
@@ -39,7 +50,16 @@ from xinslm.teachers.endpoint import EndpointTeacher, is_endpoint
 from xinslm.teachers.open import open_teacher
 from xinslm.tokenizer.load import load_tokenizer
 
-PLACES = ("force", "repair", "output_dir", "data_path", "teacher", "tokenizer", "endpoint", "adapter")
+PLACES = (
+    "force",
+    "repair",
+    "output_dir",
+    "data_path",
+    "teacher",
+    "tokenizer",
+    "endpoint",
+    "adapter",
+)
 """Settings that say where things are and how they are reached, not what is computed."""
 
 
@@ -69,55 +89,78 @@ class CacheResult:
         """Lines for the terminal."""
         lines = [f"cache       {self.folder}"]
         if self.alignment != "same":
-            lines.append(f"alignment   {self.alignment}; {self.share:.1%} of the targets have the teacher's word")
+            lines.append(
+                f"alignment   {self.alignment}; {self.share:.1%} of the targets have the "
+                "teacher's word"
+            )
         if self.spans:
             lines += [
-                f"positions   {self.positions:,} in {self.spans:,} spans; {self.record_bytes} bytes each",
+                f"positions   {self.positions:,} in {self.spans:,} spans; {self.record_bytes} "
+                "bytes each",
                 f"teacher     {self.teacher_nats:.4f} nats a token of the dataset's",
             ]
         elif self.positions:
             lines += [
-                f"positions   {self.positions:,} scored of {self.stream_bytes // self.record_bytes:,} in the stream; "
+                f"positions   {self.positions:,} scored of "
+                f"{self.stream_bytes // self.record_bytes:,} in the stream; "
                 f"{self.record_bytes} bytes each, {self.stream_bytes:,} in all",
-                f"teacher     {self.teacher_nats:.4f} nats a token; {self.tail_mass:.1%} of its mass outside the head",
+                f"teacher     {self.teacher_nats:.4f} nats a token; {self.tail_mass:.1%} of its "
+                "mass outside the head",
             ]
         if self.sketch_bytes:
-            lines.append(f"sketches    of {self.sketched:,} positions; {self.sketch_bytes} bytes each")
+            lines.append(
+                f"sketches    of {self.sketched:,} positions; {self.sketch_bytes} bytes each"
+            )
         return "\n".join([*lines, f"time        {self.seconds:.0f} s"])
 
 
-def run(config: CacheConfig, on_progress: Listener = ignore, api_key: str | None = None) -> CacheResult:
+def run(
+    config: CacheConfig, on_progress: Listener = ignore, api_key: str | None = None
+) -> CacheResult:
     """Score both splits of a dataset with a teacher; `api_key` is for one behind a URL.
 
-    Raises UsageError where no way leads from the teacher's tokenizer to the dataset's, and for an output
-    folder that holds something else; XinslmError for a teacher that yields numbers that are not finite.
+    Raises UsageError where no way leads from the teacher's tokenizer to the dataset's, and for an
+    output folder that holds something else; XinslmError for a teacher that yields numbers that are
+    not finite.
     """
     config.check()
     started = time.monotonic()
     dataset = open_dataset(config.data_path)
     if config.adapter is not None and find_encoder(config.teacher) is not None:
-        raise UsageError(f"--adapter is for language models, and {config.teacher} is an encoder. Leave it out")
+        raise UsageError(
+            f"--adapter is for language models, and {config.teacher} is an encoder. Leave it out"
+        )
     if is_endpoint(config.teacher) and config.adapter is None:
         return _run_endpoint(config, dataset, api_key, on_progress)
     if (encoder := find_encoder(config.teacher)) is not None:
         return _run_encoder(config, dataset, encoder, started, on_progress)
     teacher = open_teacher(
-        config.teacher, config.dtype, pick_device(config.device), config.revision, config.trust_remote_code,
-        config.tokenizer, adapter=config.adapter,
-    )  # fmt: skip
+        config.teacher,
+        config.dtype,
+        pick_device(config.device),
+        config.revision,
+        config.trust_remote_code,
+        config.tokenizer,
+        adapter=config.adapter,
+    )
     assert not isinstance(teacher, EndpointTeacher), "these went another way"
     require_context(config.max_seq_length, teacher.max_length, f"teacher {config.teacher}")
     support = read_support(dataset)
-    way = relate(dataset, teacher, config.alignment, bool(config.sketch_depths) or support is not None)
+    way = relate(
+        dataset, teacher, config.alignment, bool(config.sketch_depths) or support is not None
+    )
     vocab_size = dataset.manifest["vocab_size"]
-    head = min(head_size(config.head, config.draws) if support is None else support.head, vocab_size - 1)
+    head = min(
+        head_size(config.head, config.draws) if support is None else support.head, vocab_size - 1
+    )
     fmt = CacheFormat(vocab_size, head, config.draws, config.temperature)
     sketches = _sketches(config, teacher) if config.sketch_depths else None
     scorer: Scorer
     if isinstance(way, SpanAligner):
         if sketches is not None or support is not None:
             raise UsageError(
-                f"{way.kind} keeps neither sketches nor the student's own tokens: leave out --alignment {way.kind}"
+                f"{way.kind} keeps neither sketches nor the student's own tokens: leave out "
+                f"--alignment {way.kind}"
             )
         if isinstance(way, PrefixAligner):
             fmt = CacheFormat(vocab_size, min(config.head or GROUPS, vocab_size - 1), 0, 1.0)
@@ -131,12 +174,17 @@ def run(config: CacheConfig, on_progress: Listener = ignore, api_key: str | None
     return _summarise(config.output_dir, time.monotonic() - started)
 
 
-def _run_endpoint(config: CacheConfig, dataset: Dataset, api_key: str | None, on_progress: Listener) -> CacheResult:
+def _run_endpoint(
+    config: CacheConfig, dataset: Dataset, api_key: str | None, on_progress: Listener
+) -> CacheResult:
     """Let a server score the documents, if it can."""
     from xinslm.distill.cache.endpoint_scorer import EndpointScorer, endpoint_format
 
     if config.sketch_depths:
-        raise UsageError("an endpoint gives no hidden states: leave sketch_depths out, or cache from the model's files")
+        raise UsageError(
+            "an endpoint gives no hidden states: leave sketch_depths out, or cache "
+            "from the model's files"
+        )
     fmt = endpoint_format(dataset.manifest["vocab_size"], head_size(config.head, 0))
     teacher = EndpointTeacher(config.teacher, config.endpoint, fmt.head, config.tokenizer, api_key)
     teacher.require_scoring()
@@ -146,9 +194,16 @@ def _run_endpoint(config: CacheConfig, dataset: Dataset, api_key: str | None, on
 
 
 def write_cache(
-    config: CacheConfig, dataset: Dataset, teacher: Any, fmt: CacheFormat, scorer: Scorer, on_progress: Listener
+    config: CacheConfig,
+    dataset: Dataset,
+    teacher: Any,
+    fmt: CacheFormat,
+    scorer: Scorer,
+    on_progress: Listener,
 ) -> CacheResult:
-    """Write the cache that `scorer` fills; `teacher` is named in the manifest by its fingerprint and tokenizer's."""
+    """Write the cache that `scorer` fills; `teacher` is named in the manifest by its fingerprint
+    and tokenizer's.
+    """
     started = time.monotonic()
     _begin(config, _plan(config, dataset, teacher, fmt, scorer))
     _write(config, dataset, scorer, on_progress)
@@ -161,7 +216,8 @@ def _run_encoder(
     """Score with a teacher that gives hidden states only."""
     if not config.sketch_depths:
         raise UsageError(
-            f"{config.teacher} is an encoder: it gives hidden states, no next tokens. Say which depths to keep, with "
+            f"{config.teacher} is an encoder: it gives hidden states, no next tokens. Say which "
+            "depths to keep, with "
             f"--sketch-depths 1.0 for its last block"
         )
     teacher = EncoderTeacher(config.teacher, folder, config.dtype, pick_device(config.device))
@@ -174,13 +230,20 @@ def _run_encoder(
     return _summarise(config.output_dir, time.monotonic() - started)
 
 
-def _sketches(config: CacheConfig, teacher: HiddenTeacher | EncoderTeacher, alone: bool = False) -> SketchFormat:
-    return SketchFormat.of(config.sketch_depths, teacher.num_layers, teacher.hidden_size, config.sketch_width, alone)
+def _sketches(
+    config: CacheConfig, teacher: HiddenTeacher | EncoderTeacher, alone: bool = False
+) -> SketchFormat:
+    return SketchFormat.of(
+        config.sketch_depths, teacher.num_layers, teacher.hidden_size, config.sketch_width, alone
+    )
 
 
 def _write(config: CacheConfig, dataset: Dataset, scorer: Scorer, on_progress: Listener) -> None:
     """Let the scorer fill every shard that is not there yet, then make the folder whole."""
-    shards = {name: _cut(dataset.split(name), config.shard_positions) for name in dataset.manifest["splits"]}
+    shards = {
+        name: _cut(dataset.split(name), config.shard_positions)
+        for name in dataset.manifest["splits"]
+    }
     total = sum(int(dataset.split(name).documents[-1]) for name in shards)
     done = 0
     listed: dict[str, list[dict[str, Any]]] = {}
@@ -193,7 +256,10 @@ def _write(config: CacheConfig, dataset: Dataset, scorer: Scorer, on_progress: L
             listed[name].append({"file": files[RECORDS], "start": start, "positions": end - start})
             paths = {plane: config.output_dir / file for plane, file in files.items()}
             sizes = {plane: (end - start) * item.itemsize for plane, item in scorer.planes.items()}
-            if not all(path.is_file() and path.stat().st_size == sizes[plane] for plane, path in paths.items()):
+            if not all(
+                path.is_file() and path.stat().st_size == sizes[plane]
+                for plane, path in paths.items()
+            ):
                 base = done
 
                 def tell(positions: int, base: int = base) -> None:
@@ -204,29 +270,45 @@ def _write(config: CacheConfig, dataset: Dataset, scorer: Scorer, on_progress: L
                 planes = scorer.shard(split, first, last, scratch, tell)
                 for plane, path in paths.items():
                     with new_file(path) as partial:
-                        partial.write_bytes(planes[plane].tobytes())  # tofile would lose the errno of a full disk
+                        # tofile would lose the errno of a full disk
+                        partial.write_bytes(planes[plane].tobytes())
                 scratch.unlink(missing_ok=True)
             done += end - start
             on_progress(Progress("cache", done, total, "tokens"))
     plan = read_json(config.output_dir / PLAN)
     assert isinstance(plan, dict)
-    kept = {f"{row['file'].removesuffix('.bin')}{suffix(p)}" for rows in listed.values() for row in rows
-            for p in scorer.planes}  # fmt: skip
+    kept = {
+        f"{row['file'].removesuffix('.bin')}{suffix(p)}"
+        for rows in listed.values()
+        for row in rows
+        for p in scorer.planes
+    }
     _remove_other_files(config.output_dir, kept)
-    content = {"format": plan["format"], "settings": plan["settings"], "planes": sorted(scorer.planes)}
+    content = {
+        "format": plan["format"],
+        "settings": plan["settings"],
+        "planes": sorted(scorer.planes),
+    }
     content |= {"shards": listed, "dataset_path": str(config.data_path)}
     covered = _covered(config.output_dir, dataset, listed, scorer)
     content["alignment"] = plan.get("alignment", {"kind": "same"}) | covered
     if SKETCH in plan:
         content[SKETCH] = plan[SKETCH]
-    write_manifest(config.output_dir, KIND, VERSION, to_dict(config), plan["inputs"], skip=(PLAN,), **content)
+    write_manifest(
+        config.output_dir, KIND, VERSION, to_dict(config), plan["inputs"], skip=(PLAN,), **content
+    )
     (config.output_dir / PLAN).unlink()
 
 
 def _plan(
-    config: CacheConfig, dataset: Dataset, teacher: DenseTeacher | EncoderTeacher, fmt: CacheFormat, scorer: Scorer,
-    sketches: SketchFormat | None = None, alignment: str = "same",
-) -> dict[str, Any]:  # fmt: skip
+    config: CacheConfig,
+    dataset: Dataset,
+    teacher: DenseTeacher | EncoderTeacher,
+    fmt: CacheFormat,
+    scorer: Scorer,
+    sketches: SketchFormat | None = None,
+    alignment: str = "same",
+) -> dict[str, Any]:
     settings = {k: v for k, v in to_dict(config).items() if k not in PLACES}
     return {
         "format": asdict(fmt),
@@ -240,7 +322,7 @@ def _plan(
         },
         "alignment": {"kind": alignment},
         **({} if sketches is None else {SKETCH: facts(sketches)}),
-    }  # fmt: skip
+    }
 
 
 def _begin(config: CacheConfig, plan: dict[str, Any]) -> None:
@@ -255,7 +337,8 @@ def _begin(config: CacheConfig, plan: dict[str, Any]) -> None:
         found = read_json(note)
         if other := differing(found, plan, ("format", "settings", "planes", "inputs")):
             raise UsageError(
-                f"{folder} holds an unfinished cache made with another {', '.join(other)}. Run the command that "
+                f"{folder} holds an unfinished cache made with another {', '.join(other)}. Run "
+                "the command that "
                 f"began it, choose another --output-dir, or add --force to begin anew"
             )
         return
@@ -309,44 +392,88 @@ def _summarise(folder: Path, seconds: float) -> CacheResult:
             told = valid["log_label"].astype(np.float64)  # at the floor where it is not known
             nats -= float(told[told > FP16_FLOOR].sum())
             tail += (
-                float(np.exp(decode(valid, cache.format).log_tail.numpy()).sum(dtype=np.float64)) if len(valid) else 0.0
+                float(np.exp(decode(valid, cache.format).log_tail.numpy()).sum(dtype=np.float64))
+                if len(valid)
+                else 0.0
             )
     sketched = sketch_bytes = 0
     if SKETCH in cache.manifest:
         planes = [CachedSketches(cache, name) for name in cache.manifest["shards"]]
-        sketched, sketch_bytes = sum(plane.count() for plane in planes), planes[0].format.dtype.itemsize
+        sketched, sketch_bytes = (
+            sum(plane.count() for plane in planes),
+            planes[0].format.dtype.itemsize,
+        )
     average, record_bytes = max(positions, 1), cache.format.dtype.itemsize
     return CacheResult(
-        folder, positions, size, record_bytes, nats / average, tail / average, seconds, sketched, sketch_bytes,
-        alignment["kind"], alignment["covered"] / max(alignment["targets"], 1),
-    )  # fmt: skip
+        folder,
+        positions,
+        size,
+        record_bytes,
+        nats / average,
+        tail / average,
+        seconds,
+        sketched,
+        sketch_bytes,
+        alignment["kind"],
+        alignment["covered"] / max(alignment["targets"], 1),
+    )
 
 
 def _summarise_chunks(cache: Cache, seconds: float) -> CacheResult:
     planes = [CachedSpans(cache, name) for name in cache.manifest["shards"]]
     counts = np.array([plane.count() for plane in planes]).sum(axis=0)
-    alignment, size = cache.manifest["alignment"], sum(shard.nbytes for plane in planes for shard in plane.maps)
+    alignment, size = (
+        cache.manifest["alignment"],
+        sum(shard.nbytes for plane in planes for shard in plane.maps),
+    )
     positions, spans = int(counts[0]), int(counts[1])
     return CacheResult(
-        cache.folder, positions, size, SPAN.itemsize, -counts[2] / max(positions, 1), 0.0, seconds,
-        alignment="chunks", share=alignment["covered"] / max(alignment["targets"], 1), spans=spans,
-    )  # fmt: skip
+        cache.folder,
+        positions,
+        size,
+        SPAN.itemsize,
+        -counts[2] / max(positions, 1),
+        0.0,
+        seconds,
+        alignment="chunks",
+        share=alignment["covered"] / max(alignment["targets"], 1),
+        spans=spans,
+    )
 
 
 def _summarise_groups(cache: Cache, seconds: float) -> CacheResult:
     splits = [group_maps(cache, name) for name in cache.manifest["shards"]]
     counts = np.array([count_groups(maps) for maps in splits]).sum(axis=0)
-    alignment, size = cache.manifest["alignment"], sum(shard.nbytes for maps in splits for shard in maps)
+    alignment, size = (
+        cache.manifest["alignment"],
+        sum(shard.nbytes for maps in splits for shard in maps),
+    )
     return CacheResult(
-        cache.folder, int(counts[0]), size, splits[0][0].dtype.itemsize, -counts[1] / max(counts[2], 1), 0.0, seconds,
-        alignment="prefixes", share=alignment["covered"] / max(alignment["targets"], 1),
-    )  # fmt: skip
+        cache.folder,
+        int(counts[0]),
+        size,
+        splits[0][0].dtype.itemsize,
+        -counts[1] / max(counts[2], 1),
+        0.0,
+        seconds,
+        alignment="prefixes",
+        share=alignment["covered"] / max(alignment["targets"], 1),
+    )
 
 
-def _covered(folder: Path, dataset: Dataset, listed: dict[str, list[dict[str, Any]]], scorer: Scorer) -> dict[str, int]:
+def _covered(
+    folder: Path, dataset: Dataset, listed: dict[str, list[dict[str, Any]]], scorer: Scorer
+) -> dict[str, int]:
     """How many positions count as targets, and of how many of them the records say something."""
     item = scorer.planes[RECORDS]
     name, bits = ("size", 255) if item == SPAN else ("flags", VALID)
-    files = [np.memmap(folder / row["file"], dtype=item, mode="r") for rows in listed.values() for row in rows]
+    files = [
+        np.memmap(folder / row["file"], dtype=item, mode="r")
+        for rows in listed.values()
+        for row in rows
+    ]
     targets = sum(dataset.manifest["splits"][name]["targets"] for name in listed)
-    return {"targets": targets, "covered": sum(int(np.count_nonzero(file[name] & bits)) for file in files)}
+    return {
+        "targets": targets,
+        "covered": sum(int(np.count_nonzero(file[name] & bits)) for file in files),
+    }

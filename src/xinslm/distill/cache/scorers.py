@@ -1,8 +1,10 @@
-"""What the stage `cache` asks for the planes of a shard, and the answer of a teacher that gives whole distributions.
+"""What the stage `cache` asks for the planes of a shard, and the answer of a teacher that gives
+whole distributions.
 
-A plane holds one fixed-size item for each position of the token stream. Every cache has the plane `records`; others
-(sketches of hidden states) stand in files beside it. Sequences are batched by length, the head is applied to a few
-hundred rows at a time, and only positions whose next token counts as a target are scored.
+A plane holds one fixed-size item for each position of the token stream. Every cache has the plane
+`records`; others (sketches of hidden states) stand in files beside it. Sequences are batched by
+length, the head is applied to a few hundred rows at a time, and only positions whose next token
+counts as a target are scored.
 """
 
 from collections.abc import Callable, Iterator
@@ -32,7 +34,9 @@ LOGITS_AT_ONCE = 1 << 23
 
 
 class Scorer(Protocol):
-    """Scores runs of documents; what it gives depends on nothing but the documents, so that shards can be redone."""
+    """Scores runs of documents; what it gives depends on nothing but the documents, so that shards
+    can be redone.
+    """
 
     planes: dict[str, np.dtype[Any]]
     """Name of each plane -> type of one position's item; `records` is among them."""
@@ -42,15 +46,17 @@ class Scorer(Protocol):
     ) -> dict[str, np.ndarray]:
         """Planes of documents `first` to `last` (not included), one item a token of theirs.
 
-        `scratch` is a file of the scorer's own that survives an interruption and is deleted when the shard is
-        written; `tell` takes the number of tokens done so far in this shard.
+        `scratch` is a file of the scorer's own that survives an interruption and is deleted when
+        the shard is written; `tell` takes the number of tokens done so far in this shard.
         """
         ...
 
 
 @dataclass(frozen=True)
 class Work:
-    """A run of documents as the teacher reads them, and which of its rows say what about which stream position."""
+    """A run of documents as the teacher reads them, and which of its rows say what about which
+    stream position.
+    """
 
     tokens: np.ndarray
     """Teacher ids, documents one behind the other."""
@@ -63,25 +69,40 @@ class Work:
     rows: np.ndarray
     """For each position, the row of `tokens` whose prediction covers it; never falls."""
     prefixes: np.ndarray | None
-    """For each position, the number of the pieces of a teacher token that have come, 0 at a boundary of the teacher;
-    None where the tokenizers are the same."""
+    """For each position, the number of the pieces of a teacher token that have come, 0 at a
+    boundary of the teacher; None where the tokenizers are the same."""
     kept: np.ndarray | None = None
-    """Which of the documents' targets these positions are, where the teacher has no word on others."""
+    """Which of the documents' targets these positions are, where the teacher has no word on
+    others.
+    """
     path_ends: np.ndarray | None = None
-    """For each position, the row behind the teacher tokens that spell its label; -1 where none do (`bytewise`)."""
+    """For each position, the row behind the teacher tokens that spell its label; -1 where none do
+    (`bytewise`).
+    """
 
 
 class DenseScorer:
     """Sparse records from a teacher that gives its logits over the whole vocabulary."""
 
     def __init__(
-        self, teacher: DenseTeacher, push: Push | None, fmt: CacheFormat, config: CacheConfig,
-        sketches: SketchFormat | None = None, support: Support | None = None,
-    ) -> None:  # fmt: skip
-        """With `sketches`, the teacher must be a `HiddenTeacher`; `support` says which tokens the heads hold."""
+        self,
+        teacher: DenseTeacher,
+        push: Push | None,
+        fmt: CacheFormat,
+        config: CacheConfig,
+        sketches: SketchFormat | None = None,
+        support: Support | None = None,
+    ) -> None:
+        """With `sketches`, the teacher must be a `HiddenTeacher`; `support` says which tokens the
+        heads hold.
+        """
         self.teacher, self.push, self.format, self.config = teacher, push, fmt, config
         self.sketches, self.support = sketches, support
-        self.planes = {RECORDS: fmt.dtype} if sketches is None else {RECORDS: fmt.dtype, SKETCH: sketches.dtype}
+        self.planes = (
+            {RECORDS: fmt.dtype}
+            if sketches is None
+            else {RECORDS: fmt.dtype, SKETCH: sketches.dtype}
+        )
 
     def shard(
         self, split: Split, first: int, last: int, scratch: Path, tell: Callable[[int], None]
@@ -94,7 +115,16 @@ class DenseScorer:
         if support is not None and work.kept is not None:
             support = support[work.kept]
         records = _score(
-            work, start, end - start, self.teacher, self.push, self.format, self.config, tell, writer, support
+            work,
+            start,
+            end - start,
+            self.teacher,
+            self.push,
+            self.format,
+            self.config,
+            tell,
+            writer,
+            support,
         )
         return {RECORDS: records} if writer is None else {RECORDS: records, SKETCH: writer.records}
 
@@ -107,7 +137,9 @@ def _work(split: Split, first: int, last: int, push: Push | None) -> Work:
     counts = np.asarray(split.mask[start:end]) != 0
     targets = np.flatnonzero(counts)
     if push is None:
-        return Work(tokens, documents - start, start + targets - 1, tokens[targets], targets - 1, None)
+        return Work(
+            tokens, documents - start, start + targets - 1, tokens[targets], targets - 1, None
+        )
     rows = np.full(len(tokens), -1, dtype=np.int64)
     prefixes, path_ends = np.full_like(rows, -1), np.full_like(rows, -1)
     teacher_tokens: list[np.ndarray] = []
@@ -117,22 +149,37 @@ def _work(split: Split, first: int, last: int, push: Push | None) -> Work:
         rows[a + 1 : b] = aligned.rows + offsets[-1]
         prefixes[a + 1 : b] = aligned.prefixes
         if isinstance(aligned, ByteAlignment):
-            path_ends[a + 1 : b] = np.where(aligned.path_ends >= 0, aligned.path_ends + offsets[-1], -1)
+            path_ends[a + 1 : b] = np.where(
+                aligned.path_ends >= 0, aligned.path_ends + offsets[-1], -1
+            )
         teacher_tokens.append(aligned.teacher_ids)
         offsets.append(offsets[-1] + len(aligned.teacher_ids))
     kept = np.flatnonzero(prefixes[targets] >= 0)
     targets = targets[kept]
     return Work(
-        np.concatenate(teacher_tokens), np.array(offsets), start + targets - 1, tokens[targets], rows[targets],
-        prefixes[targets], kept, path_ends[targets],
-    )  # fmt: skip
+        np.concatenate(teacher_tokens),
+        np.array(offsets),
+        start + targets - 1,
+        tokens[targets],
+        rows[targets],
+        prefixes[targets],
+        kept,
+        path_ends[targets],
+    )
 
 
 def _score(
-    work: Work, start: int, count: int, teacher: DenseTeacher, push: Push | None, fmt: CacheFormat,
-    config: CacheConfig, tell: Callable[[int], None], writer: SketchWriter | None = None,
+    work: Work,
+    start: int,
+    count: int,
+    teacher: DenseTeacher,
+    push: Push | None,
+    fmt: CacheFormat,
+    config: CacheConfig,
+    tell: Callable[[int], None],
+    writer: SketchWriter | None = None,
     support: np.ndarray | None = None,
-) -> np.ndarray:  # fmt: skip
+) -> np.ndarray:
     """Records of one shard, (count,); positions that are no targets keep flag 0."""
     records = np.zeros(count, dtype=fmt.dtype)
     starts, lengths = sequences(work.documents, config.max_seq_length)
@@ -144,7 +191,9 @@ def _score(
         if writer is None:
             states = teacher.states(texts)
         else:
-            states, hidden = cast(HiddenTeacher, teacher).states_and_hidden(texts, writer.format.depths)
+            states, hidden = cast(HiddenTeacher, teacher).states_and_hidden(
+                texts, writer.format.depths
+            )
         picked, offset = [], 0
         state_rows = []
         for k in batch:
@@ -161,32 +210,51 @@ def _score(
             paths = label_paths(work, which, of_state, inputs, states, teacher, push, chunk)
         for at in range(0, len(which), chunk):
             part = which[at : at + chunk]
-            logits = teacher.logits(states[torch.from_numpy(of_state[at : at + chunk]).to(states.device)])
+            logits = teacher.logits(
+                states[torch.from_numpy(of_state[at : at + chunk]).to(states.device)]
+            )
             probs = torch.softmax(logits, dim=1)
             if push is not None and work.prefixes is not None:
                 probs = push(probs, work.prefixes[part])
             records[work.positions[part] - start] = _encode(
-                probs, work, part, fmt, config.seed, teacher.name, None if support is None else support[part],
+                probs,
+                work,
+                part,
+                fmt,
+                config.seed,
+                teacher.name,
+                None if support is None else support[part],
                 None if paths is None else paths[at : at + chunk],
-            )  # fmt: skip
+            )
         seen += int(lengths[batch].sum())
         tell(min(seen, count))
     return records
 
 
 def label_paths(
-    work: Work, which: np.ndarray, of_state: np.ndarray, inputs: list[slice], states: Tensor, teacher: DenseTeacher,
-    push: BytePush, chunk: int,
-) -> Tensor:  # fmt: skip
-    """Probabilities of the labels of positions `which` by the teacher tokens that spell them, (N,) float32.
+    work: Work,
+    which: np.ndarray,
+    of_state: np.ndarray,
+    inputs: list[slice],
+    states: Tensor,
+    teacher: DenseTeacher,
+    push: BytePush,
+    chunk: int,
+) -> Tensor:
+    """Probabilities of the labels of positions `which` by the teacher tokens that spell them, (N,)
+    float32.
 
-    `of_state` says which row of `states` covers a position, `inputs` which tokens of `work` the states are of. NaN
-    where no path lies within one sequence, and where the push-forward knows the label anyway.
+    `of_state` says which row of `states` covers a position, `inputs` which tokens of `work` the
+    states are of. NaN where no path lies within one sequence, and where the push-forward knows the
+    label anyway.
     """
     assert work.path_ends is not None and work.prefixes is not None
-    last = np.concatenate([np.full(s.stop - s.start, at + s.stop - s.start - 1) for s, at in _placed(inputs)])
+    last = np.concatenate(
+        [np.full(s.stop - s.start, at + s.stop - s.start - 1) for s, at in _placed(inputs)]
+    )
     following = np.concatenate([work.tokens[s.start + 1 : s.stop + 1] for s in inputs])
-    behind = of_state + work.path_ends[which] - work.rows[which] - 1  # the state that covers what follows the path
+    # the state that covers what follows the path
+    behind = of_state + work.path_ends[which] - work.rows[which] - 1
     usable = (work.path_ends[which] >= 0) & (work.prefixes[which] == 0) & (behind <= last[of_state])
     places = np.flatnonzero(usable & ~push.exact[work.labels[which]])
     out = torch.full((len(which),), torch.nan)
@@ -196,7 +264,9 @@ def label_paths(
         rows = slice(at, min(at + chunk, len(states)))
         probs = torch.softmax(teacher.logits(states[rows]), dim=1)
         ids = torch.from_numpy(following[rows]).to(probs.device)
-        log_probs[at + 1 : rows.stop + 1] = probs.gather(1, ids[:, None])[:, 0].cpu().clamp_min(1e-30).double().log()
+        log_probs[at + 1 : rows.stop + 1] = (
+            probs.gather(1, ids[:, None])[:, 0].cpu().clamp_min(1e-30).double().log()
+        )
         here = order[slice(*np.searchsorted(behind[order], (at, rows.stop)))]
         of_row = torch.from_numpy(behind[here] - at).to(probs.device)
         out[here] = push.stay(probs[of_row], work.labels[which[here]]).cpu()
@@ -211,9 +281,14 @@ def _placed(inputs: list[slice]) -> list[tuple[slice, int]]:
 
 
 def predictions(
-    teacher: DenseTeacher, tokens: np.ndarray, documents: np.ndarray, config: CacheConfig, tell: Callable[[int], None]
+    teacher: DenseTeacher,
+    tokens: np.ndarray,
+    documents: np.ndarray,
+    config: CacheConfig,
+    tell: Callable[[int], None],
 ) -> Iterator[tuple[np.ndarray, Tensor]]:
-    """Logits (rows, vocabulary) of the teacher's own tokens, and the places (rows,) of the tokens they predict.
+    """Logits (rows, vocabulary) of the teacher's own tokens, and the places (rows,) of the tokens
+    they predict.
 
     documents: offsets into `tokens`. A document's first token is predicted by nothing.
     """
@@ -230,23 +305,35 @@ def predictions(
 
 
 def _sketch(
-    work: Work, which: np.ndarray, of_state: np.ndarray, start: int, hidden: list[Tensor], writer: SketchWriter,
+    work: Work,
+    which: np.ndarray,
+    of_state: np.ndarray,
+    start: int,
+    hidden: list[Tensor],
+    writer: SketchWriter,
     name: str,
-) -> None:  # fmt: skip
+) -> None:
     """Sketch the hidden states of positions at whose end a teacher token ends, too."""
     ends = np.ones(len(which), dtype=bool) if work.prefixes is None else work.prefixes[which] == 0
     try:
         writer.put(hidden, of_state[ends], work.positions[which[ends]] - start)
     except FloatingPointError as error:
         raise XinslmError(
-            f"teacher {name}: {error}. Try --dtype float32, or look at the weights; finished shards are kept"
+            f"teacher {name}: {error}. Try --dtype float32, or look at the weights; finished "
+            "shards are kept"
         ) from None
 
 
 def _encode(
-    probs: Tensor, work: Work, part: np.ndarray, fmt: CacheFormat, seed: int, name: str,
-    support: np.ndarray | None = None, paths: Tensor | None = None,
-) -> np.ndarray:  # fmt: skip
+    probs: Tensor,
+    work: Work,
+    part: np.ndarray,
+    fmt: CacheFormat,
+    seed: int,
+    name: str,
+    support: np.ndarray | None = None,
+    paths: Tensor | None = None,
+) -> np.ndarray:
     if probs.device.type == "mps":  # no float64 there, which the draws need
         probs = probs.cpu()
     device = probs.device
@@ -255,14 +342,20 @@ def _encode(
     try:
         heads = None
         if support is not None:
-            heads = head_ids(probs, torch.from_numpy(support.astype(np.int64)).to(device), labels, fmt.head)
+            heads = head_ids(
+                probs, torch.from_numpy(support.astype(np.int64)).to(device), labels, fmt.head
+            )
         told = None
-        if paths is not None:  # told, not taught: known of the text's token alone it would teach less than the text
+        # told, not taught: known of the text's token alone it would teach less than the text
+        if paths is not None:
             told = torch.where(
-                torch.isfinite(paths).to(device), paths.to(device), probs.gather(1, labels[:, None])[:, 0]
+                torch.isfinite(paths).to(device),
+                paths.to(device),
+                probs.gather(1, labels[:, None])[:, 0],
             )
         return encode(probs, labels, positions, fmt, seed, heads, told)
     except FloatingPointError as error:
         raise XinslmError(
-            f"teacher {name}: {error}. Try --dtype float32, or look at the weights; finished shards are kept"
+            f"teacher {name}: {error}. Try --dtype float32, or look at the weights; finished "
+            "shards are kept"
         ) from None

@@ -1,11 +1,13 @@
-"""The losses on hidden states as the training loop uses them: schedules, trained maps and their optimiser.
+"""The losses on hidden states as the training loop uses them: schedules, trained maps and their
+optimiser.
 
     weight(step) * sum over the step's positions / (target positions of the whole step)
 
-That is exact for the projector's error however a step is split into micro-batches. CKA and InfoNCE compare the
-positions of one micro-batch with each other: each counts by its share of the step's target positions. Positions where
-no teacher token ends have no part. The maps are no part of the model: they stand in files of their own in a checkpoint
-and are trained by an AdamW of their own, whatever trains the model.
+That is exact for the projector's error however a step is split into micro-batches. CKA and InfoNCE
+compare the positions of one micro-batch with each other: each counts by its share of the step's
+target positions. Positions where no teacher token ends have no part. The maps are no part of the
+model: they stand in files of their own in a checkpoint and are trained by an AdamW of their own,
+whatever trains the model.
 """
 
 import math
@@ -27,19 +29,24 @@ from xinslm.files import manifest_fingerprint
 from xinslm.model.config import ModelConfig
 
 Figures = dict[str, tuple[float, int]]
-"""Name of a term -> its sum over positions without the weight, and how many positions there were."""
+"""Name of a term -> its sum over positions without the weight, and how many positions there
+were.
+"""
 
 
 def add_figures(a: Figures, b: Figures) -> Figures:
     """Figures of two micro-batches together."""
-    return {name: (a.get(name, (0.0, 0))[0] + x, a.get(name, (0.0, 0))[1] + n) for name, (x, n) in b.items()} | {
-        name: figure for name, figure in a.items() if name not in b
-    }
+    return {
+        name: (a.get(name, (0.0, 0))[0] + x, a.get(name, (0.0, 0))[1] + n)
+        for name, (x, n) in b.items()
+    } | {name: figure for name, figure in a.items() if name not in b}
 
 
 @dataclass(frozen=True)
 class Pair:
-    """A depth of the student, which of the source's sketches it meets, and which map leads from one to the other."""
+    """A depth of the student, which of the source's sketches it meets, and which map leads from one
+    to the other.
+    """
 
     depth: int
     column: int
@@ -50,28 +57,44 @@ class Auxiliary:
     """Losses on the hidden states of a student with `num_layers` blocks of width `hidden_size`."""
 
     def __init__(
-        self, hidden: HiddenConfig, contrast: ContrastConfig, source: HiddenSource, num_layers: int, hidden_size: int,
-        total_steps: int, seed: int, betas: tuple[float, float], device: torch.device,
-    ) -> None:  # fmt: skip
+        self,
+        hidden: HiddenConfig,
+        contrast: ContrastConfig,
+        source: HiddenSource,
+        num_layers: int,
+        hidden_size: int,
+        total_steps: int,
+        seed: int,
+        betas: tuple[float, float],
+        device: torch.device,
+    ) -> None:
         self.hidden, self.contrast, self.source, self.seed = hidden, contrast, source, seed
         self.total_steps = total_steps
         shares = hidden.depths if hidden.weight else ()
         mapped = hidden.kind == "projector"
         self.pairs = [
-            Pair(depth_at(share, num_layers), source.format.column(share, source.name), n if mapped else None)
+            Pair(
+                depth_at(share, num_layers),
+                source.format.column(share, source.name),
+                n if mapped else None,
+            )
             for n, share in enumerate(shares)
         ]
         self.contrasted = None
         if contrast.weight:
             column = source.format.column(contrast.depth, source.name)
-            self.contrasted = Pair(depth_at(contrast.depth, num_layers), column, len(shares) if mapped else 0)
+            self.contrasted = Pair(
+                depth_at(contrast.depth, num_layers), column, len(shares) if mapped else 0
+            )
         generator = torch.Generator().manual_seed(seed)
         count = (len(shares) if mapped else 0) + (self.contrasted is not None)
         shape = (count, source.format.width, hidden_size)
         drawn = torch.randn(shape, generator=generator) / math.sqrt(hidden_size)
         self.matrices = [nn.Parameter(matrix.to(device)) for matrix in drawn]
         self.optimizer = (
-            torch.optim.AdamW(self.matrices, lr=0.0, betas=betas, weight_decay=0.0) if self.matrices else None
+            torch.optim.AdamW(self.matrices, lr=0.0, betas=betas, weight_decay=0.0)
+            if self.matrices
+            else None
         )
 
     def parameters(self) -> list[nn.Parameter]:
@@ -85,7 +108,9 @@ class Auxiliary:
         return self.hidden.weight * next(left), self.contrast.weight * next(left)
 
     def depths(self, step: int) -> tuple[int, ...]:
-        """Blocks of the student whose outputs `loss` needs at `step`, from 1; none when all weights are 0."""
+        """Blocks of the student whose outputs `loss` needs at `step`, from 1; none when all weights
+        are 0.
+        """
         gamma, delta = self.weights(step)
         needed = {pair.depth for pair in self.pairs} if gamma else set()
         if delta and self.contrasted is not None:
@@ -95,10 +120,11 @@ class Auxiliary:
     def loss(
         self, taps: list[Tensor], batch: Batch, chosen: np.ndarray, step: int, normaliser: float
     ) -> tuple[Tensor | float, Figures]:
-        """Weighted sum of the terms for one micro-batch, a scalar with a graph, and the figures without weights.
+        """Weighted sum of the terms for one micro-batch, a scalar with a graph, and the figures
+        without weights.
 
-        taps: outputs (B, T, d) of the blocks that `depths(step)` names. chosen: flat target positions of the batch.
-        normaliser: target positions of the whole step.
+        taps: outputs (B, T, d) of the blocks that `depths(step)` names. chosen: flat target
+        positions of the batch. normaliser: target positions of the whole step.
         """
         depths = self.depths(step)
         if not depths:
@@ -125,13 +151,17 @@ class Auxiliary:
         if delta and self.contrasted is not None:
             labels = torch.from_numpy(batch.labels.ravel()[chosen]).to(device)[kept]
             places = self._draw(len(kept), batch, step)
-            nce = self._contrast(self.contrasted, states, sketches, labels, torch.from_numpy(places).to(device))
+            nce = self._contrast(
+                self.contrasted, states, sketches, labels, torch.from_numpy(places).to(device)
+            )
             total = total + nce * (delta * share)
             figures["contrast"] = (nce.item() * len(places), len(places))
         return total, figures
 
     def _match(self, states: dict[int, Tensor], sketches: Tensor) -> tuple[Tensor, bool]:
-        """Mean over depths of the sum of errors, or of 1 - CKA; and whether it is a sum over positions."""
+        """Mean over depths of the sum of errors, or of 1 - CKA; and whether it is a sum over
+        positions.
+        """
         terms = []
         for pair in self.pairs:
             mine, theirs = states[pair.depth], sketches[pair.column]
@@ -146,11 +176,18 @@ class Auxiliary:
         return draw_places(np.arange(count), self.contrast.positions, (self.seed, step, first))
 
     def _contrast(
-        self, pair: Pair, states: dict[int, Tensor], sketches: Tensor, labels: Tensor, places: Tensor
+        self,
+        pair: Pair,
+        states: dict[int, Tensor],
+        sketches: Tensor,
+        labels: Tensor,
+        places: Tensor,
     ) -> Tensor:
         assert pair.matrix is not None, "contrast always has a map"
         anchors = states[pair.depth][places] @ self.matrices[pair.matrix].t()
-        return info_nce(anchors, sketches[pair.column][places], labels[places], self.contrast.temperature)
+        return info_nce(
+            anchors, sketches[pair.column][places], labels[places], self.contrast.temperature
+        )
 
     def zero_grad(self) -> None:
         """Forget the gradients of the last step."""
@@ -158,7 +195,9 @@ class Auxiliary:
             matrix.grad = None
 
     def step(self, rate: float, clip_norm: float) -> None:
-        """Move the maps at learning rate `rate`; their gradient has its own limit, apart from the model's."""
+        """Move the maps at learning rate `rate`; their gradient has its own limit, apart from the
+        model's.
+        """
         if self.optimizer is not None:
             torch.nn.utils.clip_grad_norm_(self.matrices, clip_norm or math.inf)
             for group in self.optimizer.param_groups:
@@ -179,10 +218,15 @@ class Auxiliary:
         """Take up what `state` gave; KeyError or RuntimeError where it is of other maps."""
         for number, matrix in enumerate(self.matrices):
             matrix.data.copy_(tensors[f"matrix.{number}"])
-            keys = [name.partition(".")[0] for name in tensors if name.endswith(f".{number}") and "matrix" not in name]
+            keys = [
+                name.partition(".")[0]
+                for name in tensors
+                if name.endswith(f".{number}") and "matrix" not in name
+            ]
             if keys and self.optimizer is not None:
                 self.optimizer.state[matrix] = {
-                    key: tensors[f"{key}.{number}"].to("cpu" if key == "step" else matrix.device) for key in keys
+                    key: tensors[f"{key}.{number}"].to("cpu" if key == "step" else matrix.device)
+                    for key in keys
                 }
 
 
@@ -195,9 +239,11 @@ def hidden_shares(config: DistillConfig) -> tuple[float, ...]:
 def find_sketches(
     config: DistillConfig, dataset: Dataset, teacher: HiddenSource | Cache
 ) -> tuple[HiddenSource | None, tuple[tuple[str, str], ...]]:
-    """Where the teacher's hidden states come from, and the fingerprint of a cache that is given for them alone.
+    """Where the teacher's hidden states come from, and the fingerprint of a cache that is given for
+    them alone.
 
-    None where no loss needs any. `teacher` is the live teacher or its cache; `config.sketches` goes before it.
+    None where no loss needs any. `teacher` is the live teacher or its cache; `config.sketches` goes
+    before it.
     """
     if not hidden_shares(config):
         return None, ()
@@ -209,12 +255,23 @@ def find_sketches(
 
 
 def make_auxiliary(
-    config: PretrainConfig, source: HiddenSource | None, student: ModelConfig, total_steps: int, device: torch.device
+    config: PretrainConfig,
+    source: HiddenSource | None,
+    student: ModelConfig,
+    total_steps: int,
+    device: torch.device,
 ) -> Auxiliary | None:
     """The losses on hidden states of a run; None where it has none."""
     if source is None or not isinstance(config, DistillConfig):
         return None
     return Auxiliary(
-        config.hidden, config.contrast, source, student.num_hidden_layers, student.hidden_size, total_steps,
-        config.seed, (config.beta1, config.beta2), device,
-    )  # fmt: skip
+        config.hidden,
+        config.contrast,
+        source,
+        student.num_hidden_layers,
+        student.hidden_size,
+        total_steps,
+        config.seed,
+        (config.beta1, config.beta2),
+        device,
+    )

@@ -9,12 +9,24 @@ from xinslm.ranges import POSITIVE, Range, range_errors
 UNTIL = Range(0, 1, above=True)
 DEPTH = Range(0, 1, above=True)
 _HIDDEN = {"weight": Range(0), "until": UNTIL}
-_CONTRAST = {"weight": Range(0), "temperature": POSITIVE, "depth": DEPTH, "positions": Range(2, 65_536), "until": UNTIL}
+_CONTRAST = {
+    "weight": Range(0),
+    "temperature": POSITIVE,
+    "depth": DEPTH,
+    "positions": Range(2, 65_536),
+    "until": UNTIL,
+}
 
 
 def depth_errors(depths: tuple[float, ...], name: str) -> list[str]:
-    """What is wrong with relative depths: each must be above 0 and at most 1, and they must rise."""
-    wrong = [f"{name} has {d}, but each must be {problem}" for d in depths if (problem := DEPTH.problem(d))]
+    """What is wrong with relative depths: each must be above 0 and at most 1, and they must
+    rise.
+    """
+    wrong = [
+        f"{name} has {d}, but each must be {problem}"
+        for d in depths
+        if (problem := DEPTH.problem(d))
+    ]
     if not wrong and any(a >= b for a, b in pairwise(depths)):
         wrong.append(f"{name} must rise from one to the next: {' '.join(map(str, depths))}")
     return wrong
@@ -27,7 +39,9 @@ class HiddenConfig:
     weight: float = 0.0
     """Weight of the term at the first step; 0 is off, 1 a good start."""
     kind: Literal["projector", "cka"] = "projector"
-    """projector: relative squared error behind a trained linear map. cka: 1 - linear CKA, which needs no map."""
+    """projector: relative squared error behind a trained linear map. cka: 1 - linear CKA, which
+    needs no map.
+    """
     depths: tuple[float, ...] = (0.5, 1.0)
     """Depths to match, as shares of each model's layers: 1 is behind the last block of both."""
     until: float = 0.5
@@ -35,9 +49,14 @@ class HiddenConfig:
 
     def errors(self) -> list[str]:
         """What cannot work, a sentence each."""
-        wrong = [*range_errors(self, _HIDDEN, "hidden."), *depth_errors(self.depths, "hidden.depths")]
+        wrong = [
+            *range_errors(self, _HIDDEN, "hidden."),
+            *depth_errors(self.depths, "hidden.depths"),
+        ]
         if self.weight and not self.depths:
-            wrong.append("hidden.depths is empty, but hidden.weight is not 0: give a depth such as 1.0")
+            wrong.append(
+                "hidden.depths is empty, but hidden.weight is not 0: give a depth such as 1.0"
+            )
         return wrong
 
 

@@ -1,9 +1,9 @@
-"""InfoNCE between hidden states (van den Oord et al. 2018, equation 4): tell the teacher's state at one's own place
-from its states at other places of the batch.
+"""InfoNCE between hidden states (van den Oord et al. 2018, equation 4): tell the teacher's state at
+one's own place from its states at other places of the batch.
 
-Places with the same next token are no negatives: a student that calls them alike is right. Cosines are about the mean
-over the places: the states of a language model share a direction that says nothing (Ethayarajh 2019), beside which
-all of them look alike.
+Places with the same next token are no negatives: a student that calls them alike is right. Cosines
+are about the mean over the places: the states of a language model share a direction that says
+nothing (Ethayarajh 2019), beside which all of them look alike.
 """
 
 import numpy as np
@@ -15,7 +15,8 @@ from torch import Tensor
 def info_nce(anchors: Tensor, positives: Tensor, labels: Tensor, temperature: float) -> Tensor:
     """Mean over N places of -log softmax(cosine / temperature) at the place's own positive.
 
-    anchors, positives: (N, r), row i of one belongs to row i of the other. labels: (N,) int64, the next tokens.
+    anchors, positives: (N, r), row i of one belongs to row i of the other. labels: (N,) int64, the
+    next tokens.
     """
     anchors, positives = anchors - anchors.mean(0), positives - positives.mean(0)
     scores = F.normalize(anchors, dim=1) @ F.normalize(positives, dim=1).t() / temperature  # (N, N)
@@ -26,7 +27,9 @@ def info_nce(anchors: Tensor, positives: Tensor, labels: Tensor, temperature: fl
 
 
 def draw_places(candidates: np.ndarray, count: int, seed: tuple[int, ...]) -> np.ndarray:
-    """At most `count` of the candidates, rising, drawn from the seed alone: a continued run draws the same."""
+    """At most `count` of the candidates, rising, drawn from the seed alone: a continued run draws
+    the same.
+    """
     if len(candidates) <= count:
         return candidates
     return np.sort(np.random.default_rng(seed).choice(candidates, count, replace=False))

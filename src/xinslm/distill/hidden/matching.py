@@ -1,10 +1,13 @@
-"""Hidden-state matching: two distances between what a student and a teacher hold at the same place of a text.
+"""Hidden-state matching: two distances between what a student and a teacher hold at the same place
+of a text.
 
-    projector   ||P x - s||^2 / ||s||^2, x the student's normalised state, s the teacher's sketch, P a trained map
-    cka         1 - linear CKA (Kornblith et al. 2019, section 3), which no rotation and no scale changes: no map
+    projector   ||P x - s||^2 / ||s||^2, x the student's normalised state, s the teacher's sketch, P
+    a trained map
+    cka         1 - linear CKA (Kornblith et al. 2019, section 3), which no rotation and no scale
+    changes: no map
 
-Both are free of scale, so one weight fits all depths and models. They are pure functions: the states of any student
-and any teacher will do, in any floating type.
+Both are free of scale, so one weight fits all depths and models. They are pure functions: the
+states of any student and any teacher will do, in any floating type.
 """
 
 import torch
@@ -12,12 +15,15 @@ from torch import Tensor
 
 
 def projected_error(states: Tensor, matrix: Tensor, targets: Tensor) -> Tensor:
-    """Relative squared error of each row, (N,): states (N, d), matrix (r, d), targets (N, r), none of them 0."""
+    """Relative squared error of each row, (N,): states (N, d), matrix (r, d), targets (N, r), none
+    of them 0.
+    """
     return (states @ matrix.t() - targets).pow(2).sum(1) / targets.pow(2).sum(1)
 
 
 def linear_cka(x: Tensor, y: Tensor) -> Tensor:
-    """Similarity in [0, 1] of two descriptions (N, d) and (N, r) of the same N positions, N of at least 2.
+    """Similarity in [0, 1] of two descriptions (N, d) and (N, r) of the same N positions, N of at
+    least 2.
 
     With few positions it is too high, whatever the two are: of independent columns about d / N.
     """

@@ -1,9 +1,10 @@
 """Sketches: a teacher's hidden states in a few bytes a position, for a student of any width.
 
-A sketch is G RMSnorm(h): the state without its length, times a fixed Gaussian matrix G (width, hidden size) with
-E||Gx||^2 = ||x||^2 (Johnson and Lindenstrauss 1984). G follows from its two sizes, so a live teacher's sketches are
-the cached ones up to their 8 bits. The plane `sketch` of a cache holds, for each position and depth, `width` int8
-codes and one fp16 scale: 66 bytes at width 64. Scale 0 says that no teacher token ends where this position does.
+A sketch is G RMSnorm(h): the state without its length, times a fixed Gaussian matrix G (width,
+hidden size) with E||Gx||^2 = ||x||^2 (Johnson and Lindenstrauss 1984). G follows from its two
+sizes, so a live teacher's sketches are the cached ones up to their 8 bits. The plane `sketch` of a
+cache holds, for each position and depth, `width` int8 codes and one fp16 scale: 66 bytes at width
+64. Scale 0 says that no teacher token ends where this position does.
 """
 
 import math
@@ -29,7 +30,8 @@ LARGEST_CODE = 127
 def depth_at(share: float, num_layers: int) -> int:
     """Block, counted from 1, behind which `share` of a model's layers lie.
 
-    Student depth l meets teacher depth ceil(l L_t / L_s): both are `depth_at(l / L_s, ...)`, and 1 is the last of both.
+    Student depth l meets teacher depth ceil(l L_t / L_s): both are `depth_at(l / L_s, ...)`, and 1
+    is the last of both.
     """
     return min(max(math.ceil(share * num_layers - 1e-6), 1), num_layers)
 
@@ -51,15 +53,31 @@ class SketchFormat:
 
     @classmethod
     def of(
-        cls, shares: Sequence[float], num_layers: int, hidden_size: int, width: int = WIDTH, alone: bool = False
+        cls,
+        shares: Sequence[float],
+        num_layers: int,
+        hidden_size: int,
+        width: int = WIDTH,
+        alone: bool = False,
     ) -> "SketchFormat":
         """Format for relative depths; those that fall on one block are kept once."""
-        return cls(tuple(sorted({depth_at(s, num_layers) for s in shares})), num_layers, hidden_size, width, alone)
+        return cls(
+            tuple(sorted({depth_at(s, num_layers) for s in shares})),
+            num_layers,
+            hidden_size,
+            width,
+            alone,
+        )
 
     @cached_property
     def dtype(self) -> np.dtype[Any]:
         """Packed record of one position."""
-        return np.dtype([("scales", "<f2", (len(self.depths),)), ("codes", "i1", (len(self.depths), self.width))])
+        return np.dtype(
+            [
+                ("scales", "<f2", (len(self.depths),)),
+                ("codes", "i1", (len(self.depths), self.width)),
+            ]
+        )
 
     def column(self, share: float, source: str) -> int:
         """Which of the sketches is of relative depth `share`; UsageError where none is."""
@@ -67,7 +85,8 @@ class SketchFormat:
         if depth not in self.depths:
             have = ", ".join(f"{d / self.num_layers:.3g}" for d in self.depths)
             raise UsageError(
-                f"{source} has no sketches of relative depth {share} (block {depth} of {self.num_layers}), only of "
+                f"{source} has no sketches of relative depth {share} (block {depth} of "
+                f"{self.num_layers}), only of "
                 f"{have}. Choose among those, or make the cache with --sketch-depths {share}"
             )
         return self.depths.index(depth)
@@ -102,7 +121,9 @@ def encode_sketches(sketches: Tensor, fmt: SketchFormat) -> np.ndarray:
     scales = (x.abs().amax(dim=2) / LARGEST_CODE).half()
     records = np.zeros(x.shape[0], dtype=fmt.dtype)
     records["scales"] = scales.numpy()
-    codes = (x / scales.float().clamp_min(1e-30)[:, :, None]).round().clamp(-LARGEST_CODE, LARGEST_CODE)
+    codes = (
+        (x / scales.float().clamp_min(1e-30)[:, :, None]).round().clamp(-LARGEST_CODE, LARGEST_CODE)
+    )
     records["codes"] = codes.to(torch.int8).numpy()
     return records
 
@@ -121,8 +142,12 @@ class HiddenSource(Protocol):
     name: str
     """For messages: 'cache x', 'teacher y'."""
 
-    def sketches(self, batch: Batch, chosen: np.ndarray, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Sketches (depths, N, width) float32 and validity (N,) bool of the N flat positions `chosen`."""
+    def sketches(
+        self, batch: Batch, chosen: np.ndarray, device: torch.device
+    ) -> tuple[Tensor, Tensor]:
+        """Sketches (depths, N, width) float32 and validity (N,) bool of the N flat positions
+        `chosen`.
+        """
         ...
 
 
@@ -130,31 +155,44 @@ class CachedSketches:
     """The plane `sketch` of one split of a cache, shards mapped into memory."""
 
     def __init__(self, cache: Cache, split: str) -> None:
-        """Raise UsageError if the cache has no sketches, XinslmError if their files do not fit its manifest."""
+        """Raise UsageError if the cache has no sketches, XinslmError if their files do not fit its
+        manifest.
+        """
         facts = cache.manifest.get(SKETCH)
         if facts is None:
             raise UsageError(
-                f"cache {cache.folder} has no sketches of hidden states, which hidden.weight and contrast.weight need. "
-                f"Make it with `xinslm cache --sketch-depths 0.5 1.0`, or give a live --teacher in its place"
+                f"cache {cache.folder} has no sketches of hidden states, which hidden.weight and "
+                "contrast.weight need. "
+                "Make it with `xinslm cache --sketch-depths 0.5 1.0`, or give a live --teacher "
+                "in its place"
             )
         self.name = f"cache {cache.folder}"
         try:
             self.format = SketchFormat(**{**facts, "depths": tuple(facts["depths"])})
         except (TypeError, KeyError):
-            raise XinslmError(f"{cache.folder}: 'sketch' in its manifest is damaged; make the cache anew") from None
+            raise XinslmError(
+                f"{cache.folder}: 'sketch' in its manifest is damaged; make the cache anew"
+            ) from None
         shards = cache.manifest["shards"][split]
         self.starts = np.array([shard["start"] for shard in shards], dtype=np.int64)
         self.maps = []
         for shard in shards:
             path = cache.folder / (shard["file"].removesuffix(suffix("records")) + suffix(SKETCH))
-            if not path.is_file() or path.stat().st_size != shard["positions"] * self.format.dtype.itemsize:
+            if (
+                not path.is_file()
+                or path.stat().st_size != shard["positions"] * self.format.dtype.itemsize
+            ):
                 raise XinslmError(
-                    f"{path} is missing or has not {shard['positions']:,} sketches of {self.format.dtype.itemsize} "
-                    f"bytes, as the manifest says: the cache is damaged. Copy it again or make it anew"
+                    f"{path} is missing or has not {shard['positions']:,} sketches of "
+                    f"{self.format.dtype.itemsize} "
+                    "bytes, as the manifest says: the cache is damaged. Copy it again or make it "
+                    "anew"
                 )
             self.maps.append(np.memmap(path, dtype=self.format.dtype, mode="r"))
 
-    def sketches(self, batch: Batch, chosen: np.ndarray, device: torch.device) -> tuple[Tensor, Tensor]:
+    def sketches(
+        self, batch: Batch, chosen: np.ndarray, device: torch.device
+    ) -> tuple[Tensor, Tensor]:
         """Look up `chosen` positions."""
         found, valid = decode_sketches(gather(self.maps, self.starts, batch.stream.ravel()[chosen]))
         return found.to(device), valid.to(device)
@@ -171,9 +209,13 @@ class SketchWriter:
         self.format, self.records = fmt, np.zeros(count, dtype=fmt.dtype)
 
     def put(self, states: Sequence[Tensor], rows: np.ndarray, places: np.ndarray) -> None:
-        """Sketch row `rows[i]` of each depth's states (tokens, hidden_size) for place `places[i]` of the shard."""
+        """Sketch row `rows[i]` of each depth's states (tokens, hidden_size) for place `places[i]`
+        of the shard.
+        """
         index = torch.from_numpy(rows).to(states[0].device)
-        self.records[places] = encode_sketches(sketch([x[index] for x in states], self.format), self.format)
+        self.records[places] = encode_sketches(
+            sketch([x[index] for x in states], self.format), self.format
+        )
 
 
 def facts(fmt: SketchFormat) -> dict[str, Any]:

@@ -9,14 +9,32 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from xinslm.distill.losses.config import LossConfig
     from xinslm.distill.losses.fused import LossFigures, fused_loss, next_tokens
-    from xinslm.distill.losses.targets import DenseTargets, GroupTargets, SpanTargets, SparseTargets, Targets
+    from xinslm.distill.losses.targets import (
+        DenseTargets,
+        GroupTargets,
+        SpanTargets,
+        SparseTargets,
+        Targets,
+    )
 
 __all__ = [
-    "DenseTargets", "GroupTargets", "LossConfig", "LossFigures", "SpanTargets", "SparseTargets", "Targets",
-    "fused_loss", "next_tokens",
-]  # fmt: skip
+    "DenseTargets",
+    "GroupTargets",
+    "LossConfig",
+    "LossFigures",
+    "SpanTargets",
+    "SparseTargets",
+    "Targets",
+    "fused_loss",
+    "next_tokens",
+]
 
-_MODULES = {"LossConfig": "config", "LossFigures": "fused", "fused_loss": "fused", "next_tokens": "fused"}
+_MODULES = {
+    "LossConfig": "config",
+    "LossFigures": "fused",
+    "fused_loss": "fused",
+    "next_tokens": "fused",
+}
 
 
 def __getattr__(name: str) -> Any:

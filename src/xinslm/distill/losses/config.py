@@ -29,20 +29,26 @@ class LossConfig:
     temperature: float = 1.0
     """T, which softens both distributions; T^2 keeps the gradient's size."""
     temperature_mode: Literal["decoupled", "full"] = "decoupled"
-    """decoupled: T inside the cached head only, exact. full: T everywhere, the cache's own T required."""
+    """decoupled: T inside the cached head only, exact. full: T everywhere, the cache's own T
+    required.
+    """
     tail_weight: float | None = None
-    """How much the draws from the teacher's tail count, or the text where the tail's inside is unknown: 1 is unbiased,
-    0 makes the tail one bucket. By default 1 where draws can be used (forward_kl, no T on the tail), else 0."""
+    """How much the draws from the teacher's tail count, or the text where the tail's inside is
+    unknown: 1 is unbiased, 0 makes the tail one bucket. By default 1 where draws can be used
+    (forward_kl, no T on the tail), else 0."""
     divergence: Divergence = "forward_kl"
-    """Divergence of the student q from the teacher p. forward_kl covers all the teacher does; reverse_kl and jsd keep
-    to its main modes, for answers the student wrote itself; the skewed ones mix both distributions before comparing."""
+    """Divergence of the student q from the teacher p. forward_kl covers all the teacher does;
+    reverse_kl and jsd keep to its main modes, for answers the student wrote itself; the skewed ones
+    mix both distributions before comparing."""
     jsd_weight: float = 0.5
-    """The teacher's weight in jsd, w KL(p||m) + (1-w) KL(q||m) with m = w p + (1-w) q: near 0 like forward_kl, near 1
-    like reverse_kl."""
+    """The teacher's weight in jsd, w KL(p||m) + (1-w) KL(q||m) with m = w p + (1-w) q: near 0 like
+    forward_kl, near 1 like reverse_kl."""
     skew: float = 0.1
     """Share of the first distribution in the second, for skew_kl and skew_reverse_kl."""
     span_temperature: float = 100.0
-    """Root taken of span likelihoods, which are tiny, where teacher and student are compared by spans of text."""
+    """Root taken of span likelihoods, which are tiny, where teacher and student are compared by
+    spans of text.
+    """
 
     @property
     def draws_weight(self) -> float:
@@ -59,15 +65,21 @@ class LossConfig:
             wrong.append("loss.alpha and loss.beta are both 0: there is no loss to train with")
         tempered, forward = self.temperature != 1, self.divergence == "forward_kl"
         if self.temperature_mode == "full" and tempered and self.tail_weight:
-            wrong.append("loss.temperature_mode full has no draws at T: set loss.tail_weight to 0, or leave it out")
+            wrong.append(
+                "loss.temperature_mode full has no draws at T: set loss.tail_weight to "
+                "0, or leave it out"
+            )
         if not forward and self.tail_weight:
             wrong.append(
-                f"loss.divergence {self.divergence} cannot use draws from the teacher's tail, only forward_kl is "
+                f"loss.divergence {self.divergence} cannot use draws from the teacher's tail, "
+                "only forward_kl is "
                 f"linear in them: set loss.tail_weight to 0, or leave it out"
             )
         if not forward and tempered and self.temperature_mode == "decoupled":
             wrong.append(
-                f"loss.temperature_mode decoupled is the chain rule of forward_kl, and loss.divergence "
-                f"{self.divergence} has none: set loss.temperature_mode to full, or loss.temperature to 1"
+                "loss.temperature_mode decoupled is the chain rule of forward_kl, and "
+                "loss.divergence "
+                f"{self.divergence} has none: set loss.temperature_mode to full, or "
+                "loss.temperature to 1"
             )
         return wrong

@@ -12,7 +12,8 @@ def widest(x: Tensor) -> torch.dtype:
 def softmax_(z: Tensor) -> Tensor:
     """Replace logits by probabilities; return the log-normaliser (rows, 1)."""
     top = z.amax(dim=1, keepdim=True)
-    if z.device.type == "cpu":  # goes row by row there, so a row is still in the cache when it is scaled
+    # goes row by row there, so a row is still in the cache when it is scaled
+    if z.device.type == "cpu":
         torch.softmax(z, dim=1, out=z)
         return top - z.amax(dim=1, keepdim=True).log()
     total = z.sub_(top).exp_().sum(dim=1, keepdim=True)
@@ -22,4 +23,6 @@ def softmax_(z: Tensor) -> Tensor:
 
 def add_at_labels_(z: Tensor, labels: Tensor, value: Tensor | float) -> None:
     """Add `value`, a number or (rows, 1), to z at the labels."""
-    z.scatter_add_(1, labels[:, None], torch.as_tensor(value, dtype=z.dtype, device=z.device).expand(len(z), 1))
+    z.scatter_add_(
+        1, labels[:, None], torch.as_tensor(value, dtype=z.dtype, device=z.device).expand(len(z), 1)
+    )

@@ -1,7 +1,8 @@
 """What a teacher says about N positions, in the four forms the fused head takes.
 
-Sparse distributions come from a cache, dense ones from a teacher in memory. A teacher with another tokenizer gives
-groups, the student's tokens that begin with the same bytes, or spans, stretches of text whose likelihood is compared.
+Sparse distributions come from a cache, dense ones from a teacher in memory. A teacher with another
+tokenizer gives groups, the student's tokens that begin with the same bytes, or spans, stretches of
+text whose likelihood is compared.
 """
 
 from collections.abc import Callable
@@ -12,12 +13,16 @@ import torch
 from torch import Tensor
 
 NO_MASS = -12.0
-"""Log of a tail's mass below which it is rounding: what a teacher leaves unsaid is at least 1e-5."""
+"""Log of a tail's mass below which it is rounding: what a teacher leaves unsaid is at least
+1e-5.
+"""
 
 
 @dataclass(frozen=True)
 class SparseTargets:
-    """A teacher's next-token distribution for N positions: h tokens exactly, the rest as mass and n draws."""
+    """A teacher's next-token distribution for N positions: h tokens exactly, the rest as mass and n
+    draws.
+    """
 
     head_ids: Tensor
     """(N, h) int64, distinct in a row."""
@@ -26,9 +31,13 @@ class SparseTargets:
     log_tail: Tensor
     """(N,) float32: log of the mass outside the head."""
     tail_ids: Tensor
-    """(N, n) int64: tokens drawn from the teacher's tail; each stands for 1/n of the tail's mass."""
+    """(N, n) int64: tokens drawn from the teacher's tail; each stands for 1/n of the tail's
+    mass.
+    """
     has_draws: Tensor
-    """(N,) bool: whether the draws cover the whole tail; where not, nobody knows how its mass is shared out."""
+    """(N,) bool: whether the draws cover the whole tail; where not, nobody knows how its mass is
+    shared out.
+    """
     log_z: Tensor
     """(N,) float32: log of sum p^(1/T) over the vocabulary at the cache's temperature."""
     valid: Tensor
@@ -39,19 +48,25 @@ class SparseTargets:
 
     @property
     def unknown_tail(self) -> Tensor:
-        """(N,) bool: where the tail has mass and the text must stand in for the teacher inside it."""
+        """(N,) bool: where the tail has mass and the text must stand in for the teacher inside
+        it.
+        """
         return self.valid & ~self.has_draws & (self.log_tail > NO_MASS)
 
     def to(self, device: torch.device | str) -> "SparseTargets":
         """Move all tensors to `device`."""
-        return SparseTargets(*(getattr(self, name).to(device) for name in self.__dataclass_fields__))
+        return SparseTargets(
+            *(getattr(self, name).to(device) for name in self.__dataclass_fields__)
+        )
 
 
 @dataclass(frozen=True)
 class DenseTargets:
-    """A live teacher: `logits(rows)` gives its (rows, vocabulary) logits for a slice of the N positions.
+    """A live teacher: `logits(rows)` gives its (rows, vocabulary) logits for a slice of the N
+    positions.
 
-    Columns beyond the student's vocabulary are padding and left out; columns that are missing have no mass.
+    Columns beyond the student's vocabulary are padding and left out; columns that are missing have
+    no mass.
     """
 
     logits: Callable[[slice], Tensor]
@@ -62,11 +77,13 @@ class DenseTargets:
 
 @dataclass(frozen=True)
 class SpanTargets:
-    """A teacher's likelihood of whole stretches of text (spans) that end at token boundaries of both tokenizers."""
+    """A teacher's likelihood of whole stretches of text (spans) that end at token boundaries of
+    both tokenizers.
+    """
 
     spans: Tensor
-    """(N,) int64: number of the span a position's label belongs to, -1 where none. A span's positions are contiguous,
-    and later spans have higher numbers."""
+    """(N,) int64: number of the span a position's label belongs to, -1 where none. A span's
+    positions are contiguous, and later spans have higher numbers."""
     log_probs: Tensor
     """(N,) float32: the teacher's log-likelihood of the whole span, on each of its positions."""
 
@@ -78,7 +95,9 @@ class SpanTargets:
         return SpanTargets(self.spans.to(device), self.log_probs.to(device))
 
     def starts(self) -> Tensor:
-        """(N,) bool: where a span begins. Raises ValueError for a span in pieces or numbers that fall."""
+        """(N,) bool: where a span begins. Raises ValueError for a span in pieces or numbers that
+        fall.
+        """
         before = torch.cat((self.spans.new_full((1,), -1), self.spans))[: len(self.spans)]
         starts = (self.spans >= 0) & (self.spans != before)
         numbers = self.spans[starts]
@@ -89,29 +108,37 @@ class SpanTargets:
 
 @dataclass(frozen=True)
 class GroupTargets:
-    """A teacher's next-token distribution over groups of tokens: ranges of the vocabulary in the order of its bytes.
+    """A teacher's next-token distribution over groups of tokens: ranges of the vocabulary in the
+    order of its bytes.
 
-    On level 0 they divide the vocabulary, on level j the tokens that begin with the text's first j pieces.
+    On level 0 they divide the vocabulary, on level j the tokens that begin with the text's first j
+    pieces.
     """
 
     order: Tensor
     """(V,) int64: the token at each place."""
     begins: Tensor
-    """(N, k) int64: first place of each group. Ranges are apart or one in another, and no two of a row the same."""
+    """(N, k) int64: first place of each group. Ranges are apart or one in another, and no two of a
+    row the same.
+    """
     ends: Tensor
     """(N, k) int64: the place behind its last; `begins` where there is no group."""
     probs: Tensor
-    """(N, k) float32: share of each group in its level's set, without groups of its level inside it; what is left to 1
-    is on the set's other tokens."""
+    """(N, k) float32: share of each group in its level's set, without groups of its level inside
+    it; what is left to 1 is on the set's other tokens."""
     levels: Tensor
     """(N, k) int64."""
     onward: Tensor
-    """(N, k) bool: whether the group is the next level's set; at most one a level, with all that is inside it."""
+    """(N, k) bool: whether the group is the next level's set; at most one a level, with all that is
+    inside it.
+    """
     valid: Tensor
     """(N,) bool: whether the teacher says anything about this position."""
 
     def __getitem__(self, rows: Any) -> "GroupTargets":
-        return GroupTargets(self.order, *(getattr(self, n)[rows] for n in self.__dataclass_fields__ if n != "order"))
+        return GroupTargets(
+            self.order, *(getattr(self, n)[rows] for n in self.__dataclass_fields__ if n != "order")
+        )
 
     def to(self, device: torch.device | str) -> "GroupTargets":
         """Move all tensors to `device`."""

@@ -1,9 +1,11 @@
-"""The optimiser's step inside the backward pass: each gradient is used and freed as soon as it is complete.
+"""The optimiser's step inside the backward pass: each gradient is used and freed as soon as it is
+complete.
 
-The memory of all gradients but one is saved (Lv et al., LOMO, arXiv:2306.09782). The norm of the whole gradient is not
-known then. A tensor is scaled by min(1, clip_norm / n), where n is the larger of the previous step's norm and this
-step's norm so far: what a spike may do is bounded from the tensor on that shows it, and where nothing is clipped the
-step is the ordinary one bit for bit. A tied embedding is stepped once, after both of its gradients have come.
+The memory of all gradients but one is saved (Lv et al., LOMO, arXiv:2306.09782). The norm of the
+whole gradient is not known then. A tensor is scaled by min(1, clip_norm / n), where n is the larger
+of the previous step's norm and this step's norm so far: what a spike may do is bounded from the
+tensor on that shows it, and where nothing is clipped the step is the ordinary one bit for bit. A
+tied embedding is stepped once, after both of its gradients have come.
 """
 
 import math
@@ -34,7 +36,9 @@ class BackwardSteps:
 
     @contextmanager
     def during(self) -> Iterator[None]:
-        """Step parameters within the block, as their gradients come; after it `norm` is the step's."""
+        """Step parameters within the block, as their gradients come; after it `norm` is the
+        step's.
+        """
         self._active, self._squares = True, 0.0
         try:
             yield
@@ -50,7 +54,9 @@ class BackwardSteps:
         self._squares += gradient_square(parameter)
         if math.isfinite(self._squares):  # after the first that is not, nothing more is changed
             norm = max(self.previous, self.norm)
-            self.optimizer.step_parameter(parameter, self.limit / norm if norm > self.limit else 1.0)
+            self.optimizer.step_parameter(
+                parameter, self.limit / norm if norm > self.limit else 1.0
+            )
         parameter.grad = None
 
 
@@ -61,7 +67,8 @@ def gradient_square(parameter: nn.Parameter) -> float:
 
 
 def clip(model: nn.Module, limit: float) -> tuple[float, float]:
-    """Norm of the whole gradient, and what to multiply it by in the step so that it is at most `limit` (0: none).
+    """Norm of the whole gradient, and what to multiply it by in the step so that it is at most
+    `limit` (0: none).
 
     Gradients that are all float32 are scaled here, and the factor is 1.
     """

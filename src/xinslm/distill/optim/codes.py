@@ -1,9 +1,11 @@
-"""Optimiser states in 8 bits: blocks of 256 numbers, each with its own largest value (cf. Dettmers, arXiv:2110.02861).
+"""Optimiser states in 8 bits: blocks of 256 numbers, each with its own largest value (cf. Dettmers,
+arXiv:2110.02861).
 
-The codes are linear in the square root of a first moment and in the fourth root of a second moment, so that both
-cover the same range in units of the gradient, densest where a block's numbers lie. They are a closed form, not the
-paper's table: the same few elementwise operations on cpu, cuda and mps, without a search. A second moment above zero
-never becomes zero, or its step would have no bound.
+The codes are linear in the square root of a first moment and in the fourth root of a second moment,
+so that both cover the same range in units of the gradient, densest where a block's numbers lie.
+They are a closed form, not the paper's table: the same few elementwise operations on cpu, cuda and
+mps, without a search. A second moment above zero never becomes zero, or its step would have no
+bound.
 """
 
 import torch
@@ -26,7 +28,9 @@ def _blocks(values: Tensor) -> Tensor:
 
 
 def encode_signed(values: Tensor) -> tuple[Tensor, Tensor]:
-    """Numbers (n,) float32 -> codes (n,) int8 and scales (blocks,) float32: x ~ scale * sign(c) * (c / 127)^2."""
+    """Numbers (n,) float32 -> codes (n,) int8 and scales (blocks,) float32: x ~ scale * sign(c) *
+    (c / 127)^2.
+    """
     blocks = _blocks(values)
     scales = blocks.abs().amax(dim=1).clamp_min_(_TINY)
     ratios = blocks / scales[:, None]
@@ -41,7 +45,9 @@ def decode_signed(codes: Tensor, scales: Tensor) -> Tensor:
 
 
 def encode_positive(values: Tensor) -> tuple[Tensor, Tensor]:
-    """Numbers (n,) float32 >= 0 -> codes (n,) uint8 and scales (blocks,) float32: x ~ scale * (c / 255)^4."""
+    """Numbers (n,) float32 >= 0 -> codes (n,) uint8 and scales (blocks,) float32: x ~ scale * (c /
+    255)^4.
+    """
     blocks = _blocks(values)
     scales = blocks.amax(dim=1).clamp_min_(_TINY)
     codes = (blocks / scales[:, None]).sqrt_().sqrt_().mul_(255).round_()

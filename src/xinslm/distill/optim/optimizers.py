@@ -1,12 +1,14 @@
 """The optimisers: AdamW, AdamW with 8-bit states, Muon; on float32 weights or on bfloat16 ones.
 
-One class, so that every combination steps one parameter at a time (inside the backward pass, `backward.py`) and
-is saved in one way. AdamW (arXiv:1711.05101) on float32 weights is PyTorch's fused kernel. Everything else runs over
-pieces that stay in the processor's cache: weights and states become float32 there, and go back in their own types.
+One class, so that every combination steps one parameter at a time (inside the backward pass,
+`backward.py`) and is saved in one way. AdamW (arXiv:1711.05101) on float32 weights is PyTorch's
+fused kernel. Everything else runs over pieces that stay in the processor's cache: weights and
+states become float32 there, and go back in their own types.
 
-Muon (Jordan et al. 2024; Liu et al., arXiv:2502.16982) takes the hidden matrices, AdamW embeddings, head and vectors.
-Its step has the size of AdamW's (0.2 sqrt(max(rows, columns))), so that one learning rate serves both. PyTorch's own
-Muon iterates in bfloat16, which processors without such instructions do eight times slower than float32.
+Muon (Jordan et al. 2024; Liu et al., arXiv:2502.16982) takes the hidden matrices, AdamW embeddings,
+head and vectors. Its step has the size of AdamW's (0.2 sqrt(max(rows, columns))), so that one
+learning rate serves both. PyTorch's own Muon iterates in bfloat16, which processors without such
+instructions do eight times slower than float32.
 """
 
 import math
@@ -18,7 +20,13 @@ from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
 from xinslm.distill.config import PretrainConfig
-from xinslm.distill.optim.codes import decode_positive, decode_signed, encode_positive, encode_signed, num_blocks
+from xinslm.distill.optim.codes import (
+    decode_positive,
+    decode_signed,
+    encode_positive,
+    encode_signed,
+    num_blocks,
+)
 from xinslm.distill.optim.rounding import RandomBits, round_into
 from xinslm.model.transformer import Transformer
 
@@ -45,9 +53,13 @@ def _rule(name: str, parameter: Tensor, optimizer: str) -> str:
 
 
 class Optimizer(torch.optim.Optimizer):
-    """Steps parameters by the rule of their group: `adamw`, `adamw8bit` or `muon`; decay on matrices only."""
+    """Steps parameters by the rule of their group: `adamw`, `adamw8bit` or `muon`; decay on
+    matrices only.
+    """
 
-    def __init__(self, named: list[tuple[str, nn.Parameter]], rules: dict[str, str], config: PretrainConfig) -> None:
+    def __init__(
+        self, named: list[tuple[str, nn.Parameter]], rules: dict[str, str], config: PretrainConfig
+    ) -> None:
         groups: dict[tuple[str, bool], list[nn.Parameter]] = {}
         for name, parameter in named:
             groups.setdefault((rules[name], parameter.dim() > 1), []).append(parameter)
@@ -55,7 +67,11 @@ class Optimizer(torch.optim.Optimizer):
         self.seed, self.betas = config.seed, (config.beta1, config.beta2)
         super().__init__(
             [
-                {"params": parameters, "rule": rule, "weight_decay": config.weight_decay if matrix else 0.0}
+                {
+                    "params": parameters,
+                    "rule": rule,
+                    "weight_decay": config.weight_decay if matrix else 0.0,
+                }
                 for (rule, matrix), parameters in groups.items()
             ],
             {"lr": config.learning_rate},
@@ -101,7 +117,9 @@ class Optimizer(torch.optim.Optimizer):
     def empty_state(self, parameter: nn.Parameter) -> dict[str, Tensor]:
         """State before the first step; keys, shapes and types are what a checkpoint must hold."""
         group, device = self.group_of[parameter], parameter.device
-        state = {"step": torch.zeros((), device=device if self._is_fused(parameter, group) else "cpu")}
+        state = {
+            "step": torch.zeros((), device=device if self._is_fused(parameter, group) else "cpu")
+        }
         if group["rule"] == "muon":
             return state | {"momentum": torch.zeros_like(parameter, dtype=torch.float32)}
         for name, kind in (("exp_avg", torch.int8), ("exp_avg_sq", torch.uint8)):
@@ -120,17 +138,29 @@ class Optimizer(torch.optim.Optimizer):
             return
         states = [self.state_of(p) for p in parameters]
         adamw(
-            list(parameters), [p.grad for p in parameters if p.grad is not None],
-            [s["exp_avg"] for s in states], [s["exp_avg_sq"] for s in states], [], [s["step"] for s in states],
-            fused=True, amsgrad=False, beta1=self.betas[0], beta2=self.betas[1], lr=group["lr"],
-            weight_decay=group["weight_decay"], eps=EPSILON, maximize=False,
-        )  # fmt: skip
+            list(parameters),
+            [p.grad for p in parameters if p.grad is not None],
+            [s["exp_avg"] for s in states],
+            [s["exp_avg_sq"] for s in states],
+            [],
+            [s["step"] for s in states],
+            fused=True,
+            amsgrad=False,
+            beta1=self.betas[0],
+            beta2=self.betas[1],
+            lr=group["lr"],
+            weight_decay=group["weight_decay"],
+            eps=EPSILON,
+            maximize=False,
+        )
 
     def _bits(self, parameter: nn.Parameter, state: dict[str, Any]) -> RandomBits:
         number = zlib.crc32(self.names[parameter].encode())
         return RandomBits((self.seed, int(state["step"].item()), number), parameter.device)
 
-    def _adamw(self, parameter: nn.Parameter, state: dict[str, Any], group: dict[str, Any], scale: float) -> None:
+    def _adamw(
+        self, parameter: nn.Parameter, state: dict[str, Any], group: dict[str, Any], scale: float
+    ) -> None:
         assert parameter.grad is not None
         beta1, beta2 = self.betas
         number, rate = state["step"].item(), group["lr"]
@@ -139,7 +169,8 @@ class Optimizer(torch.optim.Optimizer):
         bits = self._bits(parameter, state) if narrow else None
         weights, gradients = parameter.data.view(-1), parameter.grad.reshape(-1)
         for piece in _pieces(parameter):
-            weight, gradient = weights[piece].float(), gradients[piece].float()  # float32 stays itself
+            # float32 stays itself
+            weight, gradient = weights[piece].float(), gradients[piece].float()
             if scale != 1.0:
                 gradient = gradient * scale
             first, second = _load(state, piece)
@@ -151,7 +182,9 @@ class Optimizer(torch.optim.Optimizer):
             if bits is not None:
                 round_into(weights[piece], weight, bits)
 
-    def _muon(self, parameter: nn.Parameter, state: dict[str, Any], group: dict[str, Any], scale: float) -> None:
+    def _muon(
+        self, parameter: nn.Parameter, state: dict[str, Any], group: dict[str, Any], scale: float
+    ) -> None:
         assert parameter.grad is not None
         gradient = parameter.grad.float()
         if scale != 1.0:
@@ -185,7 +218,9 @@ def orthogonalize(matrix: Tensor, steps: int = 5) -> Tensor:
 
 def _pieces(parameter: Tensor) -> list[slice]:
     size = _CPU_PIECE if parameter.device.type == "cpu" else _PIECE
-    return [slice(at, min(at + size, parameter.numel())) for at in range(0, parameter.numel(), size)]
+    return [
+        slice(at, min(at + size, parameter.numel())) for at in range(0, parameter.numel(), size)
+    ]
 
 
 def _scales(piece: slice) -> slice:
@@ -207,6 +242,9 @@ def _store(state: dict[str, Any], piece: slice, first: Tensor, second: Tensor) -
     if "exp_avg_scale" not in state:
         return
     scales = _scales(piece)
-    for name, (codes, scale) in (("exp_avg", encode_signed(first)), ("exp_avg_sq", encode_positive(second))):
+    for name, (codes, scale) in (
+        ("exp_avg", encode_signed(first)),
+        ("exp_avg_sq", encode_positive(second)),
+    ):
         state[name].view(-1)[piece].copy_(codes)
         state[f"{name}_scale"][scales].copy_(scale)

@@ -1,8 +1,10 @@
-"""bfloat16 weights that learn: what is added to them is rounded up or down by chance, so that the mean is exact.
+"""bfloat16 weights that learn: what is added to them is rounded up or down by chance, so that the
+mean is exact.
 
-A weight in bfloat16 has 8 bits of precision; a step below half its last bit is lost at each rounding to nearest, and
-training stalls. Rounded up with a probability of the part cut off (Gupta et al., arXiv:1502.02551), small steps count
-on average. The random bits follow from seed, step and the weight's number alone: a continued run draws the same.
+A weight in bfloat16 has 8 bits of precision; a step below half its last bit is lost at each
+rounding to nearest, and training stalls. Rounded up with a probability of the part cut off (Gupta
+et al., arXiv:1502.02551), small steps count on average. The random bits follow from seed, step and
+the weight's number alone: a continued run draws the same.
 """
 
 import numpy as np
@@ -11,13 +13,16 @@ from torch import Tensor
 
 
 class RandomBits:
-    """An endless run of random 16-bit numbers, the same for the same key on the same kind of device."""
+    """An endless run of random 16-bit numbers, the same for the same key on the same kind of
+    device.
+    """
 
     def __init__(self, key: tuple[int, ...], device: torch.device) -> None:
         self.device = device
         sequence = np.random.SeedSequence(key)
         if device.type == "cpu":
-            self._numpy = np.random.Generator(np.random.SFC64(sequence))  # much faster than PyTorch's
+            # much faster than PyTorch's
+            self._numpy = np.random.Generator(np.random.SFC64(sequence))
         else:
             state = sequence.generate_state(1, np.uint64)[0] >> np.uint64(1)
             self._torch = torch.Generator(device).manual_seed(int(state))
@@ -27,10 +32,14 @@ class RandomBits:
         if self.device.type == "cpu":
             words = self._numpy.bit_generator.random_raw(-(-count // 4))
             return torch.from_numpy(words.view(np.uint16)[:count].astype(np.int32))
-        return torch.randint(0, 1 << 16, (count,), dtype=torch.int32, device=self.device, generator=self._torch)
+        return torch.randint(
+            0, 1 << 16, (count,), dtype=torch.int32, device=self.device, generator=self._torch
+        )
 
 
 def round_into(target: Tensor, values: Tensor, bits: RandomBits) -> None:
-    """Write `values` (n,) float32, which are finite, into `target` (n,) bfloat16, rounded by chance."""
+    """Write `values` (n,) float32, which are finite, into `target` (n,) bfloat16, rounded by
+    chance.
+    """
     raised = values.view(torch.int32) + bits.draw(len(values))
     target.view(torch.int16).copy_(raised.bitwise_right_shift_(16))

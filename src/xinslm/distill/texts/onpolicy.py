@@ -1,12 +1,14 @@
 """The stage `onpolicy`: the student writes, the teacher scores, the student learns; in rounds.
 
-    xinslm onpolicy --student runs/student --teacher TEACHER --prompts data --output-dir runs/onpolicy
+    xinslm onpolicy --student runs/student --teacher TEACHER --prompts data --output-dir
+    runs/onpolicy
 
-Round r has a folder: `data`, the texts as a dataset; `cache`, the teacher's word on them, made by the ordinary cache
-stage in one pass; `round.json`, the steps trained on them. Teacher and student are never in memory together. What is
-there is never made again, so the same command continues a run that was stopped at any point. The optimiser's state
-goes on from round to round; `checkpoints/best` is the end of the newest whole round (the reverse divergences make the
-student write better without making the validation text likelier), `last` the newest checkpoint.
+Round r has a folder: `data`, the texts as a dataset; `cache`, the teacher's word on them, made by
+the ordinary cache stage in one pass; `round.json`, the steps trained on them. Teacher and student
+are never in memory together. What is there is never made again, so the same command continues a run
+that was stopped at any point. The optimiser's state goes on from round to round; `checkpoints/best`
+is the end of the newest whole round (the reverse divergences make the student write better without
+making the validation text likelier), `last` the newest checkpoint.
 """
 
 import gc
@@ -49,7 +51,13 @@ from xinslm.files import (
 )
 from xinslm.inference.batch import generate_batch
 from xinslm.inference.torch_engine import load_transformer
-from xinslm.model.files import load_config, load_model, model_fingerprint, require_context, resolve_model
+from xinslm.model.files import (
+    load_config,
+    load_model,
+    model_fingerprint,
+    require_context,
+    resolve_model,
+)
 from xinslm.progress import Listener, Progress, ignore
 from xinslm.teachers.endpoint import is_endpoint
 from xinslm.teachers.open import teacher_fingerprint, teacher_tokenizer
@@ -57,7 +65,15 @@ from xinslm.tokenizer.chat import end_ids
 from xinslm.tokenizer.load import load_tokenizer
 
 ROUND = "round.json"
-INDIFFERENT = ("force", "output_dir", "log_every", "save_every", "micro_batch_size", "checkpointing", "device")
+INDIFFERENT = (
+    "force",
+    "output_dir",
+    "log_every",
+    "save_every",
+    "micro_batch_size",
+    "checkpointing",
+    "device",
+)
 """Settings that a continued run may change: they do not change what is computed."""
 PATHS = ("student", "teacher", "prompts", "mix_data", "mix_cache")
 
@@ -76,8 +92,10 @@ class OnPolicyResult:
         """Lines for the terminal."""
         return (
             f"model       {self.folder / 'checkpoints' / 'best'}\n"
-            f"written     {self.texts:,} texts, {self.written_tokens:,} tokens in {self.rounds} rounds\n"
-            f"trained     {self.state.step:,} steps, {self.state.tokens:,} tokens in {self.state.seconds:.0f} s"
+            f"written     {self.texts:,} texts, {self.written_tokens:,} tokens in {self.rounds} "
+            "rounds\n"
+            f"trained     {self.state.step:,} steps, {self.state.tokens:,} tokens in "
+            f"{self.state.seconds:.0f} s"
         )
 
 
@@ -100,8 +118,9 @@ class _Inputs:
 def run(config: OnPolicyConfig, on_progress: Listener = ignore) -> OnPolicyResult:
     """Train in rounds.
 
-    Raises UsageError where student, teacher, prompts and mixed-in data do not fit each other or the run folder holds
-    something else; `loop.Interrupted` (after a checkpoint) on Ctrl-C while the student learns.
+    Raises UsageError where student, teacher, prompts and mixed-in data do not fit each other or the
+    run folder holds something else; `loop.Interrupted` (after a checkpoint) on Ctrl-C while the
+    student learns.
     """
     config.check()
     inputs = _open(config)
@@ -129,18 +148,27 @@ def _open(config: OnPolicyConfig) -> _Inputs:
     """Open what is read, and refuse what does not fit."""
     dataset = open_dataset(config.prompts)
     if is_endpoint(config.teacher):
-        raise UsageError(f"{config.teacher} is an endpoint, which says nothing about tokens that the student chose")
+        raise UsageError(
+            f"{config.teacher} is an endpoint, which says nothing about tokens that "
+            "the student chose"
+        )
     student = resolve_model(config.student)
     tokenizer = load_tokenizer(student)
     require_tokenizer(dataset, tokenizer.fingerprint(), f"student {config.student}")
-    require_context(config.max_seq_length, load_config(student).max_position_embeddings, f"student {config.student}")
+    require_context(
+        config.max_seq_length,
+        load_config(student).max_position_embeddings,
+        f"student {config.student}",
+    )
     _require_teacher(config, tokenizer)
     mix = None
     if config.mix_data is not None and config.mix_cache is not None:
         mix = open_dataset(config.mix_data)
         require_tokenizer(mix, tokenizer.fingerprint(), f"student {config.student}")
         Cache(config.mix_cache).require_dataset(mix.fingerprint, mix.folder)
-    prompts = find_prompts(dataset, config.prompt_tokens, config.max_seq_length + 1 - config.max_new_tokens)
+    prompts = find_prompts(
+        dataset, config.prompt_tokens, config.max_seq_length + 1 - config.max_new_tokens
+    )
     return _Inputs(config, dataset, prompts, tokenizer, pick_device(config.device), mix)
 
 
@@ -151,8 +179,10 @@ def _require_teacher(config: OnPolicyConfig, tokenizer: Any) -> None:
     theirs = teacher_tokenizer(config.teacher)
     if theirs.fingerprint() != tokenizer.fingerprint() and not is_nested(tokenizer, theirs):
         raise UsageError(
-            f"teacher {config.teacher} and student {config.student} have different tokenizers, and the student's is "
-            f"not a merge prefix of the teacher's: the teacher cannot score the student's tokens. Use `xinslm distill` "
+            f"teacher {config.teacher} and student {config.student} have different tokenizers, "
+            "and the student's is "
+            "not a merge prefix of the teacher's: the teacher cannot score the student's tokens. "
+            "Use `xinslm distill` "
             f"with a cache"
         )
 
@@ -171,11 +201,18 @@ def _begin(inputs: _Inputs) -> None:
     if ours:
         if changed := differing_keys(facts, found):
             raise UsageError(
-                f"{folder} holds a run with another {', '.join(changed)}. Choose another --output-dir, give its "
-                f"settings again to continue it (--config {folder / CONFIG}), or add --force to replace it"
+                f"{folder} holds a run with another {', '.join(changed)}. Choose another "
+                "--output-dir, give its "
+                f"settings again to continue it (--config {folder / CONFIG}), or add --force to "
+                "replace it"
             )
-        if _steps(inputs.folder(config.rounds - 1)) is not None and _is_done(inputs, config.rounds - 1):
-            raise UsageError(f"{folder} already holds this run, finished. Choose another --output-dir, or add --force")
+        if _steps(inputs.folder(config.rounds - 1)) is not None and _is_done(
+            inputs, config.rounds - 1
+        ):
+            raise UsageError(
+                f"{folder} already holds this run, finished. Choose another "
+                "--output-dir, or add --force"
+            )
         return
     with new_folder(folder) as partial:
         write_text(partial / CONFIG, to_yaml(replace(config, force=False), "onpolicy"))
@@ -227,20 +264,39 @@ def _write(inputs: _Inputs, number: int, folder: Path, on_progress: Listener) ->
     config, prompts = inputs.config, inputs.prompts
     last = config.output_dir / "checkpoints" / "last"
     student = last if last.is_dir() else resolve_model(config.student)
-    model = load_transformer(student, getattr(torch, config.dtype)).to(inputs.device).requires_grad_(False)
+    model = (
+        load_transformer(student, getattr(torch, config.dtype))
+        .to(inputs.device)
+        .requires_grad_(False)
+    )
     vocab_size = inputs.tokenizer.vocab_size
     chosen = prompts.take(rows_of_step(number, config.completions, len(prompts), config.seed))
 
     def tell(done: int, tokens: int) -> None:
-        on_progress(Progress(f"round {number + 1}: write", done, len(chosen), "texts", {"tokens": tokens}))
+        on_progress(
+            Progress(f"round {number + 1}: write", done, len(chosen), "texts", {"tokens": tokens})
+        )
 
     written = generate_batch(
-        model, chosen, config.sampling(), config.max_new_tokens, end_ids(inputs.tokenizer),
-        vocab_size=vocab_size, rows=config.generate_rows, top=min(config.head, vocab_size - TEACHERS - 2),
-        first_index=number * config.completions, tell=tell,
-    )  # fmt: skip
-    made_from = {"student": model_fingerprint(student.resolve()), "prompts": inputs.dataset.fingerprint}
-    settings = {"round": number + 1, **{k: v for k, v in to_dict(config).items() if k not in ("loss", "mix_loss")}}
+        model,
+        chosen,
+        config.sampling(),
+        config.max_new_tokens,
+        end_ids(inputs.tokenizer),
+        vocab_size=vocab_size,
+        rows=config.generate_rows,
+        top=min(config.head, vocab_size - TEACHERS - 2),
+        first_index=number * config.completions,
+        tell=tell,
+    )
+    made_from = {
+        "student": model_fingerprint(student.resolve()),
+        "prompts": inputs.dataset.fingerprint,
+    }
+    settings = {
+        "round": number + 1,
+        **{k: v for k, v in to_dict(config).items() if k not in ("loss", "mix_loss")},
+    }
     write_texts(folder, chosen, written, inputs.tokenizer, made_from, settings)
 
 
@@ -251,22 +307,33 @@ def _score(inputs: _Inputs, folder: Path, on_progress: Listener) -> None:
         return
     score.run(
         CacheConfig(
-            teacher=config.teacher, data_path=folder / "data", output_dir=cache, draws=0,
-            temperature=config.loss.temperature, max_seq_length=config.max_seq_length, dtype=config.teacher_dtype,
-            device=config.device, trust_remote_code=config.trust_remote_code, seed=config.seed,
+            teacher=config.teacher,
+            data_path=folder / "data",
+            output_dir=cache,
+            draws=0,
+            temperature=config.loss.temperature,
+            max_seq_length=config.max_seq_length,
+            dtype=config.teacher_dtype,
+            device=config.device,
+            trust_remote_code=config.trust_remote_code,
+            seed=config.seed,
         ),
         on_progress,
-    )  # fmt: skip
+    )
 
 
 class _RoundTrainer(Trainer):
-    """A trainer whose learning rate follows the progress through all rounds; only this one's steps are known."""
+    """A trainer whose learning rate follows the progress through all rounds; only this one's steps
+    are known.
+    """
 
     place: tuple[int, int, int] = (0, 1, 0)
     """Round, rounds, first step."""
 
     def progress(self, number: int) -> tuple[int, int]:
-        """Where step `number` stands, and how many steps there were if all rounds had this one's."""
+        """Where step `number` stands, and how many steps there were if all rounds had this
+        one's.
+        """
         at, rounds, first = self.place
         steps = self.total_steps - first
         return at * steps + number - first, rounds * steps
@@ -275,7 +342,9 @@ class _RoundTrainer(Trainer):
         """Learning rate of step `number`."""
         config = self.config
         step, total = self.progress(number)
-        return learning_rate(step, total, config.learning_rate, config.warmup_fraction, config.decay_fraction)
+        return learning_rate(
+            step, total, config.learning_rate, config.warmup_fraction, config.decay_fraction
+        )
 
 
 def _learn(inputs: _Inputs, number: int, on_progress: Listener) -> TrainingState:
@@ -292,34 +361,60 @@ def _learn(inputs: _Inputs, number: int, on_progress: Listener) -> TrainingState
         write_json(inputs.folder(number) / ROUND, {"first_step": begun[0], "steps": begun[1]})
     first, steps = begun
 
-    model = load_model(resolve_model(config.student), checkpointing=config.checkpointing).to(inputs.device)
+    model = load_model(resolve_model(config.student), checkpointing=config.checkpointing).to(
+        inputs.device
+    )
     if config.contrast and number >= config.cold_rounds:
         sources[0] = replace(sources[0], weight=_ramp(config, number, first, steps))
     plan = RowPlan(
-        sources, config.batch_size, steps, (config.seed + 0x9E3779B1 * (number + 1)) % (1 << 31), first,
+        sources,
+        config.batch_size,
+        steps,
+        (config.seed + 0x9E3779B1 * (number + 1)) % (1 << 31),
+        first,
         balanced=config.contrast,
-    )  # fmt: skip
+    )
     trainer = _RoundTrainer(
-        model, training, sources[0].loss, sources[0].rows, first + steps, None, inputs.device, plan=plan
+        model,
+        training,
+        sources[0].loss,
+        sources[0].rows,
+        first + steps,
+        None,
+        inputs.device,
+        plan=plan,
     )
     trainer.place = number, config.rounds, first
     state = TrainingState()
     if last.is_dir():
         state = load_checkpoint(last, model, trainer.optimizer)
         prune(last.parent)
-    cut_metrics(config.output_dir / METRICS, state.step or -1)  # a run that begins anew validates again
+    # a run that begins anew validates again
+    cut_metrics(config.output_dir / METRICS, state.step or -1)
 
     held_out = _held_out(inputs)
-    log = RunLog(training, first + steps, state, on_progress, f"round {number + 1}: learn", with_kd=True)
+    log = RunLog(
+        training, first + steps, state, on_progress, f"round {number + 1}: learn", with_kd=True
+    )
     if state.step == 0 and held_out is not None:
         log.validation(trainer.validate(held_out, None, config.validation_rows), state)
     return train(
-        trainer, state, held_out, None, log.step, log.validation,
+        trainer,
+        state,
+        held_out,
+        None,
+        log.step,
+        log.validation,
         lambda at, _: save_checkpoint(
-            config.output_dir, model, inputs.tokenizer, trainer.optimizer, at, at.step == first + steps
+            config.output_dir,
+            model,
+            inputs.tokenizer,
+            trainer.optimizer,
+            at,
+            at.step == first + steps,
         ),
         lambda at: None,
-    )  # fmt: skip
+    )
 
 
 def _sources(inputs: _Inputs, number: int) -> list[Source]:
@@ -332,7 +427,9 @@ def _sources(inputs: _Inputs, number: int) -> list[Source]:
         rows = PackedRows(open_dataset(folder / "data").split("train"), config.max_seq_length)
         records = Cache(folder / "cache").split("train")
         assert records is not None, "every dataset has a train split"
-        result.append(Source(rows, CachedTargets(records), own, 1.0 if inputs.mix is None else 1 - share))
+        result.append(
+            Source(rows, CachedTargets(records), own, 1.0 if inputs.mix is None else 1 - share)
+        )
     if inputs.mix is not None and config.mix_cache is not None:
         records = Cache(config.mix_cache).split("train")
         assert records is not None, "every dataset has a train split"
@@ -342,7 +439,9 @@ def _sources(inputs: _Inputs, number: int) -> list[Source]:
 
 
 def _steps_of(config: OnPolicyConfig, sources: list[Source], number: int) -> int:
-    """Steps that pass over a round's own texts `epochs` times; a cold round takes as many documents of the other."""
+    """Steps that pass over a round's own texts `epochs` times; a cold round takes as many documents
+    of the other.
+    """
     rows = sources[0].rows
     count = float(len(rows))
     if number < config.cold_rounds:
@@ -351,8 +450,13 @@ def _steps_of(config: OnPolicyConfig, sources: list[Source], number: int) -> int
 
 
 def _ramp(config: OnPolicyConfig, number: int, first: int, steps: int) -> Callable[[int], float]:
-    """Weight of the student's own texts in the contrast, linear over the rounds that have such texts."""
-    before, rounds = (number - config.cold_rounds) * steps, (config.rounds - config.cold_rounds) * steps
+    """Weight of the student's own texts in the contrast, linear over the rounds that have such
+    texts.
+    """
+    before, rounds = (
+        (number - config.cold_rounds) * steps,
+        (config.rounds - config.cold_rounds) * steps,
+    )
     span = config.contrast_end - config.contrast_start
 
     def weight(step: int) -> float:

@@ -53,10 +53,12 @@ class OnPolicyConfig:
     student: Path
     """Student to start from: a model folder, a run folder (its best checkpoint), or a Hub name."""
     teacher: str
-    """Teacher: a model folder, a Hub name or a GGUF file, with the student's tokenizer or one it is nested in."""
+    """Teacher: a model folder, a Hub name or a GGUF file, with the student's tokenizer or one it is
+    nested in.
+    """
     prompts: Path
-    """Dataset folder made by `xinslm prepare`. Of a chat, what is masked before the first answer is the prompt; of a
-    plain text, its beginning."""
+    """Dataset folder made by `xinslm prepare`. Of a chat, what is masked before the first answer is
+    the prompt; of a plain text, its beginning."""
     output_dir: Annotated[Path, tyro.conf.arg(aliases=["-o"])]
     """Run folder to write; a run that was interrupted continues there."""
     rounds: int = 4
@@ -74,23 +76,29 @@ class OnPolicyConfig:
     top_p: float = 1.0
     """Draw from the fewest most likely tokens whose probabilities sum to this; 1 keeps all."""
     generate_rows: int | None = None
-    """Texts that are written at the same time; by default up to 128, as many as fit into 2 GiB of keys and values."""
+    """Texts that are written at the same time; by default up to 128, as many as fit into 2 GiB of
+    keys and values.
+    """
     head: int = 32
-    """Most likely tokens of the student whose teacher probabilities are kept; the token that came and 4 of the
-    teacher's are kept beside them."""
+    """Most likely tokens of the student whose teacher probabilities are kept; the token that came
+    and 4 of the teacher's are kept beside them."""
     epochs: float = 1.0
     """Passes over the texts of a round, at most 2: they grow stale as the student learns."""
     mix_data: Path | None = None
-    """Dataset to mix in: given texts, answers of a teacher. With --contrast, the teacher's answers."""
+    """Dataset to mix in: given texts, answers of a teacher. With --contrast, the teacher's
+    answers.
+    """
     mix_cache: Path | None = None
     """Its cache, made by `xinslm cache`."""
     mix_share: float = 0.25
     """Part of each step's rows that come from --mix-data."""
     off_policy_share: float = 0.0
-    """Part of the rounds, the first ones, that train on --mix-data alone: for a student far from its teacher."""
+    """Part of the rounds, the first ones, that train on --mix-data alone: for a student far from
+    its teacher.
+    """
     contrast: bool = False
-    """Raise the teacher's answers (--mix-data, skew KL) and lower what only the student would say (its own, skew
-    reverse KL), half of the rows each: DistiLLM-2."""
+    """Raise the teacher's answers (--mix-data, skew KL) and lower what only the student would say
+    (its own, skew reverse KL), half of the rows each: DistiLLM-2."""
     contrast_start: float = 1.0
     """With --contrast, weight of the student's own answers at the beginning."""
     contrast_end: float = 1.5
@@ -112,7 +120,9 @@ class OnPolicyConfig:
     clip_norm: float = 1.0
     """Longest gradient, as its L2 norm; 0 for no limit."""
     optimizer: Literal["adamw", "adamw8bit", "muon"] = "adamw"
-    """adamw8bit keeps its moments in a quarter of the memory; muon takes the hidden matrices, AdamW the rest."""
+    """adamw8bit keeps its moments in a quarter of the memory; muon takes the hidden matrices, AdamW
+    the rest.
+    """
     validation_rows: int = 64
     """Packed validation rows of --prompts to use at most after each round; 0 for all."""
     save_every: int = 200
@@ -120,7 +130,9 @@ class OnPolicyConfig:
     log_every: int = 10
     """Steps between lines of metrics.jsonl."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Number type in which the student writes and learns; its weights are float32 while it learns."""
+    """Number type in which the student writes and learns; its weights are float32 while it
+    learns.
+    """
     teacher_dtype: Dtype = "float32"
     """The teacher's number type."""
     trust_remote_code: bool = False
@@ -132,7 +144,9 @@ class OnPolicyConfig:
     seed: int = 0
     """Seed of prompts, draws and the order of rows."""
     loss: LossConfig = field(default_factory=_reverse)
-    """The loss on the student's own texts. With --contrast, its divergences are the skewed ones; skew is taken."""
+    """The loss on the student's own texts. With --contrast, its divergences are the skewed ones;
+    skew is taken.
+    """
     mix_loss: LossConfig = field(default_factory=LossConfig)
     """The loss on --mix-data."""
     force: bool = False
@@ -142,20 +156,26 @@ class OnPolicyConfig:
         """Raise UsageError listing everything that cannot work."""
         wrong = [*range_errors(self, _ON_POLICY), *self.loss.errors()]
         wrong += [error.replace("loss.", "mix_loss.") for error in self.mix_loss.errors()]
-        wrong += step_errors(self.batch_size, self.micro_batch_size, self.warmup_fraction, self.decay_fraction)
+        wrong += step_errors(
+            self.batch_size, self.micro_batch_size, self.warmup_fraction, self.decay_fraction
+        )
         if self.max_new_tokens >= self.max_seq_length:
             wrong.append(
-                f"max_new_tokens ({self.max_new_tokens}) leaves no room for a prompt in rows of {self.max_seq_length}"
+                f"max_new_tokens ({self.max_new_tokens}) leaves no room for a prompt in rows of "
+                f"{self.max_seq_length}"
             )
         if (self.mix_data is None) != (self.mix_cache is None):
             wrong.append("mix_data and mix_cache belong together: give both, or neither")
         if self.mix_data is None and self.contrast:
             wrong.append("contrast needs the teacher's answers: give mix_data and mix_cache")
         if self.mix_data is None and self.off_policy_share:
-            wrong.append("off_policy_share needs something to train on: give mix_data and mix_cache")
+            wrong.append(
+                "off_policy_share needs something to train on: give mix_data and mix_cache"
+            )
         if not wrong and self.cold_rounds == self.rounds:
             wrong.append(
-                f"off_policy_share {self.off_policy_share} leaves none of {self.rounds} rounds for the student's own "
+                f"off_policy_share {self.off_policy_share} leaves none of {self.rounds} rounds "
+                "for the student's own "
                 f"texts: lower it, or use `xinslm distill`"
             )
         if self.contrast and self.loss.temperature != 1:
@@ -179,15 +199,34 @@ class OnPolicyConfig:
     def sampling(self) -> Sampling:
         """How the student writes."""
         return Sampling(
-            temperature=self.temperature, top_k=self.top_k, top_p=self.top_p, min_p=0.0, seed=self.seed
-        )  # fmt: skip
+            temperature=self.temperature,
+            top_k=self.top_k,
+            top_p=self.top_p,
+            min_p=0.0,
+            seed=self.seed,
+        )
 
     def training(self) -> PretrainConfig:
         """What the training loop reads."""
         same = (
-            "output_dir", "max_seq_length", "batch_size", "micro_batch_size", "learning_rate", "warmup_fraction",
-            "decay_fraction", "weight_decay", "clip_norm", "optimizer", "validation_rows", "save_every", "log_every",
-            "dtype", "device", "checkpointing", "seed", "force",
-        )  # fmt: skip
+            "output_dir",
+            "max_seq_length",
+            "batch_size",
+            "micro_batch_size",
+            "learning_rate",
+            "warmup_fraction",
+            "decay_fraction",
+            "weight_decay",
+            "clip_norm",
+            "optimizer",
+            "validation_rows",
+            "save_every",
+            "log_every",
+            "dtype",
+            "device",
+            "checkpointing",
+            "seed",
+            "force",
+        )
         settings = {name: getattr(self, name) for name in same}
         return PretrainConfig(data_path=self.prompts, validate_every=1 << 60, **settings)

@@ -1,7 +1,8 @@
-"""Prompts for a teacher: any record that `prepare` reads, with or without its answer, and lines of plain text.
+"""Prompts for a teacher: any record that `prepare` reads, with or without its answer, and lines of
+plain text.
 
-{"prompt"}, {"instruction", "input"}, {"messages"} and {"conversations"} are a chat up to the user's last message;
-{"text"} and a line of a .txt file are the beginning of a text.
+{"prompt"}, {"instruction", "input"}, {"messages"} and {"conversations"} are a chat up to the user's
+last message; {"text"} and a line of a .txt file are the beginning of a text.
 """
 
 import json
@@ -17,11 +18,15 @@ from xinslm.teachers.base import Prompt
 
 
 def read_prompts(path: Path) -> list[Prompt]:
-    """Read a file of prompts, in its order; UsageError for a file that is not there, XinslmError for damage in it."""
+    """Read a file of prompts, in its order; UsageError for a file that is not there, XinslmError
+    for damage in it.
+    """
     if not path.is_file():
         raise UsageError(f"--prompts {path}: there is no such file")
     if suffix(path) not in SUFFIXES:
-        raise UsageError(f"--prompts {path}: unknown kind of file; known endings are {', '.join(SUFFIXES)}")
+        raise UsageError(
+            f"--prompts {path}: unknown kind of file; known endings are {', '.join(SUFFIXES)}"
+        )
     prompts = list(_read(path))
     if not prompts:
         raise XinslmError(f"--prompts {path}: there is no prompt in it")
@@ -47,7 +52,9 @@ def _read(path: Path) -> Iterator[Prompt]:
         try:
             record = json.loads(text)
         except (ValueError, RecursionError) as error:
-            raise XinslmError(f"{where}: not valid JSON ({getattr(error, 'msg', 'nested too deep')})") from None
+            raise XinslmError(
+                f"{where}: not valid JSON ({getattr(error, 'msg', 'nested too deep')})"
+            ) from None
         yield to_prompt(to_document(_with_answer(record), where))
 
 

@@ -1,8 +1,8 @@
 """Prompts from a dataset, and the student's texts behind them as a dataset of their own.
 
-A text is its prompt, which is context, and what the student wrote, which are the targets: their number is the loss's
-divisor, counted from the texts themselves. The student's most likely tokens at each target stand beside the tokens
-(`support`), for the teacher to be asked about.
+A text is its prompt, which is context, and what the student wrote, which are the targets: their
+number is the loss's divisor, counted from the texts themselves. The student's most likely tokens at
+each target stand beside the tokens (`support`), for the teacher to be asked about.
 """
 
 from dataclasses import dataclass
@@ -46,20 +46,23 @@ class Prompts:
 def find_prompts(dataset: Dataset, prompt_tokens: int, longest: int) -> Prompts:
     """Prompts of the train split of at most `longest` tokens.
 
-    Where more than a document's first token is masked, the masked beginning is the prompt; else its first
-    `prompt_tokens` tokens, at most half of it. Raises UsageError if no prompt is short enough.
+    Where more than a document's first token is masked, the masked beginning is the prompt; else its
+    first `prompt_tokens` tokens, at most half of it. Raises UsageError if no prompt is short
+    enough.
     """
     split = dataset.split("train")
     starts, ends = split.documents[:-1], split.documents[1:]
     targets = np.flatnonzero(np.asarray(split.mask))
     place = np.searchsorted(targets, starts)
-    first = np.append(targets, np.iinfo(np.int64).max)[place]  # the first target at or behind a document's start
+    # the first target at or behind a document's start
+    first = np.append(targets, np.iinfo(np.int64).max)[place]
     plain = np.maximum(1, np.minimum(prompt_tokens, (ends - starts) // 2))
     lengths = np.where(first - starts > 1, first - starts, plain)
     fits = (first < ends) & (lengths <= longest)
     if not fits.any():
         raise UsageError(
-            f"{dataset.folder} has no prompt of at most {longest} tokens. Give a smaller --max-new-tokens or "
+            f"{dataset.folder} has no prompt of at most {longest} tokens. Give a smaller "
+            "--max-new-tokens or "
             f"--prompt-tokens, or a larger --max-seq-length"
         )
     kept = np.flatnonzero(fits)
@@ -67,25 +70,43 @@ def find_prompts(dataset: Dataset, prompt_tokens: int, longest: int) -> Prompts:
 
 
 def write_texts(
-    folder: Path, prompts: list[np.ndarray], written: Completions, tokenizer: Any, made_from: dict[str, str],
+    folder: Path,
+    prompts: list[np.ndarray],
+    written: Completions,
+    tokenizer: Any,
+    made_from: dict[str, str],
     settings: dict[str, Any],
-) -> None:  # fmt: skip
+) -> None:
     """Write prompts and completions as a dataset folder with one split, `train`."""
     vocab_size = tokenizer.vocab_size
     dtype = np.dtype(np.uint16 if vocab_size <= 1 << 16 else np.uint32)
     control = set(tokenizer.special_tokens.values())
-    num_bytes = np.array([0 if i in control else len(tokenizer.token_bytes(i)) for i in range(vocab_size)])
+    num_bytes = np.array(
+        [0 if i in control else len(tokenizer.token_bytes(i)) for i in range(vocab_size)]
+    )
     with new_folder(folder) as partial:
         with SplitWriter(partial / "train", dtype) as writer:
             for prompt, text in zip(prompts, written.texts, strict=True):
                 mask = np.repeat(np.array([0, 1], np.uint8), (len(prompt), len(text.tokens)))
-                writer.append(np.concatenate([prompt, text.tokens]), mask, int(num_bytes[text.tokens].sum()))
+                writer.append(
+                    np.concatenate([prompt, text.tokens]), mask, int(num_bytes[text.tokens].sum())
+                )
             facts = writer.finish()
-        write_support(partial / "train", np.concatenate([text.top for text in written.texts]), vocab_size)
+        write_support(
+            partial / "train", np.concatenate([text.top for text in written.texts]), vocab_size
+        )
         tokenizer.save(partial / "tokenizer")
         write_manifest(
-            partial, KIND, VERSION, settings, {"tokenizer": tokenizer.fingerprint(), **made_from},
-            vocab_size=vocab_size, dtype=dtype.name, document_end="none", splits={"train": facts},
-            source_names=["the student"], ended=sum(text.ended for text in written.texts),
+            partial,
+            KIND,
+            VERSION,
+            settings,
+            {"tokenizer": tokenizer.fingerprint(), **made_from},
+            vocab_size=vocab_size,
+            dtype=dtype.name,
+            document_end="none",
+            splits={"train": facts},
+            source_names=["the student"],
+            ended=sum(text.ended for text in written.texts),
             token_forwards=written.token_forwards,
-        )  # fmt: skip
+        )

@@ -1,12 +1,14 @@
-"""What a record's head holds where the student wrote the text itself: the tokens that the student thinks likely.
+"""What a record's head holds where the student wrote the text itself: the tokens that the student
+thinks likely.
 
-The reverse divergences weigh by the student's probabilities, so the teacher must be known exactly there, not where it
-itself has its mass. A head is the student's most likely tokens (kept when it wrote), the token that came, and as many
-of the teacher's most likely ones as there is room for; the rest is the tail's mass, so no bucket is ever dropped: a
-bare sum over a truncated head would be minimised by putting no mass there at all.
+The reverse divergences weigh by the student's probabilities, so the teacher must be known exactly
+there, not where it itself has its mass. A head is the student's most likely tokens (kept when it
+wrote), the token that came, and as many of the teacher's most likely ones as there is room for; the
+rest is the tail's mass, so no bucket is ever dropped: a bare sum over a truncated head would be
+minimised by putting no mass there at all.
 
-Codes reach 20 nats. A head token that the teacher gives less than e^-20 counts as e^-20 (2e-9), so the log-ratio of
-student to teacher is at most 20 nats there, where it would grow without limit.
+Codes reach 20 nats. A head token that the teacher gives less than e^-20 counts as e^-20 (2e-9), so
+the log-ratio of student to teacher is at most 20 nats there, where it would grow without limit.
 """
 
 from pathlib import Path
@@ -20,7 +22,9 @@ from xinslm.errors import XinslmError
 from xinslm.largest import most_likely
 
 FILE = "support.npy"
-"""Beside a split's tokens: (targets, s) ids, uint16 or uint32, one row for each token that counts."""
+"""Beside a split's tokens: (targets, s) ids, uint16 or uint32, one row for each token that
+counts.
+"""
 TEACHERS = 4
 """Places in a head for the teacher's own most likely tokens, at least."""
 
@@ -51,17 +55,24 @@ def read_support(dataset: Dataset) -> Support | None:
     ids = np.load(path, mmap_mode="r", allow_pickle=False)
     targets = dataset.manifest["splits"]["train"]["targets"]
     if ids.ndim != 2 or len(ids) != targets:
-        raise XinslmError(f"{path} has shape {ids.shape} for {targets:,} targets: delete the round's folder")
+        raise XinslmError(
+            f"{path} has shape {ids.shape} for {targets:,} targets: delete the round's folder"
+        )
     return Support(ids)
 
 
 def write_support(folder: Path, ids: np.ndarray, vocab_size: int) -> None:
     """Write (targets, s) ids into a split's folder."""
-    np.save(folder / FILE, ids.astype(np.uint16 if vocab_size <= 1 << 16 else np.uint32), allow_pickle=False)
+    np.save(
+        folder / FILE,
+        ids.astype(np.uint16 if vocab_size <= 1 << 16 else np.uint32),
+        allow_pickle=False,
+    )
 
 
 def head_ids(probs: Tensor, support: Tensor, labels: Tensor, head: int) -> Tensor:
-    """Distinct ids for heads, (N, head) int64: the support, the token that came, the teacher's most likely.
+    """Distinct ids for heads, (N, head) int64: the support, the token that came, the teacher's most
+    likely.
 
     probs: (N, V), the teacher's. support: (N, s) distinct ids, s < head <= V. labels: (N,).
     """

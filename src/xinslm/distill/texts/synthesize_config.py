@@ -29,20 +29,24 @@ _SYNTHESIZE = {
 
 @dataclass(frozen=True)
 class SynthesizeConfig:
-    """Let a teacher answer prompts; the answers become text, a dataset and a cache to distill from."""
+    """Let a teacher answer prompts; the answers become text, a dataset and a cache to distill
+    from.
+    """
 
     teacher: Annotated[str, tyro.conf.Positional]
-    """Teacher: a model folder or Hub name (any Hugging Face causal language model), a .gguf file, or the URL of an
-    OpenAI-compatible endpoint (vLLM, llama.cpp, hosted models)."""
+    """Teacher: a model folder or Hub name (any Hugging Face causal language model), a .gguf file,
+    or the URL of an OpenAI-compatible endpoint (vLLM, llama.cpp, hosted models)."""
     prompts: Path
-    """File of prompts: .jsonl, .json or .parquet with records as `prepare` reads them, answers not needed; or .txt,
-    each line the beginning of a text."""
+    """File of prompts: .jsonl, .json or .parquet with records as `prepare` reads them, answers not
+    needed; or .txt, each line the beginning of a text."""
     output_dir: Annotated[Path, tyro.conf.arg(aliases=["-o"])]
     """Folder for text.jsonl, data and cache; a run that was interrupted continues there."""
     samples: int = 1
     """Answers to each prompt."""
     temperature: float = 1.0
-    """Below 1 sharpens, above 1 flattens what the teacher draws from; 0 always takes the most likely token."""
+    """Below 1 sharpens, above 1 flattens what the teacher draws from; 0 always takes the most
+    likely token.
+    """
     top_p: float = 1.0
     """Draw from the fewest most likely tokens whose probabilities sum to this; 1 keeps all."""
     max_new_tokens: int = 256
@@ -50,9 +54,13 @@ class SynthesizeConfig:
     batch_size: int = 16
     """Answers that a teacher here writes side by side."""
     student_tokenizer: str | None = None
-    """Tokenizer of the dataset; by default the teacher's. A nested one can be cached from a teacher here."""
+    """Tokenizer of the dataset; by default the teacher's. A nested one can be cached from a teacher
+    here.
+    """
     tokenizer: str | None = None
-    """Tokenizer of an endpoint's model, or one for a GGUF file instead of its own: a folder, a file or a Hub name."""
+    """Tokenizer of an endpoint's model, or one for a GGUF file instead of its own: a folder, a file
+    or a Hub name.
+    """
     document_end: DocumentEnd = "eos"
     """Token that closes a plain text; chats close as their template says."""
     validation_fraction: float = 0.05
@@ -60,7 +68,9 @@ class SynthesizeConfig:
     cache: bool = True
     """Keep the teacher's distributions along with the text."""
     head: int | None = None
-    """Most likely tokens kept exactly at each position; by default 4, or 11 where there are no draws."""
+    """Most likely tokens kept exactly at each position; by default 4, or 11 where there are no
+    draws.
+    """
     draws: int = 10
     """Tokens drawn from the rest of the distribution; endpoints give none."""
     cache_temperature: float = 2.0
@@ -86,6 +96,9 @@ class SynthesizeConfig:
         """Raise UsageError listing everything that cannot work."""
         wrong = range_errors(self, _SYNTHESIZE) + self.endpoint.errors()
         if self.temperature == 0 and self.samples > 1:
-            wrong.append(f"samples is {self.samples}, but at temperature 0 all answers to a prompt are the same")
+            wrong.append(
+                f"samples is {self.samples}, but at temperature 0 all answers to a "
+                "prompt are the same"
+            )
         if wrong:
             raise UsageError("\n".join(wrong))

@@ -42,16 +42,23 @@ class Answer:
         document = self.document
         if document.messages is not None:
             return {"messages": list(document.messages), "finished": self.written.finished}
-        return {"text": document.text, "prompt_characters": len(self.prompt), "finished": self.written.finished}
+        return {
+            "text": document.text,
+            "prompt_characters": len(self.prompt),
+            "finished": self.written.finished,
+        }
 
 
 def write_text_file(path: Path, answers: Sequence[Answer]) -> None:
     """Write text.jsonl."""
-    write_text(path, "".join(json.dumps(answer.record(), ensure_ascii=False) + "\n" for answer in answers))
+    write_text(
+        path, "".join(json.dumps(answer.record(), ensure_ascii=False) + "\n" for answer in answers)
+    )
 
 
 def split_answers(answers: Sequence[Answer], fraction: float, seed: int) -> dict[str, list[Answer]]:
-    """Training and held-back answers; a prompt's own content decides, so all answers to it stay together.
+    """Training and held-back answers; a prompt's own content decides, so all answers to it stay
+    together.
 
     With two prompts and more and a fraction above 0, neither side is empty.
     """
@@ -72,7 +79,11 @@ def _digest(prompt: Prompt) -> bytes:
 
 
 def write_dataset(
-    folder: Path, splits: dict[str, list[Answer]], tokenizer: Any, end: DocumentEnd, config: dict[str, Any]
+    folder: Path,
+    splits: dict[str, list[Answer]],
+    tokenizer: Any,
+    end: DocumentEnd,
+    config: dict[str, Any],
 ) -> None:
     """Write a dataset folder, whole or not at all."""
     dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32)
@@ -87,11 +98,20 @@ def write_dataset(
                 figures[name] = writer.finish()
         tokenizer.save(partial / "tokenizer")
         write_manifest(
-            partial, KIND, VERSION, config, {"tokenizer": tokenizer.fingerprint()},
-            vocab_size=tokenizer.vocab_size, dtype=dtype.name, document_end=end, splits=figures,
-            duplicates_dropped=0, sources={"answer": sum(map(len, splits.values()))}, source_names=["answer"],
+            partial,
+            KIND,
+            VERSION,
+            config,
+            {"tokenizer": tokenizer.fingerprint()},
+            vocab_size=tokenizer.vocab_size,
+            dtype=dtype.name,
+            document_end=end,
+            splits=figures,
+            duplicates_dropped=0,
+            sources={"answer": sum(map(len, splits.values()))},
+            source_names=["answer"],
             without_targets_dropped=0,
-        )  # fmt: skip
+        )
 
 
 def encode(answer: Answer, encoder: Encoder) -> Encoded:
@@ -102,12 +122,17 @@ def encode(answer: Answer, encoder: Encoder) -> Encoded:
         mask[: _prompt_tokens(answer, tokens, encoder.tokenizer)] = 0
     else:
         targets = np.flatnonzero(mask)
-        if len(targets):  # earlier answers of the chat are context, too: the last run of targets is this one
+        # earlier answers of the chat are context, too: the last run of targets is this one
+        if len(targets):
             gaps = np.flatnonzero(np.diff(targets) > 1)
             mask[: targets[gaps[-1] + 1] if len(gaps) else 0] = 0
             if not answer.written.finished:
                 last = int(targets[-1])
-                stop = last if int(tokens[last]) in encoder.tokenizer.special_tokens.values() else last + 1
+                stop = (
+                    last
+                    if int(tokens[last]) in encoder.tokenizer.special_tokens.values()
+                    else last + 1
+                )
                 tokens, mask = tokens[:stop], mask[:stop]
     mask[:1] = 0
     return replace(encoded, tokens=tokens, mask=mask, num_bytes=len(answer.written.text.encode()))
@@ -116,7 +141,9 @@ def encode(answer: Answer, encoder: Encoder) -> Encoded:
 def _prompt_tokens(answer: Answer, tokens: np.ndarray, tokenizer: Any) -> int:
     """Tokens of a plain text that hold nothing of the answer, the one that opens it included."""
     special = set(tokenizer.special_tokens.values())
-    sizes = [0 if token in special else len(tokenizer.token_bytes(token)) for token in tokens.tolist()]
+    sizes = [
+        0 if token in special else len(tokenizer.token_bytes(token)) for token in tokens.tolist()
+    ]
     ends = np.cumsum(sizes)
     whole = answer.document.text or ""
     extra = int(ends[-1]) - len(whole.encode())  # a space that sentencepiece puts before the text
