@@ -16,14 +16,14 @@ from pathlib import Path
 import torch
 from machine import describe
 
+from xinslm.cache import score
+from xinslm.cache.config import CacheConfig
 from xinslm.data import prepare
 from xinslm.data.config import PrepareConfig
-from xinslm.distill import train
-from xinslm.distill.cache import score
-from xinslm.distill.cache.config import CacheConfig
+from xinslm.distill.auxiliary_config import ContrastConfig, HiddenConfig
 from xinslm.distill.config import DistillConfig
-from xinslm.distill.hidden.config import ContrastConfig, HiddenConfig
-from xinslm.distill.losses.config import LossConfig
+from xinslm.losses.config import LossConfig
+from xinslm.train import run as train
 
 KD, CE = LossConfig(), LossConfig(alpha=1.0, beta=0.0)
 VARIANTS = {

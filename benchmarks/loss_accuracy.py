@@ -22,10 +22,10 @@ from sides import keep
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from xinslm.distill.cache.records import CacheFormat, decode, encode
-from xinslm.distill.losses.chunk import chunk_loss
-from xinslm.distill.losses.config import LossConfig
-from xinslm.distill.losses.targets import SparseTargets
+from xinslm.cache.entries import CacheFormat, decode, encode
+from xinslm.losses.chunk import chunk_loss
+from xinslm.losses.config import LossConfig
+from xinslm.losses.targets import SparseTargets
 
 PRESETS = {
     "lean": (2, 8),

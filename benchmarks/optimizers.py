@@ -25,11 +25,11 @@ from machine import describe
 from xinslm.data.dataset import open_dataset
 from xinslm.data.packing import PackedRows
 from xinslm.distill.config import PretrainConfig
-from xinslm.distill.loop import Trainer
-from xinslm.distill.losses.config import LossConfig
+from xinslm.losses.config import LossConfig
 from xinslm.model.config import PRESETS, ModelConfig
+from xinslm.model.param_dtype import narrow_matrices
 from xinslm.model.transformer import Transformer
-from xinslm.model.wide import narrow_matrices
+from xinslm.train.loop import Trainer
 
 VARIANTS = {
     "adamw": [],

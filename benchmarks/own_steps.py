@@ -18,16 +18,16 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from xinslm.cache.entries import Cache
 from xinslm.data.dataset import open_dataset
 from xinslm.data.packing import PackedRows
-from xinslm.distill.cache.records import Cache
 from xinslm.distill.config import PretrainConfig
-from xinslm.distill.loop import Trainer
-from xinslm.distill.losses.config import LossConfig
-from xinslm.distill.losses.fused import fused_loss
-from xinslm.distill.targets import CachedTargets, LiveTargets
+from xinslm.distill.target_sources import CachedTargets, LiveTargets
+from xinslm.losses.config import LossConfig
+from xinslm.losses.fused import fused_loss
 from xinslm.model.files import load_model
 from xinslm.teachers.huggingface import HuggingFaceTeacher
+from xinslm.train.loop import Trainer
 
 
 def main() -> None:

@@ -95,13 +95,13 @@ import numpy as np, torch
 from xinslm.data.dataset import Split
 from xinslm.data.packing import PackedRows
 from xinslm.device import return_freed_memory
-from xinslm.distill import train
+from xinslm.train import run as train
 from xinslm.distill.config import PretrainConfig
-from xinslm.distill.loop import Trainer
-from xinslm.distill.losses.config import LossConfig
+from xinslm.train.loop import Trainer
+from xinslm.losses.config import LossConfig
 from xinslm.model.config import PRESETS, ModelConfig
 from xinslm.model.transformer import Transformer
-from xinslm.model.wide import narrow_matrices
+from xinslm.model.param_dtype import narrow_matrices
 
 def resident(key):
     line = next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith(key))

@@ -21,7 +21,7 @@ from machine import describe
 
 from xinslm.data.dataset import open_dataset
 from xinslm.data.packing import PackedRows
-from xinslm.distill.loop import rows_of_step
+from xinslm.train.loop import rows_of_step
 
 OURS = """
 import json, resource, sys, time
@@ -30,8 +30,8 @@ import numpy as np, torch
 from xinslm.data.dataset import open_dataset
 from xinslm.data.packing import PackedRows
 from xinslm.distill.config import PretrainConfig
-from xinslm.distill.losses.config import LossConfig
-from xinslm.distill.loop import Trainer
+from xinslm.losses.config import LossConfig
+from xinslm.train.loop import Trainer
 from xinslm.model.files import load_model
 model, data, length, batch, steps, threads = sys.argv[1:]
 torch.set_num_threads(int(threads))

@@ -23,18 +23,18 @@ import torch
 from machine import describe
 from sides import keep, xinslm
 
+from xinslm.cache.entries import Cache
 from xinslm.data.dataset import open_dataset
 from xinslm.data.packing import Batch, PackedRows
-from xinslm.distill.cache.records import Cache
 from xinslm.distill.config import PretrainConfig
-from xinslm.distill.inputs import shape
-from xinslm.distill.loop import Trainer
-from xinslm.distill.losses.config import LossConfig
-from xinslm.distill.losses.targets import DenseTargets
-from xinslm.distill.targets import CachedTargets, LiveTargets
+from xinslm.distill.target_sources import CachedTargets, LiveTargets
+from xinslm.losses.config import LossConfig
+from xinslm.losses.targets import DenseTargets
 from xinslm.model.transformer import Transformer
 from xinslm.teachers.huggingface import HuggingFaceTeacher
 from xinslm.tokenizer.load import load_tokenizer
+from xinslm.train.inputs import shape
+from xinslm.train.loop import Trainer
 
 CACHES = {
     "lean 2+8": (2, 8),

@@ -7,11 +7,11 @@ from typing import Literal
 import pytest
 import yaml
 
+from xinslm.cache.config import CacheConfig
 from xinslm.config import from_yaml, to_dict, to_yaml
-from xinslm.distill.cache.config import CacheConfig
 from xinslm.distill.config import DistillConfig
-from xinslm.distill.losses.config import LossConfig
 from xinslm.errors import UsageError
+from xinslm.losses.config import LossConfig
 
 
 @dataclass(frozen=True)

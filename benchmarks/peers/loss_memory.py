@@ -55,9 +55,9 @@ def make(side: str, rows: int, student: int, teacher: int, vocabulary: int):
             log_q = torch.log_softmax(F.linear(hidden, weight).float().gather(1, ids), dim=1)
             return (target * (target.log() - log_q)).sum(1).mean()
     else:
-        from xinslm.distill.losses.config import LossConfig
-        from xinslm.distill.losses.fused import fused_loss
-        from xinslm.distill.losses.targets import DenseTargets, SparseTargets
+        from xinslm.losses.config import LossConfig
+        from xinslm.losses.fused import fused_loss
+        from xinslm.losses.targets import DenseTargets, SparseTargets
 
         chosen = torch.rand(rows, 64 * vocabulary // vocabulary).argsort(1)[:, :12]
         probs = torch.full((rows, 8), 0.1).log()

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from xinslm.distill.hidden.contrast import draw_places, info_nce
-from xinslm.distill.hidden.matching import linear_cka, projected_error
-from xinslm.distill.hidden.sketches import depth_at, rms_normalise
+from xinslm.cache.projected_states import depth_at, rms_normalise
+from xinslm.distill.contrast import draw_places, info_nce
+from xinslm.distill.matching import linear_cka, projected_error
 
 
 def draw(*shape, seed=0):

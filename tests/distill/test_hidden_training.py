@@ -14,24 +14,24 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from xinslm.cache import score
+from xinslm.cache.config import CacheConfig
+from xinslm.cache.entries import Cache
+from xinslm.cache.projected_states import CachedSketches
 from xinslm.data.dataset import open_dataset
 from xinslm.data.packing import PackedRows
-from xinslm.distill import train
-from xinslm.distill.cache import score
-from xinslm.distill.cache.config import CacheConfig
-from xinslm.distill.cache.records import Cache
+from xinslm.distill.auxiliary import Auxiliary, hidden_shares, make_auxiliary
+from xinslm.distill.auxiliary_config import ContrastConfig, HiddenConfig
 from xinslm.distill.config import DistillConfig
-from xinslm.distill.hidden.auxiliary import Auxiliary, hidden_shares, make_auxiliary
-from xinslm.distill.hidden.config import ContrastConfig, HiddenConfig
-from xinslm.distill.hidden.sketches import CachedSketches
-from xinslm.distill.loop import Trainer
-from xinslm.distill.targets import CachedTargets, LiveTargets
+from xinslm.distill.target_sources import CachedTargets, LiveTargets
 from xinslm.errors import UsageError, XinslmError
 from xinslm.model.files import load_config, load_model
 from xinslm.model.transformer import Transformer
 from xinslm.report import run as report
 from xinslm.report.config import ReportConfig
 from xinslm.teachers.huggingface import HuggingFaceTeacher
+from xinslm.train import run as train
+from xinslm.train.loop import Trainer
 
 CPU = torch.device("cpu")
 BOTH = {"hidden": HiddenConfig(1.0), "contrast": ContrastConfig(0.05, positions=40)}
@@ -173,7 +173,7 @@ def test_gradients_in_the_loop_are_those_of_the_formulas(world, cache, kind):
 
 
 def rows_at(step, made):
-    from xinslm.distill.loop import rows_of_step
+    from xinslm.train.loop import rows_of_step
 
     return rows_of_step(step, made.config.batch_size, len(made.rows), made.config.seed)
 
@@ -313,7 +313,7 @@ import os, signal
 from pathlib import Path, PosixPath
 import torch
 torch.set_num_threads(1)
-from xinslm.distill import train
+from xinslm.train import run as train
 from xinslm.distill.config import *
 def listen(progress):
     if progress.done == {at_step} and 'loss' in progress.values:

@@ -9,17 +9,17 @@ import numpy as np
 import pytest
 import torch
 
+from xinslm.cache import merge
+from xinslm.cache.entries import Cache
+from xinslm.cache.merge_config import MergeConfig
 from xinslm.cli.main import main
 from xinslm.data.packing import Batch
-from xinslm.distill.cache import merge
-from xinslm.distill.cache.merge_config import MergeConfig
-from xinslm.distill.cache.records import Cache
-from xinslm.distill.losses import fused
 from xinslm.doctor import losses, rows
 from xinslm.doctor import run as doctor
 from xinslm.doctor.config import DoctorConfig
 from xinslm.errors import UsageError
 from xinslm.files import sha256_file
+from xinslm.losses import fused
 from xinslm.model.files import load_model, save_model
 from xinslm.model.transformer import Transformer
 from xinslm.tokenizer.bpe import BPETokenizer
@@ -174,8 +174,8 @@ def test_records_that_are_not_finite_or_not_there(healthy, cache):
 
 
 def test_a_head_too_small_without_draws(healthy, tmp_path):
-    from xinslm.distill.cache import score
-    from xinslm.distill.cache.config import CacheConfig
+    from xinslm.cache import score
+    from xinslm.cache.config import CacheConfig
 
     score.run(
         CacheConfig(

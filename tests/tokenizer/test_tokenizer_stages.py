@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 
 from xinslm.data import prepare
+from xinslm.data import train_tokenizer as train
 from xinslm.data.config import PrepareConfig
 from xinslm.errors import UsageError, XinslmError
 from xinslm.files import read_manifest
-from xinslm.tokenizer import BPETokenizer, load_tokenizer, show, train
+from xinslm.tokenizer import BPETokenizer, load_tokenizer, show
 from xinslm.tokenizer.config import ShowConfig, TrainConfig
 
 

@@ -29,13 +29,13 @@ COMMANDS = {
     "demo": Command(
         "the whole pipeline on built-in data, in a few minutes",
         "demo.config:DemoConfig",
-        "cli.demo:run",
+        "demo.run:run",
         "play_demo",
     ),
     "tokenizer train": Command(
         "learn a byte-level BPE from text, or cut one out of a teacher's",
         "tokenizer.config:TrainConfig",
-        "tokenizer.train:run",
+        "data.train_tokenizer:run",
     ),
     "tokenizer show": Command(
         "tokens of a text in colour, and the merges that made them",
@@ -49,27 +49,27 @@ COMMANDS = {
     "pretrain": Command(
         "train a model on text, without a teacher",
         "distill.config:PretrainConfig",
-        "distill.train:run",
+        "train.run:run",
     ),
     "adapt": Command(
         "fit a teacher to your data with LoRA, before it is cached",
-        "teachers.adapt_config:AdaptConfig",
-        "teachers.adapt:run",
+        "train.lora_config:AdaptConfig",
+        "train.lora:run",
     ),
     "cache merge": Command(
         "the caches of several teachers into one",
-        "distill.cache.merge_config:MergeConfig",
-        "distill.cache.merge:run",
+        "cache.merge_config:MergeConfig",
+        "cache.merge:run",
     ),
     "cache": Command(
         "let a teacher score a dataset, once",
-        "distill.cache.config:CacheConfig",
-        "distill.cache.score:run",
+        "cache.config:CacheConfig",
+        "cache.score:run",
     ),
     "synthesize": Command(
         "let a teacher answer prompts: text, dataset and cache",
-        "distill.texts.synthesize_config:SynthesizeConfig",
-        "distill.texts.synthesize:run",
+        "rollouts.synthesize_config:SynthesizeConfig",
+        "rollouts.synthesize:run",
     ),
     "init": Command(
         "cut a student out of a teacher, to start from", "prune.config:InitConfig", "prune.run:run"
@@ -81,12 +81,12 @@ COMMANDS = {
         "diagnose",
     ),
     "distill": Command(
-        "train a student from a teacher", "distill.config:DistillConfig", "distill.train:run"
+        "train a student from a teacher", "distill.config:DistillConfig", "train.run:run"
     ),
     "onpolicy": Command(
         "train a student on texts it writes itself, scored by a teacher",
-        "distill.texts.onpolicy_config:OnPolicyConfig",
-        "distill.texts.onpolicy:run",
+        "rollouts.onpolicy_config:OnPolicyConfig",
+        "rollouts.onpolicy:run",
     ),
     "plan": Command(
         "memory, time and storage of a training run, before it starts",

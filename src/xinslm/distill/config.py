@@ -6,10 +6,10 @@ from typing import Annotated, Literal
 
 import tyro
 
-from xinslm.distill.cache.config import CONTEXT, Device, Dtype
-from xinslm.distill.hidden.config import ContrastConfig, HiddenConfig
-from xinslm.distill.losses.config import LossConfig
+from xinslm.cache.config import CONTEXT, Device, Dtype
+from xinslm.distill.auxiliary_config import ContrastConfig, HiddenConfig
 from xinslm.errors import UsageError
+from xinslm.losses.config import LossConfig
 from xinslm.ranges import POSITIVE, SEED, SHARE, Range, range_errors
 
 _SIZES = (

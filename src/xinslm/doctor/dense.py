@@ -8,9 +8,9 @@ import math
 import torch
 from torch import Tensor
 
-from xinslm.distill.losses.chunk import LEAST_SPARSE_LOG_P
-from xinslm.distill.losses.config import LossConfig
-from xinslm.distill.losses.targets import SparseTargets
+from xinslm.losses.chunk import LEAST_SPARSE_LOG_P
+from xinslm.losses.config import LossConfig
+from xinslm.losses.targets import SparseTargets
 
 
 def dense_loss(

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from xinslm.distill.losses.config import Divergence, LossConfig
-from xinslm.distill.losses.fused import fused_loss
-from xinslm.distill.losses.targets import DenseTargets, SparseTargets
 from xinslm.doctor.checks import Examination, require
 from xinslm.doctor.dense import dense_loss
+from xinslm.losses.config import Divergence, LossConfig
+from xinslm.losses.fused import fused_loss
+from xinslm.losses.targets import DenseTargets, SparseTargets
 
 TOLERANCE, SLOPE_TOLERANCE = 1e-3, 0.05
 HALVED = LossConfig(alpha=0.5, beta=0.5)

@@ -13,14 +13,14 @@ from typing import Any
 import numpy as np
 import torch
 
+from xinslm.alignment.choose import relate
+from xinslm.alignment.spans import SpanAligner
+from xinslm.cache.config import CacheConfig
+from xinslm.cache.entries import LARGEST_NEGATIVE_LOG, VALID, Cache, decode, gather
+from xinslm.cache.scorers import RECORDS, DenseScorer
 from xinslm.data.dataset import Dataset, Split
-from xinslm.distill.alignment.relate import relate
-from xinslm.distill.alignment.spans import SpanAligner
-from xinslm.distill.cache.config import CacheConfig
-from xinslm.distill.cache.records import LARGEST_NEGATIVE_LOG, VALID, Cache, decode, gather
-from xinslm.distill.cache.scorers import RECORDS, DenseScorer
-from xinslm.distill.losses.targets import SparseTargets
 from xinslm.doctor.checks import Examination, Skipped, require
+from xinslm.losses.targets import SparseTargets
 
 BLOCKS, BLOCK = 64, 1 << 14
 AGREEING, WINNING, COVERED = 0.9, 1.5, 0.5
@@ -150,7 +150,7 @@ def ask_again(
 
     `settings` are those of the cache they are compared with.
     """
-    from xinslm.distill.texts.support import read_support
+    from xinslm.cache.support import read_support
 
     split = dataset.split("train")
     usable = np.flatnonzero(np.diff(split.documents) > 1)

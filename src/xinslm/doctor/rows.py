@@ -5,10 +5,10 @@ import torch
 from torch import Tensor
 
 from xinslm.data.packing import Batch
-from xinslm.distill.losses.config import LossConfig
-from xinslm.distill.losses.fused import fused_loss
 from xinslm.doctor.checks import Examination, Skipped, require
 from xinslm.doctor.losses import REPORT, relative
+from xinslm.losses.config import LossConfig
+from xinslm.losses.fused import fused_loss
 from xinslm.model.transformer import Transformer
 
 TOLERANCE = 1e-3

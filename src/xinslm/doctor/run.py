@@ -15,13 +15,12 @@ from typing import Any
 import numpy as np
 import torch
 
+from xinslm.cache.entries import Cache, CacheFormat, decode, encode
+from xinslm.cache.projected_states import SKETCH
+from xinslm.cache.scorers import RECORDS
 from xinslm.data.dataset import Dataset, open_dataset
 from xinslm.data.packing import Batch, PackedRows
 from xinslm.device import pick_device
-from xinslm.distill.cache.records import Cache, CacheFormat, decode, encode
-from xinslm.distill.cache.scorers import RECORDS
-from xinslm.distill.hidden.sketches import SKETCH
-from xinslm.distill.losses.targets import SparseTargets
 from xinslm.doctor.checks import Check, Examination, Skipped, require
 from xinslm.doctor.config import DoctorConfig
 from xinslm.doctor.losses import Positions, check_losses
@@ -30,6 +29,7 @@ from xinslm.doctor.rows import check_rows, hidden_states
 from xinslm.doctor.vocabulary import dataset_vocabulary, same_vocabulary, teacher_vocabulary
 from xinslm.errors import UsageError, XinslmError
 from xinslm.files import damaged_files
+from xinslm.losses.targets import SparseTargets
 from xinslm.model.config import ModelConfig
 from xinslm.model.files import load_model, resolve_model
 from xinslm.model.transformer import Transformer

@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
+from xinslm.alignment.nested import is_nested
 from xinslm.data.dataset import Dataset
-from xinslm.distill.alignment.nested import is_nested
 from xinslm.doctor.checks import require
 
 

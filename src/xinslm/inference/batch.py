@@ -22,8 +22,8 @@ from torch import Tensor
 
 from xinslm.errors import UsageError, XinslmError
 from xinslm.inference.config import Sampling
-from xinslm.largest import BLOCK, most_likely
 from xinslm.model.transformer import KVCache, Transformer
+from xinslm.topk import BLOCK, most_likely
 
 PREFILL_TOKENS = 4096
 """Prompt tokens of one forward pass."""

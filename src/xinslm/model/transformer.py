@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from xinslm.model.config import ModelConfig
-from xinslm.model.wide import Linear, embed
+from xinslm.model.param_dtype import Linear, embed
 
 
 class RMSNorm(nn.Module):

@@ -8,9 +8,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from xinslm.distill.cache.config import head_size
-from xinslm.distill.cache.records import CacheFormat
-from xinslm.distill.inputs import shape
+from xinslm.cache.config import head_size
+from xinslm.cache.entries import CacheFormat
 from xinslm.errors import UsageError
 from xinslm.files import MANIFEST
 from xinslm.model.config import ModelConfig
@@ -18,6 +17,7 @@ from xinslm.plan.config import PlanConfig
 from xinslm.plan.memory import RUNTIME_GIB, Memory, step_memory
 from xinslm.plan.work import DEVICES, Device, measure_here, training_operations
 from xinslm.progress import Listener, ignore
+from xinslm.train.inputs import shape
 
 GIB = 1 << 30
 SAVERS: tuple[tuple[str, dict[str, Any]], ...] = (

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from xinslm.distill.cache.config import Device
+from xinslm.cache.config import Device
 from xinslm.errors import UsageError
 from xinslm.ranges import POSITIVE, SEED, Range, range_errors
 

@@ -91,7 +91,7 @@ def vocabulary_rows(student: Any, teacher: Any, where: str) -> list[int]:
 
     Raises UsageError where the student's vocabulary is not nested in the teacher's.
     """
-    from xinslm.distill.alignment.nested import is_nested
+    from xinslm.alignment.nested import is_nested
 
     if student.fingerprint() == teacher.fingerprint():
         return list(range(student.vocab_size))

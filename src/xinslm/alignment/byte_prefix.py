@@ -1,0 +1,330 @@
+"""Teacher distributions for a student of any other tokenizer, over groups of its tokens that begin
+alike.
+
+At a byte where both tokenizers begin a token, the teacher's tokens along the text and beside it
+spell beginnings of what may follow: with the text's tokens u1 u2 ..., the beginnings are u1..uj v
+for each j and each token v that the teacher could take instead, and the probability of each is the
+chain rule's. A beginning x has its mass on the student's tokens that begin with x, and where the
+student cuts before x ends, on the shorter ones. How often it does one or the other where the text
+begins with x is counted in the dataset, so the masses are right on average, whatever the
+tokenizers. What a group's tokens share out among themselves the teacher does not say.
+
+From a teacher that reads characters that is the whole distribution of the next token's characters:
+3.3 of them a token where a first-token push-forward (`bytewise`) knows none.
+"""
+
+from bisect import bisect_left
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+
+from xinslm.alignment.spans import Pair, SpanAligner
+
+SAMPLE_TOKENS = 200_000
+"""Tokens of the dataset in which the student's cuts are counted."""
+LEAST_MASS = 1e-3
+"""Beginnings that are less likely are left to the rest."""
+UNSEEN = 0.1
+"""Count in favour of a cut that was never seen, where longer tokens exist."""
+CERTAIN = 0.5
+"""Count in favour of the longer tokens before anything was seen."""
+LEAST_P = 1e-30
+"""Least probability of a teacher's token in the text, which may be 0 by rounding."""
+LEVELS = 15
+"""Most levels behind the first."""
+
+Range = tuple[int, int]
+Group = tuple[int, int, int, bool, float]
+"""Begin and end, level, whether the next level is inside it, share of its level's set."""
+
+
+def byte_order(tokenizer: Any) -> np.ndarray:
+    """A tokenizer's tokens by their bytes, control tokens last; int64 (vocabulary,)."""
+    control = set(tokenizer.special_tokens.values())
+    spelled = [
+        b"" if i in control else tokenizer.token_bytes(i) for i in range(tokenizer.vocab_size)
+    ]
+    return np.array(
+        sorted(range(len(spelled)), key=lambda i: (not spelled[i], spelled[i], i)), dtype=np.int64
+    )
+
+
+class PrefixAligner(SpanAligner):
+    """Turns a teacher's words on a text into masses of ranges of the student's vocabulary."""
+
+    kind = "prefixes"
+
+    def __init__(
+        self, student: Any, teacher: Any, document_end: str, sample: Iterable[np.ndarray] = ()
+    ) -> None:
+        """`sample` gives documents of the dataset, ids, in which the student's cuts are counted."""
+        super().__init__(student, teacher, document_end)
+        self.order = byte_order(student)
+        spelled = [self.student.bytes[i] for i in self.order.tolist() if i not in self.control]
+        self._sorted = [piece for piece in spelled if piece]
+        self.place = np.argsort(self.order)
+        self._prefixes = {b[:size] for b in self._sorted for size in range(1, len(b) + 1)}
+        self.to_student = {theirs: ours for ours, theirs in reversed(self.specials.items())}
+        self.teacher_control = set(teacher.special_tokens.values())
+        closing = {teacher.bos_id, teacher.eos_id}
+        self.wordless = {teacher.pad_id, teacher.special_tokens.get("<unk>")} - closing - {None}
+        """The teacher's control tokens that say nothing of the text: pad and unknown."""
+        self._counts: dict[bytes, dict[int, int]] = {}
+        for ids in sample:
+            self._count(ids)
+        self._shares: dict[bytes, list[tuple[int, Range, float]]] = {}
+
+    def _count(self, ids: np.ndarray) -> None:
+        """Note for each beginning of a token in this document how long the token was, 0 for as long
+        or longer.
+        """
+        pieces = [b"" if i in self.control else self.student.bytes[i] for i in ids.tolist()]
+        text = b"".join(pieces)
+        begin = 0
+        for piece in pieces:
+            size = 1
+            while piece and begin + size <= len(text):
+                x = text[begin : begin + size]
+                tally = self._counts.setdefault(x, {})
+                length = 0 if size <= len(piece) else len(piece)
+                tally[length] = tally.get(length, 0) + 1
+                if size > len(piece) and x not in self._prefixes:
+                    break
+                size += 1
+            begin += len(piece)
+
+    def range_of(self, x: bytes) -> Range:
+        """Places of the tokens that begin with x."""
+        low = high = bisect_left(self._sorted, x)
+        if x in self._prefixes:
+            high = bisect_left(self._sorted, _behind(x), lo=low)
+        return low, high
+
+    def alone(self, piece: bytes) -> Range:
+        """Places of the tokens that are just `piece`."""
+        low = bisect_left(self._sorted, piece)
+        return low, bisect_left(self._sorted, piece + b"\0", lo=low)
+
+    def shares(self, x: bytes) -> list[tuple[int, Range, float]]:
+        """Where the mass of the texts that begin with x goes: lengths of x that count, ranges,
+        shares summing to 1.
+        """
+        if x not in self._shares:
+            if len(self._shares) > 1 << 20:
+                self._shares.clear()
+            self._shares[x] = self._find_shares(x)
+        return self._shares[x]
+
+    def _find_shares(self, x: bytes) -> list[tuple[int, Range, float]]:
+        tally = self._counts.get(x, {})
+        shorter = {size: count for size, count in tally.items() if size}
+        longer = tally.get(0, 0) + CERTAIN if x in self._prefixes else 0.0
+        total = longer + sum(shorter.values())
+        if not total:
+            first = self._first_piece(x)
+            return [(len(first), self.alone(first), 1.0)] if first else []
+        found = [(size, self.alone(x[:size]), count / total) for size, count in shorter.items()]
+        return [*found, (len(x), self.range_of(x), longer / total)] if longer else found
+
+    def _first_piece(self, x: bytes) -> bytes:
+        """The student's token that a text begins with, if it begins with x and that is all one
+        knows.
+        """
+        try:
+            ids = self.student.encode_inner([x.decode()])[0]
+        except UnicodeDecodeError:
+            ids = []
+        piece = self.student.bytes[ids[0]] if ids and ids[0] not in self.control else b""
+        if piece and x.startswith(piece):
+            return piece
+        beginnings = (x[:size] for size in range(len(x), 0, -1))
+        return next((piece for piece in beginnings if _size(self.alone(piece))), b"")
+
+    def groups(
+        self,
+        ids: np.ndarray,
+        pair: Pair,
+        tops: np.ndarray,
+        top_probs: np.ndarray,
+        next_probs: np.ndarray,
+    ) -> tuple[list[list[Group]], np.ndarray]:
+        """What the teacher says of each token of a document but the first; empty where it says
+        nothing.
+
+        ids: the student's. tops, top_probs: (teacher tokens, m), the likeliest tokens in each one's
+        place, most likely first; next_probs: (teacher tokens,), of the tokens that are there; all
+        as predicted from what is before them. Also returns log p of each token's bytes where
+        teacher tokens spell just those, else NaN, (tokens - 1,).
+        """
+        begins = pair.teacher_starts[:-1]
+        at = np.searchsorted(begins, pair.student_starts[1:-1], side="right") - 1
+        known = (at >= 1) & (begins[at] == pair.student_starts[1:-1]) & ~pair.foreign[1:]
+        known &= pair.teacher_spaced[at] == pair.student_spaced[1:]
+        known &= np.isfinite(next_probs[at])
+        found: list[list[Group]] = []
+        told = np.full(len(ids) - 1, np.nan)
+        for number, (first, usable) in enumerate(zip(at.tolist(), known.tolist(), strict=True)):
+            groups: list[Group] = []
+            if usable:
+                told[number] = self._walk(
+                    int(ids[number]),
+                    int(ids[number + 1]),
+                    first,
+                    pair,
+                    tops,
+                    top_probs,
+                    next_probs,
+                    groups,
+                )
+            found.append(groups)
+        return found, told
+
+    def cut_share(self, before: bytes, x: bytes) -> float:
+        """How often the student's token `before` ends where it does, if the text goes on with x."""
+        tally = self._counts.get(before + x)
+        if tally is None:
+            return UNSEEN if before + x in self._prefixes else 1.0
+        return (tally.get(len(before), 0) + UNSEEN) / (sum(tally.values()) + 1.0)
+
+    def _walk(
+        self,
+        before: int,
+        label: int,
+        first: int,
+        pair: Pair,
+        tops: np.ndarray,
+        top_probs: np.ndarray,
+        next_probs: np.ndarray,
+        groups: list[Group],
+    ) -> float:
+        """Follow the teacher's tokens through the label, a level each; return log p of the label's
+        bytes or NaN.
+        """
+        spelled = b"" if label in self.control else self.student.bytes[label]
+        level = _Level(
+            self,
+            b"" if before in self.control else self.student.bytes[before],
+            (0, len(self.order)),
+        )
+        log_p, told = 0.0, np.nan
+        for at in range(first, len(pair.teacher_ids)):
+            if not np.isfinite(next_probs[at]):
+                break
+            actual, p = int(pair.teacher_ids[at]), max(float(next_probs[at]), LEAST_P)
+            piece = b"" if actual in self.teacher_control else self.teacher.bytes[actual]
+            x = level.spelled + piece
+            # the teacher's tokenizer rewrote the text
+            if not x.startswith(spelled) and not spelled.startswith(x):
+                return np.nan
+            level.read(actual, p, tops[at].tolist(), top_probs[at].tolist())
+            log_p += float(np.log(p))
+            if x == spelled and (piece or not spelled):
+                told = log_p
+            if (
+                not piece
+                or len(x) > len(spelled)
+                or _size(self.range_of(x)) <= 1
+                or level.number == LEVELS
+            ):
+                break
+            level.go_on(x, groups)
+        level.close(groups)
+        return told
+
+
+class _Level:
+    """What may follow inside the tokens that begin with what is spelled so far."""
+
+    def __init__(self, owner: PrefixAligner, before: bytes, place: Range) -> None:
+        self.owner, self.before, self.place = owner, before, place
+        self.spelled, self.number = b"", 0
+        self.texts: list[tuple[bytes | int, float]] = []
+        """Beginnings, or a control token behind what is spelled, and their masses."""
+        self.scale, self.unlisted = 1.0, 0.0
+
+    def read(self, actual: int, p: float, tokens: list[int], probs: list[float]) -> None:
+        """Take the teacher's next tokens: the one in the text, and the likeliest others."""
+        owner = self.owner
+        listed = p
+        pairs = [(actual, p)]
+        for token, of_token in zip(tokens, probs, strict=True):
+            if of_token < LEAST_MASS:
+                break
+            if token != actual:
+                listed += of_token
+                pairs.append((token, of_token))
+        for token, of_token in pairs:
+            if token in owner.wordless:
+                listed -= of_token
+                continue
+            piece = owner.teacher.bytes[token]
+            x = token if token in owner.teacher_control or not piece else self.spelled + piece
+            self.texts.append((x, self.scale * of_token))
+        self.unlisted = self.scale * max(1 - listed, 0.0)
+
+    def go_on(self, x: bytes, groups: list[Group]) -> None:
+        """Close this level, and begin the one of the tokens that begin with x."""
+        place = self.owner.range_of(x)
+        if place != self.place:  # else nothing was to be decided
+            self.close(groups, place, x)
+            self.number += 1
+        further = [
+            (text, mass)
+            for text, mass in self.texts
+            if isinstance(text, bytes) and text.startswith(x)
+        ]
+        total = sum(mass for _, mass in further)
+        self.texts = [(text, mass / total) for text, mass in further if text != x]
+        self.scale = sum(mass for text, mass in further if text == x) / total
+        self.spelled, self.place = x, place
+
+    def close(
+        self, groups: list[Group], onward: Range | None = None, x: bytes | None = None
+    ) -> None:
+        """Append this level's groups; the next level's set is `onward`, the tokens that begin with
+        x.
+        """
+        masses: dict[Range, float] = {}
+        total = self.unlisted
+        for text, mass in self.texts:
+            for place, of_place in self._places(text, mass, x):
+                masses[place] = masses.get(place, 0.0) + of_place
+                total += of_place
+        for place, of_place in masses.items():
+            if place != self.place and place[0] < place[1] and of_place:
+                groups.append((*place, self.number, place == onward, of_place / total))
+
+    def _places(
+        self, text: bytes | int, mass: float, onward: bytes | None
+    ) -> list[tuple[Range, float]]:
+        """Where the mass of a beginning goes inside this level's set, and how much of it does."""
+        owner = self.owner
+        if isinstance(text, int):
+            ours = owner.to_student.get(text)
+            if self.spelled:  # the text ends there, and the student's token with it
+                return [(owner.alone(self.spelled), mass)]
+            return (
+                []
+                if ours is None
+                else [((int(owner.place[ours]), int(owner.place[ours]) + 1), mass)]
+            )
+        if self.before:
+            mass *= owner.cut_share(self.before, text)
+        if onward is not None and text.startswith(onward):
+            text = onward
+        return [
+            (place, mass * share)
+            for size, place, share in owner.shares(text)
+            if size >= len(self.spelled)
+        ]
+
+
+def _size(place: Range) -> int:
+    return place[1] - place[0]
+
+
+def _behind(x: bytes) -> bytes:
+    """The least string behind all that begin with x."""
+    stripped = x.rstrip(b"\xff")
+    return stripped[:-1] + bytes([stripped[-1] + 1]) if stripped else b"\xff" * 64

@@ -1,0 +1,111 @@
+"""Configuration of `cache`."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from xinslm.distill.auxiliary_config import depth_errors
+from xinslm.errors import UsageError
+from xinslm.ranges import POSITIVE, SEED, Range, range_errors
+from xinslm.teachers.endpoint_config import EndpointConfig
+
+Device = Literal["auto", "cpu", "cuda", "mps"]
+Dtype = Literal["float32", "bfloat16", "float16"]
+Alignment = Literal["auto", "same", "nested", "bytes", "prefixes", "chunks"]
+
+CONTEXT = Range(2, 1_000_000)
+_CACHE = {
+    "head": Range(1, 256),
+    "draws": Range(0, 64),
+    "temperature": POSITIVE,
+    "max_seq_length": CONTEXT,
+    "batch_tokens": Range(1),
+    "shard_positions": Range(1),
+    "sketch_width": Range(1, 4096),
+    "seed": SEED,
+}
+
+
+def head_size(head: int | None, draws: int) -> int:
+    """`head`, or what it is when left out: 14 ids of 2 bytes and 4 codes take 39 bytes, 11 of each
+    40.
+
+    At the same bytes 4 + 10 have half the variance of 8 + 4: a head token should outweigh what one
+    draw stands for.
+    """
+    if head is not None:
+        return head
+    return 4 if draws else 11
+
+
+@dataclass(frozen=True)
+class CacheConfig:
+    """Score a dataset with a teacher, once, into a sparse cache."""
+
+    teacher: Annotated[str, tyro.conf.Positional]
+    """Teacher: a model folder or Hub name (any Hugging Face causal language model), a .gguf file,
+    or the URL of an OpenAI-compatible endpoint that scores given text (vLLM); an encoder's folder
+    with --sketch-depths."""
+    data_path: Path
+    """Dataset folder made by `xinslm prepare`."""
+    output_dir: Annotated[Path, tyro.conf.arg(aliases=["-o"])]
+    """Cache folder to write; a run that was interrupted continues there."""
+    head: int | None = None
+    """Most likely tokens kept exactly at each position; by default 4, or 11 where there are no
+    draws; by prefixes, groups of tokens, by default 20."""
+    draws: int = 10
+    """Tokens drawn from the rest of the distribution; 0 for a loss that cannot use them (see
+    `xinslm distill --help`, loss.tail-weight). Endpoints give none."""
+    temperature: float = 2.0
+    """Temperature whose normaliser is stored, for a loss with temperature_mode full. Endpoints give
+    it for 1 alone.
+    """
+    alignment: Alignment = "auto"
+    """Where the teacher's tokenizer is another: nested (a merge prefix of it) pushes its
+    distributions forward, prefixes keeps masses of tokens that begin alike, bytes those of single
+    tokens as far as they are known, chunks likelihoods of stretches of text; auto takes the first
+    that is possible."""
+    sketch_depths: tuple[float, ...] = ()
+    """Depths whose hidden states to keep as sketches, as shares of the teacher's layers: 0.5 1.0
+    for instance.
+    """
+    sketch_width: int = 64
+    """Bytes of a sketch, at each depth; two more are its scale."""
+    max_seq_length: int = 512
+    """Longest context in tokens the teacher sees; use the student's."""
+    batch_tokens: int = 8192
+    """Tokens a teacher's forward pass takes."""
+    shard_positions: int = 1 << 18
+    """Positions a shard file holds, about: what an interruption costs at most."""
+    dtype: Dtype = "float32"
+    """The teacher's number type."""
+    device: Device = "auto"
+    """Where the teacher runs; auto takes cuda, then mps, then cpu."""
+    adapter: Path | None = None
+    """LoRA adapter to score with, made by `xinslm adapt`, or another in peft's layout."""
+    revision: str | None = None
+    """Hub revision of the teacher."""
+    trust_remote_code: bool = False
+    """Run Python code that the teacher's repository brings."""
+    tokenizer: str | None = None
+    """Tokenizer of an endpoint's model, or one for a GGUF file instead of its own: a folder, a file
+    or a Hub name.
+    """
+    endpoint: EndpointConfig = field(default_factory=EndpointConfig)
+    """For a teacher that is a URL."""
+    seed: int = 0
+    """Seed of the draws."""
+    repair: bool = False
+    """Make damaged and missing files of a finished cache again, and only those; give the options it
+    was made with.
+    """
+    force: bool = False
+    """Replace what stands in the output folder."""
+
+    def check(self) -> None:
+        """Raise UsageError listing everything that cannot work."""
+        depths = depth_errors(self.sketch_depths, "sketch_depths")
+        if wrong := [*range_errors(self, _CACHE), *depths, *self.endpoint.errors()]:
+            raise UsageError("\n".join(wrong))

@@ -1,0 +1,343 @@
+"""The sparse teacher cache: one fixed-size record for each position of the dataset's token stream,
+memory-mapped.
+
+Record i is the teacher's distribution of token i+1: h head tokens with 8-bit codes of -log p, the
+mass of the rest (the tail), n tokens drawn from it, the log-normaliser at one temperature, and log
+p of the token that came. 39 bytes with h=4, n=10 and a vocabulary up to 65,536. A code c stands for
+-log p = 20 (c/255)^2, finest where p is large; head and tail are scaled to 1 when read. Draws come
+from a counter-based generator, so a record depends on its position and the seed alone: a cache that
+was killed and continued equals one that was not.
+
+    folder/manifest.json, train/00000.bin, train/00001.bin, ..., validation/00000.bin
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from xinslm.errors import UsageError, XinslmError
+from xinslm.files import damaged_files, read_manifest
+from xinslm.losses.targets import SparseTargets
+from xinslm.progress import Listener, Progress, ignore
+from xinslm.topk import most_likely
+
+KIND, VERSION, MADE_BY = "cache", 1, "xinslm cache"
+REPAIR = "run the command that made the cache again with --repair: only damaged files are made anew"
+LARGEST_NEGATIVE_LOG = 20.0
+VALID, HAS_DRAWS = 1, 2
+FP16_FLOOR = -60000.0
+BLOCK = 64
+
+
+@dataclass(frozen=True)
+class CacheFormat:
+    """Sizes that fix a record's layout."""
+
+    vocab_size: int
+    head: int
+    draws: int
+    temperature: float
+
+    @cached_property
+    def dtype(self) -> np.dtype[Any]:
+        """Packed little-endian record; ids have 16 bits and, for larger vocabularies, further bits
+        in `high`.
+        """
+        fields: list[Any] = [
+            ("log_tail", "<f2"),
+            ("log_z", "<f2"),
+            ("log_label", "<f2"),
+            ("flags", "u1"),
+            ("ids", "<u2", (self.head + self.draws,)),
+            ("codes", "u1", (self.head,)),
+        ]
+        if self.high_bits:
+            fields.append(("high", "u1", (-(-self.high_bits * (self.head + self.draws) // 8),)))
+        return np.dtype(fields)
+
+    @property
+    def high_bits(self) -> int:
+        """Bits an id needs beyond 16."""
+        return max(0, (self.vocab_size - 1).bit_length() - 16)
+
+
+def position_uniforms(positions: Tensor, seed: int) -> Tensor:
+    """One uniform number in [0, 1) a stream position (N,) int64, from a counter-based hash
+    (splitmix64), float64.
+    """
+    with np.errstate(over="ignore"):
+        x = positions.cpu().numpy().astype(np.uint64) + np.uint64(seed % 2**32) * np.uint64(
+            0x9E3779B97F4A7C15
+        )
+        x = (x + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
+        x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        x ^= x >> np.uint64(31)
+    return torch.from_numpy((x >> np.uint64(11)).astype(np.float64) / 2.0**53).to(positions.device)
+
+
+def encode(
+    probs: Tensor,
+    labels: Tensor,
+    positions: Tensor,
+    fmt: CacheFormat,
+    seed: int,
+    head_ids: Tensor | None = None,
+    label_probs: Tensor | None = None,
+) -> np.ndarray:
+    """Make records from teacher distributions.
+
+    probs: (N, V) float32, rows summing to at most 1; what is missing is mass of which the teacher
+    knows no token (see `nested`). labels: (N,) int64, the tokens that came. positions: (N,) int64,
+    places in the stream. The n draws are systematic (one uniform number, n evenly spaced points of
+    the tail's distribution function): each is distributed as the tail, and together they vary less
+    than independent ones. head_ids: (N, h) distinct, by default the most likely ones. label_probs:
+    (N,), of the tokens that came, by default from `probs`. Raises FloatingPointError where a row is
+    not finite.
+    """
+    unknown = 1 - probs.sum(dim=1)
+    if not bool(torch.isfinite(unknown).all()):
+        row = int((~torch.isfinite(unknown)).nonzero()[0])
+        raise FloatingPointError(
+            f"the teacher's distribution at position {int(positions[row])} is not finite"
+        )
+    # Float32 sums near 1 are wrong by ~1e-6: what is below 1e-5 is rounding, not unknown mass.
+    unknown = torch.where(unknown < 1e-5, 0.0, unknown)
+    if head_ids is None:
+        head_ids = most_likely(probs, fmt.head)[1]
+    points = position_uniforms(positions, seed)[:, None] + torch.arange(
+        fmt.draws, device=probs.device
+    )
+    drawn, known = draw_from_tail(probs, head_ids, points / max(fmt.draws, 1))
+
+    head = probs.gather(1, head_ids)
+    # of unknown mass, for tokens that would seem to have none at all
+    share = (unknown / probs.shape[1])[:, None]
+    spread = (head == 0) & (share > 0)
+    head, unknown = torch.where(spread, share, head), unknown - spread.sum(dim=1) * share[:, 0]
+    return to_records(
+        torch.cat((head_ids, drawn), dim=1),
+        head,
+        known + unknown,
+        (unknown == 0) & (known > 0),
+        _log_normaliser(probs, unknown, fmt.temperature),
+        (probs.gather(1, labels[:, None])[:, 0] if label_probs is None else label_probs).log(),
+        fmt,
+    )
+
+
+def to_records(
+    ids: Tensor,
+    head_probs: Tensor,
+    tail: Tensor,
+    has_draws: Tensor,
+    log_z: Tensor,
+    log_label: Tensor,
+    fmt: CacheFormat,
+) -> np.ndarray:
+    """Pack N positions, all of them valid: ids (N, h + n) int64, the head's first; head_probs (N,
+    h); the rest (N,).
+    """
+    records = np.zeros(len(ids), dtype=fmt.dtype)
+    records["log_tail"] = _half(tail.log())
+    records["log_z"] = _half(log_z)
+    records["log_label"] = _half(log_label)
+    records["flags"] = (VALID + HAS_DRAWS * has_draws.to(torch.uint8)).cpu().numpy()
+    negative_log = (-head_probs.log()).clamp(0, LARGEST_NEGATIVE_LOG)
+    records["codes"] = (
+        (255 * (negative_log / LARGEST_NEGATIVE_LOG).sqrt()).round().to(torch.uint8).cpu().numpy()
+    )
+    numbers = ids.cpu().numpy()
+    records["ids"] = (numbers & 0xFFFF).astype(np.uint16)
+    if fmt.high_bits:
+        records["high"] = pack_bits(numbers >> 16, fmt.high_bits)
+    return records
+
+
+def draw_from_tail(probs: Tensor, head_ids: Tensor, quantiles: Tensor) -> tuple[Tensor, Tensor]:
+    """Tokens at the given quantiles of each row's distribution outside its head, and that
+    distribution's mass.
+
+    probs: (N, V) float32; head_ids: (N, h); quantiles: (N, n) float64 in [0, 1). Returns ids (N, n)
+    int64 and mass (N,) float32. Two levels, blocks and then tokens in a block, keep the sums short,
+    so that float32 holds every token.
+    """
+    count, width = probs.shape[0], -(-probs.shape[1] // BLOCK) * BLOCK
+    if not quantiles.shape[1]:
+        head = probs.gather(1, head_ids)
+        mass_alone = probs.scatter_(1, head_ids, 0.0).sum(dim=1).float()
+        probs.scatter_(1, head_ids, head)
+        return head_ids[:, :0], mass_alone
+    tail = F.pad(probs, (0, width - probs.shape[1])) if width > probs.shape[1] else probs.clone()
+    tail.scatter_(1, head_ids, 0.0)
+    tail = tail.view(count, -1, BLOCK)
+    cumulative = tail.sum(dim=2).double().cumsum(dim=1)
+    mass = cumulative[:, -1:].contiguous()
+    targets = quantiles * mass
+    block = torch.searchsorted(cumulative, targets, right=True)
+    # rounding must not pass the last mass
+    block = torch.minimum(block, torch.searchsorted(cumulative, mass))
+    before = torch.where(block > 0, cumulative.gather(1, (block - 1).clamp_min(0)), 0.0)
+    # (N, n, BLOCK)
+    inside = tail.gather(1, block[:, :, None].expand(-1, -1, BLOCK)).double().cumsum(dim=2)
+    place = (inside <= (targets - before)[:, :, None]).sum(dim=2)
+    place = torch.minimum(place, (inside < inside[:, :, -1:]).sum(dim=2))
+    return (block * BLOCK + place).clamp(max=probs.shape[1] - 1), mass[:, 0].float()
+
+
+def _log_normaliser(probs: Tensor, unknown: Tensor, temperature: float) -> Tensor:
+    """Log of sum p^(1/T), mass of unknown place counted as one token."""
+    if temperature == 1.0:
+        return torch.zeros_like(unknown)
+    return ((probs ** (1 / temperature)).sum(dim=1) + unknown ** (1 / temperature)).log()
+
+
+def _half(x: Tensor) -> np.ndarray:
+    return x.clamp(min=FP16_FLOOR).to(torch.float16).cpu().numpy()
+
+
+def pack_bits(values: np.ndarray, bits: int) -> np.ndarray:
+    """Pack (N, k) integers below 2^bits into (N, ceil(k*bits/8)) bytes, lowest bits first."""
+    planes = (values[:, :, None] >> np.arange(bits)) & 1
+    return np.packbits(planes.reshape(len(values), -1).astype(np.uint8), axis=1, bitorder="little")
+
+
+def unpack_bits(packed: np.ndarray, count: int, bits: int) -> np.ndarray:
+    """Inverse of `pack_bits`: (N, bytes) -> (N, count) int64."""
+    planes = np.unpackbits(packed, axis=1, count=count * bits, bitorder="little").reshape(
+        len(packed), count, bits
+    )
+    return (planes.astype(np.int64) << np.arange(bits)).sum(axis=2)
+
+
+def decode(records: np.ndarray, fmt: CacheFormat) -> SparseTargets:
+    """Turn N records into tensors for the loss, head and tail scaled to sum to 1."""
+    ids = records["ids"].astype(np.int64)
+    if fmt.high_bits:
+        ids |= unpack_bits(records["high"], ids.shape[1], fmt.high_bits) << 16
+    log_probs = -LARGEST_NEGATIVE_LOG * (records["codes"].astype(np.float32) / 255) ** 2
+    log_tail = records["log_tail"].astype(np.float32)
+    total = np.log(np.exp(log_probs).sum(axis=1) + np.exp(log_tail))
+    flags = records["flags"]
+    return SparseTargets(
+        head_ids=torch.from_numpy(np.ascontiguousarray(ids[:, : fmt.head])),
+        head_log_probs=torch.from_numpy(log_probs - total[:, None]),
+        log_tail=torch.from_numpy(log_tail - total),
+        tail_ids=torch.from_numpy(np.ascontiguousarray(ids[:, fmt.head :])),
+        has_draws=torch.from_numpy((flags & HAS_DRAWS) != 0),
+        log_z=torch.from_numpy(records["log_z"].astype(np.float32)),
+        valid=torch.from_numpy((flags & VALID) != 0),
+    )
+
+
+def gather(maps: list[Any], starts: np.ndarray, positions: np.ndarray) -> np.ndarray:
+    """Items of a plane at stream positions (N,) int64, from the maps of its shards, which begin at
+    `starts`.
+    """
+    items = np.empty(len(positions), dtype=maps[0].dtype)
+    shard_of = np.searchsorted(starts, positions, side="right") - 1
+    for shard in np.unique(shard_of):
+        here = shard_of == shard
+        items[here] = maps[shard][positions[here] - starts[shard]]
+    return items
+
+
+class CacheSplit:
+    """Records of one split, shards mapped into memory and looked up by stream position."""
+
+    def __init__(self, folder: Path, shards: list[dict[str, Any]], fmt: CacheFormat) -> None:
+        self.format = fmt
+        self.starts = np.array([shard["start"] for shard in shards], dtype=np.int64)
+        self.maps = [
+            np.memmap(folder / shard["file"], dtype=fmt.dtype, mode="r") for shard in shards
+        ]
+
+    def targets(self, positions: np.ndarray) -> SparseTargets:
+        """Distributions at stream positions (N,) int64."""
+        return decode(gather(self.maps, self.starts, positions), self.format)
+
+
+class Cache:
+    """A finished cache folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = Path(folder)
+        if (self.folder / PLAN).is_file():
+            raise UsageError(
+                f"{folder} is an unfinished cache: run the same `{MADE_BY}` command "
+                "again, it continues"
+            )
+        self.manifest = read_manifest(self.folder, KIND, VERSION, MADE_BY, REPAIR)
+        self.format = CacheFormat(**self.manifest["format"])
+
+    def verify(self, on_progress: Listener = ignore) -> None:
+        """Raise XinslmError unless every file has the hash that the manifest tells of."""
+        total = sum(facts["bytes"] for facts in self.manifest["files"].values())
+
+        def tell(done: int) -> None:
+            on_progress(Progress("check cache", done / 1e6, total / 1e6, "MB"))
+
+        if damaged := damaged_files(self.folder, self.manifest, tell):
+            named = ", ".join(str(self.folder / name) for name in damaged[:5])
+            more = f" and {len(damaged) - 5} more" if len(damaged) > 5 else ""
+            raise XinslmError(
+                f"{named}{more}: damaged; the content is not what the manifest's hash tells of. "
+                "Copy it again, or "
+                f"{REPAIR}"
+            )
+
+    def split(self, name: str) -> CacheSplit | None:
+        """Records of 'train' or 'validation'; None where the dataset has no such split."""
+        shards = self.manifest["shards"].get(name)
+        if (kind := self.manifest.get("alignment", {}).get("kind")) in ("chunks", "prefixes"):
+            held = (
+                "likelihoods of spans of text" if kind == "chunks" else "masses of groups of tokens"
+            )
+            raise UsageError(
+                f"cache {self.folder} holds {held} (--alignment {kind}), no "
+                "distributions over tokens"
+            )
+        return CacheSplit(self.folder, shards, self.format) if shards else None
+
+    def require_dataset(self, fingerprint: str, folder: Path) -> None:
+        """Raise UsageError unless the cache was made from the dataset with this fingerprint."""
+        if self.manifest["inputs"]["dataset"] != fingerprint:
+            raise UsageError(
+                f"cache {self.folder} was made from another dataset than {folder}: from "
+                f"{self.manifest['dataset_path']} (fingerprints "
+                f"{self.manifest['inputs']['dataset'][:12]} and "
+                f"{fingerprint[:12]}). Give the dataset that was cached, or run `{MADE_BY}` on "
+                "this one"
+            )
+
+    def require_teacher(self, fingerprint: str, name: str) -> None:
+        """Raise UsageError unless the teacher with this fingerprint made the cache."""
+        if self.manifest["inputs"]["teacher"] != fingerprint:
+            raise UsageError(
+                f"cache {self.folder} was made by another teacher, or another revision of it, "
+                f"than {name}: by "
+                f"{self.manifest['config']['teacher']}{_with_adapter(self.manifest)} (fingerprints "
+                f"{self.manifest['inputs']['teacher'][:12]} and {fingerprint[:12]}). Give the "
+                "cache of this teacher, "
+                f"or run `{MADE_BY}` with it"
+            )
+
+
+def _with_adapter(manifest: dict[str, Any]) -> str:
+    adapter = manifest["config"].get("adapter")
+    return f" with adapter {adapter}" if adapter else ""
+
+
+def suffix(plane: str) -> str:
+    """Ending of a plane's files: `.bin` for the records, `.sketch.bin` for the plane 'sketch'."""
+    return ".bin" if plane == "records" else f".{plane}.bin"
+
+
+PLAN = "unfinished.json"
+"""Stands in a cache folder until the cache is whole, and says what it is to become."""

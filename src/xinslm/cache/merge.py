@@ -1,0 +1,284 @@
+"""The stage `cache merge`: the caches of several teachers into one cache of their weighted mixture.
+
+    xinslm cache merge cache/a cache/b cache/c --output-dir cache/all --weights 0.5 0.3 0.2
+
+sum_k w_k KL(p_k || q) is KL(sum_k w_k p_k || q) up to a constant that no student can change, so
+training from the merged cache costs what training from one teacher costs. A record is the teacher
+in expectation over its draws; the weighted sum of records, drawn from again (`mixture.py`), is the
+mixture in expectation. The normaliser at a temperature does not follow from records: a merged cache
+has the one for temperature 1, so losses with temperature_mode full at another temperature are
+refused. Sketches of hidden states are not merged.
+"""
+
+import hashlib
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from xinslm.cache import score
+from xinslm.cache.config import CacheConfig
+from xinslm.cache.entries import (
+    Cache,
+    CacheFormat,
+    decode,
+    gather,
+    position_uniforms,
+    to_records,
+)
+from xinslm.cache.merge_config import MergeConfig
+from xinslm.cache.merge_weights import document_weights
+from xinslm.cache.mixture import Part, mix
+from xinslm.cache.projected_states import SKETCH
+from xinslm.cache.scorers import RECORDS
+from xinslm.config import to_dict
+from xinslm.data.dataset import Dataset, Split, open_dataset
+from xinslm.errors import UsageError
+from xinslm.files import manifest_fingerprint, refuse_inside, sha256_json
+from xinslm.progress import Listener, Progress, ignore
+
+BLOCK = 1 << 14
+"""Positions merged at a time."""
+
+
+def run(config: MergeConfig, on_progress: Listener = ignore) -> score.CacheResult:
+    """Merge caches of one dataset.
+
+    Raises UsageError for caches that do not fit each other or the dataset, and for an output folder
+    that holds something else; XinslmError for a damaged cache.
+    """
+    config.check()
+    started = time.monotonic()
+    caches = [Cache(folder) for folder in config.caches]
+    data_path = config.data_path or Path(caches[0].manifest["dataset_path"])
+    if config.data_path is None and not data_path.exists():
+        raise UsageError(
+            f"the dataset of cache {caches[0].folder} is not at {data_path} any "
+            "more: pass --data-path"
+        )
+    dataset = open_dataset(data_path)
+    _require_fit(caches, dataset, on_progress)
+    fmt = _format(config, caches)
+    lengths = {cache.manifest["config"]["max_seq_length"] for cache in caches}
+    if len(lengths) > 1:
+        listed = ", ".join(f"{length}" for length in sorted(lengths))
+        on_progress(
+            Progress(
+                "merge", note=f"the teachers saw contexts of different lengths: {listed} tokens"
+            )
+        )
+    weights = {
+        name: document_weights(config.weights, config.domain_weights, len(caches), dataset, name)
+        for name in dataset.manifest["splits"]
+    }
+    depth = 1 + max(int(cache.manifest["inputs"].get("merge_depth", "0")) for cache in caches)
+    stream = _stream(config.seed, depth)
+    scorer = MergeScorer(caches, weights, config.token_temperature, fmt, stream)
+    target = CacheConfig(
+        teacher=_describe(config),
+        data_path=dataset.folder,
+        output_dir=config.output_dir,
+        head=fmt.head,
+        draws=fmt.draws,
+        temperature=fmt.temperature,
+        max_seq_length=min(lengths),
+        shard_positions=config.shard_positions,
+        seed=config.seed,
+        repair=config.repair,
+        force=config.force,
+    )
+    if config.force:
+        refuse_inside(config.output_dir, config.caches)
+    score._begin(target, _plan(config, dataset, caches, weights, scorer, depth))
+    score._write(target, dataset, scorer, on_progress)
+    return score._summarise(config.output_dir, time.monotonic() - started)
+
+
+def _stream(seed: int, depth: int) -> int:
+    """Seed of the uniform numbers: no cache was scored with it, and no cache of another depth was
+    merged with it.
+    """
+    digest = hashlib.sha256(f"merge {depth} {seed}".encode()).digest()
+    return (1 << 31) | int.from_bytes(digest[:4], "little") >> 1
+
+
+def _require_fit(caches: list[Cache], dataset: Dataset, on_progress: Listener) -> None:
+    """Raise UsageError unless all caches are of the dataset and its vocabulary, XinslmError where
+    one is damaged.
+    """
+    for cache in caches:
+        cache.require_dataset(dataset.fingerprint, dataset.folder)
+        cache.verify(on_progress)
+        strange = set(cache.manifest.get("planes", [RECORDS])) - {RECORDS, SKETCH}
+        if strange or cache.manifest.get(SKETCH, {}).get("alone"):
+            what = ", ".join(sorted(strange)) or "hidden states alone"
+            raise UsageError(
+                f"cache {cache.folder} holds {what}: only distributions of the next "
+                "token can be merged"
+            )
+        if cache.format.vocab_size != dataset.manifest["vocab_size"]:
+            raise UsageError(
+                f"cache {cache.folder} has {cache.format.vocab_size:,} token ids, dataset "
+                f"{dataset.folder} "
+                f"{dataset.manifest['vocab_size']:,}: they do not belong together"
+            )
+        for name in dataset.manifest["splits"]:
+            if cache.split(name) is None and len(dataset.split(name).tokens):
+                raise UsageError(
+                    f"cache {cache.folder} has no records of the split '{name}'; make it anew"
+                )
+
+
+def _format(config: MergeConfig, caches: list[Cache]) -> CacheFormat:
+    smallest = min(cache.format.head for cache in caches)
+    head = smallest if config.head is None else config.head
+    if head > smallest:
+        folder = next(cache.folder for cache in caches if cache.format.head == smallest)
+        raise UsageError(
+            f"head is {head}, but cache {folder} knows only {smallest} tokens at each position "
+            "exactly: "
+            f"pass --head {smallest} or less"
+        )
+    draws = max(cache.format.draws for cache in caches) if config.draws is None else config.draws
+    return CacheFormat(caches[0].format.vocab_size, head, draws, 1.0)
+
+
+def _describe(config: MergeConfig) -> str:
+    weights = config.weights or (1.0,) * len(config.caches)
+    shares = " + ".join(
+        f"{w / sum(weights):.4g} x {c}" for w, c in zip(weights, config.caches, strict=True)
+    )
+    by_domain = f", by source as {config.domain_weights} says" if config.domain_weights else ""
+    by_token = (
+        f", by token with tau {config.token_temperature:g}" if config.token_temperature else ""
+    )
+    return f"merge of {shares}{by_domain}{by_token}"
+
+
+def _plan(
+    config: MergeConfig,
+    dataset: Dataset,
+    caches: list[Cache],
+    weights: dict[str, np.ndarray],
+    scorer: "MergeScorer",
+    depth: int,
+) -> dict[str, Any]:
+    settings = {
+        key: value
+        for key, value in to_dict(config).items()
+        if key
+        not in ("force", "repair", "output_dir", "data_path", "caches", "weights", "domain_weights")
+    }
+    settings["weights"] = {
+        name: hashlib.sha256(np.ascontiguousarray(table).tobytes()).hexdigest()
+        for name, table in weights.items()
+    }
+    teachers = [cache.manifest["inputs"]["teacher"] for cache in caches]
+    tokenizers = sorted({cache.manifest["inputs"]["teacher_tokenizer"] for cache in caches})
+    return {
+        "format": asdict(scorer.format),
+        "settings": settings,
+        "planes": {name: item.itemsize for name, item in scorer.planes.items()},
+        "inputs": {
+            "dataset": dataset.fingerprint,
+            "tokenizer": dataset.tokenizer_fingerprint,
+            "teacher": sha256_json([teachers, settings["weights"], config.token_temperature]),
+            "teacher_tokenizer": tokenizers[0] if len(tokenizers) == 1 else sha256_json(tokenizers),
+            "merge_depth": str(depth),
+            **{f"cache_{n}": manifest_fingerprint(cache.folder) for n, cache in enumerate(caches)},
+        },
+    }
+
+
+class MergeScorer:
+    """Gives the mixture of caches for runs of documents, as a `Scorer`."""
+
+    def __init__(
+        self,
+        caches: list[Cache],
+        weights: dict[str, np.ndarray],
+        token_temperature: float | None,
+        fmt: CacheFormat,
+        stream: int,
+    ) -> None:
+        self.caches, self.weights, self.format = caches, weights, fmt
+        self.token_temperature, self.stream = token_temperature, stream
+        self.planes = {RECORDS: fmt.dtype}
+
+    def shard(
+        self, split: Split, first: int, last: int, scratch: Path, tell: Callable[[int], None]
+    ) -> dict[str, np.ndarray]:
+        """Mix the records of documents `first` to `last`; positions of which no cache speaks keep
+        flag 0.
+        """
+        start, end = int(split.documents[first]), int(split.documents[last])
+        out = np.zeros(end - start, dtype=self.format.dtype)
+        opened = [(cache.split(split.name), cache.format) for cache in self.caches]
+        for low in range(start, end, BLOCK):
+            positions = np.arange(low, min(low + BLOCK, end))
+            document = np.searchsorted(split.documents, positions, side="right") - 1
+            stored = [
+                (gather(s.maps, s.starts, positions), fmt) for s, fmt in opened if s is not None
+            ]
+            self._mix(stored, self.weights[split.name][document], positions, out[low - start :])
+            tell(int(positions[-1]) + 1 - start)
+        return {RECORDS: out}
+
+    def _mix(
+        self,
+        stored: list[tuple[np.ndarray, CacheFormat]],
+        prior: np.ndarray,
+        positions: np.ndarray,
+        out: np.ndarray,
+    ) -> None:
+        """Write the mixture of some positions' records into the first places of `out`."""
+        decoded = [decode(records, fmt) for records, fmt in stored]
+        valid = np.stack([targets.valid.numpy() for targets in decoded], axis=1)
+        log_label = np.stack(
+            [records["log_label"].astype(np.float64) for records, _ in stored], axis=1
+        )
+        weights = _position_weights(prior * valid, log_label, self.token_temperature)
+        rows = np.flatnonzero(weights.sum(axis=1) > 0)
+        weights = weights[rows]
+        parts = [
+            Part(
+                targets.head_ids.numpy()[rows],
+                weights[:, [k]] * np.exp(targets.head_log_probs.numpy()[rows].astype(np.float64)),
+                weights[:, k] * np.exp(targets.log_tail.numpy()[rows].astype(np.float64)),
+                targets.tail_ids.numpy()[rows],
+                targets.has_draws.numpy()[rows],
+            )
+            for k, targets in enumerate(decoded)
+        ]
+        uniforms = position_uniforms(torch.from_numpy(positions[rows]), self.stream).numpy()
+        fmt = self.format
+        mixture = mix(parts, uniforms, fmt.head, fmt.draws)
+        with np.errstate(divide="ignore"):
+            likelihood = np.log(weights) + log_label[rows]
+        out[rows] = to_records(
+            torch.from_numpy(np.concatenate((mixture.head_ids, mixture.draws), axis=1)),
+            torch.from_numpy(mixture.head),
+            torch.from_numpy(mixture.tail),
+            torch.from_numpy(mixture.has_draws),
+            torch.zeros(len(rows)),
+            torch.from_numpy(np.logaddexp.reduce(likelihood, axis=1)),
+            fmt,
+        )
+
+
+def _position_weights(prior: np.ndarray, log_label: np.ndarray, tau: float | None) -> np.ndarray:
+    """Weights (N, caches) that sum to 1, or to 0 where no cache counts; with tau, prior *
+    p(label)^(1/tau).
+    """
+    counts = prior > 0
+    if tau is not None:
+        score = np.where(counts, log_label / tau, -np.inf)
+        top = score.max(axis=1, keepdims=True)
+        prior = prior * np.exp(score - np.where(np.isfinite(top), top, 0.0))
+    total = prior.sum(axis=1, keepdims=True)
+    weights: np.ndarray = prior / np.where(total > 0, total, 1.0)
+    return weights

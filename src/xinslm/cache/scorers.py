@@ -1,0 +1,361 @@
+"""What the stage `cache` asks for the planes of a shard, and the answer of a teacher that gives
+whole distributions.
+
+A plane holds one fixed-size item for each position of the token stream. Every cache has the plane
+`records`; others (sketches of hidden states) stand in files beside it. Sequences are batched by
+length, the head is applied to a few hundred rows at a time, and only positions whose next token
+counts as a target are scored.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol, cast
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from xinslm.alignment.bytewise import ByteAlignment, BytePush
+from xinslm.alignment.choose import Push
+from xinslm.cache.config import CacheConfig
+from xinslm.cache.entries import CacheFormat, encode
+from xinslm.cache.projected_states import SKETCH, SketchFormat, SketchWriter
+from xinslm.cache.support import Support, head_ids
+from xinslm.data.dataset import Split
+from xinslm.data.packing import sequences
+from xinslm.errors import XinslmError
+from xinslm.teachers.base import DenseTeacher, HiddenTeacher
+from xinslm.teachers.local import batches_by_length
+
+RECORDS = "records"
+LOGITS_AT_ONCE = 1 << 23
+"""Numbers in one block of logits (32 MiB of float32)."""
+
+
+class Scorer(Protocol):
+    """Scores runs of documents; what it gives depends on nothing but the documents, so that shards
+    can be redone.
+    """
+
+    planes: dict[str, np.dtype[Any]]
+    """Name of each plane -> type of one position's item; `records` is among them."""
+
+    def shard(
+        self, split: Split, first: int, last: int, scratch: Path, tell: Callable[[int], None]
+    ) -> dict[str, np.ndarray]:
+        """Planes of documents `first` to `last` (not included), one item a token of theirs.
+
+        `scratch` is a file of the scorer's own that survives an interruption and is deleted when
+        the shard is written; `tell` takes the number of tokens done so far in this shard.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class Work:
+    """A run of documents as the teacher reads them, and which of its rows say what about which
+    stream position.
+    """
+
+    tokens: np.ndarray
+    """Teacher ids, documents one behind the other."""
+    documents: np.ndarray
+    """Their offsets."""
+    positions: np.ndarray
+    """Stream positions to score."""
+    labels: np.ndarray
+    """The tokens that came there, in the dataset's vocabulary."""
+    rows: np.ndarray
+    """For each position, the row of `tokens` whose prediction covers it; never falls."""
+    prefixes: np.ndarray | None
+    """For each position, the number of the pieces of a teacher token that have come, 0 at a
+    boundary of the teacher; None where the tokenizers are the same."""
+    kept: np.ndarray | None = None
+    """Which of the documents' targets these positions are, where the teacher has no word on
+    others.
+    """
+    path_ends: np.ndarray | None = None
+    """For each position, the row behind the teacher tokens that spell its label; -1 where none do
+    (`bytewise`).
+    """
+
+
+class DenseScorer:
+    """Sparse records from a teacher that gives its logits over the whole vocabulary."""
+
+    def __init__(
+        self,
+        teacher: DenseTeacher,
+        push: Push | None,
+        fmt: CacheFormat,
+        config: CacheConfig,
+        sketches: SketchFormat | None = None,
+        support: Support | None = None,
+    ) -> None:
+        """With `sketches`, the teacher must be a `HiddenTeacher`; `support` says which tokens the
+        heads hold.
+        """
+        self.teacher, self.push, self.format, self.config = teacher, push, fmt, config
+        self.sketches, self.support = sketches, support
+        self.planes = (
+            {RECORDS: fmt.dtype}
+            if sketches is None
+            else {RECORDS: fmt.dtype, SKETCH: sketches.dtype}
+        )
+
+    def shard(
+        self, split: Split, first: int, last: int, scratch: Path, tell: Callable[[int], None]
+    ) -> dict[str, np.ndarray]:
+        """Score documents `first` to `last`; positions that are no targets keep flag 0."""
+        start, end = int(split.documents[first]), int(split.documents[last])
+        work = _work(split, first, last, self.push)
+        writer = None if self.sketches is None else SketchWriter(self.sketches, end - start)
+        support = None if self.support is None else self.support.of(split, first, last)
+        if support is not None and work.kept is not None:
+            support = support[work.kept]
+        records = _score(
+            work,
+            start,
+            end - start,
+            self.teacher,
+            self.push,
+            self.format,
+            self.config,
+            tell,
+            writer,
+            support,
+        )
+        return {RECORDS: records} if writer is None else {RECORDS: records, SKETCH: writer.records}
+
+
+def _work(split: Split, first: int, last: int, push: Push | None) -> Work:
+    """Lay out documents `first` to `last` for the teacher."""
+    documents = np.asarray(split.documents[first : last + 1], dtype=np.int64)
+    start, end = int(documents[0]), int(documents[-1])
+    tokens = np.asarray(split.tokens[start:end]).astype(np.int64)
+    counts = np.asarray(split.mask[start:end]) != 0
+    targets = np.flatnonzero(counts)
+    if push is None:
+        return Work(
+            tokens, documents - start, start + targets - 1, tokens[targets], targets - 1, None
+        )
+    rows = np.full(len(tokens), -1, dtype=np.int64)
+    prefixes, path_ends = np.full_like(rows, -1), np.full_like(rows, -1)
+    teacher_tokens: list[np.ndarray] = []
+    offsets = [0]
+    for a, b in zip(documents[:-1] - start, documents[1:] - start, strict=True):
+        aligned = push.align(tokens[a:b])
+        rows[a + 1 : b] = aligned.rows + offsets[-1]
+        prefixes[a + 1 : b] = aligned.prefixes
+        if isinstance(aligned, ByteAlignment):
+            path_ends[a + 1 : b] = np.where(
+                aligned.path_ends >= 0, aligned.path_ends + offsets[-1], -1
+            )
+        teacher_tokens.append(aligned.teacher_ids)
+        offsets.append(offsets[-1] + len(aligned.teacher_ids))
+    kept = np.flatnonzero(prefixes[targets] >= 0)
+    targets = targets[kept]
+    return Work(
+        np.concatenate(teacher_tokens),
+        np.array(offsets),
+        start + targets - 1,
+        tokens[targets],
+        rows[targets],
+        prefixes[targets],
+        kept,
+        path_ends[targets],
+    )
+
+
+def _score(
+    work: Work,
+    start: int,
+    count: int,
+    teacher: DenseTeacher,
+    push: Push | None,
+    fmt: CacheFormat,
+    config: CacheConfig,
+    tell: Callable[[int], None],
+    writer: SketchWriter | None = None,
+    support: np.ndarray | None = None,
+) -> np.ndarray:
+    """Records of one shard, (count,); positions that are no targets keep flag 0."""
+    records = np.zeros(count, dtype=fmt.dtype)
+    starts, lengths = sequences(work.documents, config.max_seq_length)
+    chunk = max(1, LOGITS_AT_ONCE // teacher.vocab_size)
+    seen = 0
+    for batch in batches_by_length(lengths, config.batch_tokens):
+        texts = [work.tokens[starts[k] : starts[k] + lengths[k]] for k in batch]
+        hidden: list[Tensor] = []
+        if writer is None:
+            states = teacher.states(texts)
+        else:
+            states, hidden = cast(HiddenTeacher, teacher).states_and_hidden(
+                texts, writer.format.depths
+            )
+        picked, offset = [], 0
+        state_rows = []
+        for k in batch:
+            low, high = np.searchsorted(work.rows, (starts[k], starts[k] + lengths[k]))
+            picked.append(np.arange(low, high))
+            state_rows.append(work.rows[low:high] - starts[k] + offset)
+            offset += int(lengths[k])
+        which, of_state = np.concatenate(picked), np.concatenate(state_rows)
+        if writer is not None:
+            _sketch(work, which, of_state, start, hidden, writer, teacher.name)
+        paths = None
+        if isinstance(push, BytePush):
+            inputs = [slice(starts[k], starts[k] + lengths[k]) for k in batch]
+            paths = label_paths(work, which, of_state, inputs, states, teacher, push, chunk)
+        for at in range(0, len(which), chunk):
+            part = which[at : at + chunk]
+            logits = teacher.logits(
+                states[torch.from_numpy(of_state[at : at + chunk]).to(states.device)]
+            )
+            probs = torch.softmax(logits, dim=1)
+            if push is not None and work.prefixes is not None:
+                probs = push(probs, work.prefixes[part])
+            records[work.positions[part] - start] = _encode(
+                probs,
+                work,
+                part,
+                fmt,
+                config.seed,
+                teacher.name,
+                None if support is None else support[part],
+                None if paths is None else paths[at : at + chunk],
+            )
+        seen += int(lengths[batch].sum())
+        tell(min(seen, count))
+    return records
+
+
+def label_paths(
+    work: Work,
+    which: np.ndarray,
+    of_state: np.ndarray,
+    inputs: list[slice],
+    states: Tensor,
+    teacher: DenseTeacher,
+    push: BytePush,
+    chunk: int,
+) -> Tensor:
+    """Probabilities of the labels of positions `which` by the teacher tokens that spell them, (N,)
+    float32.
+
+    `of_state` says which row of `states` covers a position, `inputs` which tokens of `work` the
+    states are of. NaN where no path lies within one sequence, and where the push-forward knows the
+    label anyway.
+    """
+    assert work.path_ends is not None and work.prefixes is not None
+    last = np.concatenate(
+        [np.full(s.stop - s.start, at + s.stop - s.start - 1) for s, at in _placed(inputs)]
+    )
+    following = np.concatenate([work.tokens[s.start + 1 : s.stop + 1] for s in inputs])
+    # the state that covers what follows the path
+    behind = of_state + work.path_ends[which] - work.rows[which] - 1
+    usable = (work.path_ends[which] >= 0) & (work.prefixes[which] == 0) & (behind <= last[of_state])
+    places = np.flatnonzero(usable & ~push.exact[work.labels[which]])
+    out = torch.full((len(which),), torch.nan)
+    order = places[np.argsort(behind[places], kind="stable")]
+    log_probs = torch.zeros(len(states) + 1, dtype=torch.float64)
+    for at in range(0, len(states), chunk):
+        rows = slice(at, min(at + chunk, len(states)))
+        probs = torch.softmax(teacher.logits(states[rows]), dim=1)
+        ids = torch.from_numpy(following[rows]).to(probs.device)
+        log_probs[at + 1 : rows.stop + 1] = (
+            probs.gather(1, ids[:, None])[:, 0].cpu().clamp_min(1e-30).double().log()
+        )
+        here = order[slice(*np.searchsorted(behind[order], (at, rows.stop)))]
+        of_row = torch.from_numpy(behind[here] - at).to(probs.device)
+        out[here] = push.stay(probs[of_row], work.labels[which[here]]).cpu()
+    sums = log_probs.cumsum(0)
+    out[places] *= (sums[behind[places]] - sums[of_state[places]]).exp().float()
+    return out
+
+
+def _placed(inputs: list[slice]) -> list[tuple[slice, int]]:
+    ends = np.cumsum([s.stop - s.start for s in inputs])
+    return [(s, int(end) - (s.stop - s.start)) for s, end in zip(inputs, ends, strict=True)]
+
+
+def predictions(
+    teacher: DenseTeacher,
+    tokens: np.ndarray,
+    documents: np.ndarray,
+    config: CacheConfig,
+    tell: Callable[[int], None],
+) -> Iterator[tuple[np.ndarray, Tensor]]:
+    """Logits (rows, vocabulary) of the teacher's own tokens, and the places (rows,) of the tokens
+    they predict.
+
+    documents: offsets into `tokens`. A document's first token is predicted by nothing.
+    """
+    starts, lengths = sequences(documents, config.max_seq_length)
+    chunk = max(1, LOGITS_AT_ONCE // teacher.vocab_size)
+    seen = 0
+    for batch in batches_by_length(lengths, config.batch_tokens):
+        inputs = np.concatenate([np.arange(starts[k], starts[k] + lengths[k]) for k in batch])
+        states = teacher.states([tokens[starts[k] : starts[k] + lengths[k]] for k in batch])
+        for at in range(0, len(states), chunk):
+            yield inputs[at : at + chunk] + 1, teacher.logits(states[at : at + chunk])
+        seen += len(inputs)
+        tell(seen)
+
+
+def _sketch(
+    work: Work,
+    which: np.ndarray,
+    of_state: np.ndarray,
+    start: int,
+    hidden: list[Tensor],
+    writer: SketchWriter,
+    name: str,
+) -> None:
+    """Sketch the hidden states of positions at whose end a teacher token ends, too."""
+    ends = np.ones(len(which), dtype=bool) if work.prefixes is None else work.prefixes[which] == 0
+    try:
+        writer.put(hidden, of_state[ends], work.positions[which[ends]] - start)
+    except FloatingPointError as error:
+        raise XinslmError(
+            f"teacher {name}: {error}. Try --dtype float32, or look at the weights; finished "
+            "shards are kept"
+        ) from None
+
+
+def _encode(
+    probs: Tensor,
+    work: Work,
+    part: np.ndarray,
+    fmt: CacheFormat,
+    seed: int,
+    name: str,
+    support: np.ndarray | None = None,
+    paths: Tensor | None = None,
+) -> np.ndarray:
+    if probs.device.type == "mps":  # no float64 there, which the draws need
+        probs = probs.cpu()
+    device = probs.device
+    labels = torch.from_numpy(work.labels[part]).to(device)
+    positions = torch.from_numpy(work.positions[part]).to(device)
+    try:
+        heads = None
+        if support is not None:
+            heads = head_ids(
+                probs, torch.from_numpy(support.astype(np.int64)).to(device), labels, fmt.head
+            )
+        told = None
+        # told, not taught: known of the text's token alone it would teach less than the text
+        if paths is not None:
+            told = torch.where(
+                torch.isfinite(paths).to(device),
+                paths.to(device),
+                probs.gather(1, labels[:, None])[:, 0],
+            )
+        return encode(probs, labels, positions, fmt, seed, heads, told)
+    except FloatingPointError as error:
+        raise XinslmError(
+            f"teacher {name}: {error}. Try --dtype float32, or look at the weights; finished "
+            "shards are kept"
+        ) from None

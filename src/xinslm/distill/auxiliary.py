@@ -1,0 +1,277 @@
+"""The losses on hidden states as the training loop uses them: schedules, trained maps and their
+optimiser.
+
+    weight(step) * sum over the step's positions / (target positions of the whole step)
+
+That is exact for the projector's error however a step is split into micro-batches. CKA and InfoNCE
+compare the positions of one micro-batch with each other: each counts by its share of the step's
+target positions. Positions where no teacher token ends have no part. The maps are no part of the
+model: they stand in files of their own in a checkpoint and are trained by an AdamW of their own,
+whatever trains the model.
+"""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from xinslm.cache.entries import Cache
+from xinslm.cache.projected_states import CachedSketches, HiddenSource, depth_at, rms_normalise
+from xinslm.data.dataset import Dataset
+from xinslm.data.packing import Batch
+from xinslm.distill.auxiliary_config import ContrastConfig, HiddenConfig
+from xinslm.distill.config import DistillConfig, PretrainConfig
+from xinslm.distill.contrast import draw_places, info_nce
+from xinslm.distill.matching import linear_cka, projected_error
+from xinslm.files import manifest_fingerprint
+from xinslm.model.config import ModelConfig
+
+Figures = dict[str, tuple[float, int]]
+"""Name of a term -> its sum over positions without the weight, and how many positions there
+were.
+"""
+
+
+def add_figures(a: Figures, b: Figures) -> Figures:
+    """Figures of two micro-batches together."""
+    return {
+        name: (a.get(name, (0.0, 0))[0] + x, a.get(name, (0.0, 0))[1] + n)
+        for name, (x, n) in b.items()
+    } | {name: figure for name, figure in a.items() if name not in b}
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A depth of the student, which of the source's sketches it meets, and which map leads from one
+    to the other.
+    """
+
+    depth: int
+    column: int
+    matrix: int | None
+
+
+class Auxiliary:
+    """Losses on the hidden states of a student with `num_layers` blocks of width `hidden_size`."""
+
+    def __init__(
+        self,
+        hidden: HiddenConfig,
+        contrast: ContrastConfig,
+        source: HiddenSource,
+        num_layers: int,
+        hidden_size: int,
+        total_steps: int,
+        seed: int,
+        betas: tuple[float, float],
+        device: torch.device,
+    ) -> None:
+        self.hidden, self.contrast, self.source, self.seed = hidden, contrast, source, seed
+        self.total_steps = total_steps
+        shares = hidden.depths if hidden.weight else ()
+        mapped = hidden.kind == "projector"
+        self.pairs = [
+            Pair(
+                depth_at(share, num_layers),
+                source.format.column(share, source.name),
+                n if mapped else None,
+            )
+            for n, share in enumerate(shares)
+        ]
+        self.contrasted = None
+        if contrast.weight:
+            column = source.format.column(contrast.depth, source.name)
+            self.contrasted = Pair(
+                depth_at(contrast.depth, num_layers), column, len(shares) if mapped else 0
+            )
+        generator = torch.Generator().manual_seed(seed)
+        count = (len(shares) if mapped else 0) + (self.contrasted is not None)
+        shape = (count, source.format.width, hidden_size)
+        drawn = torch.randn(shape, generator=generator) / math.sqrt(hidden_size)
+        self.matrices = [nn.Parameter(matrix.to(device)) for matrix in drawn]
+        self.optimizer = (
+            torch.optim.AdamW(self.matrices, lr=0.0, betas=betas, weight_decay=0.0)
+            if self.matrices
+            else None
+        )
+
+    def parameters(self) -> list[nn.Parameter]:
+        """The maps, (width, hidden_size) each."""
+        return self.matrices
+
+    def weights(self, step: int) -> tuple[float, float]:
+        """Weights of matching and contrast at `step`, from 0."""
+        done = step / self.total_steps
+        left = (max(0.0, 1 - done / config.until) for config in (self.hidden, self.contrast))
+        return self.hidden.weight * next(left), self.contrast.weight * next(left)
+
+    def depths(self, step: int) -> tuple[int, ...]:
+        """Blocks of the student whose outputs `loss` needs at `step`, from 1; none when all weights
+        are 0.
+        """
+        gamma, delta = self.weights(step)
+        needed = {pair.depth for pair in self.pairs} if gamma else set()
+        if delta and self.contrasted is not None:
+            needed.add(self.contrasted.depth)
+        return tuple(sorted(needed))
+
+    def loss(
+        self, taps: list[Tensor], batch: Batch, chosen: np.ndarray, step: int, normaliser: float
+    ) -> tuple[Tensor | float, Figures]:
+        """Weighted sum of the terms for one micro-batch, a scalar with a graph, and the figures
+        without weights.
+
+        taps: outputs (B, T, d) of the blocks that `depths(step)` names. chosen: flat target
+        positions of the batch. normaliser: target positions of the whole step.
+        """
+        depths = self.depths(step)
+        if not depths:
+            return 0.0, {}
+        device = taps[0].device
+        sketches, valid = self.source.sketches(batch, chosen, device)
+        kept = valid.nonzero()[:, 0]
+        if len(kept) < 2:
+            return 0.0, {}
+        where = torch.from_numpy(chosen).to(device)[kept]
+        states = {
+            depth: rms_normalise(tap.reshape(-1, tap.shape[-1])[where].float())
+            for depth, tap in zip(depths, taps, strict=True)
+        }
+        sketches = sketches[:, kept]
+        gamma, delta = self.weights(step)
+        total: Tensor | float = 0.0
+        figures: Figures = {}
+        share = len(chosen) / normaliser
+        if gamma and self.pairs:
+            error, per_position = self._match(states, sketches)
+            total = total + error * (gamma / normaliser if per_position else gamma * share)
+            figures["hidden"] = (error.item() * (1 if per_position else len(kept)), len(kept))
+        if delta and self.contrasted is not None:
+            labels = torch.from_numpy(batch.labels.ravel()[chosen]).to(device)[kept]
+            places = self._draw(len(kept), batch, step)
+            nce = self._contrast(
+                self.contrasted, states, sketches, labels, torch.from_numpy(places).to(device)
+            )
+            total = total + nce * (delta * share)
+            figures["contrast"] = (nce.item() * len(places), len(places))
+        return total, figures
+
+    def _match(self, states: dict[int, Tensor], sketches: Tensor) -> tuple[Tensor, bool]:
+        """Mean over depths of the sum of errors, or of 1 - CKA; and whether it is a sum over
+        positions.
+        """
+        terms = []
+        for pair in self.pairs:
+            mine, theirs = states[pair.depth], sketches[pair.column]
+            if pair.matrix is None:
+                terms.append(1 - linear_cka(mine, theirs))
+            else:
+                terms.append(projected_error(mine, self.matrices[pair.matrix], theirs).sum())
+        return torch.stack(terms).mean(), self.hidden.kind == "projector"
+
+    def _draw(self, count: int, batch: Batch, step: int) -> np.ndarray:
+        first = int(batch.stream.max()) + 1  # tells the micro-batches of a step apart
+        return draw_places(np.arange(count), self.contrast.positions, (self.seed, step, first))
+
+    def _contrast(
+        self,
+        pair: Pair,
+        states: dict[int, Tensor],
+        sketches: Tensor,
+        labels: Tensor,
+        places: Tensor,
+    ) -> Tensor:
+        assert pair.matrix is not None, "contrast always has a map"
+        anchors = states[pair.depth][places] @ self.matrices[pair.matrix].t()
+        return info_nce(
+            anchors, sketches[pair.column][places], labels[places], self.contrast.temperature
+        )
+
+    def zero_grad(self) -> None:
+        """Forget the gradients of the last step."""
+        for matrix in self.matrices:
+            matrix.grad = None
+
+    def step(self, rate: float, clip_norm: float) -> None:
+        """Move the maps at learning rate `rate`; their gradient has its own limit, apart from the
+        model's.
+        """
+        if self.optimizer is not None:
+            torch.nn.utils.clip_grad_norm_(self.matrices, clip_norm or math.inf)
+            for group in self.optimizer.param_groups:
+                group["lr"] = rate
+            self.optimizer.step()
+
+    def state(self) -> dict[str, Tensor]:
+        """Maps and their moments, for a checkpoint."""
+        tensors = {}
+        for number, matrix in enumerate(self.matrices):
+            tensors[f"matrix.{number}"] = matrix.detach().cpu().contiguous()
+            moments = self.optimizer.state.get(matrix, {}) if self.optimizer is not None else {}
+            for key, value in moments.items():
+                tensors[f"{key}.{number}"] = value.detach().cpu().contiguous()
+        return tensors
+
+    def load_state(self, tensors: dict[str, Tensor]) -> None:
+        """Take up what `state` gave; KeyError or RuntimeError where it is of other maps."""
+        for number, matrix in enumerate(self.matrices):
+            matrix.data.copy_(tensors[f"matrix.{number}"])
+            keys = [
+                name.partition(".")[0]
+                for name in tensors
+                if name.endswith(f".{number}") and "matrix" not in name
+            ]
+            if keys and self.optimizer is not None:
+                self.optimizer.state[matrix] = {
+                    key: tensors[f"{key}.{number}"].to("cpu" if key == "step" else matrix.device)
+                    for key in keys
+                }
+
+
+def hidden_shares(config: DistillConfig) -> tuple[float, ...]:
+    """Relative depths that the losses with a weight need; none when both are off."""
+    matched = config.hidden.depths if config.hidden.weight else ()
+    return tuple(sorted({*matched, config.contrast.depth})) if config.contrast.weight else matched
+
+
+def find_sketches(
+    config: DistillConfig, dataset: Dataset, teacher: HiddenSource | Cache
+) -> tuple[HiddenSource | None, tuple[tuple[str, str], ...]]:
+    """Where the teacher's hidden states come from, and the fingerprint of a cache that is given for
+    them alone.
+
+    None where no loss needs any. `teacher` is the live teacher or its cache; `config.sketches` goes
+    before it.
+    """
+    if not hidden_shares(config):
+        return None, ()
+    if config.sketches is None:
+        return CachedSketches(teacher, "train") if isinstance(teacher, Cache) else teacher, ()
+    beside = Cache(config.sketches)
+    beside.require_dataset(dataset.fingerprint, dataset.folder)
+    return CachedSketches(beside, "train"), (("sketches", manifest_fingerprint(beside.folder)),)
+
+
+def make_auxiliary(
+    config: PretrainConfig,
+    source: HiddenSource | None,
+    student: ModelConfig,
+    total_steps: int,
+    device: torch.device,
+) -> Auxiliary | None:
+    """The losses on hidden states of a run; None where it has none."""
+    if source is None or not isinstance(config, DistillConfig):
+        return None
+    return Auxiliary(
+        config.hidden,
+        config.contrast,
+        source,
+        student.num_hidden_layers,
+        student.hidden_size,
+        total_steps,
+        config.seed,
+        (config.beta1, config.beta2),
+        device,
+    )

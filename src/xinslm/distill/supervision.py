@@ -1,0 +1,165 @@
+"""What a run learns from: a cache, a live teacher, an encoder's sketches or the text alone, checked
+to fit.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from xinslm.alignment.byte_prefix import byte_order
+from xinslm.cache.bucket_entries import CachedGroups
+from xinslm.cache.chunks import CachedSpans
+from xinslm.cache.entries import Cache
+from xinslm.cache.projected_states import SKETCH, HiddenSource
+from xinslm.data.dataset import Dataset
+from xinslm.distill.auxiliary import find_sketches, hidden_shares
+from xinslm.distill.config import DistillConfig, PretrainConfig
+from xinslm.distill.target_sources import CachedTargets, LiveTargets, TargetSource
+from xinslm.errors import UsageError
+from xinslm.files import manifest_fingerprint
+from xinslm.losses.config import LossConfig
+from xinslm.model.files import require_context
+from xinslm.progress import Listener
+from xinslm.teachers.encoder import find_encoder
+from xinslm.teachers.endpoint import is_endpoint
+from xinslm.teachers.open import open_teacher, teacher_fingerprint
+from xinslm.tokenizer.load import load_tokenizer
+
+_WITHOUT_TEMPERATURE = {
+    "prefixes": "masses of groups of tokens, inside which the teacher is unknown",
+    "chunks": "likelihoods of spans, which have none (loss.span_temperature is theirs)",
+}
+"""Alignments whose caches are for T=1 alone, and why."""
+
+
+@dataclass(frozen=True)
+class Teaching:
+    """Loss and sources of teacher distributions; none in pre-training."""
+
+    loss: LossConfig
+    train: TargetSource | None = None
+    validation: TargetSource | None = None
+    hidden: HiddenSource | None = None
+    inputs: tuple[tuple[str, str], ...] = ()
+    warnings: tuple[str, ...] = ()
+
+
+def find_teaching(
+    config: PretrainConfig, dataset: Dataset, device: torch.device, on_progress: Listener
+) -> Teaching:
+    """What `config` learns from: a cache, a live teacher, or the text alone.
+
+    Raises UsageError where teacher, cache, dataset and loss do not fit each other.
+    """
+    if not isinstance(config, DistillConfig):
+        return Teaching(LossConfig(alpha=1.0, beta=0.0))
+    if config.cache is None:
+        return _live(config, dataset, device)
+    return _cached(config, dataset, config.cache, on_progress)
+
+
+def _live(config: DistillConfig, dataset: Dataset, device: torch.device) -> Teaching:
+    assert config.teacher is not None, "DistillConfig.check sees to it"
+    if find_encoder(config.teacher) is not None:
+        raise UsageError(
+            f"{config.teacher} is an encoder: it gives hidden states, no next tokens. Make a "
+            "cache of them, with "
+            f"`xinslm cache {config.teacher} --sketch-depths 1.0`, and give that as --cache"
+        )
+    if is_endpoint(config.teacher):
+        raise UsageError(
+            "an endpoint cannot teach step by step: make a cache with `xinslm cache "
+            f"{config.teacher}`, or let it "
+            f"write with `xinslm synthesize`, and give that as --cache"
+        )
+    teacher: Any = open_teacher(
+        config.teacher, config.teacher_dtype, device, None, config.trust_remote_code
+    )
+    if teacher.tokenizer.fingerprint() != dataset.tokenizer_fingerprint:
+        raise UsageError(
+            f"a live teacher must share the dataset's tokenizer, and {config.teacher}'s differs "
+            "from the one of "
+            f"{dataset.folder}. Prepare the data with the teacher's, or use `xinslm cache`, which "
+            "maps nested ones"
+        )
+    require_context(config.max_seq_length, teacher.max_length, f"teacher {config.teacher}")
+    source = LiveTargets(teacher, hidden_shares(config))
+    hidden, inputs = find_sketches(config, dataset, source)
+    return Teaching(
+        config.loss, source, source, hidden, (("teacher", teacher.fingerprint), *inputs)
+    )
+
+
+def _cached(
+    config: DistillConfig, dataset: Dataset, folder: Path, on_progress: Listener
+) -> Teaching:
+    cache, loss, warnings = Cache(folder), config.loss, []
+    cache.require_dataset(dataset.fingerprint, dataset.folder)
+    cache.verify(on_progress)
+    if config.teacher is not None:
+        cache.require_teacher(_teachers_fingerprint(config.teacher), config.teacher)
+    hidden, inputs = find_sketches(config, dataset, cache)
+    inputs = (("cache", manifest_fingerprint(folder)), *inputs)
+    if cache.manifest.get(SKETCH, {}).get("alone"):
+        if hidden is None:
+            raise UsageError(
+                f"cache {folder} is of an encoder and holds hidden states only, but hidden.weight "
+                "and contrast.weight "
+                "are 0: set one (--hidden.weight 1), or give it as --sketches beside the --cache "
+                "of a language model"
+            )
+        note = (
+            f"cache {folder} predicts no tokens: the weight loss.beta ({loss.beta}) goes to the "
+            "cross-entropy"
+        )
+        return Teaching(loss, hidden=hidden, inputs=inputs, warnings=(note,) if loss.beta else ())
+    if loss.temperature_mode == "full" and loss.temperature not in (1.0, cache.format.temperature):
+        raise UsageError(
+            f"loss.temperature is {loss.temperature} in mode full, but cache {folder} stores the "
+            "normaliser for "
+            f"{cache.format.temperature}: use that, mode decoupled, or `xinslm cache "
+            f"--temperature {loss.temperature}` "
+            f"(a merged cache has the one for 1 alone)"
+        )
+    cached_length = cache.manifest["config"]["max_seq_length"]
+    if cached_length != config.max_seq_length:
+        warnings.append(
+            f"the teacher saw contexts of {cached_length} tokens when it was cached, the student "
+            "sees "
+            f"{config.max_seq_length}"
+        )
+    kind = cache.manifest.get("alignment", {}).get("kind")
+    if kind in _WITHOUT_TEMPERATURE and loss.temperature != 1:
+        raise UsageError(
+            f"loss.temperature is {loss.temperature}, but cache {folder} holds "
+            f"{_WITHOUT_TEMPERATURE[kind]}: set it to "
+            f"1"
+        )
+    if kind == "prefixes":
+        order = byte_order(load_tokenizer(dataset.folder / "tokenizer"))
+        of_split = {name: CachedGroups(cache, name, order) for name in cache.manifest["shards"]}
+        return Teaching(
+            loss, of_split["train"], of_split.get("validation"), hidden, inputs, tuple(warnings)
+        )
+    if kind == "chunks":
+        by_split = {name: CachedSpans(cache, name) for name in cache.manifest["shards"]}
+        return Teaching(
+            loss, by_split["train"], by_split.get("validation"), hidden, inputs, tuple(warnings)
+        )
+    records, held_out = cache.split("train"), cache.split("validation")
+    assert records is not None, "every dataset has a train split"
+    sources = CachedTargets(records), CachedTargets(held_out) if held_out is not None else None
+    return Teaching(loss, *sources, hidden, inputs, tuple(warnings))
+
+
+def _teachers_fingerprint(name: str) -> str:
+    """Fingerprint that a cache of this teacher would carry, without loading it where that can be
+    avoided.
+    """
+    if is_endpoint(name):
+        raise UsageError(
+            f"--teacher beside --cache compares weights, and {name} shows none: leave it out"
+        )
+    return teacher_fingerprint(name)

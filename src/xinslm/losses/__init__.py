@@ -1,0 +1,44 @@
+"""The losses: the fused head, its divergences, and the forms of a teacher's word.
+
+from xinslm.losses import LossConfig, fused_loss, next_tokens
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from xinslm.losses.config import LossConfig
+    from xinslm.losses.fused import LossFigures, fused_loss, next_tokens
+    from xinslm.losses.targets import (
+        DenseTargets,
+        GroupTargets,
+        SpanTargets,
+        SparseTargets,
+        Targets,
+    )
+
+__all__ = [
+    "DenseTargets",
+    "GroupTargets",
+    "LossConfig",
+    "LossFigures",
+    "SpanTargets",
+    "SparseTargets",
+    "Targets",
+    "fused_loss",
+    "next_tokens",
+]
+
+_MODULES = {
+    "LossConfig": "config",
+    "LossFigures": "fused",
+    "fused_loss": "fused",
+    "next_tokens": "fused",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Load what is asked for: settings are read without torch."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__} has no {name}")
+    return getattr(import_module(f"{__name__}.{_MODULES.get(name, 'targets')}"), name)

@@ -1,0 +1,275 @@
+"""Loss and logit gradient of one chunk of rows, the gradient written over the logits.
+
+One softmax in place, one sum over the tail and one multiplication are all that passes over (rows,
+vocabulary); the rest works on the h + n + 1 places of a row that the teacher names. Every
+divergence from a sparse teacher is one over the buckets {each head token, tail} (`divergences`). KD
+by forward KL adds what the draws say about the tail's inside:
+
+    R [log Q - mean of log q_j over the draws]     R, Q: the tail's mass of teacher and student
+
+which is never negative and makes the expected gradient the full-vocabulary one. Where the tail's
+inside is unknown (another tokenizer, an endpoint's few log-probabilities), the text is the draw:
+log Q - log q_label, if the label is there. Temperature (Hinton et al. 2015) with T^2 in value and
+gradient; `decoupled` is the chain rule with T inside the head alone.
+
+Where the teacher says nothing about a position, the text stands in for it: KD is the cross-entropy
+there.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from xinslm.losses.buckets import group_loss
+from xinslm.losses.config import LossConfig
+from xinslm.losses.divergences import bucket_divergence
+from xinslm.losses.inplace import add_at_labels_, softmax_, widest
+from xinslm.losses.targets import GroupTargets, SpanTargets, SparseTargets
+
+LEAST_LOG_P = -100.0
+"""Least log-probability of a dense teacher: what has no mass must not make a reversed divergence
+infinite.
+"""
+LEAST_SPARSE_LOG_P = -20.0
+"""The same for a sparse teacher, whose tail can be 0 by rounding; the least a cache can say."""
+SPAN_MARGIN = 1e-6
+"""Taken from logarithms of span likelihoods, so that neither side is ever certain."""
+DENSE_ROWS = 32
+"""Rows of a dense teacher compared at once, so that temporaries stay small."""
+
+
+def chunk_loss(
+    z: Tensor,
+    labels: Tensor,
+    targets: SparseTargets | SpanTargets | GroupTargets | Tensor | None,
+    config: LossConfig,
+    scale: float = 1.0,
+) -> tuple[Tensor, Tensor]:
+    """Turn logits `z` (rows, V) into the gradient of scale * (alpha*CE + beta*KD), in place; return
+    both sums in nats.
+
+    labels: (rows,) int64. A Tensor as `targets` is a dense teacher's logits.
+    """
+    nothing = z.new_zeros((), dtype=widest(z))
+    if targets is None or config.beta == 0.0:
+        return _cross_entropy(z, labels, config.alpha * scale).sum(dtype=widest(z)), nothing
+    if isinstance(targets, SpanTargets):
+        return _spans(z, labels, targets, config, scale)
+    if isinstance(targets, GroupTargets):
+        return group_loss(z, labels, targets, config, scale)
+    if isinstance(targets, Tensor):
+        sums = torch.stack((nothing, nothing))
+        for part in (slice(at, at + DENSE_ROWS) for at in range(0, len(z), DENSE_ROWS)):
+            sums += torch.stack(_dense(z[part], labels[part], targets[part], config, scale))
+        return sums[0], sums[1]
+    if config.temperature_mode == "full" and config.temperature != 1.0:
+        return _sparse_full(z, labels, targets, config, scale)
+    return _sparse(z, labels, targets, config, scale)
+
+
+def _take(z: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+    """Take probabilities (rows, h) at `ids` out of z, leaving 0; also return the sum of what is
+    left (rows, 1).
+
+    The rest is summed, not 1 minus the taken: no digits cancel where the taken have nearly all the
+    mass.
+    """
+    taken = z.gather(1, ids)
+    z.scatter_(1, ids, 0.0)
+    return taken, z.sum(dim=1, keepdim=True).clamp_min(torch.finfo(z.dtype).tiny)
+
+
+def _cross_entropy(z: Tensor, labels: Tensor, alpha: Tensor | float) -> Tensor:
+    """Cross-entropy of each row, (rows, 1); `alpha`, a number or (rows, 1), scales the gradient."""
+    at_label = z.gather(1, labels[:, None])
+    ce = softmax_(z) - at_label
+    z.mul_(alpha)
+    add_at_labels_(z, labels, -alpha)
+    return ce
+
+
+def _dense(
+    z: Tensor, labels: Tensor, teacher: Tensor, config: LossConfig, scale: float
+) -> tuple[Tensor, Tensor]:
+    """D(p^T, q^T) over the whole vocabulary, each token a bucket."""
+    t, alpha = config.temperature, config.alpha * scale
+    missing = z.shape[1] - teacher.shape[1]
+    teacher = (
+        F.pad(teacher, (0, missing), value=-torch.inf) if missing > 0 else teacher[:, : z.shape[1]]
+    )
+    log_p = torch.log_softmax(teacher.to(z.dtype) / t, dim=1).clamp_min_(LEAST_LOG_P)
+    if config.divergence == "forward_kl":
+        return _dense_forward(z, labels, log_p, config, scale)
+    log_q = torch.log_softmax(z / t, dim=1)
+    values, slopes = bucket_divergence(log_p, log_q, config)
+    ce = _cross_entropy(z, labels, alpha)
+    slopes.sub_(log_q.exp_().mul_(slopes.sum(dim=1, keepdim=True)))
+    z.add_(slopes, alpha=config.beta * t * scale)
+    return ce.sum(dtype=widest(z)), t * t * values.sum(dtype=widest(z))
+
+
+def _dense_forward(
+    z: Tensor, labels: Tensor, log_p: Tensor, config: LossConfig, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Forward KL, the usual case, with half the blocks of (rows, V): its gradient needs only p and
+    q.
+    """
+    t, alpha, beta = (
+        config.temperature,
+        config.alpha * scale,
+        config.beta * config.temperature * scale,
+    )
+    at_label = z.gather(1, labels[:, None])
+    p = log_p.exp()
+    against = torch.einsum("rv,rv->r", p, z)[:, None] / t  # before z turns into probabilities
+    kd = torch.einsum("rv,rv->r", p, log_p)[:, None] - against
+    if t == 1.0:
+        log_total = softmax_(z)
+        kd += log_total
+        z.mul_(alpha + beta)
+    else:
+        q = z / t
+        kd += softmax_(q)
+        log_total = softmax_(z)
+        z.mul_(alpha).add_(q, alpha=beta)
+    z.sub_(p, alpha=beta)
+    add_at_labels_(z, labels, -alpha)
+    return (log_total - at_label).sum(dtype=widest(z)), t * t * kd.sum(dtype=widest(z))
+
+
+def _sparse(
+    z: Tensor, labels: Tensor, s: SparseTargets, config: LossConfig, scale: float
+) -> tuple[Tensor, Tensor]:
+    """KD over head and tail at temperature 1, for forward KL with the draws and with T inside the
+    head.
+
+    In the tail, every logit's gradient is q_k times one factor of its row, plus what the draws add
+    at their places.
+    """
+    told = s.valid[:, None].to(z.dtype)
+    beta = (config.beta * scale) * told
+    alpha = (config.alpha + config.beta) * scale - beta
+    at_label, at_head, at_draws = (
+        z.gather(1, labels[:, None]),
+        z.gather(1, s.head_ids),
+        z.gather(1, s.tail_ids),
+    )
+    log_total = softmax_(z)
+    q_head, q_tail = _take(z, s.head_ids)
+    log_p = (
+        torch.cat((s.head_log_probs, s.log_tail[:, None]), dim=1)
+        .to(z.dtype)
+        .clamp_min(LEAST_SPARSE_LOG_P)
+    )
+    log_q_tail = q_tail.log()
+    if config.temperature == 1.0:
+        log_q = torch.cat((at_head - log_total, log_q_tail), dim=1)
+        values, slopes = bucket_divergence(log_p, log_q, config)
+        all_slopes = slopes.sum(dim=1, keepdim=True)
+        tail_factor = slopes[:, -1:] / q_tail - all_slopes
+        head_grad = slopes[:, :-1] - q_head * all_slopes
+        kd = values.sum(dim=1, keepdim=True)
+    else:
+        kd, head_grad, tail_factor = _decoupled(at_head, q_head, q_tail, log_p, config.temperature)
+    ce = log_total - at_label
+    draws, lam = at_draws.shape[1], config.draws_weight
+    by_text = lam * (
+        s.unknown_tail[:, None] & (s.head_ids != labels[:, None]).all(dim=1, keepdim=True)
+    ).to(z.dtype)
+    kd = kd + by_text * (log_q_tail + ce)
+    tail_factor = tail_factor + by_text / q_tail
+    if draws and lam:
+        by_draws = lam * s.has_draws[:, None].to(z.dtype) * s.log_tail.to(z.dtype).exp()[:, None]
+        kd = kd + by_draws * (log_q_tail - (at_draws - log_total).mean(dim=1, keepdim=True))
+        tail_factor = tail_factor + by_draws / q_tail
+    z.mul_(alpha + beta * tail_factor)
+    z.scatter_(1, s.head_ids, alpha * q_head + beta * head_grad)
+    if draws and lam:
+        z.scatter_add_(1, s.tail_ids, (-beta * by_draws / draws).expand(-1, draws))
+    add_at_labels_(z, labels, -alpha - beta * by_text)
+    return ce.sum(dtype=widest(z)), torch.where(s.valid[:, None], kd, ce).sum(dtype=widest(z))
+
+
+def _decoupled(
+    at_head: Tensor, q_head: Tensor, q_tail: Tensor, log_p: Tensor, t: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Forward KL of the split head/tail at temperature 1, T inside the head: value, gradient in the
+    head, tail factor.
+
+    With P and P_q the head's mass of teacher and student, ~ what is renormalised in the head at
+    temperature T: the gradient in the head is q_k (1 - P/P_q) + P T (q~_k - p~_k), the tail's
+    factor 1 - R/Q.
+    """
+    p = log_p.exp()
+    mass, tail = p[:, :-1].sum(dim=1, keepdim=True), p[:, -1:]
+    q_mass = q_head.sum(dim=1, keepdim=True).clamp_min(torch.finfo(q_head.dtype).tiny)
+    log_p_in, log_q_in = (
+        torch.log_softmax(log_p[:, :-1] / t, dim=1),
+        torch.log_softmax(at_head / t, dim=1),
+    )
+    inside = (log_p_in.exp() * (log_p_in - log_q_in)).sum(dim=1, keepdim=True)
+    split = mass * (mass / q_mass).log() + tail * (log_p[:, -1:] - q_tail.log())
+    head_grad = q_head * (1 - mass / q_mass) + mass * t * (log_q_in.exp() - log_p_in.exp())
+    return split + mass * t * t * inside, head_grad, 1 - tail / q_tail
+
+
+def _sparse_full(
+    z: Tensor, labels: Tensor, s: SparseTargets, config: LossConfig, scale: float
+) -> tuple[Tensor, Tensor]:
+    """KD over the buckets {head tokens, tail}, both sides tempered; the teacher's come from the
+    cached Z_T.
+    """
+    t = config.temperature
+    told = s.valid[:, None].to(z.dtype)
+    q = z / t
+    at_head = q.gather(1, s.head_ids)
+    log_total = softmax_(q)
+    q_head, q_tail = _take(q, s.head_ids)
+    log_p_head = s.head_log_probs.to(z.dtype) / t - s.log_z[:, None]
+    tail = (1 - log_p_head.exp().sum(dim=1, keepdim=True)).clamp_min(torch.finfo(z.dtype).tiny)
+    log_p = torch.cat((log_p_head, tail.log()), dim=1).clamp_min(LEAST_SPARSE_LOG_P)
+    values, slopes = bucket_divergence(
+        log_p, torch.cat((at_head - log_total, q_tail.log()), dim=1), config
+    )
+    all_slopes = slopes.sum(dim=1, keepdim=True)
+    q.mul_(slopes[:, -1:] / q_tail - all_slopes)
+    q.scatter_(1, s.head_ids, slopes[:, :-1] - q_head * all_slopes)
+    ce = _cross_entropy(z, labels, (config.alpha + config.beta * (1 - told)) * scale)
+    z.add_(q.mul_(config.beta * t * scale * told))
+    values = torch.where(s.valid[:, None], t * t * values.sum(dim=1, keepdim=True), ce)
+    return ce.sum(dtype=widest(z)), values.sum(dtype=widest(z))
+
+
+def _spans(
+    z: Tensor, labels: Tensor, s: SpanTargets, config: LossConfig, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Approximate likelihood matching (Minixhofer et al. 2025, arXiv:2503.20083).
+
+    With P and Q a span's likelihoods under teacher and student, Q the product of q(label) over its
+    positions, and P' = P^(1/tau): KD = tau * sum over spans of D({P', 1-P'}, {Q', 1-Q'}). The
+    factor tau (not in the paper) keeps the gradient's size, as T^2 does elsewhere: for forward KL
+    and large tau a span counts a log(a/b) - a + b, with a = -log P, b = -log Q. All that depends on
+    the student is log q(label), so a row's gradient is that of its cross-entropy times one number.
+    The rows must hold whole spans.
+    """
+    tau = config.span_temperature
+    at_label = z.gather(1, labels[:, None])
+    nll = (softmax_(z) - at_label).to(widest(z))
+    starts, inside = s.starts(), s.spans >= 0
+    span_of = (starts.cumsum(0) - 1)[inside]
+    log_likelihood = nll.new_zeros(int(starts.sum())).index_add(0, span_of, -nll[inside, 0])
+    log_p, log_q = _binary(s.log_probs[starts].to(nll.dtype) / tau), _binary(log_likelihood / tau)
+    values, slopes = bucket_divergence(log_p, log_q, config)
+    slope = slopes[:, 0] - slopes[:, 1] * (log_q[:, 0] - log_q[:, 1]).exp()
+    factor = torch.ones_like(nll)
+    factor[inside, 0] = -slope[span_of]
+    factor = (scale * (config.alpha + config.beta * factor)).to(z.dtype)
+    z.mul_(factor)
+    add_at_labels_(z, labels, -factor)
+    return nll.sum(), tau * values.sum(dtype=widest(z)) + nll[~inside].sum()
+
+
+def _binary(log_p: Tensor) -> Tensor:
+    """Logarithms of {p, 1-p}, (spans, 2), p kept a little below 1."""
+    x = log_p.clamp(max=0.0) - SPAN_MARGIN
+    return torch.stack((x, (-torch.expm1(x)).log()), dim=1)

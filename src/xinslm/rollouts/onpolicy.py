@@ -1,0 +1,472 @@
+"""The stage `onpolicy`: the student writes, the teacher scores, the student learns; in rounds.
+
+    xinslm onpolicy --student runs/student --teacher TEACHER --prompts data --output-dir
+    runs/onpolicy
+
+Round r has a folder: `data`, the texts as a dataset; `cache`, the teacher's word on them, made by
+the ordinary cache stage in one pass; `round.json`, the steps trained on them. Teacher and student
+are never in memory together. What is there is never made again, so the same command continues a run
+that was stopped at any point. The optimiser's state goes on from round to round; `checkpoints/best`
+is the end of the newest whole round (the reverse divergences make the student write better without
+making the validation text likelier), `last` the newest checkpoint.
+"""
+
+import gc
+import math
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from xinslm.cache import score
+from xinslm.cache.config import CacheConfig
+from xinslm.cache.entries import Cache
+from xinslm.cache.support import TEACHERS
+from xinslm.config import to_dict, to_yaml
+from xinslm.data.dataset import Dataset, open_dataset, require_tokenizer
+from xinslm.data.packing import PackedRows
+from xinslm.device import pick_device
+from xinslm.distill.target_sources import CachedTargets
+from xinslm.errors import UsageError
+from xinslm.files import (
+    MANIFEST,
+    manifest_fingerprint,
+    new_folder,
+    read_json,
+    refuse_inside,
+    remove_partials,
+    write_json,
+    write_text,
+)
+from xinslm.inference.batch import generate_batch
+from xinslm.inference.torch_engine import load_transformer
+from xinslm.model.files import (
+    load_config,
+    load_model,
+    model_fingerprint,
+    require_context,
+    resolve_model,
+)
+from xinslm.progress import Listener, Progress, ignore
+from xinslm.rollouts.onpolicy_config import OnPolicyConfig
+from xinslm.rollouts.student_texts import Prompts, find_prompts, write_texts
+from xinslm.teachers.endpoint import is_endpoint
+from xinslm.teachers.open import teacher_fingerprint, teacher_tokenizer
+from xinslm.tokenizer.chat import end_ids
+from xinslm.tokenizer.load import load_tokenizer
+from xinslm.train.checkpoint import TrainingState, load_checkpoint, prune, save_checkpoint
+from xinslm.train.inputs import differing_keys
+from xinslm.train.loop import Trainer, learning_rate, rows_of_step, train
+from xinslm.train.row_sampler import RowPlan, Source
+from xinslm.train.run import CONFIG, RUN
+from xinslm.train.run_log import METRICS, RunLog, cut_metrics
+
+ROUND = "round.json"
+INDIFFERENT = (
+    "force",
+    "output_dir",
+    "log_every",
+    "save_every",
+    "micro_batch_size",
+    "checkpointing",
+    "device",
+)
+"""Settings that a continued run may change: they do not change what is computed."""
+PATHS = ("student", "teacher", "prompts", "mix_data", "mix_cache")
+
+
+@dataclass(frozen=True)
+class OnPolicyResult:
+    """What a run made."""
+
+    folder: Path
+    rounds: int
+    state: TrainingState
+    texts: int
+    written_tokens: int
+
+    def describe(self) -> str:
+        """Lines for the terminal."""
+        return (
+            f"model       {self.folder / 'checkpoints' / 'best'}\n"
+            f"written     {self.texts:,} texts, {self.written_tokens:,} tokens in {self.rounds} "
+            "rounds\n"
+            f"trained     {self.state.step:,} steps, {self.state.tokens:,} tokens in "
+            f"{self.state.seconds:.0f} s"
+        )
+
+
+@dataclass(frozen=True)
+class _Inputs:
+    """What all rounds read."""
+
+    config: OnPolicyConfig
+    dataset: Dataset
+    prompts: Prompts
+    tokenizer: Any
+    device: torch.device
+    mix: Dataset | None
+
+    def folder(self, number: int) -> Path:
+        """Folder of round `number`, from 0."""
+        return self.config.output_dir / f"round-{number + 1:03d}"
+
+
+def run(config: OnPolicyConfig, on_progress: Listener = ignore) -> OnPolicyResult:
+    """Train in rounds.
+
+    Raises UsageError where student, teacher, prompts and mixed-in data do not fit each other or the
+    run folder holds something else; `loop.Interrupted` (after a checkpoint) on Ctrl-C while the
+    student learns.
+    """
+    config.check()
+    inputs = _open(config)
+    _begin(inputs)
+    if inputs.prompts.skipped:
+        note = f"{inputs.prompts.skipped:,} documents give no prompt that fits and are left out"
+        on_progress(Progress("onpolicy", note=note))
+    state = TrainingState()
+    texts = tokens = 0
+    for number in range(config.rounds):
+        folder = inputs.folder(number)
+        if number >= config.cold_rounds:
+            _write(inputs, number, folder / "data", on_progress)
+            gc.collect()
+            _score(inputs, folder, on_progress)
+            gc.collect()
+            facts = open_dataset(folder / "data").manifest["splits"]["train"]
+            texts, tokens = texts + facts["documents"], tokens + facts["targets"]
+        state = _learn(inputs, number, on_progress)
+        gc.collect()
+    return OnPolicyResult(config.output_dir, config.rounds, state, texts, tokens)
+
+
+def _open(config: OnPolicyConfig) -> _Inputs:
+    """Open what is read, and refuse what does not fit."""
+    dataset = open_dataset(config.prompts)
+    if is_endpoint(config.teacher):
+        raise UsageError(
+            f"{config.teacher} is an endpoint, which says nothing about tokens that "
+            "the student chose"
+        )
+    student = resolve_model(config.student)
+    tokenizer = load_tokenizer(student)
+    require_tokenizer(dataset, tokenizer.fingerprint(), f"student {config.student}")
+    require_context(
+        config.max_seq_length,
+        load_config(student).max_position_embeddings,
+        f"student {config.student}",
+    )
+    _require_teacher(config, tokenizer)
+    mix = None
+    if config.mix_data is not None and config.mix_cache is not None:
+        mix = open_dataset(config.mix_data)
+        require_tokenizer(mix, tokenizer.fingerprint(), f"student {config.student}")
+        Cache(config.mix_cache).require_dataset(mix.fingerprint, mix.folder)
+    prompts = find_prompts(
+        dataset, config.prompt_tokens, config.max_seq_length + 1 - config.max_new_tokens
+    )
+    return _Inputs(config, dataset, prompts, tokenizer, pick_device(config.device), mix)
+
+
+def _require_teacher(config: OnPolicyConfig, tokenizer: Any) -> None:
+    """Raise UsageError now rather than after the first round's texts."""
+    from xinslm.alignment.nested import is_nested
+
+    theirs = teacher_tokenizer(config.teacher)
+    if theirs.fingerprint() != tokenizer.fingerprint() and not is_nested(tokenizer, theirs):
+        raise UsageError(
+            f"teacher {config.teacher} and student {config.student} have different tokenizers, "
+            "and the student's is "
+            "not a merge prefix of the teacher's: the teacher cannot score the student's tokens. "
+            "Use `xinslm distill` "
+            f"with a cache"
+        )
+
+
+def _begin(inputs: _Inputs) -> None:
+    """Make the run folder, or find that the same run stands there, unfinished."""
+    config = inputs.config
+    folder = config.output_dir
+    found = read_json(folder / RUN) if (folder / RUN).is_file() else {}
+    ours = isinstance(found, dict) and found.get("command") == "onpolicy"
+    if ours and config.force:
+        refuse_inside(folder, (getattr(config, name) for name in PATHS))
+        shutil.rmtree(folder)
+        ours = False
+    facts = _facts(inputs)
+    if ours:
+        if changed := differing_keys(facts, found):
+            raise UsageError(
+                f"{folder} holds a run with another {', '.join(changed)}. Choose another "
+                "--output-dir, give its "
+                f"settings again to continue it (--config {folder / CONFIG}), or add --force to "
+                "replace it"
+            )
+        if _steps(inputs.folder(config.rounds - 1)) is not None and _is_done(
+            inputs, config.rounds - 1
+        ):
+            raise UsageError(
+                f"{folder} already holds this run, finished. Choose another "
+                "--output-dir, or add --force"
+            )
+        return
+    with new_folder(folder) as partial:
+        write_text(partial / CONFIG, to_yaml(replace(config, force=False), "onpolicy"))
+        (partial / METRICS).write_bytes(b"")
+        write_json(partial / RUN, facts)
+
+
+def _facts(inputs: _Inputs) -> dict[str, Any]:
+    """What names this run: a continued one must have the same."""
+    config = inputs.config
+    student = resolve_model(config.student)
+    settings = {k: v for k, v in to_dict(config).items() if k not in (*INDIFFERENT, *PATHS)}
+    fingerprints = {
+        "student": model_fingerprint(student),
+        "teacher": teacher_fingerprint(config.teacher),
+        "prompts": inputs.dataset.fingerprint,
+    }
+    if config.mix_cache is not None:
+        fingerprints["mix_cache"] = manifest_fingerprint(config.mix_cache)
+    return {
+        "command": "onpolicy",
+        "settings": settings,
+        "parameters": load_config(student).num_parameters,
+        "inputs": fingerprints,
+    }
+
+
+def _steps(folder: Path) -> tuple[int, int] | None:
+    """First step and number of steps of a round whose training has begun."""
+    if not (folder / ROUND).is_file():
+        return None
+    facts = read_json(folder / ROUND)
+    return facts["first_step"], facts["steps"]
+
+
+def _is_done(inputs: _Inputs, number: int) -> bool:
+    """Whether the newest checkpoint is at the end of round `number` or behind it."""
+    begun, state = _steps(inputs.folder(number)), inputs.config.output_dir / "checkpoints" / "last"
+    if begun is None or not state.is_dir():
+        return False
+    return bool(read_json(state / "training_state.json")["step"] >= sum(begun))
+
+
+def _write(inputs: _Inputs, number: int, folder: Path, on_progress: Listener) -> None:
+    """Let the student of the round's beginning write, unless it has."""
+    remove_partials(folder)
+    if (folder / MANIFEST).is_file():
+        return
+    config, prompts = inputs.config, inputs.prompts
+    last = config.output_dir / "checkpoints" / "last"
+    student = last if last.is_dir() else resolve_model(config.student)
+    model = (
+        load_transformer(student, getattr(torch, config.dtype))
+        .to(inputs.device)
+        .requires_grad_(False)
+    )
+    vocab_size = inputs.tokenizer.vocab_size
+    chosen = prompts.take(rows_of_step(number, config.completions, len(prompts), config.seed))
+
+    def tell(done: int, tokens: int) -> None:
+        on_progress(
+            Progress(f"round {number + 1}: write", done, len(chosen), "texts", {"tokens": tokens})
+        )
+
+    written = generate_batch(
+        model,
+        chosen,
+        config.sampling(),
+        config.max_new_tokens,
+        end_ids(inputs.tokenizer),
+        vocab_size=vocab_size,
+        rows=config.generate_rows,
+        top=min(config.head, vocab_size - TEACHERS - 2),
+        first_index=number * config.completions,
+        tell=tell,
+    )
+    made_from = {
+        "student": model_fingerprint(student.resolve()),
+        "prompts": inputs.dataset.fingerprint,
+    }
+    settings = {
+        "round": number + 1,
+        **{k: v for k, v in to_dict(config).items() if k not in ("loss", "mix_loss")},
+    }
+    write_texts(folder, chosen, written, inputs.tokenizer, made_from, settings)
+
+
+def _score(inputs: _Inputs, folder: Path, on_progress: Listener) -> None:
+    """Let the teacher score the texts, unless it has; a pass that was stopped continues."""
+    config, cache = inputs.config, folder / "cache"
+    if (cache / MANIFEST).is_file():
+        return
+    score.run(
+        CacheConfig(
+            teacher=config.teacher,
+            data_path=folder / "data",
+            output_dir=cache,
+            draws=0,
+            temperature=config.loss.temperature,
+            max_seq_length=config.max_seq_length,
+            dtype=config.teacher_dtype,
+            device=config.device,
+            trust_remote_code=config.trust_remote_code,
+            seed=config.seed,
+        ),
+        on_progress,
+    )
+
+
+class _RoundTrainer(Trainer):
+    """A trainer whose learning rate follows the progress through all rounds; only this one's steps
+    are known.
+    """
+
+    place: tuple[int, int, int] = (0, 1, 0)
+    """Round, rounds, first step."""
+
+    def progress(self, number: int) -> tuple[int, int]:
+        """Where step `number` stands, and how many steps there were if all rounds had this
+        one's.
+        """
+        at, rounds, first = self.place
+        steps = self.total_steps - first
+        return at * steps + number - first, rounds * steps
+
+    def rate(self, number: int) -> float:
+        """Learning rate of step `number`."""
+        config = self.config
+        step, total = self.progress(number)
+        return learning_rate(
+            step, total, config.learning_rate, config.warmup_fraction, config.decay_fraction
+        )
+
+
+def _learn(inputs: _Inputs, number: int, on_progress: Listener) -> TrainingState:
+    """Train on the round's texts and what is mixed in, from the newest checkpoint."""
+    config, training = inputs.config, inputs.config.training()
+    last = config.output_dir / "checkpoints" / "last"
+    if _is_done(inputs, number):
+        return TrainingState(**read_json(last / "training_state.json"))
+    sources = _sources(inputs, number)
+    begun = _steps(inputs.folder(number))
+    if begun is None:
+        before = _steps(inputs.folder(number - 1)) if number else None
+        begun = sum(before) if before else 0, _steps_of(config, sources, number)
+        write_json(inputs.folder(number) / ROUND, {"first_step": begun[0], "steps": begun[1]})
+    first, steps = begun
+
+    model = load_model(resolve_model(config.student), checkpointing=config.checkpointing).to(
+        inputs.device
+    )
+    if config.contrast and number >= config.cold_rounds:
+        sources[0] = replace(sources[0], weight=_ramp(config, number, first, steps))
+    plan = RowPlan(
+        sources,
+        config.batch_size,
+        steps,
+        (config.seed + 0x9E3779B1 * (number + 1)) % (1 << 31),
+        first,
+        balanced=config.contrast,
+    )
+    trainer = _RoundTrainer(
+        model,
+        training,
+        sources[0].loss,
+        sources[0].rows,
+        first + steps,
+        None,
+        inputs.device,
+        plan=plan,
+    )
+    trainer.place = number, config.rounds, first
+    state = TrainingState()
+    if last.is_dir():
+        state = load_checkpoint(last, model, trainer.optimizer)
+        prune(last.parent)
+    # a run that begins anew validates again
+    cut_metrics(config.output_dir / METRICS, state.step or -1)
+
+    held_out = _held_out(inputs)
+    log = RunLog(
+        training, first + steps, state, on_progress, f"round {number + 1}: learn", with_kd=True
+    )
+    if state.step == 0 and held_out is not None:
+        log.validation(trainer.validate(held_out, None, config.validation_rows), state)
+    return train(
+        trainer,
+        state,
+        held_out,
+        None,
+        log.step,
+        log.validation,
+        lambda at, _: save_checkpoint(
+            config.output_dir,
+            model,
+            inputs.tokenizer,
+            trainer.optimizer,
+            at,
+            at.step == first + steps,
+        ),
+        lambda at: None,
+    )
+
+
+def _sources(inputs: _Inputs, number: int) -> list[Source]:
+    """The round's own texts first, then what is mixed in; in a cold round the latter alone."""
+    config, result = inputs.config, []
+    own, mixed = config.losses
+    share = 0.5 if config.contrast else config.mix_share
+    folder = inputs.folder(number)
+    if number >= config.cold_rounds:
+        rows = PackedRows(open_dataset(folder / "data").split("train"), config.max_seq_length)
+        records = Cache(folder / "cache").split("train")
+        assert records is not None, "every dataset has a train split"
+        result.append(
+            Source(rows, CachedTargets(records), own, 1.0 if inputs.mix is None else 1 - share)
+        )
+    if inputs.mix is not None and config.mix_cache is not None:
+        records = Cache(config.mix_cache).split("train")
+        assert records is not None, "every dataset has a train split"
+        rows = PackedRows(inputs.mix.split("train"), config.max_seq_length)
+        result.append(Source(rows, CachedTargets(records), mixed, share if result else 1.0))
+    return result
+
+
+def _steps_of(config: OnPolicyConfig, sources: list[Source], number: int) -> int:
+    """Steps that pass over a round's own texts `epochs` times; a cold round takes as many documents
+    of the other.
+    """
+    rows = sources[0].rows
+    count = float(len(rows))
+    if number < config.cold_rounds:
+        count *= min(1.0, config.completions / (len(rows.split.documents) - 1))
+    return max(1, math.ceil(config.epochs * count / (config.batch_size * sources[0].share)))
+
+
+def _ramp(config: OnPolicyConfig, number: int, first: int, steps: int) -> Callable[[int], float]:
+    """Weight of the student's own texts in the contrast, linear over the rounds that have such
+    texts.
+    """
+    before, rounds = (
+        (number - config.cold_rounds) * steps,
+        (config.rounds - config.cold_rounds) * steps,
+    )
+    span = config.contrast_end - config.contrast_start
+
+    def weight(step: int) -> float:
+        return config.contrast_start + span * (before + step - first) / max(rounds - 1, 1)
+
+    return weight
+
+
+def _held_out(inputs: _Inputs) -> PackedRows | None:
+    if "validation" not in inputs.dataset.manifest["splits"]:
+        return None
+    rows = PackedRows(inputs.dataset.split("validation"), inputs.config.max_seq_length)
+    return rows if len(rows) else None

@@ -1,0 +1,232 @@
+"""Configuration of `onpolicy`."""
+
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from xinslm.cache.config import CONTEXT, Device, Dtype
+from xinslm.distill.config import PretrainConfig, step_errors
+from xinslm.errors import UsageError
+from xinslm.inference.config import Sampling
+from xinslm.losses.config import LossConfig
+from xinslm.ranges import POSITIVE, SEED, SHARE, Range, range_errors
+
+_ON_POLICY = {
+    "rounds": Range(1, 10_000),
+    "completions": Range(1, 10_000_000),
+    "prompt_tokens": Range(1),
+    "max_new_tokens": Range(1),
+    "temperature": POSITIVE,
+    "top_k": Range(0),
+    "top_p": Range(0, 1, above=True),
+    "generate_rows": Range(1, 100_000),
+    "head": Range(1, 200),
+    "epochs": Range(0, 2, above=True),
+    "mix_share": Range(0, 1, above=True, below=True),
+    "off_policy_share": SHARE,
+    "contrast_start": Range(0, above=True),
+    "contrast_end": Range(0, above=True),
+    "max_seq_length": CONTEXT,
+    "batch_size": Range(1, 1_000_000),
+    "learning_rate": POSITIVE,
+    "warmup_fraction": SHARE,
+    "decay_fraction": SHARE,
+    "weight_decay": Range(0),
+    "clip_norm": Range(0),
+    "validation_rows": Range(0),
+    "save_every": Range(1),
+    "log_every": Range(1),
+    "seed": SEED,
+}
+
+
+def _reverse() -> LossConfig:
+    return LossConfig(alpha=0.0, beta=1.0, divergence="reverse_kl")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OnPolicyConfig:
+    """Train a student on texts that it writes itself and a teacher scores, in rounds."""
+
+    student: Path
+    """Student to start from: a model folder, a run folder (its best checkpoint), or a Hub name."""
+    teacher: str
+    """Teacher: a model folder, a Hub name or a GGUF file, with the student's tokenizer or one it is
+    nested in.
+    """
+    prompts: Path
+    """Dataset folder made by `xinslm prepare`. Of a chat, what is masked before the first answer is
+    the prompt; of a plain text, its beginning."""
+    output_dir: Annotated[Path, tyro.conf.arg(aliases=["-o"])]
+    """Run folder to write; a run that was interrupted continues there."""
+    rounds: int = 4
+    """How often the student writes, the teacher scores and the student learns."""
+    completions: int = 512
+    """Texts the student writes in a round."""
+    prompt_tokens: int = 32
+    """Tokens of a plain text that are its prompt; half of it at most."""
+    max_new_tokens: int = 128
+    """Most tokens the student writes behind a prompt."""
+    temperature: float = 1.0
+    """Temperature the student writes at; 1 are its own probabilities."""
+    top_k: int = 0
+    """Draw from this many of the most likely tokens; 0 keeps all."""
+    top_p: float = 1.0
+    """Draw from the fewest most likely tokens whose probabilities sum to this; 1 keeps all."""
+    generate_rows: int | None = None
+    """Texts that are written at the same time; by default up to 128, as many as fit into 2 GiB of
+    keys and values.
+    """
+    head: int = 32
+    """Most likely tokens of the student whose teacher probabilities are kept; the token that came
+    and 4 of the teacher's are kept beside them."""
+    epochs: float = 1.0
+    """Passes over the texts of a round, at most 2: they grow stale as the student learns."""
+    mix_data: Path | None = None
+    """Dataset to mix in: given texts, answers of a teacher. With --contrast, the teacher's
+    answers.
+    """
+    mix_cache: Path | None = None
+    """Its cache, made by `xinslm cache`."""
+    mix_share: float = 0.25
+    """Part of each step's rows that come from --mix-data."""
+    off_policy_share: float = 0.0
+    """Part of the rounds, the first ones, that train on --mix-data alone: for a student far from
+    its teacher.
+    """
+    contrast: bool = False
+    """Raise the teacher's answers (--mix-data, skew KL) and lower what only the student would say
+    (its own, skew reverse KL), half of the rows each: DistiLLM-2."""
+    contrast_start: float = 1.0
+    """With --contrast, weight of the student's own answers at the beginning."""
+    contrast_end: float = 1.5
+    """With --contrast, their weight at the end; it moves linearly."""
+    max_seq_length: int = 512
+    """Tokens in a packed row; prompt and answer must fit in."""
+    batch_size: int = 8
+    """Rows in an optimiser step."""
+    micro_batch_size: int | None = None
+    """Rows in one forward pass; the step accumulates over them. All, if not given."""
+    learning_rate: float = 1e-4
+    """Peak of the warm-up-stable-decay schedule, which spans all rounds."""
+    warmup_fraction: float = 0.05
+    """Share of the run in which the rate rises from 0."""
+    decay_fraction: float = 0.3
+    """Share of the run in which it falls linearly to 0."""
+    weight_decay: float = 0.0
+    """The optimiser's, on matrices only."""
+    clip_norm: float = 1.0
+    """Longest gradient, as its L2 norm; 0 for no limit."""
+    optimizer: Literal["adamw", "adamw8bit", "muon"] = "adamw"
+    """adamw8bit keeps its moments in a quarter of the memory; muon takes the hidden matrices, AdamW
+    the rest.
+    """
+    validation_rows: int = 64
+    """Packed validation rows of --prompts to use at most after each round; 0 for all."""
+    save_every: int = 200
+    """Steps between checkpoints; there is one after each round and on Ctrl-C in any case."""
+    log_every: int = 10
+    """Steps between lines of metrics.jsonl."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Number type in which the student writes and learns; its weights are float32 while it
+    learns.
+    """
+    teacher_dtype: Dtype = "float32"
+    """The teacher's number type."""
+    trust_remote_code: bool = False
+    """Run Python code that the teacher's repository brings."""
+    device: Device = "auto"
+    """Where to compute; auto takes cuda, then mps, then cpu."""
+    checkpointing: bool = False
+    """Compute activations a second time in the backward pass to save memory."""
+    seed: int = 0
+    """Seed of prompts, draws and the order of rows."""
+    loss: LossConfig = field(default_factory=_reverse)
+    """The loss on the student's own texts. With --contrast, its divergences are the skewed ones;
+    skew is taken.
+    """
+    mix_loss: LossConfig = field(default_factory=LossConfig)
+    """The loss on --mix-data."""
+    force: bool = False
+    """Replace what stands in the run folder."""
+
+    def check(self) -> None:
+        """Raise UsageError listing everything that cannot work."""
+        wrong = [*range_errors(self, _ON_POLICY), *self.loss.errors()]
+        wrong += [error.replace("loss.", "mix_loss.") for error in self.mix_loss.errors()]
+        wrong += step_errors(
+            self.batch_size, self.micro_batch_size, self.warmup_fraction, self.decay_fraction
+        )
+        if self.max_new_tokens >= self.max_seq_length:
+            wrong.append(
+                f"max_new_tokens ({self.max_new_tokens}) leaves no room for a prompt in rows of "
+                f"{self.max_seq_length}"
+            )
+        if (self.mix_data is None) != (self.mix_cache is None):
+            wrong.append("mix_data and mix_cache belong together: give both, or neither")
+        if self.mix_data is None and self.contrast:
+            wrong.append("contrast needs the teacher's answers: give mix_data and mix_cache")
+        if self.mix_data is None and self.off_policy_share:
+            wrong.append(
+                "off_policy_share needs something to train on: give mix_data and mix_cache"
+            )
+        if not wrong and self.cold_rounds == self.rounds:
+            wrong.append(
+                f"off_policy_share {self.off_policy_share} leaves none of {self.rounds} rounds "
+                "for the student's own "
+                f"texts: lower it, or use `xinslm distill`"
+            )
+        if self.contrast and self.loss.temperature != 1:
+            wrong.append("contrast compares at temperature 1: leave loss.temperature out")
+        if wrong:
+            raise UsageError("\n".join(wrong))
+
+    @property
+    def cold_rounds(self) -> int:
+        """How many of the first rounds take no texts of the student's."""
+        return round(self.off_policy_share * self.rounds)
+
+    @property
+    def losses(self) -> tuple[LossConfig, LossConfig]:
+        """Losses on the student's own texts and on what is mixed in."""
+        if not self.contrast:
+            return self.loss, self.mix_loss
+        own = LossConfig(alpha=0.0, beta=1.0, divergence="skew_reverse_kl", skew=self.loss.skew)
+        return own, replace(own, divergence="skew_kl")
+
+    def sampling(self) -> Sampling:
+        """How the student writes."""
+        return Sampling(
+            temperature=self.temperature,
+            top_k=self.top_k,
+            top_p=self.top_p,
+            min_p=0.0,
+            seed=self.seed,
+        )
+
+    def training(self) -> PretrainConfig:
+        """What the training loop reads."""
+        same = (
+            "output_dir",
+            "max_seq_length",
+            "batch_size",
+            "micro_batch_size",
+            "learning_rate",
+            "warmup_fraction",
+            "decay_fraction",
+            "weight_decay",
+            "clip_norm",
+            "optimizer",
+            "validation_rows",
+            "save_every",
+            "log_every",
+            "dtype",
+            "device",
+            "checkpointing",
+            "seed",
+            "force",
+        )
+        settings = {name: getattr(self, name) for name in same}
+        return PretrainConfig(data_path=self.prompts, validate_every=1 << 60, **settings)

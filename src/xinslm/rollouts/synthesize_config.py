@@ -1,0 +1,104 @@
+"""Configuration of `synthesize`."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from xinslm.cache.config import CONTEXT, Device, Dtype
+from xinslm.data.config import DocumentEnd
+from xinslm.errors import UsageError
+from xinslm.ranges import SEED, Range, range_errors
+from xinslm.teachers.endpoint_config import EndpointConfig
+
+_SYNTHESIZE = {
+    "samples": Range(1, 10_000),
+    "temperature": Range(0),
+    "top_p": Range(0, 1, above=True),
+    "max_new_tokens": Range(1, 1_000_000),
+    "batch_size": Range(1, 65_536),
+    "validation_fraction": Range(0, 1, below=True),
+    "head": Range(1, 256),
+    "draws": Range(0, 64),
+    "cache_temperature": Range(0, above=True),
+    "max_seq_length": CONTEXT,
+    "seed": SEED,
+}
+
+
+@dataclass(frozen=True)
+class SynthesizeConfig:
+    """Let a teacher answer prompts; the answers become text, a dataset and a cache to distill
+    from.
+    """
+
+    teacher: Annotated[str, tyro.conf.Positional]
+    """Teacher: a model folder or Hub name (any Hugging Face causal language model), a .gguf file,
+    or the URL of an OpenAI-compatible endpoint (vLLM, llama.cpp, hosted models)."""
+    prompts: Path
+    """File of prompts: .jsonl, .json or .parquet with records as `prepare` reads them, answers not
+    needed; or .txt, each line the beginning of a text."""
+    output_dir: Annotated[Path, tyro.conf.arg(aliases=["-o"])]
+    """Folder for text.jsonl, data and cache; a run that was interrupted continues there."""
+    samples: int = 1
+    """Answers to each prompt."""
+    temperature: float = 1.0
+    """Below 1 sharpens, above 1 flattens what the teacher draws from; 0 always takes the most
+    likely token.
+    """
+    top_p: float = 1.0
+    """Draw from the fewest most likely tokens whose probabilities sum to this; 1 keeps all."""
+    max_new_tokens: int = 256
+    """Most tokens of an answer; one that is cut off there is kept, without an end token."""
+    batch_size: int = 16
+    """Answers that a teacher here writes side by side."""
+    student_tokenizer: str | None = None
+    """Tokenizer of the dataset; by default the teacher's. A nested one can be cached from a teacher
+    here.
+    """
+    tokenizer: str | None = None
+    """Tokenizer of an endpoint's model, or one for a GGUF file instead of its own: a folder, a file
+    or a Hub name.
+    """
+    document_end: DocumentEnd = "eos"
+    """Token that closes a plain text; chats close as their template says."""
+    validation_fraction: float = 0.05
+    """Share of the prompts held back to measure on, with all their answers."""
+    cache: bool = True
+    """Keep the teacher's distributions along with the text."""
+    head: int | None = None
+    """Most likely tokens kept exactly at each position; by default 4, or 11 where there are no
+    draws.
+    """
+    draws: int = 10
+    """Tokens drawn from the rest of the distribution; endpoints give none."""
+    cache_temperature: float = 2.0
+    """Temperature whose normaliser the cache stores; endpoints give it for 1 alone."""
+    max_seq_length: int = 512
+    """Longest context in tokens that the cache is made with; use the student's."""
+    dtype: Dtype = "float32"
+    """The teacher's number type."""
+    device: Device = "auto"
+    """Where the teacher runs; auto takes cuda, then mps, then cpu."""
+    revision: str | None = None
+    """Hub revision of the teacher."""
+    trust_remote_code: bool = False
+    """Run Python code that the teacher's repository brings."""
+    endpoint: EndpointConfig = field(default_factory=EndpointConfig)
+    """For a teacher that is a URL."""
+    seed: int = 0
+    """Seed of the answers, and of which prompts are held back."""
+    force: bool = False
+    """Replace what stands in the output folder."""
+
+    def check(self) -> None:
+        """Raise UsageError listing everything that cannot work."""
+        wrong = range_errors(self, _SYNTHESIZE) + self.endpoint.errors()
+        if self.temperature == 0 and self.samples > 1:
+            wrong.append(
+                f"samples is {self.samples}, but at temperature 0 all answers to a "
+                "prompt are the same"
+            )
+        if wrong:
+            raise UsageError("\n".join(wrong))

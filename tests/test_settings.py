@@ -1,0 +1,200 @@
+"""Settings of `cache`, `pretrain` and `distill`: every number has a range, and what is out of it is
+named.
+"""
+
+import math
+import types
+import typing
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+
+from xinslm.cache.config import CacheConfig
+from xinslm.cache.merge_config import MergeConfig
+from xinslm.distill.auxiliary_config import ContrastConfig, HiddenConfig
+from xinslm.distill.config import DistillConfig, PretrainConfig
+from xinslm.doctor.config import DoctorConfig
+from xinslm.errors import UsageError
+from xinslm.losses.config import LossConfig
+from xinslm.plan.config import PlanConfig
+from xinslm.prune.config import InitConfig
+from xinslm.rollouts.onpolicy_config import OnPolicyConfig
+from xinslm.rollouts.synthesize_config import SynthesizeConfig
+from xinslm.teachers.endpoint_config import EndpointConfig
+from xinslm.train import inputs
+from xinslm.train.lora_config import AdaptConfig
+
+REQUIRED = {
+    InitConfig: {"teacher": "t", "data_path": Path("d"), "output_dir": Path("o")},
+    CacheConfig: {"teacher": "t", "data_path": Path("d"), "output_dir": Path("o")},
+    PretrainConfig: {"data_path": Path("d"), "output_dir": Path("o")},
+    DistillConfig: {"data_path": Path("d"), "output_dir": Path("o"), "cache": Path("c")},
+    MergeConfig: {"caches": (Path("a"), Path("b")), "output_dir": Path("o")},
+    AdaptConfig: {"teacher": "t", "data_path": Path("d"), "output_dir": Path("o")},
+    DoctorConfig: {"data_path": Path("d")},
+    PlanConfig: {"data_path": Path("d")},
+    SynthesizeConfig: {"teacher": "t", "prompts": Path("p"), "output_dir": Path("o")},
+    EndpointConfig: {},
+    LossConfig: {},
+    HiddenConfig: {},
+    ContrastConfig: {},
+    OnPolicyConfig: {
+        "student": Path("s"),
+        "teacher": "t",
+        "prompts": Path("d"),
+        "output_dir": Path("o"),
+    },
+}
+
+
+SECTIONS = {LossConfig: "loss", HiddenConfig: "hidden", ContrastConfig: "contrast"}
+
+
+def check(cls, **changes) -> None:
+    if cls in SECTIONS:
+        DistillConfig(**REQUIRED[DistillConfig], **{SECTIONS[cls]: cls(**changes)}).check()
+    elif cls is EndpointConfig:
+        CacheConfig(**REQUIRED[CacheConfig], endpoint=cls(**changes)).check()
+        SynthesizeConfig(**REQUIRED[SynthesizeConfig], endpoint=cls(**changes)).check()
+    else:
+        cls(**REQUIRED[cls], **changes).check()
+
+
+def numbers():
+    """Every numeric field of every configuration, found by its type, not by the table under
+    test.
+    """
+    for cls in REQUIRED:
+        hints = typing.get_type_hints(cls)
+        for field in fields(cls):
+            hint = hints[field.name]
+            kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+            if int in kinds or float in kinds:
+                yield pytest.param(
+                    cls, field.name, float in kinds, id=f"{cls.__name__}.{field.name}"
+                )
+
+
+@pytest.mark.parametrize(("cls", "name", "is_float"), numbers())
+def test_no_number_is_taken_unseen(cls, name: str, is_float: bool) -> None:
+    for value in (-1.0, math.nan, math.inf, -math.inf) if is_float else (-1, -(10**400)):
+        with pytest.raises(UsageError, match=name):
+            check(cls, **{name: value})
+
+
+def test_the_defaults_and_the_ends_of_the_ranges_are_taken() -> None:
+    for cls in REQUIRED:
+        check(cls)
+    check(CacheConfig, head=256, draws=64, max_seq_length=1_000_000, seed=2**31 - 1)
+    check(CacheConfig, head=1, draws=0, max_seq_length=2, seed=0, batch_tokens=1, shard_positions=1)
+    check(LossConfig, alpha=0, tail_weight=0)
+    check(
+        PretrainConfig,
+        beta1=0,
+        beta2=0,
+        clip_norm=0,
+        weight_decay=0,
+        validation_rows=0,
+        max_steps=1,
+    )
+    check(
+        PretrainConfig,
+        batch_size=1_000_000,
+        max_seq_length=1_000_000,
+        warmup_fraction=0,
+        decay_fraction=1,
+    )
+    check(
+        PretrainConfig,
+        num_heads=1,
+        num_kv_heads=1,
+        sliding_window=1,
+        num_epochs=0.01,
+        seed=2**31 - 1,
+    )
+
+
+@pytest.mark.parametrize(
+    ("cls", "changes", "message"),
+    [
+        (CacheConfig, {"head": 257}, r"^head is 257, but must be at most 256$"),
+        (CacheConfig, {"draws": 65}, r"^draws is 65, but must be at most 64$"),
+        (CacheConfig, {"max_seq_length": 1}, r"^max_seq_length is 1, but must be at least 2$"),
+        (CacheConfig, {"max_seq_length": 1_000_001}, "at most 1,000,000"),
+        (CacheConfig, {"temperature": 0.0}, r"^temperature is 0.0, but must be above 0$"),
+        (CacheConfig, {"seed": 2**31}, "at most 2,147,483,647"),
+        (
+            CacheConfig,
+            {"sketch_depths": (0.0, 1.0)},
+            r"^sketch_depths has 0.0, but each must be above 0$",
+        ),
+        (
+            CacheConfig,
+            {"sketch_depths": (1.0, 0.5)},
+            r"^sketch_depths must rise from one to the next: 1.0 0.5$",
+        ),
+        (
+            HiddenConfig,
+            {"depths": (0.5, 1.5)},
+            r"^hidden.depths has 1.5, but each must be at most 1$",
+        ),
+        (
+            HiddenConfig,
+            {"depths": (math.nan,)},
+            r"^hidden.depths has nan, but each must be a finite number$",
+        ),
+        (HiddenConfig, {"depths": (), "weight": 1.0}, "hidden.depths is empty"),
+        (HiddenConfig, {"until": 0.0}, r"^hidden.until is 0.0, but must be above 0$"),
+        (ContrastConfig, {"positions": 1}, r"^contrast.positions is 1, but must be at least 2$"),
+        (DistillConfig, {"sketches": Path("s")}, "sketches has no effect"),
+        (LossConfig, {"tail_weight": 1.5}, r"^loss.tail_weight is 1.5, but must be at most 1$"),
+        (LossConfig, {"alpha": 0, "beta": 0}, "both 0"),
+        (PretrainConfig, {"beta2": 1.0}, r"^beta2 is 1.0, but must be below 1$"),
+        (PretrainConfig, {"num_epochs": 0.0}, "num_epochs is 0.0, but must be above 0"),
+        (PretrainConfig, {"max_steps": 0}, "max_steps is 0, but must be at least 1"),
+        (PretrainConfig, {"learning_rate": 0}, "learning_rate is 0, but must be above 0"),
+        (PretrainConfig, {"warmup_fraction": 0.8}, "must not add up to more than 1"),
+        (
+            PretrainConfig,
+            {"batch_size": 1_000_001},
+            "batch_size is 1000001, but must be at most 1,000,000",
+        ),
+        (
+            PretrainConfig,
+            {"batch_size": 4, "micro_batch_size": 3},
+            r"micro_batch_size \(3\) must divide batch_size \(4\)",
+        ),
+        *(
+            (PretrainConfig, {name: 0}, f"^{name} is 0, but must be at least 1$")
+            for name in (
+                "hidden_size",
+                "num_layers",
+                "num_heads",
+                "num_kv_heads",
+                "head_dim",
+                "intermediate_size",
+            )
+        ),
+        (PretrainConfig, {"vocab_size": 0}, "vocab_size is 0"),
+        (PretrainConfig, {"sliding_window": 0}, "sliding_window is 0"),
+    ],
+)
+def test_what_is_out_of_range_is_said(cls, changes: dict, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        check(cls, **changes)
+
+
+def test_all_mistakes_come_at_once() -> None:
+    with pytest.raises(UsageError) as caught:
+        check(PretrainConfig, hidden_size=0, seed=-5, clip_norm=math.nan)
+    assert len(str(caught.value).splitlines()) == 3
+
+
+def test_raw_text_takes_the_tokenizer_of_a_run_folder_as_teacher(world, tmp_path: Path) -> None:
+    run = world.teacher.parents[1]
+    config = DistillConfig(
+        data_path=world.text, output_dir=tmp_path / "run", teacher=str(run), device="cpu"
+    )
+    dataset = inputs.find_dataset(config, lambda progress: None)
+    assert dataset.tokenizer_fingerprint == inputs.open_dataset(world.data).tokenizer_fingerprint
