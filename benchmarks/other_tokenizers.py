@@ -4,7 +4,7 @@ byte on held-out text.
     python benchmarks/other_tokenizers.py --data ../shared/data --work /tmp/other
 
 stories260K (512 sentencepiece tokens) and babyllama105 (105 characters) teach a student with a BPE
-trained on the text, by prefixes, by bytes, by chunks, and by 2,000 texts they wrote themselves,
+trained on the text, by prefixes, and by 2,000 texts they wrote themselves,
 which come to the others; the same student learns without a teacher: same steps, same start, per
 seed. Only commands of the tool run; what is done already is not done again. One thread a training,
 `--jobs` of them at once. Measured is each run's best checkpoint, since the text is small and seen
@@ -36,9 +36,6 @@ SHAPE = (
 )
 WAYS = {
     "prefixes": ("prefixes", ""),
-    "bytes": ("bytes", ""),
-    "chunks": ("chunks", ""),
-    "chunks beside the whole text": ("chunks", "--loss.alpha 1 --loss.beta 1"),
     "texts it wrote": (None, ""),
     "texts it wrote, prefixes": ("prefixes", ""),
 }

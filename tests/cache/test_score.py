@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from xinslm.alignment.nested import PushForward, is_nested
+from xinslm.alignment.projection import number_prefixes
 from xinslm.cache import score
 from xinslm.cache.config import CacheConfig
 from xinslm.cache.entries import PLAN, Cache
@@ -187,7 +188,7 @@ def test_nested_distributions_equal_a_sum_over_teacher_tokens(world, tmp_path):
         3 * torch.randn(40, teacher.vocab_size, generator=torch.Generator().manual_seed(0))
     ).softmax(1)
     prefixes = sorted({p[:size] for p in push.pieces for size in range(1, len(p))})[:39]
-    numbers = [push.prefixes.numbers[prefix] for prefix in ((), *prefixes)]
+    numbers = [number_prefixes(push.pieces)[prefix] for prefix in ((), *prefixes)]
     pushed = push(probs, np.array(numbers))
     for row, prefix in enumerate([(), *prefixes]):
         expected = torch.zeros(student.vocab_size)

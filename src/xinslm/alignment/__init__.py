@@ -1,1 +1,1 @@
-"""From a teacher's tokenizer to the student's: nested, by bytes, by spans of text."""
+"""From a teacher's tokenizer to the student's: the same, nested, byte prefixes."""

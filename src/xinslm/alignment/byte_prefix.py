@@ -8,9 +8,6 @@ chain rule's. A beginning x has its mass on the student's tokens that begin with
 student cuts before x ends, on the shorter ones. How often it does one or the other where the text
 begins with x is counted in the dataset, so the masses are right on average, whatever the
 tokenizers. What a group's tokens share out among themselves the teacher does not say.
-
-From a teacher that reads characters that is the whole distribution of the next token's characters:
-3.3 of them a token where a first-token push-forward (`bytewise`) knows none.
 """
 
 from bisect import bisect_left

@@ -15,8 +15,9 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from xinslm.alignment.projection import Pieces, Prefixes, Tables
+from xinslm.alignment.projection import Pieces, Tables, number_prefixes
 from xinslm.errors import XinslmError
+from xinslm.tokenizer.nested import prefix_pieces
 
 
 @dataclass(frozen=True)
@@ -43,15 +44,12 @@ class PushForward:
     kind = "nested"
 
     def __init__(self, student: Any, teacher: Any) -> None:
-        from xinslm.tokenizer.nested import prefix_pieces
-
         self.student, self.teacher = student, teacher
         self.pieces: list[Pieces] = prefix_pieces(student, teacher)
         self.specials = map_specials(student, teacher)
         for ours, theirs in self.specials.items():
             self.pieces[theirs] = (ours,)
-        self.prefixes = Prefixes(self.pieces)
-        numbers, nowhere = self.prefixes.numbers, student.vocab_size
+        numbers, nowhere = number_prefixes(self.pieces), student.vocab_size
         entries = [
             (numbers[pieces[:size]], token, pieces[size] if size < len(pieces) else nowhere)
             for token, pieces in enumerate(self.pieces)

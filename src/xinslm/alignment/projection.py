@@ -1,5 +1,4 @@
-"""Sums of teacher probabilities over student tokens, by tables: what `nested` and `bytewise` have
-in common.
+"""Sums of teacher probabilities over student tokens, by tables.
 
 At a boundary of both tokenizers each teacher token has one column: the student token that it begins
 with. Inside a teacher token, after pieces s, the teacher tokens that begin with s share their mass
@@ -18,39 +17,13 @@ from torch import Tensor
 Pieces = tuple[int, ...]
 
 
-class Prefixes:
-    """Numbers of the proper beginnings of piece sequences, from 1; a tree over (number, next
-    piece).
-    """
-
-    def __init__(self, sequences: Iterable[Pieces]) -> None:
-        self.numbers: dict[Pieces, int] = {(): 0}
-        children: dict[tuple[int, int], int] = {}
-        for pieces in sequences:
-            for size in range(1, len(pieces)):
-                if pieces[:size] not in self.numbers:
-                    self.numbers[pieces[:size]] = len(self.numbers)
-                    children[self.numbers[pieces[: size - 1]], pieces[size - 1]] = self.numbers[
-                        pieces[:size]
-                    ]
-        keys = sorted(children)
-        self._parents = np.array([key[0] for key in keys], dtype=np.int64)
-        self._pieces = np.array([key[1] for key in keys], dtype=np.int64)
-        self._numbers = np.array([children[key] for key in keys], dtype=np.int64)
-        self._stride = int(self._pieces.max(initial=0)) + 1
-        self._keys = self._parents * self._stride + self._pieces
-
-    def after(self, numbers: np.ndarray, pieces: np.ndarray) -> np.ndarray:
-        """Numbers of the prefixes one piece longer, (N,) int64; -1 where no sequence begins like
-        that.
-        """
-        out = np.full(len(numbers), -1, dtype=np.int64)
-        usable = np.flatnonzero((numbers >= 0) & (pieces < self._stride))
-        if len(self._keys) and len(usable):
-            keys = numbers[usable] * self._stride + pieces[usable]
-            at = np.searchsorted(self._keys, keys).clip(max=len(self._keys) - 1)
-            out[usable] = np.where(self._keys[at] == keys, self._numbers[at], -1)
-        return out
+def number_prefixes(sequences: Iterable[Pieces]) -> dict[Pieces, int]:
+    """Number the proper prefixes of piece sequences, from 1; the empty one is 0."""
+    numbers: dict[Pieces, int] = {(): 0}
+    for pieces in sequences:
+        for size in range(1, len(pieces)):
+            numbers.setdefault(pieces[:size], len(numbers))
+    return numbers
 
 
 class Tables:

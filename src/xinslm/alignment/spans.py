@@ -161,8 +161,6 @@ class Pair:
 class SpanAligner:
     """Cuts documents of a student's tokens as a teacher does."""
 
-    kind = "chunks"
-
     def __init__(self, student: Any, teacher: Any, document_end: str = "eos") -> None:
         """`document_end` is the dataset's: which token closes a text where the student's BOS and
         EOS are one.

@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 import tyro
 
+from xinslm.alignment.choose import Alignment
 from xinslm.distill.auxiliary_config import depth_errors
 from xinslm.errors import UsageError
 from xinslm.ranges import POSITIVE, SEED, Range, range_errors
@@ -13,7 +14,6 @@ from xinslm.teachers.endpoint_config import EndpointConfig
 
 Device = Literal["auto", "cpu", "cuda", "mps"]
 Dtype = Literal["float32", "bfloat16", "float16"]
-Alignment = Literal["auto", "same", "nested", "bytes", "prefixes", "chunks"]
 
 CONTEXT = Range(2, 1_000_000)
 _CACHE = {
@@ -63,10 +63,9 @@ class CacheConfig:
     it for 1 alone.
     """
     alignment: Alignment = "auto"
-    """Where the teacher's tokenizer is another: nested (a merge prefix of it) pushes its
-    distributions forward, prefixes keeps masses of tokens that begin alike, bytes those of single
-    tokens as far as they are known, chunks likelihoods of stretches of text; auto takes the first
-    that is possible."""
+    """How teacher tokens map to student tokens if the tokenizers differ: nested (the student's
+    vocabulary is a merge prefix of the teacher's) sums probabilities exactly, prefixes keeps masses
+    of tokens that begin with the same bytes; auto takes the first that is possible."""
     sketch_depths: tuple[float, ...] = ()
     """Depths whose hidden states to keep as sketches, as shares of the teacher's layers: 0.5 1.0
     for instance.

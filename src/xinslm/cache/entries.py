@@ -89,7 +89,6 @@ def encode(
     fmt: CacheFormat,
     seed: int,
     head_ids: Tensor | None = None,
-    label_probs: Tensor | None = None,
 ) -> np.ndarray:
     """Make records from teacher distributions.
 
@@ -97,9 +96,8 @@ def encode(
     knows no token (see `nested`). labels: (N,) int64, the tokens that came. positions: (N,) int64,
     places in the stream. The n draws are systematic (one uniform number, n evenly spaced points of
     the tail's distribution function): each is distributed as the tail, and together they vary less
-    than independent ones. head_ids: (N, h) distinct, by default the most likely ones. label_probs:
-    (N,), of the tokens that came, by default from `probs`. Raises FloatingPointError where a row is
-    not finite.
+    than independent ones. head_ids: (N, h) distinct, by default the most likely ones. Raises
+    FloatingPointError where a row is not finite.
     """
     unknown = 1 - probs.sum(dim=1)
     if not bool(torch.isfinite(unknown).all()):
@@ -127,7 +125,7 @@ def encode(
         known + unknown,
         (unknown == 0) & (known > 0),
         _log_normaliser(probs, unknown, fmt.temperature),
-        (probs.gather(1, labels[:, None])[:, 0] if label_probs is None else label_probs).log(),
+        probs.gather(1, labels[:, None])[:, 0].log(),
         fmt,
     )
 
@@ -295,12 +293,9 @@ class Cache:
     def split(self, name: str) -> CacheSplit | None:
         """Records of 'train' or 'validation'; None where the dataset has no such split."""
         shards = self.manifest["shards"].get(name)
-        if (kind := self.manifest.get("alignment", {}).get("kind")) in ("chunks", "prefixes"):
-            held = (
-                "likelihoods of spans of text" if kind == "chunks" else "masses of groups of tokens"
-            )
+        if self.manifest.get("alignment", {}).get("kind") == "prefixes":
             raise UsageError(
-                f"cache {self.folder} holds {held} (--alignment {kind}), no "
+                f"cache {self.folder} holds masses of groups of tokens (--alignment prefixes), no "
                 "distributions over tokens"
             )
         return CacheSplit(self.folder, shards, self.format) if shards else None

@@ -17,9 +17,7 @@ import numpy as np
 
 from xinslm.alignment.byte_prefix import PrefixAligner
 from xinslm.alignment.choose import kind_of, relate
-from xinslm.alignment.spans import SpanAligner
 from xinslm.cache.bucket_entries import GROUPS, GroupScorer, count_groups, group_maps
-from xinslm.cache.chunks import SPAN, CachedSpans, ChunkScorer
 from xinslm.cache.config import CacheConfig, head_size
 from xinslm.cache.encoder_scorer import EncoderScorer, empty_format
 from xinslm.cache.entries import (
@@ -82,8 +80,6 @@ class CacheResult:
     """The way from the teacher's tokenizer to the dataset's."""
     share: float = 1.0
     """Part of the targets of which the teacher says something."""
-    spans: int = 0
-    """Stretches of text whose likelihood stands for positions, by chunks."""
 
     def describe(self) -> str:
         """Lines for the terminal."""
@@ -93,13 +89,7 @@ class CacheResult:
                 f"alignment   {self.alignment}; {self.share:.1%} of the targets have the "
                 "teacher's word"
             )
-        if self.spans:
-            lines += [
-                f"positions   {self.positions:,} in {self.spans:,} spans; {self.record_bytes} "
-                "bytes each",
-                f"teacher     {self.teacher_nats:.4f} nats a token of the dataset's",
-            ]
-        elif self.positions:
+        if self.positions:
             lines += [
                 f"positions   {self.positions:,} scored of "
                 f"{self.stream_bytes // self.record_bytes:,} in the stream; "
@@ -156,17 +146,9 @@ def run(
     fmt = CacheFormat(vocab_size, head, config.draws, config.temperature)
     sketches = _sketches(config, teacher) if config.sketch_depths else None
     scorer: Scorer
-    if isinstance(way, SpanAligner):
-        if sketches is not None or support is not None:
-            raise UsageError(
-                f"{way.kind} keeps neither sketches nor the student's own tokens: leave out "
-                f"--alignment {way.kind}"
-            )
-        if isinstance(way, PrefixAligner):
-            fmt = CacheFormat(vocab_size, min(config.head or GROUPS, vocab_size - 1), 0, 1.0)
-            scorer = GroupScorer(teacher, way, config, fmt.head)
-        else:
-            scorer = ChunkScorer(teacher, way, config)
+    if isinstance(way, PrefixAligner):
+        fmt = CacheFormat(vocab_size, min(config.head or GROUPS, vocab_size - 1), 0, 1.0)
+        scorer = GroupScorer(teacher, way, config, fmt.head)
     else:
         scorer = DenseScorer(teacher, way, fmt, config, sketches, support)
     _begin(config, _plan(config, dataset, teacher, fmt, scorer, sketches, kind_of(way)))
@@ -376,8 +358,6 @@ def _cut(split: Split, shard_positions: int) -> list[tuple[int, int]]:
 def _summarise(folder: Path, seconds: float) -> CacheResult:
     cache = Cache(folder)
     alignment = cache.manifest["alignment"]
-    if alignment["kind"] == "chunks":
-        return _summarise_chunks(cache, seconds)
     if alignment["kind"] == "prefixes":
         return _summarise_groups(cache, seconds)
     positions, size, nats, tail = 0, 0, 0.0, 0.0
@@ -419,28 +399,6 @@ def _summarise(folder: Path, seconds: float) -> CacheResult:
     )
 
 
-def _summarise_chunks(cache: Cache, seconds: float) -> CacheResult:
-    planes = [CachedSpans(cache, name) for name in cache.manifest["shards"]]
-    counts = np.array([plane.count() for plane in planes]).sum(axis=0)
-    alignment, size = (
-        cache.manifest["alignment"],
-        sum(shard.nbytes for plane in planes for shard in plane.maps),
-    )
-    positions, spans = int(counts[0]), int(counts[1])
-    return CacheResult(
-        cache.folder,
-        positions,
-        size,
-        SPAN.itemsize,
-        -counts[2] / max(positions, 1),
-        0.0,
-        seconds,
-        alignment="chunks",
-        share=alignment["covered"] / max(alignment["targets"], 1),
-        spans=spans,
-    )
-
-
 def _summarise_groups(cache: Cache, seconds: float) -> CacheResult:
     splits = [group_maps(cache, name) for name in cache.manifest["shards"]]
     counts = np.array([count_groups(maps) for maps in splits]).sum(axis=0)
@@ -466,7 +424,6 @@ def _covered(
 ) -> dict[str, int]:
     """How many positions count as targets, and of how many of them the records say something."""
     item = scorer.planes[RECORDS]
-    name, bits = ("size", 255) if item == SPAN else ("flags", VALID)
     files = [
         np.memmap(folder / row["file"], dtype=item, mode="r")
         for rows in listed.values()
@@ -475,5 +432,5 @@ def _covered(
     targets = sum(dataset.manifest["splits"][name]["targets"] for name in listed)
     return {
         "targets": targets,
-        "covered": sum(int(np.count_nonzero(file[name] & bits)) for file in files),
+        "covered": sum(int(np.count_nonzero(file["flags"] & VALID)) for file in files),
     }

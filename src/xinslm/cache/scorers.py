@@ -16,8 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from xinslm.alignment.bytewise import ByteAlignment, BytePush
-from xinslm.alignment.choose import Push
+from xinslm.alignment.nested import PushForward
 from xinslm.cache.config import CacheConfig
 from xinslm.cache.entries import CacheFormat, encode
 from xinslm.cache.projected_states import SKETCH, SketchFormat, SketchWriter
@@ -75,10 +74,6 @@ class Work:
     """Which of the documents' targets these positions are, where the teacher has no word on
     others.
     """
-    path_ends: np.ndarray | None = None
-    """For each position, the row behind the teacher tokens that spell its label; -1 where none do
-    (`bytewise`).
-    """
 
 
 class DenseScorer:
@@ -87,7 +82,7 @@ class DenseScorer:
     def __init__(
         self,
         teacher: DenseTeacher,
-        push: Push | None,
+        push: PushForward | None,
         fmt: CacheFormat,
         config: CacheConfig,
         sketches: SketchFormat | None = None,
@@ -129,7 +124,7 @@ class DenseScorer:
         return {RECORDS: records} if writer is None else {RECORDS: records, SKETCH: writer.records}
 
 
-def _work(split: Split, first: int, last: int, push: Push | None) -> Work:
+def _work(split: Split, first: int, last: int, push: PushForward | None) -> Work:
     """Lay out documents `first` to `last` for the teacher."""
     documents = np.asarray(split.documents[first : last + 1], dtype=np.int64)
     start, end = int(documents[0]), int(documents[-1])
@@ -141,17 +136,13 @@ def _work(split: Split, first: int, last: int, push: Push | None) -> Work:
             tokens, documents - start, start + targets - 1, tokens[targets], targets - 1, None
         )
     rows = np.full(len(tokens), -1, dtype=np.int64)
-    prefixes, path_ends = np.full_like(rows, -1), np.full_like(rows, -1)
+    prefixes = np.full_like(rows, -1)
     teacher_tokens: list[np.ndarray] = []
     offsets = [0]
     for a, b in zip(documents[:-1] - start, documents[1:] - start, strict=True):
         aligned = push.align(tokens[a:b])
         rows[a + 1 : b] = aligned.rows + offsets[-1]
         prefixes[a + 1 : b] = aligned.prefixes
-        if isinstance(aligned, ByteAlignment):
-            path_ends[a + 1 : b] = np.where(
-                aligned.path_ends >= 0, aligned.path_ends + offsets[-1], -1
-            )
         teacher_tokens.append(aligned.teacher_ids)
         offsets.append(offsets[-1] + len(aligned.teacher_ids))
     kept = np.flatnonzero(prefixes[targets] >= 0)
@@ -164,7 +155,6 @@ def _work(split: Split, first: int, last: int, push: Push | None) -> Work:
         rows[targets],
         prefixes[targets],
         kept,
-        path_ends[targets],
     )
 
 
@@ -173,7 +163,7 @@ def _score(
     start: int,
     count: int,
     teacher: DenseTeacher,
-    push: Push | None,
+    push: PushForward | None,
     fmt: CacheFormat,
     config: CacheConfig,
     tell: Callable[[int], None],
@@ -204,10 +194,6 @@ def _score(
         which, of_state = np.concatenate(picked), np.concatenate(state_rows)
         if writer is not None:
             _sketch(work, which, of_state, start, hidden, writer, teacher.name)
-        paths = None
-        if isinstance(push, BytePush):
-            inputs = [slice(starts[k], starts[k] + lengths[k]) for k in batch]
-            paths = label_paths(work, which, of_state, inputs, states, teacher, push, chunk)
         for at in range(0, len(which), chunk):
             part = which[at : at + chunk]
             logits = teacher.logits(
@@ -224,60 +210,10 @@ def _score(
                 config.seed,
                 teacher.name,
                 None if support is None else support[part],
-                None if paths is None else paths[at : at + chunk],
             )
         seen += int(lengths[batch].sum())
         tell(min(seen, count))
     return records
-
-
-def label_paths(
-    work: Work,
-    which: np.ndarray,
-    of_state: np.ndarray,
-    inputs: list[slice],
-    states: Tensor,
-    teacher: DenseTeacher,
-    push: BytePush,
-    chunk: int,
-) -> Tensor:
-    """Probabilities of the labels of positions `which` by the teacher tokens that spell them, (N,)
-    float32.
-
-    `of_state` says which row of `states` covers a position, `inputs` which tokens of `work` the
-    states are of. NaN where no path lies within one sequence, and where the push-forward knows the
-    label anyway.
-    """
-    assert work.path_ends is not None and work.prefixes is not None
-    last = np.concatenate(
-        [np.full(s.stop - s.start, at + s.stop - s.start - 1) for s, at in _placed(inputs)]
-    )
-    following = np.concatenate([work.tokens[s.start + 1 : s.stop + 1] for s in inputs])
-    # the state that covers what follows the path
-    behind = of_state + work.path_ends[which] - work.rows[which] - 1
-    usable = (work.path_ends[which] >= 0) & (work.prefixes[which] == 0) & (behind <= last[of_state])
-    places = np.flatnonzero(usable & ~push.exact[work.labels[which]])
-    out = torch.full((len(which),), torch.nan)
-    order = places[np.argsort(behind[places], kind="stable")]
-    log_probs = torch.zeros(len(states) + 1, dtype=torch.float64)
-    for at in range(0, len(states), chunk):
-        rows = slice(at, min(at + chunk, len(states)))
-        probs = torch.softmax(teacher.logits(states[rows]), dim=1)
-        ids = torch.from_numpy(following[rows]).to(probs.device)
-        log_probs[at + 1 : rows.stop + 1] = (
-            probs.gather(1, ids[:, None])[:, 0].cpu().clamp_min(1e-30).double().log()
-        )
-        here = order[slice(*np.searchsorted(behind[order], (at, rows.stop)))]
-        of_row = torch.from_numpy(behind[here] - at).to(probs.device)
-        out[here] = push.stay(probs[of_row], work.labels[which[here]]).cpu()
-    sums = log_probs.cumsum(0)
-    out[places] *= (sums[behind[places]] - sums[of_state[places]]).exp().float()
-    return out
-
-
-def _placed(inputs: list[slice]) -> list[tuple[slice, int]]:
-    ends = np.cumsum([s.stop - s.start for s in inputs])
-    return [(s, int(end) - (s.stop - s.start)) for s, end in zip(inputs, ends, strict=True)]
 
 
 def predictions(
@@ -332,7 +268,6 @@ def _encode(
     seed: int,
     name: str,
     support: np.ndarray | None = None,
-    paths: Tensor | None = None,
 ) -> np.ndarray:
     if probs.device.type == "mps":  # no float64 there, which the draws need
         probs = probs.cpu()
@@ -345,15 +280,7 @@ def _encode(
             heads = head_ids(
                 probs, torch.from_numpy(support.astype(np.int64)).to(device), labels, fmt.head
             )
-        told = None
-        # told, not taught: known of the text's token alone it would teach less than the text
-        if paths is not None:
-            told = torch.where(
-                torch.isfinite(paths).to(device),
-                paths.to(device),
-                probs.gather(1, labels[:, None])[:, 0],
-            )
-        return encode(probs, labels, positions, fmt, seed, heads, told)
+        return encode(probs, labels, positions, fmt, seed, heads)
     except FloatingPointError as error:
         raise XinslmError(
             f"teacher {name}: {error}. Try --dtype float32, or look at the weights; finished "

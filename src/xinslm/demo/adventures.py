@@ -1,8 +1,8 @@
 """Plots of the demo's stories, out of doors.
 
-Each plot takes a scene and gives the paragraphs of one story, causes before effects. What is lost is what is
-found, what is counted adds up, who asks gets the answer; which words, persons, places and turns it takes are
-the scene's choices.
+Each plot takes a scene and gives the paragraphs of one story, causes before effects. What is lost
+is what is found, what is counted adds up, who asks gets the answer; which words, persons, places
+and turns it takes are the scene's choices.
 """
 
 from xinslm.demo import words
@@ -15,16 +15,19 @@ def lost_and_found(s: Scene) -> list[str]:
     helper = s.child() if s.random() < 0.6 else s.relative(hero)
     first, second, last = s.several(place.spots, 3)
     search = [
-        f"They looked {first}, but {s.pick(('there was nothing there', 'there was no trace of it'))}."
+        f"They looked {first}, but "
+        f"{s.pick(('there was nothing there', 'there was no trace of it'))}."
     ]
     arrives = s.pick(("came along", "was passing by", "saw it", "came running"))
     if s.random() < 0.6:
         search.append(
-            f"Then they looked {second}. {s.pick(('Nothing.', 'It was not there either.', 'No luck.'))}"
+            f"Then they looked {second}. "
+            f"{s.pick(('Nothing.', 'It was not there either.', 'No luck.'))}"
         )
     finder = s.pick((hero, helper))
     return [
-        f"{s.opening(hero, place)} {hero.He} had {hero.his} {thing.full} with {hero.him}, but suddenly it was gone. "
+        f"{s.opening(hero, place)} {hero.He} had {hero.his} {thing.full} with {hero.him}, but "
+        "suddenly it was gone. "
         f"{hero.name} was {s.pick(words.SAD)}.",
         f"{helper.Name} {arrives}. "
         f"{s.say(helper, s.pick(('What is wrong?', 'Why are you looking around like that?', 'Can I help you?')))} "
@@ -66,20 +69,23 @@ def race(s: Scene) -> list[str]:
     )
     if helped:
         end = (
-            f"{two.name} saw it, stopped and helped {one.him} up. So {three.name} came in first. But "
+            f"{two.name} saw it, stopped and helped {one.him} up. So {three.name} came in first. "
+            "But "
             f"{three.name} gave the "
             f"{prize.noun} to {two.name}. {s.say(three, 'You are the real winner.')}"
         )
     else:
         end = (
-            f"{two.name} passed {one.him} and came in first, {three.name} was second, and {one.name} came third. "
+            f"{two.name} passed {one.him} and came in first, {three.name} was second, and "
+            f"{one.name} came third. "
             f"{two.name} got the {prize.full}. "
             f"{s.say(one, s.pick(('Well done.', 'Next time I will win.')))}"
         )
     return [
         f"One {s.weather} day {one.name}, {two.name} and {three.name} met {place.at}. "
         f"{s.say(one, f'Let us race to {goal}.')} The prize was {a(prize.full)}.",
-        f"They {kind} as fast as they could. {one.name} was first, then came {two.name}, and {three.name} "
+        f"They {kind} as fast as they could. {one.name} was first, then came {two.name}, and "
+        f"{three.name} "
         f"was last. But just before {goal}, {one.name} {trouble}. {end}",
         s.moral(
             "Winning is nice, being kind is nicer."
@@ -108,14 +114,18 @@ def rescue(s: Scene) -> list[str]:
     wait, hold = (hero, friend) if s.random() < 0.5 else (friend, hero)
     return [
         f"{s.opening(hero, place)} Then {hero.he} met {friend.name}, who was out of breath. "
-        f"{s.say(friend, f'{a(animal).capitalize()} is stuck {trap}!')} They ran there at once, and the {animal} "
+        f"{s.say(friend, f'{a(animal).capitalize()} is stuck {trap}!')} They ran there at once, "
+        f"and the {animal} "
         f"looked at them with big eyes.",
         f"{s.say(hero, s.pick(('What can we do?', 'We need a tool.', 'How do we get there?')))} "
-        f"{s.say(friend, f'Let us fetch {tool}.')} {s.pick(('Soon', 'After a while', 'In no time'))} they "
+        f"{s.say(friend, f'Let us fetch {tool}.')} "
+        f"{s.pick(('Soon', 'After a while', 'In no time'))} they "
         f"were back with {tool}. {hold.name} held on tight while {wait.name} {how}. "
         f"{s.say(wait, s.pick(('I have got it!', 'Come here, little one.')))}",
-        f"The {animal} was {s.pick(('cold', 'dirty', 'frightened', 'hungry'))} but safe. They brought it "
-        f"to its mother, who {s.pick(('licked it', 'called loudly', 'would not leave it any more'))}. "
+        f"The {animal} was {s.pick(('cold', 'dirty', 'frightened', 'hungry'))} but safe. They "
+        "brought it "
+        "to its mother, who "
+        f"{s.pick(('licked it', 'called loudly', 'would not leave it any more'))}. "
         + s.moral(
             "Two can do what one cannot.",
             f"{hero.name} and {friend.name} were the heroes of the day.",
@@ -141,7 +151,8 @@ def trade(s: Scene) -> list[str]:
             else ("First", "At the corner", "On the way")
         )
         parts.append(
-            f"{when} {hero.he} met {partner.name}. {s.say(partner, offer)} So {hero.name} gave away the "
+            f"{when} {hero.he} met {partner.name}. {s.say(partner, offer)} So {hero.name} gave "
+            "away the "
             f"{held.full} and got the {new.full}."
         )
         held = new
@@ -171,9 +182,11 @@ def key_and_chest(s: Scene) -> list[str]:
     return [
         f"{s.opening(hero, place)} {s.pick(place.spots).capitalize()} {hero.he} found an old map. "
         f"{s.say(hero, 'Look, a map!')} {hero.His} friend {friend.name} read it aloud: go "
-        f"{words.NUMBERS[steps[0]]} steps {ways[0]}, then {words.NUMBERS[steps[1]]} steps {ways[1]}, and dig.",
+        f"{words.NUMBERS[steps[0]]} steps {ways[0]}, then {words.NUMBERS[steps[1]]} steps "
+        f"{ways[1]}, and dig.",
         f"They went {words.NUMBERS[steps[0]]} steps {ways[0]} and {words.NUMBERS[steps[1]]} steps "
-        f"{ways[1]}, and dug. Soon they hit a chest. Beside it lay three keys: {keys[0]}, {keys[1]} and {keys[2]}.",
+        f"{ways[1]}, and dug. Soon they hit a chest. Beside it lay three keys: {keys[0]}, "
+        f"{keys[1]} and {keys[2]}.",
         " ".join(
             [
                 *tries,
@@ -215,12 +228,16 @@ def far_land(s: Scene) -> list[str]:
         )
     )
     return [
-        f"{hero.name} travelled to a far land called {land}. The capital of {land} was {capital}, a town "
+        f"{hero.name} travelled to a far land called {land}. The capital of {land} was {capital}, "
+        "a town "
         f"on the river {river}. The flag of {land} was {colour} with {a(animal.name)} on it.",
-        f"In {capital} {hero.he} met {guide.name}. {s.say(guide, f'Welcome to {capital}!')} {guide.He} "
+        f"In {capital} {hero.he} met {guide.name}. {s.say(guide, f'Welcome to {capital}!')} "
+        f"{guide.He} "
         f"showed {hero.him} "
-        f"{sights[0].name} and {sights[1].name}, and they ate {s.pick(words.CAKES)} by the {river}.",
-        f"After {words.NUMBERS[s.number(2, 20)]} days {hero.name} went home. {s.say(asker, asked[0])} "
+        f"{sights[0].name} and {sights[1].name}, and they ate {s.pick(words.CAKES)} by the "
+        f"{river}.",
+        f"After {words.NUMBERS[s.number(2, 20)]} days {hero.name} went home. "
+        f"{s.say(asker, asked[0])} "
         f"{s.say(hero, asked[1])} "
         + s.moral(
             f"{hero.name} never forgot {land}.",
@@ -236,13 +253,16 @@ def night_sound(s: Scene) -> list[str]:
     other = s.relative(hero, s.random() < 0.6)
     guess = s.pick(("a ghost", "a thief", "a monster", "a dragon", "a giant", "the wind"))
     return [
-        f"It was night, and {hero.name} lay in bed. Then {hero.he} heard it: {animal.sound}, {animal.sound}! "
+        f"It was night, and {hero.name} lay in bed. Then {hero.he} heard it: {animal.sound}, "
+        f"{animal.sound}! "
         f"{s.say(hero, f'Is that {guess}?')} {hero.He} pulled the blanket over {hero.his} head.",
         f"The sound came again. {hero.name} woke {other.name}. "
         f"{s.say(other, s.pick(('Let us look.', 'Take the lamp.')))} They went "
-        f"{s.pick(('down the stairs', 'to the door', 'into the yard', 'along the hall'))} on tiptoe.",
+        f"{s.pick(('down the stairs', 'to the door', 'into the yard', 'along the hall'))} on "
+        "tiptoe.",
         f"In the light of the lamp stood {a(animal.name)}. It was looking for {animal.food}. "
-        f"{s.say(hero, f'It was only {a(animal.name)}!')} They gave it some {animal.food}, and it went "
+        f"{s.say(hero, f'It was only {a(animal.name)}!')} They gave it some {animal.food}, and it "
+        "went "
         f"back to its {animal.home}. "
         + s.moral(
             "What we know does not frighten us.",
@@ -271,10 +291,13 @@ def picnic(s: Scene) -> list[str]:
     )
     toy = s.thing()
     return [
-        f"{hero.name} and {friend.name} had planned a picnic for {day}. {hero.name} brought {a(cake)}, and "
+        f"{hero.name} and {friend.name} had planned a picnic for {day}. {hero.name} brought "
+        f"{a(cake)}, and "
         f"{friend.name} brought {s.pick(words.FOODS)} and {a(toy.full)}. They met {place.at}.",
-        f"But as soon as they sat down, {turn}. {s.say(friend, s.pick(('Oh no, our picnic!', 'What now?', 'Run!')))} "
-        f"They took the {cake} and ran. {s.pick(('Soon', 'A minute later', 'Out of breath,'))} they sat "
+        f"But as soon as they sat down, {turn}. "
+        f"{s.say(friend, s.pick(('Oh no, our picnic!', 'What now?', 'Run!')))} "
+        f"They took the {cake} and ran. {s.pick(('Soon', 'A minute later', 'Out of breath,'))} "
+        "they sat "
         f"{where}. There it was {shelter}.",
         s.say(
             hero,
@@ -286,7 +309,8 @@ def picnic(s: Scene) -> list[str]:
                 )
             ),
         )
-        + f" They ate, played with the {toy.noun} and told each other stories about {s.pick(words.PLACES).name}. "
+        + f" They ate, played with the {toy.noun} and told each other stories about "
+        f"{s.pick(words.PLACES).name}. "
         + s.moral(
             "Not every plan works, but a good friend makes the best of it.",
             "Bad weather, good day.",
@@ -305,9 +329,12 @@ def new_pet(s: Scene) -> list[str]:
     )
     days = s.number(2, 6)
     return [
-        f"{s.opening(hero, place)} {hero.He} heard a {s.pick(('tiny', 'strange', 'sad', 'soft'))} sound. "
-        f"{spot[0].upper() + spot[1:]} sat a {s.pick(('little', 'thin', 'wet', 'young'))} {look} {kind}.",
-        f"{s.say(hero, s.pick(('Are you lost?', 'Do not be afraid.', 'You look hungry.')))} {hero.He} put "
+        f"{s.opening(hero, place)} {hero.He} heard a {s.pick(('tiny', 'strange', 'sad', 'soft'))} "
+        "sound. "
+        f"{spot[0].upper() + spot[1:]} sat a {s.pick(('little', 'thin', 'wet', 'young'))} {look} "
+        f"{kind}.",
+        f"{s.say(hero, s.pick(('Are you lost?', 'Do not be afraid.', 'You look hungry.')))} "
+        f"{hero.He} put "
         f"down {food}, and after a while the {kind} came closer and ate.",
         f'{hero.He} asked {grown_up.name}, "May I keep the {kind}?" '
         + s.say(

@@ -1,8 +1,8 @@
 """Plots of the demo's stories, at home and at school.
 
-Each plot takes a scene and gives the paragraphs of one story, causes before effects. What is lost is what is
-found, what is counted adds up, who asks gets the answer; which words, persons, places and turns it takes are
-the scene's choices.
+Each plot takes a scene and gives the paragraphs of one story, causes before effects. What is lost
+is what is found, what is counted adds up, who asks gets the answer; which words, persons, places
+and turns it takes are the scene's choices.
 """
 
 from xinslm.demo import words
@@ -25,7 +25,8 @@ def sharing(s: Scene) -> list[str]:
         )
     )
     return [
-        f"{s.opening(hero, place)} In {hero.his} {s.pick(('bag', 'basket', 'box', 'pocket'))} {hero.he} had "
+        f"{s.opening(hero, place)} In {hero.his} {s.pick(('bag', 'basket', 'box', 'pocket'))} "
+        f"{hero.he} had "
         f"{words.NUMBERS[total]} {food}.",
         f"{friend.name} came by and looked {s.pick(words.SAD)}. {s.say(friend, wish)} "
         + s.pick(
@@ -35,7 +36,8 @@ def sharing(s: Scene) -> list[str]:
                 f"{hero.name} did not wait a second.",
             )
         ),
-        f"{s.say(hero, f'Here, take {words.NUMBERS[given]}.')} So {hero.name} gave {words.NUMBERS[given]} "
+        f"{s.say(hero, f'Here, take {words.NUMBERS[given]}.')} So {hero.name} gave "
+        f"{words.NUMBERS[given]} "
         f"to {friend.name} and had {left_words} left. {friend.name} was {s.pick(words.GLAD)}.",
         s.moral(
             "Food tastes better when it is shared.",
@@ -65,12 +67,16 @@ def baking(s: Scene) -> list[str]:
             f"was {s.pick(('golden', 'just right', 'as soft as a cloud'))}."
         )
     return [
-        f"{s.pick(('Today was', 'It was'))} the birthday of {neighbour.name}. {hero.name} wanted to bake "
+        f"{s.pick(('Today was', 'It was'))} the birthday of {neighbour.name}. {hero.name} wanted "
+        "to bake "
         f"{a(cake)}, and "
-        f"{cook.name} helped. {s.say(cook, f'First we need {one}, then {two}, and last of all {three}.')}",
-        f"{hero.name} mixed the {one} with the {two}. Then {hero.he} added the {three}, and they put it "
+        f"{cook.name} helped. "
+        f"{s.say(cook, f'First we need {one}, then {two}, and last of all {three}.')}",
+        f"{hero.name} mixed the {one} with the {two}. Then {hero.he} added the {three}, and they "
+        "put it "
         f"into the oven for {minutes} minutes. {middle}",
-        f"They carried the {cake} to {neighbour.name}. {s.say(neighbour, s.pick(('For me?', 'What a surprise!')))} "
+        f"They carried the {cake} to {neighbour.name}. "
+        f"{s.say(neighbour, s.pick(('For me?', 'What a surprise!')))} "
         f"{neighbour.He} cut it into {words.NUMBERS[s.number(4, 12)]} pieces. "
         + s.moral(
             "Giving is half of the joy.",
@@ -104,7 +110,8 @@ def garden(s: Scene) -> list[str]:
         f" and planted it.",
         f"Every day {hero.he} came to look. "
         + s.pick(("Nothing happened.", "There was only brown earth.", "A bird looked on, too."))
-        + f" {s.say(hero, s.pick(('Is it asleep?', 'Maybe it is broken.', 'I will wait one more day.')))} But "
+        + " "
+        f"{s.say(hero, s.pick(('Is it asleep?', 'Maybe it is broken.', 'I will wait one more day.')))} But "
         + (f"{words.NUMBERS[wait]} days later" if wait > 1 else "the next day")
         + f", on {came}, a green tip came out.",
         f"By {s.pick(('summer', 'autumn', 'harvest time'))} the {plant} was "
@@ -144,12 +151,15 @@ def broken(s: Scene) -> list[str]:
     )
     hide = s.random() < 0.5
     return [
-        f"{hero.name} was {doing} when it happened. Crash! The {thing.full} of {owner.name} lay on the floor in "
+        f"{hero.name} was {doing} when it happened. Crash! The {thing.full} of {owner.name} lay "
+        "on the floor in "
         f"{words.NUMBERS[s.number(3, 20)]} pieces. {hero.name} was {s.pick(words.SAD)}.",
         (
-            f"First {hero.he} hid the pieces {s.pick(('under the rug', 'in a drawer', 'behind the sofa'))}. "
+            f"First {hero.he} hid the pieces "
+            f"{s.pick(('under the rug', 'in a drawer', 'behind the sofa'))}. "
             f"But {hero.he} could "
-            f"not {s.pick(('sleep', 'eat', 'look anybody in the eye'))}. So {hero.he} went to {owner.name}. "
+            f"not {s.pick(('sleep', 'eat', 'look anybody in the eye'))}. So {hero.he} went to "
+            f"{owner.name}. "
             f""
             if hide
             else f"{hero.name} did not run away. {hero.He} went straight to {owner.name}. "
@@ -174,11 +184,15 @@ def birthday(s: Scene) -> list[str]:
     thing, box = s.thing(), s.pick(words.COLOURS)
     wrong = s.pick([toy for toy in words.TOYS[:12] if toy != thing.noun])
     return [
-        f"{hero.name} woke up early, for today {hero.he} turned {words.NUMBERS[age]}. Last year {hero.he} had been "
-        f"{words.NUMBERS[age - 1]}. {s.sky} {s.pick(('In the kitchen', 'On the table', 'At the window'))} "
+        f"{hero.name} woke up early, for today {hero.he} turned {words.NUMBERS[age]}. Last year "
+        f"{hero.he} had been "
+        f"{words.NUMBERS[age - 1]}. {s.sky} "
+        f"{s.pick(('In the kitchen', 'On the table', 'At the window'))} "
         f"stood a cake with {words.NUMBERS[age]} candles.",
-        f"{guest.name} came with {a(box)} box. {s.say(hero, 'What is in it?')} {s.say(guest, 'Guess!')} "
-        f"{hero.name} shook the box. {s.say(hero, f'Is it {a(wrong)}?')} {s.say(guest, 'No, try again.')} "
+        f"{guest.name} came with {a(box)} box. {s.say(hero, 'What is in it?')} "
+        f"{s.say(guest, 'Guess!')} "
+        f"{hero.name} shook the box. {s.say(hero, f'Is it {a(wrong)}?')} "
+        f"{s.say(guest, 'No, try again.')} "
         + (
             f"{s.say(hero, f'Then it must be {a(thing.noun)}.')} {s.say(guest, 'Yes, open it.')}"
             if s.random() < 0.4
@@ -188,7 +202,8 @@ def birthday(s: Scene) -> list[str]:
         f"{hero.name} was {s.pick(words.GLAD)}. "
         f"{s.say(hero, f'Next year I will be {words.NUMBERS[age + 1]}, and I will still have it.')} "
         + s.moral(
-            f"They played with the {thing.noun} until the {s.pick(('moon', 'evening star'))} came out.",
+            f"They played with the {thing.noun} until the {s.pick(('moon', 'evening star'))} came "
+            "out.",
             "The best part of a present is the friend who brings it.",
         ),
     ]
@@ -222,9 +237,12 @@ def brave(s: Scene) -> list[str]:
         )
         + f" One day {friend.name} noticed. "
         f"{s.say(friend, s.pick(('Why do you look so pale?', f'Are you afraid of {fear}?')))}",
-        f"{s.say(hero, 'A little.')} {s.say(friend, trick)} On {words.DAYS[day]} {hero.he} tried it for "
-        f"one minute. On {words.DAYS[day + 1]} it was {words.NUMBERS[s.number(2, 9)]} minutes, and on "
-        f"{words.DAYS[day + 2]} {hero.name} {s.pick(('forgot to count', 'laughed', 'was not afraid any more'))}.",
+        f"{s.say(hero, 'A little.')} {s.say(friend, trick)} On {words.DAYS[day]} {hero.he} tried "
+        "it for "
+        f"one minute. On {words.DAYS[day + 1]} it was {words.NUMBERS[s.number(2, 9)]} minutes, "
+        "and on "
+        f"{words.DAYS[day + 2]} {hero.name} "
+        f"{s.pick(('forgot to count', 'laughed', 'was not afraid any more'))}.",
         s.say(
             hero,
             s.pick(("I did it!", f"I am not afraid of {fear} any more.", "It was not so bad.")),
@@ -261,7 +279,8 @@ def shopping(s: Scene) -> list[str]:
         f"The {food} cost {n[price]} {'coin' if price == 1 else 'coins'}, so {hero.name} had "
         f"{n[coins - price]} coins left. Then "
         f"{hero.he} saw {a(thing.full)}. {s.say(hero, f'How much is the {thing.noun}?')} "
-        f"{s.say(seller, f'It costs {n[second]}' + (' coin.' if second == 1 else ' coins.'))} {hero.He} "
+        f"{s.say(seller, f'It costs {n[second]}' + (' coin.' if second == 1 else ' coins.'))} "
+        f"{hero.He} "
         f"bought it, and now there {'was' if left == 1 else 'were'} {n[left]} {coin} left.",
         f"{hero.name} {end}. "
         f"{s.say(sender, s.pick(('You counted well.', f'And what is the {thing.noun} for?', 'Thank you.')))} "
@@ -283,7 +302,8 @@ def lesson(s: Scene) -> list[str]:
         if s.random() < 0.35:
             other = two if pupil is one else one
             rounds.append(
-                f"{s.say(teacher, question)} {s.say(pupil, wrong)} The teacher shook {teacher.his} head. "
+                f"{s.say(teacher, question)} {s.say(pupil, wrong)} The teacher shook "
+                f"{teacher.his} head. "
                 f"{s.say(other, answer)} {s.say(teacher, 'That is right.')}"
             )
         else:
@@ -292,7 +312,8 @@ def lesson(s: Scene) -> list[str]:
                 f"{s.say(teacher, s.pick(('Correct.', 'Very good.')))}"
             )
     return [
-        f"It was {a(s.weather)} {s.pick(words.DAYS[:5])} in {s.pick(words.MONTHS)}, and {one.name} and "
+        f"It was {a(s.weather)} {s.pick(words.DAYS[:5])} in {s.pick(words.MONTHS)}, and "
+        f"{one.name} and "
         f"{two.name} sat in school. {s.sky}",
         *rounds,
         s.pick(
@@ -379,10 +400,12 @@ def towers(s: Scene) -> list[str]:
     days = s.number(2, 5)
     return [
         f"{s.opening(hero, place)} {friend.name} was there, too. "
-        f"{s.say(hero, f'Let us build a {work} out of {stuff}.')} They worked for {words.NUMBERS[days]} hours.",
+        f"{s.say(hero, f'Let us build a {work} out of {stuff}.')} They worked for "
+        f"{words.NUMBERS[days]} hours.",
         f"{cause}, and the {work} fell down. "
         f"{s.say(friend, s.pick(('All that work!', 'I do not want to play any more.')))} "
-        f"{hero.name} {s.pick(('sat down and thought', 'looked at the pieces', 'drew a plan in the sand'))}. "
+        f"{hero.name} "
+        f"{s.pick(('sat down and thought', 'looked at the pieces', 'drew a plan in the sand'))}. "
         f"{s.say(hero, f'The {stuff} {was} too weak, we should take {better}.')}",
         f"So they carried {better} and began again. This time the {work} stood firm. "
         + s.say(friend, s.pick((f"What a {work}!", "Now it may storm.", "You were right.")))
@@ -413,7 +436,8 @@ def chores(s: Scene) -> list[str]:
             else f"Meanwhile {other.name} {done[2]}."
         ),
         (
-            f"In the evening {hero.name} got {reward}. {other.Name} got nothing and was {s.pick(words.SAD)}. "
+            f"In the evening {hero.name} got {reward}. {other.Name} got nothing and was "
+            f"{s.pick(words.SAD)}. "
             f"But {hero.name} shared it. {s.say(other, 'Tomorrow I will really help.')}"
             if lazy
             else f"In the evening both of them got {reward}. {s.say(giver, 'You have earned it.')}"

@@ -70,7 +70,8 @@ def _days_later(s: Scene) -> tuple[str, str]:
     hero, at, wait = s.child(), s.number(0, 6), s.number(2, 6)
     today = words.DAYS[at]
     return (
-        f"Today is {today}. {hero.name} has a birthday in {words.NUMBERS[wait]} days. Which day is that?",
+        f"Today is {today}. {hero.name} has a birthday in {words.NUMBERS[wait]} days. Which day "
+        "is that?",
         f"The birthday is on {words.DAYS[(at + wait) % 7]}.",
     )
 
@@ -127,7 +128,8 @@ def _far_land(s: Scene) -> tuple[str, str]:
     ruler, animal = s.child(), s.pick(words.ANIMALS).name
     title = "queen" if ruler.kind == "girl" else "king"
     text = (
-        f"The capital of {land} is {capital}. It lies on the river {river}. The {title} of {land} is called "
+        f"The capital of {land} is {capital}. It lies on the river {river}. The {title} of {land} "
+        "is called "
         f"{ruler.name} and keeps {a(animal)}."
     )
     question, answer = s.pick(

@@ -1,7 +1,8 @@
 """Who and what a demo story is about, and the sentences that all plots share.
 
-A scene keeps a story consistent: no two persons share a name, everybody has the right pronouns, and a thing keeps its
-look from the first sentence to the last. All chance comes from one `random.Random`.
+A scene keeps a story consistent: no two persons share a name, everybody has the right pronouns, and
+a thing keeps its look from the first sentence to the last. All chance comes from one
+`random.Random`.
 """
 
 import random
@@ -133,7 +134,9 @@ class Scene:
         return (self.pick(words.SYLLABLES) + middle + self.pick(ends)).capitalize()
 
     def say(self, who: Person, text: str) -> str:
-        """Let somebody say a sentence (it ends in . ? or !), with the speaker before or after it."""
+        """Let somebody say a sentence (it ends in . ? or !), with the speaker before or after
+        it.
+        """
         verb = "asked" if text[-1] == "?" else self.pick(("said", "said", "said", "called"))
         if self.random() < 0.5:
             return f'{who.Name} {"said" if verb != "asked" else verb}, "{text}"'
@@ -145,12 +148,16 @@ class Scene:
         trait, part = self.pick(words.TRAITS), self.pick(("morning", "afternoon", "evening", "day"))
         first = self.pick(
             (
-                f"Once upon a time there was {a(trait)} {hero.kind} named {hero.name}. One {self.weather} {part} "
+                f"Once upon a time there was {a(trait)} {hero.kind} named {hero.name}. One "
+                f"{self.weather} {part} "
                 f"{hero.he} was {place.at}.",
-                f"One {self.weather} {part}, {a(trait)} {hero.kind} called {hero.name} was {place.at}.",
-                f"{hero.name} was {a(trait)} {hero.kind}. On {a(self.weather)} {self.pick(words.DAYS)}, {hero.he} went "
+                f"One {self.weather} {part}, {a(trait)} {hero.kind} called {hero.name} was "
+                f"{place.at}.",
+                f"{hero.name} was {a(trait)} {hero.kind}. On {a(self.weather)} "
+                f"{self.pick(words.DAYS)}, {hero.he} went "
                 f"out and stopped {place.at}.",
-                f"It was {a(self.weather)} {part} in {self.pick(words.MONTHS)}. {hero.name}, {a(trait)} {hero.kind}, "
+                f"It was {a(self.weather)} {part} in {self.pick(words.MONTHS)}. {hero.name}, "
+                f"{a(trait)} {hero.kind}, "
                 f"was {place.at}.",
             )
         )

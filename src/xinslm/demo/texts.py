@@ -1,7 +1,8 @@
 """The demo's built-in data: endless small stories and instructions, the same for the same seed.
 
-A grammar of plots makes texts whose surprises are real choices (who, where, what, how many) and whose rest follows
-from them, so that a model of a few million parameters learns much in minutes and cannot learn them by heart.
+A grammar of plots makes texts whose surprises are real choices (who, where, what, how many) and
+whose rest follows from them, so that a model of a few million parameters learns much in minutes and
+cannot learn them by heart.
 
     for text in stories(1_000_000, seed=0): ...
 """
@@ -67,7 +68,9 @@ def instructions(num: int, seed: int = 0) -> Iterator[dict[str, str]]:
 
 
 def write_sample(folder: Path, num_bytes: int, seed: int = 0) -> tuple[Path, Path]:
-    """Write `stories.jsonl` (about `num_bytes` of text) and `instructions.jsonl` (one for 1,000 bytes of it)."""
+    """Write `stories.jsonl` (about `num_bytes` of text) and `instructions.jsonl` (one for 1,000
+    bytes of it).
+    """
     paths = folder / "stories.jsonl", folder / "instructions.jsonl"
     _write(paths[0], ({"text": text} for text in stories(num_bytes, seed)))
     _write(paths[1], instructions(num_bytes // 1000, seed))

@@ -16,18 +16,25 @@ def _pairs(text: str) -> list[tuple[str, str]]:
 
 
 GIRLS = _words(
-    "Ada Alma Anna Bella Birgit Carla Clara Dora Edith Elsa Emma Esther Flora Freya Greta Hanna Ida Ines Iris "
-    "Ivy Jana Julia Karin Kira Lara Lena Lotte Lucy Maja Maria Marta Mila Mina Nadia Nina Nora Olga Paula "
+    "Ada Alma Anna Bella Birgit Carla Clara Dora Edith Elsa Emma Esther Flora Freya Greta Hanna "
+    "Ida Ines Iris "
+    "Ivy Jana Julia Karin Kira Lara Lena Lotte Lucy Maja Maria Marta Mila Mina Nadia Nina Nora "
+    "Olga Paula "
     "Petra Rita Rosa Ruth Sara Selma Sofia Tara Tessa Tilda Uma Vera Viola Wanda Yara Zoe"
 )
 BOYS = _words(
-    "Adam Albert Anton Arno Ben Boris Carl Cyrus Daniel David Edgar Emil Erik Felix Finn Frank Fritz George "
-    "Gustav Hans Henry Hugo Igor Ivan Jacob Jan Jonas Karl Kurt Leo Linus Lukas Marco Martin Max Mirko Nils "
-    "Noah Oscar Otto Paul Peter Ravi Robin Sami Simon Stefan Theo Thomas Tim Toby Victor Walter Yusuf"
+    "Adam Albert Anton Arno Ben Boris Carl Cyrus Daniel David Edgar Emil Erik Felix Finn Frank "
+    "Fritz George "
+    "Gustav Hans Henry Hugo Igor Ivan Jacob Jan Jonas Karl Kurt Leo Linus Lukas Marco Martin Max "
+    "Mirko Nils "
+    "Noah Oscar Otto Paul Peter Ravi Robin Sami Simon Stefan Theo Thomas Tim Toby Victor Walter "
+    "Yusuf"
 )
 ANIMAL_NAMES = _words(
-    "Biscuit Bramble Button Clover Cocoa Cricket Dumpling Fern Ginger Hazel Maple Mocha Nibbles Nutmeg Olive "
-    "Peanut Pebble Pepper Pickle Poppy Puddle Pumpkin Rusty Shadow Smoky Snowy Socks Sparky Spot Sunny Toffee "
+    "Biscuit Bramble Button Clover Cocoa Cricket Dumpling Fern Ginger Hazel Maple Mocha Nibbles "
+    "Nutmeg Olive "
+    "Peanut Pebble Pepper Pickle Poppy Puddle Pumpkin Rusty Shadow Smoky Snowy Socks Sparky Spot "
+    "Sunny Toffee "
     "Truffle Tulip Waffles Whiskers Willow"
 )
 
@@ -112,39 +119,49 @@ LOOKS = _words(
     "small big old new shiny wooden soft round heavy light long tiny pretty strange plain striped"
 )
 TOYS = _words(
-    "ball kite doll drum whistle marble puzzle wagon boat train top rope lantern basket scarf hat mitten "
-    "glove ring key button bell book pencil brush mirror cup spoon blanket pillow umbrella coin shell feather "
-    "stone ribbon map compass trumpet flute camera clock ladder bucket shovel candle mask necklace bracelet"
+    "ball kite doll drum whistle marble puzzle wagon boat train top rope lantern basket scarf hat "
+    "mitten "
+    "glove ring key button bell book pencil brush mirror cup spoon blanket pillow umbrella coin "
+    "shell feather "
+    "stone ribbon map compass trumpet flute camera clock ladder bucket shovel candle mask "
+    "necklace bracelet"
 )
 FOODS = _words(
-    "apples pears plums cherries grapes peaches nuts carrots tomatoes cookies buns pies pancakes waffles "
+    "apples pears plums cherries grapes peaches nuts carrots tomatoes cookies buns pies pancakes "
+    "waffles "
     "sandwiches berries melons lemons rolls muffins tarts pretzels dumplings radishes"
 )
 CAKES = _phrases(
-    "apple cake|carrot cake|plum pie|lemon cake|berry tart|nut bread|honey cake|cheese pie|ginger cake"
+    "apple cake|carrot cake|plum pie|lemon cake|berry tart|nut bread|honey cake|cheese pie|ginger "
+    "cake"
 )
 INGREDIENTS = _words("flour sugar butter eggs milk honey salt cinnamon cream nuts")
 PLANTS = _words("sunflower bean tomato pumpkin carrot tulip radish pea strawberry melon")
 HOBBIES = _phrases(
-    "to draw|to sing|to climb trees|to read about ships|to count clouds|to ride a bicycle|to swim|to dance|"
+    "to draw|to sing|to climb trees|to read about ships|to count clouds|to ride a bicycle|to "
+    "swim|to dance|"
     "to bake with friends|to build towers|to look at the stars|to collect stones|to play chess|"
     "to paint birds|to tell jokes|to run fast|to fish in the stream|to write letters|to watch ants|"
     "to skip stones|to whistle|to invent machines|to fold paper boats|to play the drum|"
     "to listen to old songs|to feed the birds"
 )
 TRAITS = _words(
-    "kind brave shy curious clever quiet cheerful patient gentle lively careful stubborn proud honest polite "
+    "kind brave shy curious clever quiet cheerful patient gentle lively careful stubborn proud "
+    "honest polite "
     "sleepy funny thoughtful hungry busy friendly playful"
 )
 GLAD = _phrases("happy|glad|proud|very pleased|full of joy|delighted|thankful|relieved")
 SAD = _phrases("sad|worried|upset|close to tears|unhappy|troubled|disappointed|anxious")
 FEARS = _phrases(
-    "the dark|thunder|deep water|big dogs|high places|spiders|the old cellar|loud noises|the dentist|"
+    "the dark|thunder|deep water|big dogs|high places|spiders|the old cellar|loud noises|the "
+    "dentist|"
     "speaking in front of the class|riding a horse|the long bridge"
 )
 CHORES = _phrases(
-    "swept the floor|washed the dishes|fed the hens|watered the flowers|folded the towels|carried the wood|"
-    "cleaned the windows|picked the beans|made the beds|brushed the dog|raked the leaves|set the table"
+    "swept the floor|washed the dishes|fed the hens|watered the flowers|folded the towels|carried "
+    "the wood|"
+    "cleaned the windows|picked the beans|made the beds|brushed the dog|raked the leaves|set the "
+    "table"
 )
 REWARDS = _phrases(
     "a story by the fire|a slice of warm pie|a trip to the lake|a new book|hot cocoa"
@@ -157,7 +174,8 @@ MONTHS = _words(
     "January February March April May June July August September October November December"
 )
 NUMBERS = _words(
-    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen "
+    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen "
+    "fifteen sixteen "
     "seventeen eighteen nineteen twenty"
 )
 WEATHER = (
@@ -179,7 +197,8 @@ OPPOSITES = _pairs(
 )
 THING_COLOURS = _pairs(
     "a lemon-yellow|grass-green|snow-white|a ripe strawberry-red|coal-black|a carrot-orange|"
-    "the clear sky-blue|milk-white|a ripe banana-yellow|a frog-green|chocolate-brown|an elephant-grey|"
+    "the clear sky-blue|milk-white|a ripe banana-yellow|a frog-green|chocolate-brown|an "
+    "elephant-grey|"
     "a pea-green|a plum-purple"
 )
 MIXTURES = (
@@ -190,7 +209,8 @@ MIXTURES = (
     ("black", "white", "grey"),
 )
 SYLLABLES = _words(
-    "ba bel bor ca cor da dal del do du fa fen gal gor ha hel il jo ka kel kor la lan lin lo lu ma mar mel mi "
+    "ba bel bor ca cor da dal del do du fa fen gal gor ha hel il jo ka kel kor la lan lin lo lu "
+    "ma mar mel mi "
     "mor na nel no or pa pel ra ran ri ro sa sel sil ta tel ti tor va vel vi wen ya zan zo"
 )
 TOWN_ENDS = _words("ton ville burg field mouth ford haven stad dale port wick")

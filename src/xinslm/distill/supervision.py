@@ -10,7 +10,6 @@ import torch
 
 from xinslm.alignment.byte_prefix import byte_order
 from xinslm.cache.bucket_entries import CachedGroups
-from xinslm.cache.chunks import CachedSpans
 from xinslm.cache.entries import Cache
 from xinslm.cache.projected_states import SKETCH, HiddenSource
 from xinslm.data.dataset import Dataset
@@ -26,12 +25,6 @@ from xinslm.teachers.encoder import find_encoder
 from xinslm.teachers.endpoint import is_endpoint
 from xinslm.teachers.open import open_teacher, teacher_fingerprint
 from xinslm.tokenizer.load import load_tokenizer
-
-_WITHOUT_TEMPERATURE = {
-    "prefixes": "masses of groups of tokens, inside which the teacher is unknown",
-    "chunks": "likelihoods of spans, which have none (loss.span_temperature is theirs)",
-}
-"""Alignments whose caches are for T=1 alone, and why."""
 
 
 @dataclass(frozen=True)
@@ -131,22 +124,16 @@ def _cached(
             f"{config.max_seq_length}"
         )
     kind = cache.manifest.get("alignment", {}).get("kind")
-    if kind in _WITHOUT_TEMPERATURE and loss.temperature != 1:
+    if kind == "prefixes" and loss.temperature != 1:
         raise UsageError(
-            f"loss.temperature is {loss.temperature}, but cache {folder} holds "
-            f"{_WITHOUT_TEMPERATURE[kind]}: set it to "
-            f"1"
+            f"loss.temperature is {loss.temperature}, but cache {folder} holds masses of groups of "
+            "tokens, which have no temperature: set it to 1"
         )
     if kind == "prefixes":
         order = byte_order(load_tokenizer(dataset.folder / "tokenizer"))
         of_split = {name: CachedGroups(cache, name, order) for name in cache.manifest["shards"]}
         return Teaching(
             loss, of_split["train"], of_split.get("validation"), hidden, inputs, tuple(warnings)
-        )
-    if kind == "chunks":
-        by_split = {name: CachedSpans(cache, name) for name in cache.manifest["shards"]}
-        return Teaching(
-            loss, by_split["train"], by_split.get("validation"), hidden, inputs, tuple(warnings)
         )
     records, held_out = cache.split("train"), cache.split("validation")
     assert records is not None, "every dataset has a train split"

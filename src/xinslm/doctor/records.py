@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from xinslm.alignment.byte_prefix import PrefixAligner
 from xinslm.alignment.choose import relate
-from xinslm.alignment.spans import SpanAligner
 from xinslm.cache.config import CacheConfig
 from xinslm.cache.entries import LARGEST_NEGATIVE_LOG, VALID, Cache, decode, gather
 from xinslm.cache.scorers import RECORDS, DenseScorer
@@ -165,8 +165,8 @@ def ask_again(
         max_seq_length=min(settings["max_seq_length"], teacher.max_length),
         seed=settings["seed"],
     )
-    push = relate(dataset, teacher, settings.get("alignment", "auto"), over_tokens=True)
-    if isinstance(push, SpanAligner):
+    push = relate(dataset, teacher, settings.get("alignment", "auto"))
+    if isinstance(push, PrefixAligner):
         raise Skipped("the cache holds no distributions over single tokens")
     scorer = DenseScorer(teacher, push, fmt, config, None, read_support(dataset))
     parts, places = [], []

@@ -286,7 +286,7 @@ def _choose(rows: PackedRows, count: int, seed: int) -> Batch:
 
 def _over_tokens(cache: Cache) -> bool:
     """Whether the cache has the ordinary records."""
-    return cache.manifest["alignment"]["kind"] not in ("prefixes", "chunks")
+    return cache.manifest["alignment"]["kind"] != "prefixes"
 
 
 def _length(cache: Cache) -> int:

@@ -12,7 +12,6 @@ if TYPE_CHECKING:
     from xinslm.losses.targets import (
         DenseTargets,
         GroupTargets,
-        SpanTargets,
         SparseTargets,
         Targets,
     )
@@ -22,7 +21,6 @@ __all__ = [
     "GroupTargets",
     "LossConfig",
     "LossFigures",
-    "SpanTargets",
     "SparseTargets",
     "Targets",
     "fused_loss",

@@ -24,7 +24,7 @@ from xinslm.losses.buckets import group_loss
 from xinslm.losses.config import LossConfig
 from xinslm.losses.divergences import bucket_divergence
 from xinslm.losses.inplace import add_at_labels_, softmax_, widest
-from xinslm.losses.targets import GroupTargets, SpanTargets, SparseTargets
+from xinslm.losses.targets import GroupTargets, SparseTargets
 
 LEAST_LOG_P = -100.0
 """Least log-probability of a dense teacher: what has no mass must not make a reversed divergence
@@ -32,8 +32,6 @@ infinite.
 """
 LEAST_SPARSE_LOG_P = -20.0
 """The same for a sparse teacher, whose tail can be 0 by rounding; the least a cache can say."""
-SPAN_MARGIN = 1e-6
-"""Taken from logarithms of span likelihoods, so that neither side is ever certain."""
 DENSE_ROWS = 32
 """Rows of a dense teacher compared at once, so that temporaries stay small."""
 
@@ -41,7 +39,7 @@ DENSE_ROWS = 32
 def chunk_loss(
     z: Tensor,
     labels: Tensor,
-    targets: SparseTargets | SpanTargets | GroupTargets | Tensor | None,
+    targets: SparseTargets | GroupTargets | Tensor | None,
     config: LossConfig,
     scale: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
@@ -53,8 +51,6 @@ def chunk_loss(
     nothing = z.new_zeros((), dtype=widest(z))
     if targets is None or config.beta == 0.0:
         return _cross_entropy(z, labels, config.alpha * scale).sum(dtype=widest(z)), nothing
-    if isinstance(targets, SpanTargets):
-        return _spans(z, labels, targets, config, scale)
     if isinstance(targets, GroupTargets):
         return group_loss(z, labels, targets, config, scale)
     if isinstance(targets, Tensor):
@@ -238,38 +234,3 @@ def _sparse_full(
     z.add_(q.mul_(config.beta * t * scale * told))
     values = torch.where(s.valid[:, None], t * t * values.sum(dim=1, keepdim=True), ce)
     return ce.sum(dtype=widest(z)), values.sum(dtype=widest(z))
-
-
-def _spans(
-    z: Tensor, labels: Tensor, s: SpanTargets, config: LossConfig, scale: float
-) -> tuple[Tensor, Tensor]:
-    """Approximate likelihood matching (Minixhofer et al. 2025, arXiv:2503.20083).
-
-    With P and Q a span's likelihoods under teacher and student, Q the product of q(label) over its
-    positions, and P' = P^(1/tau): KD = tau * sum over spans of D({P', 1-P'}, {Q', 1-Q'}). The
-    factor tau (not in the paper) keeps the gradient's size, as T^2 does elsewhere: for forward KL
-    and large tau a span counts a log(a/b) - a + b, with a = -log P, b = -log Q. All that depends on
-    the student is log q(label), so a row's gradient is that of its cross-entropy times one number.
-    The rows must hold whole spans.
-    """
-    tau = config.span_temperature
-    at_label = z.gather(1, labels[:, None])
-    nll = (softmax_(z) - at_label).to(widest(z))
-    starts, inside = s.starts(), s.spans >= 0
-    span_of = (starts.cumsum(0) - 1)[inside]
-    log_likelihood = nll.new_zeros(int(starts.sum())).index_add(0, span_of, -nll[inside, 0])
-    log_p, log_q = _binary(s.log_probs[starts].to(nll.dtype) / tau), _binary(log_likelihood / tau)
-    values, slopes = bucket_divergence(log_p, log_q, config)
-    slope = slopes[:, 0] - slopes[:, 1] * (log_q[:, 0] - log_q[:, 1]).exp()
-    factor = torch.ones_like(nll)
-    factor[inside, 0] = -slope[span_of]
-    factor = (scale * (config.alpha + config.beta * factor)).to(z.dtype)
-    z.mul_(factor)
-    add_at_labels_(z, labels, -factor)
-    return nll.sum(), tau * values.sum(dtype=widest(z)) + nll[~inside].sum()
-
-
-def _binary(log_p: Tensor) -> Tensor:
-    """Logarithms of {p, 1-p}, (spans, 2), p kept a little below 1."""
-    x = log_p.clamp(max=0.0) - SPAN_MARGIN
-    return torch.stack((x, (-torch.expm1(x)).log()), dim=1)

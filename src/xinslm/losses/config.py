@@ -14,7 +14,6 @@ _LOSS = {
     "tail_weight": SHARE,
     "jsd_weight": Range(0, 1, above=True, below=True),
     "skew": Range(0, 1, below=True),
-    "span_temperature": Range(1),
 }
 
 
@@ -45,10 +44,6 @@ class LossConfig:
     forward_kl, near 1 like reverse_kl."""
     skew: float = 0.1
     """Share of the first distribution in the second, for skew_kl and skew_reverse_kl."""
-    span_temperature: float = 100.0
-    """Root taken of span likelihoods, which are tiny, where teacher and student are compared by
-    spans of text.
-    """
 
     @property
     def draws_weight(self) -> float:

@@ -3,7 +3,7 @@
     loss = (alpha * CE + beta * KD) / normaliser
 
 CE is against the token that came, KD against a teacher: sparse, from a cache (`SparseTargets`),
-dense, live (`DenseTargets`), or known by the likelihood of stretches of text alone (`SpanTargets`).
+dense, live (`DenseTargets`), or over buckets of tokens (`GroupTargets`).
 KD is one of five divergences (`divergences`, `chunk`); nothing is renormalised away, the mass
 outside the cached head is always a bucket of its own, and where the teacher says nothing the text
 has the whole weight. A chunk's (rows, vocabulary) logits become its gradient in place, so no graph
@@ -18,8 +18,6 @@ training loop:
 belongs into `hidden`.
 """
 
-import bisect
-import itertools
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -29,7 +27,7 @@ from torch import Tensor
 from xinslm.losses.chunk import chunk_loss
 from xinslm.losses.config import LossConfig
 from xinslm.losses.inplace import widest
-from xinslm.losses.targets import GroupTargets, SpanTargets, Targets
+from xinslm.losses.targets import GroupTargets, Targets
 
 
 @dataclass(frozen=True)
@@ -84,11 +82,6 @@ def fused_loss(
         config = replace(config, alpha=config.alpha + config.beta, beta=0.0)
     if wrong := config.errors():
         raise ValueError("; ".join(wrong))
-    if isinstance(targets, SpanTargets) and config.temperature != 1:
-        raise ValueError(
-            "span likelihoods have a root of their own, loss.span_temperature: set "
-            "loss.temperature to 1"
-        )
     if isinstance(targets, GroupTargets) and config.temperature != 1:
         raise ValueError(
             "inside a group of tokens the teacher is unknown, at any T but 1: set "
@@ -137,10 +130,12 @@ class _FusedHead(torch.autograd.Function):
         grad_weight = torch.zeros_like(weight, dtype=exact) if wants_weight else None
         grad_bias = torch.zeros_like(bias, dtype=exact) if bias is not None and wants_bias else None
         sums = torch.zeros(2, dtype=widest(hidden), device=hidden.device)
-        chunks = _chunks(hidden.shape[0], chunk_rows, targets)
-        longest = max((rows.stop - rows.start for rows in chunks), default=0)
-        buffer = torch.empty(longest, weight.shape[0], dtype=exact, device=hidden.device)
-        for rows in chunks:
+        total = hidden.shape[0]
+        buffer = torch.empty(
+            min(chunk_rows, total), weight.shape[0], dtype=exact, device=hidden.device
+        )
+        for start in range(0, total, chunk_rows):
+            rows = slice(start, min(start + chunk_rows, total))
             z = buffer[: rows.stop - rows.start]  # (rows, V); becomes the gradient
             if hidden.dtype == exact:
                 torch.mm(hidden[rows], matrix.t(), out=z)
@@ -189,17 +184,3 @@ class _FusedHead(torch.autograd.Function):
             if grad is not None and scale != 1.0:
                 grad.mul_(scale)
         return *grads, None, None, None, None, None, None
-
-
-def _chunks(count: int, chunk_rows: int, targets: Targets | None) -> list[slice]:
-    """Runs of at most `chunk_rows` rows; of spans only whole ones, so that one span can make a
-    longer run.
-    """
-    cuts = [*range(0, count, chunk_rows), count]
-    if isinstance(targets, SpanTargets) and count > chunk_rows:
-        free = [*(targets.starts() | (targets.spans < 0)).nonzero()[:, 0].tolist(), count]
-        cuts = [0]
-        while cuts[-1] < count:
-            last = bisect.bisect_right(free, cuts[-1] + chunk_rows) - 1
-            cuts.append(free[last] if free[last] > cuts[-1] else free[last + 1])
-    return [slice(a, b) for a, b in itertools.pairwise(cuts)]

@@ -1,8 +1,7 @@
-"""What a teacher says about N positions, in the four forms the fused head takes.
+"""Teacher targets for N positions, in the three forms that the fused head takes.
 
 Sparse distributions come from a cache, dense ones from a teacher in memory. A teacher with another
-tokenizer gives groups, the student's tokens that begin with the same bytes, or spans, stretches of
-text whose likelihood is compared.
+tokenizer gives buckets: student tokens that begin with the same bytes.
 """
 
 from collections.abc import Callable
@@ -76,37 +75,6 @@ class DenseTargets:
 
 
 @dataclass(frozen=True)
-class SpanTargets:
-    """A teacher's likelihood of whole stretches of text (spans) that end at token boundaries of
-    both tokenizers.
-    """
-
-    spans: Tensor
-    """(N,) int64: number of the span a position's label belongs to, -1 where none. A span's
-    positions are contiguous, and later spans have higher numbers."""
-    log_probs: Tensor
-    """(N,) float32: the teacher's log-likelihood of the whole span, on each of its positions."""
-
-    def __getitem__(self, rows: Any) -> "SpanTargets":
-        return SpanTargets(self.spans[rows], self.log_probs[rows])
-
-    def to(self, device: torch.device | str) -> "SpanTargets":
-        """Move both tensors to `device`."""
-        return SpanTargets(self.spans.to(device), self.log_probs.to(device))
-
-    def starts(self) -> Tensor:
-        """(N,) bool: where a span begins. Raises ValueError for a span in pieces or numbers that
-        fall.
-        """
-        before = torch.cat((self.spans.new_full((1,), -1), self.spans))[: len(self.spans)]
-        starts = (self.spans >= 0) & (self.spans != before)
-        numbers = self.spans[starts]
-        if bool((numbers[1:] <= numbers[:-1]).any()):
-            raise ValueError("a span's positions must be contiguous and span numbers must rise")
-        return starts
-
-
-@dataclass(frozen=True)
 class GroupTargets:
     """A teacher's next-token distribution over groups of tokens: ranges of the vocabulary in the
     order of its bytes.
@@ -145,4 +113,4 @@ class GroupTargets:
         return GroupTargets(*(getattr(self, name).to(device) for name in self.__dataclass_fields__))
 
 
-Targets = SparseTargets | DenseTargets | SpanTargets | GroupTargets
+Targets = SparseTargets | DenseTargets | GroupTargets

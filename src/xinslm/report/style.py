@@ -1,4 +1,5 @@
-"""The page's style: system fonts, aligned figures, colours that follow the reader's light or dark setting.
+"""The page's style: system fonts, aligned figures, colours that follow the reader's light or dark
+setting.
 
 The series colours are Okabe and Ito's, which colour-blind readers can tell apart.
 """
