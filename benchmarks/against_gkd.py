@@ -28,12 +28,13 @@ from xinslm.data.dataset import open_dataset
 from xinslm.data.packing import PackedRows
 from xinslm.data.prepare import KIND, VERSION
 from xinslm.data.writer import SplitWriter
-from xinslm.files import new_folder, write_manifest
+from xinslm.files import write_manifest
+from xinslm.folders import new_folder
 from xinslm.model.config import ModelConfig
 from xinslm.model.files import save_model
 from xinslm.model.transformer import Transformer
 from xinslm.tokenizer.load import load_tokenizer
-from xinslm.train.loop import rows_of_step
+from xinslm.train.row_sampler import rows_of_step
 
 HERE = Path(__file__).parent
 BLOCK = 512

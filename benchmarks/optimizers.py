@@ -24,12 +24,13 @@ from machine import describe
 
 from xinslm.data.dataset import open_dataset
 from xinslm.data.packing import PackedRows
-from xinslm.distill.config import PretrainConfig
 from xinslm.losses.config import LossConfig
 from xinslm.model.config import PRESETS, ModelConfig
 from xinslm.model.param_dtype import narrow_matrices
 from xinslm.model.transformer import Transformer
-from xinslm.train.loop import Trainer
+from xinslm.train.config import PretrainConfig
+from xinslm.train.packed import packed_trainer
+from xinslm.train.row_sampler import Source
 
 VARIANTS = {
     "adamw": [],
@@ -95,7 +96,7 @@ def times(args: argparse.Namespace, variant: str) -> tuple[float, float]:
         narrow_matrices(model)
         model.compute_dtype = torch.float32
     rows = PackedRows(dataset.split("train"), 256)
-    trainer = Trainer(model, config, LossConfig(1.0, 0.0), rows, 9, None, torch.device("cpu"))
+    trainer = packed_trainer(model, config, Source(rows, None, LossConfig(1.0, 0.0)), 9)
     whole, inside = [], []
     for number in range(6):
         began = time.perf_counter()

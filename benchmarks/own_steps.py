@@ -21,13 +21,14 @@ import torch
 from xinslm.cache.entries import Cache
 from xinslm.data.dataset import open_dataset
 from xinslm.data.packing import PackedRows
-from xinslm.distill.config import PretrainConfig
 from xinslm.distill.target_sources import CachedTargets, LiveTargets
 from xinslm.losses.config import LossConfig
 from xinslm.losses.fused import fused_loss
 from xinslm.model.files import load_model
 from xinslm.teachers.huggingface import HuggingFaceTeacher
-from xinslm.train.loop import Trainer
+from xinslm.train.config import PretrainConfig
+from xinslm.train.packed import packed_trainer
+from xinslm.train.row_sampler import Source
 
 
 def main() -> None:
@@ -86,9 +87,7 @@ def main() -> None:
     for source in sources:
         loss = LossConfig(0.1, 0.9) if source is not None else LossConfig(1.0, 0.0)
         trainers.append(
-            Trainer(
-                load_model(args.model), config, loss, rows, args.steps, source, torch.device("cpu")
-            )
+            packed_trainer(load_model(args.model), config, Source(rows, source, loss), args.steps)
         )
     seconds: list[list[float]] = [[] for _ in trainers]
     tokens: list[int] = []

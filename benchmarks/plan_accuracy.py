@@ -16,9 +16,9 @@ import sys
 
 from machine import describe
 
-from xinslm.distill.config import PretrainConfig
 from xinslm.model.config import PRESETS, ModelConfig
 from xinslm.plan.memory import step_memory
+from xinslm.train.config import PretrainConfig
 
 VOCABULARY = 8192
 CONFIGURATIONS: dict[str, dict] = {
@@ -96,8 +96,9 @@ from xinslm.data.dataset import Split
 from xinslm.data.packing import PackedRows
 from xinslm.device import return_freed_memory
 from xinslm.train import run as train
-from xinslm.distill.config import PretrainConfig
-from xinslm.train.loop import Trainer
+from xinslm.train.config import PretrainConfig
+from xinslm.train.packed import packed_trainer
+from xinslm.train.row_sampler import Source
 from xinslm.losses.config import LossConfig
 from xinslm.model.config import PRESETS, ModelConfig
 from xinslm.model.transformer import Transformer
@@ -132,7 +133,7 @@ model.initialise(torch.Generator().manual_seed(0))
 if config.weights == "bfloat16":
     narrow_matrices(model)
     model.compute_dtype = torch.float32
-trainer = Trainer(model, config, LossConfig(1.0, 0.0), PackedRows(split, length), 2, None, torch.device("cpu"))
+trainer = packed_trainer(model, config, Source(PackedRows(split, length), None, LossConfig(1.0, 0.0)), 2)
 for number in range(2):
     trainer.step(number)
 print(json.dumps([before, resident("VmHWM")]))

@@ -21,7 +21,7 @@ from machine import describe
 
 from xinslm.data.dataset import open_dataset
 from xinslm.data.packing import PackedRows
-from xinslm.train.loop import rows_of_step
+from xinslm.train.row_sampler import rows_of_step
 
 OURS = """
 import json, resource, sys, time
@@ -29,15 +29,16 @@ from pathlib import Path
 import numpy as np, torch
 from xinslm.data.dataset import open_dataset
 from xinslm.data.packing import PackedRows
-from xinslm.distill.config import PretrainConfig
+from xinslm.train.config import PretrainConfig
 from xinslm.losses.config import LossConfig
-from xinslm.train.loop import Trainer
+from xinslm.train.packed import packed_trainer
+from xinslm.train.row_sampler import Source
 from xinslm.model.files import load_model
 model, data, length, batch, steps, threads = sys.argv[1:]
 torch.set_num_threads(int(threads))
 config = PretrainConfig(data_path=Path(data), output_dir=Path("unused"), max_seq_length=int(length), batch_size=int(batch))
 rows = PackedRows(open_dataset(Path(data)).split("train"), int(length))
-trainer = Trainer(load_model(model), config, LossConfig(1.0, 0.0), rows, int(steps), None, torch.device("cpu"))
+trainer = packed_trainer(load_model(model), config, Source(rows, None, LossConfig(1.0, 0.0)), int(steps))
 speeds, first = [], None
 for number in range(int(steps)):
     began = time.perf_counter()

@@ -26,15 +26,16 @@ from sides import keep, xinslm
 from xinslm.cache.entries import Cache
 from xinslm.data.dataset import open_dataset
 from xinslm.data.packing import Batch, PackedRows
-from xinslm.distill.config import PretrainConfig
 from xinslm.distill.target_sources import CachedTargets, LiveTargets
 from xinslm.losses.config import LossConfig
 from xinslm.losses.targets import DenseTargets
 from xinslm.model.transformer import Transformer
 from xinslm.teachers.huggingface import HuggingFaceTeacher
 from xinslm.tokenizer.load import load_tokenizer
+from xinslm.train.config import PretrainConfig
 from xinslm.train.inputs import shape
-from xinslm.train.loop import Trainer
+from xinslm.train.packed import packed_trainer
+from xinslm.train.row_sampler import Source
 
 CACHES = {
     "lean 2+8": (2, 8),
@@ -74,6 +75,7 @@ def one(args: argparse.Namespace, variant: str, seed: int) -> None:
     torch.set_num_threads(1)
     data, teacher_folder = args.work / f"stories-{args.tokens}", args.data / "models" / "stories5M"
     config = PretrainConfig(
+        validation_rows=0,
         data_path=data,
         output_dir=Path("unused"),
         max_seq_length=256,
@@ -101,10 +103,12 @@ def one(args: argparse.Namespace, variant: str, seed: int) -> None:
         )
     model = Transformer(shape(config, load_tokenizer(data / "tokenizer")))
     model.initialise(torch.Generator().manual_seed(seed))
-    trainer = Trainer(model, config, loss, rows, args.steps, source, torch.device("cpu"))
+    held_out = PackedRows(dataset.split("validation"), 256)
+    trainer = packed_trainer(
+        model, config, Source(rows, source, loss), args.steps, (held_out, None)
+    )
     tokens = sum(trainer.step(number).tokens for number in range(args.steps))
-    trainer.source = None
-    value = trainer.validate(PackedRows(dataset.split("validation"), 256), None, 0).ce
+    value = trainer.validate().ce
     print(json.dumps({"validation": value, "tokens": tokens}))
 
 

@@ -14,15 +14,16 @@ os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 import pytest
 import torch
 
+import training as train
 from xinslm.cache import score
 from xinslm.cache.config import CacheConfig
 from xinslm.data import prepare
 from xinslm.data import train_tokenizer as tokenizer_train
 from xinslm.data.config import PrepareConfig
 from xinslm.demo.texts import stories
-from xinslm.distill.config import DistillConfig, PretrainConfig
+from xinslm.distill.config import DistillConfig
 from xinslm.tokenizer.config import TrainConfig
-from xinslm.train import run as train
+from xinslm.train.config import PretrainConfig
 
 SMALL = {
     "hidden_size": 32,

@@ -8,14 +8,8 @@ import sys
 import pytest
 
 from xinslm.errors import UsageError, XinslmError
-from xinslm.files import (
-    new_file,
-    new_folder,
-    read_json,
-    read_manifest,
-    refuse_inside,
-    write_manifest,
-)
+from xinslm.files import new_file, read_json, read_manifest, write_manifest
+from xinslm.folders import new_folder, refuse_inside
 
 
 def make(folder, text="x"):
@@ -73,7 +67,7 @@ def test_what_a_kill_left_is_removed_by_the_next_run(tmp_path):
     code = f"""
 import os, signal
 from pathlib import Path
-from xinslm.files import new_folder
+from xinslm.folders import new_folder
 with new_folder(Path({str(tmp_path / "out")!r})) as partial:
     (partial / "a.txt").write_text("half")
     os.kill(os.getpid(), signal.SIGKILL)

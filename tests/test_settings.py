@@ -13,7 +13,7 @@ import pytest
 from xinslm.cache.config import CacheConfig
 from xinslm.cache.merge_config import MergeConfig
 from xinslm.distill.auxiliary_config import ContrastConfig, HiddenConfig
-from xinslm.distill.config import DistillConfig, PretrainConfig
+from xinslm.distill.config import DistillConfig
 from xinslm.doctor.config import DoctorConfig
 from xinslm.errors import UsageError
 from xinslm.losses.config import LossConfig
@@ -23,6 +23,7 @@ from xinslm.rollouts.onpolicy_config import OnPolicyConfig
 from xinslm.rollouts.synthesize_config import SynthesizeConfig
 from xinslm.teachers.endpoint_config import EndpointConfig
 from xinslm.train import inputs
+from xinslm.train.config import PretrainConfig
 from xinslm.train.lora_config import AdaptConfig
 
 REQUIRED = {

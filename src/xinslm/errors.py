@@ -11,3 +11,7 @@ class UsageError(XinslmError):
     """The request itself is off: a flag, a configuration key, a path that must not or must exist.
     Exit code 2.
     """
+
+
+class Interrupted(XinslmError):
+    """The run was stopped by Ctrl-C or a termination signal, after a checkpoint. Exit code 130."""

@@ -1,16 +1,14 @@
-"""Folders that are either whole or absent: temporary name, fsync, rename; and the manifest that
-every folder carries.
+"""Atomic files, hashes, and the manifest that every folder carries.
 
-A stage writes into `with new_folder(path) as folder:`. A crash, a full disk or a kill leaves only a
-hidden `.NAME.partial-PID` beside the target, which the next run removes.
+Files are written under a temporary name, flushed and renamed. A folder's files are compared with
+the hashes of its manifest at their first use in a process.
 """
 
-import glob
 import hashlib
 import json
 import os
-import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import re
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,111 +18,7 @@ from xinslm import __version__
 from xinslm.errors import UsageError, XinslmError
 
 MANIFEST = "manifest.json"
-
-
-def refuse_existing(path: Path, force: bool) -> None:
-    """Raise UsageError if `path` is a file or a folder that holds something and `force` is off."""
-    if path.is_file():
-        raise UsageError(
-            f"{path} is a file; a folder is to be written there. Choose another --output-dir"
-        )
-    if path.is_dir() and any(path.iterdir()) and not force:
-        raise UsageError(
-            f"{path} already holds something. Choose another --output-dir, or add "
-            "--force to replace it"
-        )
-
-
-def refuse_foreign(path: Path) -> None:
-    """Raise UsageError if `path` holds something that no stage made: --force replaces only what has
-    a manifest.
-    """
-    if path.is_dir() and any(path.iterdir()):
-        manifest = read_json(path / MANIFEST) if (path / MANIFEST).is_file() else None
-        if not isinstance(manifest, dict) or "kind" not in manifest:
-            raise UsageError(
-                f"{path} holds something that no xinslm command made; --force leaves it. Choose "
-                "another --output-dir"
-            )
-
-
-def refuse_inside(output: Path, inputs: Iterable[Path | str | None]) -> None:
-    """Raise UsageError if replacing `output` would delete an input: one that it is, or that lies in
-    it.
-    """
-    target = Path(output).resolve()
-    for given in inputs:
-        if given is not None and Path(given).exists():
-            source = Path(given).resolve()
-            if source == target or target in source.parents:
-                raise UsageError(
-                    f"--force would delete {given}, which is read: it lies in {output}. Choose "
-                    "another output"
-                )
-
-
-@contextmanager
-def new_folder(path: Path, force: bool = False, own: bool = False) -> Iterator[Path]:
-    """Give a temporary folder that becomes `path` when the block ends without an error, and
-    vanishes otherwise.
-
-    `force` replaces a folder that a stage made; with `own`, the caller vouches for whatever stands
-    there.
-    """
-    path = Path(path).resolve()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    remove_partials(path)
-    refuse_existing(path, force)
-    if not own:
-        refuse_foreign(path)
-    partial = path.parent / f".{path.name}.partial-{os.getpid()}"
-    partial.mkdir()
-    try:
-        yield partial
-        sync_tree(partial)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-    replace_folder(partial, path)
-
-
-def replace_folder(new: Path, path: Path) -> None:
-    """Rename folder `new` to `path`; a folder that stands there is moved aside first and then
-    deleted.
-    """
-    old = path.parent / f".{path.name}.old-{os.getpid()}"
-    if path.exists():
-        os.rename(path, old)
-    os.rename(new, path)
-    sync_folder(path.parent)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def remove_partials(path: Path) -> None:
-    """Tidy what killed runs left beside `path`: half-written folders go, a folder moved aside comes
-    back.
-
-    What belongs to processes that still live is kept.
-    """
-    for kind in ("partial", "old"):
-        for left in path.parent.glob(f".{glob.escape(path.name)}.{kind}-*"):
-            pid = left.name.rpartition("-")[2]
-            if pid.isdigit() and int(pid) != os.getpid() and _is_alive(int(pid)):
-                continue
-            if kind == "old" and not path.exists():
-                os.rename(left, path)
-            else:
-                shutil.rmtree(left, ignore_errors=True)
-
-
-def _is_alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:
-        return True
-    return True
+_PARTIAL = re.compile(r"^\..*\.partial-\d+$")
 
 
 def sync_folder(folder: Path) -> None:
@@ -213,9 +107,16 @@ def write_manifest(
 
     `inputs` maps a role ('tokenizer', 'teacher') to the fingerprint of what was read; `content`
     holds what the readers of this kind of folder need. Sizes and hashes of all files below `folder`
-    are added, but of those named in `skip`.
+    are added, except those in files or folders named in `skip`.
     """
-    names = sorted(p for p in folder.rglob("*") if p.is_file() and p.name not in (MANIFEST, *skip))
+    skipped = (MANIFEST, *skip)
+    names = sorted(
+        p
+        for p in folder.rglob("*")
+        if p.is_file()
+        and not _PARTIAL.match(p.name)
+        and not any(part in skipped for part in p.relative_to(folder).parts)
+    )
     write_json(
         folder / MANIFEST,
         {
@@ -237,9 +138,14 @@ def write_manifest(
 
 
 def read_manifest(
-    folder: Path, kind: str, version: int, made_by: str, remedy: str | None = None
+    folder: Path,
+    kind: str,
+    version: int,
+    made_by: str,
+    remedy: str | None = None,
+    check_hashes: bool = True,
 ) -> dict[str, Any]:
-    """Read and check a folder's manifest: kind, version, and that every file is there in full.
+    """Read and check a folder's manifest: kind, version, size and hash of every file.
 
     `made_by` is the command that makes such a folder, for the message ('xinslm prepare'); `remedy`
     says what to do about a missing or damaged file, by default to make the folder anew.
@@ -276,7 +182,24 @@ def read_manifest(
                 "it is damaged or "
                 f"half-copied. Copy it again, or {remedy}"
             )
+    if check_hashes and (damaged := damaged_files(folder, manifest)):
+        raise XinslmError(
+            f"{Path(folder) / damaged[0]} is damaged: its content does not have the hash in the "
+            f"manifest. Copy it again, or {remedy}"
+        )
     return manifest
+
+
+_sound: set[tuple[str, str, int, int, int]] = set()
+"""Files whose hash was right: path, hash, inode, size and time of change; each is read once."""
+
+
+def _has_hash(path: Path, sha256: str) -> bool:
+    facts = path.stat()
+    key = (str(path.resolve()), sha256, facts.st_ino, facts.st_size, facts.st_mtime_ns)
+    if key not in _sound and sha256_file(path) == sha256:
+        _sound.add(key)
+    return key in _sound
 
 
 def damaged_files(
@@ -294,7 +217,7 @@ def damaged_files(
         return not (
             path.is_file()
             and path.stat().st_size == facts["bytes"]
-            and sha256_file(path) == facts["sha256"]
+            and _has_hash(path, facts["sha256"])
         )
 
     found = []

@@ -1,4 +1,4 @@
-"""Ranges of numeric settings: one table a configuration, one sentence a wrong value.
+"""Types and ranges of settings: one table per configuration, one sentence per wrong value.
 
 A range is checked as `low <= value <= high`, so that NaN, which no comparison holds for, is always
 outside.
@@ -7,7 +7,10 @@ outside.
 import math
 import sys
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
+
+Device = Literal["auto", "cpu", "cuda", "mps"]
+Dtype = Literal["float32", "bfloat16", "float16"]
 
 
 class Range(NamedTuple):
@@ -34,6 +37,7 @@ class Range(NamedTuple):
 POSITIVE = Range(0, above=True)
 SHARE = Range(0, 1)
 SEED = Range(0, 2**31 - 1)
+CONTEXT = Range(2, 1_000_000)
 
 
 def range_errors(config: Any, ranges: Mapping[str, Range], prefix: str = "") -> list[str]:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+import training as train
 from other_tokenizers import (
     KINDS,
     byte_level,
@@ -42,7 +43,6 @@ from xinslm.teachers.open import open_teacher
 from xinslm.teachers.own import LlamaTeacher
 from xinslm.tokenizer.hf import HFTokenizer
 from xinslm.tokenizer.load import load_tokenizer
-from xinslm.train import run as train
 
 
 @pytest.fixture(scope="module")

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+import training as train
 from other_tokenizers import characters, metaspace
 from xinslm.cache import score
 from xinslm.cache.config import CacheConfig
@@ -17,7 +18,6 @@ from xinslm.model.files import save_model
 from xinslm.model.transformer import Transformer
 from xinslm.tokenizer.bpe import BPETokenizer
 from xinslm.tokenizer.load import load_tokenizer
-from xinslm.train import run as train
 
 
 def dataset(world, folder, tokenizer):

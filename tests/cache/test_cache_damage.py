@@ -7,13 +7,13 @@ import shutil
 
 import pytest
 
+import training as train
 from xinslm.cache import merge, score
 from xinslm.cache.config import CacheConfig
 from xinslm.cache.entries import Cache
 from xinslm.cache.merge_config import MergeConfig
 from xinslm.errors import UsageError, XinslmError
 from xinslm.files import sha256_file
-from xinslm.train import run as train
 
 REPAIR = "run the command that made the cache again with --repair"
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 import transformers
 
+import training as train
 from small_encoders import save_encoder
 from xinslm.cache import score
 from xinslm.cache.config import CacheConfig
@@ -29,7 +30,6 @@ from xinslm.errors import UsageError, XinslmError
 from xinslm.files import sha256_file
 from xinslm.teachers.encoder import EncoderTeacher, Reading, find_encoder
 from xinslm.tokenizer.load import load_tokenizer
-from xinslm.train import run as train
 
 
 @pytest.fixture(scope="module")

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+import training as train
 from fake_endpoint import FakeVllm
 from xinslm.cache import score
 from xinslm.cache.config import CacheConfig
@@ -24,7 +25,6 @@ from xinslm.errors import UsageError, XinslmError
 from xinslm.files import sha256_file
 from xinslm.model.files import load_model
 from xinslm.teachers.endpoint_config import EndpointConfig
-from xinslm.train import run as train
 
 QUICK = EndpointConfig(retries=1, timeout_seconds=0.5, concurrency=2)
 

@@ -12,6 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import training as train
 from xinslm.cache import merge, score
 from xinslm.cache.config import CacheConfig
 from xinslm.cache.entries import PLAN, Cache, CacheFormat, decode, encode, to_records
@@ -27,7 +28,6 @@ from xinslm.losses.chunk import chunk_loss
 from xinslm.losses.config import LossConfig
 from xinslm.model.files import load_model, save_model
 from xinslm.tokenizer.load import load_tokenizer
-from xinslm.train import run as train
 
 VOCAB = 40
 
@@ -320,7 +320,7 @@ def test_interrupted_and_continued_equals_uninterrupted(world, second, tmp_path)
     with pytest.raises(Stop):
         merge.run(config(world, second, tmp_path / "m"), stop)
     assert (tmp_path / "m" / PLAN).is_file()
-    with pytest.raises(UsageError, match="another weights"):
+    with pytest.raises(UsageError, match="another teacher, weights"):
         merge.run(config(world, second, tmp_path / "m", weights=(2, 1)))
     merge.run(config(world, second, tmp_path / "m"))
     assert shards(tmp_path / "m") == shards(tmp_path / "whole")

@@ -111,7 +111,7 @@ score.run({config(world, folder)!r}, listen)
     ):
         Cache(folder)
     (folder / "train" / ".00009.bin.partial-1").write_bytes(b"half")
-    with pytest.raises(UsageError, match="unfinished cache made with another seed"):
+    with pytest.raises(UsageError, match="unfinished cache with another seed"):
         score.run(config(world, folder, seed=1))
     kept = {p: p.stat().st_mtime_ns for p in folder.glob("train/0*.bin")}
     score.run(config(world, folder))
@@ -254,7 +254,7 @@ def test_other_refusals(world, tmp_path):
     with pytest.raises(UsageError, match="already holds something"):
         score.run(config(world, tmp_path / "full", force=True))
     score.run(config(world, tmp_path / "done"))
-    with pytest.raises(UsageError, match=r"already holds something.*--force"):
+    with pytest.raises(UsageError, match=r"already holds a finished cache.*--force"):
         score.run(config(world, tmp_path / "done"))
     damaged = next((tmp_path / "done").glob("train/*.bin"))
     damaged.write_bytes(damaged.read_bytes()[:-5])

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+import training as train
 from xinslm.cache import score
 from xinslm.cache.config import CacheConfig
 from xinslm.distill.auxiliary_config import HiddenConfig
@@ -13,7 +14,6 @@ from xinslm.distill.config import DistillConfig
 from xinslm.errors import UsageError
 from xinslm.export import gguf
 from xinslm.export.config import GgufConfig
-from xinslm.train import run as train
 
 
 @pytest.fixture

@@ -8,15 +8,15 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+import training as train
 from xinslm.cache import score
 from xinslm.cache.config import CacheConfig
 from xinslm.data import prepare
 from xinslm.data import train_tokenizer as tokenizer_train
 from xinslm.data.config import PrepareConfig
 from xinslm.demo.texts import stories
-from xinslm.distill.config import PretrainConfig
 from xinslm.tokenizer.config import TrainConfig
-from xinslm.train import run as train
+from xinslm.train.config import PretrainConfig
 
 SIZES = {
     "hidden_size": 32,

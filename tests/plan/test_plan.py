@@ -10,7 +10,6 @@ import pytest
 import torch
 
 from small_models import save_dataset, save_random_model
-from xinslm.distill.config import PretrainConfig
 from xinslm.errors import UsageError
 from xinslm.model.config import PRESETS, ModelConfig
 from xinslm.model.param_dtype import narrow_matrices
@@ -19,6 +18,7 @@ from xinslm.plan import run as plan_run
 from xinslm.plan.config import PlanConfig
 from xinslm.plan.memory import kept_by_block, step_memory
 from xinslm.plan.work import DEVICES, forward_operations, training_operations
+from xinslm.train.config import PretrainConfig
 from xinslm.train.optimizers import make_optimizer
 
 GIB = 1 << 30

@@ -2,6 +2,7 @@
 damage is named.
 """
 
+import hashlib
 import json
 
 import pytest
@@ -44,9 +45,11 @@ def damaged(quantized, tmp_path):
         change(tensors)
         save_file(tensors, folder / "model.safetensors")
         manifest = json.loads((folder / "manifest.json").read_text())
-        manifest["files"]["model.safetensors"]["bytes"] = (
-            (folder / "model.safetensors").stat().st_size
-        )
+        data = (folder / "model.safetensors").read_bytes()
+        manifest["files"]["model.safetensors"] = {
+            "bytes": len(data),
+            "sha256": hashlib.sha256(data).hexdigest(),
+        }
         (folder / "manifest.json").write_text(json.dumps(manifest))
         return folder
 

@@ -15,6 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import training as train
 from xinslm.cache.entries import LARGEST_NEGATIVE_LOG, Cache
 from xinslm.cache.support import read_support
 from xinslm.data.dataset import open_dataset
@@ -30,7 +31,6 @@ from xinslm.rollouts import onpolicy
 from xinslm.rollouts.onpolicy_config import OnPolicyConfig
 from xinslm.teachers.huggingface import HuggingFaceTeacher
 from xinslm.teachers.own import LlamaTeacher
-from xinslm.train import run as train
 
 SMALL = {
     "rounds": 2,
@@ -360,7 +360,7 @@ def test_a_run_folder_is_never_overwritten_by_accident(make, finished, tmp_path)
     with pytest.raises(UsageError, match="already holds this run, finished"):
         onpolicy.run(make(run))
     with pytest.raises(
-        UsageError, match=r"holds a run with another settings.completions, settings.loss.divergence"
+        UsageError, match=r"unfinished run with another completions, loss.divergence"
     ):
         onpolicy.run(make(run, completions=30, loss=LossConfig(0.0, 1.0, divergence="jsd")))
     with pytest.raises(UsageError, match="force would delete"):

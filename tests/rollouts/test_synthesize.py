@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+import training as train
 from fake_endpoint import FakeVllm
 from llama_cpp import LlamaCpp
 from xinslm.cache.entries import HAS_DRAWS, Cache
@@ -28,7 +29,6 @@ from xinslm.rollouts.synthesize_data import Answer, encode, split_answers
 from xinslm.teachers.base import Generation
 from xinslm.teachers.endpoint_config import EndpointConfig
 from xinslm.tokenizer.load import load_tokenizer
-from xinslm.train import run as train
 
 CHATS = [
     {"prompt": "Who is there?"},
@@ -188,7 +188,7 @@ synthesize.run({config(world, prompts / "texts.txt", folder)!r}, listen)
     journal = folder / "answers.jsonl"
     assert len(journal.read_text().splitlines()) == 4 * after
     journal.write_bytes(journal.read_bytes()[:-20])  # as if the last line had been half-written
-    with pytest.raises(UsageError, match="unfinished answers made with another seed"):
+    with pytest.raises(UsageError, match="unfinished synthesis with another seed"):
         synthesize.run(config(world, prompts / "texts.txt", folder, seed=1))
     synthesize.run(config(world, prompts / "texts.txt", folder))
     assert content(folder) == content(whole)
@@ -497,6 +497,6 @@ def test_what_makes_no_sense_is_refused(world, prompts, tmp_path):
         synthesize.run(config(world, prompts / "texts.txt", tmp_path / "s", top_p=0.0))
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "x").write_text("x")
-    with pytest.raises(UsageError, match="no `xinslm synthesize` made it"):
+    with pytest.raises(UsageError, match="is not a synthesis"):
         synthesize.run(config(world, prompts / "texts.txt", tmp_path / "mine", force=True))
     assert (tmp_path / "mine" / "x").is_file()

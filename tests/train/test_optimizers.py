@@ -8,16 +8,17 @@ import shutil
 import pytest
 import torch
 
+import training as train
+from training import PackedTrainer
 from xinslm.data.dataset import open_dataset
 from xinslm.data.packing import PackedRows
-from xinslm.distill.config import PretrainConfig
 from xinslm.errors import UsageError, XinslmError
 from xinslm.losses.config import LossConfig
-from xinslm.model.files import load_config
+from xinslm.model.files import load_config, read_tensors
 from xinslm.model.param_dtype import narrow_matrices
 from xinslm.model.transformer import Transformer
-from xinslm.train import run as train
-from xinslm.train.loop import Trainer
+from xinslm.train import loop
+from xinslm.train.config import PretrainConfig
 from xinslm.train.optimizers import Optimizer, make_optimizer, orthogonalize
 
 CPU = torch.device("cpu")
@@ -34,14 +35,14 @@ def student(world, **changes) -> Transformer:
     return model
 
 
-def trainer(world, model: Transformer | None = None, steps: int = 40, **changes) -> Trainer:
+def trainer(world, model: Transformer | None = None, steps: int = 40, **changes) -> PackedTrainer:
     config = world.pretrain(world.folder / "unused", max_steps=steps, **changes)
     model = model if model is not None else student(world)
     if config.weights == "bfloat16":
         narrow_matrices(model)
         model.compute_dtype = torch.float32
     rows = PackedRows(open_dataset(world.data).split("train"), config.max_seq_length)
-    return Trainer(model, config, LossConfig(1.0, 0.0), rows, steps, None, CPU)
+    return PackedTrainer(model, config, LossConfig(1.0, 0.0), rows, steps, None, CPU)
 
 
 def one_weight(weight: torch.Tensor, rule: str, **settings) -> tuple[torch.nn.Parameter, Optimizer]:
@@ -229,15 +230,15 @@ def test_a_gradient_that_is_not_finite_stops_the_run_and_spares_the_checkpoint(
     world, tmp_path, monkeypatch
 ) -> None:
     config = world.pretrain(tmp_path / "r", step_in_backward=True, save_every=2, max_steps=6)
-    original = Trainer.step
+    original = loop.Trainer.step
 
     def poisoned(self, number):
         if number == 3:
-            weight = self.model.model.layers[0].mlp.up_proj.weight
+            weight = self.objective.model.model.layers[0].mlp.up_proj.weight
             weight.register_hook(lambda grad: grad * torch.inf)
         return original(self, number)
 
-    monkeypatch.setattr(Trainer, "step", poisoned)
+    monkeypatch.setattr(loop.Trainer, "step", poisoned)
     with pytest.raises(
         XinslmError, match=r"the gradient is (nan|inf) at step 4, on training documents"
     ):
@@ -293,9 +294,9 @@ def test_a_checkpoint_of_another_optimiser_is_refused(world, tmp_path) -> None:
     model = Transformer(load_config(last))
     other = make_optimizer(model, dataclasses.replace(config, optimizer="muon"))
     with pytest.raises(XinslmError, match=r"does not fit this run \(at 'exp_avg"):
-        checkpoint.load_checkpoint(last, model, other)
+        checkpoint.load_checkpoint(last, read_tensors(last), model, other)
     with pytest.raises(XinslmError, match="does not fit this run"):
-        checkpoint.load_checkpoint(last, run.model, run.optimizer)
+        checkpoint.load_checkpoint(last, read_tensors(last), run.model, run.optimizer)
 
 
 def test_a_bfloat16_student_is_a_model_that_transformers_reads(world, tmp_path) -> None:

@@ -10,13 +10,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from training import PackedTrainer
 from xinslm.data.dataset import Split, open_dataset
 from xinslm.data.packing import PackedRows
 from xinslm.losses.config import LossConfig
 from xinslm.losses.targets import SparseTargets
 from xinslm.model.config import ModelConfig
 from xinslm.model.transformer import Transformer
-from xinslm.train.loop import Trainer
 from xinslm.train.row_sampler import RowPlan, Source
 
 CPU = torch.device("cpu")
@@ -49,11 +49,11 @@ def make_model(seed: int = 0) -> Transformer:
 
 def make_trainer(
     world, tmp_path, plan: RowPlan, rows: PackedRows, micro: int | None = None
-) -> Trainer:
+) -> PackedTrainer:
     config = world.pretrain(
         tmp_path, batch_size=plan.batch_size, micro_batch_size=micro, max_seq_length=40, clip_norm=0
     )
-    return Trainer(make_model(), config, CE, rows, 6, None, CPU, plan=plan)
+    return PackedTrainer(make_model(), config, CE, rows, 6, None, CPU, plan=plan)
 
 
 def taken(plan: RowPlan, step: int) -> list[tuple[int, int]]:
@@ -230,7 +230,7 @@ def test_real_rows_and_a_cache_go_together(world, tmp_path):
         model = Transformer(load_config(world.teacher))
         model.initialise(torch.Generator().manual_seed(0))
         config = world.pretrain(tmp_path, batch_size=len(rows), micro_batch_size=1)
-        seen.append(Trainer(model, config, loss, rows, 1, None, CPU, plan=plan).step(0))
+        seen.append(PackedTrainer(model, config, loss, rows, 1, None, CPU, plan=plan).step(0))
         orders.append(plan.of_step(0)[0].indices.tolist())
     assert seen[0].kd == pytest.approx(seen[1].kd, rel=1e-5) and seen[0].tokens == seen[1].tokens
     assert orders[0] != orders[1] and seen[0].kd > 0.01

@@ -14,23 +14,26 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import training as train
+from training import PackedTrainer
 from xinslm.cache.entries import Cache
 from xinslm.config import from_yaml
 from xinslm.data import prepare
 from xinslm.data.config import PrepareConfig
 from xinslm.data.dataset import open_dataset
 from xinslm.data.packing import PackedRows
-from xinslm.distill.config import DistillConfig, PretrainConfig
+from xinslm.distill.config import DistillConfig
 from xinslm.distill.target_sources import CachedTargets, LiveTargets
 from xinslm.errors import UsageError, XinslmError
 from xinslm.losses.config import LossConfig
 from xinslm.model.config import ModelConfig
-from xinslm.model.files import load_config, load_model
+from xinslm.model.files import load_config, load_model, save_model
 from xinslm.model.transformer import Transformer
 from xinslm.teachers.huggingface import HuggingFaceTeacher
 from xinslm.train import checkpoint
-from xinslm.train import run as train
-from xinslm.train.loop import Trainer, learning_rate, rows_of_step
+from xinslm.train.config import PretrainConfig
+from xinslm.train.loop import learning_rate
+from xinslm.train.row_sampler import rows_of_step
 
 CPU = torch.device("cpu")
 
@@ -71,7 +74,7 @@ def test_learning_rate_rises_stays_and_falls():
     assert learning_rate(0, 1, 1.0, 0.05, 0.3) == 1.0
 
 
-def trainer(world, micro=None, source=None, loss=None, model=None, **changes):
+def trainer(world, micro=None, source=None, loss=None, model=None, validation=None, **changes):
     config = world.distill(world.folder / "unused", micro_batch_size=micro, **changes)
     rows = PackedRows(open_dataset(world.data).split("train"), config.max_seq_length)
     if model is None:
@@ -79,7 +82,9 @@ def trainer(world, micro=None, source=None, loss=None, model=None, **changes):
             dataclasses.replace(load_config(world.teacher), hidden_size=36, head_dim=12)
         )
         model.initialise(torch.Generator().manual_seed(0))
-    return Trainer(model, config, loss or config.loss, rows, 8, source, CPU)
+    return PackedTrainer(
+        model, config, loss or config.loss, rows, 8, source, CPU, validation=validation
+    )
 
 
 def cached(world):
@@ -163,7 +168,7 @@ def test_prompts_are_not_trained_on(world, tmp_path):
     model = Transformer(
         dataclasses.replace(load_config(world.teacher), hidden_size=36, head_dim=12)
     )
-    step = Trainer(
+    step = PackedTrainer(
         model,
         world.pretrain(tmp_path / "r", batch_size=len(rows)),
         LossConfig(1.0, 0.0),
@@ -184,8 +189,11 @@ import os, signal, sys
 from pathlib import Path, PosixPath
 import torch
 torch.set_num_threads(1)
-from xinslm.train import run as train
+from xinslm.distill import run as train
+from xinslm.distill.config import DistillConfig
+from xinslm.train.config import PretrainConfig
 from xinslm.distill.config import *
+from xinslm.losses.config import LossConfig
 from xinslm.cli.main import _explain
 def listen(progress):
     if progress.done == {at_step} and 'loss' in progress.values:
@@ -263,9 +271,12 @@ def test_best_is_the_checkpoint_with_the_lowest_validation_loss(world, tmp_path)
     assert best < 12
     rows = PackedRows(open_dataset(world.data).split("validation"), 64)
     again = trainer(
-        world, model=load_model(run / "checkpoints" / "best"), loss=LossConfig(1.0, 0.0)
+        world,
+        model=load_model(run / "checkpoints" / "best"),
+        loss=LossConfig(1.0, 0.0),
+        validation=(rows, None),
     )
-    assert again.validate(rows, None, 64).ce == pytest.approx(validations[best], rel=1e-5)
+    assert again.validate().ce == pytest.approx(validations[best], rel=1e-5)
 
 
 def test_written_config_runs_again(world, tmp_path):
@@ -282,7 +293,9 @@ def test_run_folders_are_never_overwritten_by_accident(world, tmp_path):
     before = weights(run)
     with pytest.raises(UsageError, match="already holds this run, finished"):
         train.run(world.distill(run))
-    with pytest.raises(UsageError, match=r"holds a run with another learning_rate, loss.alpha"):
+    with pytest.raises(
+        UsageError, match=r"holds an unfinished run with another learning_rate, loss.alpha"
+    ):
         train.run(world.distill(run, learning_rate=1e-4, loss=LossConfig(alpha=0.5)))
     assert all(torch.equal(before[k], v) for k, v in weights(run).items())
     train.run(world.distill(run, learning_rate=1e-4, force=True))
@@ -366,7 +379,7 @@ def test_live_teacher_beside_a_student_with_padded_rows(world, tmp_path):
     wide = tmp_path / "wide"
     model = Transformer(dataclasses.replace(load_config(world.teacher), vocab_size=416))
     model.initialise(torch.Generator().manual_seed(0))
-    checkpoint.save_model(model, wide)
+    save_model(model, wide)
     from xinslm.tokenizer.load import load_tokenizer
 
     load_tokenizer(world.teacher).save(wide)
@@ -386,7 +399,7 @@ def test_live_teacher_beside_a_student_with_padded_rows(world, tmp_path):
 def test_a_loss_that_is_not_finite_stops_at_once_and_is_placed(world, tmp_path):
     broken = tmp_path / "broken"
     model = load_model(world.teacher)
-    checkpoint.save_model(model, broken)
+    save_model(model, broken)
     from xinslm.tokenizer.load import load_tokenizer
 
     load_tokenizer(world.teacher).save(broken)
@@ -484,10 +497,11 @@ def test_pads_change_nothing(world, tmp_path):
     model = load_model(world.teacher)
     narrow, wide = PackedRows(split, 20), PackedRows(split, 64)
     assert len(narrow) > len(wide) == 1
-    checker = trainer(world, model=model, loss=LossConfig(1.0, 0.0))
-    assert checker.validate(narrow, None, 0).ce == pytest.approx(
-        checker.validate(wide, None, 0).ce, rel=1e-6
-    )
+    losses = [
+        trainer(world, model=model, loss=LossConfig(1.0, 0.0), validation=(rows, None)).validate()
+        for rows in (narrow, wide)
+    ]
+    assert losses[0].ce == pytest.approx(losses[1].ce, rel=1e-6)
 
 
 def test_live_teacher_with_another_tokenizer_is_refused(world, tmp_path):
@@ -497,7 +511,7 @@ def test_live_teacher_with_another_tokenizer_is_refused(world, tmp_path):
     tokenizer = BPETokenizer(vocab_size=300)
     tokenizer.train(["some other text about other things"])
     model = Transformer(ModelConfig(300, 32, 64, 1, 2, 2, 16))
-    checkpoint.save_model(model, folder)
+    save_model(model, folder)
     tokenizer.save(folder)
     with pytest.raises(UsageError, match="must share the dataset's tokenizer"):
         train.run(world.distill(tmp_path / "r", teacher=str(folder)))

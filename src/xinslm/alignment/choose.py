@@ -9,17 +9,16 @@
 
 from collections.abc import Iterator
 from itertools import pairwise
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
+from xinslm.alignment import Alignment
 from xinslm.alignment.byte_prefix import SAMPLE_TOKENS, PrefixAligner
 from xinslm.alignment.nested import PushForward, is_nested
 from xinslm.data.dataset import Dataset
 from xinslm.errors import UsageError, XinslmError
 from xinslm.tokenizer.load import load_tokenizer
-
-Alignment = Literal["auto", "same", "nested", "prefixes"]
 
 
 def relate(

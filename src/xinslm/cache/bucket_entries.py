@@ -158,6 +158,7 @@ def group_maps(cache: Cache, name: str) -> list[Any]:
     """A split's records, a map for each shard."""
     if cache.manifest.get("alignment", {}).get("kind") != PrefixAligner.kind:
         raise UsageError(f"cache {cache.folder} holds no groups of tokens")
+    cache.check()
     dtype = group_dtype(cache.format.vocab_size, cache.format.head)
     shards = cache.manifest["shards"][name]
     return [np.memmap(cache.folder / shard["file"], dtype=dtype, mode="r") for shard in shards]

@@ -1,21 +1,18 @@
 """Configuration of `cache`."""
 
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import tyro
 
-from xinslm.alignment.choose import Alignment
-from xinslm.distill.auxiliary_config import depth_errors
+from xinslm.alignment import Alignment
 from xinslm.errors import UsageError
-from xinslm.ranges import POSITIVE, SEED, Range, range_errors
+from xinslm.ranges import CONTEXT, POSITIVE, SEED, Device, Dtype, Range, range_errors
 from xinslm.teachers.endpoint_config import EndpointConfig
 
-Device = Literal["auto", "cpu", "cuda", "mps"]
-Dtype = Literal["float32", "bfloat16", "float16"]
-
-CONTEXT = Range(2, 1_000_000)
+DEPTH = Range(0, 1, above=True)
 _CACHE = {
     "head": Range(1, 256),
     "draws": Range(0, 64),
@@ -26,6 +23,15 @@ _CACHE = {
     "sketch_width": Range(1, 4096),
     "seed": SEED,
 }
+
+
+def depth_errors(depths: tuple[float, ...], name: str) -> list[str]:
+    """What is wrong with relative depths, which must be in (0, 1] and in rising order."""
+    problems = ((depth, DEPTH.problem(depth)) for depth in depths)
+    wrong = [f"{name} has {d}, but each must be {problem}" for d, problem in problems if problem]
+    if not wrong and any(a >= b for a, b in pairwise(depths)):
+        wrong.append(f"{name} must rise from one to the next: {' '.join(map(str, depths))}")
+    return wrong
 
 
 def head_size(head: int | None, draws: int) -> int:

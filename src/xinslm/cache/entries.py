@@ -264,15 +264,25 @@ class CacheSplit:
 class Cache:
     """A finished cache folder."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = Path(folder)
+    def __init__(self, folder: Path, check_hashes: bool = True) -> None:
+        """With `check_hashes`, files are compared with the manifest's hashes when they are first
+        read.
+        """
+        self.folder, self.check_hashes = Path(folder), check_hashes
         if (self.folder / PLAN).is_file():
             raise UsageError(
                 f"{folder} is an unfinished cache: run the same `{MADE_BY}` command "
                 "again, it continues"
             )
-        self.manifest = read_manifest(self.folder, KIND, VERSION, MADE_BY, REPAIR)
+        self.manifest = read_manifest(
+            self.folder, KIND, VERSION, MADE_BY, REPAIR, check_hashes=False
+        )
         self.format = CacheFormat(**self.manifest["format"])
+
+    def check(self) -> None:
+        """Verify the files, unless the cache was opened without checks."""
+        if self.check_hashes:
+            self.verify()
 
     def verify(self, on_progress: Listener = ignore) -> None:
         """Raise XinslmError unless every file has the hash that the manifest tells of."""
@@ -292,6 +302,7 @@ class Cache:
 
     def split(self, name: str) -> CacheSplit | None:
         """Records of 'train' or 'validation'; None where the dataset has no such split."""
+        self.check()
         shards = self.manifest["shards"].get(name)
         if self.manifest.get("alignment", {}).get("kind") == "prefixes":
             raise UsageError(

@@ -11,7 +11,6 @@ refused. Sketches of hidden states are not merged.
 """
 
 import hashlib
-import time
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -20,7 +19,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from xinslm.cache import score
 from xinslm.cache.config import CacheConfig
 from xinslm.cache.entries import (
     Cache,
@@ -35,24 +33,25 @@ from xinslm.cache.merge_weights import document_weights
 from xinslm.cache.mixture import Part, mix
 from xinslm.cache.projected_states import SKETCH
 from xinslm.cache.scorers import RECORDS
+from xinslm.cache.write import CacheResult, write_cache
 from xinslm.config import to_dict
 from xinslm.data.dataset import Dataset, Split, open_dataset
 from xinslm.errors import UsageError
-from xinslm.files import manifest_fingerprint, refuse_inside, sha256_json
+from xinslm.files import manifest_fingerprint, sha256_json
+from xinslm.folders import refuse_inside
 from xinslm.progress import Listener, Progress, ignore
 
 BLOCK = 1 << 14
 """Positions merged at a time."""
 
 
-def run(config: MergeConfig, on_progress: Listener = ignore) -> score.CacheResult:
+def run(config: MergeConfig, on_progress: Listener = ignore) -> CacheResult:
     """Merge caches of one dataset.
 
     Raises UsageError for caches that do not fit each other or the dataset, and for an output folder
     that holds something else; XinslmError for a damaged cache.
     """
     config.check()
-    started = time.monotonic()
     caches = [Cache(folder) for folder in config.caches]
     data_path = config.data_path or Path(caches[0].manifest["dataset_path"])
     if config.data_path is None and not data_path.exists():
@@ -93,9 +92,8 @@ def run(config: MergeConfig, on_progress: Listener = ignore) -> score.CacheResul
     )
     if config.force:
         refuse_inside(config.output_dir, config.caches)
-    score._begin(target, _plan(config, dataset, caches, weights, scorer, depth))
-    score._write(target, dataset, scorer, on_progress)
-    return score._summarise(config.output_dir, time.monotonic() - started)
+    plan = _plan(config, dataset, caches, weights, scorer, depth)
+    return write_cache(target, dataset, plan, scorer, on_progress)
 
 
 def _stream(seed: int, depth: int) -> int:

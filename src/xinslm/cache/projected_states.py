@@ -166,6 +166,7 @@ class CachedSketches:
                 "Make it with `xinslm cache --sketch-depths 0.5 1.0`, or give a live --teacher "
                 "in its place"
             )
+        cache.check()
         self.name = f"cache {cache.folder}"
         try:
             self.format = SketchFormat(**{**facts, "depths": tuple(facts["depths"])})

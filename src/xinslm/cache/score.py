@@ -2,106 +2,33 @@
 
     xinslm cache TEACHER --data-path data --output-dir cache
 
-Shards are written one by one, each atomically; a run that was stopped continues behind the last
-whole shard, and the result is the same. What a shard holds comes from a `Scorer`; this module knows
-folders only.
+This module opens the teacher and chooses the `Scorer`; `write.py` writes the shards.
 """
 
-import shutil
-import time
-from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
-
-import numpy as np
 
 from xinslm.alignment.byte_prefix import PrefixAligner
 from xinslm.alignment.choose import kind_of, relate
-from xinslm.cache.bucket_entries import GROUPS, GroupScorer, count_groups, group_maps
+from xinslm.cache.bucket_entries import GROUPS, GroupScorer
 from xinslm.cache.config import CacheConfig, head_size
 from xinslm.cache.encoder_scorer import EncoderScorer, empty_format
 from xinslm.cache.entries import (
-    FP16_FLOOR,
-    KIND,
-    PLAN,
-    VALID,
-    VERSION,
-    Cache,
     CacheFormat,
-    decode,
-    suffix,
 )
-from xinslm.cache.projected_states import SKETCH, CachedSketches, SketchFormat, facts
-from xinslm.cache.repair import differing, reopen
-from xinslm.cache.scorers import RECORDS, DenseScorer, Scorer
+from xinslm.cache.projected_states import SketchFormat
+from xinslm.cache.scorers import DenseScorer, Scorer
 from xinslm.cache.support import read_support
-from xinslm.config import to_dict
-from xinslm.data.dataset import Dataset, Split, open_dataset, require_tokenizer
+from xinslm.cache.write import CacheResult, cache_plan, write_cache
+from xinslm.data.dataset import Dataset, open_dataset, require_tokenizer
 from xinslm.device import pick_device
 from xinslm.errors import UsageError
-from xinslm.files import MANIFEST, new_file, read_json, refuse_inside, write_json, write_manifest
 from xinslm.model.files import require_context
-from xinslm.progress import Listener, Progress, ignore
-from xinslm.teachers.base import DenseTeacher, HiddenTeacher
+from xinslm.progress import Listener, ignore
+from xinslm.teachers.base import HiddenTeacher
 from xinslm.teachers.encoder import EncoderTeacher, find_encoder
 from xinslm.teachers.endpoint import EndpointTeacher, is_endpoint
 from xinslm.teachers.open import open_teacher
 from xinslm.tokenizer.load import load_tokenizer
-
-PLACES = (
-    "force",
-    "repair",
-    "output_dir",
-    "data_path",
-    "teacher",
-    "tokenizer",
-    "endpoint",
-    "adapter",
-)
-"""Settings that say where things are and how they are reached, not what is computed."""
-
-
-@dataclass(frozen=True)
-class CacheResult:
-    """What `cache` made."""
-
-    folder: Path
-    positions: int
-    stream_bytes: int
-    record_bytes: int
-    teacher_nats: float
-    tail_mass: float
-    seconds: float
-    sketched: int = 0
-    """Positions that have sketches of the teacher's hidden states."""
-    sketch_bytes: int = 0
-    """Bytes of one position's sketches."""
-    alignment: str = "same"
-    """The way from the teacher's tokenizer to the dataset's."""
-    share: float = 1.0
-    """Part of the targets of which the teacher says something."""
-
-    def describe(self) -> str:
-        """Lines for the terminal."""
-        lines = [f"cache       {self.folder}"]
-        if self.alignment != "same":
-            lines.append(
-                f"alignment   {self.alignment}; {self.share:.1%} of the targets have the "
-                "teacher's word"
-            )
-        if self.positions:
-            lines += [
-                f"positions   {self.positions:,} scored of "
-                f"{self.stream_bytes // self.record_bytes:,} in the stream; "
-                f"{self.record_bytes} bytes each, {self.stream_bytes:,} in all",
-                f"teacher     {self.teacher_nats:.4f} nats a token; {self.tail_mass:.1%} of its "
-                "mass outside the head",
-            ]
-        if self.sketch_bytes:
-            lines.append(
-                f"sketches    of {self.sketched:,} positions; {self.sketch_bytes} bytes each"
-            )
-        return "\n".join([*lines, f"time        {self.seconds:.0f} s"])
 
 
 def run(
@@ -114,7 +41,6 @@ def run(
     not finite.
     """
     config.check()
-    started = time.monotonic()
     dataset = open_dataset(config.data_path)
     if config.adapter is not None and find_encoder(config.teacher) is not None:
         raise UsageError(
@@ -123,7 +49,7 @@ def run(
     if is_endpoint(config.teacher) and config.adapter is None:
         return _run_endpoint(config, dataset, api_key, on_progress)
     if (encoder := find_encoder(config.teacher)) is not None:
-        return _run_encoder(config, dataset, encoder, started, on_progress)
+        return _run_encoder(config, dataset, encoder, on_progress)
     teacher = open_teacher(
         config.teacher,
         config.dtype,
@@ -151,9 +77,8 @@ def run(
         scorer = GroupScorer(teacher, way, config, fmt.head)
     else:
         scorer = DenseScorer(teacher, way, fmt, config, sketches, support)
-    _begin(config, _plan(config, dataset, teacher, fmt, scorer, sketches, kind_of(way)))
-    _write(config, dataset, scorer, on_progress)
-    return _summarise(config.output_dir, time.monotonic() - started)
+    plan = cache_plan(config, dataset, teacher, fmt, scorer, sketches, kind_of(way))
+    return write_cache(config, dataset, plan, scorer, on_progress)
 
 
 def _run_endpoint(
@@ -172,28 +97,12 @@ def _run_endpoint(
     teacher.require_scoring()
     require_tokenizer(dataset, teacher.tokenizer.fingerprint(), f"teacher {teacher.name}")
     scorer = EndpointScorer(teacher, fmt, config.max_seq_length)
-    return write_cache(config, dataset, teacher, fmt, scorer, on_progress)
-
-
-def write_cache(
-    config: CacheConfig,
-    dataset: Dataset,
-    teacher: Any,
-    fmt: CacheFormat,
-    scorer: Scorer,
-    on_progress: Listener,
-) -> CacheResult:
-    """Write the cache that `scorer` fills; `teacher` is named in the manifest by its fingerprint
-    and tokenizer's.
-    """
-    started = time.monotonic()
-    _begin(config, _plan(config, dataset, teacher, fmt, scorer))
-    _write(config, dataset, scorer, on_progress)
-    return _summarise(config.output_dir, time.monotonic() - started)
+    plan = cache_plan(config, dataset, teacher, fmt, scorer)
+    return write_cache(config, dataset, plan, scorer, on_progress)
 
 
 def _run_encoder(
-    config: CacheConfig, dataset: Dataset, folder: Path, started: float, on_progress: Listener
+    config: CacheConfig, dataset: Dataset, folder: Path, on_progress: Listener
 ) -> CacheResult:
     """Score with a teacher that gives hidden states only."""
     if not config.sketch_depths:
@@ -207,9 +116,8 @@ def _run_encoder(
     sketches = _sketches(config, teacher, alone=True)
     student = load_tokenizer(dataset.folder / "tokenizer")
     scorer = EncoderScorer(teacher, student, fmt, sketches, config)
-    _begin(config, _plan(config, dataset, teacher, fmt, scorer, sketches))
-    _write(config, dataset, scorer, on_progress)
-    return _summarise(config.output_dir, time.monotonic() - started)
+    plan = cache_plan(config, dataset, teacher, fmt, scorer, sketches)
+    return write_cache(config, dataset, plan, scorer, on_progress)
 
 
 def _sketches(
@@ -218,219 +126,3 @@ def _sketches(
     return SketchFormat.of(
         config.sketch_depths, teacher.num_layers, teacher.hidden_size, config.sketch_width, alone
     )
-
-
-def _write(config: CacheConfig, dataset: Dataset, scorer: Scorer, on_progress: Listener) -> None:
-    """Let the scorer fill every shard that is not there yet, then make the folder whole."""
-    shards = {
-        name: _cut(dataset.split(name), config.shard_positions)
-        for name in dataset.manifest["splits"]
-    }
-    total = sum(int(dataset.split(name).documents[-1]) for name in shards)
-    done = 0
-    listed: dict[str, list[dict[str, Any]]] = {}
-    for name, cuts in shards.items():
-        split = dataset.split(name)
-        listed[name] = []
-        for number, (first, last) in enumerate(cuts):
-            start, end = int(split.documents[first]), int(split.documents[last])
-            files = {plane: f"{name}/{number:05d}{suffix(plane)}" for plane in scorer.planes}
-            listed[name].append({"file": files[RECORDS], "start": start, "positions": end - start})
-            paths = {plane: config.output_dir / file for plane, file in files.items()}
-            sizes = {plane: (end - start) * item.itemsize for plane, item in scorer.planes.items()}
-            if not all(
-                path.is_file() and path.stat().st_size == sizes[plane]
-                for plane, path in paths.items()
-            ):
-                base = done
-
-                def tell(positions: int, base: int = base) -> None:
-                    on_progress(Progress("cache", base + positions, total, "tokens"))
-
-                scratch = config.output_dir / name / f"{number:05d}.scratch"
-                scratch.parent.mkdir(exist_ok=True)
-                planes = scorer.shard(split, first, last, scratch, tell)
-                for plane, path in paths.items():
-                    with new_file(path) as partial:
-                        # tofile would lose the errno of a full disk
-                        partial.write_bytes(planes[plane].tobytes())
-                scratch.unlink(missing_ok=True)
-            done += end - start
-            on_progress(Progress("cache", done, total, "tokens"))
-    plan = read_json(config.output_dir / PLAN)
-    assert isinstance(plan, dict)
-    kept = {
-        f"{row['file'].removesuffix('.bin')}{suffix(p)}"
-        for rows in listed.values()
-        for row in rows
-        for p in scorer.planes
-    }
-    _remove_other_files(config.output_dir, kept)
-    content = {
-        "format": plan["format"],
-        "settings": plan["settings"],
-        "planes": sorted(scorer.planes),
-    }
-    content |= {"shards": listed, "dataset_path": str(config.data_path)}
-    covered = _covered(config.output_dir, dataset, listed, scorer)
-    content["alignment"] = plan.get("alignment", {"kind": "same"}) | covered
-    if SKETCH in plan:
-        content[SKETCH] = plan[SKETCH]
-    write_manifest(
-        config.output_dir, KIND, VERSION, to_dict(config), plan["inputs"], skip=(PLAN,), **content
-    )
-    (config.output_dir / PLAN).unlink()
-
-
-def _plan(
-    config: CacheConfig,
-    dataset: Dataset,
-    teacher: DenseTeacher | EncoderTeacher,
-    fmt: CacheFormat,
-    scorer: Scorer,
-    sketches: SketchFormat | None = None,
-    alignment: str = "same",
-) -> dict[str, Any]:
-    settings = {k: v for k, v in to_dict(config).items() if k not in PLACES}
-    return {
-        "format": asdict(fmt),
-        "settings": settings,
-        "planes": {name: item.itemsize for name, item in scorer.planes.items()},
-        "inputs": {
-            "dataset": dataset.fingerprint,
-            "tokenizer": dataset.tokenizer_fingerprint,
-            "teacher": teacher.fingerprint,
-            "teacher_tokenizer": teacher.tokenizer.fingerprint(),
-        },
-        "alignment": {"kind": alignment},
-        **({} if sketches is None else {SKETCH: facts(sketches)}),
-    }
-
-
-def _begin(config: CacheConfig, plan: dict[str, Any]) -> None:
-    """Make the folder, or find that an unfinished cache of the very same plan stands there."""
-    folder, note = config.output_dir, config.output_dir / PLAN
-    if config.repair and not note.is_file():
-        reopen(folder, plan)
-    if config.force and (note.is_file() or _is_cache(folder)):
-        refuse_inside(folder, (config.teacher, config.data_path))
-        shutil.rmtree(folder)
-    if note.is_file():
-        found = read_json(note)
-        if other := differing(found, plan, ("format", "settings", "planes", "inputs")):
-            raise UsageError(
-                f"{folder} holds an unfinished cache made with another {', '.join(other)}. Run "
-                "the command that "
-                f"began it, choose another --output-dir, or add --force to begin anew"
-            )
-        return
-    if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
-        hint = "or add --force to replace it" if _is_cache(folder) else "it is not a cache"
-        raise UsageError(f"{folder} already holds something. Choose another --output-dir ({hint})")
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(note, plan)
-
-
-def _is_cache(folder: Path) -> bool:
-    manifest = read_json(folder / MANIFEST) if (folder / MANIFEST).is_file() else None
-    return isinstance(manifest, dict) and manifest.get("kind") == KIND
-
-
-def _remove_other_files(folder: Path, listed: set[str]) -> None:
-    """Drop what killed runs left: temporary files that no shard is called."""
-    for file in folder.glob("*/*"):
-        if file.is_file() and file.relative_to(folder).as_posix() not in listed:
-            file.unlink()
-
-
-def _cut(split: Split, shard_positions: int) -> list[tuple[int, int]]:
-    """Ranges of documents of about `shard_positions` tokens each."""
-    cuts, first, count = [], 0, len(split.documents) - 1
-    while first < count:
-        target = int(split.documents[first]) + shard_positions
-        last = int(np.searchsorted(split.documents, target, side="left"))
-        last = min(max(last, first + 1), count)
-        cuts.append((first, last))
-        first = last
-    return cuts
-
-
-def _summarise(folder: Path, seconds: float) -> CacheResult:
-    cache = Cache(folder)
-    alignment = cache.manifest["alignment"]
-    if alignment["kind"] == "prefixes":
-        return _summarise_groups(cache, seconds)
-    positions, size, nats, tail = 0, 0, 0.0, 0.0
-    for name in cache.manifest["shards"]:
-        split = cache.split(name)
-        if split is None:
-            continue
-        for records in split.maps:
-            size += records.nbytes
-            valid = records[(records["flags"] & 1) != 0]
-            positions += len(valid)
-            told = valid["log_label"].astype(np.float64)  # at the floor where it is not known
-            nats -= float(told[told > FP16_FLOOR].sum())
-            tail += (
-                float(np.exp(decode(valid, cache.format).log_tail.numpy()).sum(dtype=np.float64))
-                if len(valid)
-                else 0.0
-            )
-    sketched = sketch_bytes = 0
-    if SKETCH in cache.manifest:
-        planes = [CachedSketches(cache, name) for name in cache.manifest["shards"]]
-        sketched, sketch_bytes = (
-            sum(plane.count() for plane in planes),
-            planes[0].format.dtype.itemsize,
-        )
-    average, record_bytes = max(positions, 1), cache.format.dtype.itemsize
-    return CacheResult(
-        folder,
-        positions,
-        size,
-        record_bytes,
-        nats / average,
-        tail / average,
-        seconds,
-        sketched,
-        sketch_bytes,
-        alignment["kind"],
-        alignment["covered"] / max(alignment["targets"], 1),
-    )
-
-
-def _summarise_groups(cache: Cache, seconds: float) -> CacheResult:
-    splits = [group_maps(cache, name) for name in cache.manifest["shards"]]
-    counts = np.array([count_groups(maps) for maps in splits]).sum(axis=0)
-    alignment, size = (
-        cache.manifest["alignment"],
-        sum(shard.nbytes for maps in splits for shard in maps),
-    )
-    return CacheResult(
-        cache.folder,
-        int(counts[0]),
-        size,
-        splits[0][0].dtype.itemsize,
-        -counts[1] / max(counts[2], 1),
-        0.0,
-        seconds,
-        alignment="prefixes",
-        share=alignment["covered"] / max(alignment["targets"], 1),
-    )
-
-
-def _covered(
-    folder: Path, dataset: Dataset, listed: dict[str, list[dict[str, Any]]], scorer: Scorer
-) -> dict[str, int]:
-    """How many positions count as targets, and of how many of them the records say something."""
-    item = scorer.planes[RECORDS]
-    files = [
-        np.memmap(folder / row["file"], dtype=item, mode="r")
-        for rows in listed.values()
-        for row in rows
-    ]
-    targets = sum(dataset.manifest["splits"][name]["targets"] for name in listed)
-    return {
-        "targets": targets,
-        "covered": sum(int(np.count_nonzero(file["flags"] & VALID)) for file in files),
-    }

@@ -48,7 +48,7 @@ COMMANDS = {
     ),
     "pretrain": Command(
         "train a model on text, without a teacher",
-        "distill.config:PretrainConfig",
+        "train.config:PretrainConfig",
         "train.run:run",
     ),
     "adapt": Command(
@@ -81,7 +81,7 @@ COMMANDS = {
         "diagnose",
     ),
     "distill": Command(
-        "train a student from a teacher", "distill.config:DistillConfig", "train.run:run"
+        "train a student from a teacher", "distill.config:DistillConfig", "distill.run:run"
     ),
     "onpolicy": Command(
         "train a student on texts it writes itself, scored by a teacher",

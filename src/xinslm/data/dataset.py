@@ -100,10 +100,10 @@ def _map(path: Path, dtype: np.dtype) -> np.ndarray:
     return np.memmap(path, dtype, mode="r") if path.stat().st_size else np.empty(0, dtype)
 
 
-def open_dataset(folder: Path) -> Dataset:
-    """Open a folder that `xinslm prepare` made, after checking that it is one and is complete."""
+def open_dataset(folder: Path, check_hashes: bool = True) -> Dataset:
+    """Open a folder that `xinslm prepare` made, after checking that it is complete and intact."""
     folder = Path(folder)
-    manifest = read_manifest(folder, KIND, VERSION, "xinslm prepare")
+    manifest = read_manifest(folder, KIND, VERSION, "xinslm prepare", check_hashes=check_hashes)
     if damage := _damage(manifest):
         raise XinslmError(
             f"{folder / MANIFEST}: {damage}. Make the dataset anew with `xinslm prepare`"

@@ -28,7 +28,8 @@ from xinslm.data.read import ReadOptions, read_documents
 from xinslm.data.records import Document
 from xinslm.data.writer import SplitWriter
 from xinslm.errors import UsageError, XinslmError
-from xinslm.files import new_folder, refuse_existing, refuse_inside, write_manifest
+from xinslm.files import write_manifest
+from xinslm.folders import new_folder, refuse_existing, refuse_inside
 from xinslm.progress import Listener, Progress, ignore
 
 if TYPE_CHECKING:

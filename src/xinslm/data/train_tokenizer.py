@@ -12,7 +12,8 @@ from pathlib import Path
 
 from xinslm.config import to_dict
 from xinslm.errors import UsageError
-from xinslm.files import new_folder, refuse_existing, refuse_inside, write_manifest
+from xinslm.files import write_manifest
+from xinslm.folders import new_folder, refuse_existing, refuse_inside
 from xinslm.progress import Listener, Progress, ignore
 from xinslm.tokenizer.bpe import DEFAULT_SPECIAL_TOKENS, BPETokenizer
 from xinslm.tokenizer.config import TrainConfig

@@ -12,7 +12,8 @@ from pathlib import Path
 
 from xinslm.demo.config import DemoConfig
 from xinslm.errors import XinslmError
-from xinslm.files import read_json, refuse_existing
+from xinslm.files import read_json
+from xinslm.folders import refuse_existing
 
 TEACHER = "--hidden-size 128 --num-layers 6 --num-heads 4 --num-kv-heads 2 --intermediate-size 384"
 STUDENT = "--hidden-size 64 --num-layers 4 --num-heads 2 --num-kv-heads 1 --intermediate-size 192"

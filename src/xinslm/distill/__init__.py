@@ -1,1 +1,1 @@
-"""Losses, the teacher cache, and the one training loop."""
+"""Distillation: teacher targets and hidden-state losses for the training loop."""

@@ -11,6 +11,7 @@ whatever trains the model.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,25 +22,12 @@ from xinslm.cache.entries import Cache
 from xinslm.cache.projected_states import CachedSketches, HiddenSource, depth_at, rms_normalise
 from xinslm.data.dataset import Dataset
 from xinslm.data.packing import Batch
-from xinslm.distill.auxiliary_config import ContrastConfig, HiddenConfig
-from xinslm.distill.config import DistillConfig, PretrainConfig
+from xinslm.distill.config import DistillConfig
 from xinslm.distill.contrast import draw_places, info_nce
 from xinslm.distill.matching import linear_cka, projected_error
 from xinslm.files import manifest_fingerprint
 from xinslm.model.config import ModelConfig
-
-Figures = dict[str, tuple[float, int]]
-"""Name of a term -> its sum over positions without the weight, and how many positions there
-were.
-"""
-
-
-def add_figures(a: Figures, b: Figures) -> Figures:
-    """Figures of two micro-batches together."""
-    return {
-        name: (a.get(name, (0.0, 0))[0] + x, a.get(name, (0.0, 0))[1] + n)
-        for name, (x, n) in b.items()
-    } | {name: figure for name, figure in a.items() if name not in b}
+from xinslm.train.interfaces import Figures
 
 
 @dataclass(frozen=True)
@@ -54,21 +42,19 @@ class Pair:
 
 
 class Auxiliary:
-    """Losses on the hidden states of a student with `num_layers` blocks of width `hidden_size`."""
+    """Losses on the hidden states of a student; an `AuxiliaryLoss`."""
 
     def __init__(
         self,
-        hidden: HiddenConfig,
-        contrast: ContrastConfig,
+        config: DistillConfig,
         source: HiddenSource,
-        num_layers: int,
-        hidden_size: int,
+        student: ModelConfig,
         total_steps: int,
-        seed: int,
-        betas: tuple[float, float],
         device: torch.device,
     ) -> None:
-        self.hidden, self.contrast, self.source, self.seed = hidden, contrast, source, seed
+        hidden, contrast = config.hidden, config.contrast
+        num_layers, hidden_size = student.num_hidden_layers, student.hidden_size
+        self.hidden, self.contrast, self.source, self.seed = hidden, contrast, source, config.seed
         self.total_steps = total_steps
         shares = hidden.depths if hidden.weight else ()
         mapped = hidden.kind == "projector"
@@ -86,13 +72,15 @@ class Auxiliary:
             self.contrasted = Pair(
                 depth_at(contrast.depth, num_layers), column, len(shares) if mapped else 0
             )
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator().manual_seed(config.seed)
         count = (len(shares) if mapped else 0) + (self.contrasted is not None)
         shape = (count, source.format.width, hidden_size)
         drawn = torch.randn(shape, generator=generator) / math.sqrt(hidden_size)
         self.matrices = [nn.Parameter(matrix.to(device)) for matrix in drawn]
         self.optimizer = (
-            torch.optim.AdamW(self.matrices, lr=0.0, betas=betas, weight_decay=0.0)
+            torch.optim.AdamW(
+                self.matrices, lr=0.0, betas=(config.beta1, config.beta2), weight_decay=0.0
+            )
             if self.matrices
             else None
         )
@@ -230,48 +218,31 @@ class Auxiliary:
                 }
 
 
-def hidden_shares(config: DistillConfig) -> tuple[float, ...]:
-    """Relative depths that the losses with a weight need; none when both are off."""
-    matched = config.hidden.depths if config.hidden.weight else ()
-    return tuple(sorted({*matched, config.contrast.depth})) if config.contrast.weight else matched
+def auxiliary_maker(
+    config: DistillConfig, source: HiddenSource | None
+) -> Callable[[ModelConfig, int, torch.device], Auxiliary] | None:
+    """Makes the losses on hidden states of a run from (student, total steps, device)."""
+    if source is None:
+        return None
+
+    def make(student: ModelConfig, total_steps: int, device: torch.device) -> Auxiliary:
+        return Auxiliary(config, source, student, total_steps, device)
+
+    return make
 
 
-def find_sketches(
+def find_hidden_source(
     config: DistillConfig, dataset: Dataset, teacher: HiddenSource | Cache
 ) -> tuple[HiddenSource | None, tuple[tuple[str, str], ...]]:
     """Where the teacher's hidden states come from, and the fingerprint of a cache that is given for
-    them alone.
+    them alone; None if no loss needs any.
 
-    None where no loss needs any. `teacher` is the live teacher or its cache; `config.sketches` goes
-    before it.
+    `teacher` is the live teacher or its cache; `config.sketches` takes precedence.
     """
-    if not hidden_shares(config):
+    if not config.hidden_depths():
         return None, ()
     if config.sketches is None:
         return CachedSketches(teacher, "train") if isinstance(teacher, Cache) else teacher, ()
-    beside = Cache(config.sketches)
-    beside.require_dataset(dataset.fingerprint, dataset.folder)
-    return CachedSketches(beside, "train"), (("sketches", manifest_fingerprint(beside.folder)),)
-
-
-def make_auxiliary(
-    config: PretrainConfig,
-    source: HiddenSource | None,
-    student: ModelConfig,
-    total_steps: int,
-    device: torch.device,
-) -> Auxiliary | None:
-    """The losses on hidden states of a run; None where it has none."""
-    if source is None or not isinstance(config, DistillConfig):
-        return None
-    return Auxiliary(
-        config.hidden,
-        config.contrast,
-        source,
-        student.num_hidden_layers,
-        student.hidden_size,
-        total_steps,
-        config.seed,
-        (config.beta1, config.beta2),
-        device,
-    )
+    cache = Cache(config.sketches)
+    cache.require_dataset(dataset.fingerprint, dataset.folder)
+    return CachedSketches(cache, "train"), (("sketches", manifest_fingerprint(cache.folder)),)

@@ -1,13 +1,12 @@
 """Configuration of the losses on hidden states, which stand beside the head's in `distill`."""
 
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Literal
 
+from xinslm.cache.config import DEPTH, depth_errors
 from xinslm.ranges import POSITIVE, Range, range_errors
 
 UNTIL = Range(0, 1, above=True)
-DEPTH = Range(0, 1, above=True)
 _HIDDEN = {"weight": Range(0), "until": UNTIL}
 _CONTRAST = {
     "weight": Range(0),
@@ -16,20 +15,6 @@ _CONTRAST = {
     "positions": Range(2, 65_536),
     "until": UNTIL,
 }
-
-
-def depth_errors(depths: tuple[float, ...], name: str) -> list[str]:
-    """What is wrong with relative depths: each must be above 0 and at most 1, and they must
-    rise.
-    """
-    wrong = [
-        f"{name} has {d}, but each must be {problem}"
-        for d in depths
-        if (problem := DEPTH.problem(d))
-    ]
-    if not wrong and any(a >= b for a, b in pairwise(depths)):
-        wrong.append(f"{name} must rise from one to the next: {' '.join(map(str, depths))}")
-    return wrong
 
 
 @dataclass(frozen=True)

@@ -1,181 +1,12 @@
-"""Configuration of `pretrain` and `distill`; the cache's and the losses' are beside it."""
+"""Settings of `distill`."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal
 
-import tyro
-
-from xinslm.cache.config import CONTEXT, Device, Dtype
 from xinslm.distill.auxiliary_config import ContrastConfig, HiddenConfig
-from xinslm.errors import UsageError
 from xinslm.losses.config import LossConfig
-from xinslm.ranges import POSITIVE, SEED, SHARE, Range, range_errors
-
-_SIZES = (
-    "vocab_size",
-    "hidden_size",
-    "num_layers",
-    "num_heads",
-    "num_kv_heads",
-    "head_dim",
-    "intermediate_size",
-    "sliding_window",
-)
-_TRAINING = {
-    **dict.fromkeys(_SIZES, Range(1)),
-    "max_seq_length": CONTEXT,
-    "batch_size": Range(1, 1_000_000),
-    "num_epochs": POSITIVE,
-    "max_steps": Range(1),
-    "learning_rate": POSITIVE,
-    "warmup_fraction": SHARE,
-    "decay_fraction": SHARE,
-    "weight_decay": Range(0),
-    "beta1": Range(0, 1, below=True),
-    "beta2": Range(0, 1, below=True),
-    "clip_norm": Range(0),
-    "validate_every": Range(1),
-    "validation_rows": Range(0),
-    "save_every": Range(1),
-    "log_every": Range(1),
-    "seed": SEED,
-}
-
-
-def step_errors(
-    batch_size: int, micro_batch_size: int | None, warmup: float, decay: float
-) -> list[str]:
-    """What is wrong between the settings of a step's size and of the learning rate's course."""
-    wrong = []
-    if micro_batch_size is not None and (micro_batch_size < 1 or batch_size % micro_batch_size):
-        wrong.append(f"micro_batch_size ({micro_batch_size}) must divide batch_size ({batch_size})")
-    if warmup + decay > 1:
-        wrong.append(
-            f"warmup_fraction ({warmup}) and decay_fraction ({decay}) must not add up to "
-            "more than 1"
-        )
-    return wrong
-
-
-@dataclass(frozen=True, kw_only=True)
-class PretrainConfig:
-    """Train a model on text, without a teacher."""
-
-    data_path: Path
-    """Dataset folder made by `xinslm prepare`, or raw text, which is then prepared into the run
-    folder.
-    """
-    output_dir: Annotated[Path, tyro.conf.arg(aliases=["-o"])]
-    """Run folder to write; a run that was interrupted continues there."""
-    tokenizer_path: Path | None = None
-    """Tokenizer for raw text: its folder, a model or run folder, or a Hub name; without one, one is
-    trained on it.
-    """
-    init_from: Path | None = None
-    """Model folder whose weights to start from; its shape is used."""
-    preset: Literal["1m", "10m", "135m", "360m", "1b"] = "1m"
-    """Shape of the model, by parameters; the fields below change single sizes of it."""
-    vocab_size: int | None = None
-    """Vocabulary of a tokenizer trained on the way (8192 if not given)."""
-    hidden_size: int | None = None
-    """Width of the residual stream."""
-    num_layers: int | None = None
-    """Decoder blocks."""
-    num_heads: int | None = None
-    """Query heads."""
-    num_kv_heads: int | None = None
-    """Key and value heads (GQA)."""
-    head_dim: int | None = None
-    """Width of a head; hidden_size / num_heads where one of these is given."""
-    intermediate_size: int | None = None
-    """Width of the feed-forward."""
-    tie_word_embeddings: bool = True
-    """Use the embedding as output head."""
-    sliding_window: int | None = None
-    """Tokens each token sees; all, if not given."""
-    max_seq_length: int = 512
-    """Tokens in a packed row; the model's context."""
-    batch_size: int = 8
-    """Rows in an optimiser step."""
-    micro_batch_size: int | None = None
-    """Rows in one forward pass; the step accumulates over them. All, if not given."""
-    num_epochs: float = 1.0
-    """Passes over the training split."""
-    max_steps: int | None = None
-    """Optimiser steps, instead of epochs."""
-    learning_rate: float = 2e-3
-    """Peak of the warm-up-stable-decay schedule."""
-    warmup_fraction: float = 0.05
-    """Share of the steps in which the rate rises from 0."""
-    decay_fraction: float = 0.3
-    """Share of the steps in which it falls linearly to 0."""
-    weight_decay: float = 0.1
-    """The optimiser's, on matrices only."""
-    beta1: float = 0.9
-    """AdamW's decay of the first moment."""
-    beta2: float = 0.95
-    """AdamW's decay of the second moment."""
-    clip_norm: float = 1.0
-    """Longest gradient, as its L2 norm; 0 for no limit."""
-    validate_every: int = 100
-    """Steps between validations; there is one at the end in any case."""
-    validation_rows: int = 64
-    """Packed validation rows to use at most; 0 for all."""
-    save_every: int = 200
-    """Steps between checkpoints; there is one at the end and on Ctrl-C in any case."""
-    log_every: int = 10
-    """Steps between lines of metrics.jsonl."""
-    optimizer: Literal["adamw", "adamw8bit", "muon"] = "adamw"
-    """adamw8bit keeps its moments in a quarter of the memory; muon takes the hidden matrices, AdamW
-    the rest.
-    """
-    weights: Literal["float32", "bfloat16"] = "float32"
-    """Type the matrices are stored in; bfloat16 halves their memory, and their updates are rounded
-    stochastically.
-    """
-    step_in_backward: bool = False
-    """Step each weight inside the backward pass and free its gradient: no memory for gradients, no
-    micro-batches; clip_norm then acts on the norm of the step before, or on that of the gradients
-    that have come, if it is larger."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """Number type of the forward pass's products."""
-    device: Device = "auto"
-    """Where to train; auto takes cuda, then mps, then cpu."""
-    checkpointing: bool = False
-    """Compute activations a second time in the backward pass to save memory."""
-    compile: bool = False
-    """Compile the forward pass with torch.compile: needs a C++ compiler, and minutes before the
-    first step.
-    """
-    seed: int = 0
-    """Seed of the starting weights and of the order of rows."""
-    force: bool = False
-    """Replace what stands in the run folder."""
-
-    def errors(self) -> list[str]:
-        """What cannot work, a sentence each."""
-        wrong = range_errors(self, _TRAINING)
-        wrong += step_errors(
-            self.batch_size, self.micro_batch_size, self.warmup_fraction, self.decay_fraction
-        )
-        if self.step_in_backward and self.micro_batch_size not in (None, self.batch_size):
-            wrong.append(
-                "step_in_backward frees each gradient at once, so nothing can accumulate over "
-                "micro-batches: drop "
-                "micro_batch_size and take a smaller batch_size, or drop step_in_backward"
-            )
-        if self.vocab_size is not None and self.tokenizer_path is not None:
-            wrong.append(
-                "vocab_size is for a tokenizer trained on the way, tokenizer_path gives "
-                "one: drop one of them"
-            )
-        return wrong
-
-    def check(self) -> None:
-        """Raise UsageError listing everything that cannot work."""
-        if wrong := self.errors():
-            raise UsageError("\n".join(wrong))
+from xinslm.ranges import Dtype
+from xinslm.train.config import PretrainConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -221,3 +52,20 @@ class DistillConfig(PretrainConfig):
                 "`xinslm pretrain`"
             )
         return wrong
+
+    def text_tokenizer(self) -> Path | None:
+        """Tokenizer for raw text: by default the live teacher's."""
+        if self.tokenizer_path is None and self.teacher is not None:
+            return Path(self.teacher)
+        return self.tokenizer_path
+
+    def prepared_only(self) -> str | None:
+        """Why `data_path` must be a prepared dataset; None if raw text will do."""
+        return None if self.cache is None else "--cache needs the dataset that was cached"
+
+    def hidden_depths(self) -> tuple[float, ...]:
+        """Relative depths that the losses on hidden states need; none if they are off."""
+        matched = self.hidden.depths if self.hidden.weight else ()
+        if not self.contrast.weight:
+            return matched
+        return tuple(sorted({*matched, self.contrast.depth}))

@@ -2,7 +2,6 @@
 to fit.
 """
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,49 +10,37 @@ import torch
 from xinslm.alignment.byte_prefix import byte_order
 from xinslm.cache.bucket_entries import CachedGroups
 from xinslm.cache.entries import Cache
-from xinslm.cache.projected_states import SKETCH, HiddenSource
+from xinslm.cache.projected_states import SKETCH
 from xinslm.data.dataset import Dataset
-from xinslm.distill.auxiliary import find_sketches, hidden_shares
-from xinslm.distill.config import DistillConfig, PretrainConfig
-from xinslm.distill.target_sources import CachedTargets, LiveTargets, TargetSource
+from xinslm.distill.auxiliary import auxiliary_maker, find_hidden_source
+from xinslm.distill.config import DistillConfig
+from xinslm.distill.target_sources import CachedTargets, LiveTargets
 from xinslm.errors import UsageError
 from xinslm.files import manifest_fingerprint
-from xinslm.losses.config import LossConfig
 from xinslm.model.files import require_context
 from xinslm.progress import Listener
 from xinslm.teachers.encoder import find_encoder
 from xinslm.teachers.endpoint import is_endpoint
 from xinslm.teachers.open import open_teacher, teacher_fingerprint
 from xinslm.tokenizer.load import load_tokenizer
+from xinslm.train.config import PretrainConfig
+from xinslm.train.interfaces import Supervision
 
 
-@dataclass(frozen=True)
-class Teaching:
-    """Loss and sources of teacher distributions; none in pre-training."""
-
-    loss: LossConfig
-    train: TargetSource | None = None
-    validation: TargetSource | None = None
-    hidden: HiddenSource | None = None
-    inputs: tuple[tuple[str, str], ...] = ()
-    warnings: tuple[str, ...] = ()
-
-
-def find_teaching(
+def find_supervision(
     config: PretrainConfig, dataset: Dataset, device: torch.device, on_progress: Listener
-) -> Teaching:
-    """What `config` learns from: a cache, a live teacher, or the text alone.
+) -> Supervision:
+    """What `config` learns from: a cache or a live teacher.
 
-    Raises UsageError where teacher, cache, dataset and loss do not fit each other.
+    Raises UsageError if teacher, cache, dataset and loss do not fit each other.
     """
-    if not isinstance(config, DistillConfig):
-        return Teaching(LossConfig(alpha=1.0, beta=0.0))
+    assert isinstance(config, DistillConfig)
     if config.cache is None:
         return _live(config, dataset, device)
     return _cached(config, dataset, config.cache, on_progress)
 
 
-def _live(config: DistillConfig, dataset: Dataset, device: torch.device) -> Teaching:
+def _live(config: DistillConfig, dataset: Dataset, device: torch.device) -> Supervision:
     assert config.teacher is not None, "DistillConfig.check sees to it"
     if find_encoder(config.teacher) is not None:
         raise UsageError(
@@ -78,23 +65,25 @@ def _live(config: DistillConfig, dataset: Dataset, device: torch.device) -> Teac
             "maps nested ones"
         )
     require_context(config.max_seq_length, teacher.max_length, f"teacher {config.teacher}")
-    source = LiveTargets(teacher, hidden_shares(config))
-    hidden, inputs = find_sketches(config, dataset, source)
-    return Teaching(
-        config.loss, source, source, hidden, (("teacher", teacher.fingerprint), *inputs)
+    source = LiveTargets(teacher, config.hidden_depths())
+    hidden, inputs = find_hidden_source(config, dataset, source)
+    auxiliary = auxiliary_maker(config, hidden)
+    return Supervision(
+        config.loss, source, source, auxiliary, (("teacher", teacher.fingerprint), *inputs)
     )
 
 
 def _cached(
     config: DistillConfig, dataset: Dataset, folder: Path, on_progress: Listener
-) -> Teaching:
+) -> Supervision:
     cache, loss, warnings = Cache(folder), config.loss, []
     cache.require_dataset(dataset.fingerprint, dataset.folder)
     cache.verify(on_progress)
     if config.teacher is not None:
         cache.require_teacher(_teachers_fingerprint(config.teacher), config.teacher)
-    hidden, inputs = find_sketches(config, dataset, cache)
+    hidden, inputs = find_hidden_source(config, dataset, cache)
     inputs = (("cache", manifest_fingerprint(folder)), *inputs)
+    auxiliary = auxiliary_maker(config, hidden)
     if cache.manifest.get(SKETCH, {}).get("alone"):
         if hidden is None:
             raise UsageError(
@@ -107,7 +96,9 @@ def _cached(
             f"cache {folder} predicts no tokens: the weight loss.beta ({loss.beta}) goes to the "
             "cross-entropy"
         )
-        return Teaching(loss, hidden=hidden, inputs=inputs, warnings=(note,) if loss.beta else ())
+        return Supervision(
+            loss, make_auxiliary=auxiliary, inputs=inputs, warnings=(note,) if loss.beta else ()
+        )
     if loss.temperature_mode == "full" and loss.temperature not in (1.0, cache.format.temperature):
         raise UsageError(
             f"loss.temperature is {loss.temperature} in mode full, but cache {folder} stores the "
@@ -132,13 +123,13 @@ def _cached(
     if kind == "prefixes":
         order = byte_order(load_tokenizer(dataset.folder / "tokenizer"))
         of_split = {name: CachedGroups(cache, name, order) for name in cache.manifest["shards"]}
-        return Teaching(
-            loss, of_split["train"], of_split.get("validation"), hidden, inputs, tuple(warnings)
+        return Supervision(
+            loss, of_split["train"], of_split.get("validation"), auxiliary, inputs, tuple(warnings)
         )
     records, held_out = cache.split("train"), cache.split("validation")
     assert records is not None, "every dataset has a train split"
     sources = CachedTargets(records), CachedTargets(held_out) if held_out is not None else None
-    return Teaching(loss, *sources, hidden, inputs, tuple(warnings))
+    return Supervision(loss, *sources, auxiliary, inputs, tuple(warnings))
 
 
 def _teachers_fingerprint(name: str) -> str:

@@ -3,7 +3,6 @@ the same rows.
 """
 
 from collections.abc import Sequence
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -17,16 +16,6 @@ from xinslm.teachers.local import batches_by_length
 
 BATCH_TOKENS = 8192
 """Tokens of one forward pass of a live teacher."""
-
-
-class TargetSource(Protocol):
-    """Gives the teacher's word on chosen positions of a batch."""
-
-    def targets(self, batch: Batch, chosen: np.ndarray, device: torch.device) -> Targets:
-        """Distributions for the positions `chosen`, indices into the flattened (rows * row_length)
-        batch.
-        """
-        ...
 
 
 class CachedTargets:

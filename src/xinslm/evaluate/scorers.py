@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from xinslm.errors import UsageError
-from xinslm.inference.torch_engine import check_vocabulary, load_transformer
-from xinslm.model.files import is_own, resolve_model, weight_files
+from xinslm.inference.torch_engine import load_transformer
+from xinslm.model.files import check_vocabulary, is_own, resolve_model, weight_files
 from xinslm.model.transformer import Transformer
 
 if TYPE_CHECKING:

@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from xinslm.errors import UsageError, XinslmError
+from xinslm.errors import UsageError
 from xinslm.inference.engine import common_prefix
-from xinslm.model.files import load_model, resolve_model
+from xinslm.model.files import check_vocabulary, load_model, resolve_model
 from xinslm.model.transformer import KVCache, Transformer
+from xinslm.quantize.canonical import is_quantized, load_quantized
 
 if TYPE_CHECKING:
     from xinslm.tokenizer.base import Tokenizer
@@ -24,20 +25,8 @@ FIRST_CACHE_TOKENS = 256
 
 def load_transformer(path: Path | str, dtype: torch.dtype = torch.float32) -> Transformer:
     """Load the student from a model, run or canonical 4-bit folder, or a Hub name."""
-    from xinslm.quantize.canonical import is_quantized, load_quantized
-
     folder = resolve_model(path)
     return load_quantized(folder, dtype) if is_quantized(folder) else load_model(folder, dtype)
-
-
-def check_vocabulary(rows: int, tokenizer: "Tokenizer", name: str) -> None:
-    """Raise XinslmError if the tokenizer has ids that the model has no rows for."""
-    if tokenizer.vocab_size > rows:
-        raise XinslmError(
-            f"{name}: the tokenizer beside the model has {tokenizer.vocab_size:,} ids, the model "
-            "only "
-            f"{rows:,} rows; the tokenizer belongs to another model"
-        )
 
 
 class TorchEngine:

@@ -206,3 +206,13 @@ def model_fingerprint(folder: Path) -> str:
     folder = Path(folder)
     files = [folder / "config.json", *weight_files(folder)]
     return sha256_json([[os.path.basename(file), sha256_file(file)] for file in files])
+
+
+def check_vocabulary(rows: int, tokenizer: Any, name: str) -> None:
+    """Raise XinslmError if the tokenizer has ids that the model has no rows for."""
+    if tokenizer.vocab_size > rows:
+        raise XinslmError(
+            f"{name}: the tokenizer beside the model has {tokenizer.vocab_size:,} ids, the model "
+            "only "
+            f"{rows:,} rows; the tokenizer belongs to another model"
+        )

@@ -5,8 +5,9 @@ against.
 from dataclasses import dataclass
 from pathlib import Path
 
-from xinslm.distill.config import DistillConfig, PretrainConfig
+from xinslm.distill.config import DistillConfig
 from xinslm.ranges import POSITIVE, Range, range_errors
+from xinslm.train.config import PretrainConfig
 
 _PLAN = {
     "memory": POSITIVE,

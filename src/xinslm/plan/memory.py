@@ -13,8 +13,8 @@ compares with measured peaks.
 
 from dataclasses import dataclass
 
-from xinslm.distill.config import PretrainConfig
 from xinslm.model.config import ModelConfig
+from xinslm.train.config import PretrainConfig
 
 RUNTIME_GIB = 0.5
 """Python, PyTorch and transformers, loaded and idle."""

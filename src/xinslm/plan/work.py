@@ -10,9 +10,9 @@ that stands beside it.
 import time
 from dataclasses import dataclass
 
-from xinslm.distill.config import PretrainConfig
 from xinslm.model.config import ModelConfig
 from xinslm.plan.memory import matrices
+from xinslm.train.config import PretrainConfig
 
 NEWTON_SCHULZ_STEPS = 5
 

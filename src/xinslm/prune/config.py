@@ -6,9 +6,8 @@ from typing import Annotated, Literal
 
 import tyro
 
-from xinslm.cache.config import Device
 from xinslm.errors import UsageError
-from xinslm.ranges import POSITIVE, SEED, Range, range_errors
+from xinslm.ranges import POSITIVE, SEED, Device, Range, range_errors
 
 _RANGES = {
     **dict.fromkeys(

@@ -22,7 +22,8 @@ from xinslm.data.dataset import Dataset, open_dataset
 from xinslm.data.packing import PackedRows
 from xinslm.device import pick_device
 from xinslm.errors import UsageError, XinslmError
-from xinslm.files import new_folder, refuse_existing, refuse_inside, write_manifest
+from xinslm.files import write_manifest
+from xinslm.folders import new_folder, refuse_existing, refuse_inside
 from xinslm.model.config import ModelConfig
 from xinslm.model.files import load_model, model_fingerprint, save_model
 from xinslm.model.transformer import Transformer

@@ -16,10 +16,16 @@ import torch
 from xinslm.config import to_dict
 from xinslm.data.packing import Batch
 from xinslm.errors import UsageError
-from xinslm.files import new_folder, refuse_existing, refuse_inside, write_manifest
-from xinslm.inference.torch_engine import check_vocabulary
+from xinslm.files import write_manifest
+from xinslm.folders import new_folder, refuse_existing, refuse_inside
 from xinslm.model.config import ModelConfig
-from xinslm.model.files import WEIGHTS, load_config, model_fingerprint, resolve_model
+from xinslm.model.files import (
+    WEIGHTS,
+    check_vocabulary,
+    load_config,
+    model_fingerprint,
+    resolve_model,
+)
 from xinslm.progress import Listener, ignore
 from xinslm.quantize.calibration import read_rows
 from xinslm.quantize.canonical import KIND, VERSION, is_quantized

@@ -13,9 +13,9 @@ making the validation text likelier), `last` the newest checkpoint.
 
 import gc
 import math
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,28 +25,21 @@ from xinslm.cache import score
 from xinslm.cache.config import CacheConfig
 from xinslm.cache.entries import Cache
 from xinslm.cache.support import TEACHERS
-from xinslm.config import to_dict, to_yaml
+from xinslm.config import to_dict
 from xinslm.data.dataset import Dataset, open_dataset, require_tokenizer
 from xinslm.data.packing import PackedRows
 from xinslm.device import pick_device
 from xinslm.distill.target_sources import CachedTargets
 from xinslm.errors import UsageError
-from xinslm.files import (
-    MANIFEST,
-    manifest_fingerprint,
-    new_folder,
-    read_json,
-    refuse_inside,
-    remove_partials,
-    write_json,
-    write_text,
-)
+from xinslm.files import MANIFEST, manifest_fingerprint, read_json, write_json
+from xinslm.folders import locked, remove_partials
 from xinslm.inference.batch import generate_batch
 from xinslm.inference.torch_engine import load_transformer
 from xinslm.model.files import (
     load_config,
     load_model,
     model_fingerprint,
+    read_tensors,
     require_context,
     resolve_model,
 )
@@ -57,24 +50,14 @@ from xinslm.teachers.endpoint import is_endpoint
 from xinslm.teachers.open import teacher_fingerprint, teacher_tokenizer
 from xinslm.tokenizer.chat import end_ids
 from xinslm.tokenizer.load import load_tokenizer
-from xinslm.train.checkpoint import TrainingState, load_checkpoint, prune, save_checkpoint
-from xinslm.train.inputs import differing_keys
-from xinslm.train.loop import Trainer, learning_rate, rows_of_step, train
-from xinslm.train.row_sampler import RowPlan, Source
-from xinslm.train.run import CONFIG, RUN
-from xinslm.train.run_log import METRICS, RunLog, cut_metrics
+from xinslm.train.checkpoint import CHECKPOINTS, TrainingState, last_checkpoint, read_state
+from xinslm.train.loop import Trainer, learning_rate, train
+from xinslm.train.packed import PackedObjective, validation_rows
+from xinslm.train.recorder import RunRecorder, resume
+from xinslm.train.row_sampler import RowPlan, Source, rows_of_step
+from xinslm.train.run import claim_run, note_facts, write_model
 
 ROUND = "round.json"
-INDIFFERENT = (
-    "force",
-    "output_dir",
-    "log_every",
-    "save_every",
-    "micro_batch_size",
-    "checkpointing",
-    "device",
-)
-"""Settings that a continued run may change: they do not change what is computed."""
 PATHS = ("student", "teacher", "prompts", "mix_data", "mix_cache")
 
 
@@ -119,15 +102,27 @@ def run(config: OnPolicyConfig, on_progress: Listener = ignore) -> OnPolicyResul
     """Train in rounds.
 
     Raises UsageError where student, teacher, prompts and mixed-in data do not fit each other or the
-    run folder holds something else; `loop.Interrupted` (after a checkpoint) on Ctrl-C while the
+    run folder holds something else; Interrupted (after a checkpoint) on Ctrl-C while the
     student learns.
     """
     config.check()
-    inputs = _open(config)
-    _begin(inputs)
-    if inputs.prompts.skipped:
-        note = f"{inputs.prompts.skipped:,} documents give no prompt that fits and are left out"
-        on_progress(Progress("onpolicy", note=note))
+    with locked(config.output_dir):
+        with claim_run(config, "onpolicy", PATHS):
+            inputs = _open(config)
+            note_facts(config.output_dir, _fingerprints(inputs))
+            if _is_done(inputs, config.rounds - 1):
+                raise UsageError(
+                    f"{config.output_dir} already holds this run, finished. Choose another "
+                    "--output-dir, or add --force to replace it"
+                )
+        if inputs.prompts.skipped:
+            note = f"{inputs.prompts.skipped:,} documents give no prompt that fits and are left out"
+            on_progress(Progress("onpolicy", note=note))
+        return _run_rounds(inputs, on_progress)
+
+
+def _run_rounds(inputs: _Inputs, on_progress: Listener) -> OnPolicyResult:
+    config = inputs.config
     state = TrainingState()
     texts = tokens = 0
     for number in range(config.rounds):
@@ -187,44 +182,10 @@ def _require_teacher(config: OnPolicyConfig, tokenizer: Any) -> None:
         )
 
 
-def _begin(inputs: _Inputs) -> None:
-    """Make the run folder, or find that the same run stands there, unfinished."""
-    config = inputs.config
-    folder = config.output_dir
-    found = read_json(folder / RUN) if (folder / RUN).is_file() else {}
-    ours = isinstance(found, dict) and found.get("command") == "onpolicy"
-    if ours and config.force:
-        refuse_inside(folder, (getattr(config, name) for name in PATHS))
-        shutil.rmtree(folder)
-        ours = False
-    facts = _facts(inputs)
-    if ours:
-        if changed := differing_keys(facts, found):
-            raise UsageError(
-                f"{folder} holds a run with another {', '.join(changed)}. Choose another "
-                "--output-dir, give its "
-                f"settings again to continue it (--config {folder / CONFIG}), or add --force to "
-                "replace it"
-            )
-        if _steps(inputs.folder(config.rounds - 1)) is not None and _is_done(
-            inputs, config.rounds - 1
-        ):
-            raise UsageError(
-                f"{folder} already holds this run, finished. Choose another "
-                "--output-dir, or add --force"
-            )
-        return
-    with new_folder(folder) as partial:
-        write_text(partial / CONFIG, to_yaml(replace(config, force=False), "onpolicy"))
-        (partial / METRICS).write_bytes(b"")
-        write_json(partial / RUN, facts)
-
-
-def _facts(inputs: _Inputs) -> dict[str, Any]:
-    """What names this run: a continued one must have the same."""
+def _fingerprints(inputs: _Inputs) -> dict[str, Any]:
+    """What the run follows from besides its settings."""
     config = inputs.config
     student = resolve_model(config.student)
-    settings = {k: v for k, v in to_dict(config).items() if k not in (*INDIFFERENT, *PATHS)}
     fingerprints = {
         "student": model_fingerprint(student),
         "teacher": teacher_fingerprint(config.teacher),
@@ -232,12 +193,7 @@ def _facts(inputs: _Inputs) -> dict[str, Any]:
     }
     if config.mix_cache is not None:
         fingerprints["mix_cache"] = manifest_fingerprint(config.mix_cache)
-    return {
-        "command": "onpolicy",
-        "settings": settings,
-        "parameters": load_config(student).num_parameters,
-        "inputs": fingerprints,
-    }
+    return {"parameters": load_config(student).num_parameters, "inputs": fingerprints}
 
 
 def _steps(folder: Path) -> tuple[int, int] | None:
@@ -250,10 +206,8 @@ def _steps(folder: Path) -> tuple[int, int] | None:
 
 def _is_done(inputs: _Inputs, number: int) -> bool:
     """Whether the newest checkpoint is at the end of round `number` or behind it."""
-    begun, state = _steps(inputs.folder(number)), inputs.config.output_dir / "checkpoints" / "last"
-    if begun is None or not state.is_dir():
-        return False
-    return bool(read_json(state / "training_state.json")["step"] >= sum(begun))
+    begun, last = _steps(inputs.folder(number)), last_checkpoint(inputs.config.output_dir)
+    return begun is not None and last is not None and read_state(last).step >= sum(begun)
 
 
 def _write(inputs: _Inputs, number: int, folder: Path, on_progress: Listener) -> None:
@@ -262,8 +216,7 @@ def _write(inputs: _Inputs, number: int, folder: Path, on_progress: Listener) ->
     if (folder / MANIFEST).is_file():
         return
     config, prompts = inputs.config, inputs.prompts
-    last = config.output_dir / "checkpoints" / "last"
-    student = last if last.is_dir() else resolve_model(config.student)
+    student = last_checkpoint(config.output_dir) or resolve_model(config.student)
     model = (
         load_transformer(student, getattr(torch, config.dtype))
         .to(inputs.device)
@@ -322,37 +275,11 @@ def _score(inputs: _Inputs, folder: Path, on_progress: Listener) -> None:
     )
 
 
-class _RoundTrainer(Trainer):
-    """A trainer whose learning rate follows the progress through all rounds; only this one's steps
-    are known.
-    """
-
-    place: tuple[int, int, int] = (0, 1, 0)
-    """Round, rounds, first step."""
-
-    def progress(self, number: int) -> tuple[int, int]:
-        """Where step `number` stands, and how many steps there were if all rounds had this
-        one's.
-        """
-        at, rounds, first = self.place
-        steps = self.total_steps - first
-        return at * steps + number - first, rounds * steps
-
-    def rate(self, number: int) -> float:
-        """Learning rate of step `number`."""
-        config = self.config
-        step, total = self.progress(number)
-        return learning_rate(
-            step, total, config.learning_rate, config.warmup_fraction, config.decay_fraction
-        )
-
-
 def _learn(inputs: _Inputs, number: int, on_progress: Listener) -> TrainingState:
     """Train on the round's texts and what is mixed in, from the newest checkpoint."""
-    config, training = inputs.config, inputs.config.training()
-    last = config.output_dir / "checkpoints" / "last"
+    config = inputs.config
     if _is_done(inputs, number):
-        return TrainingState(**read_json(last / "training_state.json"))
+        return read_state(config.output_dir / CHECKPOINTS / "last")
     sources = _sources(inputs, number)
     begun = _steps(inputs.folder(number))
     if begun is None:
@@ -360,61 +287,36 @@ def _learn(inputs: _Inputs, number: int, on_progress: Listener) -> TrainingState
         begun = sum(before) if before else 0, _steps_of(config, sources, number)
         write_json(inputs.folder(number) / ROUND, {"first_step": begun[0], "steps": begun[1]})
     first, steps = begun
-
-    model = load_model(resolve_model(config.student), checkpointing=config.checkpointing).to(
-        inputs.device
-    )
     if config.contrast and number >= config.cold_rounds:
         sources[0] = replace(sources[0], weight=_ramp(config, number, first, steps))
-    plan = RowPlan(
-        sources,
-        config.batch_size,
-        steps,
-        (config.seed + 0x9E3779B1 * (number + 1)) % (1 << 31),
-        first,
-        balanced=config.contrast,
-    )
-    trainer = _RoundTrainer(
-        model,
-        training,
-        sources[0].loss,
-        sources[0].rows,
-        first + steps,
-        None,
-        inputs.device,
-        plan=plan,
-    )
-    trainer.place = number, config.rounds, first
-    state = TrainingState()
-    if last.is_dir():
-        state = load_checkpoint(last, model, trainer.optimizer)
-        prune(last.parent)
-    # a run that begins anew validates again
-    cut_metrics(config.output_dir / METRICS, state.step or -1)
+    seed = (config.seed + 0x9E3779B1 * (number + 1)) % (1 << 31)
+    plan = RowPlan(sources, config.batch_size, steps, seed, first, balanced=config.contrast)
+    model = load_model(resolve_model(config.student), checkpointing=config.checkpointing)
+    model = model.to(inputs.device)
+    held_out = validation_rows(inputs.dataset, config.max_seq_length)
+    validation = None if held_out is None else (held_out, None)
+    objective = PackedObjective(model, config, plan, inputs.device, validation)
 
-    held_out = _held_out(inputs)
-    log = RunLog(
-        training, first + steps, state, on_progress, f"round {number + 1}: learn", with_kd=True
-    )
-    if state.step == 0 and held_out is not None:
-        log.validation(trainer.validate(held_out, None, config.validation_rows), state)
-    return train(
+    def rate(step: int) -> float:
+        """The schedule spans all rounds, as if each had this one's steps."""
+        place, total = number * steps + step - first, config.rounds * steps
+        warmup, decay = config.warmup_fraction, config.decay_fraction
+        return learning_rate(place, total, config.learning_rate, warmup, decay)
+
+    trainer = Trainer(objective, config, first + steps, rate)
+    state = resume(trainer, read_tensors)
+    recorder = RunRecorder(
         trainer,
         state,
-        held_out,
-        None,
-        log.step,
-        log.validation,
-        lambda at, _: save_checkpoint(
-            config.output_dir,
-            model,
-            inputs.tokenizer,
-            trainer.optimizer,
-            at,
-            at.step == first + steps,
-        ),
-        lambda at: None,
+        partial(write_model, model, inputs.tokenizer),
+        on_progress,
+        f"round {number + 1}: learn",
+        with_kd=True,
+        keep_best=False,
     )
+    if state.step == 0 and held_out is not None:
+        recorder.validation(trainer.validate(), state)
+    return train(trainer, state, recorder)
 
 
 def _sources(inputs: _Inputs, number: int) -> list[Source]:
@@ -463,10 +365,3 @@ def _ramp(config: OnPolicyConfig, number: int, first: int, steps: int) -> Callab
         return config.contrast_start + span * (before + step - first) / max(rounds - 1, 1)
 
     return weight
-
-
-def _held_out(inputs: _Inputs) -> PackedRows | None:
-    if "validation" not in inputs.dataset.manifest["splits"]:
-        return None
-    rows = PackedRows(inputs.dataset.split("validation"), inputs.config.max_seq_length)
-    return rows if len(rows) else None

@@ -2,16 +2,11 @@
 
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Literal
 
-import tyro
-
-from xinslm.cache.config import CONTEXT, Device, Dtype
-from xinslm.distill.config import PretrainConfig, step_errors
-from xinslm.errors import UsageError
 from xinslm.inference.config import Sampling
 from xinslm.losses.config import LossConfig
-from xinslm.ranges import POSITIVE, SEED, SHARE, Range, range_errors
+from xinslm.ranges import POSITIVE, SHARE, Dtype, Range, range_errors
+from xinslm.train.config import TrainingConfig
 
 _ON_POLICY = {
     "rounds": Range(1, 10_000),
@@ -28,17 +23,6 @@ _ON_POLICY = {
     "off_policy_share": SHARE,
     "contrast_start": Range(0, above=True),
     "contrast_end": Range(0, above=True),
-    "max_seq_length": CONTEXT,
-    "batch_size": Range(1, 1_000_000),
-    "learning_rate": POSITIVE,
-    "warmup_fraction": SHARE,
-    "decay_fraction": SHARE,
-    "weight_decay": Range(0),
-    "clip_norm": Range(0),
-    "validation_rows": Range(0),
-    "save_every": Range(1),
-    "log_every": Range(1),
-    "seed": SEED,
 }
 
 
@@ -47,7 +31,7 @@ def _reverse() -> LossConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class OnPolicyConfig:
+class OnPolicyConfig(TrainingConfig):
     """Train a student on texts that it writes itself and a teacher scores, in rounds."""
 
     student: Path
@@ -59,8 +43,6 @@ class OnPolicyConfig:
     prompts: Path
     """Dataset folder made by `xinslm prepare`. Of a chat, what is masked before the first answer is
     the prompt; of a plain text, its beginning."""
-    output_dir: Annotated[Path, tyro.conf.arg(aliases=["-o"])]
-    """Run folder to write; a run that was interrupted continues there."""
     rounds: int = 4
     """How often the student writes, the teacher scores and the student learns."""
     completions: int = 512
@@ -103,44 +85,16 @@ class OnPolicyConfig:
     """With --contrast, weight of the student's own answers at the beginning."""
     contrast_end: float = 1.5
     """With --contrast, their weight at the end; it moves linearly."""
-    max_seq_length: int = 512
-    """Tokens in a packed row; prompt and answer must fit in."""
-    batch_size: int = 8
-    """Rows in an optimiser step."""
-    micro_batch_size: int | None = None
-    """Rows in one forward pass; the step accumulates over them. All, if not given."""
     learning_rate: float = 1e-4
     """Peak of the warm-up-stable-decay schedule, which spans all rounds."""
-    warmup_fraction: float = 0.05
-    """Share of the run in which the rate rises from 0."""
-    decay_fraction: float = 0.3
-    """Share of the run in which it falls linearly to 0."""
     weight_decay: float = 0.0
     """The optimiser's, on matrices only."""
-    clip_norm: float = 1.0
-    """Longest gradient, as its L2 norm; 0 for no limit."""
-    optimizer: Literal["adamw", "adamw8bit", "muon"] = "adamw"
-    """adamw8bit keeps its moments in a quarter of the memory; muon takes the hidden matrices, AdamW
-    the rest.
-    """
     validation_rows: int = 64
     """Packed validation rows of --prompts to use at most after each round; 0 for all."""
-    save_every: int = 200
-    """Steps between checkpoints; there is one after each round and on Ctrl-C in any case."""
-    log_every: int = 10
-    """Steps between lines of metrics.jsonl."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """Number type in which the student writes and learns; its weights are float32 while it
-    learns.
-    """
     teacher_dtype: Dtype = "float32"
     """The teacher's number type."""
     trust_remote_code: bool = False
     """Run Python code that the teacher's repository brings."""
-    device: Device = "auto"
-    """Where to compute; auto takes cuda, then mps, then cpu."""
-    checkpointing: bool = False
-    """Compute activations a second time in the backward pass to save memory."""
     seed: int = 0
     """Seed of prompts, draws and the order of rows."""
     loss: LossConfig = field(default_factory=_reverse)
@@ -149,16 +103,11 @@ class OnPolicyConfig:
     """
     mix_loss: LossConfig = field(default_factory=LossConfig)
     """The loss on --mix-data."""
-    force: bool = False
-    """Replace what stands in the run folder."""
 
-    def check(self) -> None:
-        """Raise UsageError listing everything that cannot work."""
-        wrong = [*range_errors(self, _ON_POLICY), *self.loss.errors()]
+    def errors(self) -> list[str]:
+        """What cannot work, a sentence each."""
+        wrong = [*super().errors(), *range_errors(self, _ON_POLICY), *self.loss.errors()]
         wrong += [error.replace("loss.", "mix_loss.") for error in self.mix_loss.errors()]
-        wrong += step_errors(
-            self.batch_size, self.micro_batch_size, self.warmup_fraction, self.decay_fraction
-        )
         if self.max_new_tokens >= self.max_seq_length:
             wrong.append(
                 f"max_new_tokens ({self.max_new_tokens}) leaves no room for a prompt in rows of "
@@ -180,8 +129,7 @@ class OnPolicyConfig:
             )
         if self.contrast and self.loss.temperature != 1:
             wrong.append("contrast compares at temperature 1: leave loss.temperature out")
-        if wrong:
-            raise UsageError("\n".join(wrong))
+        return wrong
 
     @property
     def cold_rounds(self) -> int:
@@ -205,28 +153,3 @@ class OnPolicyConfig:
             min_p=0.0,
             seed=self.seed,
         )
-
-    def training(self) -> PretrainConfig:
-        """What the training loop reads."""
-        same = (
-            "output_dir",
-            "max_seq_length",
-            "batch_size",
-            "micro_batch_size",
-            "learning_rate",
-            "warmup_fraction",
-            "decay_fraction",
-            "weight_decay",
-            "clip_norm",
-            "optimizer",
-            "validation_rows",
-            "save_every",
-            "log_every",
-            "dtype",
-            "device",
-            "checkpointing",
-            "seed",
-            "force",
-        )
-        settings = {name: getattr(self, name) for name in same}
-        return PretrainConfig(data_path=self.prompts, validate_every=1 << 60, **settings)

@@ -15,7 +15,8 @@ from xinslm.cache.support import write_support
 from xinslm.data.dataset import KIND, VERSION, Dataset, Split
 from xinslm.data.writer import SplitWriter
 from xinslm.errors import UsageError
-from xinslm.files import new_folder, write_manifest
+from xinslm.files import write_manifest
+from xinslm.folders import new_folder
 from xinslm.inference.batch import Completions
 
 

@@ -10,7 +10,6 @@ what an endpoint said beside its text otherwise. Answers stand in a journal unti
 run that was stopped continues behind the last of them.
 """
 
-import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -22,11 +21,13 @@ from xinslm.cache.config import CacheConfig, head_size
 from xinslm.cache.endpoint_scorer import endpoint_format
 from xinslm.cache.entries import Cache
 from xinslm.cache.journal import Journal
+from xinslm.cache.write import cache_plan, write_cache
 from xinslm.config import to_dict
 from xinslm.data.dataset import open_dataset
 from xinslm.device import pick_device
 from xinslm.errors import UsageError, XinslmError
-from xinslm.files import MANIFEST, read_json, refuse_inside, sha256_json, write_json, write_manifest
+from xinslm.files import MANIFEST, sha256_json, write_manifest
+from xinslm.folders import Plan, claim, locked
 from xinslm.model.files import require_context
 from xinslm.progress import Listener, Progress, ignore
 from xinslm.rollouts.prompts import read_prompts
@@ -109,7 +110,6 @@ def run(
     something else; XinslmError where a server fails for good or all answers are empty.
     """
     config.check()
-    began = time.monotonic()
     prompts = read_prompts(config.prompts)
     teacher: Any = open_teacher(
         config.teacher,
@@ -129,7 +129,26 @@ def run(
         "inputs": {"prompts": sha256_json(prompts), "teacher": teacher.fingerprint},
     }
     silent = _try(teacher, prompts, config) if isinstance(teacher, EndpointTeacher) else None
-    _begin(config, plan)
+    reads = (config.teacher, config.prompts, config.student_tokenizer, config.tokenizer)
+    begin = Plan(PLAN, plan, "synthesis", KIND, tuple(reads))
+    with locked(config.output_dir):
+        with claim(config.output_dir, begin, config.force):
+            pass
+        return _synthesize(config, teacher, prompts, plan, silent, on_progress)
+
+
+def _synthesize(
+    config: SynthesizeConfig,
+    teacher: Any,
+    prompts: list[Prompt],
+    plan: dict[str, Any],
+    silent: str | None,
+    on_progress: Listener,
+) -> SynthesizeResult:
+    """Write the answers, their dataset and their cache into the claimed folder; `silent` says why
+    an endpoint gives no cache.
+    """
+    began = time.monotonic()
     folder = config.output_dir
     written, refused, empty = _answer(config, teacher, prompts, folder / ANSWERS, on_progress)
     if not written:
@@ -182,38 +201,6 @@ def _try(teacher: EndpointTeacher, prompts: list[Prompt], config: SynthesizeConf
         if sample is not None and (reason := teacher.gives_log_probs(sample)) is not None:
             return f"none, for {teacher.name} does not say how likely its tokens are ({reason})"
     return None
-
-
-def _begin(config: SynthesizeConfig, plan: dict[str, Any]) -> None:
-    """Make the folder, or find that unfinished work on the very same answers stands there."""
-    folder, note = config.output_dir, config.output_dir / PLAN
-    manifest = read_json(folder / MANIFEST) if (folder / MANIFEST).is_file() else None
-    ours = isinstance(manifest, dict) and manifest.get("kind") == KIND
-    if config.force and (note.is_file() or ours):
-        refuse_inside(
-            folder, (config.teacher, config.prompts, config.student_tokenizer, config.tokenizer)
-        )
-        shutil.rmtree(folder)
-    if note.is_file():
-        found = read_json(note)
-        differing = [
-            key
-            for group in ("settings", "inputs")
-            for key in plan[group]
-            if found.get(group, {}).get(key) != plan[group][key]
-        ]
-        if differing:
-            raise UsageError(
-                f"{folder} holds unfinished answers made with another {', '.join(differing)}. Run "
-                "the command that "
-                f"began it, choose another --output-dir, or add --force to begin anew"
-            )
-        return
-    if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
-        hint = "or add --force to replace it" if ours else "no `xinslm synthesize` made it"
-        raise UsageError(f"{folder} already holds something. Choose another --output-dir ({hint})")
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(note, plan)
 
 
 def _answer(
@@ -385,7 +372,9 @@ def _cache_written(
     fmt = endpoint_format(tokenizer.vocab_size, head_size(config.head, 0))
     if not (folder / MANIFEST).is_file():
         scorer = WrittenScorer(splits, tokenizer, fmt)
-        score.write_cache(_cache_config(config), dataset, teacher, fmt, scorer, on_progress)
+        made = _cache_config(config)
+        plan = cache_plan(made, dataset, teacher, fmt, scorer)
+        write_cache(made, dataset, plan, scorer, on_progress)
     cache = Cache(folder)
     valid = sum(
         int((records["flags"] & 1).sum())

@@ -6,10 +6,9 @@ from typing import Annotated
 
 import tyro
 
-from xinslm.cache.config import CONTEXT, Device, Dtype
 from xinslm.data.config import DocumentEnd
 from xinslm.errors import UsageError
-from xinslm.ranges import SEED, Range, range_errors
+from xinslm.ranges import CONTEXT, SEED, Device, Dtype, Range, range_errors
 from xinslm.teachers.endpoint_config import EndpointConfig
 
 _SYNTHESIZE = {

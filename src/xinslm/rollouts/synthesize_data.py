@@ -18,7 +18,8 @@ from xinslm.data.encode import Encoded, Encoder
 from xinslm.data.holdout import draw_number
 from xinslm.data.records import Document
 from xinslm.data.writer import SplitWriter
-from xinslm.files import new_folder, write_manifest, write_text
+from xinslm.files import write_manifest, write_text
+from xinslm.folders import new_folder
 from xinslm.teachers.base import Generation, Prompt
 
 

@@ -1,28 +1,28 @@
-"""Checkpoints of a run: whole model folders, plus what an exact continuation needs.
+"""Checkpoints of a run: model folders, plus what an exact continuation needs.
 
-`checkpoints/step-000200/` is written under a temporary name and renamed; `last` and `best` are
-links that are swapped atomically, so at every moment both lead to a whole folder. Folders that
-neither link names are deleted. The optimiser's state, and maps of hidden states that are no part of
-the model, stand beside the weights as safetensors; only `last` keeps them.
+`checkpoints/step-000200/` is written under a temporary name and renamed. `last` and `best` are
+links that are swapped atomically, so both always lead to a complete folder; folders that neither
+names are deleted. Only `last` keeps the optimizer's state and the projections of hidden states,
+as safetensors; their hashes are in `training_state.json` and are checked when they are read.
 """
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
-from xinslm.distill.auxiliary import Auxiliary
 from xinslm.errors import XinslmError
-from xinslm.files import new_folder, read_json, sync_folder, write_json
-from xinslm.model.files import open_tensors, read_tensors, save_model
-from xinslm.model.transformer import Transformer
+from xinslm.files import damaged_files, read_json, sha256_file, sync_folder, write_json
+from xinslm.folders import new_folder
+from xinslm.model.files import open_tensors
+from xinslm.train.interfaces import AuxiliaryLoss
 from xinslm.train.optimizers import Optimizer
 
+CHECKPOINTS = "checkpoints"
 OPTIMIZER, AUXILIARY, STATE = (
     "optimizer.safetensors",
     "auxiliary.safetensors",
@@ -32,52 +32,66 @@ OPTIMIZER, AUXILIARY, STATE = (
 
 @dataclass(frozen=True)
 class TrainingState:
-    """Where a run stands; the order of rows follows from seed and step, so no generator's state is
-    needed.
-    """
+    """The state of a run after a step."""
 
     step: int = 0
-    """Optimiser steps done."""
+    """Optimizer steps done."""
     tokens: int = 0
     """Target tokens seen."""
     seconds: float = 0.0
     """Time spent in training."""
     best_validation: float | None = None
-    """Lowest validation cross-entropy so far, nats a token."""
+    """Lowest validation cross-entropy so far, nats per token."""
     grad_norm: float | None = None
     """Norm of the last step's gradient, which `step_in_backward` clips the next one by."""
 
 
+def last_checkpoint(run: Path) -> Path | None:
+    """The newest checkpoint of a run, or None."""
+    folder = run / CHECKPOINTS / "last"
+    return folder if folder.is_dir() else None
+
+
+def read_state(folder: Path) -> TrainingState:
+    """The training state of a checkpoint."""
+    stored = read_json(folder / STATE)
+    stored.pop("files", None)
+    return TrainingState(**stored)
+
+
 def save_checkpoint(
     run: Path,
-    model: Transformer,
-    tokenizer: Any,
+    write_model: Callable[[Path], None],
     optimizer: Optimizer,
     state: TrainingState,
     is_best: bool,
-    auxiliary: Auxiliary | None = None,
+    auxiliary: AuxiliaryLoss | None = None,
 ) -> None:
-    """Write the state as `last`, and as `best` if it is."""
-    folder = run / "checkpoints" / f"step-{state.step:06d}"
+    """Write the state as `last`, and as `best` if it is; `write_model` fills a folder with the
+    model.
+    """
+    folder = run / CHECKPOINTS / f"step-{state.step:06d}"
     with new_folder(folder, force=True, own=True) as partial:
-        save_model(model, partial)
-        tokenizer.save(partial)
-        save_file(_optimizer_tensors(model, optimizer), partial / OPTIMIZER)
+        write_model(partial)
+        save_file(_optimizer_tensors(optimizer), partial / OPTIMIZER)
         if auxiliary is not None and auxiliary.matrices:
             save_file(auxiliary.state(), partial / AUXILIARY)
-        write_json(partial / STATE, asdict(state))
-    if is_best:  # first: a `last` that knows of a better loss must never stand beside an older best
+        files = {
+            path.name: {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
+            for path in sorted(partial.glob("*.safetensors"))
+        }
+        write_json(partial / STATE, {**asdict(state), "files": files})
+    if is_best:  # first: `last` must never know of a better loss than an older best
         _point(folder.parent / "best", folder.name)
     _point(folder.parent / "last", folder.name)
     prune(folder.parent)
 
 
-def save_best(run: Path, model: Transformer, tokenizer: Any, step: int) -> None:
+def save_best(run: Path, write_model: Callable[[Path], None], step: int) -> None:
     """Write the weights alone as `best`."""
-    folder = run / "checkpoints" / f"step-{step:06d}"
+    folder = run / CHECKPOINTS / f"step-{step:06d}"
     with new_folder(folder, force=True, own=True) as partial:
-        save_model(model, partial)
-        tokenizer.save(partial)
+        write_model(partial)
     _point(folder.parent / "best", folder.name)
     prune(folder.parent)
 
@@ -91,14 +105,11 @@ def _point(link: Path, target: str) -> None:
 
 
 def prune(folder: Path) -> None:
-    """Delete step folders that no link names, temporary ones, and the optimiser's state where it is
-    not `last`'s.
+    """Delete step folders that no link names, temporary ones, and the optimizer's state of `best`
+    if it is not `last`.
     """
-    named = {
-        os.readlink(link): link.name
-        for link in (folder / "best", folder / "last")
-        if link.is_symlink()
-    }
+    links = (folder / "best", folder / "last")
+    named = {os.readlink(link): link.name for link in links if link.is_symlink()}
     for entry in folder.iterdir():
         if entry.is_symlink() or not entry.is_dir():
             continue
@@ -109,49 +120,70 @@ def prune(folder: Path) -> None:
             (entry / AUXILIARY).unlink(missing_ok=True)
 
 
-def _optimizer_tensors(model: Transformer, optimizer: Optimizer) -> dict[str, Tensor]:
-    tensors = {}
-    for name, parameter in model.named_parameters():
-        for key, value in optimizer.state[parameter].items():
-            tensors[f"{key}.{name}"] = value.detach().cpu().contiguous()
-    return tensors
+def _optimizer_tensors(optimizer: Optimizer) -> dict[str, Tensor]:
+    return {
+        f"{key}.{name}": value.detach().cpu().contiguous()
+        for parameter, name in optimizer.names.items()
+        for key, value in optimizer.state[parameter].items()
+    }
 
 
-def load_checkpoint(folder: Path, model: Transformer, optimizer: Optimizer) -> TrainingState:
-    """Put a checkpoint's weights and moments into `model` and `optimizer`, in place."""
-    places: dict[str, Tensor] = dict(model.state_dict())
-    for name, parameter in model.named_parameters():
-        places |= {f"{key}.{name}": value for key, value in optimizer.state_of(parameter).items()}
-    for name, tensor in _stored(folder):
-        place = places.pop(name, None)
+def load_checkpoint(
+    folder: Path, weights: Iterable[tuple[str, Tensor]], model: nn.Module, optimizer: Optimizer
+) -> TrainingState:
+    """Copy a checkpoint's weights (name, tensor) and optimizer state into `model` and `optimizer`.
+
+    Raises XinslmError if a file is damaged or does not fit the run.
+    """
+    stored = read_json(folder / STATE)
+    if damaged := damaged_files(folder, {"files": stored.get("files", {})}):
+        raise XinslmError(
+            f"{folder / damaged[0]} is missing or damaged: it does not have the recorded hash. "
+            "Copy the run again, or add --force to restart"
+        )
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    places: dict[str, Tensor] = {n: t for n, t in model.state_dict().items() if n in trained}
+    _fill(folder, weights, dict(model.state_dict()), places)
+    places = {
+        f"{key}.{name}": value
+        for parameter, name in optimizer.names.items()
+        for key, value in optimizer.state_of(parameter).items()
+    }
+    with open_tensors(folder / OPTIMIZER) as tensors:
+        names = list(tensors.keys())
+        _fill(folder, ((n, tensors.get_tensor(n)) for n in names), places, dict(places))
+    return read_state(folder)
+
+
+def _fill(
+    folder: Path,
+    tensors: Iterable[tuple[str, Tensor]],
+    places: dict[str, Tensor],
+    wanted: dict[str, Tensor],
+) -> None:
+    """Copy tensors into `places` by name; all of `wanted` must come."""
+    for name, tensor in tensors:
+        place = places.get(name)
         if place is None or place.shape != tensor.shape or place.dtype != tensor.dtype:
             raise XinslmError(
-                f"{folder} does not fit this run (at '{name}'); add --force to begin anew"
+                f"{folder} does not fit this run (at '{name}'); add --force to restart"
             )
         place.copy_(tensor)
-    if places:
+        wanted.pop(name, None)
+    if wanted:
         raise XinslmError(
-            f"{folder} does not fit this run (no '{min(places)}'); add --force to begin anew"
+            f"{folder} does not fit this run (no '{min(wanted)}'); add --force to restart"
         )
-    return TrainingState(**read_json(folder / STATE))
 
 
-def _stored(folder: Path) -> Iterator[tuple[str, Tensor]]:
-    """Weights and the optimiser's tensors, one at a time."""
-    yield from read_tensors(folder)
-    with open_tensors(folder / OPTIMIZER) as tensors:
-        for name in tensors.keys():  # noqa: SIM118 - not a dict
-            yield name, tensors.get_tensor(name)
-
-
-def load_auxiliary(folder: Path, auxiliary: Auxiliary) -> None:
-    """Put a checkpoint's maps of hidden states, and their moments, into `auxiliary`."""
+def load_auxiliary(folder: Path, auxiliary: AuxiliaryLoss) -> None:
+    """Restore the projections of hidden states and their optimizer."""
     if auxiliary.matrices:
         if not (folder / AUXILIARY).is_file():
-            raise XinslmError(f"{folder} has no {AUXILIARY}; add --force to begin anew")
+            raise XinslmError(f"{folder} has no {AUXILIARY}; add --force to restart")
         try:
             auxiliary.load_state(load_file(folder / AUXILIARY))
         except (KeyError, RuntimeError) as error:
             raise XinslmError(
-                f"{folder / AUXILIARY} does not fit this run ({error}); add --force to begin anew"
+                f"{folder / AUXILIARY} does not fit this run ({error}); add --force to restart"
             ) from None

@@ -3,20 +3,25 @@ student's shape.
 """
 
 import dataclasses
-from pathlib import Path
 from typing import Any
 
+from xinslm.data import prepare, train_tokenizer
+from xinslm.data.config import PrepareConfig
 from xinslm.data.dataset import Dataset, open_dataset
-from xinslm.distill.config import DistillConfig, PretrainConfig
 from xinslm.errors import UsageError
 from xinslm.files import MANIFEST
 from xinslm.model.config import PRESETS, ModelConfig
 from xinslm.progress import Listener
+from xinslm.tokenizer.config import TrainConfig
+from xinslm.train.config import PretrainConfig
+
+VOCAB_SIZE = 8192
+"""Of a tokenizer that is trained on the way."""
 
 
 def find_dataset(config: PretrainConfig, on_progress: Listener) -> Dataset:
     """Open the dataset folder, or make one inside the run folder from raw text, with its own
-    tokenizer if need be.
+    tokenizer if none is given.
     """
     path = config.data_path
     if (path / MANIFEST).is_file():
@@ -27,24 +32,16 @@ def find_dataset(config: PretrainConfig, on_progress: Listener) -> Dataset:
                     "for raw text. Drop it"
                 )
         return open_dataset(path)
-    if isinstance(config, DistillConfig) and config.cache is not None:
-        raise UsageError(f"{path} is not a dataset folder; --cache needs the one that was cached")
-
-    from xinslm.data import prepare
-    from xinslm.data import train_tokenizer as tokenizer_train
-    from xinslm.data.config import PrepareConfig
-    from xinslm.tokenizer.config import TrainConfig
-
-    prepared, tokenizer = config.output_dir / "data", config.tokenizer_path
+    if reason := config.prepared_only():
+        raise UsageError(f"{path} is not a dataset folder; {reason}")
+    prepared, tokenizer = config.output_dir / "data", config.text_tokenizer()
     if (prepared / MANIFEST).is_file():
         return open_dataset(prepared)
-    if tokenizer is None and isinstance(config, DistillConfig) and config.teacher is not None:
-        tokenizer = Path(config.teacher)
     if tokenizer is None:
         tokenizer = config.output_dir / "tokenizer"
         if not (tokenizer / MANIFEST).is_file():
-            vocab_size = 8192 if config.vocab_size is None else config.vocab_size
-            tokenizer_train.run(
+            vocab_size = VOCAB_SIZE if config.vocab_size is None else config.vocab_size
+            train_tokenizer.run(
                 TrainConfig(data_path=(str(path),), output_dir=tokenizer, vocab_size=vocab_size),
                 on_progress,
             )
@@ -88,15 +85,3 @@ def shape(config: PretrainConfig, tokenizer: Any) -> ModelConfig:
     )
     result.check()
     return result
-
-
-def differing_keys(ours: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
-    """Names of keys whose values differ, nested ones with dots."""
-    keys: list[str] = []
-    for key in sorted(ours.keys() | theirs.keys()):
-        a, b = ours.get(key), theirs.get(key)
-        if isinstance(a, dict) and isinstance(b, dict):
-            keys += [f"{key}.{inner}" for inner in differing_keys(a, b)]
-        elif a != b:
-            keys.append(key)
-    return keys

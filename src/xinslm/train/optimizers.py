@@ -19,8 +19,6 @@ import torch
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
-from xinslm.distill.config import PretrainConfig
-from xinslm.model.transformer import Transformer
 from xinslm.train.blockwise_8bit import (
     decode_positive,
     decode_signed,
@@ -28,6 +26,7 @@ from xinslm.train.blockwise_8bit import (
     encode_signed,
     num_blocks,
 )
+from xinslm.train.config import TrainingConfig
 from xinslm.train.stochastic_rounding import RandomBits, round_into
 
 EPSILON = 1e-8
@@ -39,9 +38,9 @@ SMALLEST_IN_8_BITS = 4096
 _CPU_PIECE, _PIECE = 1 << 16, 1 << 24
 
 
-def make_optimizer(model: Transformer, config: PretrainConfig) -> "Optimizer":
-    """The optimiser of a run."""
-    named = list(model.named_parameters())
+def make_optimizer(model: nn.Module, config: TrainingConfig) -> "Optimizer":
+    """The optimizer of the parameters that require gradients."""
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     return Optimizer(named, {name: _rule(name, p, config.optimizer) for name, p in named}, config)
 
 
@@ -58,7 +57,7 @@ class Optimizer(torch.optim.Optimizer):
     """
 
     def __init__(
-        self, named: list[tuple[str, nn.Parameter]], rules: dict[str, str], config: PretrainConfig
+        self, named: list[tuple[str, nn.Parameter]], rules: dict[str, str], config: TrainingConfig
     ) -> None:
         groups: dict[tuple[str, bool], list[nn.Parameter]] = {}
         for name, parameter in named:

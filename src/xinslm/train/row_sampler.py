@@ -1,12 +1,10 @@
-"""Several sets of rows in one training run, each with its own teacher distributions and its own
-loss.
+"""Which packed sequences a training step takes, from one set of them or from several.
 
-Which source a row of a step comes from, and which row of it, follow from the seed and the step
-alone: places of the endless list of rows are dealt by a golden-ratio sequence, which keeps to the
-shares within a row or two in every stretch, and each source deals its own rows in an endless chain
-of permutations. So a continued run repeats the uninterrupted one. The divisor of the loss is the
-number of targets of the whole step, whatever their source; where answers of unequal length are to
-weigh alike (`balanced`), each source's mean counts by its share instead.
+The choice is a function of the seed and the step, so a continued run repeats the uninterrupted one.
+Each source gives its rows in an endless chain of permutations, one per epoch. With several sources,
+each place of a batch is assigned by a golden-ratio sequence, which keeps to the shares within a row
+or two in every stretch. The loss is divided by the targets of the whole step, whatever their
+source; with `balanced`, each source's mean counts by its share instead.
 """
 
 import functools
@@ -16,8 +14,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from xinslm.data.packing import PackedRows
-from xinslm.distill.target_sources import TargetSource
 from xinslm.losses.config import LossConfig
+from xinslm.train.interfaces import TargetSource
 
 GOLDEN = 0.6180339887498949
 
@@ -48,6 +46,27 @@ class Part:
     indices: np.ndarray
 
 
+def rows_of_step(
+    step: int, batch_size: int, num_rows: int, seed: int, source: int = 0
+) -> np.ndarray:
+    """Indices of a step's rows if all come from one source."""
+    return shuffled(np.arange(step * batch_size, (step + 1) * batch_size), num_rows, seed, source)
+
+
+def shuffled(places: np.ndarray, num_rows: int, seed: int, source: int = 0) -> np.ndarray:
+    """Rows at places of an endless chain of permutations of `num_rows`, one per epoch."""
+    epochs, within = np.divmod(places, num_rows)
+    chain = (_order(seed, source, int(e), num_rows)[i] for e, i in zip(epochs, within, strict=True))
+    return np.fromiter(chain, dtype=np.int64, count=len(places))
+
+
+@functools.lru_cache(maxsize=8)
+def _order(seed: int, source: int, epoch: int, num_rows: int) -> np.ndarray:
+    # the first source has the order of a run with one source
+    key = (seed, source, epoch) if source else (seed, epoch)
+    return np.random.default_rng(key).permutation(num_rows)
+
+
 class RowPlan:
     """Rows of each step from several sources; the first step is number `first_step`."""
 
@@ -65,11 +84,13 @@ class RowPlan:
         shares = np.array([source.share for source in sources])
         assert len(sources) and (shares > 0).all() and all(len(source.rows) for source in sources)
         self.shares = shares / shares.sum()
+        if len(sources) == 1:
+            return
         start = np.random.default_rng(seed).random()
         points = (start + GOLDEN * np.arange(steps * batch_size)) % 1.0
         bounds = np.cumsum(self.shares)[:-1]
         self._source_of = np.searchsorted(bounds, points, side="right").astype(np.uint8)
-        # how many rows its source has dealt before
+        # how many rows its source has given before
         self._rank = np.empty(len(points), dtype=np.int64)
         for number in range(len(sources)):
             mine = self._source_of == number
@@ -77,19 +98,18 @@ class RowPlan:
 
     def of_step(self, number: int) -> list[Part]:
         """The rows of step `number`, by source."""
-        begin = (number - self.first_step) * self.batch_size
-        places = slice(begin, begin + self.batch_size)
+        step = number - self.first_step
+        if len(self.sources) == 1:
+            rows = rows_of_step(step, self.batch_size, len(self.sources[0].rows), self.seed)
+            return [Part(self.sources[0], rows)]
+        places = slice(step * self.batch_size, (step + 1) * self.batch_size)
         source_of, rank = self._source_of[places], self._rank[places]
         assert len(rank) == self.batch_size, f"step {number} is not in this plan"
         parts = []
         for index, source in enumerate(self.sources):
-            epochs, within = np.divmod(rank[source_of == index], len(source.rows))
-            rows = [
-                _order(self.seed, index, int(e), len(source.rows))[i]
-                for e, i in zip(epochs, within, strict=True)
-            ]
-            if rows:
-                parts.append(Part(source, np.array(rows)))
+            mine = rank[source_of == index]
+            if len(mine):
+                parts.append(Part(source, shuffled(mine, len(source.rows), self.seed, index)))
         return parts
 
     def losses(self, number: int, parts: Sequence[Part], counts: Sequence[int]) -> list[LossConfig]:
@@ -102,8 +122,3 @@ class RowPlan:
             loss = part.source.loss
             result.append(replace(loss, alpha=loss.alpha * factor, beta=loss.beta * factor))
         return result
-
-
-@functools.lru_cache(maxsize=8)
-def _order(seed: int, source: int, epoch: int, num_rows: int) -> np.ndarray:
-    return np.random.default_rng((seed, source, epoch)).permutation(num_rows)
