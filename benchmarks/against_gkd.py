@@ -25,7 +25,7 @@ from sides import figures_of, in_turn, keep, median, ratios, xinslm
 from xinslm.config import to_dict
 from xinslm.data.config import PrepareConfig
 from xinslm.data.dataset import open_dataset
-from xinslm.data.packing import PackedRows
+from xinslm.data.packing import PackedDataset
 from xinslm.data.prepare import KIND, VERSION
 from xinslm.data.writer import SplitWriter
 from xinslm.files import write_manifest
@@ -34,7 +34,7 @@ from xinslm.model.config import ModelConfig
 from xinslm.model.files import save_model
 from xinslm.model.transformer import Transformer
 from xinslm.tokenizer.load import load_tokenizer
-from xinslm.train.row_sampler import rows_of_step
+from xinslm.train.row_sampler import indices_of_step
 
 HERE = Path(__file__).parent
 BLOCK = 512
@@ -140,8 +140,10 @@ def documents_of_rows(data: Path, length: int, batch_size: int, steps: int) -> n
     row 0, 1, ... .
     """
     split = open_dataset(data).split("train")
-    rows = PackedRows(split, length)
-    order = np.concatenate([rows_of_step(step, batch_size, len(rows), 0) for step in range(steps)])
+    rows = PackedDataset(split, length)
+    order = np.concatenate(
+        [indices_of_step(step, batch_size, len(rows), 0) for step in range(steps)]
+    )
     streams = rows.batch(order).stream[:, 0]
     return np.searchsorted(split.documents, streams, side="right") - 1
 
@@ -211,7 +213,7 @@ def speed(
         print(f"forward KL of the first rows: {a:.6f} and {b:.6f}", flush=True)
     sides = {"ours": ours, "gkd": peer}
     if name == "equal":
-        sides["gkd, its default gradient checkpointing"] = [*peer, "--checkpointing"]
+        sides["gkd, its default gradient checkpointing"] = [*peer, "--gradient-checkpointing"]
     else:  # as many tokens a step as ours has: more padding, fewer optimiser steps
         sides["gkd, longer steps"] = [*peer[:-1], str(3 * args.batch_size)]
     found = in_turn(sides, args.rounds)
@@ -232,7 +234,7 @@ def speed(
 def documents_of_first(data: Path, length: int, batch_size: int) -> np.ndarray:
     """Documents of rows 0 to batch_size - 1."""
     split = open_dataset(data).split("train")
-    streams = PackedRows(split, length).batch(np.arange(batch_size)).stream[:, 0]
+    streams = PackedDataset(split, length).batch(np.arange(batch_size)).stream[:, 0]
     return np.searchsorted(split.documents, streams, side="right") - 1
 
 

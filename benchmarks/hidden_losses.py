@@ -81,7 +81,9 @@ def main() -> None:
 
 
 def make_cache(shared: Path, work: Path, tokens: int) -> tuple[Path, Path]:
-    """Enough stories for one epoch, and the teacher's cache of them with sketches of two depths."""
+    """Enough stories for one epoch, and the teacher's cache of them with projected hidden states of
+    two depths.
+    """
     data, cache, text = work / "data", work / "cache", shared / "text"
     if not (data / "manifest.json").is_file():
         config = PrepareConfig(
@@ -95,7 +97,12 @@ def make_cache(shared: Path, work: Path, tokens: int) -> tuple[Path, Path]:
     if not (cache / "manifest.json").is_file():
         teacher = str(shared / "models" / "stories5M")
         config = CacheConfig(
-            teacher, data, cache, max_seq_length=LENGTH, sketch_depths=(0.5, 1.0), device="cpu"
+            teacher,
+            data,
+            cache,
+            max_seq_length=LENGTH,
+            hidden_state_depths=(0.5, 1.0),
+            device="cpu",
         )
         print(score.run(config).describe(), flush=True)
     return data, cache
@@ -116,10 +123,10 @@ def run(
             batch_size=ROWS,
             max_steps=args.steps,
             learning_rate=4e-3,
-            validate_every=10_000,
-            validation_rows=0,
-            save_every=10_000,
-            log_every=10,
+            eval_steps=10_000,
+            max_eval_samples=0,
+            save_steps=10_000,
+            logging_steps=10,
             seed=seed,
             device="cpu",
             **STUDENT,

@@ -36,7 +36,8 @@ RECIPES = {
     },
 }
 TRAIN = (
-    "--optimizer muon --max-seq-length 256 --validation-rows 0 --save-every 1000 --log-every 10 "
+    "--optimizer muon --max-seq-length 256 --max-eval-samples 0 --save-steps 1000 --logging-steps "
+    "10 "
     "--device cpu"
 )
 KINDS = ("random", "inherited")
@@ -114,8 +115,9 @@ def main() -> None:
         xinslm(f"cache {teacher} --data-path {data} --output-dir {cache} --max-seq-length 256")
     if not student.is_dir():
         xinslm(
-            f"init {teacher} --data-path {data} --output-dir {student} {shape} --row-length 256 "
-            "--validation-rows 1000000 --device cpu"
+            f"prune {teacher} --data-path {data} --output-dir {student} {shape} --max-seq-length "
+            f"256 "
+            "--max-eval-samples 1000000 --device cpu"
         )
     losses = json.loads((student / "manifest.json").read_text())["losses"]
 
@@ -127,7 +129,7 @@ def main() -> None:
                 f"distill --data-path {data} --cache {cache} --output-dir {run} {begin} {TRAIN} "
                 f"--seed {seed} "
                 f"--batch-size {args.batch_size} "
-                f"--learning-rate {rate} --max-steps {args.steps} --validate-every "
+                f"--learning-rate {rate} --max-steps {args.steps} --eval-steps "
                 f"{max(1, args.steps // 10)}",
                 threads=1,
             )
@@ -144,7 +146,7 @@ def main() -> None:
     for seed in range(args.seeds):
         seen = {curves[kind, seed][-1][0] for kind in KINDS}
         assert len(seen) == 1, "both see the same tokens"
-    print(f"\n{describe()}\n\n| step of init | parameters | nats/token |\n|---|---|---|")
+    print(f"\n{describe()}\n\n| step of prune | parameters | nats/token |\n|---|---|---|")
     print(
         "\n".join(
             f"| {name} | {parameters:,} | {value:.4f} |" for name, parameters, value in losses

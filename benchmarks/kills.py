@@ -110,7 +110,7 @@ def main() -> None:
         "--hidden-size 64 "
         "--num-layers 4 --num-heads 4 --num-kv-heads 2 --head-dim 16 --intermediate-size 160 "
         "--max-steps 400 "
-        f"--save-every 5 --validate-every 30 --log-every 1"
+        f"--save-steps 5 --eval-steps 30 --logging-steps 1"
     )
     xinslm(f"{line} --output-dir {work / 'run'}", threads=1)
     whole, weights = (

@@ -32,11 +32,11 @@ PRESETS = {
     "default": (4, 10),
     "8 + 4": (8, 4),
     "rich": (8, 18),
-    "11 and no draws": (11, 0),
-    "20 and no draws": (20, 0),
-    "50 and no draws": (50, 0),
+    "11 and no tail samples": (11, 0),
+    "20 and no tail samples": (20, 0),
+    "50 and no tail samples": (50, 0),
 }
-"""Head tokens and draws."""
+"""Top-k tokens and tail samples."""
 PEER_K = (8, 12, 50, 128)
 
 
@@ -66,16 +66,16 @@ def gradient(
     return g
 
 
-def decoupled(z: Tensor, teacher: Tensor, head_ids: Tensor, t: float) -> Tensor:
+def decoupled(z: Tensor, teacher: Tensor, top_k_ids: Tensor, t: float) -> Tensor:
     """Dense definition of `decoupled`: exact masses of head and tail, exact head at T, by
     autograd.
     """
     leaf = z.clone().requires_grad_()
     q, p = leaf.softmax(1), teacher.softmax(1)
-    q_mass, mass = q.gather(1, head_ids).sum(1), p.gather(1, head_ids).sum(1)
+    q_mass, mass = q.gather(1, top_k_ids).sum(1), p.gather(1, top_k_ids).sum(1)
     split = mass * (mass / q_mass).log() + (1 - mass) * ((1 - mass) / (1 - q_mass)).log()
-    log_p = (teacher.gather(1, head_ids) / t).log_softmax(1)
-    log_q = (leaf.gather(1, head_ids) / t).log_softmax(1)
+    log_p = (teacher.gather(1, top_k_ids) / t).log_softmax(1)
+    log_q = (leaf.gather(1, top_k_ids) / t).log_softmax(1)
     (split + mass * t * t * (log_p.exp() * (log_p - log_q)).sum(1)).sum().backward()
     assert leaf.grad is not None
     return leaf.grad
@@ -138,14 +138,14 @@ def main() -> None:
     def kd(targets: SparseTargets | Tensor, *settings: object) -> Callable[[Tensor], Tensor]:
         return lambda z: gradient(z, labels, targets, LossConfig(0.0, 1.0, *settings))  # type: ignore[arg-type]
 
-    for name, (head, draws) in PRESETS.items():
-        fmt = CacheFormat(teacher.shape[1], head, draws, 2.0)
+    for name, (top_k, tail_samples) in PRESETS.items():
+        fmt = CacheFormat(teacher.shape[1], top_k, tail_samples, 2.0)
         cached = decode(
             encode(teacher.softmax(1), labels, torch.arange(len(labels)), fmt, seed=0), fmt
         )
         size = f"{name}, {fmt.dtype.itemsize} bytes"
-        exact = teacher.topk(head, dim=1).indices
-        if draws:
+        exact = teacher.topk(top_k, dim=1).indices
+        if tail_samples:
             error(f"T=1, tail_weight 1 | {size}", kd(cached, 1.0, "decoupled", 1.0), kd(teacher))
         error(f"T=1, tail_weight 0 | {size}", kd(cached, 1.0, "decoupled", 0.0), kd(teacher))
         error(
@@ -176,8 +176,8 @@ def main() -> None:
                 zip(logits, map(float, rows[f"{row} | {name}, {sizes[name]}"]), strict=True)
             )
             for name, way, row in (
-                ("11 and no draws", "full", "T=2 full"),
-                ("20 and no draws", "full", "T=2 full"),
+                ("11 and no tail samples", "full", "T=2 full"),
+                ("20 and no tail samples", "full", "T=2 full"),
                 ("default", "decoupled", "T=2 decoupled, tail_weight 0, its own definition"),
             )
         }

@@ -56,7 +56,7 @@ def our_side(args: argparse.Namespace) -> None:
             batch_size=args.batch_size,
             loss=LossConfig(0.0, 1.0, divergence="jsd"),
             device="cpu",
-            validation_rows=1,
+            max_eval_samples=1,
         )
 
         def listen(progress) -> None:
@@ -175,7 +175,7 @@ def main() -> None:
     sides = {
         "ours": ours,
         "gkd": peer,
-        "gkd, gradient_checkpointing=False": [*peer, "--no-checkpointing"],
+        "gkd, gradient_checkpointing=False": [*peer, "--no-gradient-checkpointing"],
     }
     results = in_turn(sides, args.rounds, args.threads)
     keep(

@@ -23,10 +23,10 @@ import torch
 from machine import describe
 
 from xinslm.data.dataset import open_dataset
-from xinslm.data.packing import PackedRows
+from xinslm.data.packing import PackedDataset
 from xinslm.losses.config import LossConfig
 from xinslm.model.config import PRESETS, ModelConfig
-from xinslm.model.param_dtype import narrow_matrices
+from xinslm.model.param_dtype import cast_matrices_to_bfloat16
 from xinslm.model.transformer import Transformer
 from xinslm.train.config import PretrainConfig
 from xinslm.train.packed import packed_trainer
@@ -35,7 +35,7 @@ from xinslm.train.row_sampler import Source
 VARIANTS = {
     "adamw": [],
     "adamw8bit": ["--optimizer", "adamw8bit"],
-    "adamw, bfloat16 weights": ["--weights", "bfloat16"],
+    "adamw, bfloat16 weights": ["--param-dtype", "bfloat16"],
     "muon": ["--optimizer", "muon"],
 }
 
@@ -59,7 +59,7 @@ def train(args: argparse.Namespace, variant: str, rate: float, seed: int) -> flo
             "8",
             "--max-steps",
             str(args.steps),
-            "--validate-every",
+            "--eval-steps",
             str(args.steps),
             "--learning-rate",
             str(rate),
@@ -86,16 +86,16 @@ def times(args: argparse.Namespace, variant: str) -> tuple[float, float]:
         max_seq_length=256,
         batch_size=8,
         optimizer=flags.get("--optimizer", "adamw"),
-        weights=flags.get("--weights", "float32"),
+        param_dtype=flags.get("--param-dtype", "float32"),
     )
     dataset = open_dataset(args.work / "data")
     preset = PRESETS["1m"]
     model = Transformer(ModelConfig(vocab_size=dataset.manifest["vocab_size"], **vars(preset)))
     model.initialise(torch.Generator().manual_seed(0))
-    if config.weights == "bfloat16":
-        narrow_matrices(model)
+    if config.param_dtype == "bfloat16":
+        cast_matrices_to_bfloat16(model)
         model.compute_dtype = torch.float32
-    rows = PackedRows(dataset.split("train"), 256)
+    rows = PackedDataset(dataset.split("train"), 256)
     trainer = packed_trainer(model, config, Source(rows, None, LossConfig(1.0, 0.0)), 9)
     whole, inside = [], []
     for number in range(6):

@@ -35,9 +35,9 @@ SHAPE = (
     "--intermediate-size 96"
 )
 WAYS = {
-    "prefixes": ("prefixes", ""),
+    "byte_prefix": ("byte_prefix", ""),
     "texts it wrote": (None, ""),
-    "texts it wrote, prefixes": ("prefixes", ""),
+    "texts it wrote, prefixes": ("byte_prefix", ""),
 }
 """Row of the table -> alignment, options of the loss; its defaults are alpha 0.1, beta 0.9."""
 
@@ -76,7 +76,8 @@ def with_written(data: Path, teacher: Path, context: int, work: Path) -> Path:
         xinslm(
             f"synthesize {teacher} --prompts {work}/prompts.txt --output-dir {written} "
             f"--max-new-tokens {context - 66} "
-            f"--temperature 0.8 --student-tokenizer {data}/tokenizer --no-cache --batch-size 64 "
+            f"--temperature 0.8 --student-tokenizer-path {data}/tokenizer --no-cache --batch-size "
+            f"64 "
             "--document-end bos "
             f"--max-seq-length {context}"
         )
@@ -127,7 +128,7 @@ def main() -> None:
     facts = {}
     jobs = []
     train = f"--max-seq-length 256 --batch-size 4 --max-steps {args.steps} {args.training}"
-    train += f" --validate-every 50 --validation-rows 0 {SHAPE}"
+    train += f" --eval-steps 50 --max-eval-samples 0 {SHAPE}"
     for seed in range(args.seeds):
         jobs.append(
             (work / f"undistilled-{seed}", f"pretrain --data-path {data} {train} --seed {seed}")

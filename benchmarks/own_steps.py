@@ -20,7 +20,7 @@ import torch
 
 from xinslm.cache.entries import Cache
 from xinslm.data.dataset import open_dataset
-from xinslm.data.packing import PackedRows
+from xinslm.data.packing import PackedDataset
 from xinslm.distill.target_sources import CachedTargets, LiveTargets
 from xinslm.losses.config import LossConfig
 from xinslm.losses.fused import fused_loss
@@ -54,13 +54,13 @@ def main() -> None:
     )
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    rows = PackedRows(open_dataset(args.data).split("train"), args.length)
+    rows = PackedDataset(open_dataset(args.data).split("train"), args.length)
     figures: dict = {"fill": rows.fill}
     sources = []
     for folder in args.cache:
-        records = Cache(folder).split("train")
-        assert records is not None
-        sources.append(CachedTargets(records))
+        entries = Cache(folder).split("train")
+        assert entries is not None
+        sources.append(CachedTargets(entries))
     if args.both or not sources:
         sources.append(None)
     if args.teacher:

@@ -38,7 +38,7 @@ def main() -> None:
         xinslm(
             f"pretrain --data-path {data} --output-dir {run} --preset 1m --max-seq-length 256 "
             "--batch-size 8 "
-            f"--max-steps {args.steps} --learning-rate 4e-3 --validate-every 100",
+            f"--max-steps {args.steps} --learning-rate 4e-3 --eval-steps 100",
             threads=2,
         )
     if not (work / "gptq-0").is_dir():

@@ -35,7 +35,7 @@ CONFIGURATIONS: dict[str, dict] = {
         "preset": "10m",
         "batch_size": 8,
         "max_seq_length": 512,
-        "checkpointing": True,
+        "gradient_checkpointing": True,
     },
     "10m 4x256": {"preset": "10m", "batch_size": 4, "max_seq_length": 256},
     "10m 4x384 muon": {
@@ -69,23 +69,23 @@ CONFIGURATIONS: dict[str, dict] = {
         "preset": "135m",
         "batch_size": 2,
         "max_seq_length": 384,
-        "step_in_backward": True,
+        "optimizer_in_backward": True,
     },
     "135m 1x256 all savings": {
         "preset": "135m",
         "batch_size": 1,
         "max_seq_length": 256,
         "optimizer": "adamw8bit",
-        "weights": "bfloat16",
-        "step_in_backward": True,
-        "checkpointing": True,
+        "param_dtype": "bfloat16",
+        "optimizer_in_backward": True,
+        "gradient_checkpointing": True,
     },
     "135m 2x512 bfloat16": {
         "preset": "135m",
         "batch_size": 2,
         "max_seq_length": 512,
-        "weights": "bfloat16",
-        "checkpointing": True,
+        "param_dtype": "bfloat16",
+        "gradient_checkpointing": True,
     },
 }
 STEPS = """
@@ -93,7 +93,7 @@ import json, sys
 from pathlib import Path
 import numpy as np, torch
 from xinslm.data.dataset import Split
-from xinslm.data.packing import PackedRows
+from xinslm.data.packing import PackedDataset
 from xinslm.device import return_freed_memory
 from xinslm.train import run as train
 from xinslm.train.config import PretrainConfig
@@ -102,7 +102,7 @@ from xinslm.train.row_sampler import Source
 from xinslm.losses.config import LossConfig
 from xinslm.model.config import PRESETS, ModelConfig
 from xinslm.model.transformer import Transformer
-from xinslm.model.param_dtype import narrow_matrices
+from xinslm.model.param_dtype import cast_matrices_to_bfloat16
 
 def resident(key):
     line = next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith(key))
@@ -116,7 +116,7 @@ torch.randn(512, 1024) @ torch.randn(1024, 1024)  # the library of products take
 torch.optim.AdamW([idle], fused=True).step()  # the first optimiser of a process imports much
 before = resident("VmRSS")
 config = PretrainConfig(data_path=Path("d"), output_dir=Path("o"), **settings)
-if config.checkpointing:
+if config.gradient_checkpointing:
     return_freed_memory()  # as the stage does
 length = config.max_seq_length
 rng = np.random.default_rng(0)
@@ -125,15 +125,15 @@ count = int(documents[-1])
 split = Split(rng.integers(0, vocabulary, count).astype(np.uint16), np.ones(count, np.uint8), documents, documents[1:], vocabulary)
 shape = ModelConfig(vocab_size=vocabulary, **vars(PRESETS[config.preset]), max_position_embeddings=length)
 with torch.device("meta"):
-    model = Transformer(shape, config.checkpointing)
+    model = Transformer(shape, config.gradient_checkpointing)
 model.to_empty(device="cpu")
 from xinslm.model.files import rebuild_buffers
 rebuild_buffers(model)
 model.initialise(torch.Generator().manual_seed(0))
-if config.weights == "bfloat16":
-    narrow_matrices(model)
+if config.param_dtype == "bfloat16":
+    cast_matrices_to_bfloat16(model)
     model.compute_dtype = torch.float32
-trainer = packed_trainer(model, config, Source(PackedRows(split, length), None, LossConfig(1.0, 0.0)), 2)
+trainer = packed_trainer(model, config, Source(PackedDataset(split, length), None, LossConfig(1.0, 0.0)), 2)
 for number in range(2):
     trainer.step(number)
 print(json.dumps([before, resident("VmHWM")]))

@@ -20,15 +20,15 @@ import numpy as np
 from machine import describe
 
 from xinslm.data.dataset import open_dataset
-from xinslm.data.packing import PackedRows
-from xinslm.train.row_sampler import rows_of_step
+from xinslm.data.packing import PackedDataset
+from xinslm.train.row_sampler import indices_of_step
 
 OURS = """
 import json, resource, sys, time
 from pathlib import Path
 import numpy as np, torch
 from xinslm.data.dataset import open_dataset
-from xinslm.data.packing import PackedRows
+from xinslm.data.packing import PackedDataset
 from xinslm.train.config import PretrainConfig
 from xinslm.losses.config import LossConfig
 from xinslm.train.packed import packed_trainer
@@ -37,7 +37,7 @@ from xinslm.model.files import load_model
 model, data, length, batch, steps, threads = sys.argv[1:]
 torch.set_num_threads(int(threads))
 config = PretrainConfig(data_path=Path(data), output_dir=Path("unused"), max_seq_length=int(length), batch_size=int(batch))
-rows = PackedRows(open_dataset(Path(data)).split("train"), int(length))
+rows = PackedDataset(open_dataset(Path(data)).split("train"), int(length))
 trainer = packed_trainer(load_model(model), config, Source(rows, None, LossConfig(1.0, 0.0)), int(steps))
 speeds, first = [], None
 for number in range(int(steps)):
@@ -73,9 +73,9 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
-    rows = PackedRows(open_dataset(args.dataset).split("train"), args.length)
+    rows = PackedDataset(open_dataset(args.dataset).split("train"), args.length)
     order = np.concatenate(
-        [rows_of_step(s, args.batch_size, len(rows), 0) for s in range(args.steps)]
+        [indices_of_step(s, args.batch_size, len(rows), 0) for s in range(args.steps)]
     )
     batch = rows.batch(order)
     np.savez(
@@ -115,7 +115,7 @@ def main() -> None:
                     "1",
                     "--max-steps",
                     "1",
-                    "--validation-rows",
+                    "--max-eval-samples",
                     "1",
                 ],
                 check=True,

@@ -25,7 +25,7 @@ from sides import keep, xinslm
 
 from xinslm.cache.entries import Cache
 from xinslm.data.dataset import open_dataset
-from xinslm.data.packing import Batch, PackedRows
+from xinslm.data.packing import Batch, PackedDataset
 from xinslm.distill.target_sources import CachedTargets, LiveTargets
 from xinslm.losses.config import LossConfig
 from xinslm.losses.targets import DenseTargets
@@ -44,7 +44,7 @@ CACHES = {
     "11+0": (11, 0),
     "rich 8+18": (8, 18),
 }
-"""Head tokens and draws."""
+"""Top-k tokens and tail samples."""
 TOP = (12, 128)
 VARIANTS = ["CE", "full", *CACHES, *(f"top-{k} renormalised" for k in TOP)]
 
@@ -75,7 +75,7 @@ def one(args: argparse.Namespace, variant: str, seed: int) -> None:
     torch.set_num_threads(1)
     data, teacher_folder = args.work / f"stories-{args.tokens}", args.data / "models" / "stories5M"
     config = PretrainConfig(
-        validation_rows=0,
+        max_eval_samples=0,
         data_path=data,
         output_dir=Path("unused"),
         max_seq_length=256,
@@ -86,7 +86,7 @@ def one(args: argparse.Namespace, variant: str, seed: int) -> None:
         optimizer=args.optimizer,
     )
     dataset = open_dataset(data)
-    rows = PackedRows(dataset.split("train"), 256)
+    rows = PackedDataset(dataset.split("train"), 256)
     loss, source = LossConfig(args.alpha, 1 - args.alpha), None
     if variant == "CE":
         loss = LossConfig(1.0, 0.0)
@@ -103,7 +103,7 @@ def one(args: argparse.Namespace, variant: str, seed: int) -> None:
         )
     model = Transformer(shape(config, load_tokenizer(data / "tokenizer")))
     model.initialise(torch.Generator().manual_seed(seed))
-    held_out = PackedRows(dataset.split("validation"), 256)
+    held_out = PackedDataset(dataset.split("validation"), 256)
     trainer = packed_trainer(
         model, config, Source(rows, source, loss), args.steps, (held_out, None)
     )
@@ -140,17 +140,17 @@ def main() -> None:
             f"{teacher} --output-dir {data} "
             f"--max-tokens {args.tokens}"
         )
-    record_bytes = {}
-    for name, (head, draws) in CACHES.items():
+    entry_bytes = {}
+    for name, (top_k, tail_samples) in CACHES.items():
         if name not in args.variants:
             continue
         folder = args.work / f"cache-{name}".replace(" ", "-")
         if not (folder / "manifest.json").is_file():
             xinslm(
                 f"cache {teacher} --data-path {data} --output-dir {folder} --max-seq-length 256 "
-                f"--head {head} --draws {draws}"
+                f"--top-k {top_k} --tail-samples {tail_samples}"
             )
-        record_bytes[name] = Cache(folder).format.dtype.itemsize
+        entry_bytes[name] = Cache(folder).format.dtype.itemsize
     results_file = (
         args.work / f"quality-{args.optimizer}-{args.steps}-{args.learning_rate}-{args.alpha}.json"
     )
@@ -193,13 +193,13 @@ def main() -> None:
         )
         spread = statistics.stdev(losses) if args.seeds > 1 else 0.0
         print(
-            f"| {variant} | {record_bytes.get(variant, '-')} | {statistics.mean(losses):.4f} ± "
+            f"| {variant} | {entry_bytes.get(variant, '-')} | {statistics.mean(losses):.4f} ± "
             f"{spread:.4f} | "
             f"{', '.join(f'{x:.0%}' for x in shares)} | {total:.1%} |"
         )
         table[variant] = {"losses": losses, "shares": shares, "share": total}
     keep(args.work, "share of the gain of full distillation", table)
-    keep(args.work, "cache bytes a position", record_bytes)
+    keep(args.work, "cache bytes a position", entry_bytes)
 
 
 if __name__ == "__main__":

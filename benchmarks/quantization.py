@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from xinslm.data.dataset import open_dataset
-from xinslm.data.packing import Batch, PackedRows
+from xinslm.data.packing import Batch, PackedDataset
 from xinslm.model.files import load_config, load_model, resolve_model
 from xinslm.model.transformer import Transformer
 from xinslm.quantize.calibration import read_rows
@@ -53,7 +53,7 @@ def main() -> None:
     parser.add_argument(
         "--data", type=Path, required=True, help="dataset folder made with the model's tokenizer"
     )
-    parser.add_argument("--calibration-rows", type=int, default=128)
+    parser.add_argument("--num-calibration-samples", type=int, default=128)
     parser.add_argument(
         "--seeds", type=int, default=3, help="draws of calibration rows for the default variant"
     )
@@ -65,7 +65,7 @@ def main() -> None:
     config = load_config(source)
     length = min(config.max_position_embeddings, 512)
     split = open_dataset(options.data).split("validation")
-    rows = PackedRows(split, length)
+    rows = PackedDataset(split, length)
     batches = [
         rows.batch(np.arange(i, min(i + ROWS_A_BATCH, len(rows))))
         for i in range(0, len(rows), ROWS_A_BATCH)
@@ -87,7 +87,7 @@ def main() -> None:
             calibration: list[Batch] = []
             if settings.pop("rows", False):
                 calibration, _ = read_rows(
-                    options.data, fingerprint, config, options.calibration_rows, length, seed
+                    options.data, fingerprint, config, options.num_calibration_samples, length, seed
                 )
             with tempfile.TemporaryDirectory() as folder, torch.no_grad():
                 start = time.perf_counter()
@@ -97,7 +97,7 @@ def main() -> None:
                 facts = {
                     "variant": name,
                     "seed": seed,
-                    "calibration_rows": len(calibration) and options.calibration_rows,
+                    "num_calibration_samples": len(calibration) and options.num_calibration_samples,
                 }
                 report(
                     original,

@@ -24,7 +24,7 @@ RECIPES = {
         "{data}/text/stories_valid.jsonl.gz",
         "length": 256,
         "train": "--max-seq-length 256 --batch-size 16 --num-epochs 1 --learning-rate 4e-3 "
-        "--validate-every 100",
+        "--eval-steps 100",
         "students": {
             "same vocabulary": (None, ONE_M),
             "nested 2,048": (2048, f"{ONE_M} --num-layers 7 --batch-size 8 --max-steps 270"),
@@ -35,7 +35,7 @@ RECIPES = {
         "--validation-fraction 0.15",
         "length": 512,
         "train": "--max-seq-length 512 --batch-size 2 --num-epochs 8 --learning-rate 4e-3 "
-        "--validate-every 100",
+        "--eval-steps 100",
         "students": {
             "same vocabulary": (
                 None,

@@ -23,17 +23,19 @@ from sides import figures_of, keep, xinslm
 
 HERE = Path(__file__).parent
 SHAPE = "--num-layers 5 --hidden-size 128 --num-heads 4 --num-kv-heads 2 --intermediate-size 320"
-CHECKS = "--row-length 256 --calibration-rows 48 --search-rows 8 --validation-rows 4"
+CHECKS = (
+    "--max-seq-length 256 --num-calibration-samples 48 --num-search-samples 8 --max-eval-samples 4"
+)
 QUIET = (
-    "--max-seq-length 256 --batch-size 8 --validate-every 1000000 --save-every 1000000 "
-    "--log-every 50"
+    "--max-seq-length 256 --batch-size 8 --eval-steps 1000000 --save-steps 1000000 "
+    "--logging-steps 50"
 )
 WAYS = {
-    "init": ("init",),
-    "init, cache, distill": (
-        "init",
+    "prune": ("prune",),
+    "prune, cache, distill": (
+        "prune",
         "cache",
-        "distill --init-from {work}/init --learning-rate 2e-3",
+        "distill --init-from {work}/prune --learning-rate 2e-3",
     ),
     "random start, cache, Muon": (
         "cache",
@@ -60,7 +62,7 @@ def peer(args: argparse.Namespace, program: list[str], rows: Path) -> dict:
                 str(rate),
                 "--warmup",
                 str(args.steps // 20),
-                "--validate-every",
+                "--eval-steps",
                 str(args.steps),
             ]
         )
@@ -76,11 +78,11 @@ def peer(args: argparse.Namespace, program: list[str], rows: Path) -> dict:
 def ours(work: Path, teacher: Path, data: Path, steps: tuple[str, ...]) -> dict[str, float]:
     """Run a chain of commands from nothing; seconds of each."""
     lines = {
-        "init": f"init {teacher} --data-path {data} --output-dir {work}/init {SHAPE} {CHECKS}",
+        "prune": f"prune {teacher} --data-path {data} --output-dir {work}/prune {SHAPE} {CHECKS}",
         "cache": f"cache {teacher} --data-path {data} --output-dir {work}/cache --max-seq-length "
         "256",
         "distill": f"--data-path {data} --cache {work}/cache --output-dir {work}/run "
-        f"--validation-rows 8 {QUIET}",
+        f"--max-eval-samples 8 {QUIET}",
     }
     seconds = {}
     for step in steps:
@@ -128,7 +130,7 @@ def main() -> None:
         xinslm(
             f"pretrain --data-path {data} --output-dir {work / 'seed'} --preset 1m "
             "--max-seq-length 256 --batch-size 1 "
-            f"--max-steps 1 --learning-rate 1e-9 --validation-rows 1"
+            f"--max-steps 1 --learning-rate 1e-9 --max-eval-samples 1"
         )
         shutil.copytree((work / "seed" / "checkpoints" / "last").resolve(), start)
     rows = export_documents(data, None, work / "rows.npz", 257)
@@ -153,8 +155,8 @@ def main() -> None:
             )
         seconds = ours(folder, teacher, small, steps)
         student = (
-            folder / "init"
-            if steps[-1] == "init"
+            folder / "prune"
+            if steps[-1] == "prune"
             else (folder / "run" / "checkpoints" / "last").resolve()
         )
         value = figures_of(

@@ -26,9 +26,9 @@ from xinslm.plan.run import run as plan
 
 SAVINGS = {
     "optimizer": "adamw8bit",
-    "weights": "bfloat16",
-    "step_in_backward": True,
-    "checkpointing": True,
+    "param_dtype": "bfloat16",
+    "optimizer_in_backward": True,
+    "gradient_checkpointing": True,
 }
 SETTINGS = {
     "preset": "1b",
@@ -84,11 +84,11 @@ def train(work: Path, steps: int) -> float:
         str(work / "run"),
         "--max-steps",
         str(steps),
-        "--log-every",
+        "--logging-steps",
         "1",
-        "--save-every",
+        "--save-steps",
         str(max(steps - 1, 1)),
-        "--validation-rows",
+        "--max-eval-samples",
         "1",
         *flags,
     ]

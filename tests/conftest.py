@@ -33,7 +33,7 @@ SMALL = {
     "intermediate_size": 64,
     "max_seq_length": 64,
     "batch_size": 4,
-    "log_every": 1,
+    "logging_steps": 1,
     "device": "cpu",
 }
 
@@ -49,13 +49,13 @@ class World:
     settings = SMALL
 
     def distill(self, output_dir: Path, **changes) -> DistillConfig:
-        settings = {**SMALL, "max_steps": 8, "validate_every": 4, "save_every": 3, **changes}
+        settings = {**SMALL, "max_steps": 8, "eval_steps": 4, "save_steps": 3, **changes}
         if "teacher" not in settings:
             settings.setdefault("cache", self.cache)
         return DistillConfig(data_path=self.data, output_dir=output_dir, **settings)
 
     def pretrain(self, output_dir: Path, **changes) -> PretrainConfig:
-        settings = {**SMALL, "max_steps": 8, "validate_every": 4, "save_every": 3, **changes}
+        settings = {**SMALL, "max_steps": 8, "eval_steps": 4, "save_steps": 3, **changes}
         return PretrainConfig(data_path=self.data, output_dir=output_dir, **settings)
 
 

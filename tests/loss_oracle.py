@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from xinslm.losses.targets import SparseTargets
 
-ROWS, VOCAB, WIDTH, HEAD, DRAWS = 37, 50, 16, 8, 4
+ROWS, VOCAB, WIDTH, TOP_K, TAIL_SAMPLES = 37, 50, 16, 8, 4
 DIVERGENCES = ("forward_kl", "reverse_kl", "jsd", "skew_kl", "skew_reverse_kl")
 
 
@@ -22,17 +22,17 @@ def problem(seed=0, rows=ROWS):
     return hidden, weight, labels, teacher
 
 
-def sparsify(teacher, temperature=2.0, seed=0, draws=DRAWS, head=HEAD):
+def sparsify(teacher, temperature=2.0, seed=0, tail_samples=TAIL_SAMPLES, top_k=TOP_K):
     log_p = teacher.log_softmax(1)
-    top = log_p.topk(head)
+    top = log_p.topk(top_k)
     tail = log_p.exp().scatter(1, top.indices, 0.0)
     drawn = torch.multinomial(
-        tail, max(draws, 1), replacement=True, generator=torch.Generator().manual_seed(seed)
+        tail, max(tail_samples, 1), replacement=True, generator=torch.Generator().manual_seed(seed)
     )
     ones = torch.ones(len(teacher), dtype=torch.bool)
     log_z = (log_p / temperature).logsumexp(1)
     return SparseTargets(
-        top.indices, top.values, tail.sum(1).log(), drawn[:, :draws], ones, log_z, ones
+        top.indices, top.values, tail.sum(1).log(), drawn[:, :tail_samples], ones, log_z, ones
     )
 
 
@@ -66,11 +66,11 @@ def plain_kd(z, teacher, sparse, config):
         return (
             t * t * plain_divergence((teacher.double() / t).softmax(1), (z / t).softmax(1), config)
         )
-    ids = sparse.head_ids
+    ids = sparse.top_k_ids
 
     def buckets(probs):
-        head = probs.gather(1, ids)
-        return torch.cat((head, probs.scatter(1, ids, 0.0).sum(1, keepdim=True)), 1)
+        top_k_probs = probs.gather(1, ids)
+        return torch.cat((top_k_probs, probs.scatter(1, ids, 0.0).sum(1, keepdim=True)), 1)
 
     if tempered:
         return (

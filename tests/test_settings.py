@@ -18,7 +18,7 @@ from xinslm.doctor.config import DoctorConfig
 from xinslm.errors import UsageError
 from xinslm.losses.config import LossConfig
 from xinslm.plan.config import PlanConfig
-from xinslm.prune.config import InitConfig
+from xinslm.prune.config import PruneConfig
 from xinslm.rollouts.onpolicy_config import OnPolicyConfig
 from xinslm.rollouts.synthesize_config import SynthesizeConfig
 from xinslm.teachers.endpoint_config import EndpointConfig
@@ -27,7 +27,7 @@ from xinslm.train.config import PretrainConfig
 from xinslm.train.lora_config import AdaptConfig
 
 REQUIRED = {
-    InitConfig: {"teacher": "t", "data_path": Path("d"), "output_dir": Path("o")},
+    PruneConfig: {"teacher": "t", "data_path": Path("d"), "output_dir": Path("o")},
     CacheConfig: {"teacher": "t", "data_path": Path("d"), "output_dir": Path("o")},
     PretrainConfig: {"data_path": Path("d"), "output_dir": Path("o")},
     DistillConfig: {"data_path": Path("d"), "output_dir": Path("o"), "cache": Path("c")},
@@ -87,24 +87,32 @@ def test_no_number_is_taken_unseen(cls, name: str, is_float: bool) -> None:
 def test_the_defaults_and_the_ends_of_the_ranges_are_taken() -> None:
     for cls in REQUIRED:
         check(cls)
-    check(CacheConfig, head=256, draws=64, max_seq_length=1_000_000, seed=2**31 - 1)
-    check(CacheConfig, head=1, draws=0, max_seq_length=2, seed=0, batch_tokens=1, shard_positions=1)
+    check(CacheConfig, top_k=256, tail_samples=64, max_seq_length=1_000_000, seed=2**31 - 1)
+    check(
+        CacheConfig,
+        top_k=1,
+        tail_samples=0,
+        max_seq_length=2,
+        seed=0,
+        batch_tokens=1,
+        shard_positions=1,
+    )
     check(LossConfig, alpha=0, tail_weight=0)
     check(
         PretrainConfig,
-        beta1=0,
-        beta2=0,
-        clip_norm=0,
+        adam_beta1=0,
+        adam_beta2=0,
+        max_grad_norm=0,
         weight_decay=0,
-        validation_rows=0,
+        max_eval_samples=0,
         max_steps=1,
     )
     check(
         PretrainConfig,
         batch_size=1_000_000,
         max_seq_length=1_000_000,
-        warmup_fraction=0,
-        decay_fraction=1,
+        warmup_ratio=0,
+        decay_ratio=1,
     )
     check(
         PretrainConfig,
@@ -119,21 +127,21 @@ def test_the_defaults_and_the_ends_of_the_ranges_are_taken() -> None:
 @pytest.mark.parametrize(
     ("cls", "changes", "message"),
     [
-        (CacheConfig, {"head": 257}, r"^head is 257, but must be at most 256$"),
-        (CacheConfig, {"draws": 65}, r"^draws is 65, but must be at most 64$"),
+        (CacheConfig, {"top_k": 257}, r"^top_k is 257, but must be at most 256$"),
+        (CacheConfig, {"tail_samples": 65}, r"^tail_samples is 65, but must be at most 64$"),
         (CacheConfig, {"max_seq_length": 1}, r"^max_seq_length is 1, but must be at least 2$"),
         (CacheConfig, {"max_seq_length": 1_000_001}, "at most 1,000,000"),
         (CacheConfig, {"temperature": 0.0}, r"^temperature is 0.0, but must be above 0$"),
         (CacheConfig, {"seed": 2**31}, "at most 2,147,483,647"),
         (
             CacheConfig,
-            {"sketch_depths": (0.0, 1.0)},
-            r"^sketch_depths has 0.0, but each must be above 0$",
+            {"hidden_state_depths": (0.0, 1.0)},
+            r"^hidden_state_depths has 0.0, but each must be above 0$",
         ),
         (
             CacheConfig,
-            {"sketch_depths": (1.0, 0.5)},
-            r"^sketch_depths must rise from one to the next: 1.0 0.5$",
+            {"hidden_state_depths": (1.0, 0.5)},
+            r"^hidden_state_depths must rise from one to the next: 1.0 0.5$",
         ),
         (
             HiddenConfig,
@@ -148,14 +156,14 @@ def test_the_defaults_and_the_ends_of_the_ranges_are_taken() -> None:
         (HiddenConfig, {"depths": (), "weight": 1.0}, "hidden.depths is empty"),
         (HiddenConfig, {"until": 0.0}, r"^hidden.until is 0.0, but must be above 0$"),
         (ContrastConfig, {"positions": 1}, r"^contrast.positions is 1, but must be at least 2$"),
-        (DistillConfig, {"sketches": Path("s")}, "sketches has no effect"),
+        (DistillConfig, {"hidden_states": Path("s")}, "hidden_states has no effect"),
         (LossConfig, {"tail_weight": 1.5}, r"^loss.tail_weight is 1.5, but must be at most 1$"),
         (LossConfig, {"alpha": 0, "beta": 0}, "both 0"),
-        (PretrainConfig, {"beta2": 1.0}, r"^beta2 is 1.0, but must be below 1$"),
+        (PretrainConfig, {"adam_beta2": 1.0}, r"^adam_beta2 is 1.0, but must be below 1$"),
         (PretrainConfig, {"num_epochs": 0.0}, "num_epochs is 0.0, but must be above 0"),
         (PretrainConfig, {"max_steps": 0}, "max_steps is 0, but must be at least 1"),
         (PretrainConfig, {"learning_rate": 0}, "learning_rate is 0, but must be above 0"),
-        (PretrainConfig, {"warmup_fraction": 0.8}, "must not add up to more than 1"),
+        (PretrainConfig, {"warmup_ratio": 0.8}, "must not add up to more than 1"),
         (
             PretrainConfig,
             {"batch_size": 1_000_001},
@@ -188,7 +196,7 @@ def test_what_is_out_of_range_is_said(cls, changes: dict, message: str) -> None:
 
 def test_all_mistakes_come_at_once() -> None:
     with pytest.raises(UsageError) as caught:
-        check(PretrainConfig, hidden_size=0, seed=-5, clip_norm=math.nan)
+        check(PretrainConfig, hidden_size=0, seed=-5, max_grad_norm=math.nan)
     assert len(str(caught.value).splitlines()) == 3
 
 

@@ -1,13 +1,13 @@
 """Training in tests: the stage that a configuration belongs to, and a trainer on packed rows."""
 
-from xinslm.data.packing import PackedRows
+from xinslm.data.packing import PackedDataset
 from xinslm.distill import run as distill
 from xinslm.distill.config import DistillConfig
 from xinslm.progress import ignore
 from xinslm.train import run as pretrain
 from xinslm.train.loop import Trainer
 from xinslm.train.packed import PackedObjective
-from xinslm.train.row_sampler import RowPlan, Source
+from xinslm.train.row_sampler import RowSampler, Source
 
 
 def run(config, on_progress=ignore):
@@ -23,7 +23,7 @@ class PackedTrainer(Trainer):
         model,
         config,
         loss,
-        rows: PackedRows,
+        rows: PackedDataset,
         total_steps,
         targets,
         device,
@@ -32,8 +32,10 @@ class PackedTrainer(Trainer):
         validation=None,
     ):
         self.rows, self.auxiliary, self.model = rows, auxiliary, model
-        plan = plan or RowPlan(
+        plan = plan or RowSampler(
             [Source(rows, targets, loss)], config.batch_size, total_steps, config.seed
         )
         objective = PackedObjective(model, config, plan, device, validation, auxiliary)
-        super().__init__(objective, config, total_steps, step_in_backward=config.step_in_backward)
+        super().__init__(
+            objective, config, total_steps, optimizer_in_backward=config.optimizer_in_backward
+        )

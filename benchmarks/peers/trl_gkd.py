@@ -8,7 +8,7 @@ Runs in an environment of its own:
 
 `rows.npz` holds `input_ids` and `labels` (not shifted, -100 where nothing is learnt), one document
 after another, with `offsets`; a batch is padded to its longest document, as TRL's collator does.
-With `--valid` (the same form) validation cross-entropy is taken every `--validate-every` steps, its
+With `--valid` (the same form) validation cross-entropy is taken every `--eval-steps` steps, its
 time not counted; with `--steps 0` only once, of the student as it is.
 """
 
@@ -104,14 +104,14 @@ def main() -> None:
     parser.add_argument("--student", required=True)
     parser.add_argument("--rows", required=True)
     parser.add_argument("--valid")
-    parser.add_argument("--validate-every", type=int, default=50)
+    parser.add_argument("--eval-steps", type=int, default=50)
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--warmup", type=int, default=1)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument(
-        "--checkpointing", action="store_true", help="what GKDConfig does unless told"
+        "--gradient-checkpointing", action="store_true", help="what GKDConfig does unless told"
     )
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -137,7 +137,7 @@ def main() -> None:
         loss = GKDTrainer.generalized_jsd_loss(
             *sides, labels=first["labels"][:, 1:], beta=0.0
         ).item()
-    clock = Clock(load(args.valid) if args.valid else [], args.validate_every)
+    clock = Clock(load(args.valid) if args.valid else [], args.eval_steps)
     with tempfile.TemporaryDirectory() as out:
         config = GKDConfig(
             output_dir=out,
@@ -150,7 +150,7 @@ def main() -> None:
             lmbda=0.0,
             beta=0.0,
             temperature=1.0,
-            gradient_checkpointing=args.checkpointing,
+            gradient_checkpointing=args.gradient_checkpointing,
             bf16=False,
             use_cpu=True,
             report_to=[],

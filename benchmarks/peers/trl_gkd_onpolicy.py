@@ -8,8 +8,8 @@ Runs in an environment of its own:
 
 `prompts.npy` is (prompts, length) int64. Everything is GKDConfig's default but what a CPU asks for:
 gradient checkpointing is on, and generation therefore without a key-value cache, unless
-`--no-checkpointing` is given. Tokens are those that the loss counts. The first step is left out.
-`--greedy N` prints the student's greedy continuation of N prompts instead.
+`--no-gradient-checkpointing` is given. Tokens are those that the loss counts. The first step is
+left out. `--greedy N` prints the student's greedy continuation of N prompts instead.
 """
 
 import argparse
@@ -82,7 +82,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--learning-rate", type=float, default=1e-4)
-    parser.add_argument("--no-checkpointing", action="store_true")
+    parser.add_argument("--no-gradient-checkpointing", action="store_true")
     parser.add_argument("--greedy", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
@@ -112,7 +112,7 @@ def main() -> None:
     clock = Clock()
     rows = list(prompts[: args.steps * args.batch_size])
     with tempfile.TemporaryDirectory() as out_dir:
-        settings = {"gradient_checkpointing": False} if args.no_checkpointing else {}
+        settings = {"gradient_checkpointing": False} if args.no_gradient_checkpointing else {}
         config = GKDConfig(
             output_dir=out_dir,
             max_steps=args.steps,

@@ -6,7 +6,7 @@ BLOCK = 64
 """Neighbours whose largest number is looked at first."""
 
 
-def most_likely(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
+def blocked_topk(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The k largest of each row and their ids, both (rows, k), largest first; as `topk`, several
     times faster.
 

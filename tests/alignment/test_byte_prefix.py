@@ -1,5 +1,5 @@
-"""Groups of tokens that begin alike: counted cuts and the chain rule by brute force, the cache, and
-training.
+"""Buckets of tokens that begin alike: counted cuts and the chain rule by brute force, the cache,
+and training.
 """
 
 from dataclasses import replace
@@ -18,17 +18,17 @@ from other_tokenizers import (
     metaspace,
     texts,
 )
-from xinslm.alignment.byte_prefix import PrefixAligner, byte_order
-from xinslm.alignment.choose import relate
+from xinslm.alignment.byte_prefix import BytePrefixAligner, byte_order
+from xinslm.alignment.choose import choose_alignment
 from xinslm.alignment.spans import ByteReader
 from xinslm.cache import score
 from xinslm.cache.bucket_entries import (
     ONWARD,
-    CachedGroups,
-    decode_groups,
-    group_dtype,
-    group_maps,
-    group_records,
+    CachedBuckets,
+    bucket_dtype,
+    bucket_entries,
+    bucket_maps,
+    decode_buckets,
 )
 from xinslm.cache.entries import VALID, Cache
 from xinslm.data.dataset import open_dataset
@@ -47,7 +47,7 @@ from xinslm.tokenizer.load import load_tokenizer
 
 @pytest.fixture(scope="module")
 def grouped(world, tmp_path_factory):
-    return cache_of_another_tokenizer(world, tmp_path_factory.mktemp("prefixes"), "prefixes")
+    return cache_of_another_tokenizer(world, tmp_path_factory.mktemp("byte_prefix"), "byte_prefix")
 
 
 def documents(tokenizer, count=40):
@@ -57,7 +57,7 @@ def documents(tokenizer, count=40):
 def test_ranges_hold_what_begins_alike_and_shares_are_counted():
     student = byte_level(400)
     sample = documents(student)
-    aligner = PrefixAligner(student, characters(), "eos", sample)
+    aligner = BytePrefixAligner(student, characters(), "eos", sample)
     spelled = [student.token_bytes(int(i)) for i in aligner.order]
     control = set(student.special_tokens.values())
     assert sorted(aligner.order.tolist()) == list(range(student.vocab_size))
@@ -98,7 +98,7 @@ def test_ranges_hold_what_begins_alike_and_shares_are_counted():
 def test_cuts_that_never_come_have_next_to_no_mass():
     """Behind the student's " th" no "e" follows: it would have been " the"."""
     student = byte_level(400)
-    aligner = PrefixAligner(student, characters(), "eos", documents(student))
+    aligner = BytePrefixAligner(student, characters(), "eos", documents(student))
     assert {b" th", b" the"} <= {student.token_bytes(i) for i in range(400)}
     assert aligner.cut_share(b" th", b"e") < 0.05 < 0.9 < aligner.cut_share(b" the", b" ")
     ids = np.array([student.bos_id, *student.encode("x thy")])
@@ -110,7 +110,7 @@ def test_cuts_that_never_come_have_next_to_no_mass():
     probs = np.full((len(pair.teacher_ids), 2), 0.0)
     probs[at] = 0.5, 0.4
     own = np.full(len(pair.teacher_ids), 0.4)
-    said, _ = aligner.groups(ids, pair, tops, probs, own)
+    said, _ = aligner.buckets(ids, pair, tops, probs, own)
     masses = {
         student.token_bytes(int(aligner.order[begin]))[:1]: p
         for begin, _, level, _, p in said[-1]
@@ -121,7 +121,7 @@ def test_cuts_that_never_come_have_next_to_no_mass():
 
 
 def said_of(aligner, ids, seed, sharpness):
-    """Groups for random teacher probabilities, sharp enough that some are 0 in float32."""
+    """Buckets for random teacher probabilities, sharp enough that some are 0 in float32."""
     pair = aligner.align(ids)
     rng = np.random.default_rng(seed)
     logits = torch.from_numpy(
@@ -131,7 +131,7 @@ def said_of(aligner, ids, seed, sharpness):
     tops = np.argsort(-full, axis=1)[:, :32]
     own = full[np.arange(len(full)), pair.teacher_ids].astype(np.float64)
     own[0] = np.nan
-    return aligner.groups(ids, pair, tops, np.take_along_axis(full, tops, 1), own)
+    return aligner.buckets(ids, pair, tops, np.take_along_axis(full, tops, 1), own)
 
 
 @pytest.mark.parametrize("student", KINDS)
@@ -140,16 +140,16 @@ def test_any_two_tokenizers_give_sound_records(student, teacher):
     student, teacher = KINDS[student](), KINDS[teacher]()
     text = f"{texts()[0][:160]}  <s> naïve 😀 東京\n\n  the end"
     ids = np.array([student.bos_id, *student.encode(text), student.eos_id])
-    aligner = PrefixAligner(student, teacher, "eos", documents(student, 8))
+    aligner = BytePrefixAligner(student, teacher, "eos", documents(student, 8))
     place = np.argsort(aligner.order)
     for seed, sharpness in enumerate((1.0, 8.0, 40.0)):
         said, _ = said_of(aligner, ids, seed, sharpness)
         assert sum(map(bool, said)) > len(ids) / 4
         for most in (2, 20):
-            records = group_records(
-                said, np.zeros(len(said)), np.ones(len(said)), group_dtype(len(place), most)
+            entries = bucket_entries(
+                said, np.zeros(len(said)), np.ones(len(said)), bucket_dtype(len(place), most)
             )
-            found = decode_groups(records, torch.from_numpy(aligner.order))
+            found = decode_buckets(entries, torch.from_numpy(aligner.order))
             for row, label in enumerate(ids[1:]):
                 used = [
                     (int(b), int(e), int(x), bool(on))
@@ -179,7 +179,7 @@ def test_any_two_tokenizers_give_sound_records(student, teacher):
 
 def test_a_teachers_unknown_token_says_nothing():
     student, teacher = byte_level(400), characters()
-    aligner = PrefixAligner(student, teacher, "eos", documents(student, 8))
+    aligner = BytePrefixAligner(student, teacher, "eos", documents(student, 8))
     ids = np.array([student.bos_id, *student.encode("the cat")])
     pair = aligner.align(ids)
     unknown = teacher.special_tokens["<unk>"]
@@ -187,9 +187,9 @@ def test_a_teachers_unknown_token_says_nothing():
         np.full((len(pair.teacher_ids), 1), unknown),
         np.full((len(pair.teacher_ids), 1), 0.6),
     )
-    said, _ = aligner.groups(ids, pair, tops, probs, np.full(len(pair.teacher_ids), 0.4))
+    said, _ = aligner.buckets(ids, pair, tops, probs, np.full(len(pair.teacher_ids), 0.4))
     pads = int(np.argsort(aligner.order)[student.pad_id])
-    assert all(group[0] != pads for groups in said for group in groups)
+    assert all(bucket[0] != pads for buckets in said for bucket in buckets)
 
 
 def test_text_that_the_teacher_rewrites_is_not_taught():
@@ -200,8 +200,8 @@ def test_text_that_the_teacher_rewrites_is_not_taught():
         content, {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<unk>"}, None, "made"
     )
     student = byte_level(400)
-    aligner = PrefixAligner(student, teacher, "eos", documents(student, 8))
-    for text, silent in (("and The cat", True), ("and the cat", False)):
+    aligner = BytePrefixAligner(student, teacher, "eos", documents(student, 8))
+    for text, uncovered in (("and The cat", True), ("and the cat", False)):
         ids = np.array([student.bos_id, *student.encode(text)])
         said, _ = said_of(aligner, ids, 0, 1.0)
         at = next(
@@ -209,15 +209,15 @@ def test_text_that_the_teacher_rewrites_is_not_taught():
             for i, token in enumerate(ids.tolist())
             if student.token_bytes(token).lower().startswith(b" t")
         )
-        assert not silent or said[at - 1] == []
+        assert not uncovered or said[at - 1] == []
         labels = [int(np.argsort(aligner.order)[token]) for token in ids[1:]]
-        for groups, label in zip(said, labels, strict=True):
-            assert all(begin <= label < end for begin, end, _, onward, _ in groups if onward)
+        for buckets, label in zip(said, labels, strict=True):
+            assert all(begin <= label < end for begin, end, _, onward, _ in buckets if onward)
 
 
 def test_a_student_of_characters_is_taught_the_teachers_own_distribution():
     student = teacher = characters()
-    aligner = PrefixAligner(student, teacher, "eos")
+    aligner = BytePrefixAligner(student, teacher, "eos")
     rng = np.random.default_rng(0)
     ids = np.array([student.bos_id, *student.encode("the cat sat")])
     pair = aligner.align(ids)
@@ -226,32 +226,36 @@ def test_a_student_of_characters_is_taught_the_teachers_own_distribution():
     tops = np.argsort(-full, axis=1)
     own = full[np.arange(count), pair.teacher_ids]
     own[0] = np.nan
-    said, told = aligner.groups(ids, pair, tops, np.take_along_axis(full, tops, 1), own)
+    said, label_log_probs = aligner.buckets(ids, pair, tops, np.take_along_axis(full, tops, 1), own)
     place, control = np.argsort(aligner.order), set(teacher.special_tokens.values())
     assert not said[0]  # the space that the tokenizer puts in front has no place in the text
-    for at, groups in list(enumerate(said))[1:]:
-        assert groups and told[at] == pytest.approx(np.log(own[at + 1]), abs=1e-9)
+    for at, buckets in list(enumerate(said))[1:]:
+        assert buckets and label_log_probs[at] == pytest.approx(np.log(own[at + 1]), abs=1e-9)
         usual = [
             i for i in range(teacher.vocab_size) if i not in control and teacher.token_bytes(i)
         ]
-        for begin, end, level, onward, p in groups:
+        for begin, end, level, onward, p in buckets:
             assert (level, onward, end - begin) == (0, False, 1)
             token = int(aligner.order[begin])
             if token in usual:
                 assert p == pytest.approx(
                     full[at + 1, token] / full[at + 1].sum(), rel=0.02, abs=2e-3
                 )
-        assert place[ids[at + 1]] in [group[0] for group in groups]
+        assert place[ids[at + 1]] in [bucket[0] for bucket in buckets]
 
 
 def test_groups_of_a_position_are_apart_or_nested_and_shares_sum_to_one(grouped):
     data, folder, result, _ = grouped
-    assert result.alignment == "prefixes" and result.share > 0.9 and "prefixes" in result.describe()
-    records = np.concatenate([np.asarray(m) for m in group_maps(Cache(folder), "train")])
-    valid = records[(records["flags"] & VALID) != 0]
-    assert result.record_bytes == records.itemsize == 3 + 20 * 6
+    assert (
+        result.alignment == "byte_prefix"
+        and result.share > 0.9
+        and "byte_prefix" in result.describe()
+    )
+    entries = np.concatenate([np.asarray(m) for m in bucket_maps(Cache(folder), "train")])
+    valid = entries[(entries["flags"] & VALID) != 0]
+    assert result.entry_bytes == entries.itemsize == 3 + 20 * 6
     labels = np.append(np.asarray(open_dataset(data).split("train").tokens)[1:], 0)[
-        (records["flags"] & VALID) != 0
+        (entries["flags"] & VALID) != 0
     ]
     place = np.argsort(byte_order(load_tokenizer(data / "tokenizer")))
     levels = 0
@@ -270,7 +274,7 @@ def test_groups_of_a_position_are_apart_or_nested_and_shares_sum_to_one(grouped)
                 assert all(begin <= b and e <= end for b, e, other, _ in used if other > level)
         levels += max(level for *_, level, _ in used)
     assert levels > 40
-    targets = decode_groups(valid, torch.arange(300))
+    targets = decode_buckets(valid, torch.arange(300))
     for level in range(3):
         assert ((targets.probs * (targets.levels == level)).sum(1) <= 1.0001).all()
 
@@ -281,9 +285,9 @@ def test_bytes_of_a_token_have_the_models_likelihood(world, grouped):
     """
     data, folder, _, _ = grouped
     model = load_model(world.teacher)
-    aligner = relate(open_dataset(data), open_teacher(str(world.teacher)), "prefixes")
+    aligner = choose_alignment(open_dataset(data), open_teacher(str(world.teacher)), "byte_prefix")
     split = open_dataset(data).split("train")
-    records = np.concatenate([np.asarray(m) for m in group_maps(Cache(folder), "train")])
+    entries = np.concatenate([np.asarray(m) for m in bucket_maps(Cache(folder), "train")])
     start, end = (int(x) for x in split.documents[:2])
     pair = aligner.align(np.asarray(split.tokens[start:end]).astype(np.int64))
     theirs = pair.teacher_ids[:65]
@@ -297,9 +301,9 @@ def test_bytes_of_a_token_have_the_models_likelihood(world, grouped):
             token
             and behind < 60
             and (pair.teacher_starts[[first, behind]] == (a, b)).all()
-            and records["flags"][token - 1]
+            and entries["flags"][token - 1]
         ):
-            assert float(records["log_label"][token - 1]) == pytest.approx(
+            assert float(entries["log_label"][token - 1]) == pytest.approx(
                 own[first:behind].sum(), rel=2e-3, abs=2e-3
             )
             checked += 1
@@ -307,18 +311,18 @@ def test_bytes_of_a_token_have_the_models_likelihood(world, grouped):
 
 
 def test_records_keep_what_levels_need_and_the_likeliest():
-    groups = [(i, i + 1, 0, False, 0.01 * i) for i in range(1, 9)] + [
+    buckets = [(i, i + 1, 0, False, 0.01 * i) for i in range(1, 9)] + [
         (20, 30, 0, True, 0.001),
         (20, 21, 1, False, 0.5),
     ]
-    records = group_records(
-        [groups, [], groups],
+    entries = bucket_entries(
+        [buckets, [], buckets],
         np.array([-1.0, np.nan, np.nan]),
         np.array([1, 1, 0]),
-        group_dtype(300, 4),
+        bucket_dtype(300, 4),
     )
-    assert records["flags"].tolist() == [VALID, 0, 0, 0]
-    found = decode_groups(records[:1], torch.arange(300))
+    assert entries["flags"].tolist() == [VALID, 0, 0, 0]
+    found = decode_buckets(entries[:1], torch.arange(300))
     assert found.begins[0].tolist() == [20, 20, 8, 7] and found.onward[0].tolist() == [
         True,
         False,
@@ -326,16 +330,16 @@ def test_records_keep_what_levels_need_and_the_likeliest():
         False,
     ]
     np.testing.assert_allclose(found.probs[0], [0.001, 0.5, 0.08, 0.07], rtol=0.06)
-    wide = group_records([groups], np.array([0.0]), np.array([1]), group_dtype(100_000, 4))
+    wide = bucket_entries([buckets], np.array([0.0]), np.array([1]), bucket_dtype(100_000, 4))
     assert (
         wide["begins"].dtype == np.uint32
-        and decode_groups(wide[:1], torch.arange(9)).ends[0, 0] == 30
+        and decode_buckets(wide[:1], torch.arange(9)).ends[0, 0] == 30
     )
 
 
 def test_training_takes_them_and_other_uses_are_refused(world, grouped, tmp_path):
     data, folder, _, _ = grouped
-    settings = {**world.settings, "max_steps": 20, "learning_rate": 5e-3, "validate_every": 10}
+    settings = {**world.settings, "max_steps": 20, "learning_rate": 5e-3, "eval_steps": 10}
     result = train.run(
         DistillConfig(data_path=data, output_dir=tmp_path / "run", cache=folder, **settings)
     )
@@ -351,17 +355,17 @@ def test_training_takes_them_and_other_uses_are_refused(world, grouped, tmp_path
                 data_path=data, output_dir=tmp_path / "hot", cache=folder, loss=loss, **settings
             )
         )
-    with pytest.raises(UsageError, match="masses of groups of tokens"):
+    with pytest.raises(UsageError, match="masses of buckets of tokens"):
         Cache(folder).split("train")
-    with pytest.raises(UsageError, match="holds no groups"):
-        CachedGroups(Cache(world.cache), "train", np.arange(4))
+    with pytest.raises(UsageError, match="holds no buckets"):
+        CachedBuckets(Cache(world.cache), "train", np.arange(4))
 
 
 def test_shards_are_made_again_alike(grouped, tmp_path):
     _, folder, _, config = grouped
     score.run(replace(config, output_dir=tmp_path / "c", shard_positions=10**6, batch_tokens=200))
     once, again = (
-        np.concatenate([np.asarray(m) for m in group_maps(Cache(f), "train")])
+        np.concatenate([np.asarray(m) for m in bucket_maps(Cache(f), "train")])
         for f in (folder, tmp_path / "c")
     )
     assert (once["flags"] == again["flags"]).all()
@@ -379,7 +383,7 @@ def test_doctor_knows_the_teacher_of_such_a_cache(world, grouped):
         not result.failed
         and status["teacher vocabulary"] == status["teacher of this cache"] == "ok"
     )
-    assert status["records"] == status["teacher agreement"] == "skipped"
+    assert status["entries"] == status["teacher agreement"] == "skipped"
 
 
 def test_a_teacher_that_is_not_finite_is_named_and_what_is_done_is_kept(

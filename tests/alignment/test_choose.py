@@ -61,7 +61,7 @@ def test_students_learn_from_another_tokenizers_teacher(world, other, tmp_path):
         cache=folder,
         max_steps=40,
         learning_rate=5e-3,
-        validate_every=20,
+        eval_steps=20,
         loss=LossConfig(alpha=0.2, beta=0.8),
         **world.settings,
     )
@@ -94,11 +94,11 @@ def test_teachers_of_characters_know_the_tokens_of_their_text(world, tmp_path):
     )
     characters().save(tmp_path / "teacher")
     result = cached(world, world.data, tmp_path / "p", teacher=str(tmp_path / "teacher"))
-    assert result.alignment == "prefixes" and result.share > 0.9, "what auto takes"
+    assert result.alignment == "byte_prefix" and result.share > 0.9, "what auto takes"
 
 
 def test_hidden_states_need_the_teachers_tokenizer_or_a_nested_one(world, other, tmp_path):
     data, _, _ = other
     with pytest.raises(UsageError, match="hidden states and on-policy rounds need the teacher's"):
-        cached(world, data, tmp_path / "c", sketch_depths=(1.0,))
+        cached(world, data, tmp_path / "c", hidden_state_depths=(1.0,))
     assert not (tmp_path / "c").exists()

@@ -1,12 +1,12 @@
-"""The record format: round trips against the dense distribution, statistics of the draws, wide
-vocabularies.
+"""The entry format: round trips against the dense distribution, statistics of the tail samples,
+wide vocabularies.
 """
 
 import numpy as np
 import pytest
 import torch
 
-from xinslm.cache.config import CacheConfig, head_size
+from xinslm.cache.config import CacheConfig, default_top_k
 from xinslm.cache.entries import (
     CacheFormat,
     decode,
@@ -24,13 +24,13 @@ def distributions(rows=200, vocab=300, seed=0, sharpness=2.5):
 
 
 def test_record_sizes_are_the_documented_ones():
-    default = head_size(None, CacheConfig.draws), CacheConfig.draws
+    default = default_top_k(None, CacheConfig.tail_samples), CacheConfig.tail_samples
     assert CacheFormat(32768, *default, 2.0).dtype.itemsize == 39
     assert CacheFormat(65536, *default, 2.0).dtype.itemsize == 39
     assert CacheFormat(128256, *default, 2.0).dtype.itemsize == 41
     assert CacheFormat(32768, 2, 8, 2.0).dtype.itemsize == 29
     assert CacheFormat(32768, 8, 18, 2.0).dtype.itemsize == 67
-    assert CacheFormat(32768, head_size(None, 0), 0, 2.0).dtype.itemsize == 40
+    assert CacheFormat(32768, default_top_k(None, 0), 0, 2.0).dtype.itemsize == 40
 
 
 def test_head_tail_and_normaliser_survive_within_the_codes_precision():
@@ -38,16 +38,16 @@ def test_head_tail_and_normaliser_survive_within_the_codes_precision():
     fmt = CacheFormat(300, 8, 4, 2.0)
     targets = decode(encode(probs, labels, positions, fmt, seed=1), fmt)
     top = probs.topk(8)
-    assert torch.equal(targets.head_ids.sort(1).values, top.indices.sort(1).values)
+    assert torch.equal(targets.top_k_ids.sort(1).values, top.indices.sort(1).values)
     rest = 1 - top.values.sum(1)
-    total = targets.head_log_probs.exp().sum(1) + targets.log_tail.exp()
+    total = targets.top_k_log_probs.exp().sum(1) + targets.log_tail.exp()
     torch.testing.assert_close(total, torch.ones(200), atol=1e-6, rtol=0)
-    kl = (top.values * (top.values.log() - targets.head_log_probs)).sum(1) + rest * (
+    kl = (top.values * (top.values.log() - targets.top_k_log_probs)).sum(1) + rest * (
         rest.log() - targets.log_tail
     )
     assert kl.max() < 1e-3 and kl.mean() < 1e-4
     torch.testing.assert_close(targets.log_z, probs.sqrt().sum(1).log(), atol=2e-3, rtol=1e-3)
-    assert bool(targets.valid.all()) and bool(targets.has_draws.all())
+    assert bool(targets.valid_mask.all()) and bool(targets.has_tail_samples.all())
 
 
 def test_draws_are_from_the_tail_and_distributed_as_it():
@@ -55,7 +55,7 @@ def test_draws_are_from_the_tail_and_distributed_as_it():
     fmt = CacheFormat(300, 8, 4, 1.0)
     labels, positions = torch.zeros(20000, dtype=torch.long), torch.arange(20000)
     targets = decode(encode(probs, labels, positions, fmt, seed=3), fmt)
-    tail = probs[0].scatter(0, targets.head_ids[0], 0.0)
+    tail = probs[0].scatter(0, targets.top_k_ids[0], 0.0)
     assert bool((tail[targets.tail_ids] > 0).all())
     counts = torch.bincount(targets.tail_ids.flatten(), minlength=300) / targets.tail_ids.numel()
     torch.testing.assert_close(counts, tail / tail.sum(), atol=4e-3, rtol=0)
@@ -82,9 +82,9 @@ def test_ids_beyond_16_bits(vocab):
     probs[0, [1, 40000, vocab - 1, vocab - 2]] = torch.tensor([0.4, 0.3, 0.2, 0.1])
     probs[1, [5, 6, 7]] = torch.tensor([0.5, 0.3, 0.2])
     targets = decode(encode(probs, torch.tensor([1, 5]), torch.arange(2), fmt, seed=0), fmt)
-    assert set(targets.head_ids[0].tolist()) == {1, 40000, vocab - 1}
+    assert set(targets.top_k_ids[0].tolist()) == {1, 40000, vocab - 1}
     assert targets.tail_ids[0].tolist() == [vocab - 2] * 2
-    assert targets.has_draws.tolist() == [True, False], (
+    assert targets.has_tail_samples.tolist() == [True, False], (
         "nothing is left of the second row to draw from"
     )
 
@@ -98,7 +98,7 @@ def test_mass_of_unknown_tokens_goes_to_the_tail_without_draws():
     probs, labels, positions = distributions()
     fmt = CacheFormat(300, 8, 4, 1.0)
     targets = decode(encode(0.7 * probs, labels, positions, fmt, seed=0), fmt)
-    assert not bool(targets.has_draws.any())
+    assert not bool(targets.has_tail_samples.any())
     expected = 1 - 0.7 * probs.topk(8).values.sum(1)
     torch.testing.assert_close(targets.log_tail.exp(), expected, atol=8e-3, rtol=0)
 

@@ -16,9 +16,9 @@ from xinslm.cache.config import CacheConfig
 from xinslm.cache.encoder_scorer import match_ends
 from xinslm.cache.entries import Cache, gather
 from xinslm.cache.projected_states import (
-    CachedSketches,
-    decode_sketches,
-    projection,
+    CachedHiddenStates,
+    decode_projected_states,
+    projection_matrix,
     rms_normalise,
 )
 from xinslm.cli.main import main
@@ -42,7 +42,7 @@ def config(encoder, data, folder, **changes):
     settings = {
         "max_seq_length": 64,
         "shard_positions": 3000,
-        "sketch_depths": (0.5, 1.0),
+        "hidden_state_depths": (0.5, 1.0),
         "device": "cpu",
         **changes,
     }
@@ -53,7 +53,11 @@ def config(encoder, data, folder, **changes):
 def cache(world, encoder, tmp_path_factory):
     folder = tmp_path_factory.mktemp("encoded") / "cache"
     result = score.run(config(encoder, world.data, folder))
-    assert result.positions == 0 and result.sketched > 1000 and "scored" not in result.describe()
+    assert (
+        result.positions == 0
+        and result.hidden_state_positions > 1000
+        and "scored" not in result.describe()
+    )
     return folder
 
 
@@ -85,16 +89,16 @@ def ends_of(teacher, text):
     return encoded["input_ids"], found
 
 
-def test_sketches_are_the_encoders_states_at_common_ends_and_records_are_silent(
+def test_projected_states_are_the_encoders_states_at_common_ends_and_records_are_silent(
     world, encoder, cache
 ):
     teacher = EncoderTeacher(str(encoder), find_encoder(str(encoder)))
     reference = transformers.T5EncoderModel.from_pretrained(encoder / "text_encoder_2").eval()
     student, split = load_tokenizer(world.tokenizer), open_dataset(world.data).split("train")
     opened = Cache(cache)
-    source = CachedSketches(opened, "train")
+    source = CachedHiddenStates(opened, "train")
     assert source.format.alone and source.format.depths == (2, 3)
-    assert not bool(opened.split("train").targets(np.arange(len(split.tokens))).valid.any())
+    assert not bool(opened.split("train").targets(np.arange(len(split.tokens))).valid_mask.any())
     matched = 0
     for document in (0, 2, 5):
         start, end = (int(x) for x in split.documents[document : document + 2])
@@ -107,11 +111,11 @@ def test_sketches_are_the_encoders_states_at_common_ends_and_records_are_silent(
                 ).hidden_states[2][0, :-1]
                 for at in range(0, len(theirs), 63)
             ]
-        expected = rms_normalise(torch.cat(states)) @ projection(64, 24).t()
+        expected = rms_normalise(torch.cat(states)) @ projection_matrix(64, 24).t()
         at = 0
         for place in range(len(ids)):
             at += len(student.token_bytes(ids[place])) if 0 < place < len(ids) - 1 else 0
-            found, valid = decode_sketches(
+            found, valid = decode_projected_states(
                 gather(source.maps, source.starts, np.array([start + place]))
             )
             assert bool(valid[0]) == (0 < place < len(ids) - 1 and at in ends), (document, place)
@@ -133,7 +137,7 @@ def test_texts_between_control_tokens_are_aligned_one_by_one(world, encoder, tmp
         )
     )
     score.run(config(encoder, data, folder, max_seq_length=512))
-    split, source = open_dataset(data).split("train"), CachedSketches(Cache(folder), "train")
+    split, source = open_dataset(data).split("train"), CachedHiddenStates(Cache(folder), "train")
     student, teacher = (
         load_tokenizer(world.tokenizer),
         EncoderTeacher(str(encoder), find_encoder(str(encoder))),
@@ -186,7 +190,7 @@ def test_training_from_an_encoder_is_cross_entropy_and_hidden_states(
     assert all({"hidden", "contrast"} <= line.keys() and "kd" not in line for line in lines)
     assert lines[-1]["hidden"] < lines[0]["hidden"]
     split = open_dataset(world.data).split("train")
-    source = CachedSketches(Cache(cache), "train")
+    source = CachedHiddenStates(Cache(cache), "train")
     share = source.count() / int(split.mask.sum())
     first = lines[0]
     matched = first["loss"] - first["ce"] - 0.05 * first["contrast"]
@@ -197,7 +201,7 @@ def test_training_from_an_encoder_is_cross_entropy_and_hidden_states(
 
 def test_an_encoder_beside_a_language_model(world, encoder, cache, tmp_path):
     train.run(
-        world.distill(tmp_path / "run", sketches=cache, max_steps=3, hidden=HiddenConfig(0.5))
+        world.distill(tmp_path / "run", hidden_states=cache, max_steps=3, hidden=HiddenConfig(0.5))
     )
     assert all(
         {"hidden", "kd"} <= line.keys()
@@ -208,9 +212,9 @@ def test_an_encoder_beside_a_language_model(world, encoder, cache, tmp_path):
 
 def test_refusals_say_what_to_do(world, encoder, cache, tmp_path):
     with pytest.raises(
-        UsageError, match=r"is an encoder: it gives hidden states.*--sketch-depths 1.0"
+        UsageError, match=r"is an encoder: it gives hidden states.*--hidden-state-depths 1.0"
     ):
-        score.run(config(encoder, world.data, tmp_path / "c", sketch_depths=()))
+        score.run(config(encoder, world.data, tmp_path / "c", hidden_state_depths=()))
     with pytest.raises(UsageError, match=r"holds hidden states only.*--hidden.weight 1"):
         train.run(world.distill(tmp_path / "r", cache=cache))
     with pytest.raises(UsageError, match=r"is an encoder.*Make a cache of them"):
@@ -224,7 +228,9 @@ def test_refusals_say_what_to_do(world, encoder, cache, tmp_path):
     score.run(config(encoder, other, tmp_path / "foreign"))
     with pytest.raises(UsageError, match="was made from another dataset"):
         train.run(
-            world.distill(tmp_path / "r", sketches=tmp_path / "foreign", hidden=HiddenConfig(1.0))
+            world.distill(
+                tmp_path / "r", hidden_states=tmp_path / "foreign", hidden=HiddenConfig(1.0)
+            )
         )
 
 
@@ -243,12 +249,12 @@ def test_states_that_are_not_finite_are_named(world, encoder, tmp_path, monkeypa
 def test_the_command_line_takes_depths_and_weights(world, encoder, tmp_path, capsys):
     cache, run = tmp_path / "c", tmp_path / "r"
     line = (
-        f"cache {encoder} --data-path {world.data} -o {cache} --sketch-depths 0.3 1.0 "
-        "--sketch-width 16 --device cpu"
+        f"cache {encoder} --data-path {world.data} -o {cache} --hidden-state-depths 0.3 1.0 "
+        "--hidden-state-width 16 --device cpu"
     )
     assert main([*line.split(), "--max-seq-length", "64"]) == 0
     assert "36 bytes each" in capsys.readouterr().out
-    assert Cache(cache).manifest["sketch"]["depths"] == [1, 3]
+    assert Cache(cache).manifest["hidden_states"]["depths"] == [1, 3]
     small = (
         "--hidden-size 32 --num-layers 2 --num-heads 2 --intermediate-size 64 --max-seq-length 64 "
         "--batch-size 4"

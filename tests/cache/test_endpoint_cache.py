@@ -17,7 +17,7 @@ import training as train
 from fake_endpoint import FakeVllm
 from xinslm.cache import score
 from xinslm.cache.config import CacheConfig
-from xinslm.cache.entries import HAS_DRAWS, Cache
+from xinslm.cache.entries import HAS_TAIL_SAMPLES, Cache
 from xinslm.cache.journal import Journal
 from xinslm.cli.main import main
 from xinslm.data.dataset import open_dataset
@@ -54,9 +54,9 @@ def small(world, tmp_path_factory):
 def config(world, url, folder, **changes):
     settings = {
         "max_seq_length": 40,
-        "head": 6,
+        "top_k": 6,
         "endpoint": QUICK,
-        "tokenizer": str(world.tokenizer),
+        "tokenizer_path": str(world.tokenizer),
         **changes,
     }
     return CacheConfig(url, world.data, folder, **settings)
@@ -73,7 +73,7 @@ def test_records_are_exact_in_the_head_and_have_one_bucket_for_the_tail(small, t
         result = score.run(config(small, server.url, tmp_path / "c"))
         assert {body["prompt_logprobs"] for _, body in server.bodies} == {6}
     model, cache = load_model(small.teacher), Cache(tmp_path / "c")
-    assert (cache.format.draws, cache.format.temperature) == (0, 1.0)
+    assert (cache.format.tail_samples, cache.format.temperature) == (0, 1.0)
     split = open_dataset(small.data).split("train")
     outside = 0
     for start, end in zip(split.documents[:-1], split.documents[1:], strict=True):
@@ -87,22 +87,24 @@ def test_records_are_exact_in_the_head_and_have_one_bucket_for_the_tail(small, t
             targets = cache.split("train").targets(positions)
             top = log_p.topk(6)
             assert (
-                targets.valid.all() and not targets.has_draws.any() and (targets.log_z == 0).all()
+                targets.valid_mask.all()
+                and not targets.has_tail_samples.any()
+                and (targets.log_z == 0).all()
             )
             torch.testing.assert_close(
-                log_p.gather(1, targets.head_ids), top.values, atol=1e-5, rtol=0
+                log_p.gather(1, targets.top_k_ids), top.values, atol=1e-5, rtol=0
             )
-            torch.testing.assert_close(targets.head_log_probs, top.values, atol=0.06, rtol=0.02)
+            torch.testing.assert_close(targets.top_k_log_probs, top.values, atol=0.06, rtol=0.02)
             torch.testing.assert_close(
                 targets.log_tail, (1 - top.values.exp().sum(1)).log(), atol=0.01, rtol=0.01
             )
-            records = cache.split("train").maps[0][positions]
+            entries = cache.split("train").maps[0][positions]
             labels = log_p.gather(1, piece[1:, None])[:, 0]
             np.testing.assert_allclose(
-                records["log_label"].astype(float), labels.numpy(), atol=0.01, rtol=2e-3
+                entries["log_label"].astype(float), labels.numpy(), atol=0.01, rtol=2e-3
             )
             outside += int((labels < top.values[:, -1]).sum())
-            assert not (records["flags"] & HAS_DRAWS).any()
+            assert not (entries["flags"] & HAS_TAIL_SAMPLES).any()
     assert outside > 20, "tokens that came from outside the most likely ones have their log p"
     assert "positions" in result.describe()
 
@@ -111,7 +113,7 @@ def test_a_student_trains_from_it(small, tmp_path):
     with FakeVllm(small.teacher) as server:
         score.run(config(small, server.url, tmp_path / "c", max_seq_length=62))
     result = train.run(
-        small.distill(tmp_path / "run", cache=tmp_path / "c", max_steps=2, validate_every=2)
+        small.distill(tmp_path / "run", cache=tmp_path / "c", max_steps=2, eval_steps=2)
     )
     assert np.isfinite(result.state.best_validation)
 
@@ -127,11 +129,11 @@ def test_masked_positions_and_documents_that_count_nothing_are_not_asked_for(sma
     split = Split(tokens, mask, np.array([0, 10, 20]), np.array([9, 9]), 400)
     with FakeVllm(small.teacher) as server:
         teacher = EndpointTeacher(server.url, QUICK, 4, str(small.tokenizer))
-        records = EndpointScorer(teacher, endpoint_format(400, 4), 40).shard(
+        entries = EndpointScorer(teacher, endpoint_format(400, 4), 40).shard(
             split, 0, 2, tmp_path / "s", lambda n: None
         )
         assert [body["prompt"] for _, body in server.bodies] == [tokens[10:].tolist()]
-    assert (records["records"]["flags"] != 0).tolist() == [False] * 13 + [True] * 6 + [False]
+    assert (entries["entries"]["flags"] != 0).tolist() == [False] * 13 + [True] * 6 + [False]
 
 
 def break_at(number, mischief):
@@ -157,7 +159,7 @@ def first_key(entry):
 BAD = {
     "too few": (
         change(lambda a: [entry_of(a).pop(key) for key in list(entry_of(a))[1:4]]),
-        r"token 3: [34] log-probabilities came where 6 were asked for; take a smaller --head",
+        r"token 3: [34] log-probabilities came where 6 were asked for; take a smaller --top-k",
     ),
     "ids out of range": (
         change(
@@ -289,8 +291,8 @@ def test_damaged_records_in_the_journal_are_asked_for_again(small, tmp_path, who
     scratch = next((tmp_path / "c").glob("*/*.scratch"))
     lines = [json.loads(line) for line in scratch.read_text().splitlines()]
     assert len(lines) > 2
-    lines[0]["records"] = "!!"
-    lines[1]["records"] = lines[1]["records"][:8]
+    lines[0]["entries"] = "!!"
+    lines[1]["entries"] = lines[1]["entries"][:8]
     scratch.write_text("".join(json.dumps(line) + "\n" for line in lines))
     with FakeVllm(small.teacher) as server:
         score.run(config(small, server.url, tmp_path / "c"))
@@ -321,7 +323,7 @@ def test_minus_infinity_comes_as_a_number_and_stays_finite(small, tmp_path):
         score.run(config(small, server.url, tmp_path / "c"))
     split = open_dataset(small.data).split("train")
     targets = Cache(tmp_path / "c").split("train").targets(np.arange(len(split.tokens)))
-    assert torch.isfinite(targets.head_log_probs).all() and torch.isfinite(targets.log_tail).all()
+    assert torch.isfinite(targets.top_k_log_probs).all() and torch.isfinite(targets.log_tail).all()
 
 
 def test_requests_are_in_flight_together(small, tmp_path):
@@ -362,20 +364,22 @@ def test_other_refusals(small, tmp_path):
                 config(small, server.url, tmp_path / "c", endpoint=EndpointConfig(model="big"))
             )
         with pytest.raises(
-            UsageError, match=r"no tokenizer is found under the name tiny; give .*--tokenizer"
+            UsageError, match=r"no tokenizer is found under the name tiny; give .*--tokenizer-path"
         ):
-            score.run(config(small, server.url, tmp_path / "c", tokenizer=None))
+            score.run(config(small, server.url, tmp_path / "c", tokenizer_path=None))
         with pytest.raises(
             UsageError, match=r"context of 64 tokens and needs two more: pass --max-seq-length 62"
         ):
             score.run(config(small, server.url, tmp_path / "c", max_seq_length=63))
         with pytest.raises(UsageError, match="gives no hidden states"):
-            score.run(config(small, server.url, tmp_path / "c", sketch_depths=(1.0,)))
+            score.run(config(small, server.url, tmp_path / "c", hidden_state_depths=(1.0,)))
         from xinslm.tokenizer.bpe import BPETokenizer
 
         BPETokenizer.prefix_of(BPETokenizer.load(small.tokenizer), 300).save(tmp_path / "other")
         with pytest.raises(UsageError, match="the same ids mean other text"):
-            score.run(config(small, server.url, tmp_path / "c", tokenizer=str(tmp_path / "other")))
+            score.run(
+                config(small, server.url, tmp_path / "c", tokenizer_path=str(tmp_path / "other"))
+            )
 
 
 def test_key_comes_from_a_file_or_a_variable_and_is_written_nowhere(
@@ -388,7 +392,7 @@ def test_key_comes_from_a_file_or_a_variable_and_is_written_nowhere(
         str(small.data),
         "--max-seq-length",
         "40",
-        "--tokenizer",
+        "--tokenizer-path",
         str(small.tokenizer),
     ]
     for name, value, key in (

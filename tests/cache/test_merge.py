@@ -1,4 +1,4 @@
-"""Merging caches: the mixture in expectation, through records and the loss, whatever the weights;
+"""Merging caches: the mixture in expectation, through entries and the loss, whatever the weights;
 what is refused.
 """
 
@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 import training as train
 from xinslm.cache import merge, score
 from xinslm.cache.config import CacheConfig
-from xinslm.cache.entries import PLAN, Cache, CacheFormat, decode, encode, to_records
+from xinslm.cache.entries import PLAN, Cache, CacheFormat, decode, encode, pack_entries
 from xinslm.cache.merge import MergeScorer
 from xinslm.cache.merge_config import MergeConfig
 from xinslm.cache.mixture import Part, mix
@@ -36,12 +36,18 @@ def random_parts(seed, rows, sizes, without_draws=()):
     rng = np.random.default_rng(seed)
     weights = rng.dirichlet(np.ones(len(sizes)), rows)
     parts = []
-    for k, (head, draws) in enumerate(sizes):
-        masses = rng.dirichlet(np.ones(head + 1), rows) * weights[:, [k]]
+    for k, (top_k, tail_samples) in enumerate(sizes):
+        masses = rng.dirichlet(np.ones(top_k + 1), rows) * weights[:, [k]]
         has = np.full(rows, k not in without_draws)
-        ids = np.stack([rng.permutation(VOCAB)[:head] for _ in range(rows)])
+        ids = np.stack([rng.permutation(VOCAB)[:top_k] for _ in range(rows)])
         parts.append(
-            Part(ids, masses[:, :head], masses[:, head], rng.integers(0, VOCAB, (rows, draws)), has)
+            Part(
+                ids,
+                masses[:, :top_k],
+                masses[:, top_k],
+                rng.integers(0, VOCAB, (rows, tail_samples)),
+                has,
+            )
         )
     return parts
 
@@ -50,10 +56,12 @@ def dense(part):
     """All that a part or a mixture says, as (N, VOCAB)."""
     out = np.zeros((len(part.tail), VOCAB))
     rows = np.arange(len(part.tail))[:, None]
-    np.add.at(out, (rows, part.head_ids), part.head)
-    if part.draws.shape[1]:
-        share = np.where(part.has_draws, part.tail / part.draws.shape[1], 0)
-        np.add.at(out, (rows, part.draws), np.repeat(share[:, None], part.draws.shape[1], axis=1))
+    np.add.at(out, (rows, part.top_k_ids), part.top_k_mass)
+    if part.tail_ids.shape[1]:
+        share = np.where(part.has_tail_samples, part.tail / part.tail_ids.shape[1], 0)
+        np.add.at(
+            out, (rows, part.tail_ids), np.repeat(share[:, None], part.tail_ids.shape[1], axis=1)
+        )
     return out
 
 
@@ -78,11 +86,11 @@ def test_the_expectation_over_the_uniform_numbers_is_the_weighted_sum(seed, size
             for p in parts
         ]
         mixture = mix(many, np.repeat(us, 5), 3, 4)
-        assert all(len(set(row)) == 3 for row in mixture.head_ids.tolist())
-        assert bool(mixture.has_draws[mixture.tail > 0].all())
+        assert all(len(set(row)) == 3 for row in mixture.top_k_ids.tolist())
+        assert bool(mixture.has_tail_samples[mixture.tail > 0].all())
         found += dense(mixture).reshape(250, 5, VOCAB).sum(axis=0)
     np.testing.assert_allclose(found / 2000, expected, atol=1e-3)
-    np.testing.assert_allclose(mixture.head.sum(1) + mixture.tail, 1.0, atol=1e-12)
+    np.testing.assert_allclose(mixture.top_k_mass.sum(1) + mixture.tail, 1.0, atol=1e-12)
 
 
 def test_the_new_head_is_chosen_without_the_draws_and_takes_what_they_add():
@@ -102,18 +110,20 @@ def test_the_new_head_is_chosen_without_the_draws_and_takes_what_they_add():
         np.ones(2, bool),
     )
     mixture = mix([both, other], np.array([0.3, 0.3]), 2, 4)
-    assert mixture.head_ids.tolist() == [[1, 3], [1, 3]], "2 and 4 are behind, whatever was drawn"
-    np.testing.assert_allclose(mixture.head, [[0.3, 0.2], [0.3 + 0.15 / 2, 0.2]])
+    assert mixture.top_k_ids.tolist() == [[1, 3], [1, 3]], "2 and 4 are behind, whatever was drawn"
+    np.testing.assert_allclose(mixture.top_k_mass, [[0.3, 0.2], [0.3 + 0.15 / 2, 0.2]])
     np.testing.assert_allclose(mixture.tail, [0.5, 0.5 - 0.15 / 2])
 
 
 def test_a_tail_of_which_one_teacher_knows_nothing_has_no_draws():
     parts = random_parts(0, 6, [(4, 3), (4, 3)], without_draws=(1,))
     mixture = mix(parts, np.full(6, 0.5), 4, 3)
-    assert not mixture.has_draws.any()
-    np.testing.assert_allclose(mixture.head.sum(1) + mixture.tail, 1.0)
+    assert not mixture.has_tail_samples.any()
+    np.testing.assert_allclose(mixture.top_k_mass.sum(1) + mixture.tail, 1.0)
     parts[1] = dataclasses.replace(parts[1], tail=np.full(6, 1e-7))
-    assert mix(parts, np.full(6, 0.5), 4, 3).has_draws.all(), "a mass of nothing hides nothing"
+    assert mix(parts, np.full(6, 0.5), 4, 3).has_tail_samples.all(), (
+        "a mass of nothing hides nothing"
+    )
 
 
 def gradient(z, labels, targets, config):
@@ -123,7 +133,9 @@ def gradient(z, labels, targets, config):
 
 
 def test_the_average_gradient_from_merged_records_is_the_dense_one_of_the_mixture():
-    """Through codes, draws, merging and the loss, where draws fall on head tokens too."""
+    """Through codes, tail samples, merging and the loss, where tail samples fall on top-k tokens
+    too.
+    """
     g = torch.Generator().manual_seed(0)
     rows, weights = 30000, np.array([0.5, 0.3, 0.2])
     p = (1.7 * torch.randn(3, VOCAB, generator=g)).softmax(1)
@@ -144,7 +156,7 @@ def test_the_average_gradient_from_merged_records_is_the_dense_one_of_the_mixtur
     rounding = 0.02 * mixture + 1e-4  # of the 8-bit codes, on reading and on writing
     assert bool(((found - exact).abs() < rounding + 4 * (mixture / rows).sqrt()).all())
     missed = (
-        (mixture - torch.zeros(VOCAB).scatter(0, targets.head_ids[0], 1.0) * mixture).abs().sum()
+        (mixture - torch.zeros(VOCAB).scatter(0, targets.top_k_ids[0], 1.0) * mixture).abs().sum()
     )
     assert missed > 0.2, "there is a tail to get wrong"
     label = out["log_label"].astype(np.float64)
@@ -173,7 +185,7 @@ def second(world, tmp_path_factory):
     save_model(model, folder / "teacher")
     load_tokenizer(world.teacher).save(folder / "teacher")
     cache_of(world, folder / "cache", str(folder / "teacher"), seed=1)
-    cache_of(world, folder / "wide", str(world.teacher), head=12, draws=2)
+    cache_of(world, folder / "wide", str(world.teacher), top_k=12, tail_samples=2)
     return folder
 
 
@@ -208,18 +220,22 @@ def test_merging_copies_of_a_cache_gives_that_cache(world, tmp_path):
     merge.run(
         MergeConfig((world.cache,) * 3, tmp_path / "m", weights=(3, 1, 1), shard_positions=3000)
     )
-    (records, fmt), (expected, source) = everything(tmp_path / "m"), everything(world.cache)
-    a, b = decode(records, fmt), decode(expected, source)
-    assert torch.equal(a.valid, b.valid) and torch.equal(a.has_draws, b.has_draws)
-    assert torch.equal(a.head_ids.sort(1).values, b.head_ids.sort(1).values)
-    assert torch.equal(a.tail_ids.sort(1).values[a.valid], b.tail_ids.sort(1).values[a.valid])
+    (entries, fmt), (expected, source) = everything(tmp_path / "m"), everything(world.cache)
+    a, b = decode(entries, fmt), decode(expected, source)
+    assert torch.equal(a.valid_mask, b.valid_mask) and torch.equal(
+        a.has_tail_samples, b.has_tail_samples
+    )
+    assert torch.equal(a.top_k_ids.sort(1).values, b.top_k_ids.sort(1).values)
+    assert torch.equal(
+        a.tail_ids.sort(1).values[a.valid_mask], b.tail_ids.sort(1).values[a.valid_mask]
+    )
 
     def by_id(targets):
-        return targets.head_log_probs.gather(1, targets.head_ids.argsort(1))
+        return targets.top_k_log_probs.gather(1, targets.top_k_ids.argsort(1))
 
     torch.testing.assert_close(by_id(a), by_id(b), atol=0.06, rtol=0)
     torch.testing.assert_close(a.log_tail, b.log_tail, atol=0.01, rtol=0)
-    np.testing.assert_allclose(records["log_label"], expected["log_label"], atol=4e-3, rtol=1e-3)
+    np.testing.assert_allclose(entries["log_label"], expected["log_label"], atol=4e-3, rtol=1e-3)
 
 
 def test_order_of_caches_and_size_of_weights_do_not_matter(world, second, tmp_path):
@@ -228,7 +244,7 @@ def test_order_of_caches_and_size_of_weights_do_not_matter(world, second, tmp_pa
     caches = (second / "wide", world.cache, second / "cache")
     merge.run(config(world, second, b, caches=caches, weights=(0.2, 0.5, 0.3)))
     (one, fmt), (two, _) = everything(a), everything(b)
-    assert fmt.head == 4 and fmt.draws == 10 and fmt.temperature == 1.0
+    assert fmt.top_k == 4 and fmt.tail_samples == 10 and fmt.temperature == 1.0
     assert (one == two).mean() > 0.99, "but for the last bit of a sum"
     described = Cache(a).manifest["config"]["teacher"]
     assert described.startswith(f"merge of 0.5 x {world.cache} + 0.3 x ")
@@ -236,33 +252,36 @@ def test_order_of_caches_and_size_of_weights_do_not_matter(world, second, tmp_pa
 
 def test_weights_by_token_against_a_loop(world, second, tmp_path):
     merge.run(config(world, second, tmp_path / "m", weights=(1, 3), token_temperature=0.5))
-    (records, fmt), both = (
+    (entries, fmt), both = (
         everything(tmp_path / "m"),
         [everything(world.cache), everything(second / "cache")],
     )
-    merged, parts = decode(records, fmt), [decode(*one) for one in both]
-    for row in np.flatnonzero(merged.valid.numpy())[:400:7]:
+    merged, parts = decode(entries, fmt), [decode(*one) for one in both]
+    for row in np.flatnonzero(merged.valid_mask.numpy())[:400:7]:
         label = [float(one["log_label"][row]) for one, _ in both]
         w = np.array([1.0, 3.0]) * np.exp(2 * (np.array(label) - max(label)))
         w /= w.sum()
         known: dict[int, float] = {}
         for share, part in zip(w, parts, strict=True):
             for token, log_p in zip(
-                part.head_ids[row].tolist(), part.head_log_probs[row].tolist(), strict=True
+                part.top_k_ids[row].tolist(), part.top_k_log_probs[row].tolist(), strict=True
             ):
                 known[token] = known.get(token, 0.0) + share * np.exp(log_p)
         full = dict(known)
         for share, part in zip(w, parts, strict=True):
             for token in part.tail_ids[row].tolist():
                 full[token] = (
-                    full.get(token, 0.0) + share * float(part.log_tail[row].exp()) / fmt.draws
+                    full.get(token, 0.0)
+                    + share * float(part.log_tail[row].exp()) / fmt.tail_samples
                 )
-        head = sorted(known, key=lambda token: (-known[token], token))[: fmt.head]
-        assert merged.head_ids[row].tolist() == head
-        expected = torch.tensor([full[token] for token in head], dtype=torch.float32)
-        torch.testing.assert_close(merged.head_log_probs[row].exp(), expected, atol=2e-3, rtol=0.03)
-        assert set(merged.tail_ids[row].tolist()) <= full.keys() - set(head)
-        assert float(records["log_label"][row]) == pytest.approx(
+        top_k = sorted(known, key=lambda token: (-known[token], token))[: fmt.top_k]
+        assert merged.top_k_ids[row].tolist() == top_k
+        expected = torch.tensor([full[token] for token in top_k], dtype=torch.float32)
+        torch.testing.assert_close(
+            merged.top_k_log_probs[row].exp(), expected, atol=2e-3, rtol=0.03
+        )
+        assert set(merged.tail_ids[row].tolist()) <= full.keys() - set(top_k)
+        assert float(entries["log_label"][row]) == pytest.approx(
             np.log(w @ np.exp(label)), abs=5e-3
         )
 
@@ -272,24 +291,24 @@ def test_a_position_that_one_cache_leaves_out_is_the_others_alone(world, second,
     cache_of(world, half, str(world.teacher))
     manifest = json.loads((half / "manifest.json").read_text())
     for file in half.glob("train/*.bin"):
-        records = np.fromfile(file, Cache(second / "cache").format.dtype)
-        records["flags"][::2] = 0
-        records.tofile(file)
+        entries = np.fromfile(file, Cache(second / "cache").format.dtype)
+        entries["flags"][::2] = 0
+        entries.tofile(file)
         manifest["files"][f"train/{file.name}"]["sha256"] = sha256_file(file)
     (half / "manifest.json").write_text(json.dumps(manifest))
     merge.run(
         config(world, second, tmp_path / "m", caches=(half, second / "cache"), weights=(9, 1))
     )
-    (records, fmt), (left, _), (right, right_fmt) = (
+    (entries, fmt), (left, _), (right, right_fmt) = (
         everything(f) for f in (tmp_path / "m", half, second / "cache")
     )
     alone = (left["flags"] == 0) & (right["flags"] & 1 > 0)
-    a, b = decode(records[alone], fmt), decode(right[alone], right_fmt)
-    assert bool(a.valid.all()) and alone.sum() > 1000
-    assert torch.equal(a.head_ids.sort(1).values, b.head_ids.sort(1).values)
-    np.testing.assert_allclose(records["log_label"][alone], right["log_label"][alone], atol=4e-3)
+    a, b = decode(entries[alone], fmt), decode(right[alone], right_fmt)
+    assert bool(a.valid_mask.all()) and alone.sum() > 1000
+    assert torch.equal(a.top_k_ids.sort(1).values, b.top_k_ids.sort(1).values)
+    np.testing.assert_allclose(entries["log_label"][alone], right["log_label"][alone], atol=4e-3)
     neither = (left["flags"] == 0) & (right["flags"] == 0)
-    assert neither.any() and not records["flags"][neither].any()
+    assert neither.any() and not entries["flags"][neither].any()
 
 
 def test_merging_a_merged_cache_again(world, second, tmp_path, monkeypatch):
@@ -392,9 +411,9 @@ def test_weights_by_source(world, second, domains, tmp_path):
         dataset.manifest["source_names"].index(str(domains / "code.jsonl")),
     )
     of_code = np.repeat(dataset.sources("train") == code, np.diff(split.documents))
-    (records, _), (a, _), (b, _) = (everything(folder) for folder in (tmp_path / "m", *folders))
+    (entries, _), (a, _), (b, _) = (everything(folder) for folder in (tmp_path / "m", *folders))
     expected = np.where(of_code, b["log_label"], a["log_label"])
-    np.testing.assert_allclose(records["log_label"], expected, atol=1e-3)
+    np.testing.assert_allclose(entries["log_label"], expected, atol=1e-3)
     assert (a["log_label"] != b["log_label"]).mean() > 0.9 and 0.3 < of_code.mean() < 0.7
 
     table.write_text("nowhere.jsonl: [0, 1]\n")
@@ -415,9 +434,9 @@ def test_caches_that_do_not_fit_are_refused_by_name(world, second, domains, tmp_
     with pytest.raises(UsageError, match=r"cache .*other was made from another dataset"):
         merge.run(config(world, second, tmp_path / "m", tmp_path / "other"))
     with pytest.raises(
-        UsageError, match=r"head is 9, but cache .* knows only 4 tokens.*--head 4 or less"
+        UsageError, match=r"top_k is 9, but cache .* knows only 4 tokens.*--top-k 4 or less"
     ):
-        merge.run(config(world, second, tmp_path / "m", second / "wide", head=9))
+        merge.run(config(world, second, tmp_path / "m", second / "wide", top_k=9))
     with pytest.raises(UsageError, match=r"3 weights are given for 2 caches"):
         merge.run(config(world, second, tmp_path / "m", weights=(1, 1, 1)))
     with pytest.raises(UsageError, match="each must be a finite number of at least 0"):
@@ -440,7 +459,7 @@ def test_caches_that_do_not_fit_are_refused_by_name(world, second, domains, tmp_
 def test_records_made_from_parts_read_back_as_they_were():
     fmt = CacheFormat(100_000, 2, 1, 1.0)
     ids = torch.tensor([[99_999, 5, 70_000]])
-    records = to_records(
+    entries = pack_entries(
         ids,
         torch.tensor([[0.5, 0.25]]),
         torch.tensor([0.25]),
@@ -449,8 +468,8 @@ def test_records_made_from_parts_read_back_as_they_were():
         torch.tensor([-1.5]),
         fmt,
     )
-    targets = decode(records, fmt)
-    assert targets.head_ids.tolist() == [[99_999, 5]] and targets.tail_ids.tolist() == [[70_000]]
+    targets = decode(entries, fmt)
+    assert targets.top_k_ids.tolist() == [[99_999, 5]] and targets.tail_ids.tolist() == [[70_000]]
     torch.testing.assert_close(
-        targets.head_log_probs.exp(), torch.tensor([[0.5, 0.25]]), atol=0.01, rtol=0
+        targets.top_k_log_probs.exp(), torch.tensor([[0.5, 0.25]]), atol=0.01, rtol=0
     )

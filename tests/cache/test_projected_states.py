@@ -1,4 +1,4 @@
-"""Sketches of hidden states: the projection, their bytes, the plane in a cache, and what is
+"""Projected hidden states: the projection, their bytes, the array in a cache, and what is
 refused.
 """
 
@@ -13,16 +13,16 @@ from xinslm.cache import score
 from xinslm.cache.config import CacheConfig
 from xinslm.cache.entries import Cache
 from xinslm.cache.projected_states import (
-    CachedSketches,
-    SketchFormat,
-    decode_sketches,
-    encode_sketches,
-    projection,
+    CachedHiddenStates,
+    HiddenStateFormat,
+    decode_projected_states,
+    encode_projected_states,
+    project_states,
+    projection_matrix,
     rms_normalise,
-    sketch,
 )
 from xinslm.data.dataset import open_dataset
-from xinslm.data.packing import PackedRows
+from xinslm.data.packing import PackedDataset
 from xinslm.distill.target_sources import LiveTargets
 from xinslm.errors import UsageError, XinslmError
 from xinslm.files import sha256_file
@@ -36,16 +36,18 @@ def draw(*shape, seed=0):
 
 
 @pytest.fixture(scope="module")
-def sketched(world, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("sketched") / "cache"
+def with_hidden_states(world, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("with_hidden_states") / "cache"
     settings = {"max_seq_length": 64, "shard_positions": 3000, "batch_tokens": 512, "device": "cpu"}
     result = score.run(
-        CacheConfig(str(world.teacher), world.data, folder, sketch_depths=(0.5, 1.0), **settings)
+        CacheConfig(
+            str(world.teacher), world.data, folder, hidden_state_depths=(0.5, 1.0), **settings
+        )
     )
     split = open_dataset(world.data)
     targets = sum(int(split.split(name).mask.sum()) for name in ("train", "validation"))
-    assert (result.sketched, result.sketch_bytes) == (targets, 2 * 66)
-    assert f"sketches    of {targets:,} positions; 132 bytes each" in result.describe()
+    assert (result.hidden_state_positions, result.hidden_state_bytes) == (targets, 2 * 66)
+    assert f"hidden      states of {targets:,} positions; 132 bytes each" in result.describe()
     return folder
 
 
@@ -53,27 +55,31 @@ def test_projection_keeps_lengths_on_average_and_is_always_the_same():
     x = draw(200, 96)
     ratios = []
     for width in range(40, 80):  # each width draws anew
-        y = x @ projection(width, 96).t()
+        y = x @ projection_matrix(width, 96).t()
         ratios.append(float((y.pow(2).sum(1) / x.pow(2).sum(1)).mean()))
     assert np.mean(ratios) == pytest.approx(1, abs=0.02)
-    assert torch.equal(projection(64, 96), projection.__wrapped__(64, 96))
-    assert projection(64, 96).flatten()[:3].tolist() == pytest.approx(
+    assert torch.equal(projection_matrix(64, 96), projection_matrix.__wrapped__(64, 96))
+    assert projection_matrix(64, 96).flatten()[:3].tolist() == pytest.approx(
         [0.0952991, -0.0001619, 0.0316069], abs=1e-6
     )
 
 
 def test_a_sketch_forgets_the_length_of_a_state():
-    fmt = SketchFormat((1, 2), 2, 96)
+    fmt = HiddenStateFormat((1, 2), 2, 96)
     x = draw(10, 96)
-    torch.testing.assert_close(sketch([x, 100 * x], fmt)[0], sketch([x, 100 * x], fmt)[1])
-    torch.testing.assert_close(sketch([x, x], fmt)[0], rms_normalise(x) @ projection(64, 96).t())
+    torch.testing.assert_close(
+        project_states([x, 100 * x], fmt)[0], project_states([x, 100 * x], fmt)[1]
+    )
+    torch.testing.assert_close(
+        project_states([x, x], fmt)[0], rms_normalise(x) @ projection_matrix(64, 96).t()
+    )
 
 
 def test_a_position_has_66_bytes_a_depth_and_an_error_of_half_its_scale():
-    fmt = SketchFormat((2, 4, 6), 6, 96)
+    fmt = HiddenStateFormat((2, 4, 6), 6, 96)
     assert fmt.dtype.itemsize == 3 * 66
     x = draw(3, 500, 64) * torch.logspace(-2, 2, 500)[None, :, None]
-    found, valid = decode_sketches(encode_sketches(x, fmt))
+    found, valid = decode_projected_states(encode_projected_states(x, fmt))
     assert bool(valid.all()) and found.shape == x.shape
     bound = x.abs().amax(2, keepdim=True) / 127 * (0.5 + 0.07)  # the scale itself is fp16
     assert bool(((found - x).abs() <= bound).all())
@@ -82,38 +88,41 @@ def test_a_position_has_66_bytes_a_depth_and_an_error_of_half_its_scale():
     assert float((found - x).abs().max()) > 0, "8 bits cannot be exact"
 
 
-def test_positions_without_sketches_and_states_that_are_not_finite():
-    fmt = SketchFormat((1,), 1, 8, 4)
-    _, valid = decode_sketches(np.zeros(3, dtype=fmt.dtype))
+def test_positions_without_projected_states_and_states_that_are_not_finite():
+    fmt = HiddenStateFormat((1,), 1, 8, 4)
+    _, valid = decode_projected_states(np.zeros(3, dtype=fmt.dtype))
     assert not bool(valid.any())
     with pytest.raises(FloatingPointError, match="not finite"):
-        encode_sketches(torch.tensor([[[1.0, float("nan"), 0, 0]]]), fmt)
+        encode_projected_states(torch.tensor([[[1.0, float("nan"), 0, 0]]]), fmt)
 
 
 def test_depths_of_a_format_are_shares_of_the_layers():
-    fmt = SketchFormat.of((0.5, 0.55, 1.0), 10, 96)
+    fmt = HiddenStateFormat.of((0.5, 0.55, 1.0), 10, 96)
     assert fmt.depths == (5, 6, 10)
     assert [fmt.column(share, "x") for share in (0.5, 0.6, 1.0)] == [0, 1, 2]
-    assert SketchFormat.of((0.41, 0.5), 2, 96).depths == (1,)
+    assert HiddenStateFormat.of((0.41, 0.5), 2, 96).depths == (1,)
     with pytest.raises(
         UsageError,
-        match=r"cache c has no sketches of relative depth 0.25 \(block 3 of 10\), only of 0.5",
+        match=r"cache c has no projected hidden states of relative depth 0.25 \(block 3 of 10\), "
+        r"only of 0.5",
     ):
         fmt.column(0.25, "cache c")
 
 
-def test_cached_sketches_are_the_live_ones_and_both_those_of_transformers(world, sketched):
+def test_cached_projected_states_are_the_live_ones_and_both_those_of_transformers(
+    world, with_hidden_states
+):
     from transformers import AutoModelForCausalLM
 
-    rows = PackedRows(open_dataset(world.data).split("train"), 64)
+    rows = PackedDataset(open_dataset(world.data).split("train"), 64)
     batch = rows.batch([0, 3, 11])
     chosen = np.flatnonzero(batch.labels.ravel() >= 0)
     live = LiveTargets(HuggingFaceTeacher(str(world.teacher)), (0.5, 1.0))
-    cached = CachedSketches(Cache(sketched), "train")
-    assert cached.format == live.format == SketchFormat((1, 2), 2, 48)
+    cached = CachedHiddenStates(Cache(with_hidden_states), "train")
+    assert cached.format == live.format == HiddenStateFormat((1, 2), 2, 48)
     (a, all_valid), (b, valid) = (
-        live.sketches(batch, chosen, CPU),
-        cached.sketches(batch, chosen, CPU),
+        live.projected_states(batch, chosen, CPU),
+        cached.projected_states(batch, chosen, CPU),
     )
     assert bool(all_valid.all()) and bool(valid.all())
     assert bool(((a - b).abs() <= a.abs().amax(2, keepdim=True) / 127 * 0.6 + 1e-4).all())
@@ -124,30 +133,30 @@ def test_cached_sketches_are_the_live_ones_and_both_those_of_transformers(world,
         ids = torch.from_numpy(batch.input_ids[row, start : column + 1])[None]
         with torch.no_grad():
             out = reference(ids, output_hidden_states=True)
-        expected = rms_normalise(out.hidden_states[1][0, -1]) @ projection(64, 48).t()
+        expected = rms_normalise(out.hidden_states[1][0, -1]) @ projection_matrix(64, 48).t()
         torch.testing.assert_close(a[0, index], expected, atol=1e-4, rtol=1e-4)
         # transformers' last entry is behind the final norm: the same direction once its weights are
         # divided out.
         last = (
             rms_normalise(out.hidden_states[2][0, -1] / reference.model.norm.weight)
-            @ projection(64, 48).t()
+            @ projection_matrix(64, 48).t()
         )
         torch.testing.assert_close(a[1, index], last, atol=1e-3, rtol=1e-3)
 
 
 def test_one_forward_pass_of_a_live_teacher_serves_states_and_logits(world, monkeypatch):
     teacher = HuggingFaceTeacher(str(world.teacher))
-    rows = PackedRows(open_dataset(world.data).split("train"), 64)
+    rows = PackedDataset(open_dataset(world.data).split("train"), 64)
     batch, other = rows.batch([0, 3]), rows.batch([1, 2])
     chosen, calls = np.flatnonzero(batch.labels.ravel() >= 0), []
     expected = LiveTargets(teacher).targets(batch, chosen, CPU).logits(slice(0, 9))
     real = teacher.states
     monkeypatch.setattr(teacher, "states", lambda sequences: calls.append(1) or real(sequences))
     live = LiveTargets(teacher, (1.0,))
-    live.sketches(batch, chosen, CPU)
+    live.projected_states(batch, chosen, CPU)
     torch.testing.assert_close(live.targets(batch, chosen, CPU).logits(slice(0, 9)), expected)
     assert len(calls) == 1
-    live.sketches(batch, chosen, CPU)
+    live.projected_states(batch, chosen, CPU)
     there = np.flatnonzero(other.labels.ravel() >= 0)
     found = live.targets(other, there, CPU).logits(slice(0, 9))
     torch.testing.assert_close(
@@ -155,9 +164,9 @@ def test_one_forward_pass_of_a_live_teacher_serves_states_and_logits(world, monk
     )
 
 
-def test_records_do_not_change_where_sketches_are_kept(world, sketched):
+def test_entries_do_not_change_where_projected_states_are_kept(world, with_hidden_states):
     for path in world.cache.glob("*/*.bin"):
-        assert sha256_file(path) == sha256_file(sketched / path.relative_to(world.cache))
+        assert sha256_file(path) == sha256_file(with_hidden_states / path.relative_to(world.cache))
 
 
 def test_positions_inside_a_nested_teachers_token_have_no_sketch(world, tmp_path):
@@ -178,10 +187,15 @@ def test_positions_inside_a_nested_teachers_token_have_no_sketch(world, tmp_path
     folder = tmp_path / "c"
     score.run(
         CacheConfig(
-            str(world.teacher), data, folder, max_seq_length=64, sketch_depths=(1.0,), device="cpu"
+            str(world.teacher),
+            data,
+            folder,
+            max_seq_length=64,
+            hidden_state_depths=(1.0,),
+            device="cpu",
         )
     )
-    split, source = open_dataset(data).split("train"), CachedSketches(Cache(folder), "train")
+    split, source = open_dataset(data).split("train"), CachedHiddenStates(Cache(folder), "train")
     model = HuggingFaceTeacher(str(world.teacher))
     inside = 0
     for document in (1, 4):
@@ -194,61 +208,67 @@ def test_positions_inside_a_nested_teachers_token_have_no_sketch(world, tmp_path
         ][:64]
         ends = {len(teacher.decode(theirs[1 : n + 1]).encode()): n for n in range(len(theirs))}
         _, (states,) = model.states_and_hidden([np.array(theirs)], (2,))
-        expected = sketch([states], source.format)[0]
+        expected = project_states([states], source.format)[0]
         at = 0
         for place, token in enumerate(ids[:40]):
             at += len(student.token_bytes(token)) if place else 0
-            records = source.maps[0][start + place]
-            assert (float(records["scales"][0]) > 0) == (at in ends)
+            entries = source.maps[0][start + place]
+            assert (float(entries["scales"][0]) > 0) == (at in ends)
             if at in ends:
-                found = decode_sketches(source.maps[0][start + place : start + place + 1])[0][0, 0]
+                found = decode_projected_states(source.maps[0][start + place : start + place + 1])[
+                    0
+                ][0, 0]
                 assert float((found - expected[ends[at]]).abs().max()) < 0.05
             inside += at not in ends
     assert inside > 5
 
 
-def copy(sketched, tmp_path):
-    return shutil.copytree(sketched, tmp_path / "copy")
+def copy(with_hidden_states, tmp_path):
+    return shutil.copytree(with_hidden_states, tmp_path / "copy")
 
 
-def test_damaged_and_missing_sketches_are_refused(world, sketched, tmp_path):
-    with pytest.raises(UsageError, match=r"has no sketches of hidden states.*--sketch-depths"):
-        CachedSketches(Cache(world.cache), "train")
-    folder = copy(sketched, tmp_path)
-    plane = folder / "train" / "00000.sketch.bin"
-    whole = plane.read_bytes()
-    plane.write_bytes(whole[:-132])
+def test_damaged_and_missing_projected_states_are_refused(world, with_hidden_states, tmp_path):
+    with pytest.raises(UsageError, match=r"has no projected hidden states.*--hidden-state-depths"):
+        CachedHiddenStates(Cache(world.cache), "train")
+    folder = copy(with_hidden_states, tmp_path)
+    array = folder / "train" / "00000.hidden_states.bin"
+    whole = array.read_bytes()
+    array.write_bytes(whole[:-132])
     with pytest.raises(XinslmError, match="damaged or half-copied"):
         Cache(folder)
-    plane.unlink()
+    array.unlink()
     with pytest.raises(XinslmError, match="is missing"):
         Cache(folder)
-    plane.write_bytes(whole)
+    array.write_bytes(whole)
     manifest = json.loads((folder / "manifest.json").read_text())
     (folder / "manifest.json").write_text(
-        json.dumps({**manifest, "sketch": {**manifest["sketch"], "width": 32}})
+        json.dumps({**manifest, "hidden_states": {**manifest["hidden_states"], "width": 32}})
     )
-    with pytest.raises(XinslmError, match="sketches of 68 bytes"):
-        CachedSketches(Cache(folder), "train")
-    (folder / "manifest.json").write_text(json.dumps({**manifest, "sketch": {"depths": [1]}}))
-    with pytest.raises(XinslmError, match="'sketch' in its manifest is damaged"):
-        CachedSketches(Cache(folder), "train")
+    with pytest.raises(XinslmError, match="projected hidden states of 68 bytes"):
+        CachedHiddenStates(Cache(folder), "train")
+    (folder / "manifest.json").write_text(
+        json.dumps({**manifest, "hidden_states": {"depths": [1]}})
+    )
+    with pytest.raises(XinslmError, match="'hidden_states' in its manifest is damaged"):
+        CachedHiddenStates(Cache(folder), "train")
 
 
-def test_interrupted_cache_with_sketches_continues_to_the_same_bytes(world, sketched, tmp_path):
+def test_interrupted_cache_with_projected_states_continues_to_the_same_bytes(
+    world, with_hidden_states, tmp_path
+):
     folder = tmp_path / "c"
     settings = {"max_seq_length": 64, "shard_positions": 3000, "batch_tokens": 512, "device": "cpu"}
     config = CacheConfig(
-        str(world.teacher), world.data, folder, sketch_depths=(0.5, 1.0), **settings
+        str(world.teacher), world.data, folder, hidden_state_depths=(0.5, 1.0), **settings
     )
 
     def stop(progress):
-        if (folder / "train" / "00001.sketch.bin").is_file():
+        if (folder / "train" / "00001.hidden_states.bin").is_file():
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         score.run(config, stop)
-    (folder / "train" / "00001.sketch.bin").unlink()  # killed between the files of one shard
+    (folder / "train" / "00001.hidden_states.bin").unlink()  # killed between the files of one shard
     score.run(config)
-    for path in sketched.glob("*/*.bin"):
-        assert sha256_file(path) == sha256_file(folder / path.relative_to(sketched))
+    for path in with_hidden_states.glob("*/*.bin"):
+        assert sha256_file(path) == sha256_file(folder / path.relative_to(with_hidden_states))

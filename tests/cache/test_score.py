@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from xinslm.alignment.nested import PushForward, is_nested
+from xinslm.alignment.nested import NestedProjection, is_nested
 from xinslm.alignment.projection import number_prefixes
 from xinslm.cache import score
 from xinslm.cache.config import CacheConfig
@@ -58,22 +58,22 @@ def test_records_are_the_teachers_distributions(world):
             log_p = model.logits(model.hidden(context))[0].log_softmax(1)
         count = min(64, end - start - 1)
         targets = cache.targets(np.arange(start, start + count))
-        top = log_p[:count].topk(targets.head_ids.shape[1])
-        expected = log_p[:count].gather(1, targets.head_ids)
-        torch.testing.assert_close(targets.head_log_probs, expected, atol=0.06, rtol=0.02)
+        top = log_p[:count].topk(targets.top_k_ids.shape[1])
+        expected = log_p[:count].gather(1, targets.top_k_ids)
+        torch.testing.assert_close(targets.top_k_log_probs, expected, atol=0.06, rtol=0.02)
         torch.testing.assert_close(expected.min(1).values, top.values[:, -1], atol=1e-5, rtol=0)
         torch.testing.assert_close(
             targets.log_tail, (1 - top.values.exp().sum(1)).log(), atol=0.01, rtol=0.02
         )
-        records = (
+        entries = (
             cache.maps[0][start - cache.starts[0] : start - cache.starts[0] + count]
             if start < 2000
             else None
         )
-        if records is not None:
+        if entries is not None:
             label = log_p[:count].gather(1, ids[1 : count + 1, None])[:, 0]
             torch.testing.assert_close(
-                torch.from_numpy(records["log_label"].astype(np.float32)),
+                torch.from_numpy(entries["log_label"].astype(np.float32)),
                 label,
                 atol=0.01,
                 rtol=2e-3,
@@ -82,7 +82,9 @@ def test_records_are_the_teachers_distributions(world):
 
 def test_last_token_of_a_document_has_no_record(world):
     split = open_dataset(world.data).split("train")
-    valid = Cache(world.cache).split("train").targets(np.arange(len(split.tokens))).valid.numpy()
+    valid = (
+        Cache(world.cache).split("train").targets(np.arange(len(split.tokens))).valid_mask.numpy()
+    )
     last = np.zeros(len(split.tokens), dtype=bool)
     last[split.documents[1:] - 1] = True
     assert np.array_equal(valid, ~last)
@@ -148,7 +150,7 @@ def test_padded_rows_of_the_teachers_head_do_not_count(world, tmp_path):
     score.run(config(world, tmp_path / "c", teacher=str(tmp_path / "wide")))
     a, b = Cache(world.cache).split("train"), Cache(tmp_path / "c").split("train")
     positions = np.arange(2000)
-    assert (a.targets(positions).head_ids == b.targets(positions).head_ids).float().mean() > 0.999
+    assert (a.targets(positions).top_k_ids == b.targets(positions).top_k_ids).float().mean() > 0.999
 
 
 def test_scoring_twice_gives_the_same_bytes(world, tmp_path):
@@ -183,17 +185,17 @@ def nested_world(world, tmp_path, vocab_size=300):
 def test_nested_distributions_equal_a_sum_over_teacher_tokens(world, tmp_path):
     student, teacher, _ = nested_world(world, tmp_path)
     assert is_nested(student, teacher) and not is_nested(teacher, student)
-    push = PushForward(student, teacher)
+    projection = NestedProjection(student, teacher)
     probs = (
         3 * torch.randn(40, teacher.vocab_size, generator=torch.Generator().manual_seed(0))
     ).softmax(1)
-    prefixes = sorted({p[:size] for p in push.pieces for size in range(1, len(p))})[:39]
-    numbers = [number_prefixes(push.pieces)[prefix] for prefix in ((), *prefixes)]
-    pushed = push(probs, np.array(numbers))
+    prefixes = sorted({p[:size] for p in projection.pieces for size in range(1, len(p))})[:39]
+    numbers = [number_prefixes(projection.pieces)[prefix] for prefix in ((), *prefixes)]
+    pushed = projection(probs, np.array(numbers))
     for row, prefix in enumerate([(), *prefixes]):
         expected = torch.zeros(student.vocab_size)
         given = 0.0
-        for token, pieces in enumerate(push.pieces):
+        for token, pieces in enumerate(projection.pieces):
             if pieces[: len(prefix)] == prefix and (pieces or not prefix):
                 given += probs[row, token].item()
                 if len(pieces) > len(prefix):
@@ -206,10 +208,10 @@ def test_nested_cache_at_teacher_boundaries_is_the_push_forward_of_the_teacher(w
     score.run(config(world, tmp_path / "c", data_path=data))
     split = open_dataset(data).split("train")
     cache = Cache(tmp_path / "c").split("train")
-    push, model = PushForward(student, teacher), load_model(world.teacher)
+    projection, model = NestedProjection(student, teacher), load_model(world.teacher)
     start, end = (int(x) for x in split.documents[2:4])
     ids = split.tokens[start:end].astype(np.int64)
-    aligned = push.align(ids)
+    aligned = projection.align(ids)
     assert student.decode(ids.tolist()) == teacher.decode(aligned.teacher_ids.tolist())
     with torch.no_grad():
         probs = model.logits(model.hidden(torch.from_numpy(aligned.teacher_ids)[None, :64]))[
@@ -219,13 +221,13 @@ def test_nested_cache_at_teacher_boundaries_is_the_push_forward_of_the_teacher(w
     for position, (row, prefix) in enumerate(zip(aligned.rows, aligned.prefixes, strict=True)):
         if row >= 60:
             break
-        expected = push(probs[row : row + 1], np.array([prefix]))[0]
+        expected = projection(probs[row : row + 1], np.array([prefix]))[0]
         targets = cache.targets(np.array([start + position]))
         torch.testing.assert_close(
-            targets.head_log_probs.exp()[0], expected[targets.head_ids[0]], atol=0.02, rtol=0.05
+            targets.top_k_log_probs.exp()[0], expected[targets.top_k_ids[0]], atol=0.02, rtol=0.05
         )
         ends_here = 1 - float(expected.sum()) > 1e-5
-        assert bool(targets.has_draws[0]) == (not ends_here)
+        assert bool(targets.has_tail_samples[0]) == (not ends_here)
         inside += int(prefix > 0)
     assert inside > 3
 

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from xinslm.data.dataset import Split
-from xinslm.data.packing import PackedRows, pack, sequences
+from xinslm.data.packing import PackedDataset, pack, sequences
 from xinslm.errors import UsageError
 
 
@@ -46,7 +46,7 @@ def test_sequences_equal_a_loop(lengths, max_length):
 @given(st.lists(st.integers(0, 60), max_size=40), st.integers(1, 24))
 def test_every_prediction_stands_in_the_rows_exactly_once(lengths, row_length):
     split = make_split(lengths)
-    rows = PackedRows(split, row_length)
+    rows = PackedDataset(split, row_length)
     batch = rows.batch(np.arange(len(rows)))
     real = batch.stream >= 0
     ends = set((split.documents[1:] - 1).tolist())
@@ -65,7 +65,7 @@ def test_every_prediction_stands_in_the_rows_exactly_once(lengths, row_length):
 @given(st.lists(st.integers(0, 60), min_size=1, max_size=40), st.integers(2, 24))
 def test_segments_are_contiguous_runs_of_one_document(lengths, row_length):
     split = make_split(lengths)
-    rows = PackedRows(split, row_length)
+    rows = PackedDataset(split, row_length)
     batch = rows.batch(list(range(len(rows))))
     document_of = np.repeat(np.arange(len(lengths)), lengths)
     for segments, positions, stream in zip(
@@ -108,13 +108,13 @@ def test_pack_is_best_fit_decreasing(lengths, row_length):
 
 @pytest.mark.parametrize("row_length", [384, 512, 2048])
 def test_story_like_documents_fill_the_rows(row_length):
-    rows = PackedRows(make_split(story_lengths(20_000)), row_length)
+    rows = PackedDataset(make_split(story_lengths(20_000)), row_length)
     assert rows.fill > 0.97
 
 
 def test_sequences_shorter_than_the_row():
     split = make_split(story_lengths(5000))
-    rows = PackedRows(split, 1024, max_length=256)
+    rows = PackedDataset(split, 1024, max_length=256)
     batch = rows.batch(range(len(rows)))
     assert rows.fill > 0.99 and batch.positions.max() == 255
     assert (batch.stream >= 0).sum() == len(split.tokens) - len(split.document_bytes)
@@ -137,13 +137,13 @@ def test_too_long_a_sequence_is_refused():
 
 
 def test_no_documents_give_no_rows():
-    rows = PackedRows(make_split([]), 8)
+    rows = PackedDataset(make_split([]), 8)
     assert len(rows) == 0 and rows.fill == 0
     assert rows.batch([]).input_ids.shape == (0, 8)
 
 
 def test_rows_come_in_the_order_asked_for():
-    rows = PackedRows(make_split([9] * 20), 16)
+    rows = PackedDataset(make_split([9] * 20), 16)
     all_rows = rows.batch(range(len(rows)))
     some = rows.batch(np.array([3, 1, 3]))
     assert np.array_equal(some.stream, all_rows.stream[[3, 1, 3]])

@@ -19,10 +19,10 @@ from training import PackedTrainer
 from xinslm.cache import score
 from xinslm.cache.config import CacheConfig
 from xinslm.cache.entries import Cache
-from xinslm.cache.projected_states import CachedSketches
+from xinslm.cache.projected_states import CachedHiddenStates
 from xinslm.data.dataset import open_dataset
-from xinslm.data.packing import PackedRows
-from xinslm.distill.auxiliary import Auxiliary, auxiliary_maker
+from xinslm.data.packing import PackedDataset
+from xinslm.distill.auxiliary import HiddenStateLoss, auxiliary_maker
 from xinslm.distill.auxiliary_config import ContrastConfig, HiddenConfig
 from xinslm.distill.config import DistillConfig
 from xinslm.distill.target_sources import CachedTargets, LiveTargets
@@ -39,14 +39,14 @@ BOTH = {"hidden": HiddenConfig(1.0), "contrast": ContrastConfig(0.05, positions=
 
 @pytest.fixture(scope="module")
 def cache(world, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("sketched") / "cache"
+    folder = tmp_path_factory.mktemp("with_hidden_states") / "cache"
     score.run(
         CacheConfig(
             str(world.teacher),
             world.data,
             folder,
             max_seq_length=64,
-            sketch_depths=(0.5, 1.0),
+            hidden_state_depths=(0.5, 1.0),
             device="cpu",
         )
     )
@@ -55,7 +55,7 @@ def cache(world, tmp_path_factory):
 
 def trainer(world, cache, micro=None, live=False, **changes):
     config = world.distill(world.folder / "unused", cache=cache, micro_batch_size=micro, **changes)
-    rows = PackedRows(open_dataset(world.data).split("train"), config.max_seq_length)
+    rows = PackedDataset(open_dataset(world.data).split("train"), config.max_seq_length)
     model = Transformer(
         dataclasses.replace(
             load_config(world.teacher), hidden_size=36, head_dim=12, num_hidden_layers=3
@@ -70,7 +70,7 @@ def trainer(world, cache, micro=None, live=False, **changes):
     else:
         targets, hidden = (
             CachedTargets(Cache(cache, check_hashes=False).split("train")),
-            CachedSketches(Cache(cache, check_hashes=False), "train"),
+            CachedHiddenStates(Cache(cache, check_hashes=False), "train"),
         )
     auxiliary = (auxiliary_maker(config, hidden) or (lambda *_: None))(model.config, 8, CPU)
     return PackedTrainer(model, config, config.loss, rows, 8, targets, CPU, auxiliary)
@@ -85,13 +85,13 @@ def gradients(made):
     return {name: torch.zeros_like(p) if p.grad is None else p.grad.clone() for name, p in named}
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_taps_are_the_hidden_states_of_transformers(world, checkpointing):
+@pytest.mark.parametrize("gradient_checkpointing", [False, True])
+def test_intermediate_layers_are_the_hidden_states_of_transformers(world, gradient_checkpointing):
     from transformers import AutoModelForCausalLM
 
-    model = load_model(world.teacher, checkpointing=checkpointing).train()
+    model = load_model(world.teacher, gradient_checkpointing=gradient_checkpointing).train()
     ids = torch.arange(40)[None] % 300
-    hidden, (first, last) = model.hidden(ids, taps=(1, 2))
+    hidden, (first, last) = model.hidden(ids, layers=(1, 2))
     assert torch.equal(hidden, model.hidden(ids)) and torch.equal(hidden, model.model.norm(last))
     with torch.no_grad():
         expected = AutoModelForCausalLM.from_pretrained(world.teacher)(
@@ -107,10 +107,10 @@ def oracle(made, batch, chosen, kind):
         ids, positions, segments = (
             torch.from_numpy(x) for x in (batch.input_ids, batch.positions, batch.segments)
         )
-        _, taps = made.model.hidden(ids, positions, segments, taps=(2, 3))
-        x = [tap.reshape(-1, 36)[torch.from_numpy(chosen)] for tap in taps]
+        _, layer_outputs = made.model.hidden(ids, positions, segments, layers=(2, 3))
+        x = [output.reshape(-1, 36)[torch.from_numpy(chosen)] for output in layer_outputs]
         x = [t / t.pow(2).mean(1, keepdim=True).sqrt() for t in x]
-        s, valid = made.auxiliary.source.sketches(batch, chosen, CPU)
+        s, valid = made.auxiliary.source.projected_states(batch, chosen, CPU)
         assert bool(valid.all())
         p = made.auxiliary.parameters()
         if kind == "projector":
@@ -146,11 +146,11 @@ def test_gradients_in_the_loop_are_those_of_the_formulas(world, cache, kind):
     changes = {
         "hidden": HiddenConfig(1.0, kind),
         "contrast": ContrastConfig(0.05, positions=10_000),
-        "clip_norm": 0,
+        "max_grad_norm": 0,
     }
     made, plain = (
         trainer(world, cache, **changes),
-        trainer(world, cache, hidden=HiddenConfig(), clip_norm=0),
+        trainer(world, cache, hidden=HiddenConfig(), max_grad_norm=0),
     )
     assert plain.auxiliary is not None and plain.auxiliary.depths(0) == ()
     before = [p.detach().clone() for p in made.auxiliary.parameters()]
@@ -173,13 +173,13 @@ def test_gradients_in_the_loop_are_those_of_the_formulas(world, cache, kind):
 
 
 def rows_at(step, made):
-    from xinslm.train.row_sampler import rows_of_step
+    from xinslm.train.row_sampler import indices_of_step
 
-    return rows_of_step(step, made.config.batch_size, len(made.rows), made.config.seed)
+    return indices_of_step(step, made.config.batch_size, len(made.rows), made.config.seed)
 
 
 def test_projector_term_does_not_depend_on_how_a_step_is_split(world, cache):
-    settings = {"hidden": HiddenConfig(1.0), "clip_norm": 0}
+    settings = {"hidden": HiddenConfig(1.0), "max_grad_norm": 0}
     whole, parts = trainer(world, cache, **settings), trainer(world, cache, micro=1, **settings)
     a, b = whole.step(0), parts.step(0)
     assert (a.loss, a.terms["hidden"]) == pytest.approx((b.loss, b.terms["hidden"]), rel=1e-5)
@@ -200,12 +200,12 @@ def test_statistics_of_a_micro_batch_count_by_their_share_of_the_targets(world, 
     for index in rows_at(0, made):
         batch = made.rows.batch([index])
         chosen = np.flatnonzero(batch.labels.ravel() >= 0)
-        _, taps = made.model.hidden(
+        _, layer_outputs = made.model.hidden(
             *(torch.from_numpy(x) for x in (batch.input_ids, batch.positions, batch.segments)),
-            taps=made.auxiliary.depths(0),
+            layers=made.auxiliary.depths(0),
         )
-        loss, figures = made.auxiliary.loss(taps, batch, chosen, 0, len(chosen))
-        assert loss.item() == pytest.approx(figures[name][0] / figures[name][1], rel=1e-5)
+        loss, metrics = made.auxiliary.loss(layer_outputs, batch, chosen, 0, len(chosen))
+        assert loss.item() == pytest.approx(metrics[name][0] / metrics[name][1], rel=1e-5)
         expected, count = expected + loss.item() * len(chosen), count + len(chosen)
     assert made.step(0).loss - base.loss == pytest.approx(expected / count, rel=1e-4)
 
@@ -234,29 +234,31 @@ def test_live_teacher_and_cache_give_the_same_terms(world, cache):
 
 
 def test_positions_without_a_teachers_token_have_no_part(world, cache, tmp_path):
-    """Their sketches can be anything: neither value nor gradient may see them."""
+    """Their projected hidden states can be anything: neither value nor gradient may see them."""
     folder = shutil.copytree(cache, tmp_path / "c")
-    source = CachedSketches(Cache(folder, check_hashes=False), "train")
-    batch = PackedRows(open_dataset(world.data).split("train"), 64).batch([0, 1, 2, 3])
+    source = CachedHiddenStates(Cache(folder, check_hashes=False), "train")
+    batch = PackedDataset(open_dataset(world.data).split("train"), 64).batch([0, 1, 2, 3])
     chosen = np.flatnonzero(batch.labels.ravel() >= 0)
-    silent = batch.stream.ravel()[chosen[::3]]
-    for path, start in zip(sorted(folder.glob("train/*.sketch.bin")), source.starts, strict=True):
-        plane = np.memmap(path, dtype=source.format.dtype, mode="r+")
-        here = silent[(silent >= start) & (silent < start + len(plane))] - start
-        plane["scales"][here] = 0
-        plane.flush()
+    uncovered = batch.stream.ravel()[chosen[::3]]
+    for path, start in zip(
+        sorted(folder.glob("train/*.hidden_states.bin")), source.starts, strict=True
+    ):
+        array = np.memmap(path, dtype=source.format.dtype, mode="r+")
+        here = uncovered[(uncovered >= start) & (uncovered < start + len(array))] - start
+        array["scales"][here] = 0
+        array.flush()
     made = trainer(world, folder, **BOTH)
     inputs = [torch.from_numpy(x) for x in (batch.input_ids, batch.positions, batch.segments)]
-    _, taps = made.model.hidden(*inputs, taps=(2, 3))
-    poisoned = [tap.detach().clone() for tap in taps]
-    for tap in poisoned:
-        tap.view(-1, 36)[chosen[::3]] = float("nan")
-        tap.requires_grad_()
-    loss, figures = made.auxiliary.loss(poisoned, batch, chosen, 0, len(chosen))
-    assert figures["hidden"][1] == len(chosen) - len(chosen[::3])
+    _, layer_outputs = made.model.hidden(*inputs, layers=(2, 3))
+    poisoned = [output.detach().clone() for output in layer_outputs]
+    for output in poisoned:
+        output.view(-1, 36)[chosen[::3]] = float("nan")
+        output.requires_grad_()
+    loss, metrics = made.auxiliary.loss(poisoned, batch, chosen, 0, len(chosen))
+    assert metrics["hidden"][1] == len(chosen) - len(chosen[::3])
     loss.backward()
     assert np.isfinite(loss.item())
-    assert all(bool((tap.grad.view(-1, 36)[chosen[::3]] == 0).all()) for tap in poisoned)
+    assert all(bool((output.grad.view(-1, 36)[chosen[::3]] == 0).all()) for output in poisoned)
 
 
 def test_a_run_learns_to_match_and_exports_a_llama_alone(world, cache, tmp_path):
@@ -359,11 +361,12 @@ def test_a_checkpoint_without_its_maps_is_refused(world, cache, tmp_path):
 def test_weights_without_hidden_states_are_refused_and_say_what_to_do(world, cache, tmp_path):
     with pytest.raises(
         UsageError,
-        match=r"has no sketches of hidden states, which hidden.weight and contrast.weight",
+        match=r"has no projected hidden states, which hidden.weight and contrast.weight",
     ):
         train.run(world.distill(tmp_path / "a", hidden=HiddenConfig(1.0)))
     with pytest.raises(
-        UsageError, match=r"no sketches of relative depth 0.2 \(block 1 of 5\)|block 1 of 2"
+        UsageError,
+        match=r"no projected hidden states of relative depth 0.2 \(block 1 of 5\)|block 1 of 2",
     ):
         train.run(
             world.distill(
@@ -374,7 +377,7 @@ def test_weights_without_hidden_states_are_refused_and_say_what_to_do(world, cac
         )
     assert not (tmp_path / "a").exists() and not (tmp_path / "b").exists()
     assert auxiliary_maker(world.distill(tmp_path / "p"), None) is None
-    assert isinstance(trainer(world, cache, **BOTH).auxiliary, Auxiliary)
+    assert isinstance(trainer(world, cache, **BOTH).auxiliary, HiddenStateLoss)
 
 
 def shallow(world, tmp_path):
@@ -385,18 +388,20 @@ def shallow(world, tmp_path):
             world.data,
             folder,
             max_seq_length=64,
-            sketch_depths=(1.0,),
+            hidden_state_depths=(1.0,),
             device="cpu",
         )
     )
     return folder
 
 
-def test_sketches_can_come_from_another_cache_of_the_same_data(world, cache, tmp_path):
+def test_projected_states_can_come_from_another_cache_of_the_same_data(world, cache, tmp_path):
     run = tmp_path / "run"
-    train.run(world.distill(run, sketches=cache, max_steps=3, hidden=HiddenConfig(1.0)))
+    train.run(world.distill(run, hidden_states=cache, max_steps=3, hidden=HiddenConfig(1.0)))
     train.run(world.distill(tmp_path / "one", cache=cache, max_steps=3, hidden=HiddenConfig(1.0)))
     assert metrics(run) == metrics(tmp_path / "one")
-    assert "sketches" in json.loads((run / "run.json").read_text())["inputs"]
-    with pytest.raises(UsageError, match="sketches has no effect"):
-        DistillConfig(data_path=world.data, output_dir=run, cache=cache, sketches=cache).check()
+    assert "hidden_states" in json.loads((run / "run.json").read_text())["inputs"]
+    with pytest.raises(UsageError, match="hidden_states has no effect"):
+        DistillConfig(
+            data_path=world.data, output_dir=run, cache=cache, hidden_states=cache
+        ).check()

@@ -47,7 +47,7 @@ def only(result, *names):
 
 
 def rewrite(folder, change):
-    """Apply `change` to every shard's records and make the manifest agree."""
+    """Apply `change` to every shard's entries and make the manifest agree."""
     manifest = json.loads((folder / "manifest.json").read_text())
     dtype = Cache(folder).format.dtype
     for file in folder.glob("*/*.bin"):
@@ -126,7 +126,7 @@ def test_a_missing_shard_and_a_damaged_dataset(healthy, cache, tmp_path):
 
 @pytest.mark.parametrize("shift", [1, -1])
 def test_records_shifted_by_one(healthy, cache, shift):
-    rewrite(cache, lambda records: np.roll(records, shift))
+    rewrite(cache, lambda entries: np.roll(entries, shift))
     result = examine(healthy, cache=cache, student=None)
     assert {"alignment", "teacher agreement"} <= set(result.failed), result.describe()
     assert f"shifted by {shift:+d}" in result.describe()
@@ -141,36 +141,36 @@ def test_another_teacher(healthy):
 def test_a_cache_of_another_teacher_that_claims_to_be_of_this_one(healthy, cache):
     """What the manifest says is not enough: log-probabilities that are a little off are noticed."""
 
-    def blur(records):
-        records = records.copy()
-        records["codes"] = np.clip(
-            records["codes"].astype(int) + np.resize([25, -25], records["codes"].shape), 0, 255
+    def blur(entries):
+        entries = entries.copy()
+        entries["codes"] = np.clip(
+            entries["codes"].astype(int) + np.resize([25, -25], entries["codes"].shape), 0, 255
         )
-        records["log_label"] *= 1.2
-        return records
+        entries["log_label"] *= 1.2
+        return entries
 
     rewrite(cache, blur)
     assert "teacher agreement" in examine(healthy, cache=cache, student=None).failed
 
 
 def test_records_that_are_not_finite_or_not_there(healthy, cache):
-    def spoil(records):
-        records = records.copy()
-        records["log_tail"][::9] = np.nan
-        return records
+    def spoil(entries):
+        entries = entries.copy()
+        entries["log_tail"][::9] = np.nan
+        return entries
 
     rewrite(cache, spoil)
-    assert "records" in examine(healthy, cache=cache, teacher=None, student=None).failed
+    assert "entries" in examine(healthy, cache=cache, teacher=None, student=None).failed
     shutil.rmtree(cache)
     shutil.copytree(healthy.cache, cache)
 
-    def empty(records):
-        records = records.copy()
-        records["flags"][: len(records) * 2 // 3] = 0
-        return records
+    def empty(entries):
+        entries = entries.copy()
+        entries["flags"][: len(entries) * 2 // 3] = 0
+        return entries
 
     rewrite(cache, empty)
-    assert examine(healthy, cache=cache, teacher=None, student=None).failed == ["records"]
+    assert examine(healthy, cache=cache, teacher=None, student=None).failed == ["entries"]
 
 
 def test_a_head_too_small_without_draws(healthy, tmp_path):
@@ -182,8 +182,8 @@ def test_a_head_too_small_without_draws(healthy, tmp_path):
             str(healthy.teacher),
             healthy.data,
             tmp_path / "c",
-            head=1,
-            draws=0,
+            top_k=1,
+            tail_samples=0,
             max_seq_length=64,
             device="cpu",
         )
@@ -335,8 +335,8 @@ def test_a_merged_cache_is_examined_too(healthy, tmp_path):
 def test_wrong_requests(healthy):
     with pytest.raises(UsageError, match="adapter is for a teacher"):
         examine(healthy, teacher=None, adapter=healthy.folder)
-    with pytest.raises(UsageError, match="rows is 1, but must be at least 4"):
-        examine(healthy, rows=1)
+    with pytest.raises(UsageError, match="batch_size is 1, but must be at least 4"):
+        examine(healthy, batch_size=1)
     with pytest.raises(UsageError, match="is an endpoint"):
         examine(healthy, teacher="http://localhost:1/v1")
     result = examine(healthy, teacher="nowhere", student=healthy.folder)

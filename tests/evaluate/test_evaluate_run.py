@@ -190,7 +190,7 @@ def test_progress_reaches_its_total(model: Path, text: Path) -> None:
     seen: list[Progress] = []
     run(
         EvaluateConfig(
-            model=model, data_path=(str(text),), device="cpu", batch_tokens=50, context=20
+            model=model, data_path=(str(text),), device="cpu", batch_tokens=50, max_seq_length=20
         ),
         seen.append,
     )
@@ -208,7 +208,7 @@ def test_more_documents_than_there_are(model: Path, text: Path) -> None:
     [
         ({"max_documents": 0}, "max_documents is 0"),
         ({"batch_tokens": 0}, "batch_tokens is 0"),
-        ({"context": 1000}, "--context 1000: .* reads at most 128"),
+        ({"max_seq_length": 1000}, "--max-seq-length 1000: .* reads at most 128"),
         ({"run": Path("absent")}, "--run absent is not a run folder: it does not exist"),
     ],
 )

@@ -11,7 +11,7 @@ import torch
 from small_models import make_config, save_random_model
 from xinslm.errors import UsageError, XinslmError
 from xinslm.inference import batch
-from xinslm.inference.batch import choose, generate_batch, kept_tokens, most_likely
+from xinslm.inference.batch import blocked_topk, choose, generate_batch, kept_tokens
 from xinslm.inference.config import Sampling
 from xinslm.inference.sampling import Sampler
 from xinslm.inference.torch_engine import TorchEngine
@@ -179,7 +179,7 @@ def test_most_likely_is_topk() -> None:
     logits = torch.randn(9, 64 * 20, generator=torch.Generator().manual_seed(1))
     logits[:, -30:] = -torch.inf
     for k in (1, 8, 19, 20, 300):
-        values, ids = most_likely(logits, k)
+        values, ids = blocked_topk(logits, k)
         expected = logits.topk(k, dim=1)
         assert torch.equal(values, expected.values) and torch.equal(ids, expected.indices)
 

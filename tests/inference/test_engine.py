@@ -98,7 +98,7 @@ def test_the_context_is_a_limit_with_both_numbers(folder: Path) -> None:
     engine.start(range(8))
     with pytest.raises(UsageError, match="has 9 tokens"):
         engine.step(1)
-    with pytest.raises(UsageError, match=r"--context 601: .* holds 1 to 600"):
+    with pytest.raises(UsageError, match=r"--max-seq-length 601: .* holds 1 to 600"):
         TorchEngine.load(folder, "cpu", context_length=601)
     with pytest.raises(ValueError, match="at least one token"):
         engine.start([])

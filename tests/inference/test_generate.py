@@ -169,7 +169,12 @@ def test_a_seed_fixes_the_text_and_streaming_gives_all_of_it(model: Path) -> Non
 
 def test_the_context_ends_the_text_and_is_told(model: Path) -> None:
     config = GenerateConfig(
-        model=model, prompt="The", max_new_tokens=500, context=12, device="cpu", temperature=0
+        model=model,
+        prompt="The",
+        max_new_tokens=500,
+        max_seq_length=12,
+        device="cpu",
+        temperature=0,
     )
     result = run(config)
     assert result.stop in ("context", "end token")
@@ -180,7 +185,11 @@ def test_the_context_ends_the_text_and_is_told(model: Path) -> None:
 
 def test_a_prompt_beyond_the_context_is_refused_with_both_numbers(model: Path) -> None:
     with pytest.raises(UsageError, match=r"has \d+ tokens, the context of .* holds 8"):
-        run(GenerateConfig(model=model, prompt="The quick brown fox " * 9, context=8, device="cpu"))
+        run(
+            GenerateConfig(
+                model=model, prompt="The quick brown fox " * 9, max_seq_length=8, device="cpu"
+            )
+        )
 
 
 def test_a_prompt_file_is_taken_as_it_is(model: Path, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The loss over groups of tokens, against sets of tokens spelled out one by one and autograd in
+"""The loss over buckets of tokens, against sets of tokens spelled out one by one and autograd in
 float64.
 """
 
@@ -7,7 +7,7 @@ import itertools
 import pytest
 import torch
 
-from xinslm.losses import GroupTargets, LossConfig, fused_loss
+from xinslm.losses import BucketTargets, LossConfig, fused_loss
 
 PIECES = sorted(
     {"".join(p) for n in (1, 2, 3) for p in itertools.product("abc", repeat=n)}
@@ -35,7 +35,7 @@ def rows_of(*rows, order=None):
         for column, ((begin, end), level, further, share) in enumerate(row):
             begins[number, column], ends[number, column], levels[number, column] = begin, end, level
             onward[number, column], probs[number, column] = further, share
-    return GroupTargets(
+    return BucketTargets(
         order, begins, ends, probs, levels, onward, torch.tensor([bool(row) for row in rows])
     )
 
@@ -76,7 +76,7 @@ def divergence(p, q, name):
 
 
 def oracle(logits, labels, rows, order, config):
-    """Level by level: the tokens of each group as a set, the rest of the level's set, and what is
+    """Level by level: the tokens of each bucket as a set, the rest of the level's set, and what is
     left out.
     """
     log_q = torch.log_softmax(logits, dim=1)
@@ -152,8 +152,8 @@ def test_levels_add_up_to_the_divergence_of_whole_tokens_on_average():
         ]
         targets = rows_of(row, order=torch.arange(16))
         label = torch.tensor([mine.start])
-        _, figures = fused_loss(hidden, weight, label, targets, LossConfig(alpha=0.0, beta=1.0))
-        expected += float(p[first].sum()) * figures.kd
+        _, metrics = fused_loss(hidden, weight, label, targets, LossConfig(alpha=0.0, beta=1.0))
+        expected += float(p[first].sum()) * metrics.kd
     assert expected == pytest.approx(float((p * (p.log() - log_q)).sum()), abs=1e-6)
 
 
@@ -178,7 +178,7 @@ def test_nothing_is_taught_where_the_student_is_the_teacher():
 
 def test_groups_have_no_temperature():
     targets = rows_of(*ROWS, order=torch.arange(len(PIECES)))
-    with pytest.raises(ValueError, match="inside a group of tokens the teacher is unknown"):
+    with pytest.raises(ValueError, match="inside a bucket of tokens the teacher is unknown"):
         labels = torch.zeros(4, dtype=torch.int64)
         fused_loss(
             torch.randn(4, 8),

@@ -1,5 +1,5 @@
 """The fused head against dense autograd in float64, finite differences and statistics over
-draws.
+tail samples.
 """
 
 import dataclasses
@@ -202,8 +202,8 @@ def test_head_mass_at_temperature_2_equals_dense_softmax():
     """
     teacher = problem()[3]
     sparse = sparsify(teacher, 2.0)
-    cached = (sparse.head_log_probs / 2 - sparse.log_z[:, None]).exp().sum(1)
-    dense = (teacher / 2).softmax(1).gather(1, sparse.head_ids).sum(1)
+    cached = (sparse.top_k_log_probs / 2 - sparse.log_z[:, None]).exp().sum(1)
+    dense = (teacher / 2).softmax(1).gather(1, sparse.top_k_ids).sum(1)
     torch.testing.assert_close(cached, dense, atol=1e-5, rtol=0)
 
 
@@ -234,16 +234,16 @@ def test_vocabulary_rows_without_mass_do_not_change_the_loss(divergence):
 def test_where_the_teacher_is_silent_the_text_has_the_whole_weight(divergence, mode, temperature):
     """With alpha alone, 0.1 by default, a position without a teacher would be all but lost."""
     hidden, weight, labels, teacher = problem()
-    silent = torch.arange(ROWS) % 3 == 0
-    sparse = dataclasses.replace(sparsify(teacher, temperature), valid=~silent)
+    uncovered = torch.arange(ROWS) % 3 == 0
+    sparse = dataclasses.replace(sparsify(teacher, temperature), valid_mask=~uncovered)
     config = LossConfig(0.4, 0.6, temperature, mode, None, divergence)
 
     def parts(h, w):
         told, count = (
-            fused_loss(h[~silent], w, labels[~silent], sparse[~silent], config, ROWS)[0],
-            int(silent.sum()),
+            fused_loss(h[~uncovered], w, labels[~uncovered], sparse[~uncovered], config, ROWS)[0],
+            int(uncovered.sum()),
         )
-        return told + F.cross_entropy(h[silent] @ w.t(), labels[silent]) * count / ROWS
+        return told + F.cross_entropy(h[uncovered] @ w.t(), labels[uncovered]) * count / ROWS
 
     ours = grads(lambda h, w: fused_loss(h, w, labels, sparse, config)[0], hidden, weight)
     assert_same(ours, grads(parts, hidden, weight))
@@ -261,26 +261,26 @@ def test_where_the_tail_is_unknown_the_text_is_its_draw(temperature, tail_weight
     nothing = torch.arange(ROWS) % 4 == 3  # a tail without mass hides nothing
     sparse = dataclasses.replace(
         sparse,
-        has_draws=known,
-        valid=torch.arange(ROWS) % 5 != 0,
+        has_tail_samples=known,
+        valid_mask=torch.arange(ROWS) % 5 != 0,
         log_tail=sparse.log_tail.masked_fill(nothing, -20.0),
     )
-    outside = (sparse.head_ids != labels[:, None]).all(1)
-    unknown = ~known & sparse.valid & ~nothing
+    outside = (sparse.top_k_ids != labels[:, None]).all(1)
+    unknown = ~known & sparse.valid_mask & ~nothing
     assert (
         (outside & unknown).any()
         and (~outside & unknown).any()
-        and (outside & nothing & sparse.valid).any()
+        and (outside & nothing & sparse.valid_mask).any()
     )
     config = LossConfig(0.3, 0.7, temperature, "decoupled", tail_weight)
 
     def expected(h, w):
         """The teacher's buckets, and cross-entropy inside the tail where the label is there."""
         log_q = (h @ w.t()).log_softmax(1)
-        tail = log_q.scatter(1, sparse.head_ids, -torch.inf).logsumexp(1)
+        tail = log_q.scatter(1, sparse.top_k_ids, -torch.inf).logsumexp(1)
         inside = tail - log_q.gather(1, labels[:, None])[:, 0]
         stands_in = outside & unknown
-        rest = dataclasses.replace(sparse, has_draws=torch.ones(ROWS, dtype=torch.bool))
+        rest = dataclasses.replace(sparse, has_tail_samples=torch.ones(ROWS, dtype=torch.bool))
         with_draws = fused_loss(h[known], w, labels[known], rest[known], config, ROWS)[0]
         bucket = dataclasses.replace(config, tail_weight=0.0)
         without = fused_loss(h[~known], w, labels[~known], rest[~known], bucket, ROWS)[0]
@@ -291,13 +291,15 @@ def test_where_the_tail_is_unknown_the_text_is_its_draw(temperature, tail_weight
 
 
 def test_without_draws_the_tail_is_one_bucket():
-    """No draws must not leave half an estimate: the gradient of a softmax sums to zero in each
-    row.
+    """No tail samples must not leave half an estimate: the gradient of a softmax sums to zero in
+    each row.
     """
     _, _, labels, teacher = problem()
     z = problem(seed=4)[3]
     none, bucket = z.clone(), z.clone()
-    chunk_loss(none, labels, sparsify(teacher, draws=0), LossConfig(0.0, 1.0, tail_weight=1.0))
+    chunk_loss(
+        none, labels, sparsify(teacher, tail_samples=0), LossConfig(0.0, 1.0, tail_weight=1.0)
+    )
     chunk_loss(bucket, labels, sparsify(teacher), LossConfig(0.0, 1.0, tail_weight=0.0))
     torch.testing.assert_close(none, bucket)
     assert none.sum(1).abs().max() < 1e-5
@@ -320,7 +322,7 @@ def test_head_and_tail_do_not_collapse_in_training(divergence):
             chunk_loss(gradient, torch.zeros(6, dtype=torch.long), sparse, config)
             # jsd is at most log 2, its slopes are small
             z -= (4.0 if divergence == "jsd" else 1.0) * gradient
-        student_head = z.softmax(1).gather(1, sparse.head_ids).sum(1)
+        student_head = z.softmax(1).gather(1, sparse.top_k_ids).sum(1)
         torch.testing.assert_close(student_head, 1 - sparse.log_tail.exp(), atol=0.05, rtol=0)
 
 
@@ -335,15 +337,15 @@ def test_a_tail_the_student_overrates_is_pushed_down(divergence):
         config = LossConfig(0.0, 1.0, 1.0, "decoupled", 0.0, divergence)
         sparse = sparsify(teacher)
         chunk_loss(z, labels[:6], sparse, config)
-        assert (sign * z.scatter(1, sparse.head_ids, 0.0).sum(1) > 0).all()
+        assert (sign * z.scatter(1, sparse.top_k_ids, 0.0).sum(1) > 0).all()
 
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 def test_a_tail_without_mass_and_a_masked_teacher_stay_finite(divergence):
     _, _, labels, teacher = problem()
     config = LossConfig(0.0, 1.0, divergence=divergence)
-    silent = dataclasses.replace(sparsify(teacher), log_tail=torch.full((ROWS,), -60000.0))
-    for targets in (silent, teacher.index_fill(1, torch.arange(20), -torch.inf)):
+    uncovered = dataclasses.replace(sparsify(teacher), log_tail=torch.full((ROWS,), -60000.0))
+    for targets in (uncovered, teacher.index_fill(1, torch.arange(20), -torch.inf)):
         z = problem(seed=3)[3]
         _, kd = chunk_loss(z, labels, targets, config)
         assert torch.isfinite(z).all()

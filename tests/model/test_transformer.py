@@ -145,8 +145,8 @@ def test_checkpointing_changes_no_gradient() -> None:
     ids = random_ids(2, 24)
     segments = (torch.arange(24) >= 10).long().expand(2, -1)
     gradients = []
-    for checkpointing in (False, True):
-        model.checkpointing = checkpointing
+    for gradient_checkpointing in (False, True):
+        model.gradient_checkpointing = gradient_checkpointing
         model.train().zero_grad()
         model.logits(model.hidden(ids, segments=segments)).square().mean().backward()
         gradients.append([weight.grad.clone() for weight in model.parameters()])

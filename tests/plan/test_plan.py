@@ -12,7 +12,7 @@ import torch
 from small_models import save_dataset, save_random_model
 from xinslm.errors import UsageError
 from xinslm.model.config import PRESETS, ModelConfig
-from xinslm.model.param_dtype import narrow_matrices
+from xinslm.model.param_dtype import cast_matrices_to_bfloat16
 from xinslm.model.transformer import Transformer
 from xinslm.plan import run as plan_run
 from xinslm.plan.config import PlanConfig
@@ -36,9 +36,9 @@ def test_weights_and_states_are_those_of_a_built_model(
     optimizer: str, weights: str, tied: bool
 ) -> None:
     shape = dataclasses.replace(SMALL, tie_word_embeddings=tied)
-    model, config = Transformer(shape), settings(optimizer=optimizer, weights=weights)
+    model, config = Transformer(shape), settings(optimizer=optimizer, param_dtype=weights)
     if weights == "bfloat16":
-        narrow_matrices(model)
+        cast_matrices_to_bfloat16(model)
     states = make_optimizer(model, config)
     held = sum(
         tensor.nbytes
@@ -88,7 +88,7 @@ def test_operations_are_those_that_pytorch_counts() -> None:
 def test_training_costs_three_forward_passes_and_checkpointing_one_more() -> None:
     blocks, head = forward_operations(SMALL, 128)
     plain, again = (
-        training_operations(SMALL, settings(max_seq_length=128, checkpointing=flag))
+        training_operations(SMALL, settings(max_seq_length=128, gradient_checkpointing=flag))
         for flag in (False, True)
     )
     assert plain == 3 * (blocks + head) and again - plain == blocks
@@ -107,15 +107,17 @@ def test_savings_save_in_the_order_that_is_known() -> None:
     base = settings(max_seq_length=2048, batch_size=1)
     chain = [
         base,
-        dataclasses.replace(base, checkpointing=True),
-        dataclasses.replace(base, checkpointing=True, optimizer="adamw8bit"),
-        dataclasses.replace(base, checkpointing=True, optimizer="adamw8bit", step_in_backward=True),
+        dataclasses.replace(base, gradient_checkpointing=True),
+        dataclasses.replace(base, gradient_checkpointing=True, optimizer="adamw8bit"),
+        dataclasses.replace(
+            base, gradient_checkpointing=True, optimizer="adamw8bit", optimizer_in_backward=True
+        ),
         dataclasses.replace(
             base,
-            checkpointing=True,
+            gradient_checkpointing=True,
             optimizer="adamw8bit",
-            step_in_backward=True,
-            weights="bfloat16",
+            optimizer_in_backward=True,
+            param_dtype="bfloat16",
         ),
     ]
     peaks = [step_memory(shape, config).peak / GIB for config in chain]
@@ -194,11 +196,11 @@ def test_a_plan_knows_dataset_teacher_and_cache(tmp_path: Path, monkeypatch) -> 
     cache, train = cached.stages
     tokens = (data / "train" / "tokens.bin").stat().st_size // 2
     assert cached.tokens == tokens and cached.shape.vocab_size == 320
-    assert cache.written == 39 * tokens and not cached.beside
+    assert cache.written == 39 * tokens and not cached.other_models
     numbers = sum(p.numel() for p in teacher.parameters())
     assert cache.operations == 2 * numbers * tokens and train.written > 0
     live = planned(data_path=data, vocab_size=None, teacher=str(tmp_path / "teacher"))
-    assert live.beside == {"live teacher": 4 * numbers}
+    assert live.other_models == {"live teacher": 4 * numbers}
 
 
 def test_what_a_plan_cannot_do_is_said(tmp_path: Path) -> None:

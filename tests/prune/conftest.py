@@ -8,7 +8,7 @@ import torch
 
 from small_models import save_dataset, save_random_model
 from xinslm.model.transformer import Transformer
-from xinslm.prune.config import InitConfig
+from xinslm.prune.config import PruneConfig
 from xinslm.prune.measure import Passage, Statistics, measure, read_passages
 from xinslm.tokenizer.load import load_tokenizer
 
@@ -21,15 +21,15 @@ class Workshop:
     passages: list[Passage]
     found: Statistics
 
-    def config(self, output_dir: Path, **changes) -> InitConfig:
+    def config(self, output_dir: Path, **changes) -> PruneConfig:
         settings = {
             "teacher": str(self.teacher),
             "data_path": self.data,
-            "row_length": 32,
+            "max_seq_length": 32,
             "device": "cpu",
         }
-        settings |= {"calibration_rows": 16, "search_rows": 4, "validation_rows": 4}
-        return InitConfig(output_dir=output_dir, **(settings | changes))
+        settings |= {"num_calibration_samples": 16, "num_search_samples": 4, "max_eval_samples": 4}
+        return PruneConfig(output_dir=output_dir, **(settings | changes))
 
 
 def make_workshop(folder: Path, **shape) -> Workshop:

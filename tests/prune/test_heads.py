@@ -9,7 +9,7 @@ import torch
 
 from xinslm.errors import UsageError
 from xinslm.prune import heads
-from xinslm.prune.config import InitConfig
+from xinslm.prune.config import PruneConfig
 from xinslm.prune.cuts import assemble
 from xinslm.prune.measure import loss, measure
 from xinslm.prune.shape import student_shape
@@ -174,7 +174,7 @@ def test_counts_that_cannot_be_cut_are_refused(untied, tmp_path) -> None:
     shape = replace(
         untied.model.config, num_attention_heads=8, hidden_size=72, num_key_value_heads=4
     )
-    config = InitConfig(
+    config = PruneConfig(
         teacher="t", data_path=tmp_path, output_dir=tmp_path, num_heads=6, num_kv_heads=3
     )
     assert student_shape(config, shape, 320).num_attention_heads == 6  # two each of three groups

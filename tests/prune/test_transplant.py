@@ -163,8 +163,8 @@ def test_the_fit_brings_states_nearer_to_the_teachers(workshop) -> None:
     def error(student) -> float:
         total = 0.0
         for p in rest:
-            _, (wide,) = teacher.hidden(p.ids, p.positions, p.segments, taps=(3,))
-            _, (narrow,) = student.hidden(p.ids, p.positions, p.segments, taps=(2,))
+            _, (wide,) = teacher.hidden(p.ids, p.positions, p.segments, layers=(3,))
+            _, (narrow,) = student.hidden(p.ids, p.positions, p.segments, layers=(2,))
             total += float((wide @ basis.float() - narrow)[p.real].pow(2).mean())
         return total
 

@@ -37,7 +37,11 @@ def folders(tmp_path_factory):
 
 
 def options(folders, output, **changes):
-    values = {"data_path": folders / "data", "calibration_rows": ROWS, "calibration_length": LENGTH}
+    values = {
+        "data_path": folders / "data",
+        "num_calibration_samples": ROWS,
+        "max_seq_length": LENGTH,
+    }
     return QuantizeConfig(folders / "model", output, **(values | changes))
 
 
@@ -209,7 +213,7 @@ def test_more_rows_than_there_are(folders, tmp_path):
     with pytest.raises(
         UsageError, match=r"has \d+ rows of 96 tokens to train on, 9,999 are asked for"
     ):
-        run(options(folders, tmp_path / "out", calibration_rows=9999))
+        run(options(folders, tmp_path / "out", num_calibration_samples=9999))
     assert not (tmp_path / "out").exists()
 
 
@@ -224,17 +228,17 @@ def test_dataset_of_another_tokenizer(folders, tmp_path):
     [
         ({"bits": 5}, "--bits is 5"),
         ({"data_path": None}, "--data-path"),
-        ({"calibration_rows": 0}, "--calibration-rows is 0"),
+        ({"num_calibration_samples": 0}, "--num-calibration-samples is 0"),
         ({"seed": -1}, "--seed is -1, but must be at least 0"),
         ({"seed": 2**31}, "--seed is 2147483648, but must be at most 2,147,483,647"),
-        ({"calibration_length": 4096}, "reads at most 128"),
+        ({"max_seq_length": 4096}, "reads at most 128"),
         ({"data_path": Path("nowhere")}, "nowhere"),
         ({"model": Path("no-model-here")}, "no-model-here"),
     ],
 )
 def test_bad_requests(folders, tmp_path, changes, message):
     model = changes.pop("model", folders / "model")
-    values = {"data_path": folders / "data", "calibration_rows": ROWS} | changes
+    values = {"data_path": folders / "data", "num_calibration_samples": ROWS} | changes
     with pytest.raises(UsageError, match=message):
         run(QuantizeConfig(model, tmp_path / "out", **values))
     assert list(tmp_path.iterdir()) == []

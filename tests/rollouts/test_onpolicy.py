@@ -19,7 +19,7 @@ import training as train
 from xinslm.cache.entries import LARGEST_NEGATIVE_LOG, Cache
 from xinslm.cache.support import read_support
 from xinslm.data.dataset import open_dataset
-from xinslm.data.packing import PackedRows
+from xinslm.data.packing import PackedDataset
 from xinslm.errors import UsageError
 from xinslm.export.config import GgufConfig
 from xinslm.export.gguf import run as export_gguf
@@ -34,17 +34,17 @@ from xinslm.teachers.own import LlamaTeacher
 
 SMALL = {
     "rounds": 2,
-    "head": 8,
+    "support_top_k": 8,
     "completions": 24,
     "prompt_tokens": 6,
     "max_new_tokens": 20,
-    "generate_rows": 7,
+    "generation_batch_size": 7,
     "max_seq_length": 64,
     "batch_size": 4,
     "learning_rate": 2e-3,
-    "log_every": 1,
+    "logging_steps": 1,
     "device": "cpu",
-    "validation_rows": 8,
+    "max_eval_samples": 8,
 }
 
 
@@ -112,7 +112,7 @@ def test_texts_are_prompts_and_what_the_student_wrote(world, finished):
             assert written.tolist() == list(range(prompt, b - a)), "context first, then targets"
             assert tuple(split.tokens[a : a + prompt].tolist()) in begins and len(written) <= 20
         targets = dataset.manifest["splits"]["train"]["targets"]
-        rows = PackedRows(split, 64)
+        rows = PackedDataset(split, 64)
         assert (
             int((rows.batch(np.arange(len(rows))).labels >= 0).sum())
             == targets
@@ -156,7 +156,7 @@ def test_records_hold_the_teacher_where_the_student_has_its_mass(world, finished
     folder = rounds(run)[1]
     split = open_dataset(folder / "data").split("train")
     cache = Cache(folder / "cache")
-    assert (cache.format.head, cache.format.draws) == (8 + 1 + 4, 0)
+    assert (cache.format.top_k, cache.format.tail_samples) == (8 + 1 + 4, 0)
     support = read_support(open_dataset(folder / "data"))
     teacher = HuggingFaceTeacher(str(world.teacher))
     at = 0
@@ -166,9 +166,9 @@ def test_records_hold_the_teacher_where_the_student_has_its_mass(world, finished
         places = np.flatnonzero(split.mask[a:b])
         found = cache.split("train").targets(a + places - 1)
         p = probs[places - 1]
-        assert bool(found.valid.all())
+        assert bool(found.valid_mask.all())
         for row, place in enumerate(places):
-            ids = found.head_ids[row].tolist()
+            ids = found.top_k_ids[row].tolist()
             assert len(set(ids)) == 13
             assert {
                 *support.ids[at + row].tolist(),
@@ -176,12 +176,12 @@ def test_records_hold_the_teacher_where_the_student_has_its_mass(world, finished
                 *p[row].topk(4).indices.tolist(),
             } <= set(ids)
         at += len(places)
-        exact = p.gather(1, found.head_ids)
+        exact = p.gather(1, found.top_k_ids)
         # a code's width in nats, at least
         step = 2 * (20 * -exact.log().clamp(-20, -1e-9)).sqrt() / 255 + 0.01
         assert bool(
             (
-                (found.head_log_probs - exact.log().clamp_min(-LARGEST_NEGATIVE_LOG)).abs() <= step
+                (found.top_k_log_probs - exact.log().clamp_min(-LARGEST_NEGATIVE_LOG)).abs() <= step
             ).all()
         )
         tail = (1 - exact.sum(dim=1)).clamp_min(1e-6)
@@ -198,8 +198,8 @@ def test_a_teacher_in_a_gguf_file_scores_as_its_folder_does(world, make, finishe
         Cache(run / "cache").split("train").targets(np.arange(count))
         for run in (folder, rounds(tmp_path / "run")[0])
     )
-    assert torch.equal(a.head_ids, b.head_ids)
-    torch.testing.assert_close(a.head_log_probs, b.head_log_probs, atol=0.05, rtol=0.02)
+    assert torch.equal(a.top_k_ids, b.top_k_ids)
+    torch.testing.assert_close(a.top_k_log_probs, b.top_k_log_probs, atol=0.05, rtol=0.02)
 
 
 def test_reverse_kl_of_the_records_is_that_of_the_distributions(world, finished, student):
@@ -211,7 +211,7 @@ def test_reverse_kl_of_the_records_is_that_of_the_distributions(world, finished,
     run, _ = finished
     folder = rounds(run)[0]
     split = open_dataset(folder / "data").split("train")
-    rows = PackedRows(split, 64)
+    rows = PackedDataset(split, 64)
     batch = rows.batch(np.arange(len(rows)))
     chosen = np.flatnonzero(batch.labels.ravel() >= 0)
     model = load_model(student)
@@ -237,7 +237,7 @@ def test_reverse_kl_of_the_records_is_that_of_the_distributions(world, finished,
         )
     dense = float((q.exp() * (q - p)).sum(dim=1).mean())
     assert 0 < loss.item() < dense, "the student's tail, one bucket, hides the rest"
-    ids, tail = targets.head_ids, torch.log1p(-q.gather(1, targets.head_ids).exp().sum(dim=1))
+    ids, tail = targets.top_k_ids, torch.log1p(-q.gather(1, targets.top_k_ids).exp().sum(dim=1))
     own = q.gather(1, ids)
     buckets = (own.exp() * (own - p.gather(1, ids))).sum(dim=1)
     buckets += tail.exp() * (tail - torch.log1p(-p.gather(1, ids).exp().sum(dim=1)))
@@ -248,9 +248,7 @@ def test_student_comes_nearer_to_its_teacher(make, tmp_path):
     """Measured on texts it has not been trained on: the first step of each round."""
     run = tmp_path / "run"
     onpolicy.run(
-        make(
-            run, rounds=3, completions=48, max_new_tokens=30, learning_rate=4e-3, decay_fraction=0.1
-        )
+        make(run, rounds=3, completions=48, max_new_tokens=30, learning_rate=4e-3, decay_ratio=0.1)
     )
     lines = [line for line in metrics(run) if "kd" in line]
     starts = [
@@ -338,7 +336,7 @@ onpolicy.run({config!r}, listen)
 
 def test_a_run_that_is_killed_again_and_again_ends_bit_for_bit_the_same(make, finished, tmp_path):
     run = tmp_path / "run"
-    config = make(run, save_every=2)
+    config = make(run, save_steps=2)
     for stage, at in (("round 1: write", 2), ("cache", 1), ("round 2: learn", 4)):
         assert killed(config, stage, at) == -signal.SIGKILL, stage
     kept = {path: path.stat().st_mtime_ns for path in run.glob("round-*/*/manifest.json")}
@@ -382,13 +380,13 @@ def test_given_texts_are_mixed_in_and_come_first_in_a_cold_start(
     world, make, tmp_path, monkeypatch
 ):
     run, plans = tmp_path / "run", []
-    real = onpolicy.RowPlan
+    real = onpolicy.RowSampler
 
     def note(sources, *args, **settings):
         plans.append([(s.share, s.loss.divergence, len(s.rows)) for s in sources])
         return real(sources, *args, **settings)
 
-    monkeypatch.setattr(onpolicy, "RowPlan", note)
+    monkeypatch.setattr(onpolicy, "RowSampler", note)
     config = make(
         run,
         rounds=3,
@@ -399,7 +397,7 @@ def test_given_texts_are_mixed_in_and_come_first_in_a_cold_start(
         completions=16,
     )
     onpolicy.run(config)
-    given = len(PackedRows(open_dataset(world.data).split("train"), 64))
+    given = len(PackedDataset(open_dataset(world.data).split("train"), 64))
     assert plans[0] == [(1.0, "forward_kl", given)]
     assert all(
         plan[1] == (0.25, "forward_kl", given) and plan[0][:2] == (0.75, "reverse_kl")
@@ -417,14 +415,14 @@ def test_contrast_weighs_the_students_answers_more_and_more(
     world, make, tmp_path, monkeypatch, start
 ):
     sources = []
-    real = onpolicy.RowPlan
+    real = onpolicy.RowSampler
 
     def note(given, *args, **settings):
         sources.append(given)
         assert settings["balanced"]
         return real(given, *args, **settings)
 
-    monkeypatch.setattr(onpolicy, "RowPlan", note)
+    monkeypatch.setattr(onpolicy, "RowSampler", note)
     run = tmp_path / "run"
     result = onpolicy.run(
         make(
@@ -462,7 +460,7 @@ def test_contrast_weighs_the_students_answers_more_and_more(
         ({"epochs": 3.0}, "epochs is 3.0, but must be at most 2"),
         ({"mix_share": 1.0}, "mix_share is 1.0, but must be below 1"),
         ({"batch_size": 4, "micro_batch_size": 3}, "must divide batch_size"),
-        ({"warmup_fraction": 0.9}, "must not add up to more than 1"),
+        ({"warmup_ratio": 0.9}, "must not add up to more than 1"),
         ({"loss": LossConfig(0.0, 0.0)}, r"^loss.alpha and loss.beta are both 0"),
         ({"mix_loss": LossConfig(0.0, 0.0)}, r"^mix_loss.alpha and mix_loss.beta are both 0"),
     ],

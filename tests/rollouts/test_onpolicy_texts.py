@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from xinslm.cache.support import head_ids
+from xinslm.cache.support import top_k_ids
 from xinslm.data import prepare
 from xinslm.data.config import PrepareConfig
 from xinslm.data.dataset import open_dataset
@@ -17,15 +17,15 @@ from xinslm.tokenizer.load import load_tokenizer
 
 def test_head_ids_by_brute_force():
     generator = torch.Generator().manual_seed(0)
-    for vocabulary, head in ((40, 13), (14, 13), (300, 20)):
+    for vocabulary, top_k in ((40, 13), (14, 13), (300, 20)):
         probs = torch.softmax(4 * torch.randn(50, vocabulary, generator=generator), dim=1)
-        support = torch.rand(50, vocabulary, generator=generator).topk(head - 5, dim=1).indices
+        support = torch.rand(50, vocabulary, generator=generator).topk(top_k - 5, dim=1).indices
         labels = torch.randint(vocabulary, (50,), generator=generator)
-        found = head_ids(probs, support, labels, head)
+        found = top_k_ids(probs, support, labels, top_k)
         for row in range(50):
             expected = list(support[row].tolist())
             for token in [int(labels[row]), *probs[row].argsort(descending=True).tolist()]:
-                if len(expected) < head and token not in expected:
+                if len(expected) < top_k and token not in expected:
                     expected.append(token)
             assert found[row].tolist() == expected
 

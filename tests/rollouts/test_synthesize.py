@@ -15,7 +15,7 @@ import torch
 import training as train
 from fake_endpoint import FakeVllm
 from llama_cpp import LlamaCpp
-from xinslm.cache.entries import HAS_DRAWS, Cache
+from xinslm.cache.entries import HAS_TAIL_SAMPLES, Cache
 from xinslm.data.dataset import open_dataset
 from xinslm.errors import UsageError, XinslmError
 from xinslm.export.config import GgufConfig
@@ -117,10 +117,10 @@ def test_answers_dataset_and_cache_of_a_teacher_here(world, prompts, tmp_path):
                     1
                 )
             targets = cache.split(name).targets(np.arange(start, end - 1))
-            assert np.array_equal(targets.valid.numpy(), mask[1:])
+            assert np.array_equal(targets.valid_mask.numpy(), mask[1:])
             at = np.flatnonzero(mask) - 1
-            expected = log_p[at].gather(1, targets.head_ids[at])
-            torch.testing.assert_close(targets.head_log_probs[at], expected, atol=0.06, rtol=0.02)
+            expected = log_p[at].gather(1, targets.top_k_ids[at])
+            torch.testing.assert_close(targets.top_k_log_probs[at], expected, atol=0.06, rtol=0.02)
             seen += 1
     assert seen == 12
     run = train.run(_distill(world, folder, tmp_path / "run"))
@@ -128,7 +128,7 @@ def test_answers_dataset_and_cache_of_a_teacher_here(world, prompts, tmp_path):
 
 
 def _distill(world, folder, output):
-    settings = world.distill(output, max_steps=2, validate_every=2)
+    settings = world.distill(output, max_steps=2, eval_steps=2)
     return dataclasses.replace(settings, data_path=folder / "data", cache=folder / "cache")
 
 
@@ -228,28 +228,28 @@ def check_cache(world, folder, least):
         Cache(folder / "cache"),
         open_dataset(folder / "data"),
     )
-    assert (cache.format.draws, cache.format.temperature) == (0, 1.0)
+    assert (cache.format.tail_samples, cache.format.temperature) == (0, 1.0)
     valid = total = 0
     for name in dataset.manifest["splits"]:
-        split, records = dataset.split(name), cache.split(name)
+        split, entries = dataset.split(name), cache.split(name)
         for start, end in zip(split.documents[:-1], split.documents[1:], strict=True):
             ids, mask = split.tokens[start:end].astype(np.int64), split.mask[start:end] != 0
             with torch.no_grad():
                 log_p = model.logits(model.hidden(torch.from_numpy(ids)[None]))[0].log_softmax(1)
-            targets = records.targets(np.arange(start, end - 1))
-            ok = targets.valid.numpy()
+            targets = entries.targets(np.arange(start, end - 1))
+            ok = targets.valid_mask.numpy()
             assert not (ok & ~mask[1:]).any()
-            found = log_p[:-1].gather(1, targets.head_ids)[ok]
-            torch.testing.assert_close(targets.head_log_probs[ok], found, atol=0.06, rtol=0.02)
+            found = log_p[:-1].gather(1, targets.top_k_ids)[ok]
+            torch.testing.assert_close(targets.top_k_log_probs[ok], found, atol=0.06, rtol=0.02)
             torch.testing.assert_close(
                 targets.log_tail[ok], (1 - found.exp().sum(1)).log(), atol=0.02, rtol=0.02
             )
-            stored = records.maps[0][int(start) : int(end) - 1][ok]
+            stored = entries.maps[0][int(start) : int(end) - 1][ok]
             labels = log_p[:-1].gather(1, torch.from_numpy(ids[1:, None]))[:, 0].numpy()[ok]
             np.testing.assert_allclose(
                 stored["log_label"].astype(float), labels, atol=0.01, rtol=2e-3
             )
-            assert not (stored["flags"] & HAS_DRAWS).any()
+            assert not (stored["flags"] & HAS_TAIL_SAMPLES).any()
             valid, total = valid + int(ok.sum()), total + int(mask.sum())
     assert valid / total > least
     return valid / total
@@ -267,8 +267,8 @@ def test_llama_cpp_writes_text_and_the_cache_comes_with_it(world, prompts, tmp_p
                 prompts / kind,
                 folder,
                 teacher=url,
-                tokenizer=str(world.tokenizer),
-                head=6,
+                tokenizer_path=str(world.tokenizer),
+                top_k=6,
                 samples=3,
                 temperature=0.3,
             )
@@ -284,8 +284,8 @@ def test_a_vllm_like_server_with_older_lists_of_tokens(world, prompts, tmp_path)
     with FakeVllm(world.teacher) as server:
         changes = {
             "teacher": server.url,
-            "tokenizer": str(world.tokenizer),
-            "head": 5,
+            "tokenizer_path": str(world.tokenizer),
+            "top_k": 5,
             "samples": 1,
         }
         synthesize.run(config(world, prompts / "texts.txt", folder, temperature=0.0, **changes))
@@ -310,7 +310,7 @@ def test_refused_and_empty_answers_are_dropped_and_counted(world, prompts, tmp_p
     with FakeVllm(world.teacher, mischief) as server:
         changes = {
             "teacher": server.url,
-            "tokenizer": str(world.tokenizer),
+            "tokenizer_path": str(world.tokenizer),
             "samples": 1,
             "validation_fraction": 0.0,
         }
@@ -340,7 +340,7 @@ def test_without_tokenizer_or_log_probabilities_there_is_text_and_it_is_said(
         changes = {"teacher": server.url, "samples": 1}
         result = synthesize.run(config(world, prompts / "texts.txt", tmp_path / "a", **changes))
         assert (
-            "give its model's tokenizer with --tokenizer" in result.describe()
+            "give its model's tokenizer with --tokenizer-path" in result.describe()
             and not (tmp_path / "a/data").exists()
         )
         assert all("logprobs" not in body for _, body in server.bodies), (
@@ -351,7 +351,7 @@ def test_without_tokenizer_or_log_probabilities_there_is_text_and_it_is_said(
                 world,
                 prompts / "texts.txt",
                 tmp_path / "b",
-                student_tokenizer=str(world.tokenizer),
+                student_tokenizer_path=str(world.tokenizer),
                 **changes,
             )
         )
@@ -364,7 +364,7 @@ def test_without_tokenizer_or_log_probabilities_there_is_text_and_it_is_said(
         return (400, {}, {"error": "logprobs are not offered"}) if "logprobs" in body else None
 
     with FakeVllm(world.teacher, refuse) as server:
-        changes |= {"teacher": server.url, "tokenizer": str(world.tokenizer)}
+        changes |= {"teacher": server.url, "tokenizer_path": str(world.tokenizer)}
         result = synthesize.run(config(world, prompts / "texts.txt", tmp_path / "c", **changes))
     assert (
         "does not say how likely its tokens are" in result.cached and "not offered" in result.cached
@@ -375,8 +375,8 @@ def test_without_tokenizer_or_log_probabilities_there_is_text_and_it_is_said(
 def test_a_server_that_breaks_costs_what_was_under_way(world, prompts, tmp_path):
     quick = EndpointConfig(retries=0, timeout_seconds=0.5, concurrency=1)
     changes = {
-        "tokenizer": str(world.tokenizer),
-        "head": 5,
+        "tokenizer_path": str(world.tokenizer),
+        "top_k": 5,
         "samples": 1,
         "temperature": 0.0,
         "endpoint": quick,
@@ -410,12 +410,12 @@ def test_fewer_log_probabilities_than_are_kept_are_an_error(world, prompts, tmp_
             for name in list(row)[3:]:
                 del row[name]
 
-    changes = {"tokenizer": str(world.tokenizer), "head": 5, "samples": 1}
+    changes = {"tokenizer_path": str(world.tokenizer), "top_k": 5, "samples": 1}
     with (
         FakeVllm(world.teacher, lambda *_: few) as server,
         pytest.raises(
             XinslmError,
-            match=r"gives 3 log-probabilities at a place where 9 were asked for.*--head 3",
+            match=r"gives 3 log-probabilities at a place where 9 were asked for.*--top-k 3",
         ),
     ):
         synthesize.run(

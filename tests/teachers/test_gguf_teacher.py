@@ -198,7 +198,8 @@ def test_files_that_cannot_teach_are_refused_by_name(tmp_path):
     save_random_model(tmp_path / "model")
     tokenizer = str(tmp_path / "model")
     with pytest.raises(
-        UsageError, match=r"other.gguf has no tokenizer in it; give the model's with --tokenizer"
+        UsageError,
+        match=r"other.gguf has no tokenizer in it; give the model's with --tokenizer-path",
     ):
         GgufTeacher(tmp_path / "other.gguf")
     with pytest.raises(UsageError, match=r"holds a rwkv6 model; .*Hugging Face folder"):
@@ -211,7 +212,7 @@ def test_files_that_cannot_teach_are_refused_by_name(tmp_path):
         GgufTeacher(tmp_path / "bare.gguf", tokenizer=tokenizer)
     with pytest.raises(UsageError, match="there is no file"):
         open_teacher("nowhere.gguf")
-    with pytest.raises(UsageError, match="--tokenizer is for endpoints and GGUF files"):
+    with pytest.raises(UsageError, match="--tokenizer-path is for endpoints and GGUF files"):
         open_teacher(tokenizer, tokenizer=tokenizer)
     export(GgufConfig(tmp_path / "model", tmp_path / "m.gguf"))
     data = (tmp_path / "m.gguf").read_bytes()
@@ -253,7 +254,9 @@ def test_unknown_split_rules_ask_for_the_tokenizer():
         "tokenizer.ggml.tokens": ["a"],
         "tokenizer.ggml.token_type": [1],
     }
-    with pytest.raises(UsageError, match=r"split rule 'tekken' is not known here.*--tokenizer"):
+    with pytest.raises(
+        UsageError, match=r"split rule 'tekken' is not known here.*--tokenizer-path"
+    ):
         read_tokenizer(keys, "x.gguf")
     with pytest.raises(UsageError, match="tokenizer of kind 'bert'"):
         read_tokenizer({**keys, "tokenizer.ggml.model": "bert"}, "x.gguf")

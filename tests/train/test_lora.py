@@ -78,12 +78,12 @@ def small(tmp_path_factory):
 
 def settings(folder, output, **changes):
     options = {
-        "rank": 8,
+        "lora_r": 8,
         "max_steps": 12,
         "learning_rate": 1e-2,
         "max_seq_length": 64,
         "batch_size": 12,
-        "log_every": 1,
+        "logging_steps": 1,
         "device": "cpu",
         **changes,
     }
@@ -235,7 +235,7 @@ def plain_logits(small):
 
 def test_checkpointing_changes_nothing(small, tmp_path):
     a = adapt.run(settings(small.folder, tmp_path / "a", max_steps=3))
-    b = adapt.run(settings(small.folder, tmp_path / "b", max_steps=3, checkpointing=True))
+    b = adapt.run(settings(small.folder, tmp_path / "b", max_steps=3, gradient_checkpointing=True))
     assert a.after == pytest.approx(b.after, abs=1e-5)
 
 
@@ -251,7 +251,7 @@ def test_refusals_leave_nothing(small, tmp_path):
         adapt.run(settings(small.folder, tmp_path / "o", max_seq_length=65))
     assert sorted(p.name for p in tmp_path.iterdir()) == ["foreign"]
     with pytest.raises(XinslmError, match=r"the (loss|gradient) is (nan|inf).* at step \d+, on"):
-        adapt.run(settings(small.folder, tmp_path / "o", learning_rate=1e20, clip_norm=0))
+        adapt.run(settings(small.folder, tmp_path / "o", learning_rate=1e20, max_grad_norm=0))
     assert not (tmp_path / "o" / "manifest.json").exists()
     with pytest.raises(UsageError, match="already holds this run, finished"):
         adapt.run(settings(small.folder, small.adapter))
@@ -261,7 +261,9 @@ def test_killed_and_continued_equals_uninterrupted(small, tmp_path):
     """Dropout's generator, the moments and the order of batches go on where they stood; kill -9,
     not an exception.
     """
-    wanted = settings(small.folder, tmp_path / "whole", max_steps=12, dropout=0.2, save_every=5)
+    wanted = settings(
+        small.folder, tmp_path / "whole", max_steps=12, lora_dropout=0.2, save_steps=5
+    )
     whole = adapt.run(wanted)
     again = replace(wanted, output_dir=tmp_path / "killed")
     code = f"""
@@ -278,7 +280,7 @@ adapt.run({again!r}, listen)
 """
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == -signal.SIGKILL
     with pytest.raises(UsageError, match="unfinished run with another rank"):
-        adapt.run(replace(again, rank=4))
+        adapt.run(replace(again, lora_r=4))
     steps = []
     result = adapt.run(again, lambda progress: steps.append(progress.done))
     assert steps[:2] == [5, 6] and (result.before, result.after) == (whole.before, whole.after)
@@ -288,7 +290,7 @@ adapt.run({again!r}, listen)
 
 
 def test_a_damaged_checkpoint_says_what_to_do(small, tmp_path):
-    wanted = settings(small.folder, tmp_path / "o", max_steps=4, save_every=2)
+    wanted = settings(small.folder, tmp_path / "o", max_steps=4, save_steps=2)
 
     def stop(progress):
         if progress.done == 3:

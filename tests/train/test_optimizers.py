@@ -11,11 +11,11 @@ import torch
 import training as train
 from training import PackedTrainer
 from xinslm.data.dataset import open_dataset
-from xinslm.data.packing import PackedRows
+from xinslm.data.packing import PackedDataset
 from xinslm.errors import UsageError, XinslmError
 from xinslm.losses.config import LossConfig
 from xinslm.model.files import load_config, read_tensors
-from xinslm.model.param_dtype import narrow_matrices
+from xinslm.model.param_dtype import cast_matrices_to_bfloat16
 from xinslm.model.transformer import Transformer
 from xinslm.train import loop
 from xinslm.train.config import PretrainConfig
@@ -38,10 +38,10 @@ def student(world, **changes) -> Transformer:
 def trainer(world, model: Transformer | None = None, steps: int = 40, **changes) -> PackedTrainer:
     config = world.pretrain(world.folder / "unused", max_steps=steps, **changes)
     model = model if model is not None else student(world)
-    if config.weights == "bfloat16":
-        narrow_matrices(model)
+    if config.param_dtype == "bfloat16":
+        cast_matrices_to_bfloat16(model)
         model.compute_dtype = torch.float32
-    rows = PackedRows(open_dataset(world.data).split("train"), config.max_seq_length)
+    rows = PackedDataset(open_dataset(world.data).split("train"), config.max_seq_length)
     return PackedTrainer(model, config, LossConfig(1.0, 0.0), rows, steps, None, CPU)
 
 
@@ -139,7 +139,7 @@ def losses(world, steps: int = 60, **changes) -> list[float]:
 def test_8_bit_states_and_bfloat16_weights_follow_the_float32_curve(world) -> None:
     plain = torch.tensor(losses(world))
     assert plain[-1] < plain[0] - 1
-    for changes in ({"optimizer": "adamw8bit"}, {"weights": "bfloat16"}):
+    for changes in ({"optimizer": "adamw8bit"}, {"param_dtype": "bfloat16"}):
         other = torch.tensor(losses(world, **changes))
         assert (other - plain).abs().mean() < 0.03, changes
         assert abs(other[-10:].mean() - plain[-10:].mean()) < 0.03, changes
@@ -167,9 +167,13 @@ def test_small_steps_move_bfloat16_weights_only_because_they_are_rounded_by_chan
 def test_stepping_in_the_backward_pass_is_the_ordinary_step(
     world, optimizer: str, weights: str
 ) -> None:
-    ordinary = trainer(world, optimizer=optimizer, weights=weights, clip_norm=0)
+    ordinary = trainer(world, optimizer=optimizer, param_dtype=weights, max_grad_norm=0)
     inside = trainer(
-        world, optimizer=optimizer, weights=weights, clip_norm=1e9, step_in_backward=True
+        world,
+        optimizer=optimizer,
+        param_dtype=weights,
+        max_grad_norm=1e9,
+        optimizer_in_backward=True,
     )
     for number in range(3):
         a, b = ordinary.step(number), inside.step(number)
@@ -182,11 +186,13 @@ def test_stepping_in_the_backward_pass_is_the_ordinary_step(
         assert torch.equal(p, q), name
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_a_tied_embedding_is_stepped_once_with_both_gradients(world, checkpointing: bool) -> None:
+@pytest.mark.parametrize("gradient_checkpointing", [False, True])
+def test_a_tied_embedding_is_stepped_once_with_both_gradients(
+    world, gradient_checkpointing: bool
+) -> None:
     model, reference = student(world), student(world)
-    model.checkpointing = checkpointing
-    inside = trainer(world, model, step_in_backward=True, clip_norm=0)
+    model.gradient_checkpointing = gradient_checkpointing
+    inside = trainer(world, model, optimizer_in_backward=True, max_grad_norm=0)
     seen: dict[str, list[torch.Tensor]] = {}
     step = inside.optimizer.step_parameter
 
@@ -196,7 +202,7 @@ def test_a_tied_embedding_is_stepped_once_with_both_gradients(world, checkpointi
 
     inside.optimizer.step_parameter = note
     ordinary = trainer(world, reference)
-    ordinary.config = dataclasses.replace(ordinary.config, clip_norm=0)
+    ordinary.config = dataclasses.replace(ordinary.config, max_grad_norm=0)
     inside.step(0), ordinary.step(0)
     assert {name: len(grads) for name, grads in seen.items()} == {
         name: 1 for name, _ in model.named_parameters()
@@ -207,7 +213,9 @@ def test_a_tied_embedding_is_stepped_once_with_both_gradients(world, checkpointi
 
 def test_clipping_in_the_backward_pass_uses_the_norm_of_the_step_before(world) -> None:
     """AdamW hardly feels a constant factor, so the first moment shows it."""
-    clipped, free = (trainer(world, step_in_backward=True, clip_norm=limit) for limit in (1e-3, 0))
+    clipped, free = (
+        trainer(world, optimizer_in_backward=True, max_grad_norm=limit) for limit in (1e-3, 0)
+    )
     assert clipped.backward is not None
     clipped.backward.previous = 50.0
     clipped.step(0), free.step(0)
@@ -215,7 +223,7 @@ def test_clipping_in_the_backward_pass_uses_the_norm_of_the_step_before(world) -
         ours, theirs = clipped.optimizer.state[p]["exp_avg"], free.optimizer.state[q]["exp_avg"]
         torch.testing.assert_close(ours, theirs * (1e-3 / 50), rtol=1e-4, atol=1e-12)
     # no step before: the norm so far is the limit
-    spike = trainer(world, step_in_backward=True, clip_norm=1e-3)
+    spike = trainer(world, optimizer_in_backward=True, max_grad_norm=1e-3)
     norm = spike.step(0).grad_norm
     total = (
         sum(
@@ -229,7 +237,7 @@ def test_clipping_in_the_backward_pass_uses_the_norm_of_the_step_before(world) -
 def test_a_gradient_that_is_not_finite_stops_the_run_and_spares_the_checkpoint(
     world, tmp_path, monkeypatch
 ) -> None:
-    config = world.pretrain(tmp_path / "r", step_in_backward=True, save_every=2, max_steps=6)
+    config = world.pretrain(tmp_path / "r", optimizer_in_backward=True, save_steps=2, max_steps=6)
     original = loop.Trainer.step
 
     def poisoned(self, number):
@@ -258,11 +266,11 @@ def test_a_continued_run_is_the_uninterrupted_one(
     """Clipping acts on every step; the state that decides it is in the checkpoint."""
     settings = {
         "optimizer": optimizer,
-        "weights": weights,
-        "step_in_backward": inside,
-        "clip_norm": 0.05,
+        "param_dtype": weights,
+        "optimizer_in_backward": inside,
+        "max_grad_norm": 0.05,
     }
-    settings |= {"hidden_size": 64, "max_steps": 5, "save_every": 3}
+    settings |= {"hidden_size": 64, "max_steps": 5, "save_steps": 3}
     whole, broken = (world.distill(tmp_path / name, **settings) for name in ("whole", "broken"))
     train.run(whole)
 
@@ -304,7 +312,7 @@ def test_a_bfloat16_student_is_a_model_that_transformers_reads(world, tmp_path) 
 
     from xinslm.model.files import load_model
 
-    train.run(world.distill(tmp_path / "r", weights="bfloat16", max_steps=2))
+    train.run(world.distill(tmp_path / "r", param_dtype="bfloat16", max_steps=2))
     best = tmp_path / "r" / "checkpoints" / "best"
     theirs, ours = AutoModelForCausalLM.from_pretrained(best, dtype=torch.float32), load_model(best)
     ids = torch.arange(20)[None]
@@ -330,8 +338,8 @@ def test_a_compiled_step_is_the_plain_one(world) -> None:
 
 def test_what_cannot_be_combined_is_refused() -> None:
     config = PretrainConfig(
-        data_path="d", output_dir="o", step_in_backward=True, batch_size=4, micro_batch_size=2
+        data_path="d", output_dir="o", optimizer_in_backward=True, batch_size=4, micro_batch_size=2
     )
-    with pytest.raises(UsageError, match="step_in_backward frees each gradient at once"):
+    with pytest.raises(UsageError, match="optimizer_in_backward frees each gradient at once"):
         config.check()
     dataclasses.replace(config, micro_batch_size=4).check()

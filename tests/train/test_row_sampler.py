@@ -12,12 +12,12 @@ import torch.nn.functional as F
 
 from training import PackedTrainer
 from xinslm.data.dataset import Split, open_dataset
-from xinslm.data.packing import PackedRows
+from xinslm.data.packing import PackedDataset
 from xinslm.losses.config import LossConfig
 from xinslm.losses.targets import SparseTargets
 from xinslm.model.config import ModelConfig
 from xinslm.model.transformer import Transformer
-from xinslm.train.row_sampler import RowPlan, Source
+from xinslm.train.row_sampler import RowSampler, Source
 
 CPU = torch.device("cpu")
 CE = LossConfig(alpha=1.0, beta=0.0)
@@ -26,7 +26,7 @@ VOCAB = 64
 
 def make_rows(
     documents: int, seed: int, low: int = 5, high: int = 30, prompt: int = 0
-) -> PackedRows:
+) -> PackedDataset:
     rng = np.random.default_rng(seed)
     lengths = rng.integers(low, high, documents)
     offsets = np.concatenate([[0], lengths.cumsum()])
@@ -34,7 +34,7 @@ def make_rows(
     for start in offsets[:-1]:
         mask[start : start + max(1, prompt)] = 0
     tokens = rng.integers(0, VOCAB, offsets[-1]).astype(np.uint16)
-    return PackedRows(Split(tokens, mask, offsets, 4 * lengths, VOCAB), 40)
+    return PackedDataset(Split(tokens, mask, offsets, 4 * lengths, VOCAB), 40)
 
 
 def make_model(seed: int = 0) -> Transformer:
@@ -48,15 +48,19 @@ def make_model(seed: int = 0) -> Transformer:
 
 
 def make_trainer(
-    world, tmp_path, plan: RowPlan, rows: PackedRows, micro: int | None = None
+    world, tmp_path, plan: RowSampler, rows: PackedDataset, micro: int | None = None
 ) -> PackedTrainer:
     config = world.pretrain(
-        tmp_path, batch_size=plan.batch_size, micro_batch_size=micro, max_seq_length=40, clip_norm=0
+        tmp_path,
+        batch_size=plan.batch_size,
+        micro_batch_size=micro,
+        max_seq_length=40,
+        max_grad_norm=0,
     )
     return PackedTrainer(make_model(), config, CE, rows, 6, None, CPU, plan=plan)
 
 
-def taken(plan: RowPlan, step: int) -> list[tuple[int, int]]:
+def taken(plan: RowSampler, step: int) -> list[tuple[int, int]]:
     parts = plan.of_step(step)
     return [(plan.sources.index(part.source), int(i)) for part in parts for i in part.indices]
 
@@ -66,7 +70,7 @@ def test_shares_are_kept_in_every_stretch_and_each_row_comes_once_an_epoch():
         Source(make_rows(20, seed), None, CE, share)
         for seed, share in ((1, 2.0), (2, 5.0), (3, 1.0))
     ]
-    plan = RowPlan(sources, 8, 60, seed=5)
+    plan = RowSampler(sources, 8, 60, seed=5)
     drawn = [taken(plan, step) for step in range(60)]
     assert all(len(step) == 8 for step in drawn)
     for stretch in (1, 3, 60):
@@ -86,11 +90,11 @@ def test_shares_are_kept_in_every_stretch_and_each_row_comes_once_an_epoch():
 
 def test_rows_follow_from_seed_and_step_alone():
     sources = [Source(make_rows(20, seed), None, CE, share) for seed, share in ((1, 2.0), (2, 1.0))]
-    long, short = RowPlan(sources, 4, 50, seed=1), RowPlan(sources, 4, 9, seed=1)
+    long, short = RowSampler(sources, 4, 50, seed=1), RowSampler(sources, 4, 9, seed=1)
     assert [taken(short, step) for step in range(9)] == [taken(long, step) for step in range(9)]
-    later = RowPlan(sources, 4, 9, seed=1, first_step=100)
+    later = RowSampler(sources, 4, 9, seed=1, first_step=100)
     assert taken(later, 104) == taken(short, 4)
-    assert [taken(RowPlan(sources, 4, 9, seed=2), step) for step in range(9)] != [
+    assert [taken(RowSampler(sources, 4, 9, seed=2), step) for step in range(9)] != [
         taken(short, s) for s in range(9)
     ]
 
@@ -110,7 +114,7 @@ def test_the_divisor_is_the_whole_steps_targets(world, tmp_path, micro):
         Source(one, None, CE, 1.0),
         Source(two, None, LossConfig(alpha=0.3, beta=0.0), 1.0, lambda step: 2.0),
     ]
-    plan = RowPlan(sources, 8, 6, seed=0)
+    plan = RowSampler(sources, 8, 6, seed=0)
     trainer = make_trainer(world, tmp_path, plan, one, micro)
     model, total, count = make_model(), torch.zeros(()), 0
     for part in plan.of_step(2):
@@ -148,13 +152,13 @@ class Exact:
         log_p = self.log_probs(batch)[torch.from_numpy(chosen)]
         count = len(chosen)
         return SparseTargets(
-            head_ids=torch.arange(VOCAB - 1).expand(count, -1).contiguous(),
-            head_log_probs=log_p[:, :-1].contiguous(),
+            top_k_ids=torch.arange(VOCAB - 1).expand(count, -1).contiguous(),
+            top_k_log_probs=log_p[:, :-1].contiguous(),
             log_tail=log_p[:, -1].contiguous(),
             tail_ids=torch.zeros(count, 0, dtype=torch.int64),
-            has_draws=torch.zeros(count, dtype=torch.bool),
+            has_tail_samples=torch.zeros(count, dtype=torch.bool),
             log_z=torch.zeros(count),
-            valid=torch.ones(count, dtype=torch.bool),
+            valid_mask=torch.ones(count, dtype=torch.bool),
         )
 
 
@@ -168,7 +172,7 @@ def test_contrast_is_distillm_2s_formula(world, tmp_path, b):
     teacher = Exact(make_model(7))
     own, given = make_rows(30, 1, prompt=4), make_rows(40, 2, low=20, prompt=2)
     sources = [Source(own, teacher, srkl, 0.5, lambda step: b), Source(given, teacher, skl, 0.5)]
-    plan = RowPlan(sources, 8, 6, seed=0, balanced=True)
+    plan = RowSampler(sources, 8, 6, seed=0, balanced=True)
     trainer = make_trainer(world, tmp_path, plan, own)
     model = make_model()
     means = []
@@ -204,7 +208,7 @@ def test_a_number_that_is_not_finite_names_documents_of_its_source(world, tmp_pa
         Source(one, None, CE),
         Source(two, Broken(make_model(7)), LossConfig(alpha=0.0, beta=1.0)),
     ]
-    plan = RowPlan(sources, 4, 6, seed=0)
+    plan = RowSampler(sources, 4, 6, seed=0)
     batch = two.batch(plan.of_step(0)[1].indices)
     documents = (
         np.searchsorted(two.split.documents, batch.stream[batch.stream >= 0], side="right") - 1
@@ -221,12 +225,12 @@ def test_real_rows_and_a_cache_go_together(world, tmp_path):
     from xinslm.distill.target_sources import CachedTargets
     from xinslm.model.files import load_config
 
-    rows = PackedRows(open_dataset(world.data).split("validation"), 64)
+    rows = PackedDataset(open_dataset(world.data).split("validation"), 64)
     source = CachedTargets(Cache(world.cache).split("validation"))
     loss = LossConfig(alpha=0.0, beta=1.0, tail_weight=0.0)
     seen, orders = [], []
     for seed in (0, 1):
-        plan = RowPlan([Source(rows, source, loss)], len(rows), 1, seed)
+        plan = RowSampler([Source(rows, source, loss)], len(rows), 1, seed)
         model = Transformer(load_config(world.teacher))
         model.initialise(torch.Generator().manual_seed(0))
         config = world.pretrain(tmp_path, batch_size=len(rows), micro_batch_size=1)

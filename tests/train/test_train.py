@@ -21,7 +21,7 @@ from xinslm.config import from_yaml
 from xinslm.data import prepare
 from xinslm.data.config import PrepareConfig
 from xinslm.data.dataset import open_dataset
-from xinslm.data.packing import PackedRows
+from xinslm.data.packing import PackedDataset
 from xinslm.distill.config import DistillConfig
 from xinslm.distill.target_sources import CachedTargets, LiveTargets
 from xinslm.errors import UsageError, XinslmError
@@ -33,7 +33,7 @@ from xinslm.teachers.huggingface import HuggingFaceTeacher
 from xinslm.train import checkpoint
 from xinslm.train.config import PretrainConfig
 from xinslm.train.loop import learning_rate
-from xinslm.train.row_sampler import rows_of_step
+from xinslm.train.row_sampler import indices_of_step
 
 CPU = torch.device("cpu")
 
@@ -60,10 +60,10 @@ def assert_same_run(a, b):
 
 
 def test_every_row_comes_once_an_epoch_whatever_the_batch():
-    taken = np.concatenate([rows_of_step(step, 4, 10, seed=3) for step in range(5)])
+    taken = np.concatenate([indices_of_step(step, 4, 10, seed=3) for step in range(5)])
     assert Counter(taken[:10].tolist()) == Counter(taken[10:].tolist()) == Counter(range(10))
     assert taken[:10].tolist() != taken[10:].tolist()
-    assert rows_of_step(1, 4, 10, 3).tolist() == taken[4:8].tolist()
+    assert indices_of_step(1, 4, 10, 3).tolist() == taken[4:8].tolist()
 
 
 def test_learning_rate_rises_stays_and_falls():
@@ -76,7 +76,7 @@ def test_learning_rate_rises_stays_and_falls():
 
 def trainer(world, micro=None, source=None, loss=None, model=None, validation=None, **changes):
     config = world.distill(world.folder / "unused", micro_batch_size=micro, **changes)
-    rows = PackedRows(open_dataset(world.data).split("train"), config.max_seq_length)
+    rows = PackedDataset(open_dataset(world.data).split("train"), config.max_seq_length)
     if model is None:
         model = Transformer(
             dataclasses.replace(load_config(world.teacher), hidden_size=36, head_dim=12)
@@ -109,13 +109,13 @@ def test_accumulation_gives_the_step_of_the_whole_batch(world, micro):
 def test_cache_records_follow_their_rows(world):
     """A cache indexed by step would pair shuffled rows with other rows' teachers."""
     source = cached(world)
-    rows = PackedRows(open_dataset(world.data).split("train"), 64)
+    rows = PackedDataset(open_dataset(world.data).split("train"), 64)
     one, two = rows.batch([5, 2]), rows.batch([2, 5])
     pick = [np.flatnonzero(batch.labels.ravel() >= 0) for batch in (one, two)]
     a, b = source.targets(one, pick[0], CPU), source.targets(two, pick[1], CPU)
     first = int((one.labels[0] >= 0).sum())
-    assert torch.equal(a.head_ids, torch.cat((b.head_ids[-first:], b.head_ids[:-first])))
-    assert bool(a.valid.all())
+    assert torch.equal(a.top_k_ids, torch.cat((b.top_k_ids[-first:], b.top_k_ids[:-first])))
+    assert bool(a.valid_mask.all())
 
 
 def test_live_teacher_sees_each_document_alone(world):
@@ -123,7 +123,7 @@ def test_live_teacher_sees_each_document_alone(world):
 
     teacher = HuggingFaceTeacher(str(world.teacher))
     dataset = open_dataset(world.data)
-    rows = PackedRows(dataset.split("train"), 64)
+    rows = PackedDataset(dataset.split("train"), 64)
     batch = rows.batch([0, 7])
     chosen = np.flatnonzero(batch.labels.ravel() >= 0)
     logits = LiveTargets(teacher).targets(batch, chosen, CPU).logits(slice(0, len(chosen)))
@@ -164,7 +164,7 @@ def test_prompts_are_not_trained_on(world, tmp_path):
         )
     )
     split = open_dataset(tmp_path / "data").split("train")
-    rows = PackedRows(split, 64)
+    rows = PackedDataset(split, 64)
     model = Transformer(
         dataclasses.replace(load_config(world.teacher), hidden_size=36, head_dim=12)
     )
@@ -259,9 +259,9 @@ def test_best_is_the_checkpoint_with_the_lowest_validation_loss(world, tmp_path)
             run,
             max_steps=12,
             learning_rate=0.6,
-            validate_every=1,
-            warmup_fraction=0.9,
-            decay_fraction=0,
+            eval_steps=1,
+            warmup_ratio=0.9,
+            decay_ratio=0,
         )
     )
     validations = {
@@ -269,7 +269,7 @@ def test_best_is_the_checkpoint_with_the_lowest_validation_loss(world, tmp_path)
     }
     best = min(validations, key=validations.get)
     assert best < 12
-    rows = PackedRows(open_dataset(world.data).split("validation"), 64)
+    rows = PackedDataset(open_dataset(world.data).split("validation"), 64)
     again = trainer(
         world,
         model=load_model(run / "checkpoints" / "best"),
@@ -356,7 +356,7 @@ def test_a_continued_run_may_log_and_split_its_batches_otherwise(world, tmp_path
     run, whole = world.distill(tmp_path / "r"), world.distill(tmp_path / "whole")
     train.run(whole)
     run_in_subprocess(run, "SIGKILL", 5)
-    train.run(dataclasses.replace(run, micro_batch_size=2, save_every=1))
+    train.run(dataclasses.replace(run, micro_batch_size=2, save_steps=1))
     ours, theirs = weights(tmp_path / "r"), weights(tmp_path / "whole")
     for name in theirs:
         torch.testing.assert_close(ours[name], theirs[name], atol=1e-5, rtol=1e-3)
@@ -495,7 +495,7 @@ def test_pads_change_nothing(world, tmp_path):
     )
     split = open_dataset(tmp_path / "data").split("train")
     model = load_model(world.teacher)
-    narrow, wide = PackedRows(split, 20), PackedRows(split, 64)
+    narrow, wide = PackedDataset(split, 20), PackedDataset(split, 64)
     assert len(narrow) > len(wide) == 1
     losses = [
         trainer(world, model=model, loss=LossConfig(1.0, 0.0), validation=(rows, None)).validate()

@@ -2,4 +2,4 @@
 
 from typing import Literal
 
-Alignment = Literal["auto", "same", "nested", "prefixes"]
+Alignment = Literal["auto", "same", "nested", "byte_prefix"]

@@ -1,4 +1,4 @@
-"""Teacher distributions for a student of any other tokenizer, over groups of its tokens that begin
+"""Teacher distributions for a student of any other tokenizer, over buckets of its tokens that begin
 alike.
 
 At a byte where both tokenizers begin a token, the teacher's tokens along the text and beside it
@@ -7,7 +7,7 @@ for each j and each token v that the teacher could take instead, and the probabi
 chain rule's. A beginning x has its mass on the student's tokens that begin with x, and where the
 student cuts before x ends, on the shorter ones. How often it does one or the other where the text
 begins with x is counted in the dataset, so the masses are right on average, whatever the
-tokenizers. What a group's tokens share out among themselves the teacher does not say.
+tokenizers. What a bucket's tokens share out among themselves the teacher does not say.
 """
 
 from bisect import bisect_left
@@ -32,7 +32,7 @@ LEVELS = 15
 """Most levels behind the first."""
 
 Range = tuple[int, int]
-Group = tuple[int, int, int, bool, float]
+Bucket = tuple[int, int, int, bool, float]
 """Begin and end, level, whether the next level is inside it, share of its level's set."""
 
 
@@ -47,10 +47,10 @@ def byte_order(tokenizer: Any) -> np.ndarray:
     )
 
 
-class PrefixAligner(SpanAligner):
+class BytePrefixAligner(SpanAligner):
     """Turns a teacher's words on a text into masses of ranges of the student's vocabulary."""
 
-    kind = "prefixes"
+    kind = "byte_prefix"
 
     def __init__(
         self, student: Any, teacher: Any, document_end: str, sample: Iterable[np.ndarray] = ()
@@ -65,7 +65,9 @@ class PrefixAligner(SpanAligner):
         self.to_student = {theirs: ours for ours, theirs in reversed(self.specials.items())}
         self.teacher_control = set(teacher.special_tokens.values())
         closing = {teacher.bos_id, teacher.eos_id}
-        self.wordless = {teacher.pad_id, teacher.special_tokens.get("<unk>")} - closing - {None}
+        self.control_without_text = (
+            {teacher.pad_id, teacher.special_tokens.get("<unk>")} - closing - {None}
+        )
         """The teacher's control tokens that say nothing of the text: pad and unknown."""
         self._counts: dict[bytes, dict[int, int]] = {}
         for ids in sample:
@@ -138,14 +140,14 @@ class PrefixAligner(SpanAligner):
         beginnings = (x[:size] for size in range(len(x), 0, -1))
         return next((piece for piece in beginnings if _size(self.alone(piece))), b"")
 
-    def groups(
+    def buckets(
         self,
         ids: np.ndarray,
         pair: Pair,
         tops: np.ndarray,
         top_probs: np.ndarray,
         next_probs: np.ndarray,
-    ) -> tuple[list[list[Group]], np.ndarray]:
+    ) -> tuple[list[list[Bucket]], np.ndarray]:
         """What the teacher says of each token of a document but the first; empty where it says
         nothing.
 
@@ -159,12 +161,12 @@ class PrefixAligner(SpanAligner):
         known = (at >= 1) & (begins[at] == pair.student_starts[1:-1]) & ~pair.foreign[1:]
         known &= pair.teacher_spaced[at] == pair.student_spaced[1:]
         known &= np.isfinite(next_probs[at])
-        found: list[list[Group]] = []
-        told = np.full(len(ids) - 1, np.nan)
+        found: list[list[Bucket]] = []
+        label_log_probs = np.full(len(ids) - 1, np.nan)
         for number, (first, usable) in enumerate(zip(at.tolist(), known.tolist(), strict=True)):
-            groups: list[Group] = []
+            buckets: list[Bucket] = []
             if usable:
-                told[number] = self._walk(
+                label_log_probs[number] = self._walk(
                     int(ids[number]),
                     int(ids[number + 1]),
                     first,
@@ -172,10 +174,10 @@ class PrefixAligner(SpanAligner):
                     tops,
                     top_probs,
                     next_probs,
-                    groups,
+                    buckets,
                 )
-            found.append(groups)
-        return found, told
+            found.append(buckets)
+        return found, label_log_probs
 
     def cut_share(self, before: bytes, x: bytes) -> float:
         """How often the student's token `before` ends where it does, if the text goes on with x."""
@@ -193,7 +195,7 @@ class PrefixAligner(SpanAligner):
         tops: np.ndarray,
         top_probs: np.ndarray,
         next_probs: np.ndarray,
-        groups: list[Group],
+        buckets: list[Bucket],
     ) -> float:
         """Follow the teacher's tokens through the label, a level each; return log p of the label's
         bytes or NaN.
@@ -204,7 +206,7 @@ class PrefixAligner(SpanAligner):
             b"" if before in self.control else self.student.bytes[before],
             (0, len(self.order)),
         )
-        log_p, told = 0.0, np.nan
+        log_p, label_log_probs = 0.0, np.nan
         for at in range(first, len(pair.teacher_ids)):
             if not np.isfinite(next_probs[at]):
                 break
@@ -217,7 +219,7 @@ class PrefixAligner(SpanAligner):
             level.read(actual, p, tops[at].tolist(), top_probs[at].tolist())
             log_p += float(np.log(p))
             if x == spelled and (piece or not spelled):
-                told = log_p
+                label_log_probs = log_p
             if (
                 not piece
                 or len(x) > len(spelled)
@@ -225,15 +227,15 @@ class PrefixAligner(SpanAligner):
                 or level.number == LEVELS
             ):
                 break
-            level.go_on(x, groups)
-        level.close(groups)
-        return told
+            level.go_on(x, buckets)
+        level.close(buckets)
+        return label_log_probs
 
 
 class _Level:
     """What may follow inside the tokens that begin with what is spelled so far."""
 
-    def __init__(self, owner: PrefixAligner, before: bytes, place: Range) -> None:
+    def __init__(self, owner: BytePrefixAligner, before: bytes, place: Range) -> None:
         self.owner, self.before, self.place = owner, before, place
         self.spelled, self.number = b"", 0
         self.texts: list[tuple[bytes | int, float]] = []
@@ -252,7 +254,7 @@ class _Level:
                 listed += of_token
                 pairs.append((token, of_token))
         for token, of_token in pairs:
-            if token in owner.wordless:
+            if token in owner.control_without_text:
                 listed -= of_token
                 continue
             piece = owner.teacher.bytes[token]
@@ -260,11 +262,11 @@ class _Level:
             self.texts.append((x, self.scale * of_token))
         self.unlisted = self.scale * max(1 - listed, 0.0)
 
-    def go_on(self, x: bytes, groups: list[Group]) -> None:
+    def go_on(self, x: bytes, buckets: list[Bucket]) -> None:
         """Close this level, and begin the one of the tokens that begin with x."""
         place = self.owner.range_of(x)
         if place != self.place:  # else nothing was to be decided
-            self.close(groups, place, x)
+            self.close(buckets, place, x)
             self.number += 1
         further = [
             (text, mass)
@@ -277,9 +279,9 @@ class _Level:
         self.spelled, self.place = x, place
 
     def close(
-        self, groups: list[Group], onward: Range | None = None, x: bytes | None = None
+        self, buckets: list[Bucket], onward: Range | None = None, x: bytes | None = None
     ) -> None:
-        """Append this level's groups; the next level's set is `onward`, the tokens that begin with
+        """Append this level's buckets; the next level's set is `onward`, the tokens that begin with
         x.
         """
         masses: dict[Range, float] = {}
@@ -290,7 +292,7 @@ class _Level:
                 total += of_place
         for place, of_place in masses.items():
             if place != self.place and place[0] < place[1] and of_place:
-                groups.append((*place, self.number, place == onward, of_place / total))
+                buckets.append((*place, self.number, place == onward, of_place / total))
 
     def _places(
         self, text: bytes | int, mass: float, onward: bytes | None

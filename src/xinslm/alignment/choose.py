@@ -14,19 +14,19 @@ from typing import Any
 import numpy as np
 
 from xinslm.alignment import Alignment
-from xinslm.alignment.byte_prefix import SAMPLE_TOKENS, PrefixAligner
-from xinslm.alignment.nested import PushForward, is_nested
+from xinslm.alignment.byte_prefix import SAMPLE_TOKENS, BytePrefixAligner
+from xinslm.alignment.nested import NestedProjection, is_nested
 from xinslm.data.dataset import Dataset
 from xinslm.errors import UsageError, XinslmError
 from xinslm.tokenizer.load import load_tokenizer
 
 
-def relate(
+def choose_alignment(
     dataset: Dataset, teacher: Any, wish: Alignment = "auto", over_tokens: bool = False
-) -> PushForward | PrefixAligner | None:
+) -> NestedProjection | BytePrefixAligner | None:
     """None if teacher and dataset share their tokenizer, else what maps one to the other.
 
-    With `over_tokens` the mapping must give distributions over single tokens, which `prefixes`
+    With `over_tokens` the mapping must give distributions over single tokens, which `byte_prefix`
     does not. Raises UsageError with the reasons if `wish` is not possible.
     """
     own = load_tokenizer(dataset.folder / "tokenizer")
@@ -40,9 +40,9 @@ def relate(
         ]
     if wish in ("auto", "nested"):
         if is_nested(own, teacher.tokenizer):
-            return PushForward(own, teacher.tokenizer)
+            return NestedProjection(own, teacher.tokenizer)
         reasons.append("nested: the dataset's tokenizer is not a merge prefix of the teacher's")
-    if wish in ("auto", "prefixes"):
+    if wish in ("auto", "byte_prefix"):
         try:
             if over_tokens:
                 raise XinslmError(
@@ -50,9 +50,9 @@ def relate(
                     "one"
                 )
             end = dataset.manifest.get("document_end", "eos")
-            return PrefixAligner(own, teacher.tokenizer, end, _sample(dataset))
+            return BytePrefixAligner(own, teacher.tokenizer, end, _sample(dataset))
         except XinslmError as error:
-            reasons.append(f"prefixes: {error}")
+            reasons.append(f"byte_prefix: {error}")
     listed = "\n  ".join(reasons)
     raise UsageError(
         f"the tokens of teacher {teacher.name} cannot be mapped to those of dataset "
@@ -73,6 +73,6 @@ def _sample(dataset: Dataset) -> Iterator[np.ndarray]:
         yield np.asarray(split.tokens[begin:end])
 
 
-def kind_of(way: PushForward | PrefixAligner | None) -> str:
-    """Name of a way that `relate` found."""
-    return "same" if way is None else way.kind
+def alignment_name(aligner: NestedProjection | BytePrefixAligner | None) -> str:
+    """Name of a way that `choose_alignment` found."""
+    return "same" if aligner is None else aligner.kind

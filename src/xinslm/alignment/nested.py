@@ -21,7 +21,7 @@ from xinslm.tokenizer.nested import prefix_pieces
 
 
 @dataclass(frozen=True)
-class Alignment:
+class NestedAlignment:
     """Student positions over teacher positions, for one text or many one behind the other."""
 
     teacher_ids: np.ndarray
@@ -36,7 +36,7 @@ class Alignment:
     student's next token. int64."""
 
 
-class PushForward:
+class NestedProjection:
     """Maps teacher distributions (N, teacher vocabulary) to student ones (N, student
     vocabulary).
     """
@@ -72,7 +72,7 @@ class PushForward:
         """
         return self.tables(probs, prefixes)
 
-    def align(self, ids: np.ndarray) -> Alignment:
+    def align(self, ids: np.ndarray) -> NestedAlignment:
         """Encode a document's student ids anew with the teacher's tokenizer and match the two."""
         ids = ids.astype(np.int64)
         teacher_ids = np.concatenate(
@@ -90,7 +90,7 @@ class PushForward:
                 f"are not UTF-8. It begins with {self.student.decode(ids[:20].tolist())!r}"
             )
         rows = np.repeat(np.arange(len(teacher_ids)), counts) - 1
-        return Alignment(teacher_ids, rows[1:], self._numbers[places][1:])
+        return NestedAlignment(teacher_ids, rows[1:], self._numbers[places][1:])
 
     def _encode(self, run: np.ndarray) -> np.ndarray:
         """Teacher ids of a run of student ids, of which a special one stands alone."""

@@ -1,1 +1,1 @@
-"""The teacher cache: its records, what fills them, merging several into one."""
+"""The teacher cache: its entries, what fills them, merging several into one."""

@@ -1,6 +1,7 @@
-"""The cache of a teacher that is known over groups of the student's tokens: `--alignment prefixes`.
+"""The cache of a teacher that is known over buckets of the student's tokens: `--alignment
+byte_prefix`.
 
-One record for each stream position, as in `records`: k groups, ranges of the vocabulary in the
+One entry for each stream position, as in `entries`: k buckets, ranges of the vocabulary in the
 order of its bytes, with their levels and 8-bit codes of -log p. 123 bytes with k=20 and a
 vocabulary up to 65,535.
 """
@@ -13,36 +14,36 @@ from typing import Any
 import numpy as np
 import torch
 
-from xinslm.alignment.byte_prefix import LEVELS, Group, PrefixAligner
+from xinslm.alignment.byte_prefix import LEVELS, Bucket, BytePrefixAligner
 from xinslm.cache.config import CacheConfig
 from xinslm.cache.entries import FP16_FLOOR, LARGEST_NEGATIVE_LOG, VALID, Cache, gather
-from xinslm.cache.scorers import RECORDS, predictions
+from xinslm.cache.scorers import ENTRIES, predictions
 from xinslm.data.dataset import Split
 from xinslm.data.packing import Batch
 from xinslm.errors import UsageError, XinslmError
-from xinslm.losses.targets import GroupTargets
+from xinslm.losses.targets import BucketTargets
 from xinslm.teachers.base import DenseTeacher
-from xinslm.topk import most_likely
+from xinslm.topk import blocked_topk
 
-GROUPS = 20
-"""Groups of a record where --head does not say."""
+DEFAULT_BUCKETS = 20
+"""Buckets of an entry where --top-k does not say."""
 ONWARD = 128
-"""Bit of `levels`: the next level's set is this group."""
+"""Bit of `levels`: the next level's set is this bucket."""
 CANDIDATES = 32
 """Likeliest tokens that are looked at in each of the teacher's places."""
 
 
-def group_dtype(vocab_size: int, groups: int) -> np.dtype[Any]:
-    """Packed little-endian record."""
+def bucket_dtype(vocab_size: int, buckets: int) -> np.dtype[Any]:
+    """Packed little-endian entry."""
     place = "<u2" if vocab_size < 1 << 16 else "<u4"
     return np.dtype(
         [
             ("log_label", "<f2"),
             ("flags", "u1"),
-            ("begins", place, (groups,)),
-            ("ends", place, (groups,)),
-            ("levels", "u1", (groups,)),
-            ("codes", "u1", (groups,)),
+            ("begins", place, (buckets,)),
+            ("ends", place, (buckets,)),
+            ("levels", "u1", (buckets,)),
+            ("codes", "u1", (buckets,)),
         ]
     )
 
@@ -54,53 +55,53 @@ def code(p: np.ndarray) -> np.ndarray:
     return np.round(255 * np.sqrt(negative_log / LARGEST_NEGATIVE_LOG)).astype(np.uint8)
 
 
-def group_records(
-    said: list[list[Group]], told: np.ndarray, counts: np.ndarray, dtype: np.dtype[Any]
+def bucket_entries(
+    said: list[list[Bucket]], label_log_probs: np.ndarray, counts: np.ndarray, dtype: np.dtype[Any]
 ) -> np.ndarray:
-    """Records of one document, one a token: record i is of token i + 1; those that are no targets
+    """Entries of one document, one a token: entry i is of token i + 1; those that are no targets
     stay empty.
 
-    Groups that the next level is inside are kept before others, and likelier ones. A level to which
-    no way is kept is left out.
+    Buckets that the next level is inside are kept before others, and likelier ones. A level to
+    which no way is kept is left out.
     """
-    records = np.zeros(len(said) + 1, dtype=dtype)
-    most = records["begins"].shape[1]
-    shape = (len(records), most)
+    entries = np.zeros(len(said) + 1, dtype=dtype)
+    most = entries["begins"].shape[1]
+    shape = (len(entries), most)
     begins, ends, levels, probs = (
         np.zeros(shape, kind) for kind in (np.int64, np.int64, np.uint8, np.float64)
     )
-    for number, groups in enumerate(said):
-        if not groups or not counts[number]:
+    for number, buckets in enumerate(said):
+        if not buckets or not counts[number]:
             continue
-        records["flags"][number] = VALID
-        ways = sorted((group for group in groups if group[3]), key=lambda group: group[2])
+        entries["flags"][number] = VALID
+        ways = sorted((bucket for bucket in buckets if bucket[3]), key=lambda bucket: bucket[2])
         last = ways[most][2] if len(ways) > most else LEVELS
         others = sorted(
-            (group for group in groups if not group[3] and group[2] <= last),
-            key=lambda group: -group[4],
+            (bucket for bucket in buckets if not bucket[3] and bucket[2] <= last),
+            key=lambda bucket: -bucket[4],
         )
         kept = [*ways[:most], *others][:most]
         for column, (begin, end, level, onward, p) in enumerate(kept):
             begins[number, column], ends[number, column], probs[number, column] = begin, end, p
             levels[number, column] = level | (ONWARD if onward else 0)
-    records["begins"], records["ends"], records["levels"], records["codes"] = (
+    entries["begins"], entries["ends"], entries["levels"], entries["codes"] = (
         begins,
         ends,
         levels,
         code(probs),
     )
-    records["log_label"][:-1] = np.where(np.isfinite(told), told, FP16_FLOOR)
-    return records
+    entries["log_label"][:-1] = np.where(np.isfinite(label_log_probs), label_log_probs, FP16_FLOOR)
+    return entries
 
 
-class GroupScorer:
-    """Group records from a teacher of any tokenizer; a `Scorer`."""
+class BucketScorer:
+    """Bucket entries from a teacher of any tokenizer; a `Scorer`."""
 
     def __init__(
-        self, teacher: DenseTeacher, aligner: PrefixAligner, config: CacheConfig, groups: int
+        self, teacher: DenseTeacher, aligner: BytePrefixAligner, config: CacheConfig, buckets: int
     ) -> None:
         self.teacher, self.aligner, self.config = teacher, aligner, config
-        self.planes: dict[str, np.dtype[Any]] = {RECORDS: group_dtype(len(aligner.order), groups)}
+        self.arrays: dict[str, np.dtype[Any]] = {ENTRIES: bucket_dtype(len(aligner.order), buckets)}
 
     def shard(
         self, split: Split, first: int, last: int, scratch: Path, tell: Callable[[int], None]
@@ -113,14 +114,16 @@ class GroupScorer:
         offsets = np.cumsum([0, *(len(pair.teacher_ids) for pair in pairs)])
         tokens = np.concatenate([pair.teacher_ids for pair in pairs])
         said = self._predictions(tokens, offsets, lambda seen: tell(min(seen, end - start)))
-        records = []
+        entries = []
         for text, pair, (a, b), (low, high) in zip(
             texts, pairs, pairwise(documents), pairwise(offsets), strict=True
         ):
-            groups, told = self.aligner.groups(text, pair, *(array[low:high] for array in said))
+            buckets, label_log_probs = self.aligner.buckets(
+                text, pair, *(array[low:high] for array in said)
+            )
             counts = np.asarray(split.mask[a + 1 : b]) != 0
-            records.append(group_records(groups, told, counts, self.planes[RECORDS]))
-        return {RECORDS: np.concatenate(records)}
+            entries.append(bucket_entries(buckets, label_log_probs, counts, self.arrays[ENTRIES]))
+        return {ENTRIES: np.concatenate(entries)}
 
     def _predictions(
         self, tokens: np.ndarray, documents: np.ndarray, tell: Callable[[int], None]
@@ -138,7 +141,7 @@ class GroupScorer:
         own = np.full(len(tokens), np.nan)
         for places, logits in predictions(self.teacher, tokens, documents, self.config, tell):
             p = torch.softmax(logits, dim=1)
-            values, found = most_likely(p, most)
+            values, found = blocked_topk(p, most)
             ids[places], probs[places] = found.cpu().numpy(), values.cpu().numpy()
             own[places] = (
                 p.gather(1, torch.from_numpy(tokens[places]).to(p.device)[:, None])[:, 0]
@@ -154,62 +157,62 @@ class GroupScorer:
         return ids, probs, own
 
 
-def group_maps(cache: Cache, name: str) -> list[Any]:
-    """A split's records, a map for each shard."""
-    if cache.manifest.get("alignment", {}).get("kind") != PrefixAligner.kind:
-        raise UsageError(f"cache {cache.folder} holds no groups of tokens")
+def bucket_maps(cache: Cache, name: str) -> list[Any]:
+    """A split's entries, a map for each shard."""
+    if cache.manifest.get("alignment", {}).get("kind") != BytePrefixAligner.kind:
+        raise UsageError(f"cache {cache.folder} holds no buckets of tokens")
     cache.check()
-    dtype = group_dtype(cache.format.vocab_size, cache.format.head)
+    dtype = bucket_dtype(cache.format.vocab_size, cache.format.top_k)
     shards = cache.manifest["shards"][name]
     return [np.memmap(cache.folder / shard["file"], dtype=dtype, mode="r") for shard in shards]
 
 
-def count_groups(maps: list[Any]) -> tuple[int, float, int]:
+def count_buckets(maps: list[Any]) -> tuple[int, float, int]:
     """Positions that say something, the sum of log p of their texts where it is known, and how many
     those are.
     """
     valid = [shard[(shard["flags"] & VALID) != 0] for shard in maps]
-    told = np.concatenate([records["log_label"].astype(np.float64) for records in valid])
-    told = told[told > FP16_FLOOR]
-    return sum(map(len, valid)), float(told.sum()), len(told)
+    label_log_probs = np.concatenate([entries["log_label"].astype(np.float64) for entries in valid])
+    label_log_probs = label_log_probs[label_log_probs > FP16_FLOOR]
+    return sum(map(len, valid)), float(label_log_probs.sum()), len(label_log_probs)
 
 
-class CachedGroups:
-    """Groups of a cache, found by stream position: any shuffling of rows is harmless."""
+class CachedBuckets:
+    """Buckets of a cache, found by stream position: any shuffling of rows is harmless."""
 
     def __init__(self, cache: Cache, name: str, order: np.ndarray) -> None:
         """`order` is the `byte_order` of the dataset's tokenizer."""
-        self.maps, self.order = group_maps(cache, name), torch.from_numpy(order)
+        self.maps, self.order = bucket_maps(cache, name), torch.from_numpy(order)
         self.starts = np.array(
             [shard["start"] for shard in cache.manifest["shards"][name]], dtype=np.int64
         )
 
-    def targets(self, batch: Batch, chosen: np.ndarray, device: torch.device) -> GroupTargets:
+    def targets(self, batch: Batch, chosen: np.ndarray, device: torch.device) -> BucketTargets:
         """Distributions for the positions `chosen`, indices into the flattened (rows * row_length)
         batch.
         """
-        return decode_groups(
+        return decode_buckets(
             gather(self.maps, self.starts, batch.stream.ravel()[chosen]), self.order
         ).to(device)
 
 
-def decode_groups(records: np.ndarray, order: torch.Tensor) -> GroupTargets:
-    """Turn N records into tensors for the loss, the masses and the rest scaled to sum to 1."""
-    begins, ends = records["begins"].astype(np.int64), records["ends"].astype(np.int64)
-    probs = np.exp(-LARGEST_NEGATIVE_LOG * (records["codes"].astype(np.float32) / 255) ** 2) * (
+def decode_buckets(entries: np.ndarray, order: torch.Tensor) -> BucketTargets:
+    """Turn N entries into tensors for the loss, the masses and the rest scaled to sum to 1."""
+    begins, ends = entries["begins"].astype(np.int64), entries["ends"].astype(np.int64)
+    probs = np.exp(-LARGEST_NEGATIVE_LOG * (entries["codes"].astype(np.float32) / 255) ** 2) * (
         ends > begins
     )
-    levels = (records["levels"] & ~np.uint8(ONWARD)).astype(np.int64)
+    levels = (entries["levels"] & ~np.uint8(ONWARD)).astype(np.int64)
     # codes round: no level may have more than all
     for level in range(int(levels.max(initial=0)) + 1):
         here = levels == level
         probs /= np.where(here, np.maximum((probs * here).sum(axis=1, keepdims=True), 1.0), 1.0)
-    return GroupTargets(
+    return BucketTargets(
         order,
         torch.from_numpy(begins),
         torch.from_numpy(ends),
         torch.from_numpy(probs),
         torch.from_numpy(levels),
-        torch.from_numpy((records["levels"] & ONWARD) != 0),
-        torch.from_numpy((records["flags"] & VALID) != 0),
+        torch.from_numpy((entries["levels"] & ONWARD) != 0),
+        torch.from_numpy((entries["flags"] & VALID) != 0),
     )

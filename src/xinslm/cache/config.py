@@ -14,13 +14,13 @@ from xinslm.teachers.endpoint_config import EndpointConfig
 
 DEPTH = Range(0, 1, above=True)
 _CACHE = {
-    "head": Range(1, 256),
-    "draws": Range(0, 64),
+    "top_k": Range(1, 256),
+    "tail_samples": Range(0, 64),
     "temperature": POSITIVE,
     "max_seq_length": CONTEXT,
     "batch_tokens": Range(1),
     "shard_positions": Range(1),
-    "sketch_width": Range(1, 4096),
+    "hidden_state_width": Range(1, 4096),
     "seed": SEED,
 }
 
@@ -34,16 +34,16 @@ def depth_errors(depths: tuple[float, ...], name: str) -> list[str]:
     return wrong
 
 
-def head_size(head: int | None, draws: int) -> int:
+def default_top_k(top_k: int | None, tail_samples: int) -> int:
     """`head`, or what it is when left out: 14 ids of 2 bytes and 4 codes take 39 bytes, 11 of each
     40.
 
-    At the same bytes 4 + 10 have half the variance of 8 + 4: a head token should outweigh what one
+    At the same bytes 4 + 10 have half the variance of 8 + 4: a top-k token should outweigh what one
     draw stands for.
     """
-    if head is not None:
-        return head
-    return 4 if draws else 11
+    if top_k is not None:
+        return top_k
+    return 4 if tail_samples else 11
 
 
 @dataclass(frozen=True)
@@ -53,15 +53,15 @@ class CacheConfig:
     teacher: Annotated[str, tyro.conf.Positional]
     """Teacher: a model folder or Hub name (any Hugging Face causal language model), a .gguf file,
     or the URL of an OpenAI-compatible endpoint that scores given text (vLLM); an encoder's folder
-    with --sketch-depths."""
+    with --hidden-state-depths."""
     data_path: Path
     """Dataset folder made by `xinslm prepare`."""
     output_dir: Annotated[Path, tyro.conf.arg(aliases=["-o"])]
     """Cache folder to write; a run that was interrupted continues there."""
-    head: int | None = None
+    top_k: int | None = None
     """Most likely tokens kept exactly at each position; by default 4, or 11 where there are no
-    draws; by prefixes, groups of tokens, by default 20."""
-    draws: int = 10
+    tail samples; with byte_prefix, buckets of tokens, by default 20."""
+    tail_samples: int = 10
     """Tokens drawn from the rest of the distribution; 0 for a loss that cannot use them (see
     `xinslm distill --help`, loss.tail-weight). Endpoints give none."""
     temperature: float = 2.0
@@ -72,12 +72,12 @@ class CacheConfig:
     """How teacher tokens map to student tokens if the tokenizers differ: nested (the student's
     vocabulary is a merge prefix of the teacher's) sums probabilities exactly, prefixes keeps masses
     of tokens that begin with the same bytes; auto takes the first that is possible."""
-    sketch_depths: tuple[float, ...] = ()
-    """Depths whose hidden states to keep as sketches, as shares of the teacher's layers: 0.5 1.0
+    hidden_state_depths: tuple[float, ...] = ()
+    """Depths whose hidden states to keep, as shares of the teacher's layers: 0.5 1.0
     for instance.
     """
-    sketch_width: int = 64
-    """Bytes of a sketch, at each depth; two more are its scale."""
+    hidden_state_width: int = 64
+    """Bytes of a projected hidden state, at each depth; two more are its scale."""
     max_seq_length: int = 512
     """Longest context in tokens the teacher sees; use the student's."""
     batch_tokens: int = 8192
@@ -94,14 +94,14 @@ class CacheConfig:
     """Hub revision of the teacher."""
     trust_remote_code: bool = False
     """Run Python code that the teacher's repository brings."""
-    tokenizer: str | None = None
+    tokenizer_path: str | None = None
     """Tokenizer of an endpoint's model, or one for a GGUF file instead of its own: a folder, a file
     or a Hub name.
     """
     endpoint: EndpointConfig = field(default_factory=EndpointConfig)
     """For a teacher that is a URL."""
     seed: int = 0
-    """Seed of the draws."""
+    """Seed of the tail samples."""
     repair: bool = False
     """Make damaged and missing files of a finished cache again, and only those; give the options it
     was made with.
@@ -111,6 +111,6 @@ class CacheConfig:
 
     def check(self) -> None:
         """Raise UsageError listing everything that cannot work."""
-        depths = depth_errors(self.sketch_depths, "sketch_depths")
+        depths = depth_errors(self.hidden_state_depths, "hidden_state_depths")
         if wrong := [*range_errors(self, _CACHE), *depths, *self.endpoint.errors()]:
             raise UsageError("\n".join(wrong))

@@ -1,10 +1,10 @@
-"""A cache from a teacher that has hidden states only: sketches where its tokens end as the
-student's do, no records.
+"""A cache from a teacher that has hidden states only: projected hidden states where its tokens end
+as the student's do, no entries.
 
 A document's text stands between its control tokens; each such run is read by the encoder's own
-tokenizer, and the tokens of all runs make one sequence. A position of the student has a sketch
-where its token and one of the encoder's end at the same byte. Texts are cut at the encoder's
-context.
+tokenizer, and the tokens of all runs make one sequence. A position of the student has a projected
+hidden state where its token and one of the encoder's end at the same byte. Texts are cut at the
+encoder's context.
 """
 
 from collections.abc import Callable
@@ -16,8 +16,8 @@ import numpy as np
 
 from xinslm.cache.config import CacheConfig
 from xinslm.cache.entries import CacheFormat
-from xinslm.cache.projected_states import SKETCH, SketchFormat, SketchWriter
-from xinslm.cache.scorers import RECORDS
+from xinslm.cache.projected_states import HIDDEN_STATES, HiddenStateFormat, HiddenStateWriter
+from xinslm.cache.scorers import ENTRIES
 from xinslm.data.dataset import Split
 from xinslm.errors import XinslmError
 from xinslm.teachers.encoder import EncoderTeacher, Reading
@@ -25,25 +25,25 @@ from xinslm.teachers.local import batches_by_length
 
 
 def empty_format(vocab_size: int) -> CacheFormat:
-    """The smallest records, 10 bytes; all of them will say that the teacher knows nothing of the
+    """The smallest entries, 10 bytes; all of them will say that the teacher knows nothing of the
     position.
     """
-    return CacheFormat(vocab_size, head=1, draws=0, temperature=1.0)
+    return CacheFormat(vocab_size, top_k=1, tail_samples=0, temperature=1.0)
 
 
 class EncoderScorer:
-    """Sketches of an encoder's hidden states for documents in any other tokenizer."""
+    """Projected hidden states of an encoder's for documents in any other tokenizer."""
 
     def __init__(
         self,
         teacher: EncoderTeacher,
         student: Any,
         fmt: CacheFormat,
-        sketches: SketchFormat,
+        hidden_state_format: HiddenStateFormat,
         config: CacheConfig,
     ) -> None:
-        self.teacher, self.format, self.config = teacher, sketches, config
-        self.planes = {RECORDS: fmt.dtype, SKETCH: sketches.dtype}
+        self.teacher, self.format, self.config = teacher, hidden_state_format, config
+        self.arrays = {ENTRIES: fmt.dtype, HIDDEN_STATES: hidden_state_format.dtype}
         self.bytes = [student.token_bytes(token) for token in range(student.vocab_size)]
         self.sizes = np.array([len(data) for data in self.bytes], dtype=np.int64)
         self.is_control = np.zeros(student.vocab_size, dtype=bool)
@@ -52,7 +52,7 @@ class EncoderScorer:
     def shard(
         self, split: Split, first: int, last: int, scratch: Path, tell: Callable[[int], None]
     ) -> dict[str, np.ndarray]:
-        """Sketch documents `first` to `last`; all records keep flag 0."""
+        """Project documents `first` to `last`; all entries keep flag 0."""
         start, end = int(split.documents[first]), int(split.documents[last])
         tokens = np.asarray(split.tokens[start:end]).astype(np.int64)
         is_target = np.asarray(split.mask[start:end]) != 0
@@ -62,7 +62,7 @@ class EncoderScorer:
         # ends of documents predict nothing
         wanted = np.flatnonzero((rows[:-1] >= 0) & is_target[1:])
         places, rows = wanted, rows[wanted]
-        writer = SketchWriter(self.format, end - start)
+        writer = HiddenStateWriter(self.format, end - start)
         # its end token has the last place
         length = min(self.config.max_seq_length, self.teacher.max_length) - 1
         cuts = [
@@ -92,7 +92,10 @@ class EncoderScorer:
                 ) from None
             seen += int(lengths[batch].sum())
             tell(min(seen, end - start))
-        return {RECORDS: np.zeros(end - start, dtype=self.planes[RECORDS]), SKETCH: writer.records}
+        return {
+            ENTRIES: np.zeros(end - start, dtype=self.arrays[ENTRIES]),
+            HIDDEN_STATES: writer.entries,
+        }
 
     def _align(
         self, tokens: np.ndarray, documents: np.ndarray

@@ -1,11 +1,11 @@
-"""The sparse teacher cache: one fixed-size record for each position of the dataset's token stream,
+"""The sparse teacher cache: one fixed-size entry for each position of the dataset's token stream,
 memory-mapped.
 
-Record i is the teacher's distribution of token i+1: h head tokens with 8-bit codes of -log p, the
+Entry i is the teacher's distribution of token i+1: h top-k tokens with 8-bit codes of -log p, the
 mass of the rest (the tail), n tokens drawn from it, the log-normaliser at one temperature, and log
 p of the token that came. 39 bytes with h=4, n=10 and a vocabulary up to 65,536. A code c stands for
--log p = 20 (c/255)^2, finest where p is large; head and tail are scaled to 1 when read. Draws come
-from a counter-based generator, so a record depends on its position and the seed alone: a cache that
+-log p = 20 (c/255)^2, finest where p is large; top k and tail are scaled to 1 when read. Draws come
+from a counter-based generator, so an entry depends on its position and the seed alone: a cache that
 was killed and continued equals one that was not.
 
     folder/manifest.json, train/00000.bin, train/00001.bin, ..., validation/00000.bin
@@ -25,28 +25,28 @@ from xinslm.errors import UsageError, XinslmError
 from xinslm.files import damaged_files, read_manifest
 from xinslm.losses.targets import SparseTargets
 from xinslm.progress import Listener, Progress, ignore
-from xinslm.topk import most_likely
+from xinslm.topk import blocked_topk
 
-KIND, VERSION, MADE_BY = "cache", 1, "xinslm cache"
+KIND, VERSION, MADE_BY = "cache", 2, "xinslm cache"
 REPAIR = "run the command that made the cache again with --repair: only damaged files are made anew"
 LARGEST_NEGATIVE_LOG = 20.0
-VALID, HAS_DRAWS = 1, 2
+VALID, HAS_TAIL_SAMPLES = 1, 2
 FP16_FLOOR = -60000.0
 BLOCK = 64
 
 
 @dataclass(frozen=True)
 class CacheFormat:
-    """Sizes that fix a record's layout."""
+    """Sizes that fix an entry's layout."""
 
     vocab_size: int
-    head: int
-    draws: int
+    top_k: int
+    tail_samples: int
     temperature: float
 
     @cached_property
     def dtype(self) -> np.dtype[Any]:
-        """Packed little-endian record; ids have 16 bits and, for larger vocabularies, further bits
+        """Packed little-endian entry; ids have 16 bits and, for larger vocabularies, further bits
         in `high`.
         """
         fields: list[Any] = [
@@ -54,11 +54,13 @@ class CacheFormat:
             ("log_z", "<f2"),
             ("log_label", "<f2"),
             ("flags", "u1"),
-            ("ids", "<u2", (self.head + self.draws,)),
-            ("codes", "u1", (self.head,)),
+            ("ids", "<u2", (self.top_k + self.tail_samples,)),
+            ("codes", "u1", (self.top_k,)),
         ]
         if self.high_bits:
-            fields.append(("high", "u1", (-(-self.high_bits * (self.head + self.draws) // 8),)))
+            fields.append(
+                ("high", "u1", (-(-self.high_bits * (self.top_k + self.tail_samples) // 8),))
+            )
         return np.dtype(fields)
 
     @property
@@ -88,16 +90,16 @@ def encode(
     positions: Tensor,
     fmt: CacheFormat,
     seed: int,
-    head_ids: Tensor | None = None,
+    top_k_ids: Tensor | None = None,
 ) -> np.ndarray:
-    """Make records from teacher distributions.
+    """Make entries from teacher distributions.
 
     probs: (N, V) float32, rows summing to at most 1; what is missing is mass of which the teacher
     knows no token (see `nested`). labels: (N,) int64, the tokens that came. positions: (N,) int64,
-    places in the stream. The n draws are systematic (one uniform number, n evenly spaced points of
-    the tail's distribution function): each is distributed as the tail, and together they vary less
-    than independent ones. head_ids: (N, h) distinct, by default the most likely ones. Raises
-    FloatingPointError where a row is not finite.
+    places in the stream. The n tail samples are systematic (one uniform number, n evenly spaced
+    points of the tail's distribution function): each is distributed as the tail, and together they
+    vary less than independent ones. top_k_ids: (N, h) distinct, by default the most likely ones.
+    Raises FloatingPointError where a row is not finite.
     """
     unknown = 1 - probs.sum(dim=1)
     if not bool(torch.isfinite(unknown).all()):
@@ -107,21 +109,24 @@ def encode(
         )
     # Float32 sums near 1 are wrong by ~1e-6: what is below 1e-5 is rounding, not unknown mass.
     unknown = torch.where(unknown < 1e-5, 0.0, unknown)
-    if head_ids is None:
-        head_ids = most_likely(probs, fmt.head)[1]
+    if top_k_ids is None:
+        top_k_ids = blocked_topk(probs, fmt.top_k)[1]
     points = position_uniforms(positions, seed)[:, None] + torch.arange(
-        fmt.draws, device=probs.device
+        fmt.tail_samples, device=probs.device
     )
-    drawn, known = draw_from_tail(probs, head_ids, points / max(fmt.draws, 1))
+    drawn, known = sample_tail(probs, top_k_ids, points / max(fmt.tail_samples, 1))
 
-    head = probs.gather(1, head_ids)
+    top_k_probs = probs.gather(1, top_k_ids)
     # of unknown mass, for tokens that would seem to have none at all
     share = (unknown / probs.shape[1])[:, None]
-    spread = (head == 0) & (share > 0)
-    head, unknown = torch.where(spread, share, head), unknown - spread.sum(dim=1) * share[:, 0]
-    return to_records(
-        torch.cat((head_ids, drawn), dim=1),
-        head,
+    spread = (top_k_probs == 0) & (share > 0)
+    top_k_probs, unknown = (
+        torch.where(spread, share, top_k_probs),
+        unknown - spread.sum(dim=1) * share[:, 0],
+    )
+    return pack_entries(
+        torch.cat((top_k_ids, drawn), dim=1),
+        top_k_probs,
         known + unknown,
         (unknown == 0) & (known > 0),
         _log_normaliser(probs, unknown, fmt.temperature),
@@ -130,50 +135,50 @@ def encode(
     )
 
 
-def to_records(
+def pack_entries(
     ids: Tensor,
-    head_probs: Tensor,
+    top_k_probs: Tensor,
     tail: Tensor,
-    has_draws: Tensor,
+    has_tail_samples: Tensor,
     log_z: Tensor,
     log_label: Tensor,
     fmt: CacheFormat,
 ) -> np.ndarray:
-    """Pack N positions, all of them valid: ids (N, h + n) int64, the head's first; head_probs (N,
+    """Pack N positions, all of them valid: ids (N, h + n) int64, the top k's first; top_k_probs (N,
     h); the rest (N,).
     """
-    records = np.zeros(len(ids), dtype=fmt.dtype)
-    records["log_tail"] = _half(tail.log())
-    records["log_z"] = _half(log_z)
-    records["log_label"] = _half(log_label)
-    records["flags"] = (VALID + HAS_DRAWS * has_draws.to(torch.uint8)).cpu().numpy()
-    negative_log = (-head_probs.log()).clamp(0, LARGEST_NEGATIVE_LOG)
-    records["codes"] = (
+    entries = np.zeros(len(ids), dtype=fmt.dtype)
+    entries["log_tail"] = _half(tail.log())
+    entries["log_z"] = _half(log_z)
+    entries["log_label"] = _half(log_label)
+    entries["flags"] = (VALID + HAS_TAIL_SAMPLES * has_tail_samples.to(torch.uint8)).cpu().numpy()
+    negative_log = (-top_k_probs.log()).clamp(0, LARGEST_NEGATIVE_LOG)
+    entries["codes"] = (
         (255 * (negative_log / LARGEST_NEGATIVE_LOG).sqrt()).round().to(torch.uint8).cpu().numpy()
     )
     numbers = ids.cpu().numpy()
-    records["ids"] = (numbers & 0xFFFF).astype(np.uint16)
+    entries["ids"] = (numbers & 0xFFFF).astype(np.uint16)
     if fmt.high_bits:
-        records["high"] = pack_bits(numbers >> 16, fmt.high_bits)
-    return records
+        entries["high"] = pack_bits(numbers >> 16, fmt.high_bits)
+    return entries
 
 
-def draw_from_tail(probs: Tensor, head_ids: Tensor, quantiles: Tensor) -> tuple[Tensor, Tensor]:
+def sample_tail(probs: Tensor, top_k_ids: Tensor, quantiles: Tensor) -> tuple[Tensor, Tensor]:
     """Tokens at the given quantiles of each row's distribution outside its head, and that
     distribution's mass.
 
-    probs: (N, V) float32; head_ids: (N, h); quantiles: (N, n) float64 in [0, 1). Returns ids (N, n)
-    int64 and mass (N,) float32. Two levels, blocks and then tokens in a block, keep the sums short,
-    so that float32 holds every token.
+    probs: (N, V) float32; top_k_ids: (N, h); quantiles: (N, n) float64 in [0, 1). Returns ids (N,
+    n) int64 and mass (N,) float32. Two levels, blocks and then tokens in a block, keep the sums
+    short, so that float32 holds every token.
     """
     count, width = probs.shape[0], -(-probs.shape[1] // BLOCK) * BLOCK
     if not quantiles.shape[1]:
-        head = probs.gather(1, head_ids)
-        mass_alone = probs.scatter_(1, head_ids, 0.0).sum(dim=1).float()
-        probs.scatter_(1, head_ids, head)
-        return head_ids[:, :0], mass_alone
+        top_k_probs = probs.gather(1, top_k_ids)
+        mass_alone = probs.scatter_(1, top_k_ids, 0.0).sum(dim=1).float()
+        probs.scatter_(1, top_k_ids, top_k_probs)
+        return top_k_ids[:, :0], mass_alone
     tail = F.pad(probs, (0, width - probs.shape[1])) if width > probs.shape[1] else probs.clone()
-    tail.scatter_(1, head_ids, 0.0)
+    tail.scatter_(1, top_k_ids, 0.0)
     tail = tail.view(count, -1, BLOCK)
     cumulative = tail.sum(dim=2).double().cumsum(dim=1)
     mass = cumulative[:, -1:].contiguous()
@@ -214,28 +219,28 @@ def unpack_bits(packed: np.ndarray, count: int, bits: int) -> np.ndarray:
     return (planes.astype(np.int64) << np.arange(bits)).sum(axis=2)
 
 
-def decode(records: np.ndarray, fmt: CacheFormat) -> SparseTargets:
-    """Turn N records into tensors for the loss, head and tail scaled to sum to 1."""
-    ids = records["ids"].astype(np.int64)
+def decode(entries: np.ndarray, fmt: CacheFormat) -> SparseTargets:
+    """Turn N entries into tensors for the loss, top k and tail scaled to sum to 1."""
+    ids = entries["ids"].astype(np.int64)
     if fmt.high_bits:
-        ids |= unpack_bits(records["high"], ids.shape[1], fmt.high_bits) << 16
-    log_probs = -LARGEST_NEGATIVE_LOG * (records["codes"].astype(np.float32) / 255) ** 2
-    log_tail = records["log_tail"].astype(np.float32)
+        ids |= unpack_bits(entries["high"], ids.shape[1], fmt.high_bits) << 16
+    log_probs = -LARGEST_NEGATIVE_LOG * (entries["codes"].astype(np.float32) / 255) ** 2
+    log_tail = entries["log_tail"].astype(np.float32)
     total = np.log(np.exp(log_probs).sum(axis=1) + np.exp(log_tail))
-    flags = records["flags"]
+    flags = entries["flags"]
     return SparseTargets(
-        head_ids=torch.from_numpy(np.ascontiguousarray(ids[:, : fmt.head])),
-        head_log_probs=torch.from_numpy(log_probs - total[:, None]),
+        top_k_ids=torch.from_numpy(np.ascontiguousarray(ids[:, : fmt.top_k])),
+        top_k_log_probs=torch.from_numpy(log_probs - total[:, None]),
         log_tail=torch.from_numpy(log_tail - total),
-        tail_ids=torch.from_numpy(np.ascontiguousarray(ids[:, fmt.head :])),
-        has_draws=torch.from_numpy((flags & HAS_DRAWS) != 0),
-        log_z=torch.from_numpy(records["log_z"].astype(np.float32)),
-        valid=torch.from_numpy((flags & VALID) != 0),
+        tail_ids=torch.from_numpy(np.ascontiguousarray(ids[:, fmt.top_k :])),
+        has_tail_samples=torch.from_numpy((flags & HAS_TAIL_SAMPLES) != 0),
+        log_z=torch.from_numpy(entries["log_z"].astype(np.float32)),
+        valid_mask=torch.from_numpy((flags & VALID) != 0),
     )
 
 
 def gather(maps: list[Any], starts: np.ndarray, positions: np.ndarray) -> np.ndarray:
-    """Items of a plane at stream positions (N,) int64, from the maps of its shards, which begin at
+    """Items of an array at stream positions (N,) int64, from the maps of its shards, which begin at
     `starts`.
     """
     items = np.empty(len(positions), dtype=maps[0].dtype)
@@ -247,7 +252,7 @@ def gather(maps: list[Any], starts: np.ndarray, positions: np.ndarray) -> np.nda
 
 
 class CacheSplit:
-    """Records of one split, shards mapped into memory and looked up by stream position."""
+    """Entries of one split, shards mapped into memory and looked up by stream position."""
 
     def __init__(self, folder: Path, shards: list[dict[str, Any]], fmt: CacheFormat) -> None:
         self.format = fmt
@@ -301,12 +306,13 @@ class Cache:
             )
 
     def split(self, name: str) -> CacheSplit | None:
-        """Records of 'train' or 'validation'; None where the dataset has no such split."""
+        """Entries of 'train' or 'validation'; None where the dataset has no such split."""
         self.check()
         shards = self.manifest["shards"].get(name)
-        if self.manifest.get("alignment", {}).get("kind") == "prefixes":
+        if self.manifest.get("alignment", {}).get("kind") == "byte_prefix":
             raise UsageError(
-                f"cache {self.folder} holds masses of groups of tokens (--alignment prefixes), no "
+                f"cache {self.folder} holds masses of buckets of tokens (--alignment "
+                f"byte_prefix), no "
                 "distributions over tokens"
             )
         return CacheSplit(self.folder, shards, self.format) if shards else None
@@ -340,9 +346,11 @@ def _with_adapter(manifest: dict[str, Any]) -> str:
     return f" with adapter {adapter}" if adapter else ""
 
 
-def suffix(plane: str) -> str:
-    """Ending of a plane's files: `.bin` for the records, `.sketch.bin` for the plane 'sketch'."""
-    return ".bin" if plane == "records" else f".{plane}.bin"
+def suffix(array: str) -> str:
+    """Ending of an array's files: `.bin` for the entries, `.hidden_states.bin` for the array
+    'hidden_states'.
+    """
+    return ".bin" if array == "entries" else f".{array}.bin"
 
 
 PLAN = "unfinished.json"

@@ -3,11 +3,11 @@
     xinslm cache merge cache/a cache/b cache/c --output-dir cache/all --weights 0.5 0.3 0.2
 
 sum_k w_k KL(p_k || q) is KL(sum_k w_k p_k || q) up to a constant that no student can change, so
-training from the merged cache costs what training from one teacher costs. A record is the teacher
-in expectation over its draws; the weighted sum of records, drawn from again (`mixture.py`), is the
-mixture in expectation. The normaliser at a temperature does not follow from records: a merged cache
-has the one for temperature 1, so losses with temperature_mode full at another temperature are
-refused. Sketches of hidden states are not merged.
+training from the merged cache costs what training from one teacher costs. An entry is the teacher
+in expectation over its tail samples; the weighted sum of entries, drawn from again (`mixture.py`),
+is the mixture in expectation. The normaliser at a temperature does not follow from entries: a
+merged cache has the one for temperature 1, so losses with temperature_mode full at another
+temperature are refused. Projected hidden states are not merged.
 """
 
 import hashlib
@@ -25,14 +25,14 @@ from xinslm.cache.entries import (
     CacheFormat,
     decode,
     gather,
+    pack_entries,
     position_uniforms,
-    to_records,
 )
 from xinslm.cache.merge_config import MergeConfig
 from xinslm.cache.merge_weights import document_weights
 from xinslm.cache.mixture import Part, mix
-from xinslm.cache.projected_states import SKETCH
-from xinslm.cache.scorers import RECORDS
+from xinslm.cache.projected_states import HIDDEN_STATES
+from xinslm.cache.scorers import ENTRIES
 from xinslm.cache.write import CacheResult, write_cache
 from xinslm.config import to_dict
 from xinslm.data.dataset import Dataset, Split, open_dataset
@@ -81,8 +81,8 @@ def run(config: MergeConfig, on_progress: Listener = ignore) -> CacheResult:
         teacher=_describe(config),
         data_path=dataset.folder,
         output_dir=config.output_dir,
-        head=fmt.head,
-        draws=fmt.draws,
+        top_k=fmt.top_k,
+        tail_samples=fmt.tail_samples,
         temperature=fmt.temperature,
         max_seq_length=min(lengths),
         shard_positions=config.shard_positions,
@@ -111,8 +111,8 @@ def _require_fit(caches: list[Cache], dataset: Dataset, on_progress: Listener) -
     for cache in caches:
         cache.require_dataset(dataset.fingerprint, dataset.folder)
         cache.verify(on_progress)
-        strange = set(cache.manifest.get("planes", [RECORDS])) - {RECORDS, SKETCH}
-        if strange or cache.manifest.get(SKETCH, {}).get("alone"):
+        strange = set(cache.manifest.get("arrays", [ENTRIES])) - {ENTRIES, HIDDEN_STATES}
+        if strange or cache.manifest.get(HIDDEN_STATES, {}).get("alone"):
             what = ", ".join(sorted(strange)) or "hidden states alone"
             raise UsageError(
                 f"cache {cache.folder} holds {what}: only distributions of the next "
@@ -127,22 +127,26 @@ def _require_fit(caches: list[Cache], dataset: Dataset, on_progress: Listener) -
         for name in dataset.manifest["splits"]:
             if cache.split(name) is None and len(dataset.split(name).tokens):
                 raise UsageError(
-                    f"cache {cache.folder} has no records of the split '{name}'; make it anew"
+                    f"cache {cache.folder} has no entries of the split '{name}'; make it anew"
                 )
 
 
 def _format(config: MergeConfig, caches: list[Cache]) -> CacheFormat:
-    smallest = min(cache.format.head for cache in caches)
-    head = smallest if config.head is None else config.head
-    if head > smallest:
-        folder = next(cache.folder for cache in caches if cache.format.head == smallest)
+    smallest = min(cache.format.top_k for cache in caches)
+    top_k = smallest if config.top_k is None else config.top_k
+    if top_k > smallest:
+        folder = next(cache.folder for cache in caches if cache.format.top_k == smallest)
         raise UsageError(
-            f"head is {head}, but cache {folder} knows only {smallest} tokens at each position "
+            f"top_k is {top_k}, but cache {folder} knows only {smallest} tokens at each position "
             "exactly: "
-            f"pass --head {smallest} or less"
+            f"pass --top-k {smallest} or less"
         )
-    draws = max(cache.format.draws for cache in caches) if config.draws is None else config.draws
-    return CacheFormat(caches[0].format.vocab_size, head, draws, 1.0)
+    tail_samples = (
+        max(cache.format.tail_samples for cache in caches)
+        if config.tail_samples is None
+        else config.tail_samples
+    )
+    return CacheFormat(caches[0].format.vocab_size, top_k, tail_samples, 1.0)
 
 
 def _describe(config: MergeConfig) -> str:
@@ -180,7 +184,7 @@ def _plan(
     return {
         "format": asdict(scorer.format),
         "settings": settings,
-        "planes": {name: item.itemsize for name, item in scorer.planes.items()},
+        "arrays": {name: item.itemsize for name, item in scorer.arrays.items()},
         "inputs": {
             "dataset": dataset.fingerprint,
             "tokenizer": dataset.tokenizer_fingerprint,
@@ -205,12 +209,12 @@ class MergeScorer:
     ) -> None:
         self.caches, self.weights, self.format = caches, weights, fmt
         self.token_temperature, self.stream = token_temperature, stream
-        self.planes = {RECORDS: fmt.dtype}
+        self.arrays = {ENTRIES: fmt.dtype}
 
     def shard(
         self, split: Split, first: int, last: int, scratch: Path, tell: Callable[[int], None]
     ) -> dict[str, np.ndarray]:
-        """Mix the records of documents `first` to `last`; positions of which no cache speaks keep
+        """Mix the entries of documents `first` to `last`; positions of which no cache speaks keep
         flag 0.
         """
         start, end = int(split.documents[first]), int(split.documents[last])
@@ -224,7 +228,7 @@ class MergeScorer:
             ]
             self._mix(stored, self.weights[split.name][document], positions, out[low - start :])
             tell(int(positions[-1]) + 1 - start)
-        return {RECORDS: out}
+        return {ENTRIES: out}
 
     def _mix(
         self,
@@ -233,35 +237,35 @@ class MergeScorer:
         positions: np.ndarray,
         out: np.ndarray,
     ) -> None:
-        """Write the mixture of some positions' records into the first places of `out`."""
-        decoded = [decode(records, fmt) for records, fmt in stored]
-        valid = np.stack([targets.valid.numpy() for targets in decoded], axis=1)
+        """Write the mixture of some positions' entries into the first places of `out`."""
+        decoded = [decode(entries, fmt) for entries, fmt in stored]
+        valid = np.stack([targets.valid_mask.numpy() for targets in decoded], axis=1)
         log_label = np.stack(
-            [records["log_label"].astype(np.float64) for records, _ in stored], axis=1
+            [entries["log_label"].astype(np.float64) for entries, _ in stored], axis=1
         )
         weights = _position_weights(prior * valid, log_label, self.token_temperature)
         rows = np.flatnonzero(weights.sum(axis=1) > 0)
         weights = weights[rows]
         parts = [
             Part(
-                targets.head_ids.numpy()[rows],
-                weights[:, [k]] * np.exp(targets.head_log_probs.numpy()[rows].astype(np.float64)),
+                targets.top_k_ids.numpy()[rows],
+                weights[:, [k]] * np.exp(targets.top_k_log_probs.numpy()[rows].astype(np.float64)),
                 weights[:, k] * np.exp(targets.log_tail.numpy()[rows].astype(np.float64)),
                 targets.tail_ids.numpy()[rows],
-                targets.has_draws.numpy()[rows],
+                targets.has_tail_samples.numpy()[rows],
             )
             for k, targets in enumerate(decoded)
         ]
         uniforms = position_uniforms(torch.from_numpy(positions[rows]), self.stream).numpy()
         fmt = self.format
-        mixture = mix(parts, uniforms, fmt.head, fmt.draws)
+        mixture = mix(parts, uniforms, fmt.top_k, fmt.tail_samples)
         with np.errstate(divide="ignore"):
             likelihood = np.log(weights) + log_label[rows]
-        out[rows] = to_records(
-            torch.from_numpy(np.concatenate((mixture.head_ids, mixture.draws), axis=1)),
-            torch.from_numpy(mixture.head),
+        out[rows] = pack_entries(
+            torch.from_numpy(np.concatenate((mixture.top_k_ids, mixture.tail_ids), axis=1)),
+            torch.from_numpy(mixture.top_k_mass),
             torch.from_numpy(mixture.tail),
-            torch.from_numpy(mixture.has_draws),
+            torch.from_numpy(mixture.has_tail_samples),
             torch.zeros(len(rows)),
             torch.from_numpy(np.logaddexp.reduce(likelihood, axis=1)),
             fmt,

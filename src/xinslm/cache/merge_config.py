@@ -10,8 +10,8 @@ from xinslm.errors import UsageError
 from xinslm.ranges import POSITIVE, SEED, Range, range_errors
 
 _MERGE = {
-    "head": Range(1, 256),
-    "draws": Range(0, 64),
+    "top_k": Range(1, 256),
+    "tail_samples": Range(0, 64),
     "token_temperature": POSITIVE,
     "shard_positions": Range(1),
     "seed": SEED,
@@ -40,16 +40,16 @@ class MergeConfig:
     """tau: weights each teacher at each token by p(token)^(1/tau) as well; small values trust the
     best one alone.
     """
-    head: int | None = None
-    """Tokens kept exactly at each position; by default, and at most, the smallest head of the
+    top_k: int | None = None
+    """Tokens kept exactly at each position; by default, and at most, the smallest top k of the
     caches.
     """
-    draws: int | None = None
-    """Tokens drawn from the rest of the mixture; by default the most draws of the caches."""
+    tail_samples: int | None = None
+    """Tokens drawn from the rest of the mixture; by default the most tail samples of the caches."""
     shard_positions: int = 1 << 18
     """Positions a shard file holds, about: what an interruption costs at most."""
     seed: int = 0
-    """Seed of the draws."""
+    """Seed of the tail samples."""
     repair: bool = False
     """Make damaged and missing files of a finished cache again, and only those; give the options it
     was made with.

@@ -1,10 +1,12 @@
-"""Sketches: a teacher's hidden states in a few bytes a position, for a student of any width.
+"""Projected hidden states: a teacher's hidden states in a few bytes a position, for a student of
+any width.
 
-A sketch is G RMSnorm(h): the state without its length, times a fixed Gaussian matrix G (width,
-hidden size) with E||Gx||^2 = ||x||^2 (Johnson and Lindenstrauss 1984). G follows from its two
-sizes, so a live teacher's sketches are the cached ones up to their 8 bits. The plane `sketch` of a
-cache holds, for each position and depth, `width` int8 codes and one fp16 scale: 66 bytes at width
-64. Scale 0 says that no teacher token ends where this position does.
+A projected hidden state is G RMSnorm(h): the state without its length, times a fixed Gaussian
+matrix G (width, hidden size) with E||Gx||^2 = ||x||^2 (Johnson and Lindenstrauss 1984). G follows
+from its two sizes, so a live teacher's projected hidden states are the cached ones up to their 8
+bits. The array `hidden_states` of a cache holds, for each position and depth, `width` int8 codes
+and one fp16 scale: 66 bytes at width 64. Scale 0 says that no teacher token ends where this
+position does.
 """
 
 import math
@@ -21,9 +23,9 @@ from xinslm.cache.entries import Cache, gather, suffix
 from xinslm.data.packing import Batch
 from xinslm.errors import UsageError, XinslmError
 
-SKETCH = "sketch"
+HIDDEN_STATES = "hidden_states"
 WIDTH = 64
-"""Width of a live teacher's sketches, and of a cache's by default."""
+"""Width of a live teacher's projected hidden states, and of a cache's by default."""
 LARGEST_CODE = 127
 
 
@@ -37,8 +39,8 @@ def depth_at(share: float, num_layers: int) -> int:
 
 
 @dataclass(frozen=True)
-class SketchFormat:
-    """Of which depths a teacher's sketches are, and their layout."""
+class HiddenStateFormat:
+    """Of which depths a teacher's projected hidden states are, and their layout."""
 
     depths: tuple[int, ...]
     """Blocks of the teacher, counted from 1, rising."""
@@ -47,7 +49,7 @@ class SketchFormat:
     hidden_size: int
     """Width of its hidden states."""
     width: int = WIDTH
-    """Numbers in a sketch."""
+    """Numbers in a projected hidden state."""
     alone: bool = False
     """Whether the teacher gives nothing else: an encoder, which predicts no tokens."""
 
@@ -59,7 +61,7 @@ class SketchFormat:
         hidden_size: int,
         width: int = WIDTH,
         alone: bool = False,
-    ) -> "SketchFormat":
+    ) -> "HiddenStateFormat":
         """Format for relative depths; those that fall on one block are kept once."""
         return cls(
             tuple(sorted({depth_at(s, num_layers) for s in shares})),
@@ -71,7 +73,7 @@ class SketchFormat:
 
     @cached_property
     def dtype(self) -> np.dtype[Any]:
-        """Packed record of one position."""
+        """Packed entry of one position."""
         return np.dtype(
             [
                 ("scales", "<f2", (len(self.depths),)),
@@ -80,20 +82,23 @@ class SketchFormat:
         )
 
     def column(self, share: float, source: str) -> int:
-        """Which of the sketches is of relative depth `share`; UsageError where none is."""
+        """Which of the projected hidden states is of relative depth `share`; UsageError where none
+        is.
+        """
         depth = depth_at(share, self.num_layers)
         if depth not in self.depths:
             have = ", ".join(f"{d / self.num_layers:.3g}" for d in self.depths)
             raise UsageError(
-                f"{source} has no sketches of relative depth {share} (block {depth} of "
+                f"{source} has no projected hidden states of relative depth {share} (block "
+                f"{depth} of "
                 f"{self.num_layers}), only of "
-                f"{have}. Choose among those, or make the cache with --sketch-depths {share}"
+                f"{have}. Choose among those, or make the cache with --hidden-state-depths {share}"
             )
         return self.depths.index(depth)
 
 
 @lru_cache(maxsize=4)
-def projection(width: int, hidden_size: int) -> Tensor:
+def projection_matrix(width: int, hidden_size: int) -> Tensor:
     """G, (width, hidden_size) float32: independent N(0, 1/width), the same on every machine."""
     drawn = np.random.default_rng((width, hidden_size)).standard_normal((width, hidden_size))
     return torch.from_numpy((drawn / math.sqrt(width)).astype(np.float32))
@@ -104,121 +109,132 @@ def rms_normalise(x: Tensor) -> Tensor:
     return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-12)
 
 
-def sketch(states: Sequence[Tensor], fmt: SketchFormat) -> Tensor:
-    """Hidden states (N, hidden_size) of each depth -> sketches (depths, N, width) float32."""
-    matrix = projection(fmt.width, fmt.hidden_size).to(states[0].device)
+def project_states(states: Sequence[Tensor], fmt: HiddenStateFormat) -> Tensor:
+    """Hidden states (N, hidden_size) of each depth -> projected hidden states (depths, N, width)
+    float32.
+    """
+    matrix = projection_matrix(fmt.width, fmt.hidden_size).to(states[0].device)
     return torch.stack([rms_normalise(x.float()) @ matrix.t() for x in states])
 
 
-def encode_sketches(sketches: Tensor, fmt: SketchFormat) -> np.ndarray:
-    """Sketches (depths, N, width) -> N records; no number moves by more than half its scale.
+def encode_projected_states(projected_states: Tensor, fmt: HiddenStateFormat) -> np.ndarray:
+    """Projected hidden states (depths, N, width) -> N entries; no number moves by more than half
+    its scale.
 
     Raises FloatingPointError where one is not finite.
     """
-    if not bool(torch.isfinite(sketches).all()):
+    if not bool(torch.isfinite(projected_states).all()):
         raise FloatingPointError("hidden states are not finite")
-    x = sketches.transpose(0, 1).float().cpu()  # (N, depths, width)
+    x = projected_states.transpose(0, 1).float().cpu()  # (N, depths, width)
     scales = (x.abs().amax(dim=2) / LARGEST_CODE).half()
-    records = np.zeros(x.shape[0], dtype=fmt.dtype)
-    records["scales"] = scales.numpy()
+    entries = np.zeros(x.shape[0], dtype=fmt.dtype)
+    entries["scales"] = scales.numpy()
     codes = (
         (x / scales.float().clamp_min(1e-30)[:, :, None]).round().clamp(-LARGEST_CODE, LARGEST_CODE)
     )
-    records["codes"] = codes.to(torch.int8).numpy()
-    return records
+    entries["codes"] = codes.to(torch.int8).numpy()
+    return entries
 
 
-def decode_sketches(records: np.ndarray) -> tuple[Tensor, Tensor]:
-    """N records -> sketches (depths, N, width) float32, and which positions have any, (N,) bool."""
-    scales = torch.from_numpy(records["scales"].astype(np.float32))
-    codes = torch.from_numpy(records["codes"].astype(np.float32))
+def decode_projected_states(entries: np.ndarray) -> tuple[Tensor, Tensor]:
+    """N entries -> projected hidden states (depths, N, width) float32, and which positions have
+    any, (N,) bool.
+    """
+    scales = torch.from_numpy(entries["scales"].astype(np.float32))
+    codes = torch.from_numpy(entries["codes"].astype(np.float32))
     return (codes * scales[:, :, None]).transpose(0, 1), (scales > 0).all(dim=1)
 
 
-class HiddenSource(Protocol):
-    """Gives the teacher's sketches at chosen positions of a batch."""
+class HiddenStateSource(Protocol):
+    """Gives the teacher's projected hidden states at chosen positions of a batch."""
 
-    format: SketchFormat
+    format: HiddenStateFormat
     name: str
     """For messages: 'cache x', 'teacher y'."""
 
-    def sketches(
+    def projected_states(
         self, batch: Batch, chosen: np.ndarray, device: torch.device
     ) -> tuple[Tensor, Tensor]:
-        """Sketches (depths, N, width) float32 and validity (N,) bool of the N flat positions
-        `chosen`.
+        """Projected hidden states (depths, N, width) float32 and validity (N,) bool of the N flat
+        positions `chosen`.
         """
         ...
 
 
-class CachedSketches:
-    """The plane `sketch` of one split of a cache, shards mapped into memory."""
+class CachedHiddenStates:
+    """The array `hidden_states` of one split of a cache, shards mapped into memory."""
 
     def __init__(self, cache: Cache, split: str) -> None:
-        """Raise UsageError if the cache has no sketches, XinslmError if their files do not fit its
-        manifest.
+        """Raise UsageError if the cache has no projected hidden states, XinslmError if their files
+        do not fit its manifest.
         """
-        facts = cache.manifest.get(SKETCH)
+        facts = cache.manifest.get(HIDDEN_STATES)
         if facts is None:
             raise UsageError(
-                f"cache {cache.folder} has no sketches of hidden states, which hidden.weight and "
+                f"cache {cache.folder} has no projected hidden states, which hidden.weight and "
                 "contrast.weight need. "
-                "Make it with `xinslm cache --sketch-depths 0.5 1.0`, or give a live --teacher "
+                "Make it with `xinslm cache --hidden-state-depths 0.5 1.0`, or give a live "
+                "--teacher "
                 "in its place"
             )
         cache.check()
         self.name = f"cache {cache.folder}"
         try:
-            self.format = SketchFormat(**{**facts, "depths": tuple(facts["depths"])})
+            self.format = HiddenStateFormat(**{**facts, "depths": tuple(facts["depths"])})
         except (TypeError, KeyError):
             raise XinslmError(
-                f"{cache.folder}: 'sketch' in its manifest is damaged; make the cache anew"
+                f"{cache.folder}: 'hidden_states' in its manifest is damaged; make the cache anew"
             ) from None
         shards = cache.manifest["shards"][split]
         self.starts = np.array([shard["start"] for shard in shards], dtype=np.int64)
         self.maps = []
         for shard in shards:
-            path = cache.folder / (shard["file"].removesuffix(suffix("records")) + suffix(SKETCH))
+            path = cache.folder / (
+                shard["file"].removesuffix(suffix("entries")) + suffix(HIDDEN_STATES)
+            )
             if (
                 not path.is_file()
                 or path.stat().st_size != shard["positions"] * self.format.dtype.itemsize
             ):
                 raise XinslmError(
-                    f"{path} is missing or has not {shard['positions']:,} sketches of "
+                    f"{path} is missing or has not {shard['positions']:,} projected hidden states "
+                    f"of "
                     f"{self.format.dtype.itemsize} "
                     "bytes, as the manifest says: the cache is damaged. Copy it again or make it "
                     "anew"
                 )
             self.maps.append(np.memmap(path, dtype=self.format.dtype, mode="r"))
 
-    def sketches(
+    def projected_states(
         self, batch: Batch, chosen: np.ndarray, device: torch.device
     ) -> tuple[Tensor, Tensor]:
         """Look up `chosen` positions."""
-        found, valid = decode_sketches(gather(self.maps, self.starts, batch.stream.ravel()[chosen]))
+        found, valid = decode_projected_states(
+            gather(self.maps, self.starts, batch.stream.ravel()[chosen])
+        )
         return found.to(device), valid.to(device)
 
     def count(self) -> int:
-        """How many positions have sketches."""
+        """How many positions have projected hidden states."""
         return sum(int((shard["scales"] > 0).all(axis=1).sum()) for shard in self.maps)
 
 
-class SketchWriter:
-    """Collects the sketches of one shard's positions."""
+class HiddenStateWriter:
+    """Collects the projected hidden states of one shard's positions."""
 
-    def __init__(self, fmt: SketchFormat, count: int) -> None:
-        self.format, self.records = fmt, np.zeros(count, dtype=fmt.dtype)
+    def __init__(self, fmt: HiddenStateFormat, count: int) -> None:
+        self.format, self.entries = fmt, np.zeros(count, dtype=fmt.dtype)
 
     def put(self, states: Sequence[Tensor], rows: np.ndarray, places: np.ndarray) -> None:
-        """Sketch row `rows[i]` of each depth's states (tokens, hidden_size) for place `places[i]`
+        """Project row `rows[i]` of each depth's states (tokens, hidden_size) for place `places[i]`
         of the shard.
         """
         index = torch.from_numpy(rows).to(states[0].device)
-        self.records[places] = encode_sketches(
-            sketch([x[index] for x in states], self.format), self.format
+        self.entries[places] = encode_projected_states(
+            project_states([x[index] for x in states], self.format), self.format
         )
 
 
-def facts(fmt: SketchFormat) -> dict[str, Any]:
-    """What a cache's manifest says of its sketches."""
+def facts(fmt: HiddenStateFormat) -> dict[str, Any]:
+    """What a cache's manifest says of its projected hidden states."""
     return {**asdict(fmt), "depths": list(fmt.depths)}

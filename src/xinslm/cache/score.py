@@ -7,15 +7,15 @@ This module opens the teacher and chooses the `Scorer`; `write.py` writes the sh
 
 from pathlib import Path
 
-from xinslm.alignment.byte_prefix import PrefixAligner
-from xinslm.alignment.choose import kind_of, relate
-from xinslm.cache.bucket_entries import GROUPS, GroupScorer
-from xinslm.cache.config import CacheConfig, head_size
+from xinslm.alignment.byte_prefix import BytePrefixAligner
+from xinslm.alignment.choose import alignment_name, choose_alignment
+from xinslm.cache.bucket_entries import DEFAULT_BUCKETS, BucketScorer
+from xinslm.cache.config import CacheConfig, default_top_k
 from xinslm.cache.encoder_scorer import EncoderScorer, empty_format
 from xinslm.cache.entries import (
     CacheFormat,
 )
-from xinslm.cache.projected_states import SketchFormat
+from xinslm.cache.projected_states import HiddenStateFormat
 from xinslm.cache.scorers import DenseScorer, Scorer
 from xinslm.cache.support import read_support
 from xinslm.cache.write import CacheResult, cache_plan, write_cache
@@ -56,28 +56,33 @@ def run(
         pick_device(config.device),
         config.revision,
         config.trust_remote_code,
-        config.tokenizer,
+        config.tokenizer_path,
         adapter=config.adapter,
     )
     assert not isinstance(teacher, EndpointTeacher), "these went another way"
     require_context(config.max_seq_length, teacher.max_length, f"teacher {config.teacher}")
     support = read_support(dataset)
-    way = relate(
-        dataset, teacher, config.alignment, bool(config.sketch_depths) or support is not None
+    aligner = choose_alignment(
+        dataset, teacher, config.alignment, bool(config.hidden_state_depths) or support is not None
     )
     vocab_size = dataset.manifest["vocab_size"]
-    head = min(
-        head_size(config.head, config.draws) if support is None else support.head, vocab_size - 1
+    top_k = min(
+        default_top_k(config.top_k, config.tail_samples) if support is None else support.top_k,
+        vocab_size - 1,
     )
-    fmt = CacheFormat(vocab_size, head, config.draws, config.temperature)
-    sketches = _sketches(config, teacher) if config.sketch_depths else None
+    fmt = CacheFormat(vocab_size, top_k, config.tail_samples, config.temperature)
+    hidden_state_format = (
+        _hidden_state_format(config, teacher) if config.hidden_state_depths else None
+    )
     scorer: Scorer
-    if isinstance(way, PrefixAligner):
-        fmt = CacheFormat(vocab_size, min(config.head or GROUPS, vocab_size - 1), 0, 1.0)
-        scorer = GroupScorer(teacher, way, config, fmt.head)
+    if isinstance(aligner, BytePrefixAligner):
+        fmt = CacheFormat(vocab_size, min(config.top_k or DEFAULT_BUCKETS, vocab_size - 1), 0, 1.0)
+        scorer = BucketScorer(teacher, aligner, config, fmt.top_k)
     else:
-        scorer = DenseScorer(teacher, way, fmt, config, sketches, support)
-    plan = cache_plan(config, dataset, teacher, fmt, scorer, sketches, kind_of(way))
+        scorer = DenseScorer(teacher, aligner, fmt, config, hidden_state_format, support)
+    plan = cache_plan(
+        config, dataset, teacher, fmt, scorer, hidden_state_format, alignment_name(aligner)
+    )
     return write_cache(config, dataset, plan, scorer, on_progress)
 
 
@@ -87,13 +92,15 @@ def _run_endpoint(
     """Let a server score the documents, if it can."""
     from xinslm.cache.endpoint_scorer import EndpointScorer, endpoint_format
 
-    if config.sketch_depths:
+    if config.hidden_state_depths:
         raise UsageError(
-            "an endpoint gives no hidden states: leave sketch_depths out, or cache "
+            "an endpoint gives no hidden states: leave hidden_state_depths out, or cache "
             "from the model's files"
         )
-    fmt = endpoint_format(dataset.manifest["vocab_size"], head_size(config.head, 0))
-    teacher = EndpointTeacher(config.teacher, config.endpoint, fmt.head, config.tokenizer, api_key)
+    fmt = endpoint_format(dataset.manifest["vocab_size"], default_top_k(config.top_k, 0))
+    teacher = EndpointTeacher(
+        config.teacher, config.endpoint, fmt.top_k, config.tokenizer_path, api_key
+    )
     teacher.require_scoring()
     require_tokenizer(dataset, teacher.tokenizer.fingerprint(), f"teacher {teacher.name}")
     scorer = EndpointScorer(teacher, fmt, config.max_seq_length)
@@ -105,24 +112,28 @@ def _run_encoder(
     config: CacheConfig, dataset: Dataset, folder: Path, on_progress: Listener
 ) -> CacheResult:
     """Score with a teacher that gives hidden states only."""
-    if not config.sketch_depths:
+    if not config.hidden_state_depths:
         raise UsageError(
             f"{config.teacher} is an encoder: it gives hidden states, no next tokens. Say which "
             "depths to keep, with "
-            f"--sketch-depths 1.0 for its last block"
+            f"--hidden-state-depths 1.0 for its last block"
         )
     teacher = EncoderTeacher(config.teacher, folder, config.dtype, pick_device(config.device))
     fmt = empty_format(dataset.manifest["vocab_size"])
-    sketches = _sketches(config, teacher, alone=True)
+    hidden_state_format = _hidden_state_format(config, teacher, alone=True)
     student = load_tokenizer(dataset.folder / "tokenizer")
-    scorer = EncoderScorer(teacher, student, fmt, sketches, config)
-    plan = cache_plan(config, dataset, teacher, fmt, scorer, sketches)
+    scorer = EncoderScorer(teacher, student, fmt, hidden_state_format, config)
+    plan = cache_plan(config, dataset, teacher, fmt, scorer, hidden_state_format)
     return write_cache(config, dataset, plan, scorer, on_progress)
 
 
-def _sketches(
+def _hidden_state_format(
     config: CacheConfig, teacher: HiddenTeacher | EncoderTeacher, alone: bool = False
-) -> SketchFormat:
-    return SketchFormat.of(
-        config.sketch_depths, teacher.num_layers, teacher.hidden_size, config.sketch_width, alone
+) -> HiddenStateFormat:
+    return HiddenStateFormat.of(
+        config.hidden_state_depths,
+        teacher.num_layers,
+        teacher.hidden_size,
+        config.hidden_state_width,
+        alone,
     )

@@ -1,8 +1,8 @@
-"""What the stage `cache` asks for the planes of a shard, and the answer of a teacher that gives
+"""What the stage `cache` asks for the arrays of a shard, and the answer of a teacher that gives
 whole distributions.
 
-A plane holds one fixed-size item for each position of the token stream. Every cache has the plane
-`records`; others (sketches of hidden states) stand in files beside it. Sequences are batched by
+An array holds one fixed-size item for each position of the token stream. Every cache has the array
+`entries`; others (projected hidden states) stand in files beside it. Sequences are batched by
 length, the head is applied to a few hundred rows at a time, and only positions whose next token
 counts as a target are scored.
 """
@@ -16,18 +16,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from xinslm.alignment.nested import PushForward
+from xinslm.alignment.nested import NestedProjection
 from xinslm.cache.config import CacheConfig
 from xinslm.cache.entries import CacheFormat, encode
-from xinslm.cache.projected_states import SKETCH, SketchFormat, SketchWriter
-from xinslm.cache.support import Support, head_ids
+from xinslm.cache.projected_states import HIDDEN_STATES, HiddenStateFormat, HiddenStateWriter
+from xinslm.cache.support import Support, top_k_ids
 from xinslm.data.dataset import Split
 from xinslm.data.packing import sequences
 from xinslm.errors import XinslmError
 from xinslm.teachers.base import DenseTeacher, HiddenTeacher
 from xinslm.teachers.local import batches_by_length
 
-RECORDS = "records"
+ENTRIES = "entries"
 LOGITS_AT_ONCE = 1 << 23
 """Numbers in one block of logits (32 MiB of float32)."""
 
@@ -37,8 +37,8 @@ class Scorer(Protocol):
     can be redone.
     """
 
-    planes: dict[str, np.dtype[Any]]
-    """Name of each plane -> type of one position's item; `records` is among them."""
+    arrays: dict[str, np.dtype[Any]]
+    """Name of each array -> type of one position's item; `entries` is among them."""
 
     def shard(
         self, split: Split, first: int, last: int, scratch: Path, tell: Callable[[int], None]
@@ -77,26 +77,26 @@ class Work:
 
 
 class DenseScorer:
-    """Sparse records from a teacher that gives its logits over the whole vocabulary."""
+    """Sparse entries from a teacher that gives its logits over the whole vocabulary."""
 
     def __init__(
         self,
         teacher: DenseTeacher,
-        push: PushForward | None,
+        projection: NestedProjection | None,
         fmt: CacheFormat,
         config: CacheConfig,
-        sketches: SketchFormat | None = None,
+        hidden_state_format: HiddenStateFormat | None = None,
         support: Support | None = None,
     ) -> None:
-        """With `sketches`, the teacher must be a `HiddenTeacher`; `support` says which tokens the
-        heads hold.
+        """With `hidden_state_format`, the teacher must be a `HiddenTeacher`; `support` says which
+        tokens the heads hold.
         """
-        self.teacher, self.push, self.format, self.config = teacher, push, fmt, config
-        self.sketches, self.support = sketches, support
-        self.planes = (
-            {RECORDS: fmt.dtype}
-            if sketches is None
-            else {RECORDS: fmt.dtype, SKETCH: sketches.dtype}
+        self.teacher, self.projection, self.format, self.config = teacher, projection, fmt, config
+        self.hidden_state_format, self.support = hidden_state_format, support
+        self.arrays = (
+            {ENTRIES: fmt.dtype}
+            if hidden_state_format is None
+            else {ENTRIES: fmt.dtype, HIDDEN_STATES: hidden_state_format.dtype}
         )
 
     def shard(
@@ -104,34 +104,42 @@ class DenseScorer:
     ) -> dict[str, np.ndarray]:
         """Score documents `first` to `last`; positions that are no targets keep flag 0."""
         start, end = int(split.documents[first]), int(split.documents[last])
-        work = _work(split, first, last, self.push)
-        writer = None if self.sketches is None else SketchWriter(self.sketches, end - start)
+        work = _work(split, first, last, self.projection)
+        writer = (
+            None
+            if self.hidden_state_format is None
+            else HiddenStateWriter(self.hidden_state_format, end - start)
+        )
         support = None if self.support is None else self.support.of(split, first, last)
         if support is not None and work.kept is not None:
             support = support[work.kept]
-        records = _score(
+        entries = _score(
             work,
             start,
             end - start,
             self.teacher,
-            self.push,
+            self.projection,
             self.format,
             self.config,
             tell,
             writer,
             support,
         )
-        return {RECORDS: records} if writer is None else {RECORDS: records, SKETCH: writer.records}
+        return (
+            {ENTRIES: entries}
+            if writer is None
+            else {ENTRIES: entries, HIDDEN_STATES: writer.entries}
+        )
 
 
-def _work(split: Split, first: int, last: int, push: PushForward | None) -> Work:
+def _work(split: Split, first: int, last: int, projection: NestedProjection | None) -> Work:
     """Lay out documents `first` to `last` for the teacher."""
     documents = np.asarray(split.documents[first : last + 1], dtype=np.int64)
     start, end = int(documents[0]), int(documents[-1])
     tokens = np.asarray(split.tokens[start:end]).astype(np.int64)
     counts = np.asarray(split.mask[start:end]) != 0
     targets = np.flatnonzero(counts)
-    if push is None:
+    if projection is None:
         return Work(
             tokens, documents - start, start + targets - 1, tokens[targets], targets - 1, None
         )
@@ -140,7 +148,7 @@ def _work(split: Split, first: int, last: int, push: PushForward | None) -> Work
     teacher_tokens: list[np.ndarray] = []
     offsets = [0]
     for a, b in zip(documents[:-1] - start, documents[1:] - start, strict=True):
-        aligned = push.align(tokens[a:b])
+        aligned = projection.align(tokens[a:b])
         rows[a + 1 : b] = aligned.rows + offsets[-1]
         prefixes[a + 1 : b] = aligned.prefixes
         teacher_tokens.append(aligned.teacher_ids)
@@ -163,15 +171,15 @@ def _score(
     start: int,
     count: int,
     teacher: DenseTeacher,
-    push: PushForward | None,
+    projection: NestedProjection | None,
     fmt: CacheFormat,
     config: CacheConfig,
     tell: Callable[[int], None],
-    writer: SketchWriter | None = None,
+    writer: HiddenStateWriter | None = None,
     support: np.ndarray | None = None,
 ) -> np.ndarray:
-    """Records of one shard, (count,); positions that are no targets keep flag 0."""
-    records = np.zeros(count, dtype=fmt.dtype)
+    """Entries of one shard, (count,); positions that are no targets keep flag 0."""
+    entries = np.zeros(count, dtype=fmt.dtype)
     starts, lengths = sequences(work.documents, config.max_seq_length)
     chunk = max(1, LOGITS_AT_ONCE // teacher.vocab_size)
     seen = 0
@@ -193,16 +201,16 @@ def _score(
             offset += int(lengths[k])
         which, of_state = np.concatenate(picked), np.concatenate(state_rows)
         if writer is not None:
-            _sketch(work, which, of_state, start, hidden, writer, teacher.name)
+            _project_states(work, which, of_state, start, hidden, writer, teacher.name)
         for at in range(0, len(which), chunk):
             part = which[at : at + chunk]
             logits = teacher.logits(
                 states[torch.from_numpy(of_state[at : at + chunk]).to(states.device)]
             )
             probs = torch.softmax(logits, dim=1)
-            if push is not None and work.prefixes is not None:
-                probs = push(probs, work.prefixes[part])
-            records[work.positions[part] - start] = _encode(
+            if projection is not None and work.prefixes is not None:
+                probs = projection(probs, work.prefixes[part])
+            entries[work.positions[part] - start] = _encode(
                 probs,
                 work,
                 part,
@@ -213,7 +221,7 @@ def _score(
             )
         seen += int(lengths[batch].sum())
         tell(min(seen, count))
-    return records
+    return entries
 
 
 def predictions(
@@ -240,16 +248,16 @@ def predictions(
         tell(seen)
 
 
-def _sketch(
+def _project_states(
     work: Work,
     which: np.ndarray,
     of_state: np.ndarray,
     start: int,
     hidden: list[Tensor],
-    writer: SketchWriter,
+    writer: HiddenStateWriter,
     name: str,
 ) -> None:
-    """Sketch the hidden states of positions at whose end a teacher token ends, too."""
+    """Project the hidden states of positions at whose end a teacher token ends, too."""
     ends = np.ones(len(which), dtype=bool) if work.prefixes is None else work.prefixes[which] == 0
     try:
         writer.put(hidden, of_state[ends], work.positions[which[ends]] - start)
@@ -269,18 +277,18 @@ def _encode(
     name: str,
     support: np.ndarray | None = None,
 ) -> np.ndarray:
-    if probs.device.type == "mps":  # no float64 there, which the draws need
+    if probs.device.type == "mps":  # no float64 there, which the tail samples need
         probs = probs.cpu()
     device = probs.device
     labels = torch.from_numpy(work.labels[part]).to(device)
     positions = torch.from_numpy(work.positions[part]).to(device)
     try:
-        heads = None
+        chosen_ids = None
         if support is not None:
-            heads = head_ids(
-                probs, torch.from_numpy(support.astype(np.int64)).to(device), labels, fmt.head
+            chosen_ids = top_k_ids(
+                probs, torch.from_numpy(support.astype(np.int64)).to(device), labels, fmt.top_k
             )
-        return encode(probs, labels, positions, fmt, seed, heads)
+        return encode(probs, labels, positions, fmt, seed, chosen_ids)
     except FloatingPointError as error:
         raise XinslmError(
             f"teacher {name}: {error}. Try --dtype float32, or look at the weights; finished "

@@ -1,4 +1,4 @@
-"""What a record's head holds where the student wrote the text itself: the tokens that the student
+"""What an entry's top k holds where the student wrote the text itself: the tokens that the student
 thinks likely.
 
 The reverse divergences weigh by the student's probabilities, so the teacher must be known exactly
@@ -7,7 +7,7 @@ wrote), the token that came, and as many of the teacher's most likely ones as th
 rest is the tail's mass, so no bucket is ever dropped: a bare sum over a truncated head would be
 minimised by putting no mass there at all.
 
-Codes reach 20 nats. A head token that the teacher gives less than e^-20 counts as e^-20 (2e-9), so
+Codes reach 20 nats. A top-k token that the teacher gives less than e^-20 counts as e^-20 (2e-9), so
 the log-ratio of student to teacher is at most 20 nats there, where it would grow without limit.
 """
 
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from xinslm.data.dataset import Dataset, Split
 from xinslm.errors import XinslmError
-from xinslm.topk import most_likely
+from xinslm.topk import blocked_topk
 
 FILE = "support.npy"
 """Beside a split's tokens: (targets, s) ids, uint16 or uint32, one row for each token that
@@ -36,7 +36,7 @@ class Support:
         self.ids = ids
 
     @property
-    def head(self) -> int:
+    def top_k(self) -> int:
         """Size of a head that has room for all three kinds."""
         return int(self.ids.shape[1]) + 1 + TEACHERS
 
@@ -70,15 +70,15 @@ def write_support(folder: Path, ids: np.ndarray, vocab_size: int) -> None:
     )
 
 
-def head_ids(probs: Tensor, support: Tensor, labels: Tensor, head: int) -> Tensor:
+def top_k_ids(probs: Tensor, support: Tensor, labels: Tensor, top_k: int) -> Tensor:
     """Distinct ids for heads, (N, head) int64: the support, the token that came, the teacher's most
     likely.
 
     probs: (N, V), the teacher's. support: (N, s) distinct ids, s < head <= V. labels: (N,).
     """
-    own = most_likely(probs, head)[1]
+    own = blocked_topk(probs, top_k)[1]
     candidates = torch.cat((support, labels[:, None], own), dim=1)  # (N, s + 1 + head)
     equal = candidates[:, :, None] == candidates[:, None, :]
     again = equal.tril(diagonal=-1).any(dim=2)  # equal to one before it
-    order = torch.argsort(again.to(torch.uint8), dim=1, stable=True)[:, :head]
+    order = torch.argsort(again.to(torch.uint8), dim=1, stable=True)[:, :top_k]
     return candidates.gather(1, order)

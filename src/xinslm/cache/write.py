@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from xinslm.cache.bucket_entries import count_groups, group_maps
+from xinslm.cache.bucket_entries import bucket_maps, count_buckets
 from xinslm.cache.config import CacheConfig
 from xinslm.cache.entries import (
     FP16_FLOOR,
@@ -24,9 +24,14 @@ from xinslm.cache.entries import (
     decode,
     suffix,
 )
-from xinslm.cache.projected_states import SKETCH, CachedSketches, SketchFormat, facts
+from xinslm.cache.projected_states import (
+    HIDDEN_STATES,
+    CachedHiddenStates,
+    HiddenStateFormat,
+    facts,
+)
 from xinslm.cache.repair import reopen
-from xinslm.cache.scorers import RECORDS, Scorer
+from xinslm.cache.scorers import ENTRIES, Scorer
 from xinslm.config import to_dict
 from xinslm.data.dataset import Dataset, Split
 from xinslm.files import new_file, read_json, write_manifest
@@ -42,7 +47,7 @@ PLACES = (
     "output_dir",
     "data_path",
     "teacher",
-    "tokenizer",
+    "tokenizer_path",
     "endpoint",
     "adapter",
 )
@@ -56,14 +61,14 @@ class CacheResult:
     folder: Path
     positions: int
     stream_bytes: int
-    record_bytes: int
+    entry_bytes: int
     teacher_nats: float
     tail_mass: float
     seconds: float
-    sketched: int = 0
-    """Positions that have sketches of the teacher's hidden states."""
-    sketch_bytes: int = 0
-    """Bytes of one position's sketches."""
+    hidden_state_positions: int = 0
+    """Positions that have projected hidden states of the teacher's."""
+    hidden_state_bytes: int = 0
+    """Bytes of one position's projected hidden states."""
     alignment: str = "same"
     """The way from the teacher's tokenizer to the dataset's."""
     share: float = 1.0
@@ -80,14 +85,15 @@ class CacheResult:
         if self.positions:
             lines += [
                 f"positions   {self.positions:,} scored of "
-                f"{self.stream_bytes // self.record_bytes:,} in the stream; "
-                f"{self.record_bytes} bytes each, {self.stream_bytes:,} in all",
+                f"{self.stream_bytes // self.entry_bytes:,} in the stream; "
+                f"{self.entry_bytes} bytes each, {self.stream_bytes:,} in all",
                 f"teacher     {self.teacher_nats:.4f} nats a token; {self.tail_mass:.1%} of its "
-                "mass outside the head",
+                "mass outside the top k",
             ]
-        if self.sketch_bytes:
+        if self.hidden_state_bytes:
             lines.append(
-                f"sketches    of {self.sketched:,} positions; {self.sketch_bytes} bytes each"
+                f"hidden      states of {self.hidden_state_positions:,} positions; "
+                f"{self.hidden_state_bytes} bytes each"
             )
         return "\n".join([*lines, f"time        {self.seconds:.0f} s"])
 
@@ -112,7 +118,7 @@ def cache_plan(
     teacher: DenseTeacher | EncoderTeacher | EndpointTeacher,
     fmt: CacheFormat,
     scorer: Scorer,
-    sketches: SketchFormat | None = None,
+    projected_states: HiddenStateFormat | None = None,
     alignment: str = "same",
 ) -> dict[str, Any]:
     """What a cache follows from; `teacher` is named by its fingerprint and its tokenizer's."""
@@ -120,7 +126,7 @@ def cache_plan(
     return {
         "format": asdict(fmt),
         "settings": settings,
-        "planes": {name: item.itemsize for name, item in scorer.planes.items()},
+        "arrays": {name: item.itemsize for name, item in scorer.arrays.items()},
         "inputs": {
             "dataset": dataset.fingerprint,
             "tokenizer": dataset.tokenizer_fingerprint,
@@ -128,7 +134,7 @@ def cache_plan(
             "teacher_tokenizer": teacher.tokenizer.fingerprint(),
         },
         "alignment": {"kind": alignment},
-        **({} if sketches is None else {SKETCH: facts(sketches)}),
+        **({} if projected_states is None else {HIDDEN_STATES: facts(projected_states)}),
     }
 
 
@@ -159,13 +165,13 @@ def _write(config: CacheConfig, dataset: Dataset, scorer: Scorer, on_progress: L
         listed[name] = []
         for number, (first, last) in enumerate(cuts):
             start, end = int(split.documents[first]), int(split.documents[last])
-            files = {plane: f"{name}/{number:05d}{suffix(plane)}" for plane in scorer.planes}
-            listed[name].append({"file": files[RECORDS], "start": start, "positions": end - start})
-            paths = {plane: config.output_dir / file for plane, file in files.items()}
-            sizes = {plane: (end - start) * item.itemsize for plane, item in scorer.planes.items()}
+            files = {array: f"{name}/{number:05d}{suffix(array)}" for array in scorer.arrays}
+            listed[name].append({"file": files[ENTRIES], "start": start, "positions": end - start})
+            paths = {array: config.output_dir / file for array, file in files.items()}
+            sizes = {array: (end - start) * item.itemsize for array, item in scorer.arrays.items()}
             if not all(
-                path.is_file() and path.stat().st_size == sizes[plane]
-                for plane, path in paths.items()
+                path.is_file() and path.stat().st_size == sizes[array]
+                for array, path in paths.items()
             ):
                 base = done
 
@@ -174,11 +180,11 @@ def _write(config: CacheConfig, dataset: Dataset, scorer: Scorer, on_progress: L
 
                 scratch = config.output_dir / name / f"{number:05d}.scratch"
                 scratch.parent.mkdir(exist_ok=True)
-                planes = scorer.shard(split, first, last, scratch, tell)
-                for plane, path in paths.items():
+                arrays = scorer.shard(split, first, last, scratch, tell)
+                for array, path in paths.items():
                     with new_file(path) as partial:
                         # tofile would lose the errno of a full disk
-                        partial.write_bytes(planes[plane].tobytes())
+                        partial.write_bytes(arrays[array].tobytes())
                 scratch.unlink(missing_ok=True)
             done += end - start
             on_progress(Progress("cache", done, total, "tokens"))
@@ -188,19 +194,19 @@ def _write(config: CacheConfig, dataset: Dataset, scorer: Scorer, on_progress: L
         f"{row['file'].removesuffix('.bin')}{suffix(p)}"
         for rows in listed.values()
         for row in rows
-        for p in scorer.planes
+        for p in scorer.arrays
     }
     _remove_other_files(config.output_dir, kept)
     content = {
         "format": plan["format"],
         "settings": plan["settings"],
-        "planes": sorted(scorer.planes),
+        "arrays": sorted(scorer.arrays),
     }
     content |= {"shards": listed, "dataset_path": str(config.data_path)}
     covered = _covered(config.output_dir, dataset, listed, scorer)
     content["alignment"] = plan.get("alignment", {"kind": "same"}) | covered
-    if SKETCH in plan:
-        content[SKETCH] = plan[SKETCH]
+    if HIDDEN_STATES in plan:
+        content[HIDDEN_STATES] = plan[HIDDEN_STATES]
     write_manifest(
         config.output_dir, KIND, VERSION, to_dict(config), plan["inputs"], skip=(PLAN,), **content
     )
@@ -210,8 +216,8 @@ def _write(config: CacheConfig, dataset: Dataset, scorer: Scorer, on_progress: L
 def _covered(
     folder: Path, dataset: Dataset, listed: dict[str, list[dict[str, Any]]], scorer: Scorer
 ) -> dict[str, int]:
-    """How many positions count as targets, and of how many of them the records say something."""
-    item = scorer.planes[RECORDS]
+    """How many positions count as targets, and of how many of them the entries say something."""
+    item = scorer.arrays[ENTRIES]
     files = [
         np.memmap(folder / row["file"], dtype=item, mode="r")
         for rows in listed.values()
@@ -246,50 +252,52 @@ def _cut(split: Split, shard_positions: int) -> list[tuple[int, int]]:
 def _summarise(folder: Path, seconds: float) -> CacheResult:
     cache = Cache(folder)
     alignment = cache.manifest["alignment"]
-    if alignment["kind"] == "prefixes":
-        return _summarise_groups(cache, seconds)
+    if alignment["kind"] == "byte_prefix":
+        return _summarise_buckets(cache, seconds)
     positions, size, nats, tail = 0, 0, 0.0, 0.0
     for name in cache.manifest["shards"]:
         split = cache.split(name)
         if split is None:
             continue
-        for records in split.maps:
-            size += records.nbytes
-            valid = records[(records["flags"] & 1) != 0]
+        for entries in split.maps:
+            size += entries.nbytes
+            valid = entries[(entries["flags"] & 1) != 0]
             positions += len(valid)
-            told = valid["log_label"].astype(np.float64)  # at the floor where it is not known
-            nats -= float(told[told > FP16_FLOOR].sum())
+            label_log_probs = valid["log_label"].astype(
+                np.float64
+            )  # at the floor where it is not known
+            nats -= float(label_log_probs[label_log_probs > FP16_FLOOR].sum())
             tail += (
                 float(np.exp(decode(valid, cache.format).log_tail.numpy()).sum(dtype=np.float64))
                 if len(valid)
                 else 0.0
             )
-    sketched = sketch_bytes = 0
-    if SKETCH in cache.manifest:
-        planes = [CachedSketches(cache, name) for name in cache.manifest["shards"]]
-        sketched, sketch_bytes = (
-            sum(plane.count() for plane in planes),
-            planes[0].format.dtype.itemsize,
+    hidden_state_positions = hidden_state_bytes = 0
+    if HIDDEN_STATES in cache.manifest:
+        arrays = [CachedHiddenStates(cache, name) for name in cache.manifest["shards"]]
+        hidden_state_positions, hidden_state_bytes = (
+            sum(array.count() for array in arrays),
+            arrays[0].format.dtype.itemsize,
         )
-    average, record_bytes = max(positions, 1), cache.format.dtype.itemsize
+    average, entry_bytes = max(positions, 1), cache.format.dtype.itemsize
     return CacheResult(
         folder,
         positions,
         size,
-        record_bytes,
+        entry_bytes,
         nats / average,
         tail / average,
         seconds,
-        sketched,
-        sketch_bytes,
+        hidden_state_positions,
+        hidden_state_bytes,
         alignment["kind"],
         alignment["covered"] / max(alignment["targets"], 1),
     )
 
 
-def _summarise_groups(cache: Cache, seconds: float) -> CacheResult:
-    splits = [group_maps(cache, name) for name in cache.manifest["shards"]]
-    counts = np.array([count_groups(maps) for maps in splits]).sum(axis=0)
+def _summarise_buckets(cache: Cache, seconds: float) -> CacheResult:
+    splits = [bucket_maps(cache, name) for name in cache.manifest["shards"]]
+    counts = np.array([count_buckets(maps) for maps in splits]).sum(axis=0)
     alignment, size = (
         cache.manifest["alignment"],
         sum(shard.nbytes for maps in splits for shard in maps),
@@ -302,6 +310,6 @@ def _summarise_groups(cache: Cache, seconds: float) -> CacheResult:
         -counts[1] / max(counts[2], 1),
         0.0,
         seconds,
-        alignment="prefixes",
+        alignment="byte_prefix",
         share=alignment["covered"] / max(alignment["targets"], 1),
     )

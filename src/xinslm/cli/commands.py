@@ -71,8 +71,8 @@ COMMANDS = {
         "rollouts.synthesize_config:SynthesizeConfig",
         "rollouts.synthesize:run",
     ),
-    "init": Command(
-        "cut a student out of a teacher, to start from", "prune.config:InitConfig", "prune.run:run"
+    "prune": Command(
+        "cut a student out of a teacher, to start from", "prune.config:PruneConfig", "prune.run:run"
     ),
     "doctor": Command(
         "check data, teacher, cache and student before a long run",

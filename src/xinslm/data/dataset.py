@@ -8,7 +8,7 @@ the source of each document, a place in the manifest's `source_names`; it names 
 part of the fingerprint). `tokenizer/` holds the tokenizer, so that the folder stands alone.
 
     dataset = open_dataset(Path("data"))
-    rows = PackedRows(dataset.split("train"), row_length=512)
+    rows = PackedDataset(dataset.split("train"), row_length=512)
 """
 
 from dataclasses import dataclass

@@ -4,7 +4,7 @@ Rows are filled by best-fit decreasing: the longest sequence first, each into th
 Rows with the same space left are interchangeable, so whole groups of equal lengths are placed at
 once: a million sequences take well under a second, and the outcome depends on the lengths alone.
 Segment numbers confine attention, positions restart in every sequence, and `stream` says where in
-the dataset each input stands: so the teacher's cache finds its record.
+the dataset each input stands: so the teacher's cache finds its entry.
 """
 
 from dataclasses import dataclass
@@ -124,7 +124,7 @@ def _ramps(lengths: np.ndarray) -> np.ndarray:
     return np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
 
 
-class PackedRows:
+class PackedDataset:
     """A split as rows of `row_length` tokens, each made when it is asked for.
 
     No sequence is longer than `max_length` (default: the row), the context a model needs. Documents

@@ -83,7 +83,7 @@ def commands(config: DemoConfig) -> list[str]:
         f"pretrain --data-path {d}/data --output-dir {d}/undistilled {student}",
         f"quantize {d}/student --data-path {d}/data --output-dir {d}/student-4bit --run "
         f"{d}/student "
-        f"--calibration-rows 64",
+        f"--num-calibration-samples 64",
         f"export gguf {d}/student-4bit --output-path {d}/student.gguf --run {d}/student",
         f"evaluate {d}/teacher {evaluated} --name teacher",
         f"evaluate {d}/student {evaluated} --name student",

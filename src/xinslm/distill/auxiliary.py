@@ -19,7 +19,12 @@ import torch
 from torch import Tensor, nn
 
 from xinslm.cache.entries import Cache
-from xinslm.cache.projected_states import CachedSketches, HiddenSource, depth_at, rms_normalise
+from xinslm.cache.projected_states import (
+    CachedHiddenStates,
+    HiddenStateSource,
+    depth_at,
+    rms_normalise,
+)
 from xinslm.data.dataset import Dataset
 from xinslm.data.packing import Batch
 from xinslm.distill.config import DistillConfig
@@ -27,13 +32,13 @@ from xinslm.distill.contrast import draw_places, info_nce
 from xinslm.distill.matching import linear_cka, projected_error
 from xinslm.files import manifest_fingerprint
 from xinslm.model.config import ModelConfig
-from xinslm.train.interfaces import Figures
+from xinslm.train.interfaces import Metrics
 
 
 @dataclass(frozen=True)
 class Pair:
-    """A depth of the student, which of the source's sketches it meets, and which map leads from one
-    to the other.
+    """A depth of the student, which of the source's projected hidden states it meets, and which map
+    leads from one to the other.
     """
 
     depth: int
@@ -41,13 +46,13 @@ class Pair:
     matrix: int | None
 
 
-class Auxiliary:
+class HiddenStateLoss:
     """Losses on the hidden states of a student; an `AuxiliaryLoss`."""
 
     def __init__(
         self,
         config: DistillConfig,
-        source: HiddenSource,
+        source: HiddenStateSource,
         student: ModelConfig,
         total_steps: int,
         device: torch.device,
@@ -79,7 +84,10 @@ class Auxiliary:
         self.matrices = [nn.Parameter(matrix.to(device)) for matrix in drawn]
         self.optimizer = (
             torch.optim.AdamW(
-                self.matrices, lr=0.0, betas=(config.beta1, config.beta2), weight_decay=0.0
+                self.matrices,
+                lr=0.0,
+                betas=(config.adam_beta1, config.adam_beta2),
+                weight_decay=0.0,
             )
             if self.matrices
             else None
@@ -106,53 +114,62 @@ class Auxiliary:
         return tuple(sorted(needed))
 
     def loss(
-        self, taps: list[Tensor], batch: Batch, chosen: np.ndarray, step: int, normaliser: float
-    ) -> tuple[Tensor | float, Figures]:
-        """Weighted sum of the terms for one micro-batch, a scalar with a graph, and the figures
+        self,
+        layer_outputs: list[Tensor],
+        batch: Batch,
+        chosen: np.ndarray,
+        step: int,
+        normaliser: float,
+    ) -> tuple[Tensor | float, Metrics]:
+        """Weighted sum of the terms for one micro-batch, a scalar with a graph, and the metrics
         without weights.
 
-        taps: outputs (B, T, d) of the blocks that `depths(step)` names. chosen: flat target
-        positions of the batch. normaliser: target positions of the whole step.
+        layer_outputs: outputs (B, T, d) of the blocks that `depths(step)` names. chosen: flat
+        target positions of the batch. normaliser: target positions of the whole step.
         """
         depths = self.depths(step)
         if not depths:
             return 0.0, {}
-        device = taps[0].device
-        sketches, valid = self.source.sketches(batch, chosen, device)
+        device = layer_outputs[0].device
+        projected_states, valid = self.source.projected_states(batch, chosen, device)
         kept = valid.nonzero()[:, 0]
         if len(kept) < 2:
             return 0.0, {}
         where = torch.from_numpy(chosen).to(device)[kept]
         states = {
-            depth: rms_normalise(tap.reshape(-1, tap.shape[-1])[where].float())
-            for depth, tap in zip(depths, taps, strict=True)
+            depth: rms_normalise(output.reshape(-1, output.shape[-1])[where].float())
+            for depth, output in zip(depths, layer_outputs, strict=True)
         }
-        sketches = sketches[:, kept]
+        projected_states = projected_states[:, kept]
         gamma, delta = self.weights(step)
         total: Tensor | float = 0.0
-        figures: Figures = {}
+        metrics: Metrics = {}
         share = len(chosen) / normaliser
         if gamma and self.pairs:
-            error, per_position = self._match(states, sketches)
+            error, per_position = self._match(states, projected_states)
             total = total + error * (gamma / normaliser if per_position else gamma * share)
-            figures["hidden"] = (error.item() * (1 if per_position else len(kept)), len(kept))
+            metrics["hidden"] = (error.item() * (1 if per_position else len(kept)), len(kept))
         if delta and self.contrasted is not None:
             labels = torch.from_numpy(batch.labels.ravel()[chosen]).to(device)[kept]
             places = self._draw(len(kept), batch, step)
             nce = self._contrast(
-                self.contrasted, states, sketches, labels, torch.from_numpy(places).to(device)
+                self.contrasted,
+                states,
+                projected_states,
+                labels,
+                torch.from_numpy(places).to(device),
             )
             total = total + nce * (delta * share)
-            figures["contrast"] = (nce.item() * len(places), len(places))
-        return total, figures
+            metrics["contrast"] = (nce.item() * len(places), len(places))
+        return total, metrics
 
-    def _match(self, states: dict[int, Tensor], sketches: Tensor) -> tuple[Tensor, bool]:
+    def _match(self, states: dict[int, Tensor], projected_states: Tensor) -> tuple[Tensor, bool]:
         """Mean over depths of the sum of errors, or of 1 - CKA; and whether it is a sum over
         positions.
         """
         terms = []
         for pair in self.pairs:
-            mine, theirs = states[pair.depth], sketches[pair.column]
+            mine, theirs = states[pair.depth], projected_states[pair.column]
             if pair.matrix is None:
                 terms.append(1 - linear_cka(mine, theirs))
             else:
@@ -167,14 +184,17 @@ class Auxiliary:
         self,
         pair: Pair,
         states: dict[int, Tensor],
-        sketches: Tensor,
+        projected_states: Tensor,
         labels: Tensor,
         places: Tensor,
     ) -> Tensor:
         assert pair.matrix is not None, "contrast always has a map"
         anchors = states[pair.depth][places] @ self.matrices[pair.matrix].t()
         return info_nce(
-            anchors, sketches[pair.column][places], labels[places], self.contrast.temperature
+            anchors,
+            projected_states[pair.column][places],
+            labels[places],
+            self.contrast.temperature,
         )
 
     def zero_grad(self) -> None:
@@ -182,12 +202,12 @@ class Auxiliary:
         for matrix in self.matrices:
             matrix.grad = None
 
-    def step(self, rate: float, clip_norm: float) -> None:
+    def step(self, rate: float, max_grad_norm: float) -> None:
         """Move the maps at learning rate `rate`; their gradient has its own limit, apart from the
         model's.
         """
         if self.optimizer is not None:
-            torch.nn.utils.clip_grad_norm_(self.matrices, clip_norm or math.inf)
+            torch.nn.utils.clip_grad_norm_(self.matrices, max_grad_norm or math.inf)
             for group in self.optimizer.param_groups:
                 group["lr"] = rate
             self.optimizer.step()
@@ -219,30 +239,32 @@ class Auxiliary:
 
 
 def auxiliary_maker(
-    config: DistillConfig, source: HiddenSource | None
-) -> Callable[[ModelConfig, int, torch.device], Auxiliary] | None:
+    config: DistillConfig, source: HiddenStateSource | None
+) -> Callable[[ModelConfig, int, torch.device], HiddenStateLoss] | None:
     """Makes the losses on hidden states of a run from (student, total steps, device)."""
     if source is None:
         return None
 
-    def make(student: ModelConfig, total_steps: int, device: torch.device) -> Auxiliary:
-        return Auxiliary(config, source, student, total_steps, device)
+    def make(student: ModelConfig, total_steps: int, device: torch.device) -> HiddenStateLoss:
+        return HiddenStateLoss(config, source, student, total_steps, device)
 
     return make
 
 
 def find_hidden_source(
-    config: DistillConfig, dataset: Dataset, teacher: HiddenSource | Cache
-) -> tuple[HiddenSource | None, tuple[tuple[str, str], ...]]:
+    config: DistillConfig, dataset: Dataset, teacher: HiddenStateSource | Cache
+) -> tuple[HiddenStateSource | None, tuple[tuple[str, str], ...]]:
     """Where the teacher's hidden states come from, and the fingerprint of a cache that is given for
     them alone; None if no loss needs any.
 
-    `teacher` is the live teacher or its cache; `config.sketches` takes precedence.
+    `teacher` is the live teacher or its cache; `config.hidden_states` takes precedence.
     """
     if not config.hidden_depths():
         return None, ()
-    if config.sketches is None:
-        return CachedSketches(teacher, "train") if isinstance(teacher, Cache) else teacher, ()
-    cache = Cache(config.sketches)
+    if config.hidden_states is None:
+        return CachedHiddenStates(teacher, "train") if isinstance(teacher, Cache) else teacher, ()
+    cache = Cache(config.hidden_states)
     cache.require_dataset(dataset.fingerprint, dataset.folder)
-    return CachedSketches(cache, "train"), (("sketches", manifest_fingerprint(cache.folder)),)
+    return CachedHiddenStates(cache, "train"), (
+        ("hidden_states", manifest_fingerprint(cache.folder)),
+    )

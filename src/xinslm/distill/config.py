@@ -22,8 +22,8 @@ class DistillConfig(PretrainConfig):
     """Number type of a live teacher."""
     trust_remote_code: bool = False
     """Run Python code that the teacher's repository brings."""
-    sketches: Path | None = None
-    """Another cache whose sketches of hidden states to match, such as an encoder's; by default
+    hidden_states: Path | None = None
+    """Another cache whose projected hidden states to match, such as an encoder's; by default
     those of --cache.
     """
     loss: LossConfig = field(default_factory=LossConfig)
@@ -41,9 +41,9 @@ class DistillConfig(PretrainConfig):
             *self.hidden.errors(),
             *self.contrast.errors(),
         ]
-        if self.sketches is not None and not (self.hidden.weight or self.contrast.weight):
+        if self.hidden_states is not None and not (self.hidden.weight or self.contrast.weight):
             wrong.append(
-                "sketches has no effect while hidden.weight and contrast.weight are 0: "
+                "hidden_states has no effect while hidden.weight and contrast.weight are 0: "
                 "drop it, or set one"
             )
         if self.cache is None and self.teacher is None:

@@ -1,8 +1,8 @@
 """Hidden-state matching: two distances between what a student and a teacher hold at the same place
 of a text.
 
-    projector   ||P x - s||^2 / ||s||^2, x the student's normalised state, s the teacher's sketch, P
-    a trained map
+    projector   ||P x - s||^2 / ||s||^2, x the student's normalised state, s the teacher's projected
+    hidden state, P a trained map
     cka         1 - linear CKA (Kornblith et al. 2019, section 3), which no rotation and no scale
     changes: no map
 

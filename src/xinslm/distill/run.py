@@ -17,5 +17,5 @@ def run(config: DistillConfig, on_progress: Listener = ignore) -> TrainResult:
     Raises UsageError if stages do not fit each other or the run folder holds something else,
     XinslmError at the first loss that is not finite, Interrupted (after a checkpoint) on Ctrl-C.
     """
-    paths = (*PATHS, "cache", "sketches", "teacher")
+    paths = (*PATHS, "cache", "hidden_states", "teacher")
     return run_training(config, "distill", find_supervision, paths, on_progress)

@@ -1,5 +1,5 @@
-"""What a run learns from: a cache, a live teacher, an encoder's sketches or the text alone, checked
-to fit.
+"""What a run learns from: a cache, a live teacher, an encoder's projected hidden states or the text
+alone, checked to fit.
 """
 
 from pathlib import Path
@@ -8,9 +8,9 @@ from typing import Any
 import torch
 
 from xinslm.alignment.byte_prefix import byte_order
-from xinslm.cache.bucket_entries import CachedGroups
+from xinslm.cache.bucket_entries import CachedBuckets
 from xinslm.cache.entries import Cache
-from xinslm.cache.projected_states import SKETCH
+from xinslm.cache.projected_states import HIDDEN_STATES
 from xinslm.data.dataset import Dataset
 from xinslm.distill.auxiliary import auxiliary_maker, find_hidden_source
 from xinslm.distill.config import DistillConfig
@@ -46,7 +46,7 @@ def _live(config: DistillConfig, dataset: Dataset, device: torch.device) -> Supe
         raise UsageError(
             f"{config.teacher} is an encoder: it gives hidden states, no next tokens. Make a "
             "cache of them, with "
-            f"`xinslm cache {config.teacher} --sketch-depths 1.0`, and give that as --cache"
+            f"`xinslm cache {config.teacher} --hidden-state-depths 1.0`, and give that as --cache"
         )
     if is_endpoint(config.teacher):
         raise UsageError(
@@ -84,12 +84,13 @@ def _cached(
     hidden, inputs = find_hidden_source(config, dataset, cache)
     inputs = (("cache", manifest_fingerprint(folder)), *inputs)
     auxiliary = auxiliary_maker(config, hidden)
-    if cache.manifest.get(SKETCH, {}).get("alone"):
+    if cache.manifest.get(HIDDEN_STATES, {}).get("alone"):
         if hidden is None:
             raise UsageError(
                 f"cache {folder} is of an encoder and holds hidden states only, but hidden.weight "
                 "and contrast.weight "
-                "are 0: set one (--hidden.weight 1), or give it as --sketches beside the --cache "
+                "are 0: set one (--hidden.weight 1), or give it as --hidden-states beside the "
+                "--cache "
                 "of a language model"
             )
         note = (
@@ -97,7 +98,10 @@ def _cached(
             "cross-entropy"
         )
         return Supervision(
-            loss, make_auxiliary=auxiliary, inputs=inputs, warnings=(note,) if loss.beta else ()
+            loss,
+            make_auxiliary_loss=auxiliary,
+            inputs=inputs,
+            warnings=(note,) if loss.beta else (),
         )
     if loss.temperature_mode == "full" and loss.temperature not in (1.0, cache.format.temperature):
         raise UsageError(
@@ -115,20 +119,21 @@ def _cached(
             f"{config.max_seq_length}"
         )
     kind = cache.manifest.get("alignment", {}).get("kind")
-    if kind == "prefixes" and loss.temperature != 1:
+    if kind == "byte_prefix" and loss.temperature != 1:
         raise UsageError(
-            f"loss.temperature is {loss.temperature}, but cache {folder} holds masses of groups of "
+            f"loss.temperature is {loss.temperature}, but cache {folder} holds masses of buckets "
+            f"of "
             "tokens, which have no temperature: set it to 1"
         )
-    if kind == "prefixes":
+    if kind == "byte_prefix":
         order = byte_order(load_tokenizer(dataset.folder / "tokenizer"))
-        of_split = {name: CachedGroups(cache, name, order) for name in cache.manifest["shards"]}
+        of_split = {name: CachedBuckets(cache, name, order) for name in cache.manifest["shards"]}
         return Supervision(
             loss, of_split["train"], of_split.get("validation"), auxiliary, inputs, tuple(warnings)
         )
-    records, held_out = cache.split("train"), cache.split("validation")
-    assert records is not None, "every dataset has a train split"
-    sources = CachedTargets(records), CachedTargets(held_out) if held_out is not None else None
+    entries, held_out = cache.split("train"), cache.split("validation")
+    assert entries is not None, "every dataset has a train split"
+    sources = CachedTargets(entries), CachedTargets(held_out) if held_out is not None else None
     return Supervision(loss, *sources, auxiliary, inputs, tuple(warnings))
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from xinslm.cache.entries import CacheSplit
-from xinslm.cache.projected_states import SketchFormat, sketch
+from xinslm.cache.projected_states import HiddenStateFormat, project_states
 from xinslm.data.packing import Batch
 from xinslm.losses.targets import DenseTargets, Targets
 from xinslm.teachers.huggingface import HuggingFaceTeacher
@@ -19,7 +19,7 @@ BATCH_TOKENS = 8192
 
 
 class CachedTargets:
-    """Records of a cache, found by stream position: any shuffling of rows is harmless."""
+    """Entries of a cache, found by stream position: any shuffling of rows is harmless."""
 
     def __init__(self, split: CacheSplit) -> None:
         self.split = split
@@ -32,23 +32,23 @@ class CachedTargets:
 class LiveTargets:
     """A teacher in memory: packed rows are taken apart, so that it sees each document alone.
 
-    With `shares`, relative depths, it gives sketches of its hidden states, too. One forward pass
-    serves both where `sketches` is asked first.
+    With `shares`, relative depths, it gives projected hidden states of it, too. One forward pass
+    serves both where `projected_states` is asked first.
     """
 
     def __init__(self, teacher: HuggingFaceTeacher, shares: Sequence[float] = ()) -> None:
         self.teacher, self.name = teacher, f"teacher {teacher.name}"
-        self.format = SketchFormat.of(shares, teacher.num_layers, teacher.hidden_size)
+        self.format = HiddenStateFormat.of(shares, teacher.num_layers, teacher.hidden_size)
         self._read_already: tuple[Batch, torch.Tensor, np.ndarray] | None = None
 
-    def sketches(
+    def projected_states(
         self, batch: Batch, chosen: np.ndarray, device: torch.device
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Run the teacher on the batch; every position has sketches."""
+        """Run the teacher on the batch; every position has projected hidden states."""
         states, hidden, row_of = self._read(batch, self.format.depths)
         self._read_already = batch, states, row_of
         wanted = torch.from_numpy(row_of[chosen]).to(states.device)
-        found = sketch([x[wanted] for x in hidden], self.format)
+        found = project_states([x[wanted] for x in hidden], self.format)
         return found.to(device), torch.ones(len(chosen), dtype=torch.bool, device=device)
 
     def targets(self, batch: Batch, chosen: np.ndarray, device: torch.device) -> Targets:
@@ -75,13 +75,13 @@ class LiveTargets:
         ids, starts = batch.input_ids.ravel()[real], batch.positions.ravel()[real] == 0
         sequences = np.split(np.arange(len(ids)), np.flatnonzero(starts)[1:])
         lengths = np.array([len(sequence) for sequence in sequences])
-        order, parts, tapped = [], [], []
+        order, parts, hidden_parts = [], [], []
         for batch_of in batches_by_length(lengths, BATCH_TOKENS):
             order += [sequences[k] for k in batch_of]
             texts = [ids[sequences[k]] for k in batch_of]
             if depths:
                 states, hidden = self.teacher.states_and_hidden(texts, depths)
-                tapped.append(hidden)
+                hidden_parts.append(hidden)
             else:
                 states = self.teacher.states(texts)
             parts.append(states)
@@ -91,6 +91,6 @@ class LiveTargets:
         row_of[real] = place
         return (
             torch.cat(parts),
-            [torch.cat(of_depth) for of_depth in zip(*tapped, strict=True)],
+            [torch.cat(of_depth) for of_depth in zip(*hidden_parts, strict=True)],
             row_of,
         )

@@ -10,7 +10,7 @@ from xinslm.ranges import SEED, Range, range_errors
 _DOCTOR = {
     "documents": Range(1),
     "positions": Range(8, 100_000),
-    "rows": Range(4, 1024),
+    "batch_size": Range(4, 1024),
     "seed": SEED,
 }
 
@@ -35,7 +35,7 @@ class DoctorConfig:
     """Documents that the teacher scores again."""
     positions: int = 128
     """Positions on which losses are compared."""
-    rows: int = 4
+    batch_size: int = 4
     """Packed rows that the student reads."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """The teacher's number type."""

@@ -37,18 +37,18 @@ def dense_loss(
 
 
 def _position(log_q: Tensor, label: int, target: SparseTargets, config: LossConfig) -> Tensor:
-    """KD of one position: KL over {head tokens, tail}, T inside the head, and the drawn part of the
-    tail.
+    """KD of one position: KL over {top-k tokens, tail}, T inside the top k, and the drawn part of
+    the tail.
 
     Where the teacher says nothing the text does: cross-entropy.
     """
-    if not bool(target.valid[0]):
+    if not bool(target.valid_mask[0]):
         return -log_q[label]
-    t, ids, log_p = config.temperature, target.head_ids[0], target.head_log_probs[0].double()
+    t, ids, log_p = config.temperature, target.top_k_ids[0], target.top_k_log_probs[0].double()
     outside = torch.ones_like(log_q, dtype=torch.bool)
     outside[ids] = False
-    p_head, p_tail = log_p.exp().sum(), target.log_tail[0].double().exp()
-    log_q_head, log_q_tail = log_q[ids].logsumexp(0), log_q[outside].logsumexp(0)
+    p_top_k, p_tail = log_p.exp().sum(), target.log_tail[0].double().exp()
+    log_q_top_k, log_q_tail = log_q[ids].logsumexp(0), log_q[outside].logsumexp(0)
     inside_p, inside_q = torch.log_softmax(log_p / t, 0), torch.log_softmax(log_q[ids] / t, 0)
     if config.divergence != "forward_kl":
         p, q = (
@@ -56,16 +56,16 @@ def _position(log_q: Tensor, label: int, target: SparseTargets, config: LossConf
             torch.cat((log_q[ids].exp(), log_q_tail.exp()[None])),
         )
         return _divergence(p.clamp_min(math.exp(LEAST_SPARSE_LOG_P)), q, config)
-    split = p_head * (p_head.log() - log_q_head)
+    split = p_top_k * (p_top_k.log() - log_q_top_k)
     if p_tail > 0:
         split = split + p_tail * (p_tail.log() - log_q_tail)
-    inside = t * t * p_head * (inside_p.exp() * (inside_p - inside_q)).sum()
-    if bool(target.has_draws[0]) and target.tail_ids.shape[1]:
+    inside = t * t * p_top_k * (inside_p.exp() * (inside_p - inside_q)).sum()
+    if bool(target.has_tail_samples[0]) and target.tail_ids.shape[1]:
         drawn = log_q[target.tail_ids[0]].mean()
-        return split + inside + config.draws_weight * p_tail * (log_q_tail - drawn)
+        return split + inside + config.effective_tail_weight * p_tail * (log_q_tail - drawn)
     # the text stands in for the unknown tail
     if bool(target.unknown_tail[0]) and label not in ids.tolist():
-        return split + inside + config.draws_weight * (log_q_tail - log_q[label])
+        return split + inside + config.effective_tail_weight * (log_q_tail - log_q[label])
     return split + inside
 
 

@@ -1,5 +1,5 @@
 """The fused head against dense PyTorch, on the student's own hidden states and the teacher's own
-records.
+entries.
 """
 
 from dataclasses import dataclass
@@ -114,7 +114,7 @@ def _temperature(at: Positions, seed: int) -> str:
     )
     off = abs(slope / expected - 1) if expected else float("inf")
     # one token in the head leaves T nothing to do
-    has_effect = at_one != at_two or at.targets.head_ids.shape[1] < 2
+    has_effect = at_one != at_two or at.targets.top_k_ids.shape[1] < 2
     return require(
         off <= SLOPE_TOLERANCE and has_effect,
         f"loss {at_one:.4f} at T=1, {at_two:.4f} at T=2; gradient off finite differences by "

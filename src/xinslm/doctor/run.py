@@ -4,7 +4,7 @@ data.
     xinslm doctor --data-path data --cache cache --teacher TEACHER --student runs/student
 
 Each check measures something and says its threshold; what cannot be checked is skipped, with the
-reason. Files are hashed, ids compared by their bytes, records compared with the tokens that came
+reason. Files are hashed, ids compared by their bytes, entries compared with the tokens that came
 and with the teacher, asked again; the fused loss is compared with dense autograd, and packing, pads
 and micro-batches with doing without.
 """
@@ -16,15 +16,15 @@ import numpy as np
 import torch
 
 from xinslm.cache.entries import Cache, CacheFormat, decode, encode
-from xinslm.cache.projected_states import SKETCH
-from xinslm.cache.scorers import RECORDS
+from xinslm.cache.projected_states import HIDDEN_STATES
+from xinslm.cache.scorers import ENTRIES
 from xinslm.data.dataset import Dataset, open_dataset
-from xinslm.data.packing import Batch, PackedRows
+from xinslm.data.packing import Batch, PackedDataset
 from xinslm.device import pick_device
 from xinslm.doctor.checks import Check, Examination, Skipped, require
 from xinslm.doctor.config import DoctorConfig
+from xinslm.doctor.entries import agreement, ask_again, check_entries, teacher_quality
 from xinslm.doctor.losses import Positions, check_losses
-from xinslm.doctor.records import agreement, ask_again, check_records, teacher_quality
 from xinslm.doctor.rows import check_rows, hidden_states
 from xinslm.doctor.vocabulary import dataset_vocabulary, same_vocabulary, teacher_vocabulary
 from xinslm.errors import UsageError, XinslmError
@@ -88,10 +88,10 @@ def _whole(folder: Any, manifest: dict[str, Any]) -> str:
 
 def _check_cache(examination: Examination, config: DoctorConfig, dataset: Dataset) -> Cache | None:
     """Check the cache alone; give it where it can be used."""
-    of_records = ("records", "alignment", "tail", "teacher on this data")
+    of_entries = ("entries", "alignment", "tail", "teacher on this data")
     if config.cache is None:
         examination.skip(("cache files", "cache of this dataset"), "no --cache")
-        examination.skip(of_records if config.teacher is None else of_records[:-1], "no --cache")
+        examination.skip(of_entries if config.teacher is None else of_entries[:-1], "no --cache")
         return None
     opened: list[Cache] = []
     folder = config.cache
@@ -114,25 +114,25 @@ def _check_cache(examination: Examination, config: DoctorConfig, dataset: Datase
 
     examination.make("cache files", files)
     if not opened:
-        examination.skip(("cache of this dataset", *of_records), "the cache cannot be opened")
+        examination.skip(("cache of this dataset", *of_entries), "the cache cannot be opened")
         return None
     if not examination.make("cache of this dataset", belongs):
-        examination.skip(of_records, "the cache is not of this dataset")
+        examination.skip(of_entries, "the cache is not of this dataset")
         return None
-    planes = set(opened[0].manifest["planes"])
-    if opened[0].manifest.get(SKETCH, {}).get("alone") or planes - {RECORDS, SKETCH}:
+    arrays = set(opened[0].manifest["arrays"])
+    if opened[0].manifest.get(HIDDEN_STATES, {}).get("alone") or arrays - {ENTRIES, HIDDEN_STATES}:
         examination.skip(
-            of_records,
-            f"the cache has no distributions of the next token, only {', '.join(planes)}",
+            of_entries,
+            f"the cache has no distributions of the next token, only {', '.join(arrays)}",
         )
         return None
     if not _over_tokens(opened[0]):
         kind = opened[0].manifest["alignment"]["kind"]
         examination.skip(
-            of_records, f"the cache holds no distributions over single tokens ({kind})"
+            of_entries, f"the cache holds no distributions over single tokens ({kind})"
         )
         return opened[0]
-    check_records(examination, opened[0], dataset)
+    check_entries(examination, opened[0], dataset)
     return opened[0]
 
 
@@ -269,13 +269,13 @@ def _check_student(
     length = min(
         model.config.max_position_embeddings, DEFAULT_LENGTH if cache is None else _length(cache)
     )
-    rows = PackedRows(dataset.split("train"), length)
-    batch = _choose(rows, config.rows, config.seed)
+    rows = PackedDataset(dataset.split("train"), length)
+    batch = _choose(rows, config.batch_size, config.seed)
     check_losses(examination, _positions(config, model, batch, cache), config.seed)
     check_rows(examination, model, batch)
 
 
-def _choose(rows: PackedRows, count: int, seed: int) -> Batch:
+def _choose(rows: PackedDataset, count: int, seed: int) -> Batch:
     """Some rows at random, half of them with many documents among those looked at."""
     indices = np.random.default_rng(seed).permutation(len(rows))[: 16 * count]
     order = np.argsort(-rows.batch(indices).segments.max(axis=1), kind="stable")
@@ -285,8 +285,8 @@ def _choose(rows: PackedRows, count: int, seed: int) -> Batch:
 
 
 def _over_tokens(cache: Cache) -> bool:
-    """Whether the cache has the ordinary records."""
-    return cache.manifest["alignment"]["kind"] != "prefixes"
+    """Whether the cache has the ordinary entries."""
+    return cache.manifest["alignment"]["kind"] != "byte_prefix"
 
 
 def _length(cache: Cache) -> int:
@@ -313,7 +313,7 @@ def _positions(
     """
     targets = np.flatnonzero(batch.labels.ravel() >= 0)
     if not len(targets):
-        raise XinslmError("the rows that were taken hold no target: ask for more --rows")
+        raise XinslmError("the rows that were taken hold no target: raise --batch-size")
     chosen = np.sort(np.random.default_rng(config.seed).permutation(targets)[: config.positions])
     with torch.no_grad():
         hidden = hidden_states(model, batch)
@@ -324,7 +324,7 @@ def _positions(
     sparse: SparseTargets
     split = cache.split("train") if cache is not None and _over_tokens(cache) else None
     if split is not None:
-        sparse, teacher = split.targets(batch.stream.ravel()[chosen]), "the cache's records"
+        sparse, teacher = split.targets(batch.stream.ravel()[chosen]), "the cache's entries"
     else:
         sparse, teacher = (
             _draw_teacher(model.config.vocab_size, labels, config.seed),

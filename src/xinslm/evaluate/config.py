@@ -25,7 +25,7 @@ class EvaluateConfig:
     """Part of a dataset folder to measure on."""
     max_documents: int | None = None
     """Measure on the first so many documents; more than there are is an error."""
-    context: int | None = None
+    max_seq_length: int | None = None
     """Longest window in tokens; by default the model's own context."""
     batch_tokens: int = 8192
     """Most tokens, padding included, in one forward pass; fewer need less memory."""
@@ -43,7 +43,7 @@ class EvaluateConfig:
         wrong = []
         if not self.data_path:
             wrong.append("--data-path is empty; name a dataset folder or raw files")
-        for name in ("max_documents", "context", "batch_tokens"):
+        for name in ("max_documents", "max_seq_length", "batch_tokens"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 wrong.append(f"{name} is {value}, but must be at least 1")

@@ -72,7 +72,7 @@ def run(config: EvaluateConfig, on_progress: Listener = ignore) -> Result:
     if config.run is not None:
         require_run(config.run)
     scorer, facts = load_scorer(
-        config.model, pick_device(config.device), config.dtype, config.context
+        config.model, pick_device(config.device), config.dtype, config.max_seq_length
     )
     on_progress(Progress("read documents"))
     items = read_items(config.data_path, config.split, scorer.tokenizer, config.max_documents)

@@ -92,7 +92,7 @@ def load_scorer(
     if context is not None:
         if context > scorer.max_length:
             raise UsageError(
-                f"--context {context}: {path} reads at most {scorer.max_length:,} tokens"
+                f"--max-seq-length {context}: {path} reads at most {scorer.max_length:,} tokens"
             )
         scorer.max_length = context
     file_bytes = sum(file.stat().st_size for file in weight_files(folder))

@@ -23,7 +23,7 @@ from torch import Tensor
 from xinslm.errors import UsageError, XinslmError
 from xinslm.inference.config import Sampling
 from xinslm.model.transformer import KVCache, Transformer
-from xinslm.topk import BLOCK, most_likely
+from xinslm.topk import BLOCK, blocked_topk
 
 PREFILL_TOKENS = 4096
 """Prompt tokens of one forward pass."""
@@ -192,7 +192,7 @@ class _Batches:
             logits = self._project(state)
             chosen = choose(logits, self.sampling, uniforms[row, step])
             if self.top:
-                tops[row, step] = most_likely(logits, self.top)[1].cpu().numpy()
+                tops[row, step] = blocked_topk(logits, self.top)[1].cpu().numpy()
             new = chosen.cpu().numpy()
             tokens[row, step], written[row] = new, step + 1
             ended[row] = np.isin(new, self.end_ids)
@@ -327,7 +327,7 @@ def kept_tokens(logits: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
     took a token out.
     """
     for k in (sampling.top_k,) if sampling.top_k else (256, logits.shape[1]):
-        values, ids = most_likely(logits, min(k, logits.shape[1]))
+        values, ids = blocked_topk(logits, min(k, logits.shape[1]))
         wide = values if values.device.type == "mps" else values.double()
         # Without top_k the filters look at the whole distribution, of which the first tokens are a
         # part.

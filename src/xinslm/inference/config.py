@@ -64,7 +64,7 @@ class GenerateConfig(Sampling):
     """Most tokens to write."""
     stop: tuple[str, ...] = ()
     """Texts that end the writing; they are not part of the result."""
-    context: int | None = None
+    max_seq_length: int | None = None
     """Longest text in tokens, prompt included; by default the model's own context."""
     device: Device = "auto"
     """Where to compute; auto takes cuda, then mps, then cpu."""
@@ -88,7 +88,7 @@ class ChatConfig(Sampling):
     """System message that opens the conversation."""
     max_new_tokens: int = 512
     """Most tokens of one answer."""
-    context: int | None = None
+    max_seq_length: int | None = None
     """Longest conversation in tokens; by default the model's own context."""
     device: Device = "auto"
     """Where to compute; auto takes cuda, then mps, then cpu."""

@@ -203,7 +203,7 @@ def run(config: GenerateConfig, on_text: Callable[[str], None] = lambda text: No
         raise UsageError(f"--max-new-tokens is {config.max_new_tokens}, but must be at least 1")
     if config.run is not None:
         require_run(config.run)
-    engine = TorchEngine.load(config.model, config.device, config.dtype, config.context)
+    engine = TorchEngine.load(config.model, config.device, config.dtype, config.max_seq_length)
     ids = prompt_ids(engine.tokenizer, prompt, config.chat)
     clock = Clock(len(ids))
     pieces = generate(

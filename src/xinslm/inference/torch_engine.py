@@ -46,7 +46,8 @@ class TorchEngine:
         own = model.config.max_position_embeddings
         if context_length is not None and not 1 <= context_length <= own:
             raise UsageError(
-                f"--context {context_length}: the context of {name} holds 1 to {own:,} tokens"
+                f"--max-seq-length {context_length}: the context of {name} holds 1 to {own:,} "
+                f"tokens"
             )
         check_vocabulary(model.config.vocab_size, tokenizer, name)
         self.model = model.to(device).eval().requires_grad_(False)

@@ -1,4 +1,4 @@
-"""The losses: the fused head, its divergences, and the forms of a teacher's word.
+"""The losses: the fused head, its divergences, and the kinds of teacher targets.
 
 from xinslm.losses import LossConfig, fused_loss, next_tokens
 """
@@ -8,19 +8,19 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from xinslm.losses.config import LossConfig
-    from xinslm.losses.fused import LossFigures, fused_loss, next_tokens
+    from xinslm.losses.fused import LossMetrics, fused_loss, next_tokens
     from xinslm.losses.targets import (
+        BucketTargets,
         DenseTargets,
-        GroupTargets,
         SparseTargets,
         Targets,
     )
 
 __all__ = [
+    "BucketTargets",
     "DenseTargets",
-    "GroupTargets",
     "LossConfig",
-    "LossFigures",
+    "LossMetrics",
     "SparseTargets",
     "Targets",
     "fused_loss",
@@ -29,7 +29,7 @@ __all__ = [
 
 _MODULES = {
     "LossConfig": "config",
-    "LossFigures": "fused",
+    "LossMetrics": "fused",
     "fused_loss": "fused",
     "next_tokens": "fused",
 }

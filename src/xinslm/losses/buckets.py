@@ -1,4 +1,4 @@
-"""The loss where a teacher is known over groups of tokens: those that begin with the same bytes.
+"""The loss where a teacher is known over buckets of tokens: those that begin with the same bytes.
 
 A token is its first bytes, then the next ones given those, and so on, and so is its divergence, by
 the chain rule:
@@ -8,8 +8,8 @@ the chain rule:
 The teacher's words along the text give KL_j for the text's own beginning, and the text is a draw
 from the expectation; so the sum of the levels, none weighed by how likely its beginning was, is
 right on average. Level j compares what follows in S_j, the tokens that begin with the text's first
-j pieces: groups, one of them S_(j+1), and the rest of S_j. A group's tokens share one gradient
-factor: what the student does inside it is left alone. Groups are ranges of the vocabulary in the
+j pieces: buckets, one of them S_(j+1), and the rest of S_j. A bucket's tokens share one gradient
+factor: what the student does inside it is left alone. Buckets are ranges of the vocabulary in the
 order of its bytes; a range inside another takes its tokens out of it.
 """
 
@@ -20,42 +20,42 @@ from torch import Tensor
 from xinslm.losses.config import LossConfig
 from xinslm.losses.divergences import bucket_divergence
 from xinslm.losses.inplace import add_at_labels_, softmax_, widest
-from xinslm.losses.targets import GroupTargets
+from xinslm.losses.targets import BucketTargets
 
 LEAST_P = 2e-9
 LEAST_Q = 1e-30
 
 
-def group_loss(
-    z: Tensor, labels: Tensor, s: GroupTargets, config: LossConfig, scale: float
+def bucket_loss(
+    z: Tensor, labels: Tensor, s: BucketTargets, config: LossConfig, scale: float
 ) -> tuple[Tensor, Tensor]:
     """Turn logits (rows, V) into the gradient of scale * (alpha*CE + beta*KD), in place; return
     both sums in nats.
 
     KD is the sum of D(p, q) over the levels; where the teacher says nothing, the cross-entropy.
     """
-    told = s.valid[:, None].to(z.dtype)
-    beta = (config.beta * scale) * told
+    covered = s.valid_mask[:, None].to(z.dtype)
+    beta = (config.beta * scale) * covered
     alpha = (config.alpha + config.beta) * scale - beta
     at_label = z.gather(1, labels[:, None])
     ce = softmax_(z) - at_label
-    group, inside = assign(s, z.shape[1])
+    bucket, inside = assign(s, z.shape[1])
     q = z.new_zeros(len(z), s.begins.shape[1] + 1, dtype=widest(z)).scatter_add_(
-        1, group, z.to(widest(z))
+        1, bucket, z.to(widest(z))
     )
     kd, factor = _levels(s, q, inside, config)
-    z.mul_(alpha + beta * factor.to(z.dtype).gather(1, group))
+    z.mul_(alpha + beta * factor.to(z.dtype).gather(1, bucket))
     add_at_labels_(z, labels, -alpha)
-    return ce.sum(dtype=widest(z)), torch.where(s.valid, kd, ce[:, 0].to(kd.dtype)).sum()
+    return ce.sum(dtype=widest(z)), torch.where(s.valid_mask, kd, ce[:, 0].to(kd.dtype)).sum()
 
 
-def assign(s: GroupTargets, width: int) -> tuple[Tensor, Tensor]:
+def assign(s: BucketTargets, width: int) -> tuple[Tensor, Tensor]:
     """The innermost range of each token, (rows, width) int64, 0 for none and g + 1 for column g.
 
-    Also which range lies in which, (rows, groups, groups) bool: [r, i, j] where j is inside i and
+    Also which range lies in which, (rows, buckets, buckets) bool: [r, i, j] where j is inside i and
     smaller.
     """
-    rows, groups = s.begins.shape
+    rows, buckets = s.begins.shape
     sizes = s.ends - s.begins
     inside = (s.begins[:, :, None] <= s.begins[:, None, :]) & (
         s.ends[:, :, None] >= s.ends[:, None, :]
@@ -64,24 +64,24 @@ def assign(s: GroupTargets, width: int) -> tuple[Tensor, Tensor]:
     around = torch.where(inside, sizes[:, :, None], len(s.order) + 1)
     # number of the smallest range around each
     outer = torch.where(inside.any(dim=1), around.argmin(dim=1) + 1, 0)
-    step = torch.arange(1, groups + 1, device=sizes.device) - outer
+    step = torch.arange(1, buckets + 1, device=sizes.device) - outer
     paint = sizes.new_zeros(rows, len(s.order) + 1)
     paint.scatter_add_(1, s.begins, step).scatter_add_(1, s.ends, -step)
-    group = sizes.new_zeros(rows, width)
-    group[:, s.order] = paint.cumsum(dim=1)[:, :-1]
-    return group, inside
+    bucket = sizes.new_zeros(rows, width)
+    bucket[:, s.order] = paint.cumsum(dim=1)[:, :-1]
+    return bucket, inside
 
 
 def _levels(
-    s: GroupTargets, q: Tensor, inside: Tensor, config: LossConfig
+    s: BucketTargets, q: Tensor, inside: Tensor, config: LossConfig
 ) -> tuple[Tensor, Tensor]:
-    """Divergence of each row, (rows,), and the gradient's factor of each group's tokens, (rows, 1 +
-    groups).
+    """Divergence of each row, (rows,), and the gradient's factor of each bucket's tokens, (rows, 1
+    + buckets).
 
-    q: (rows, 1 + groups), the student's mass of the tokens whose innermost range that is; 0 stands
+    q: (rows, 1 + buckets), the student's mass of the tokens whose innermost range that is; 0 stands
     for none.
     """
-    rows, groups = s.begins.shape
+    rows, buckets = s.begins.shape
     # the ranges inside counted in
     whole = q[:, 1:] + (inside.to(q.dtype) * q[:, None, 1:]).sum(dim=2)
     there = s.ends > s.begins
@@ -90,7 +90,7 @@ def _levels(
     before = q.new_zeros(rows, 1)  # what the levels so far add to all tokens of this level's set
     # the column whose own tokens are the rest of this level's set
     rest_at = s.begins.new_zeros(rows, 1)
-    for level in range(int(s.levels.max()) + 1 if groups else 0):
+    for level in range(int(s.levels.max()) + 1 if buckets else 0):
         mine = there & (s.levels == level)
         onward = mine & s.onward
         speaks, goes_on = mine.any(dim=1, keepdim=True), onward.any(dim=1, keepdim=True)

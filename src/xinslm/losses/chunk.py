@@ -2,15 +2,16 @@
 
 One softmax in place, one sum over the tail and one multiplication are all that passes over (rows,
 vocabulary); the rest works on the h + n + 1 places of a row that the teacher names. Every
-divergence from a sparse teacher is one over the buckets {each head token, tail} (`divergences`). KD
-by forward KL adds what the draws say about the tail's inside:
+divergence from a sparse teacher is one over the buckets {each top-k token, tail} (`divergences`).
+KD by forward KL adds what the tail samples say about the tail's inside:
 
-    R [log Q - mean of log q_j over the draws]     R, Q: the tail's mass of teacher and student
+    R [log Q - mean of log q_j over the tail samples]     R, Q: the tail's mass of teacher and
+    student
 
 which is never negative and makes the expected gradient the full-vocabulary one. Where the tail's
 inside is unknown (another tokenizer, an endpoint's few log-probabilities), the text is the draw:
 log Q - log q_label, if the label is there. Temperature (Hinton et al. 2015) with T^2 in value and
-gradient; `decoupled` is the chain rule with T inside the head alone.
+gradient; `decoupled` is the chain rule with T inside the top k alone.
 
 Where the teacher says nothing about a position, the text stands in for it: KD is the cross-entropy
 there.
@@ -20,11 +21,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from xinslm.losses.buckets import group_loss
+from xinslm.losses.buckets import bucket_loss
 from xinslm.losses.config import LossConfig
 from xinslm.losses.divergences import bucket_divergence
 from xinslm.losses.inplace import add_at_labels_, softmax_, widest
-from xinslm.losses.targets import GroupTargets, SparseTargets
+from xinslm.losses.targets import BucketTargets, SparseTargets
 
 LEAST_LOG_P = -100.0
 """Least log-probability of a dense teacher: what has no mass must not make a reversed divergence
@@ -39,7 +40,7 @@ DENSE_ROWS = 32
 def chunk_loss(
     z: Tensor,
     labels: Tensor,
-    targets: SparseTargets | GroupTargets | Tensor | None,
+    targets: SparseTargets | BucketTargets | Tensor | None,
     config: LossConfig,
     scale: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
@@ -51,8 +52,8 @@ def chunk_loss(
     nothing = z.new_zeros((), dtype=widest(z))
     if targets is None or config.beta == 0.0:
         return _cross_entropy(z, labels, config.alpha * scale).sum(dtype=widest(z)), nothing
-    if isinstance(targets, GroupTargets):
-        return group_loss(z, labels, targets, config, scale)
+    if isinstance(targets, BucketTargets):
+        return bucket_loss(z, labels, targets, config, scale)
     if isinstance(targets, Tensor):
         sums = torch.stack((nothing, nothing))
         for part in (slice(at, at + DENSE_ROWS) for at in range(0, len(z), DENSE_ROWS)):
@@ -136,101 +137,105 @@ def _dense_forward(
 def _sparse(
     z: Tensor, labels: Tensor, s: SparseTargets, config: LossConfig, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """KD over head and tail at temperature 1, for forward KL with the draws and with T inside the
-    head.
+    """KD over top k and tail at temperature 1, for forward KL with the tail samples and with T
+    inside the top k.
 
-    In the tail, every logit's gradient is q_k times one factor of its row, plus what the draws add
-    at their places.
+    In the tail, every logit's gradient is q_k times one factor of its row, plus what the tail
+    samples add at their places.
     """
-    told = s.valid[:, None].to(z.dtype)
-    beta = (config.beta * scale) * told
+    covered = s.valid_mask[:, None].to(z.dtype)
+    beta = (config.beta * scale) * covered
     alpha = (config.alpha + config.beta) * scale - beta
-    at_label, at_head, at_draws = (
+    at_label, at_top_k, at_samples = (
         z.gather(1, labels[:, None]),
-        z.gather(1, s.head_ids),
+        z.gather(1, s.top_k_ids),
         z.gather(1, s.tail_ids),
     )
     log_total = softmax_(z)
-    q_head, q_tail = _take(z, s.head_ids)
+    q_top_k, q_tail = _take(z, s.top_k_ids)
     log_p = (
-        torch.cat((s.head_log_probs, s.log_tail[:, None]), dim=1)
+        torch.cat((s.top_k_log_probs, s.log_tail[:, None]), dim=1)
         .to(z.dtype)
         .clamp_min(LEAST_SPARSE_LOG_P)
     )
     log_q_tail = q_tail.log()
     if config.temperature == 1.0:
-        log_q = torch.cat((at_head - log_total, log_q_tail), dim=1)
+        log_q = torch.cat((at_top_k - log_total, log_q_tail), dim=1)
         values, slopes = bucket_divergence(log_p, log_q, config)
         all_slopes = slopes.sum(dim=1, keepdim=True)
         tail_factor = slopes[:, -1:] / q_tail - all_slopes
-        head_grad = slopes[:, :-1] - q_head * all_slopes
+        top_k_grad = slopes[:, :-1] - q_top_k * all_slopes
         kd = values.sum(dim=1, keepdim=True)
     else:
-        kd, head_grad, tail_factor = _decoupled(at_head, q_head, q_tail, log_p, config.temperature)
+        kd, top_k_grad, tail_factor = _decoupled(
+            at_top_k, q_top_k, q_tail, log_p, config.temperature
+        )
     ce = log_total - at_label
-    draws, lam = at_draws.shape[1], config.draws_weight
+    num_samples, lam = at_samples.shape[1], config.effective_tail_weight
     by_text = lam * (
-        s.unknown_tail[:, None] & (s.head_ids != labels[:, None]).all(dim=1, keepdim=True)
+        s.unknown_tail[:, None] & (s.top_k_ids != labels[:, None]).all(dim=1, keepdim=True)
     ).to(z.dtype)
     kd = kd + by_text * (log_q_tail + ce)
     tail_factor = tail_factor + by_text / q_tail
-    if draws and lam:
-        by_draws = lam * s.has_draws[:, None].to(z.dtype) * s.log_tail.to(z.dtype).exp()[:, None]
-        kd = kd + by_draws * (log_q_tail - (at_draws - log_total).mean(dim=1, keepdim=True))
-        tail_factor = tail_factor + by_draws / q_tail
+    if num_samples and lam:
+        by_samples = (
+            lam * s.has_tail_samples[:, None].to(z.dtype) * s.log_tail.to(z.dtype).exp()[:, None]
+        )
+        kd = kd + by_samples * (log_q_tail - (at_samples - log_total).mean(dim=1, keepdim=True))
+        tail_factor = tail_factor + by_samples / q_tail
     z.mul_(alpha + beta * tail_factor)
-    z.scatter_(1, s.head_ids, alpha * q_head + beta * head_grad)
-    if draws and lam:
-        z.scatter_add_(1, s.tail_ids, (-beta * by_draws / draws).expand(-1, draws))
+    z.scatter_(1, s.top_k_ids, alpha * q_top_k + beta * top_k_grad)
+    if num_samples and lam:
+        z.scatter_add_(1, s.tail_ids, (-beta * by_samples / num_samples).expand(-1, num_samples))
     add_at_labels_(z, labels, -alpha - beta * by_text)
-    return ce.sum(dtype=widest(z)), torch.where(s.valid[:, None], kd, ce).sum(dtype=widest(z))
+    return ce.sum(dtype=widest(z)), torch.where(s.valid_mask[:, None], kd, ce).sum(dtype=widest(z))
 
 
 def _decoupled(
-    at_head: Tensor, q_head: Tensor, q_tail: Tensor, log_p: Tensor, t: float
+    at_top_k: Tensor, q_top_k: Tensor, q_tail: Tensor, log_p: Tensor, t: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Forward KL of the split head/tail at temperature 1, T inside the head: value, gradient in the
-    head, tail factor.
+    """Forward KL of the split top-k/tail at temperature 1, T inside the top k: value, gradient in
+    the top k, tail factor.
 
-    With P and P_q the head's mass of teacher and student, ~ what is renormalised in the head at
-    temperature T: the gradient in the head is q_k (1 - P/P_q) + P T (q~_k - p~_k), the tail's
+    With P and P_q the top k's mass of teacher and student, ~ what is renormalised in the top k at
+    temperature T: the gradient in the top k is q_k (1 - P/P_q) + P T (q~_k - p~_k), the tail's
     factor 1 - R/Q.
     """
     p = log_p.exp()
     mass, tail = p[:, :-1].sum(dim=1, keepdim=True), p[:, -1:]
-    q_mass = q_head.sum(dim=1, keepdim=True).clamp_min(torch.finfo(q_head.dtype).tiny)
+    q_mass = q_top_k.sum(dim=1, keepdim=True).clamp_min(torch.finfo(q_top_k.dtype).tiny)
     log_p_in, log_q_in = (
         torch.log_softmax(log_p[:, :-1] / t, dim=1),
-        torch.log_softmax(at_head / t, dim=1),
+        torch.log_softmax(at_top_k / t, dim=1),
     )
     inside = (log_p_in.exp() * (log_p_in - log_q_in)).sum(dim=1, keepdim=True)
     split = mass * (mass / q_mass).log() + tail * (log_p[:, -1:] - q_tail.log())
-    head_grad = q_head * (1 - mass / q_mass) + mass * t * (log_q_in.exp() - log_p_in.exp())
-    return split + mass * t * t * inside, head_grad, 1 - tail / q_tail
+    top_k_grad = q_top_k * (1 - mass / q_mass) + mass * t * (log_q_in.exp() - log_p_in.exp())
+    return split + mass * t * t * inside, top_k_grad, 1 - tail / q_tail
 
 
 def _sparse_full(
     z: Tensor, labels: Tensor, s: SparseTargets, config: LossConfig, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """KD over the buckets {head tokens, tail}, both sides tempered; the teacher's come from the
+    """KD over the buckets {top-k tokens, tail}, both sides tempered; the teacher's come from the
     cached Z_T.
     """
     t = config.temperature
-    told = s.valid[:, None].to(z.dtype)
+    covered = s.valid_mask[:, None].to(z.dtype)
     q = z / t
-    at_head = q.gather(1, s.head_ids)
+    at_top_k = q.gather(1, s.top_k_ids)
     log_total = softmax_(q)
-    q_head, q_tail = _take(q, s.head_ids)
-    log_p_head = s.head_log_probs.to(z.dtype) / t - s.log_z[:, None]
-    tail = (1 - log_p_head.exp().sum(dim=1, keepdim=True)).clamp_min(torch.finfo(z.dtype).tiny)
-    log_p = torch.cat((log_p_head, tail.log()), dim=1).clamp_min(LEAST_SPARSE_LOG_P)
+    q_top_k, q_tail = _take(q, s.top_k_ids)
+    log_p_top_k = s.top_k_log_probs.to(z.dtype) / t - s.log_z[:, None]
+    tail = (1 - log_p_top_k.exp().sum(dim=1, keepdim=True)).clamp_min(torch.finfo(z.dtype).tiny)
+    log_p = torch.cat((log_p_top_k, tail.log()), dim=1).clamp_min(LEAST_SPARSE_LOG_P)
     values, slopes = bucket_divergence(
-        log_p, torch.cat((at_head - log_total, q_tail.log()), dim=1), config
+        log_p, torch.cat((at_top_k - log_total, q_tail.log()), dim=1), config
     )
     all_slopes = slopes.sum(dim=1, keepdim=True)
     q.mul_(slopes[:, -1:] / q_tail - all_slopes)
-    q.scatter_(1, s.head_ids, slopes[:, :-1] - q_head * all_slopes)
-    ce = _cross_entropy(z, labels, (config.alpha + config.beta * (1 - told)) * scale)
-    z.add_(q.mul_(config.beta * t * scale * told))
-    values = torch.where(s.valid[:, None], t * t * values.sum(dim=1, keepdim=True), ce)
+    q.scatter_(1, s.top_k_ids, slopes[:, :-1] - q_top_k * all_slopes)
+    ce = _cross_entropy(z, labels, (config.alpha + config.beta * (1 - covered)) * scale)
+    z.add_(q.mul_(config.beta * t * scale * covered))
+    values = torch.where(s.valid_mask[:, None], t * t * values.sum(dim=1, keepdim=True), ce)
     return ce.sum(dtype=widest(z)), values.sum(dtype=widest(z))

@@ -28,12 +28,12 @@ class LossConfig:
     temperature: float = 1.0
     """T, which softens both distributions; T^2 keeps the gradient's size."""
     temperature_mode: Literal["decoupled", "full"] = "decoupled"
-    """decoupled: T inside the cached head only, exact. full: T everywhere, the cache's own T
+    """decoupled: T inside the cached top k only, exact. full: T everywhere, the cache's own T
     required.
     """
     tail_weight: float | None = None
-    """How much the draws from the teacher's tail count, or the text where the tail's inside is
-    unknown: 1 is unbiased, 0 makes the tail one bucket. By default 1 where draws can be used
+    """How much the tail samples count, or the text where the tail's inside is
+    unknown: 1 is unbiased, 0 makes the tail one bucket. By default 1 where tail samples can be used
     (forward_kl, no T on the tail), else 0."""
     divergence: Divergence = "forward_kl"
     """Divergence of the student q from the teacher p. forward_kl covers all the teacher does;
@@ -46,7 +46,7 @@ class LossConfig:
     """Share of the first distribution in the second, for skew_kl and skew_reverse_kl."""
 
     @property
-    def draws_weight(self) -> float:
+    def effective_tail_weight(self) -> float:
         """`tail_weight`, or what it is when left out."""
         if self.tail_weight is not None:
             return self.tail_weight
@@ -61,12 +61,12 @@ class LossConfig:
         tempered, forward = self.temperature != 1, self.divergence == "forward_kl"
         if self.temperature_mode == "full" and tempered and self.tail_weight:
             wrong.append(
-                "loss.temperature_mode full has no draws at T: set loss.tail_weight to "
+                "loss.temperature_mode full has no tail samples at T: set loss.tail_weight to "
                 "0, or leave it out"
             )
         if not forward and self.tail_weight:
             wrong.append(
-                f"loss.divergence {self.divergence} cannot use draws from the teacher's tail, "
+                f"loss.divergence {self.divergence} cannot use tail samples, "
                 "only forward_kl is "
                 f"linear in them: set loss.tail_weight to 0, or leave it out"
             )

@@ -3,7 +3,7 @@
     loss = (alpha * CE + beta * KD) / normaliser
 
 CE is against the token that came, KD against a teacher: sparse, from a cache (`SparseTargets`),
-dense, live (`DenseTargets`), or over buckets of tokens (`GroupTargets`).
+dense, live (`DenseTargets`), or over buckets of tokens (`BucketTargets`).
 KD is one of five divergences (`divergences`, `chunk`); nothing is renormalised away, the mass
 outside the cached head is always a bucket of its own, and where the teacher says nothing the text
 has the whole weight. A chunk's (rows, vocabulary) logits become its gradient in place, so no graph
@@ -11,7 +11,7 @@ and no second copy exist; the head's gradient is summed in float32. A pure funct
 training loop:
 
     rows, labels, _ = next_tokens(model.model(input_ids).last_hidden_state,
-    input_ids_with_minus_100) loss, figures = fused_loss(rows, model.lm_head.weight, labels,
+    input_ids_with_minus_100) loss, metrics = fused_loss(rows, model.lm_head.weight, labels,
     targets, LossConfig(alpha=0.1, beta=0.9)) loss.backward()
 
 `weight` may be computed (base + adapter, a tied embedding): its gradient flows on. A logit scale
@@ -27,18 +27,18 @@ from torch import Tensor
 from xinslm.losses.chunk import chunk_loss
 from xinslm.losses.config import LossConfig
 from xinslm.losses.inplace import widest
-from xinslm.losses.targets import GroupTargets, Targets
+from xinslm.losses.targets import BucketTargets, Targets
 
 
 @dataclass(frozen=True)
-class LossFigures:
+class LossMetrics:
     """Sums over the N positions, for reporting: divide by the number of positions."""
 
     ce: float
     """Cross-entropy, nats."""
     kd: float
-    """Distillation term with its T^2, nats; where draws count, up to a constant that no student can
-    change.
+    """Distillation term with its T^2, nats; where tail samples count, up to a constant that no
+    student can change.
     """
 
 
@@ -67,7 +67,7 @@ def fused_loss(
     chunk_rows: int = 256,
     bias: Tensor | None = None,
     softcap: float | None = None,
-) -> tuple[Tensor, LossFigures]:
+) -> tuple[Tensor, LossMetrics]:
     """Distillation loss of N positions, with gradients for `hidden`, `weight` and `bias` computed
     on the way.
 
@@ -82,9 +82,9 @@ def fused_loss(
         config = replace(config, alpha=config.alpha + config.beta, beta=0.0)
     if wrong := config.errors():
         raise ValueError("; ".join(wrong))
-    if isinstance(targets, GroupTargets) and config.temperature != 1:
+    if isinstance(targets, BucketTargets) and config.temperature != 1:
         raise ValueError(
-            "inside a group of tokens the teacher is unknown, at any T but 1: set "
+            "inside a bucket of tokens the teacher is unknown, at any T but 1: set "
             "loss.temperature to 1"
         )
     if labels.device.type == "cpu" and bool(((labels < 0) | (labels >= weight.shape[0])).any()):
@@ -102,7 +102,7 @@ def fused_loss(
         hidden, weight, bias, labels, targets, config, count, chunk_rows, softcap
     )
     ce, kd = sums.tolist()
-    return loss, LossFigures(ce, kd)
+    return loss, LossMetrics(ce, kd)
 
 
 class _FusedHead(torch.autograd.Function):

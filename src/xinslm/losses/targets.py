@@ -20,26 +20,26 @@ NO_MASS = -12.0
 @dataclass(frozen=True)
 class SparseTargets:
     """A teacher's next-token distribution for N positions: h tokens exactly, the rest as mass and n
-    draws.
+    tail samples.
     """
 
-    head_ids: Tensor
+    top_k_ids: Tensor
     """(N, h) int64, distinct in a row."""
-    head_log_probs: Tensor
+    top_k_log_probs: Tensor
     """(N, h) float32; with `log_tail` they are the logarithm of a distribution."""
     log_tail: Tensor
-    """(N,) float32: log of the mass outside the head."""
+    """(N,) float32: log of the mass outside the top k."""
     tail_ids: Tensor
     """(N, n) int64: tokens drawn from the teacher's tail; each stands for 1/n of the tail's
     mass.
     """
-    has_draws: Tensor
-    """(N,) bool: whether the draws cover the whole tail; where not, nobody knows how its mass is
-    shared out.
+    has_tail_samples: Tensor
+    """(N,) bool: whether the tail samples cover the whole tail; where not, nobody knows how its
+    mass is shared out.
     """
     log_z: Tensor
     """(N,) float32: log of sum p^(1/T) over the vocabulary at the cache's temperature."""
-    valid: Tensor
+    valid_mask: Tensor
     """(N,) bool: whether the teacher says anything about this position."""
 
     def __getitem__(self, rows: Any) -> "SparseTargets":
@@ -50,7 +50,7 @@ class SparseTargets:
         """(N,) bool: where the tail has mass and the text must stand in for the teacher inside
         it.
         """
-        return self.valid & ~self.has_draws & (self.log_tail > NO_MASS)
+        return self.valid_mask & ~self.has_tail_samples & (self.log_tail > NO_MASS)
 
     def to(self, device: torch.device | str) -> "SparseTargets":
         """Move all tensors to `device`."""
@@ -75,8 +75,8 @@ class DenseTargets:
 
 
 @dataclass(frozen=True)
-class GroupTargets:
-    """A teacher's next-token distribution over groups of tokens: ranges of the vocabulary in the
+class BucketTargets:
+    """A teacher's next-token distribution over buckets of tokens: ranges of the vocabulary in the
     order of its bytes.
 
     On level 0 they divide the vocabulary, on level j the tokens that begin with the text's first j
@@ -86,31 +86,33 @@ class GroupTargets:
     order: Tensor
     """(V,) int64: the token at each place."""
     begins: Tensor
-    """(N, k) int64: first place of each group. Ranges are apart or one in another, and no two of a
+    """(N, k) int64: first place of each bucket. Ranges are apart or one in another, and no two of a
     row the same.
     """
     ends: Tensor
-    """(N, k) int64: the place behind its last; `begins` where there is no group."""
+    """(N, k) int64: the place behind its last; `begins` where there is no bucket."""
     probs: Tensor
-    """(N, k) float32: share of each group in its level's set, without groups of its level inside
+    """(N, k) float32: share of each bucket in its level's set, without buckets of its level inside
     it; what is left to 1 is on the set's other tokens."""
     levels: Tensor
     """(N, k) int64."""
     onward: Tensor
-    """(N, k) bool: whether the group is the next level's set; at most one a level, with all that is
-    inside it.
+    """(N, k) bool: whether the bucket is the next level's set; at most one a level, with all that
+    is inside it.
     """
-    valid: Tensor
+    valid_mask: Tensor
     """(N,) bool: whether the teacher says anything about this position."""
 
-    def __getitem__(self, rows: Any) -> "GroupTargets":
-        return GroupTargets(
+    def __getitem__(self, rows: Any) -> "BucketTargets":
+        return BucketTargets(
             self.order, *(getattr(self, n)[rows] for n in self.__dataclass_fields__ if n != "order")
         )
 
-    def to(self, device: torch.device | str) -> "GroupTargets":
+    def to(self, device: torch.device | str) -> "BucketTargets":
         """Move all tensors to `device`."""
-        return GroupTargets(*(getattr(self, name).to(device) for name in self.__dataclass_fields__))
+        return BucketTargets(
+            *(getattr(self, name).to(device) for name in self.__dataclass_fields__)
+        )
 
 
-Targets = SparseTargets | DenseTargets | GroupTargets
+Targets = SparseTargets | DenseTargets | BucketTargets

@@ -136,13 +136,13 @@ def open_tensors(file: Path) -> safe_open:
 
 
 def load_model(
-    folder: Path | str, dtype: torch.dtype = torch.float32, checkpointing: bool = False
+    folder: Path | str, dtype: torch.dtype = torch.float32, gradient_checkpointing: bool = False
 ) -> Transformer:
     """Load a Llama or Mistral folder into the student's model, weights converted to `dtype`."""
     folder = resolve_model(folder)
     config = load_config(folder)
     with torch.device("meta"):
-        model = Transformer(config, checkpointing)
+        model = Transformer(config, gradient_checkpointing)
     expected = {name: tensor.shape for name, tensor in model.state_dict().items()}
     loaded: dict[str, Tensor] = {}
     for name, tensor in read_tensors(folder):

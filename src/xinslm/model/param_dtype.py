@@ -62,7 +62,7 @@ class _WideEmbedding(torch.autograd.Function):
         return None, total.to(ctx.dtype), None
 
 
-def narrow_matrices(model: nn.Module) -> None:
+def cast_matrices_to_bfloat16(model: nn.Module) -> None:
     """Store a model's matrices in bfloat16, one after another; vectors stay float32, they are
     few.
     """

@@ -188,16 +188,16 @@ class Decoder(nn.Module):
 
 
 class Transformer(nn.Module):
-    """A causal language model; `checkpointing` trades a second forward pass for memory in
+    """A causal language model; `gradient_checkpointing` trades a second forward pass for memory in
     training.
     """
 
     frequencies: Tensor
 
-    def __init__(self, config: ModelConfig, checkpointing: bool = False) -> None:
+    def __init__(self, config: ModelConfig, gradient_checkpointing: bool = False) -> None:
         super().__init__()
         config.check()
-        self.config, self.checkpointing = config, checkpointing
+        self.config, self.gradient_checkpointing = config, gradient_checkpointing
         self.compute_dtype: torch.dtype | None = None
         """Type of the residual stream and of the products; None: the weights' own."""
         self.model = Decoder(config)
@@ -264,14 +264,14 @@ class Transformer(nn.Module):
         positions: Tensor | None = None,
         segments: Tensor | None = None,
         cache: KVCache | None = None,
-        taps: Sequence[int] = (),
+        layers: Sequence[int] = (),
     ) -> Any:
         """Run the blocks and the final norm: ids (B, T) -> (B, T, hidden).
 
         `positions` (B, T) restart at each document of a packed row, `segments` (B, T) number those
         documents: attention never crosses them. With a `cache` the ids continue what it holds;
-        packed rows have none. With `taps`, numbers of blocks from 1, a pair is returned: that, and
-        what comes out of each of those blocks.
+        packed rows have none. With `layers`, numbers of blocks from 1, a pair is returned: that,
+        and what comes out of each of those blocks.
         """
         assert cache is None or segments is None, (
             "packed rows are for training, a cache is for generation"
@@ -289,13 +289,13 @@ class Transformer(nn.Module):
         cos, sin = self.rotary(positions, x.dtype)
         outputs = {}
         for depth, block in enumerate(self.model.layers, start=1):
-            if self.checkpointing and self.training:
+            if self.gradient_checkpointing and self.training:
                 x = checkpoint(block, x, cos, sin, mask, use_reentrant=False)
             else:
                 x = block(x, cos, sin, mask, cache)
-            if depth in taps:
+            if depth in layers:
                 outputs[depth] = x
         if cache is not None:
             cache.length += length
         hidden = self.model.norm(x)
-        return (hidden, [outputs[depth] for depth in taps]) if taps else hidden
+        return (hidden, [outputs[depth] for depth in layers]) if layers else hidden

@@ -14,8 +14,8 @@ _PLAN = {
     "tokens": Range(1),
     "teacher_parameters": POSITIVE,
     "hourly_price": Range(0),
-    "head": Range(1, 256),
-    "draws": Range(0, 64),
+    "top_k": Range(1, 256),
+    "tail_samples": Range(0, 64),
 }
 
 
@@ -37,11 +37,11 @@ class PlanConfig(DistillConfig):
     """Parameters of the teacher in billions, where --teacher is no folder here."""
     hourly_price: float | None = None
     """Price of a machine's hour, for the cost of each stage."""
-    head: int | None = None
+    top_k: int | None = None
     """Most likely tokens a cache keeps at each position; by default 4, or 11 where there are no
-    draws.
+    tail samples.
     """
-    draws: int = 10
+    tail_samples: int = 10
     """Drawn tokens a cache keeps at each position."""
 
     def errors(self) -> list[str]:

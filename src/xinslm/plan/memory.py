@@ -5,10 +5,10 @@ Counted is what autograd keeps of a block, tensor by tensor (`kept_by_block`), w
 pass adds, weights, moments and gradients, and the fused head. The peak is the largest of four
 moments of a step: the loss, while all activations are kept; the start of the backward pass; its
 end, at the embedding; the optimiser. That holds where freed memory is given back, as it is with
-`checkpointing`; elsewhere what one moment frees is still there at the next, and the parts add up
-with gaps between them. Not counted are the interpreter with its libraries (`RUNTIME_GIB`) and the
-mapped dataset and cache, which the system can drop at any time. `benchmarks/plan_accuracy.py`
-compares with measured peaks.
+`gradient_checkpointing`; elsewhere what one moment frees is still there at the next, and the parts
+add up with gaps between them. Not counted are the interpreter with its libraries (`RUNTIME_GIB`)
+and the mapped dataset and cache, which the system can drop at any time.
+`benchmarks/plan_accuracy.py` compares with measured peaks.
 """
 
 from dataclasses import dataclass
@@ -101,8 +101,8 @@ def step_memory(shape: ModelConfig, config: PretrainConfig) -> Memory:
     d, f, vocabulary = shape.hidden_size, shape.intermediate_size, shape.vocab_size
     rows = config.micro_batch_size or config.batch_size
     tokens, layers = rows * config.max_seq_length, shape.num_hidden_layers
-    width = 4 if config.dtype == "float32" else 2
-    stored = 4 if config.weights == "float32" else 2
+    width = 4 if config.compute_dtype == "float32" else 2
+    stored = 4 if config.param_dtype == "float32" else 2
     all_matrices, vectors = matrices(shape), num_vectors(shape)
     numbers = sum(m.size * m.count for m in all_matrices)
     weights = numbers * stored + 4 * vectors
@@ -115,7 +115,7 @@ def step_memory(shape: ModelConfig, config: PretrainConfig) -> Memory:
     passing = 4 * tokens * max(2 * d + 3 * f * width // 4, 4 * d)
     # the copy that is multiplied
     widened = 4 * (max(m.size for m in all_matrices) if stored == 2 else 0)
-    if config.checkpointing:
+    if config.gradient_checkpointing:
         kept, inside = (layers + 3) * 4 * tokens * d, block
     else:
         kept, inside = layers * block + 3 * 4 * tokens * d, 0
@@ -124,7 +124,7 @@ def step_memory(shape: ModelConfig, config: PretrainConfig) -> Memory:
     loss = tokens * (2 * 4 * d + TARGET_BYTES) + 2 * 4 * min(LOSS_ROWS, tokens) * vocabulary
     head_gradient = embedding * stored
     accumulating = rows < config.batch_size
-    gradients = 0 if config.step_in_backward else numbers * stored + 4 * vectors
+    gradients = 0 if config.optimizer_in_backward else numbers * stored + 4 * vectors
     single = max(m.size for m in all_matrices if m.hidden) * (stored + 4)
     begun = gradients if accumulating else head_gradient
     temporary = _temporary(all_matrices, config)
@@ -136,26 +136,26 @@ def step_memory(shape: ModelConfig, config: PretrainConfig) -> Memory:
             "head and loss": head + loss,
         },
         "the start of the backward pass": {
-            "gradients": begun + (single if config.step_in_backward else 0),
+            "gradients": begun + (single if config.optimizer_in_backward else 0),
             "activations": kept + inside + mask + passing + widened,
             "head and loss": 4 * tokens * d,
         },
         "the end of the backward pass": {
             "gradients": gradients
             + embedding * (stored + 4)
-            + (head_gradient if config.step_in_backward else 0),
+            + (head_gradient if config.optimizer_in_backward else 0),
             "activations": (inside or block) + mask + passing,
             "head and loss": 0,
         },
         "the optimiser's step": {
-            "gradients": gradients + (2 * head_gradient if config.step_in_backward else 0),
+            "gradients": gradients + (2 * head_gradient if config.optimizer_in_backward else 0),
             "activations": 0,
             "head and loss": 0,
             "optimiser's temporaries": temporary,
         },
     }
     always = {"weights": weights, "optimiser's states": moments}
-    if config.checkpointing:
+    if config.gradient_checkpointing:
         found = [Memory(moment, always | parts) for moment, parts in moments_of_step.items()]
         return max(found, key=lambda memory: memory.peak)
     names = dict.fromkeys(name for parts in moments_of_step.values() for name in parts)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from xinslm.cache.config import head_size
+from xinslm.cache.config import default_top_k
 from xinslm.cache.entries import CacheFormat
 from xinslm.errors import UsageError
 from xinslm.files import MANIFEST
@@ -21,14 +21,14 @@ from xinslm.train.inputs import shape
 
 GIB = 1 << 30
 SAVERS: tuple[tuple[str, dict[str, Any]], ...] = (
-    ("--checkpointing", {"checkpointing": True}),
+    ("--gradient-checkpointing", {"gradient_checkpointing": True}),
     ("--micro-batch-size 1", {"micro_batch_size": 1}),
     ("--optimizer adamw8bit", {"optimizer": "adamw8bit"}),
     (
-        "--batch-size 1 --step-in-backward",
-        {"batch_size": 1, "micro_batch_size": None, "step_in_backward": True},
+        "--batch-size 1 --optimizer-in-backward",
+        {"batch_size": 1, "micro_batch_size": None, "optimizer_in_backward": True},
     ),
-    ("--weights bfloat16", {"weights": "bfloat16"}),
+    ("--param-dtype bfloat16", {"param_dtype": "bfloat16"}),
 )
 """What saves memory, what costs least first."""
 
@@ -51,7 +51,7 @@ class PlanResult:
     shape: ModelConfig
     tokens: int
     memory: Memory
-    beside: dict[str, int]
+    other_models: dict[str, int]
     """Bytes of what is in memory besides the student: a live teacher."""
     stages: tuple[Stage, ...]
     devices: tuple[Device, ...]
@@ -61,7 +61,7 @@ class PlanResult:
     @property
     def needed(self) -> int:
         """Bytes of the whole process at its peak."""
-        return self.memory.peak + sum(self.beside.values()) + int(RUNTIME_GIB * GIB)
+        return self.memory.peak + sum(self.other_models.values()) + int(RUNTIME_GIB * GIB)
 
     def describe(self) -> str:
         """Tables for the terminal."""
@@ -74,7 +74,11 @@ class PlanResult:
             "",
             f"memory    {self.needed / GIB:.2f} GiB at the peak ({self.memory.moment})",
         ]
-        parts = {**self.memory.parts, **self.beside, "Python and PyTorch": int(RUNTIME_GIB * GIB)}
+        parts = {
+            **self.memory.parts,
+            **self.other_models,
+            "Python and PyTorch": int(RUNTIME_GIB * GIB),
+        }
         lines += [f"  {name:<24}{size / GIB:8.2f} GiB" for name, size in parts.items() if size]
         lines += [f"  {self.advice}"] if self.advice else []
         lines += ["", f"  {'stage':<10}{'operations':>12}{'a token':>12}{'writes':>12}"]
@@ -120,20 +124,20 @@ def run(config: PlanConfig, on_progress: Listener = ignore) -> PlanResult:
     if config.max_steps is not None:
         trained = config.max_steps * config.batch_size * config.max_seq_length
     numbers, dtype = _teacher(config), config.teacher_dtype
-    stages, beside = [], {}
+    stages, other_models = [], {}
     if numbers and config.cache is None and config.teacher is not None:
-        beside["live teacher"] = round(numbers * (4 if dtype == "float32" else 2))
+        other_models["live teacher"] = round(numbers * (4 if dtype == "float32" else 2))
         notes += (
             "the teacher is in memory beside the student; a cache (`xinslm cache`) spares "
             "that, and its time",
         )
     if numbers:
-        record = CacheFormat(
-            vocabulary, head_size(config.head, config.draws), config.draws, 2.0
+        entry = CacheFormat(
+            vocabulary, default_top_k(config.top_k, config.tail_samples), config.tail_samples, 2.0
         ).dtype.itemsize
-        stages.append(Stage("cache", 2.0 * numbers * tokens, dtype, tokens * record))
+        stages.append(Stage("cache", 2.0 * numbers * tokens, dtype, tokens * entry))
     written = _checkpoint(student, config)
-    products = "bfloat16" if config.dtype == "bfloat16" else "float32"
+    products = "bfloat16" if config.compute_dtype == "bfloat16" else "float32"
     stages.append(Stage("train", training_operations(student, config) * trained, products, written))
     needed = step_memory(student, config)
     result = PlanResult(
@@ -141,7 +145,7 @@ def run(config: PlanConfig, on_progress: Listener = ignore) -> PlanResult:
         student,
         trained,
         needed,
-        beside,
+        other_models,
         tuple(stages),
         (measure_here(products), *DEVICES),
         "",
@@ -218,11 +222,11 @@ def _advice(result: PlanResult) -> str:
     there = result.config.memory * GIB
     if result.needed <= there:
         return f"fits in {result.config.memory:g} GiB"
-    beside = result.needed - result.memory.peak
+    other_models = result.needed - result.memory.peak
     for count in range(1, len(SAVERS) + 1):
         for chosen in itertools.combinations(SAVERS, count):
             changes = {key: value for _, change in chosen for key, value in change.items()}
-            if "step_in_backward" in changes and "--micro-batch-size 1" in [
+            if "optimizer_in_backward" in changes and "--micro-batch-size 1" in [
                 flag for flag, _ in chosen
             ]:
                 continue
@@ -231,7 +235,7 @@ def _advice(result: PlanResult) -> str:
                 continue
             if PlanConfig.errors(config):
                 continue
-            peak = step_memory(result.shape, config).peak + beside
+            peak = step_memory(result.shape, config).peak + other_models
             if peak <= there:
                 flags = " ".join(flag for flag, _ in chosen)
                 return (

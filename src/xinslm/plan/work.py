@@ -56,7 +56,7 @@ def forward_operations(shape: ModelConfig, length: int) -> tuple[float, float]:
 def training_operations(shape: ModelConfig, config: PretrainConfig) -> float:
     """Operations a token of training, the optimiser's matrix products included."""
     blocks, head = forward_operations(shape, config.max_seq_length)
-    total = 3 * (blocks + head) + (blocks if config.checkpointing else 0)
+    total = 3 * (blocks + head) + (blocks if config.gradient_checkpointing else 0)
     if config.optimizer == "muon":
         step = 0.0
         for m in matrices(shape):

@@ -1,4 +1,4 @@
-"""Options of `xinslm init`."""
+"""Options of `xinslm prune`."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,17 +14,17 @@ _RANGES = {
         ("num_layers", "hidden_size", "num_heads", "num_kv_heads", "head_dim", "intermediate_size"),
         Range(1),
     ),
-    "calibration_rows": Range(1, 1_000_000),
-    "search_rows": Range(1, 1_000_000),
-    "validation_rows": Range(1, 1_000_000),
-    "row_length": Range(2, 1_000_000),
+    "num_calibration_samples": Range(1, 1_000_000),
+    "num_search_samples": Range(1, 1_000_000),
+    "max_eval_samples": Range(1, 1_000_000),
+    "max_seq_length": Range(2, 1_000_000),
     "ridge": POSITIVE,
     "seed": SEED,
 }
 
 
 @dataclass(frozen=True, kw_only=True)
-class InitConfig:
+class PruneConfig:
     """Cut a student out of a teacher; sizes that are not given stay the teacher's."""
 
     teacher: Annotated[str, tyro.conf.Positional]
@@ -58,13 +58,13 @@ class InitConfig:
     """
     ridge: float = 0.01
     """Pull of that fit towards the plainly cut weights, as a share of the inputs' mean square."""
-    calibration_rows: int = 64
+    num_calibration_samples: int = 64
     """Packed rows of the train split that activations are measured on."""
-    search_rows: int = 16
+    num_search_samples: int = 16
     """Packed rows of the train split, others than those, that choices are made on."""
-    validation_rows: int = 32
+    max_eval_samples: int = 32
     """Packed rows of the validation split that the losses are reported on."""
-    row_length: int | None = None
+    max_seq_length: int | None = None
     """Tokens in a packed row; the teacher's context, at most 512, where not given."""
     device: Device = "auto"
     """Where to compute; auto takes cuda, then mps, then cpu."""

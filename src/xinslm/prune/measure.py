@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from xinslm.data.dataset import Split
-from xinslm.data.packing import PackedRows
+from xinslm.data.packing import PackedDataset
 from xinslm.model.transformer import Block, Transformer
 
 _TOKENS_A_PASSAGE = 4096
@@ -40,7 +40,7 @@ def read_passages(
     split: Split, length: int, chosen: np.ndarray | None, device: torch.device
 ) -> list[Passage]:
     """Pack a split into rows of `length` and give those of the indices `chosen`, all if None."""
-    rows = PackedRows(split, length)
+    rows = PackedDataset(split, length)
     indices = np.arange(len(rows)) if chosen is None else np.sort(chosen)
     step = max(1, _TOKENS_A_PASSAGE // length)
     passages = []

@@ -1,6 +1,6 @@
-"""`xinslm init`: a teacher in, a smaller model that has part of its skill out.
+"""`xinslm prune`: a teacher in, a smaller model that has part of its skill out.
 
-    xinslm init TEACHER --data-path data --output-dir student0 --num-layers 4 --hidden-size 192
+    xinslm prune TEACHER --data-path data --output-dir student0 --num-layers 4 --hidden-size 192
     xinslm distill --data-path data --cache cache --init-from student0 --output-dir runs/student
 
 Vocabulary, layers, heads and neurons are cut first, at the teacher's width, then the width; at last
@@ -19,7 +19,7 @@ import torch
 
 from xinslm.config import to_dict
 from xinslm.data.dataset import Dataset, open_dataset
-from xinslm.data.packing import PackedRows
+from xinslm.data.packing import PackedDataset
 from xinslm.device import pick_device
 from xinslm.errors import UsageError, XinslmError
 from xinslm.files import write_manifest
@@ -28,7 +28,7 @@ from xinslm.model.config import ModelConfig
 from xinslm.model.files import load_model, model_fingerprint, save_model
 from xinslm.model.transformer import Transformer
 from xinslm.progress import Listener, Progress, ignore
-from xinslm.prune.config import InitConfig
+from xinslm.prune.config import PruneConfig
 from xinslm.prune.cuts import (
     HEAD,
     Weights,
@@ -51,7 +51,7 @@ KIND, VERSION = "model", 1
 
 
 @dataclass(frozen=True)
-class InitResult:
+class PruneResult:
     """What was cut."""
 
     folder: Path
@@ -72,7 +72,7 @@ class InitResult:
         )
 
 
-def run(config: InitConfig, on_progress: Listener = ignore) -> InitResult:
+def run(config: PruneConfig, on_progress: Listener = ignore) -> PruneResult:
     """Cut a student out of a teacher and write it as a model folder.
 
     UsageError where shape, tokenizer or folders do not fit each other, XinslmError for a teacher of
@@ -113,7 +113,7 @@ def run(config: InitConfig, on_progress: Listener = ignore) -> InitResult:
             tokenizer.save(partial)
             inputs = {"teacher": model_fingerprint(folder), "dataset": dataset.fingerprint}
             write_manifest(partial, KIND, VERSION, to_dict(config), inputs, **content)
-    return InitResult(config.output_dir, tuple(work.losses), (*text.notes, *work.notes))
+    return PruneResult(config.output_dir, tuple(work.losses), (*text.notes, *work.notes))
 
 
 @dataclass(frozen=True)
@@ -127,39 +127,39 @@ class _Text:
 
     @staticmethod
     def read(
-        config: InitConfig, dataset: Dataset, teacher: ModelConfig, device: torch.device
+        config: PruneConfig, dataset: Dataset, teacher: ModelConfig, device: torch.device
     ) -> "_Text":
-        length = config.row_length or min(teacher.max_position_embeddings, 512)
+        length = config.max_seq_length or min(teacher.max_position_embeddings, 512)
         if length > teacher.max_position_embeddings:
             raise UsageError(
-                f"row_length is {length}, but the teacher reads at most "
+                f"max_seq_length is {length}, but the teacher reads at most "
                 f"{teacher.max_position_embeddings} tokens"
             )
         split = dataset.split("train")
-        count = len(PackedRows(split, length))
+        count = len(PackedDataset(split, length))
         if count < 2:
             raise UsageError(
                 f"{dataset.folder} has {count} rows of {length} tokens to train on, but at least "
                 "2 are needed, to "
-                f"measure on and to choose by: give more text, or a smaller --row-length"
+                f"measure on and to choose by: give more text, or a smaller --max-seq-length"
             )
-        searched = min(config.search_rows, max(1, count // 4))
+        searched = min(config.num_search_samples, max(1, count // 4))
         order = np.random.default_rng(config.seed).permutation(count)
         search = read_passages(split, length, order[:searched], device)
         calibration = read_passages(
-            split, length, order[searched:][: config.calibration_rows], device
+            split, length, order[searched:][: config.num_calibration_samples], device
         )
         held_out = (
             dataset.split("validation") if "validation" in dataset.manifest["splits"] else None
         )
-        number = 0 if held_out is None else len(PackedRows(held_out, length))
+        number = 0 if held_out is None else len(PackedDataset(held_out, length))
         if held_out is None or number == 0:
             note = (
                 "there is no validation split: losses are of the rows of the train split that "
                 "choices were made on"
             )
             return _Text(calibration, search, search, (note,))
-        chosen = np.random.default_rng(config.seed).permutation(number)[: config.validation_rows]
+        chosen = np.random.default_rng(config.seed).permutation(number)[: config.max_eval_samples]
         return _Text(calibration, search, read_passages(held_out, length, chosen, device))
 
 
@@ -175,7 +175,7 @@ class _Between(ModelConfig):
 class _Cutting:
     """The steps from teacher to student, each measured on validation text."""
 
-    def __init__(self, config: InitConfig, text: _Text, on_progress: Listener) -> None:
+    def __init__(self, config: PruneConfig, text: _Text, on_progress: Listener) -> None:
         self.config, self.text, self.on_progress = config, text, on_progress
         self.losses: list[tuple[str, int, float]] = []
         self.facts: dict[str, Any] = {}
@@ -314,7 +314,7 @@ class _Cutting:
                 "are damaged"
             )
         self.losses.append((name, model.config.num_parameters, value))
-        self.on_progress(Progress("init", values={"nats/token": value}, note=name))
+        self.on_progress(Progress("prune", values={"nats/token": value}, note=name))
 
     def _progress(self, stage: str, total: int, unit: str) -> Any:
         return lambda done: self.on_progress(Progress(stage, done, total, unit))

@@ -8,7 +8,7 @@ from xinslm.errors import UsageError, XinslmError
 from xinslm.files import MANIFEST, read_json
 from xinslm.model.config import ModelConfig, UnsupportedModelError
 from xinslm.model.files import load_config, resolve_model
-from xinslm.prune.config import InitConfig
+from xinslm.prune.config import PruneConfig
 
 
 def find_teacher(name: str) -> tuple[Path, ModelConfig]:
@@ -34,7 +34,7 @@ def find_teacher(name: str) -> tuple[Path, ModelConfig]:
         ) from None
 
 
-def student_shape(config: InitConfig, teacher: ModelConfig, vocab_size: int) -> ModelConfig:
+def student_shape(config: PruneConfig, teacher: ModelConfig, vocab_size: int) -> ModelConfig:
     """The teacher's shape with the sizes of `config` and the vocabulary; UsageError lists what
     cannot be cut.
     """

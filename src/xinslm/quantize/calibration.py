@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from xinslm.data.dataset import open_dataset, require_tokenizer
-from xinslm.data.packing import Batch, PackedRows
+from xinslm.data.packing import Batch, PackedDataset
 from xinslm.errors import UsageError
 from xinslm.model.config import ModelConfig
 from xinslm.model.files import rebuild_buffers
@@ -35,11 +35,11 @@ def read_rows(
     """
     dataset = open_dataset(data)
     require_tokenizer(dataset, tokenizer, "the model to quantize")
-    rows = PackedRows(dataset.split("train"), length)
+    rows = PackedDataset(dataset.split("train"), length)
     if num_rows > len(rows):
         raise UsageError(
             f"{data} has {len(rows):,} rows of {length} tokens to train on, "
-            f"{num_rows:,} are asked for. Set --calibration-rows to {len(rows):,} or less"
+            f"{num_rows:,} are asked for. Set --num-calibration-samples to {len(rows):,} or less"
         )
     if rows.split.vocab_size > config.vocab_size:
         raise UsageError(

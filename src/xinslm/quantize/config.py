@@ -26,9 +26,9 @@ class QuantizeConfig:
     """gptq feeds rounding errors forward (needs --data-path), rtn rounds to nearest; 8 bits always
     round.
     """
-    calibration_rows: int = 128
+    num_calibration_samples: int = 128
     """Number of packed rows of the train split that calibrate GPTQ."""
-    calibration_length: int | None = None
+    max_seq_length: int | None = None
     """Tokens a calibration row; the model's context, at most 512, where not given."""
     seed: int = 0
     """Chooses which rows calibrate."""
@@ -41,14 +41,13 @@ class QuantizeConfig:
         """Raise UsageError where the options contradict each other."""
         if self.bits not in (4, 8):
             raise UsageError(f"--bits is {self.bits}, but must be 4 or 8")
-        if self.calibration_rows < 1:
+        if self.num_calibration_samples < 1:
             raise UsageError(
-                f"--calibration-rows is {self.calibration_rows}, but must be at least 1"
+                f"--num-calibration-samples is {self.num_calibration_samples}, but must be at "
+                f"least 1"
             )
-        if self.calibration_length is not None and self.calibration_length < 1:
-            raise UsageError(
-                f"--calibration-length is {self.calibration_length}, but must be at least 1"
-            )
+        if self.max_seq_length is not None and self.max_seq_length < 1:
+            raise UsageError(f"--max-seq-length is {self.max_seq_length}, but must be at least 1")
         if problem := SEED.problem(self.seed):
             raise UsageError(f"--seed is {self.seed}, but must be {problem}")
         if self.calibrates and self.data_path is None:

@@ -147,14 +147,14 @@ def _calibration_rows(
     model's.
     """
     assert config.data_path is not None, "QuantizeConfig.check sees to it"
-    length = config.calibration_length or min(model.max_position_embeddings, 512)
+    length = config.max_seq_length or min(model.max_position_embeddings, 512)
     if length > model.max_position_embeddings:
         raise UsageError(
-            f"--calibration-length is {length}, but the model reads at most "
+            f"--max-seq-length is {length}, but the model reads at most "
             f"{model.max_position_embeddings}"
         )
     return read_rows(
-        config.data_path, tokenizer, model, config.calibration_rows, length, config.seed
+        config.data_path, tokenizer, model, config.num_calibration_samples, length, config.seed
     )
 
 

@@ -3,12 +3,12 @@
     xinslm onpolicy --student runs/student --teacher TEACHER --prompts data --output-dir
     runs/onpolicy
 
-Round r has a folder: `data`, the texts as a dataset; `cache`, the teacher's word on them, made by
-the ordinary cache stage in one pass; `round.json`, the steps trained on them. Teacher and student
-are never in memory together. What is there is never made again, so the same command continues a run
-that was stopped at any point. The optimiser's state goes on from round to round; `checkpoints/best`
-is the end of the newest whole round (the reverse divergences make the student write better without
-making the validation text likelier), `last` the newest checkpoint.
+Round r has a folder: `data`, the texts as a dataset; `cache`, the teacher's targets on them, made
+by the ordinary cache stage in one pass; `round.json`, the steps trained on them. Teacher and
+student are never in memory together. What is there is never made again, so the same command
+continues a run that was stopped at any point. The optimiser's state goes on from round to round;
+`checkpoints/best` is the end of the newest whole round (the reverse divergences make the student
+write better without making the validation text likelier), `last` the newest checkpoint.
 """
 
 import gc
@@ -27,7 +27,7 @@ from xinslm.cache.entries import Cache
 from xinslm.cache.support import TEACHERS
 from xinslm.config import to_dict
 from xinslm.data.dataset import Dataset, open_dataset, require_tokenizer
-from xinslm.data.packing import PackedRows
+from xinslm.data.packing import PackedDataset
 from xinslm.device import pick_device
 from xinslm.distill.target_sources import CachedTargets
 from xinslm.errors import UsageError
@@ -52,9 +52,9 @@ from xinslm.tokenizer.chat import end_ids
 from xinslm.tokenizer.load import load_tokenizer
 from xinslm.train.checkpoint import CHECKPOINTS, TrainingState, last_checkpoint, read_state
 from xinslm.train.loop import Trainer, learning_rate, train
-from xinslm.train.packed import PackedObjective, validation_rows
+from xinslm.train.packed import PackedObjective, validation_data
 from xinslm.train.recorder import RunRecorder, resume
-from xinslm.train.row_sampler import RowPlan, Source, rows_of_step
+from xinslm.train.row_sampler import RowSampler, Source, indices_of_step
 from xinslm.train.run import claim_run, note_facts, write_model
 
 ROUND = "round.json"
@@ -218,12 +218,12 @@ def _write(inputs: _Inputs, number: int, folder: Path, on_progress: Listener) ->
     config, prompts = inputs.config, inputs.prompts
     student = last_checkpoint(config.output_dir) or resolve_model(config.student)
     model = (
-        load_transformer(student, getattr(torch, config.dtype))
+        load_transformer(student, getattr(torch, config.compute_dtype))
         .to(inputs.device)
         .requires_grad_(False)
     )
     vocab_size = inputs.tokenizer.vocab_size
-    chosen = prompts.take(rows_of_step(number, config.completions, len(prompts), config.seed))
+    chosen = prompts.take(indices_of_step(number, config.completions, len(prompts), config.seed))
 
     def tell(done: int, tokens: int) -> None:
         on_progress(
@@ -237,8 +237,8 @@ def _write(inputs: _Inputs, number: int, folder: Path, on_progress: Listener) ->
         config.max_new_tokens,
         end_ids(inputs.tokenizer),
         vocab_size=vocab_size,
-        rows=config.generate_rows,
-        top=min(config.head, vocab_size - TEACHERS - 2),
+        rows=config.generation_batch_size,
+        top=min(config.support_top_k, vocab_size - TEACHERS - 2),
         first_index=number * config.completions,
         tell=tell,
     )
@@ -263,7 +263,7 @@ def _score(inputs: _Inputs, folder: Path, on_progress: Listener) -> None:
             teacher=config.teacher,
             data_path=folder / "data",
             output_dir=cache,
-            draws=0,
+            tail_samples=0,
             temperature=config.loss.temperature,
             max_seq_length=config.max_seq_length,
             dtype=config.teacher_dtype,
@@ -290,17 +290,19 @@ def _learn(inputs: _Inputs, number: int, on_progress: Listener) -> TrainingState
     if config.contrast and number >= config.cold_rounds:
         sources[0] = replace(sources[0], weight=_ramp(config, number, first, steps))
     seed = (config.seed + 0x9E3779B1 * (number + 1)) % (1 << 31)
-    plan = RowPlan(sources, config.batch_size, steps, seed, first, balanced=config.contrast)
-    model = load_model(resolve_model(config.student), checkpointing=config.checkpointing)
+    plan = RowSampler(sources, config.batch_size, steps, seed, first, balanced=config.contrast)
+    model = load_model(
+        resolve_model(config.student), gradient_checkpointing=config.gradient_checkpointing
+    )
     model = model.to(inputs.device)
-    held_out = validation_rows(inputs.dataset, config.max_seq_length)
+    held_out = validation_data(inputs.dataset, config.max_seq_length)
     validation = None if held_out is None else (held_out, None)
     objective = PackedObjective(model, config, plan, inputs.device, validation)
 
     def rate(step: int) -> float:
         """The schedule spans all rounds, as if each had this one's steps."""
         place, total = number * steps + step - first, config.rounds * steps
-        warmup, decay = config.warmup_fraction, config.decay_fraction
+        warmup, decay = config.warmup_ratio, config.decay_ratio
         return learning_rate(place, total, config.learning_rate, warmup, decay)
 
     trainer = Trainer(objective, config, first + steps, rate)
@@ -326,17 +328,17 @@ def _sources(inputs: _Inputs, number: int) -> list[Source]:
     share = 0.5 if config.contrast else config.mix_share
     folder = inputs.folder(number)
     if number >= config.cold_rounds:
-        rows = PackedRows(open_dataset(folder / "data").split("train"), config.max_seq_length)
-        records = Cache(folder / "cache").split("train")
-        assert records is not None, "every dataset has a train split"
+        rows = PackedDataset(open_dataset(folder / "data").split("train"), config.max_seq_length)
+        entries = Cache(folder / "cache").split("train")
+        assert entries is not None, "every dataset has a train split"
         result.append(
-            Source(rows, CachedTargets(records), own, 1.0 if inputs.mix is None else 1 - share)
+            Source(rows, CachedTargets(entries), own, 1.0 if inputs.mix is None else 1 - share)
         )
     if inputs.mix is not None and config.mix_cache is not None:
-        records = Cache(config.mix_cache).split("train")
-        assert records is not None, "every dataset has a train split"
-        rows = PackedRows(inputs.mix.split("train"), config.max_seq_length)
-        result.append(Source(rows, CachedTargets(records), mixed, share if result else 1.0))
+        entries = Cache(config.mix_cache).split("train")
+        assert entries is not None, "every dataset has a train split"
+        rows = PackedDataset(inputs.mix.split("train"), config.max_seq_length)
+        result.append(Source(rows, CachedTargets(entries), mixed, share if result else 1.0))
     return result
 
 

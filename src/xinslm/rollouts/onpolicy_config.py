@@ -16,8 +16,8 @@ _ON_POLICY = {
     "temperature": POSITIVE,
     "top_k": Range(0),
     "top_p": Range(0, 1, above=True),
-    "generate_rows": Range(1, 100_000),
-    "head": Range(1, 200),
+    "generation_batch_size": Range(1, 100_000),
+    "support_top_k": Range(1, 200),
     "epochs": Range(0, 2, above=True),
     "mix_share": Range(0, 1, above=True, below=True),
     "off_policy_share": SHARE,
@@ -57,11 +57,11 @@ class OnPolicyConfig(TrainingConfig):
     """Draw from this many of the most likely tokens; 0 keeps all."""
     top_p: float = 1.0
     """Draw from the fewest most likely tokens whose probabilities sum to this; 1 keeps all."""
-    generate_rows: int | None = None
+    generation_batch_size: int | None = None
     """Texts that are written at the same time; by default up to 128, as many as fit into 2 GiB of
     keys and values.
     """
-    head: int = 32
+    support_top_k: int = 32
     """Most likely tokens of the student whose teacher probabilities are kept; the token that came
     and 4 of the teacher's are kept beside them."""
     epochs: float = 1.0
@@ -89,7 +89,7 @@ class OnPolicyConfig(TrainingConfig):
     """Peak of the warm-up-stable-decay schedule, which spans all rounds."""
     weight_decay: float = 0.0
     """The optimiser's, on matrices only."""
-    validation_rows: int = 64
+    max_eval_samples: int = 64
     """Packed validation rows of --prompts to use at most after each round; 0 for all."""
     teacher_dtype: Dtype = "float32"
     """The teacher's number type."""

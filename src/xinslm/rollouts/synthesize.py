@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from xinslm.cache import score
-from xinslm.cache.config import CacheConfig, head_size
+from xinslm.cache.config import CacheConfig, default_top_k
 from xinslm.cache.endpoint_scorer import endpoint_format
 from xinslm.cache.entries import Cache
 from xinslm.cache.journal import Journal
@@ -54,12 +54,12 @@ _PLACES = (
     "teacher",
     "endpoint",
     "cache",
-    "head",
-    "draws",
+    "top_k",
+    "tail_samples",
     "cache_temperature",
     "max_seq_length",
-    "student_tokenizer",
-    "tokenizer",
+    "student_tokenizer_path",
+    "tokenizer_path",
     "document_end",
     "validation_fraction",
 )
@@ -117,9 +117,9 @@ def run(
         pick_device(config.device),
         config.revision,
         config.trust_remote_code,
-        config.tokenizer,
+        config.tokenizer_path,
         config.endpoint,
-        head_size(config.head, 0),
+        default_top_k(config.top_k, 0),
         api_key,
     )
     if config.cache and not isinstance(teacher, EndpointTeacher):
@@ -128,13 +128,13 @@ def run(
         "settings": {key: value for key, value in to_dict(config).items() if key not in _PLACES},
         "inputs": {"prompts": sha256_json(prompts), "teacher": teacher.fingerprint},
     }
-    silent = _try(teacher, prompts, config) if isinstance(teacher, EndpointTeacher) else None
-    reads = (config.teacher, config.prompts, config.student_tokenizer, config.tokenizer)
+    no_log_probs = _try(teacher, prompts, config) if isinstance(teacher, EndpointTeacher) else None
+    reads = (config.teacher, config.prompts, config.student_tokenizer_path, config.tokenizer_path)
     begin = Plan(PLAN, plan, "synthesis", KIND, tuple(reads))
     with locked(config.output_dir):
         with claim(config.output_dir, begin, config.force):
             pass
-        return _synthesize(config, teacher, prompts, plan, silent, on_progress)
+        return _synthesize(config, teacher, prompts, plan, no_log_probs, on_progress)
 
 
 def _synthesize(
@@ -142,7 +142,7 @@ def _synthesize(
     teacher: Any,
     prompts: list[Prompt],
     plan: dict[str, Any],
-    silent: str | None,
+    no_log_probs: str | None,
     on_progress: Listener,
 ) -> SynthesizeResult:
     """Write the answers, their dataset and their cache into the claimed folder; `silent` says why
@@ -161,7 +161,8 @@ def _synthesize(
     tokenizer = _tokenizer(config, teacher)
     splits = split_answers(written, config.validation_fraction, config.seed)
     cached = (
-        "none, for the endpoint's tokens are not known: give its model's tokenizer with --tokenizer"
+        "none, for the endpoint's tokens are not known: give its model's tokenizer with "
+        "--tokenizer-path"
     )
     if tokenizer is not None:
         if not (folder / DATA / MANIFEST).is_file():
@@ -169,7 +170,7 @@ def _synthesize(
         if not config.cache:
             cached = "none was asked for"
         elif isinstance(teacher, EndpointTeacher):
-            cached = silent or _cache_written(config, teacher, tokenizer, splits, on_progress)
+            cached = no_log_probs or _cache_written(config, teacher, tokenizer, splits, on_progress)
         else:
             teacher = None  # the cache stage opens it again: two in memory are one too many
             cached = _cache_scored(config, on_progress)
@@ -316,8 +317,8 @@ def _tokenizer(config: SynthesizeConfig, teacher: Any) -> Any:
     """The dataset's tokenizer; None where nothing is known of an endpoint's."""
     return (
         teacher.tokenizer
-        if config.student_tokenizer is None
-        else load_tokenizer(config.student_tokenizer)
+        if config.student_tokenizer_path is None
+        else load_tokenizer(config.student_tokenizer_path)
     )
 
 
@@ -326,15 +327,15 @@ def _cache_config(config: SynthesizeConfig) -> CacheConfig:
         teacher=config.teacher,
         data_path=config.output_dir / DATA,
         output_dir=config.output_dir / CACHE,
-        head=config.head,
-        draws=config.draws,
+        top_k=config.top_k,
+        tail_samples=config.tail_samples,
         temperature=config.cache_temperature,
         max_seq_length=config.max_seq_length,
         dtype=config.dtype,
         device=config.device,
         revision=config.revision,
         trust_remote_code=config.trust_remote_code,
-        tokenizer=config.tokenizer,
+        tokenizer_path=config.tokenizer_path,
         endpoint=config.endpoint,
         seed=config.seed,
     )
@@ -363,13 +364,13 @@ def _cache_written(
     """
     if teacher.tokenizer is None or tokenizer.fingerprint() != teacher.tokenizer.fingerprint():
         return (
-            "none, for the dataset's tokens are not the endpoint's: leave --student-tokenizer "
+            "none, for the dataset's tokens are not the endpoint's: leave --student-tokenizer-path "
             "out, or cache the "
             "dataset from the model's files with `xinslm cache`"
         )
     folder = config.output_dir / CACHE
     dataset = open_dataset(config.output_dir / DATA)
-    fmt = endpoint_format(tokenizer.vocab_size, head_size(config.head, 0))
+    fmt = endpoint_format(tokenizer.vocab_size, default_top_k(config.top_k, 0))
     if not (folder / MANIFEST).is_file():
         scorer = WrittenScorer(splits, tokenizer, fmt)
         made = _cache_config(config)
@@ -377,10 +378,10 @@ def _cache_written(
         write_cache(made, dataset, plan, scorer, on_progress)
     cache = Cache(folder)
     valid = sum(
-        int((records["flags"] & 1).sum())
+        int((entries["flags"] & 1).sum())
         for name in cache.manifest["shards"]
         if (split := cache.split(name)) is not None
-        for records in split.maps
+        for entries in split.maps
     )
     targets = sum(split["targets"] for split in dataset.manifest["splits"].values())
     return (

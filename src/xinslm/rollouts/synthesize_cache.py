@@ -1,7 +1,7 @@
-"""Cache records from what an endpoint said beside the text that it wrote: its most likely tokens at
+"""Cache entries from what an endpoint said beside the text that it wrote: its most likely tokens at
 each place.
 
-They are found again by bytes: the answer's positions get records as long as the dataset's tokens
+They are found again by bytes: the answer's positions get entries as long as the dataset's tokens
 are those that the server wrote. Where it cut the text into other tokens than the tokenizer does,
 what it said from there on was said of another context, and the text alone teaches; so it does at an
 answer's end, of which servers say nothing.
@@ -13,9 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from xinslm.cache.endpoint_scorer import head_records
+from xinslm.cache.endpoint_scorer import top_k_entries
 from xinslm.cache.entries import CacheFormat
-from xinslm.cache.scorers import RECORDS
+from xinslm.cache.scorers import ENTRIES
 from xinslm.data.dataset import Split
 from xinslm.rollouts.synthesize_data import Answer
 from xinslm.teachers.base import Generation
@@ -28,7 +28,7 @@ class WrittenScorer:
 
     def __init__(self, answers: dict[str, list[Answer]], tokenizer: Any, fmt: CacheFormat) -> None:
         self.answers, self.tokenizer, self.format = answers, tokenizer, fmt
-        self.planes = {RECORDS: fmt.dtype}
+        self.arrays = {ENTRIES: fmt.dtype}
         special = set(tokenizer.special_tokens.values())
         # Where a byte has a token of its own beside a piece that says the same, the piece comes
         # later and is the usual.
@@ -41,9 +41,9 @@ class WrittenScorer:
     def shard(
         self, split: Split, first: int, last: int, scratch: Path, tell: Callable[[int], None]
     ) -> dict[str, np.ndarray]:
-        """Records of documents `first` to `last`, those of the dataset's answers."""
+        """Entries of documents `first` to `last`, those of the dataset's answers."""
         begin = int(split.documents[first])
-        records = np.zeros(int(split.documents[last]) - begin, self.format.dtype)
+        entries = np.zeros(int(split.documents[last]) - begin, self.format.dtype)
         for number in range(first, last):
             start, end = (int(x) for x in split.documents[number : number + 2])
             tokens = np.asarray(split.tokens[start:end]).astype(np.int64)
@@ -55,17 +55,17 @@ class WrittenScorer:
             ids, values, labels, kept = [], [], [], []
             for place, token in zip(places, found, strict=True):
                 rivals = self._rivals(written.top[token])
-                if len(rivals) == self.format.head:
+                if len(rivals) == self.format.top_k:
                     ids.append([i for i, _ in rivals])
                     values.append([value for _, value in rivals])
                     labels.append(written.log_probs[token])
                     kept.append(start - begin + int(targets[place]) - 1)
             if kept:
-                records[kept] = head_records(
+                entries[kept] = top_k_entries(
                     np.array(ids), np.array(values), np.array(labels), self.format
                 )
             tell(end - begin)
-        return {RECORDS: records}
+        return {ENTRIES: entries}
 
     def _rivals(self, top: Sequence[tuple[bytes, float]]) -> list[tuple[int, float]]:
         """The head's tokens in our ids; what is none of ours stays in the tail."""
@@ -74,7 +74,7 @@ class WrittenScorer:
             token = self.ids.get(data)
             if token is not None:
                 ours.setdefault(token, value)
-        return list(ours.items())[: self.format.head]
+        return list(ours.items())[: self.format.top_k]
 
     def _match(self, targets: list[bytes], written: Generation) -> tuple[list[int], list[int]]:
         """Pairs of a target and a token of the server's, from the answer's first on, as long as

@@ -18,8 +18,8 @@ _SYNTHESIZE = {
     "max_new_tokens": Range(1, 1_000_000),
     "batch_size": Range(1, 65_536),
     "validation_fraction": Range(0, 1, below=True),
-    "head": Range(1, 256),
-    "draws": Range(0, 64),
+    "top_k": Range(1, 256),
+    "tail_samples": Range(0, 64),
     "cache_temperature": Range(0, above=True),
     "max_seq_length": CONTEXT,
     "seed": SEED,
@@ -52,11 +52,11 @@ class SynthesizeConfig:
     """Most tokens of an answer; one that is cut off there is kept, without an end token."""
     batch_size: int = 16
     """Answers that a teacher here writes side by side."""
-    student_tokenizer: str | None = None
+    student_tokenizer_path: str | None = None
     """Tokenizer of the dataset; by default the teacher's. A nested one can be cached from a teacher
     here.
     """
-    tokenizer: str | None = None
+    tokenizer_path: str | None = None
     """Tokenizer of an endpoint's model, or one for a GGUF file instead of its own: a folder, a file
     or a Hub name.
     """
@@ -66,11 +66,11 @@ class SynthesizeConfig:
     """Share of the prompts held back to measure on, with all their answers."""
     cache: bool = True
     """Keep the teacher's distributions along with the text."""
-    head: int | None = None
+    top_k: int | None = None
     """Most likely tokens kept exactly at each position; by default 4, or 11 where there are no
-    draws.
+    tail samples.
     """
-    draws: int = 10
+    tail_samples: int = 10
     """Tokens drawn from the rest of the distribution; endpoints give none."""
     cache_temperature: float = 2.0
     """Temperature whose normaliser the cache stores; endpoints give it for 1 alone."""

@@ -89,14 +89,14 @@ def write_dataset(
     """Write a dataset folder, whole or not at all."""
     dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32)
     finished, cut = Encoder(tokenizer, end, False), Encoder(tokenizer, "none", False)
-    figures = {}
+    facts = {}
     with new_folder(folder) as partial:
         for name, answers in splits.items():
             with SplitWriter(partial / name, dtype) as writer:
                 for answer in answers:
                     encoded = encode(answer, finished if answer.written.finished else cut)
                     writer.append(encoded.tokens, encoded.mask, encoded.num_bytes)
-                figures[name] = writer.finish()
+                facts[name] = writer.finish()
         tokenizer.save(partial / "tokenizer")
         write_manifest(
             partial,
@@ -107,7 +107,7 @@ def write_dataset(
             vocab_size=tokenizer.vocab_size,
             dtype=dtype.name,
             document_end=end,
-            splits=figures,
+            splits=facts,
             duplicates_dropped=0,
             sources={"answer": sum(map(len, splits.values()))},
             source_names=["answer"],

@@ -19,7 +19,7 @@ from torch import Tensor
 from xinslm.errors import XinslmError
 from xinslm.files import read_json
 from xinslm.model.files import model_fingerprint, weight_files
-from xinslm.teachers.local import load_pretrained, tapped
+from xinslm.teachers.local import capture_hidden_states, load_pretrained
 
 CLASSES = {"t5": "T5EncoderModel", "mt5": "MT5EncoderModel", "umt5": "UMT5EncoderModel"}
 """Model type in config.json -> class of transformers that loads the encoder alone."""
@@ -100,7 +100,7 @@ class EncoderTeacher:
                 1,
                 True,
             )
-        with tapped(self.model, self.num_layers, depths, self.name) as outputs:
+        with capture_hidden_states(self.model, self.num_layers, depths, self.name) as outputs:
             self.model(
                 input_ids=torch.from_numpy(batch).to(self.device),
                 attention_mask=torch.from_numpy(seen).to(self.device),

@@ -113,7 +113,7 @@ class EndpointTeacher:
         if self.tokenizer is None:
             raise UsageError(
                 f"no tokenizer is found under the name {self.model}; give that of the endpoint's "
-                "model with --tokenizer"
+                "model with --tokenizer-path"
             )
 
     def _scoring(self, ids: list[int]) -> dict[str, Any]:
@@ -168,7 +168,7 @@ class EndpointTeacher:
             raise XinslmError(
                 f"{self.name} gives {fewest} log-probabilities at a place where {self.rivals} "
                 "were asked for and "
-                f"{self.top} are kept; take --head {fewest}"
+                f"{self.top} are kept; take --top-k {fewest}"
             )
         return written
 

@@ -29,7 +29,7 @@ def batches_by_length(lengths: np.ndarray, batch_tokens: int) -> Iterator[np.nda
 
 
 @contextmanager
-def tapped(
+def capture_hidden_states(
     model: Any, num_layers: int, depths: Sequence[int], name: str
 ) -> Iterator[dict[int, Tensor]]:
     """Collect what comes out of blocks `depths` (from 1) in the forward passes inside; other layers
@@ -125,7 +125,7 @@ class LocalTeacher:
         hidden_size) each.
         """
         lengths = torch.tensor([len(s) for s in sequences], device=self.device)
-        with tapped(self.model, self.num_layers, depths, self.name) as outputs:
+        with capture_hidden_states(self.model, self.num_layers, depths, self.name) as outputs:
             states = self.states(sequences)
         real = torch.arange(int(lengths.max()), device=self.device) < lengths[:, None]
         return states, [outputs[depth][real] for depth in depths]

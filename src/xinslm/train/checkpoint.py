@@ -43,7 +43,7 @@ class TrainingState:
     best_validation: float | None = None
     """Lowest validation cross-entropy so far, nats per token."""
     grad_norm: float | None = None
-    """Norm of the last step's gradient, which `step_in_backward` clips the next one by."""
+    """Norm of the last step's gradient, which `optimizer_in_backward` clips the next one by."""
 
 
 def last_checkpoint(run: Path) -> Path | None:
@@ -84,7 +84,7 @@ def save_checkpoint(
     if is_best:  # first: `last` must never know of a better loss than an older best
         _point(folder.parent / "best", folder.name)
     _point(folder.parent / "last", folder.name)
-    prune(folder.parent)
+    delete_unlinked(folder.parent)
 
 
 def save_best(run: Path, write_model: Callable[[Path], None], step: int) -> None:
@@ -93,7 +93,7 @@ def save_best(run: Path, write_model: Callable[[Path], None], step: int) -> None
     with new_folder(folder, force=True, own=True) as partial:
         write_model(partial)
     _point(folder.parent / "best", folder.name)
-    prune(folder.parent)
+    delete_unlinked(folder.parent)
 
 
 def _point(link: Path, target: str) -> None:
@@ -104,7 +104,7 @@ def _point(link: Path, target: str) -> None:
     sync_folder(link.parent)
 
 
-def prune(folder: Path) -> None:
+def delete_unlinked(folder: Path) -> None:
     """Delete step folders that no link names, temporary ones, and the optimizer's state of `best`
     if it is not `last`.
     """
@@ -176,7 +176,7 @@ def _fill(
         )
 
 
-def load_auxiliary(folder: Path, auxiliary: AuxiliaryLoss) -> None:
+def load_auxiliary_loss(folder: Path, auxiliary: AuxiliaryLoss) -> None:
     """Restore the projections of hidden states and their optimizer."""
     if auxiliary.matrices:
         if not (folder / AUXILIARY).is_file():

@@ -23,22 +23,22 @@ _TRAINING = {
     "max_seq_length": CONTEXT,
     "batch_size": Range(1, 1_000_000),
     "learning_rate": POSITIVE,
-    "warmup_fraction": SHARE,
-    "decay_fraction": SHARE,
+    "warmup_ratio": SHARE,
+    "decay_ratio": SHARE,
     "weight_decay": Range(0),
-    "beta1": Range(0, 1, below=True),
-    "beta2": Range(0, 1, below=True),
-    "clip_norm": Range(0),
-    "validation_rows": Range(0),
-    "save_every": Range(1),
-    "log_every": Range(1),
+    "adam_beta1": Range(0, 1, below=True),
+    "adam_beta2": Range(0, 1, below=True),
+    "max_grad_norm": Range(0),
+    "max_eval_samples": Range(0),
+    "save_steps": Range(1),
+    "logging_steps": Range(1),
     "seed": SEED,
 }
 _PRETRAIN = {
     **dict.fromkeys(_SIZES, Range(1)),
     "num_epochs": POSITIVE,
     "max_steps": Range(1),
-    "validate_every": Range(1),
+    "eval_steps": Range(1),
 }
 
 
@@ -56,33 +56,33 @@ class TrainingConfig:
     """Rows in one forward pass; the step accumulates over them. All, if not given."""
     learning_rate: float = 2e-3
     """Peak of the warm-up-stable-decay schedule."""
-    warmup_fraction: float = 0.05
+    warmup_ratio: float = 0.05
     """Share of the steps in which the rate rises from 0."""
-    decay_fraction: float = 0.3
+    decay_ratio: float = 0.3
     """Share of the steps in which it falls linearly to 0."""
     weight_decay: float = 0.1
     """The optimiser's, on matrices only."""
-    beta1: float = 0.9
+    adam_beta1: float = 0.9
     """AdamW's decay of the first moment."""
-    beta2: float = 0.95
+    adam_beta2: float = 0.95
     """AdamW's decay of the second moment."""
-    clip_norm: float = 1.0
+    max_grad_norm: float = 1.0
     """Longest gradient, as its L2 norm; 0 for no limit."""
     optimizer: Literal["adamw", "adamw8bit", "muon"] = "adamw"
     """adamw8bit keeps its moments in a quarter of the memory; muon takes the hidden matrices, AdamW
     the rest.
     """
-    validation_rows: int = 64
+    max_eval_samples: int = 64
     """Packed validation rows to use at most; 0 for all."""
-    save_every: int = 200
+    save_steps: int = 200
     """Steps between checkpoints; there is one at the end and on Ctrl-C in any case."""
-    log_every: int = 10
+    logging_steps: int = 10
     """Steps between lines of metrics.jsonl."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
+    compute_dtype: Literal["float32", "bfloat16"] = "float32"
     """Number type of the forward pass's products."""
     device: Device = "auto"
     """Where to train; auto takes cuda, then mps, then cpu."""
-    checkpointing: bool = False
+    gradient_checkpointing: bool = False
     """Compute activations a second time in the backward pass to save memory."""
     seed: int = 0
     """Seed of the starting weights and of the order of rows."""
@@ -95,10 +95,10 @@ class TrainingConfig:
         micro = self.micro_batch_size
         if micro is not None and (micro < 1 or self.batch_size % micro):
             wrong.append(f"micro_batch_size ({micro}) must divide batch_size ({self.batch_size})")
-        if self.warmup_fraction + self.decay_fraction > 1:
+        if self.warmup_ratio + self.decay_ratio > 1:
             wrong.append(
-                f"warmup_fraction ({self.warmup_fraction}) and decay_fraction "
-                f"({self.decay_fraction}) must not add up to more than 1"
+                f"warmup_ratio ({self.warmup_ratio}) and decay_ratio "
+                f"({self.decay_ratio}) must not add up to more than 1"
             )
         return wrong
 
@@ -146,16 +146,16 @@ class PretrainConfig(TrainingConfig):
     """Passes over the training split."""
     max_steps: int | None = None
     """Optimiser steps, instead of epochs."""
-    validate_every: int = 100
+    eval_steps: int = 100
     """Steps between validations; there is one at the end in any case."""
-    weights: Literal["float32", "bfloat16"] = "float32"
+    param_dtype: Literal["float32", "bfloat16"] = "float32"
     """Type the matrices are stored in; bfloat16 halves their memory, and their updates are rounded
     stochastically.
     """
-    step_in_backward: bool = False
+    optimizer_in_backward: bool = False
     """Step each weight inside the backward pass and free its gradient: no memory for gradients, no
-    micro-batches; clip_norm then acts on the norm of the step before, or on that of the gradients
-    that have come, if it is larger."""
+    micro-batches; max_grad_norm then acts on the norm of the step before, or on that of the
+    gradients that have come, if it is larger."""
     compile: bool = False
     """Compile the forward pass with torch.compile: needs a C++ compiler, and minutes before the
     first step.
@@ -164,11 +164,11 @@ class PretrainConfig(TrainingConfig):
     def errors(self) -> list[str]:
         """What cannot work, a sentence each."""
         wrong = [*super().errors(), *range_errors(self, _PRETRAIN)]
-        if self.step_in_backward and self.micro_batch_size not in (None, self.batch_size):
+        if self.optimizer_in_backward and self.micro_batch_size not in (None, self.batch_size):
             wrong.append(
-                "step_in_backward frees each gradient at once, so nothing can accumulate over "
+                "optimizer_in_backward frees each gradient at once, so nothing can accumulate over "
                 "micro-batches: drop micro_batch_size and take a smaller batch_size, or drop "
-                "step_in_backward"
+                "optimizer_in_backward"
             )
         if self.vocab_size is not None and self.tokenizer_path is not None:
             wrong.append(

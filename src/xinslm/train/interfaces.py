@@ -14,11 +14,11 @@ from torch import Tensor, nn
 
 from xinslm.data.packing import Batch
 from xinslm.losses.config import LossConfig
-from xinslm.losses.fused import LossFigures
+from xinslm.losses.fused import LossMetrics
 from xinslm.losses.targets import Targets
 from xinslm.model.config import ModelConfig
 
-Figures = dict[str, tuple[float, int]]
+Metrics = dict[str, tuple[float, int]]
 """Name of an auxiliary loss -> its unweighted sum over positions, and the number of positions."""
 
 
@@ -40,8 +40,13 @@ class AuxiliaryLoss(Protocol):
         ...
 
     def loss(
-        self, taps: list[Tensor], batch: Batch, chosen: np.ndarray, step: int, normaliser: float
-    ) -> tuple[Tensor | float, Figures]:
+        self,
+        layer_outputs: list[Tensor],
+        batch: Batch,
+        chosen: np.ndarray,
+        step: int,
+        normaliser: float,
+    ) -> tuple[Tensor | float, Metrics]:
         """Weighted loss of a micro-batch, and its terms without weights."""
         ...
 
@@ -49,7 +54,7 @@ class AuxiliaryLoss(Protocol):
         """Drop the gradients of the last step."""
         ...
 
-    def step(self, rate: float, clip_norm: float) -> None:
+    def step(self, rate: float, max_grad_norm: float) -> None:
         """Update the projections at learning rate `rate`."""
         ...
 
@@ -69,7 +74,7 @@ class Supervision:
     loss: LossConfig = field(default_factory=lambda: LossConfig(alpha=1.0, beta=0.0))
     train: TargetSource | None = None
     validation: TargetSource | None = None
-    make_auxiliary: Callable[[ModelConfig, int, torch.device], AuxiliaryLoss] | None = None
+    make_auxiliary_loss: Callable[[ModelConfig, int, torch.device], AuxiliaryLoss] | None = None
     """(student, total steps, device) -> losses on hidden states."""
     inputs: tuple[tuple[str, str], ...] = ()
     """Role and fingerprint of each input, for the run folder."""
@@ -118,7 +123,7 @@ class Objective(Protocol):
 
     def loss(
         self, micro: Any, normaliser: float, step: int | None
-    ) -> tuple[Tensor, LossFigures, Figures]:
+    ) -> tuple[Tensor, LossMetrics, Metrics]:
         """Loss of a micro-batch divided by `normaliser`; auxiliary losses if `step` is given."""
         ...
 

@@ -22,7 +22,7 @@ import torch
 from xinslm.errors import Interrupted, XinslmError
 from xinslm.train.checkpoint import TrainingState
 from xinslm.train.config import TrainingConfig
-from xinslm.train.interfaces import Figures, Objective
+from xinslm.train.interfaces import Metrics, Objective
 from xinslm.train.optimizer_in_backward import BackwardSteps, clip
 from xinslm.train.optimizers import make_optimizer
 
@@ -51,18 +51,18 @@ class Validation:
 
 
 def learning_rate(
-    step: int, total: int, peak: float, warmup_fraction: float, decay_fraction: float
+    step: int, total: int, peak: float, warmup_ratio: float, decay_ratio: float
 ) -> float:
     """Warmup-stable-decay schedule (arXiv:2404.06395): linear warmup, constant, linear decay to 0
     after the last step; `step` counts from 0.
     """
-    warmup, decay = warmup_fraction * total, decay_fraction * total
+    warmup, decay = warmup_ratio * total, decay_ratio * total
     rising = (step + 1) / warmup if step + 1 < warmup else 1.0
     falling = (total - step) / decay if total - step < decay else 1.0
     return peak * min(rising, falling)
 
 
-def add_figures(a: Figures, b: Figures) -> Figures:
+def add_metrics(a: Metrics, b: Metrics) -> Metrics:
     """Add the auxiliary losses of two micro-batches."""
     sums = dict(a)
     for name, (value, positions) in b.items():
@@ -82,21 +82,21 @@ class Trainer:
         config: TrainingConfig,
         total_steps: int,
         rate: Callable[[int], float] | None = None,
-        step_in_backward: bool = False,
+        optimizer_in_backward: bool = False,
     ) -> None:
         """`rate` gives the learning rate of a step, by default the schedule over `total_steps`."""
         self.objective, self.config, self.total_steps = objective, config, total_steps
         self.optimizer = make_optimizer(objective.model, config)
         self.backward = (
-            BackwardSteps(self.optimizer, config.clip_norm) if step_in_backward else None
+            BackwardSteps(self.optimizer, config.max_grad_norm) if optimizer_in_backward else None
         )
         self.rate = rate or (
             lambda step: learning_rate(
                 step,
                 total_steps,
                 config.learning_rate,
-                config.warmup_fraction,
-                config.decay_fraction,
+                config.warmup_ratio,
+                config.decay_ratio,
             )
         )
 
@@ -104,7 +104,7 @@ class Trainer:
         """Take optimizer step `number` (from 0).
 
         Raises XinslmError if the loss or the gradient is not finite. The weights are unchanged
-        then, except with `step_in_backward`, where some may have been updated.
+        then, except with `optimizer_in_backward`, where some may have been updated.
         """
         objective = self.objective
         work = objective.micro_batches(number)
@@ -117,17 +117,17 @@ class Trainer:
         if objective.auxiliary is not None:
             objective.auxiliary.zero_grad()
         ce = kd = total = 0.0
-        terms: Figures = {}
+        terms: Metrics = {}
         for micro in work:
             if micro.num_targets == 0:
                 continue
-            loss, figures, of_micro = objective.loss(micro, count, number)
+            loss, metrics, of_micro = objective.loss(micro, count, number)
             if not math.isfinite(loss.item()):
                 raise XinslmError(self._not_finite(number, "loss", loss.item(), [micro]))
             with self.backward.during() if self.backward is not None else nullcontext():
                 loss.backward()
-            total, ce, kd = total + loss.item(), ce + figures.ce, kd + figures.kd
-            terms = add_figures(terms, of_micro)
+            total, ce, kd = total + loss.item(), ce + metrics.ce, kd + metrics.kd
+            terms = add_metrics(terms, of_micro)
         norm = self._update(number, rate, work)
         means = {name: value / positions for name, (value, positions) in terms.items()}
         return Step(
@@ -139,13 +139,13 @@ class Trainer:
         if self.backward is not None:
             norm, scale = self.backward.norm, 1.0
         else:
-            norm, scale = clip(self.objective.model, self.config.clip_norm)
+            norm, scale = clip(self.objective.model, self.config.max_grad_norm)
         if not math.isfinite(norm):
             raise XinslmError(self._not_finite(number, "gradient", norm, work))
         if self.backward is None:
             self.optimizer.step(scale)
         if self.objective.auxiliary is not None:
-            self.objective.auxiliary.step(rate, self.config.clip_norm)
+            self.objective.auxiliary.step(rate, self.config.max_grad_norm)
         return norm
 
     def _not_finite(self, number: int, what: str, value: float, work: list[Any]) -> str:
@@ -154,7 +154,7 @@ class Trainer:
         return (
             f"the {what} is {value} at step {number + 1}, on training documents {named}. Training "
             "has stopped; the last checkpoint is from before. Try a smaller --learning-rate or a "
-            "longer --warmup-fraction"
+            "longer --warmup-ratio"
         )
 
     @torch.no_grad()
@@ -166,8 +166,8 @@ class Trainer:
         has_teacher = False
         for micro in self.objective.held_out():
             if micro.num_targets:
-                _, figures, _ = self.objective.loss(micro, 1.0, None)
-                ce, kd = ce + figures.ce, kd + figures.kd
+                _, metrics, _ = self.objective.loss(micro, 1.0, None)
+                ce, kd = ce + metrics.ce, kd + metrics.kd
                 count += micro.num_targets
                 has_teacher |= micro.has_teacher
         return Validation(ce / max(count, 1), kd / max(count, 1) if has_teacher else None)
@@ -217,11 +217,11 @@ class Recorder(Protocol):
 
 
 def train(
-    trainer: Trainer, state: TrainingState, recorder: Recorder, validate_every: int | None = None
+    trainer: Trainer, state: TrainingState, recorder: Recorder, eval_steps: int | None = None
 ) -> TrainingState:
     """Run from `state` to the last step and return the final state.
 
-    Validates every `validate_every` steps and after the last one; without held-out data the last
+    Validates every `eval_steps` steps and after the last one; without held-out data the last
     checkpoint counts as the best. Raises `Interrupted` after a checkpoint.
     """
     config, validates = trainer.config, trainer.objective.has_held_out
@@ -239,14 +239,14 @@ def train(
             recorder.step(step, state)
             final = state.step == trainer.total_steps
             is_best = False
-            if validates and (final or (validate_every and state.step % validate_every == 0)):
+            if validates and (final or (eval_steps and state.step % eval_steps == 0)):
                 result = trainer.validate()
                 is_best = state.best_validation is None or result.ce < state.best_validation
                 if is_best:
                     state = replace(state, best_validation=result.ce)
                 recorder.validation(result, state)
             stop = interrupted() and not final
-            if final or stop or state.step % config.save_every == 0:
+            if final or stop or state.step % config.save_steps == 0:
                 recorder.save(state, is_best or not validates)
             elif is_best:
                 recorder.save_best(state)

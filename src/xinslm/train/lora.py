@@ -30,14 +30,14 @@ from xinslm.errors import UsageError
 from xinslm.files import MANIFEST, new_file, write_manifest
 from xinslm.folders import locked
 from xinslm.losses.config import LossConfig
-from xinslm.losses.fused import LossFigures, fused_loss
+from xinslm.losses.fused import LossMetrics, fused_loss
 from xinslm.model.files import require_context
 from xinslm.progress import Listener, ignore
 from xinslm.teachers.adapter import CONFIG as ADAPTER
 from xinslm.teachers.adapter import KIND, VERSION, WEIGHTS, require_peft
 from xinslm.teachers.huggingface import HuggingFaceTeacher
 from xinslm.train.checkpoint import CHECKPOINTS, TrainingState
-from xinslm.train.interfaces import AuxiliaryLoss, Figures
+from xinslm.train.interfaces import AuxiliaryLoss, Metrics
 from xinslm.train.loop import Trainer, train
 from xinslm.train.lora_config import AdaptConfig
 from xinslm.train.padded import PaddedBatch, PaddedSequences
@@ -83,7 +83,7 @@ def run(config: AdaptConfig, on_progress: Listener = ignore) -> AdaptResult:
         with claim_run(config, "adapt", ("teacher", "data_path")):
             teacher = HuggingFaceTeacher(
                 config.teacher,
-                config.dtype,
+                config.compute_dtype,
                 pick_device(config.device),
                 config.revision,
                 config.trust_remote_code,
@@ -143,13 +143,13 @@ def _add_adapter(peft: Any, teacher: HuggingFaceTeacher, config: AdaptConfig) ->
         "all-linear" if config.target_modules == ("all-linear",) else list(config.target_modules)
     )
     settings = peft.LoraConfig(
-        r=config.rank,
-        lora_alpha=config.alpha,
-        lora_dropout=config.dropout,
+        r=config.lora_r,
+        lora_alpha=config.lora_alpha,
+        lora_dropout=config.lora_dropout,
         target_modules=targets,
         task_type="CAUSAL_LM",
     )
-    if config.checkpointing:
+    if config.gradient_checkpointing:
         teacher.model.gradient_checkpointing_enable(
             gradient_checkpointing_kwargs={"use_reentrant": False}
         )
@@ -213,14 +213,14 @@ class LoraObjective:
 
     def loss(
         self, micro: PaddedBatch, normaliser: float, step: int | None
-    ) -> tuple[Tensor, LossFigures, Figures]:
+    ) -> tuple[Tensor, LossMetrics, Metrics]:
         """Cross-entropy of a micro-batch; dropout is drawn from the seed, the step and the data."""
-        with torch.random.fork_rng(enabled=self.config.dropout > 0):
-            if step is not None and self.config.dropout > 0:
+        with torch.random.fork_rng(enabled=self.config.lora_dropout > 0):
+            if step is not None and self.config.lora_dropout > 0:
                 draw = np.random.default_rng((self.config.seed, step, int(micro.documents[0])))
                 torch.manual_seed(int(draw.integers(2**31)))
             loss = self._nats(micro, normaliser)
-        return loss, LossFigures(loss.item() * normaliser, 0.0), {}
+        return loss, LossMetrics(loss.item() * normaliser, 0.0), {}
 
     def _nats(self, micro: PaddedBatch, normaliser: float) -> Tensor:
         teacher, device = self.teacher, self.teacher.device

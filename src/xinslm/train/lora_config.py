@@ -10,9 +10,9 @@ from xinslm.ranges import POSITIVE, Range, range_errors
 from xinslm.train.config import TrainingConfig
 
 _ADAPT = {
-    "rank": Range(1, 1024),
-    "alpha": POSITIVE,
-    "dropout": Range(0, 1, below=True),
+    "lora_r": Range(1, 1024),
+    "lora_alpha": POSITIVE,
+    "lora_dropout": Range(0, 1, below=True),
     "num_epochs": POSITIVE,
     "max_steps": Range(1),
 }
@@ -29,11 +29,11 @@ class AdaptConfig(TrainingConfig):
     output_dir: Annotated[Path, tyro.conf.arg(aliases=["-o"])]
     """Run folder to write; the adapter is at its top, in peft's layout. The same command continues
     a killed run."""
-    rank: int = 16
+    lora_r: int = 16
     """Rank of the update of each matrix."""
-    alpha: float = 32.0
-    """The update is scaled by alpha / rank."""
-    dropout: float = 0.0
+    lora_alpha: float = 32.0
+    """The update is scaled by lora_alpha / lora_r."""
+    lora_dropout: float = 0.0
     """Share of an adapted matrix' inputs left out of its update in training."""
     target_modules: tuple[str, ...] = ("all-linear",)
     """Names of the matrices to adapt, or all-linear: all of the blocks."""
@@ -43,15 +43,15 @@ class AdaptConfig(TrainingConfig):
     """Optimizer steps, instead of epochs."""
     learning_rate: float = 2e-4
     """Peak of the warmup-stable-decay schedule."""
-    warmup_fraction: float = 0.03
+    warmup_ratio: float = 0.03
     """Share of the steps in which the rate rises from 0."""
-    decay_fraction: float = 0.97
+    decay_ratio: float = 0.97
     """Share of the steps in which it falls linearly to 0."""
     weight_decay: float = 0.0
     """The optimizer's, on matrices only."""
-    validation_rows: int = 100
+    max_eval_samples: int = 100
     """Validation sequences to measure before and after; 0 for all."""
-    save_every: int = 50
+    save_steps: int = 50
     """Steps between checkpoints: what a kill costs at most."""
     revision: str | None = None
     """Hub revision of the teacher."""

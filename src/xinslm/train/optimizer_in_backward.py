@@ -2,10 +2,10 @@
 complete.
 
 The memory of all gradients but one is saved (Lv et al., LOMO, arXiv:2306.09782). The norm of the
-whole gradient is not known then. A tensor is scaled by min(1, clip_norm / n), where n is the larger
-of the previous step's norm and this step's norm so far: what a spike may do is bounded from the
-tensor on that shows it, and where nothing is clipped the step is the ordinary one bit for bit. A
-tied embedding is stepped once, after both of its gradients have come.
+whole gradient is not known then. A tensor is scaled by min(1, max_grad_norm / n), where n is the
+larger of the previous step's norm and this step's norm so far: what a spike may do is bounded from
+the tensor on that shows it, and where nothing is clipped the step is the ordinary one bit for bit.
+A tied embedding is stepped once, after both of its gradients have come.
 """
 
 import math

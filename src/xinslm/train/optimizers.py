@@ -63,7 +63,7 @@ class Optimizer(torch.optim.Optimizer):
         for name, parameter in named:
             groups.setdefault((rules[name], parameter.dim() > 1), []).append(parameter)
         self.names = {parameter: name for name, parameter in named}
-        self.seed, self.betas = config.seed, (config.beta1, config.beta2)
+        self.seed, self.betas = config.seed, (config.adam_beta1, config.adam_beta2)
         super().__init__(
             [
                 {

@@ -12,14 +12,14 @@ import torch
 from torch import Tensor
 
 from xinslm.data.dataset import Dataset
-from xinslm.data.packing import Batch, PackedRows
+from xinslm.data.packing import Batch, PackedDataset
 from xinslm.losses.config import LossConfig
-from xinslm.losses.fused import LossFigures, fused_loss
+from xinslm.losses.fused import LossMetrics, fused_loss
 from xinslm.model.transformer import Transformer
 from xinslm.train.config import PretrainConfig, TrainingConfig
-from xinslm.train.interfaces import AuxiliaryLoss, Figures, TargetSource
+from xinslm.train.interfaces import AuxiliaryLoss, Metrics, TargetSource
 from xinslm.train.loop import Trainer
-from xinslm.train.row_sampler import RowPlan, Source
+from xinslm.train.row_sampler import RowSampler, Source
 
 
 @dataclass(frozen=True)
@@ -50,9 +50,9 @@ class PackedObjective:
         self,
         model: Transformer,
         config: TrainingConfig,
-        plan: RowPlan,
+        plan: RowSampler,
         device: torch.device,
-        validation: tuple[PackedRows, TargetSource | None] | None = None,
+        validation: tuple[PackedDataset, TargetSource | None] | None = None,
         auxiliary: AuxiliaryLoss | None = None,
         compile: bool = False,
     ) -> None:
@@ -89,12 +89,12 @@ class PackedObjective:
         ]
 
     def held_out(self) -> Iterator[PackedMicroBatch]:
-        """The first `validation_rows` rows of the validation split (0: all)."""
+        """The first `max_eval_samples` rows of the validation split (0: all)."""
         if self._validation is None:
             return
         rows, targets = self._validation
         source = Source(rows, targets, self.plan.sources[0].loss)
-        limit = self.config.validation_rows
+        limit = self.config.max_eval_samples
         last = min(len(rows), limit) if limit else len(rows)
         micro = self.config.micro_batch_size or self.config.batch_size
         for at in range(0, last, micro):
@@ -103,7 +103,7 @@ class PackedObjective:
 
     def loss(
         self, micro: PackedMicroBatch, normaliser: float, step: int | None
-    ) -> tuple[Tensor, LossFigures, Figures]:
+    ) -> tuple[Tensor, LossMetrics, Metrics]:
         """Fused loss of a micro-batch; losses on hidden states are added if `step` is given."""
         auxiliary = self.auxiliary if step is not None else None
         depths = () if auxiliary is None or step is None else auxiliary.depths(step)
@@ -113,24 +113,24 @@ class PackedObjective:
                 self._tensor(batch.input_ids),
                 self._tensor(batch.positions),
                 self._tensor(batch.segments),
-                taps=depths,
+                layers=depths,
             )
         extra: Tensor | float = 0.0
-        terms: Figures = {}
+        terms: Metrics = {}
         if depths and auxiliary is not None and step is not None:
             hidden, layers = hidden
             extra, terms = auxiliary.loss(layers, batch, micro.chosen, step, normaliser)
         where = self._tensor(micro.chosen)
         hidden = hidden.reshape(-1, hidden.shape[-1])[where]
-        if self.config.dtype == "bfloat16":
+        if self.config.compute_dtype == "bfloat16":
             hidden = hidden.bfloat16()
         labels = self._tensor(batch.labels.ravel())[where]
         source = micro.source.targets
         targets = None if source is None else source.targets(batch, micro.chosen, self.device)
-        loss, figures = fused_loss(
+        loss, metrics = fused_loss(
             hidden, self.model.head_weight, labels, targets, micro.loss, normaliser
         )
-        return loss + extra, figures, terms
+        return loss + extra, metrics, terms
 
     def documents(self, micro: PackedMicroBatch) -> np.ndarray:
         """Documents of a micro-batch."""
@@ -140,7 +140,7 @@ class PackedObjective:
         return found
 
     def _precision(self) -> AbstractContextManager[Any]:
-        if self.config.dtype == "float32":
+        if self.config.compute_dtype == "float32":
             return nullcontext()
         return torch.autocast(self.device.type, torch.bfloat16)
 
@@ -153,21 +153,23 @@ def packed_trainer(
     config: PretrainConfig,
     source: Source,
     total_steps: int,
-    validation: tuple[PackedRows, TargetSource | None] | None = None,
+    validation: tuple[PackedDataset, TargetSource | None] | None = None,
     auxiliary: AuxiliaryLoss | None = None,
 ) -> Trainer:
     """A trainer of `model`, on its device, with the rows of one source."""
-    plan = RowPlan([source], config.batch_size, total_steps, config.seed)
+    plan = RowSampler([source], config.batch_size, total_steps, config.seed)
     device = next(model.parameters()).device
     objective = PackedObjective(model, config, plan, device, validation, auxiliary, config.compile)
-    return Trainer(objective, config, total_steps, step_in_backward=config.step_in_backward)
+    return Trainer(
+        objective, config, total_steps, optimizer_in_backward=config.optimizer_in_backward
+    )
 
 
-def validation_rows(dataset: Dataset, max_seq_length: int) -> PackedRows | None:
+def validation_data(dataset: Dataset, max_seq_length: int) -> PackedDataset | None:
     """The validation split as packed rows; None if it is absent or empty."""
     if "validation" not in dataset.manifest["splits"]:
         return None
-    rows = PackedRows(dataset.split("validation"), max_seq_length)
+    rows = PackedDataset(dataset.split("validation"), max_seq_length)
     return rows if len(rows) else None
 
 

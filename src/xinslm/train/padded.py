@@ -15,7 +15,7 @@ from xinslm.data.packing import IGNORE, sequences
 from xinslm.errors import XinslmError
 from xinslm.teachers.local import batches_by_length
 from xinslm.train.config import TrainingConfig
-from xinslm.train.row_sampler import rows_of_step
+from xinslm.train.row_sampler import indices_of_step
 
 MICRO_TOKENS = 4096
 """Tokens of a micro-batch, pads included, if `micro_batch_size` is not given."""
@@ -66,14 +66,14 @@ class PaddedSequences:
     def micro_batches(self, step: int) -> list[PaddedBatch]:
         """The sequences of a step, longest first."""
         count, config = len(self._train.starts), self.config
-        chosen = rows_of_step(step, config.batch_size, count, config.seed)
+        chosen = indices_of_step(step, config.batch_size, count, config.seed)
         return list(self._batches(self._train, chosen))
 
     def held_out(self) -> Iterator[PaddedBatch]:
-        """`validation_rows` sequences drawn from the validation split (0: all)."""
+        """`max_eval_samples` sequences drawn from the validation split (0: all)."""
         if self._validation is not None:
             order = np.random.default_rng(0).permutation(len(self._validation.starts))
-            limit = self.config.validation_rows or len(order)
+            limit = self.config.max_eval_samples or len(order)
             yield from self._batches(self._validation, order[:limit])
 
     def _batches(self, of: "_Sequences", chosen: np.ndarray) -> Iterator[PaddedBatch]:

@@ -16,10 +16,10 @@ from xinslm.files import write_text
 from xinslm.progress import Listener, Progress
 from xinslm.train.checkpoint import (
     TrainingState,
+    delete_unlinked,
     last_checkpoint,
-    load_auxiliary,
+    load_auxiliary_loss,
     load_checkpoint,
-    prune,
     save_best,
     save_checkpoint,
 )
@@ -69,7 +69,7 @@ class RunRecorder:
         self.trainer, self.run, self.write_model = trainer, config.output_dir, write_model
         self.path, self.every, self.total = (
             self.run / METRICS,
-            config.log_every,
+            config.logging_steps,
             trainer.total_steps,
         )
         self.on_progress, self.stage, self.with_kd = on_progress, stage, with_kd
@@ -93,7 +93,7 @@ class RunRecorder:
             os.fsync(file.fileno())
 
     def step(self, step: Step, state: TrainingState) -> None:
-        """Log every `log_every` steps, the first and the last."""
+        """Log every `logging_steps` steps, the first and the last."""
         if step.step % self.every and step.step not in (1, self.total):
             return
         seconds = state.seconds - self.since.seconds
@@ -168,8 +168,8 @@ def resume(
         if trainer.backward is not None:
             trainer.backward.previous = state.grad_norm or 0.0
         if objective.auxiliary is not None:
-            load_auxiliary(last, objective.auxiliary)
-        prune(last.parent)
+            load_auxiliary_loss(last, objective.auxiliary)
+        delete_unlinked(last.parent)
     if (run / METRICS).is_file():
         cut_metrics(run / METRICS, state.step or -1)
     else:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from xinslm.data.packing import PackedRows
+from xinslm.data.packing import PackedDataset
 from xinslm.losses.config import LossConfig
 from xinslm.train.interfaces import TargetSource
 
@@ -29,7 +29,7 @@ def always(step: int) -> float:
 class Source:
     """Rows, what a teacher says about them, and the loss they are trained with."""
 
-    rows: PackedRows
+    rows: PackedDataset
     targets: TargetSource | None
     loss: LossConfig
     share: float = 1.0
@@ -46,7 +46,7 @@ class Part:
     indices: np.ndarray
 
 
-def rows_of_step(
+def indices_of_step(
     step: int, batch_size: int, num_rows: int, seed: int, source: int = 0
 ) -> np.ndarray:
     """Indices of a step's rows if all come from one source."""
@@ -67,7 +67,7 @@ def _order(seed: int, source: int, epoch: int, num_rows: int) -> np.ndarray:
     return np.random.default_rng(key).permutation(num_rows)
 
 
-class RowPlan:
+class RowSampler:
     """Rows of each step from several sources; the first step is number `first_step`."""
 
     def __init__(
@@ -100,7 +100,7 @@ class RowPlan:
         """The rows of step `number`, by source."""
         step = number - self.first_step
         if len(self.sources) == 1:
-            rows = rows_of_step(step, self.batch_size, len(self.sources[0].rows), self.seed)
+            rows = indices_of_step(step, self.batch_size, len(self.sources[0].rows), self.seed)
             return [Part(self.sources[0], rows)]
         places = slice(step * self.batch_size, (step + 1) * self.batch_size)
         source_of, rank = self._source_of[places], self._rank[places]

@@ -19,7 +19,7 @@ import torch
 
 from xinslm.config import to_dict, to_yaml
 from xinslm.data.dataset import Dataset
-from xinslm.data.packing import PackedRows
+from xinslm.data.packing import PackedDataset
 from xinslm.device import pick_device, return_freed_memory
 from xinslm.errors import UsageError
 from xinslm.files import MANIFEST, read_json, write_json, write_text
@@ -34,7 +34,7 @@ from xinslm.model.files import (
     resolve_model,
     save_model,
 )
-from xinslm.model.param_dtype import narrow_matrices
+from xinslm.model.param_dtype import cast_matrices_to_bfloat16
 from xinslm.model.transformer import Transformer
 from xinslm.progress import Listener, Progress, ignore
 from xinslm.tokenizer.load import load_tokenizer
@@ -43,7 +43,7 @@ from xinslm.train.config import PretrainConfig, TrainingConfig
 from xinslm.train.inputs import find_dataset, shape
 from xinslm.train.interfaces import Supervision
 from xinslm.train.loop import Trainer, Validation, train
-from xinslm.train.packed import packed_trainer, validation_rows
+from xinslm.train.packed import packed_trainer, validation_data
 from xinslm.train.recorder import RunRecorder, resume
 from xinslm.train.row_sampler import Source
 
@@ -51,10 +51,10 @@ CONFIG, RUN = "config.yaml", "run.json"
 CHANGEABLE = (
     "force",
     "output_dir",
-    "log_every",
-    "save_every",
+    "logging_steps",
+    "save_steps",
     "micro_batch_size",
-    "checkpointing",
+    "gradient_checkpointing",
     "device",
     "compile",
 )
@@ -127,7 +127,7 @@ def run_training(
             command,
             with_kd=setup.supervision.train is not None,
         )
-        state = train(setup.trainer, state, recorder, config.validate_every)
+        state = train(setup.trainer, state, recorder, config.eval_steps)
     return TrainResult(
         config.output_dir, setup.parameters, state, recorder.last_validation, warnings
     )
@@ -153,15 +153,15 @@ def _set_up(
     total_steps = config.max_steps or max(
         1, round(config.num_epochs * len(rows) / config.batch_size)
     )
-    if config.checkpointing and device.type == "cpu":
+    if config.gradient_checkpointing and device.type == "cpu":
         return_freed_memory()
     model = _make_model(config, dataset, tokenizer)
-    if config.weights == "bfloat16":
-        narrow_matrices(model)
+    if config.param_dtype == "bfloat16":
+        cast_matrices_to_bfloat16(model)
         model.compute_dtype = torch.float32
     model = model.to(device)
-    make = supervision.make_auxiliary
-    held_out = validation_rows(dataset, config.max_seq_length)
+    make = supervision.make_auxiliary_loss
+    held_out = validation_data(dataset, config.max_seq_length)
     trainer = packed_trainer(
         model,
         config,
@@ -190,8 +190,8 @@ def write_model(model: Transformer, tokenizer: Any, folder: Path) -> None:
     tokenizer.save(folder)
 
 
-def _training_rows(config: PretrainConfig, dataset: Dataset) -> PackedRows:
-    rows = PackedRows(dataset.split("train"), config.max_seq_length)
+def _training_rows(config: PretrainConfig, dataset: Dataset) -> PackedDataset:
+    rows = PackedDataset(dataset.split("train"), config.max_seq_length)
     if len(rows) < config.batch_size:
         raise UsageError(
             f"batch_size is {config.batch_size} rows of {config.max_seq_length} tokens, but "
@@ -268,7 +268,7 @@ def _make_model(config: PretrainConfig, dataset: Dataset, tokenizer: Any) -> Tra
     """The model at step 0: drawn from the seed, or read from `init_from`."""
     if config.init_from is None:
         with torch.device("meta"):
-            model = Transformer(shape(config, tokenizer), config.checkpointing)
+            model = Transformer(shape(config, tokenizer), config.gradient_checkpointing)
         model.to_empty(device="cpu")
         rebuild_buffers(model)
         model.initialise(torch.Generator().manual_seed(config.seed))
@@ -293,4 +293,4 @@ def _make_model(config: PretrainConfig, dataset: Dataset, tokenizer: Any) -> Tra
     require_context(
         config.max_seq_length, load_config(folder).max_position_embeddings, f"model {folder}"
     )
-    return load_model(folder, checkpointing=config.checkpointing)
+    return load_model(folder, gradient_checkpointing=config.gradient_checkpointing)

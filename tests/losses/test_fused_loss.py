@@ -103,8 +103,11 @@ def test_scaled_loss_scales_gradients_and_evaluation_needs_none():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"temperature": 2.0, "temperature_mode": "full", "tail_weight": 1.0}, "no draws at T"),
-        ({"divergence": "reverse_kl", "tail_weight": 0.5}, "cannot use draws"),
+        (
+            {"temperature": 2.0, "temperature_mode": "full", "tail_weight": 1.0},
+            "no tail samples at T",
+        ),
+        ({"divergence": "reverse_kl", "tail_weight": 0.5}, "cannot use tail samples"),
         ({"divergence": "jsd", "temperature": 2.0}, "chain rule of forward_kl"),
         ({"divergence": "jsd", "jsd_weight": 0.0}, "jsd_weight is 0.0, but must be above 0"),
         ({"divergence": "skew_kl", "skew": 1.0}, "skew is 1.0, but must be below 1"),
@@ -123,13 +126,13 @@ def test_draws_count_by_default_where_they_can():
     weights = {
         (divergence, mode): LossConfig(
             divergence=divergence, temperature=2.0, temperature_mode=mode
-        ).draws_weight
+        ).effective_tail_weight
         for divergence in DIVERGENCES
         for mode in ("decoupled", "full")
     }
     assert weights.pop(("forward_kl", "decoupled")) == 1.0
     assert set(weights.values()) == {0.0}
-    assert LossConfig(tail_weight=0.25).draws_weight == 0.25
+    assert LossConfig(tail_weight=0.25).effective_tail_weight == 0.25
 
 
 def test_labels_outside_the_vocabulary_are_refused():
@@ -235,9 +238,9 @@ def test_an_adapter_on_the_head_is_trained():
 def test_no_rows_give_no_loss_and_a_second_backward_says_why_not():
     hidden, weight, labels, teacher = problem()
     leaf = weight.clone().requires_grad_()
-    loss, figures = fused_loss(hidden[:0], leaf, labels[:0], sparsify(teacher)[:0], LossConfig())
+    loss, metrics = fused_loss(hidden[:0], leaf, labels[:0], sparsify(teacher)[:0], LossConfig())
     loss.backward()
-    assert (loss.item(), figures.ce, figures.kd, leaf.grad.abs().max().item()) == (
+    assert (loss.item(), metrics.ce, metrics.kd, leaf.grad.abs().max().item()) == (
         0.0,
         0.0,
         0.0,

@@ -1,9 +1,9 @@
 """A cache against the data it is of, and against the teacher, asked again.
 
-A record says how likely the token was that came, and which tokens the teacher thought likely: where
-the one is among the others, both must agree. Records that are shifted by a position agree with the
+An entry says how likely the token was that came, and which tokens the teacher thought likely: where
+the one is among the others, both must agree. Entries that are shifted by a position agree with the
 wrong tokens. The same is asked of the teacher's answers of today: they must be the cached ones, and
-fit no neighbouring record better.
+fit no neighbouring entry better.
 """
 
 import math
@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from xinslm.alignment.byte_prefix import PrefixAligner
-from xinslm.alignment.choose import relate
+from xinslm.alignment.byte_prefix import BytePrefixAligner
+from xinslm.alignment.choose import choose_alignment
 from xinslm.cache.config import CacheConfig
 from xinslm.cache.entries import LARGEST_NEGATIVE_LOG, VALID, Cache, decode, gather
-from xinslm.cache.scorers import RECORDS, DenseScorer
+from xinslm.cache.scorers import ENTRIES, DenseScorer
 from xinslm.data.dataset import Dataset, Split
 from xinslm.doctor.checks import Examination, Skipped, require
 from xinslm.losses.targets import SparseTargets
@@ -28,15 +28,15 @@ OVERLAP, NATS = 0.95, 0.1
 CODE_STEP = math.sqrt(LARGEST_NEGATIVE_LOG) / 255
 
 
-def check_records(examination: Examination, cache: Cache, dataset: Dataset) -> None:
+def check_entries(examination: Examination, cache: Cache, dataset: Dataset) -> None:
     """Checks that need no teacher."""
-    split, records = dataset.split("train"), cache.split("train")
-    assert records is not None, "every dataset has a train split"
+    split, entries = dataset.split("train"), cache.split("train")
+    assert entries is not None, "every dataset has a train split"
     positions = _sample(len(split.tokens) - 1)
-    stored = gather(records.maps, records.starts, positions)
+    stored = gather(entries.maps, entries.starts, positions)
     counts = np.asarray(split.mask[positions + 1]) != 0
     valid = (stored["flags"] & VALID) != 0
-    examination.make("records", lambda: _sound(stored, valid, counts))
+    examination.make("entries", lambda: _sound(stored, valid, counts))
     examination.make("alignment", lambda: _alignment(cache, split, stored, positions, valid))
     examination.make("tail", lambda: _tail(cache, stored[valid]))
 
@@ -56,7 +56,7 @@ def _sample(count: int) -> np.ndarray:
 
 
 def _sound(stored: np.ndarray, valid: np.ndarray, counts: np.ndarray) -> str:
-    """Numbers are finite, and most targets have a record."""
+    """Numbers are finite, and most targets have an entry."""
     bad = sum(
         int((~np.isfinite(stored[name][valid])).sum())
         for name in ("log_tail", "log_label", "log_z")
@@ -64,7 +64,7 @@ def _sound(stored: np.ndarray, valid: np.ndarray, counts: np.ndarray) -> str:
     share = float(valid[counts].mean()) if counts.any() else 0.0
     return require(
         bad == 0 and share >= COVERED,
-        f"{bad} numbers are not finite; {share:.1%} of the targets have a record (at least "
+        f"{bad} numbers are not finite; {share:.1%} of the targets have an entry (at least "
         f"{COVERED:.0%})",
         "Make the cache anew with `xinslm cache --force`",
     )
@@ -73,17 +73,17 @@ def _sound(stored: np.ndarray, valid: np.ndarray, counts: np.ndarray) -> str:
 def _alignment(
     cache: Cache, split: Split, stored: np.ndarray, positions: np.ndarray, valid: np.ndarray
 ) -> str:
-    """Records agree with the tokens that follow them, and with no others."""
+    """Entries agree with the tokens that follow them, and with no others."""
     if not valid.any():
-        raise Skipped("no record says anything")
+        raise Skipped("no entry says anything")
     targets = decode(stored[valid], cache.format)
     here, log_label = positions[valid] + 1, stored["log_label"][valid].astype(np.float64)
     hits, agreeing = {}, 0.0
     for shift in (-1, 0, 1):
         tokens = split.tokens[np.clip(here + shift, 0, len(split.tokens) - 1)].astype(np.int64)
-        in_head = targets.head_ids.numpy() == tokens[:, None]
-        found = in_head.any(axis=1)
-        log_p = targets.head_log_probs.numpy()[np.arange(len(tokens)), in_head.argmax(axis=1)]
+        in_top_k = targets.top_k_ids.numpy() == tokens[:, None]
+        found = in_top_k.any(axis=1)
+        log_p = targets.top_k_log_probs.numpy()[np.arange(len(tokens)), in_top_k.argmax(axis=1)]
         slack = 0.02 + 1.5 * CODE_STEP * np.sqrt(np.maximum(-log_p, 0))
         agrees = found & (np.abs(log_p - log_label) <= slack)
         hits[shift] = float(agrees.mean())
@@ -91,33 +91,33 @@ def _alignment(
             agreeing = float(agrees.sum() / found.sum())
     merged = "merge_depth" in cache.manifest["inputs"]
     detail = (
-        f"records agree with {agreeing:.1%} of the tokens that they list"
+        f"entries agree with {agreeing:.1%} of the tokens that they list"
         + ("" if merged else f" (at least {AGREEING:.0%})")
         + f"; with {hits[0]:.1%} of all, one position off with {max(hits[-1], hits[1]):.1%}"
     )
     return require(
         (merged or agreeing >= AGREEING) and hits[0] > WINNING * max(hits[-1], hits[1]),
         detail,
-        "The cache belongs to other tokens, or its records are shifted: make it anew from this "
+        "The cache belongs to other tokens, or its entries are shifted: make it anew from this "
         "dataset",
     )
 
 
 def _tail(cache: Cache, stored: np.ndarray) -> str:
-    """How much of the teacher is outside the head, and whether draws stand for it."""
+    """How much of the teacher is outside the top k, and whether tail samples stand for it."""
     mass = (
         float(np.exp(decode(stored, cache.format).log_tail.numpy()).mean(dtype=np.float64))
         if len(stored)
         else 0.0
     )
     detail = (
-        f"{mass:.1%} of the teacher's mass outside {cache.format.head} tokens, "
-        f"{cache.format.draws} draws"
+        f"{mass:.1%} of the teacher's mass outside {cache.format.top_k} tokens, "
+        f"{cache.format.tail_samples} tail samples"
     )
     return require(
-        mass <= 0.3 or cache.format.draws > 0,
+        mass <= 0.3 or cache.format.tail_samples > 0,
         detail,
-        "Cache with a larger --head, or with draws (--draws 10)",
+        "Cache with a larger --top-k, or with tail samples (--tail-samples 10)",
     )
 
 
@@ -126,7 +126,7 @@ def teacher_quality(nats: float, places: np.ndarray, split: Split) -> str:
     that is known.
     """
     if not len(places):
-        raise Skipped("no record says anything")
+        raise Skipped("no entry says anything")
     counts = np.bincount(split.tokens, minlength=split.vocab_size).astype(np.float64)
     frequency = -np.log(counts / counts.sum(), where=counts > 0, out=np.zeros_like(counts))
     baseline = float(frequency[split.tokens[places]].mean())
@@ -145,7 +145,7 @@ def teacher_quality(nats: float, places: np.ndarray, split: Split) -> str:
 def ask_again(
     teacher: Any, dataset: Dataset, settings: dict[str, Any], fmt: Any, documents: int, seed: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Score a few documents of the train split; give their positions and records, (N,) each, those
+    """Score a few documents of the train split; give their positions and entries, (N,) each, those
     that say something.
 
     `settings` are those of the cache they are compared with.
@@ -159,27 +159,27 @@ def ask_again(
         teacher.name,
         dataset.folder,
         Path(),
-        head=fmt.head,
-        draws=fmt.draws,
+        top_k=fmt.top_k,
+        tail_samples=fmt.tail_samples,
         temperature=fmt.temperature,
         max_seq_length=min(settings["max_seq_length"], teacher.max_length),
         seed=settings["seed"],
     )
-    push = relate(dataset, teacher, settings.get("alignment", "auto"))
-    if isinstance(push, PrefixAligner):
+    projection = choose_alignment(dataset, teacher, settings.get("alignment", "auto"))
+    if isinstance(projection, BytePrefixAligner):
         raise Skipped("the cache holds no distributions over single tokens")
-    scorer = DenseScorer(teacher, push, fmt, config, None, read_support(dataset))
+    scorer = DenseScorer(teacher, projection, fmt, config, None, read_support(dataset))
     parts, places = [], []
     for document in np.sort(chosen):
         first, last = int(split.documents[document]), int(split.documents[document + 1])
-        records = scorer.shard(
+        entries = scorer.shard(
             split, int(document), int(document) + 1, Path(), lambda tokens: None
-        )[RECORDS]
-        parts.append(records)
+        )[ENTRIES]
+        parts.append(entries)
         places.append(np.arange(first, last))
-    records, positions = np.concatenate(parts), np.concatenate(places)
-    valid = (records["flags"] & VALID) != 0
-    return positions[valid], records[valid]
+    entries, positions = np.concatenate(parts), np.concatenate(places)
+    valid = (entries["flags"] & VALID) != 0
+    return positions[valid], entries[valid]
 
 
 def agreement(cache: Cache, positions: np.ndarray, fresh: np.ndarray) -> str:
@@ -193,10 +193,10 @@ def agreement(cache: Cache, positions: np.ndarray, fresh: np.ndarray) -> str:
         stored = gather(split.maps, split.starts, np.clip(positions + shift, 0, last))
         both = (stored["flags"] & VALID) != 0
         if not both.any():
-            raise Skipped("the cache has no record of these documents")
+            raise Skipped("the cache has no entry of these documents")
         overlaps[shift] = _overlap(now[torch.from_numpy(both)], decode(stored[both], cache.format))
         if shift == 0:
-            labels = [records["log_label"][both].astype(np.float64) for records in (stored, fresh)]
+            labels = [entries["log_label"][both].astype(np.float64) for entries in (stored, fresh)]
             nats = float(np.abs(labels[0] - labels[1]).mean())
     shifted = max((overlaps[shift], shift) for shift in (-1, 1))
     detail = (
@@ -208,7 +208,7 @@ def agreement(cache: Cache, positions: np.ndarray, fresh: np.ndarray) -> str:
         "Another teacher, revision, adapter or number type made the cache: cache this teacher anew"
     )
     if shifted[0] > overlaps[0]:
-        advice = f"The records are shifted by {shifted[1]:+d}: make the cache anew"
+        advice = f"The entries are shifted by {shifted[1]:+d}: make the cache anew"
     return require(
         overlaps[0] >= OVERLAP and nats <= NATS and overlaps[0] > shifted[0], detail, advice
     )
@@ -216,7 +216,7 @@ def agreement(cache: Cache, positions: np.ndarray, fresh: np.ndarray) -> str:
 
 def _overlap(a: SparseTargets, b: SparseTargets) -> float:
     """Mass that two heads have in common, as a share of the first's."""
-    same = a.head_ids[:, :, None] == b.head_ids[:, None, :]  # (N, h, h)
-    p, q = a.head_log_probs.exp(), b.head_log_probs.exp()
+    same = a.top_k_ids[:, :, None] == b.top_k_ids[:, None, :]  # (N, h, h)
+    p, q = a.top_k_log_probs.exp(), b.top_k_log_probs.exp()
     common = (torch.minimum(p[:, :, None], q[:, None, :]) * same).sum()
     return float(common / p.sum())

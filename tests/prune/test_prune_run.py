@@ -1,5 +1,5 @@
-"""`xinslm init` from folder to folder: exact where nothing is lost, readable by transformers, taken
-by distill.
+"""`xinslm prune` from folder to folder: exact where nothing is lost, readable by transformers,
+taken by distill.
 """
 
 import itertools
@@ -99,10 +99,10 @@ def test_mistral_teachers_keep_their_window(tmp_path) -> None:
     tokenizer = load_tokenizer(tmp_path / "teacher")
     tokenizer.save(save_dataset(tmp_path / "data", tokenizer.fingerprint()) / "tokenizer")
     line = (
-        f"init {tmp_path / 'teacher'} --data-path {tmp_path / 'data'} -o {tmp_path / 's'} "
+        f"prune {tmp_path / 'teacher'} --data-path {tmp_path / 'data'} -o {tmp_path / 's'} "
         "--num-layers 2 --device cpu"
     )
-    assert main([*line.split(), "--row-length", "64", "--no-compensate"]) == 0
+    assert main([*line.split(), "--max-seq-length", "64", "--no-compensate"]) == 0
     student = load_model(tmp_path / "s")
     assert student.config.sliding_window == model.config.sliding_window == 8
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "s")
@@ -142,7 +142,7 @@ def test_losses_are_those_of_the_models(workshop, tmp_path) -> None:
     transformers.
     """
     result = run(
-        workshop.config(tmp_path / "s", num_layers=2, compensate=False, validation_rows=1000)
+        workshop.config(tmp_path / "s", num_layers=2, compensate=False, max_eval_samples=1000)
     )
     data = workshop.data / "validation"
     import numpy as np
@@ -215,7 +215,7 @@ def test_a_dataset_without_validation_is_reported_on_search_rows(workshop, tmp_p
         ({"num_heads": 3, "num_kv_heads": 2, "hidden_size": 48}, "must divide"),
         ({"hidden_size": 50}, "multiple of num_attention_heads"),
         ({"head_dim": 16}, r"head_dim is 16, but must stay the teacher's 32.*rotary"),
-        ({"row_length": 500}, "the teacher reads at most 128"),
+        ({"max_seq_length": 500}, "the teacher reads at most 128"),
         ({"num_layers": 0}, "num_layers is 0, but must be at least 1"),
         ({"teacher": "nowhere/at/all"}, "there is no model at"),
         ({"teacher": "model.gguf"}, "is a GGUF file"),
@@ -294,7 +294,10 @@ def test_choices_are_made_on_rows_that_nothing_was_fitted_to(workshop, tmp_path,
     from xinslm.prune.run import _Text
 
     config = workshop.config(
-        tmp_path / "s", calibration_rows=asked[0], search_rows=asked[1], validation_rows=1_000
+        tmp_path / "s",
+        num_calibration_samples=asked[0],
+        num_search_samples=asked[1],
+        max_eval_samples=1_000,
     )
     text = _Text.read(
         config, open_dataset(workshop.data), workshop.model.config, torch.device("cpu")
@@ -330,7 +333,7 @@ def test_a_real_teachers_student_has_part_of_its_skill(shared_data, tmp_path) ->
 
     from xinslm.data import prepare
     from xinslm.data.config import PrepareConfig
-    from xinslm.prune.config import InitConfig
+    from xinslm.prune.config import PruneConfig
 
     for name in ("train", "valid"):
         with gzip.open(shared_data / "text" / f"stories_{name}.jsonl.gz", "rt") as lines:
@@ -345,20 +348,20 @@ def test_a_real_teachers_student_has_part_of_its_skill(shared_data, tmp_path) ->
         )
     )
     result = run(
-        InitConfig(
+        PruneConfig(
             teacher=str(teacher),
             data_path=tmp_path / "data",
             output_dir=tmp_path / "s",
-            row_length=128,
+            max_seq_length=128,
             device="cpu",
             num_layers=4,
             hidden_size=192,
             num_kv_heads=2,
             intermediate_size=512,
             layers="influence",
-            calibration_rows=30,
-            search_rows=4,
-            validation_rows=6,
+            num_calibration_samples=30,
+            num_search_samples=4,
+            max_eval_samples=6,
         )
     )
     losses = {name.partition(" ")[0]: value for name, _, value in result.losses}
