@@ -18,6 +18,7 @@ from typing import Any, Literal, Union
 
 import yaml
 
+from xinslm.display import hide_passwords
 from xinslm.errors import UsageError
 
 HEADER = "# Resolved configuration."
@@ -182,11 +183,16 @@ def _build(cls: type, values: dict[str, Any], missing: Any) -> Any:
 
 
 def to_dict(config: Any) -> dict[str, Any]:
-    """Turn a configuration into plain JSON-able values: paths become strings, tuples lists."""
+    """Turn a configuration into plain JSON-able values: paths become strings, tuples lists.
+
+    Passwords in URLs are hidden: what is returned is stored in manifests and run folders.
+    """
 
     def plain(value: Any) -> Any:
         if isinstance(value, Path):
-            return str(value)
+            value = str(value)
+        if isinstance(value, str):
+            return hide_passwords(value)
         if isinstance(value, dict):
             return {k: plain(v) for k, v in value.items()}
         return [plain(v) for v in value] if isinstance(value, list | tuple) else value

@@ -21,6 +21,7 @@ from xinslm.cache.entries import HAS_TAIL_SAMPLES, Cache
 from xinslm.cache.journal import Journal
 from xinslm.cli.main import main
 from xinslm.data.dataset import open_dataset
+from xinslm.distill.config import DistillConfig
 from xinslm.errors import UsageError, XinslmError
 from xinslm.files import sha256_file
 from xinslm.model.files import load_model
@@ -421,3 +422,17 @@ def test_key_comes_from_a_file_or_a_variable_and_is_written_nowhere(
     )
     assert "NO_SUCH_KEY: there is no such environment variable" in capsys.readouterr().err
     assert "MY_TEST_KEY" in os.environ
+
+
+def test_an_address_with_a_password_is_refused_before_anything_is_written(small, tmp_path):
+    with FakeVllm(small.teacher) as server:
+        url = server.url.replace("http://", "http://user:hunter2@")
+        with pytest.raises(UsageError, match="must not hold a password") as caught:
+            score.run(config(small, url, tmp_path / "c"))
+        assert "hunter2" not in str(caught.value) and not (tmp_path / "c").exists()
+    settings = {"data_path": small.data, "output_dir": tmp_path / "run", "teacher": url}
+    with pytest.raises(UsageError, match="must not hold a password") as caught:
+        train.run(DistillConfig(**settings))
+    assert "hunter2" not in str(caught.value)
+    written = [path.read_text() for path in (tmp_path / "run").rglob("*") if path.is_file()]
+    assert not any("hunter2" in text for text in written)

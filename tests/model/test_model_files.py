@@ -19,9 +19,12 @@ from transformers import (
 )
 
 from xinslm.errors import UsageError, XinslmError
+from xinslm.export.gguf import _plain
 from xinslm.model.config import ModelConfig
 from xinslm.model.files import load_config, load_model, model_fingerprint, resolve_model, save_model
 from xinslm.model.transformer import Transformer
+from xinslm.quantize.pipeline import Quantization
+from xinslm.quantize.stream import WeightReader
 
 TINY = ModelConfig(
     vocab_size=97,
@@ -138,6 +141,31 @@ def test_half_precision_on_disk(tmp_path: Path) -> None:
     for name, weight in model.state_dict().items():
         assert torch.equal(loaded.state_dict()[name], weight.bfloat16().float())
     assert json.loads((tmp_path / "config.json").read_text())["dtype"] == "bfloat16"
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("num_hidden_layers", 10**12, "1,000,000,000,000 layers, but .* hold 20 weights"),
+        ("vocab_size", 10**15, "parameters, but .* hold only"),
+        ("intermediate_size", 10**30, "parameters, but .* hold only"),
+    ],
+)
+def test_a_shape_that_its_weights_cannot_fill_is_refused_before_it_is_built(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, key, value, message
+) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
+    for module in ("model.files", "quantize.pipeline", "export.gguf"):
+        monkeypatch.setattr(f"xinslm.{module}.Transformer", lambda *_: pytest.fail("it was built"))
+    config = load_config(folder)
+    for build in (
+        lambda: load_model(folder),
+        lambda: Quantization(config, WeightReader(folder), 4, [], lambda _: None),
+        lambda: list(_plain(WeightReader(folder), config, "f16")),
+    ):
+        with pytest.raises(XinslmError, match=rf"config\.json asks for.*{message}"):
+            build()
 
 
 def test_a_pickle_is_never_opened(folder: Path) -> None:

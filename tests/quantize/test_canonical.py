@@ -56,6 +56,21 @@ def damaged(quantized, tmp_path):
     return edit
 
 
+def test_more_layers_than_weights_are_refused_before_they_are_built(damaged, monkeypatch):
+    folder = damaged(lambda tensors: None)
+    config, manifest = folder / "config.json", folder / "manifest.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"num_hidden_layers": 10**12}))
+    facts = json.loads(manifest.read_text())
+    facts["files"]["config.json"] = {
+        "bytes": config.stat().st_size,
+        "sha256": hashlib.sha256(config.read_bytes()).hexdigest(),
+    }
+    manifest.write_text(json.dumps(facts))
+    monkeypatch.setattr("xinslm.quantize.canonical.Transformer", lambda *_: pytest.fail("built"))
+    with pytest.raises(XinslmError, match="asks for 1,000,000,000,000 layers"):
+        load_quantized(folder)
+
+
 def test_stored_shapes_and_types_are_the_documented_ones(quantized):
     tensors = load_file(quantized / "model.safetensors")
     up = "model.layers.1.mlp.up_proj"

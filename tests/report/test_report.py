@@ -261,11 +261,19 @@ EVIL = "</pre><script>alert('x')</script>| *b* `````\n<img src=x onerror=alert(1
 
 
 def test_hostile_texts_stay_text(folder: Path) -> None:
+    with open(folder / "metrics.jsonl", "a") as file:
+        file.write("{")  # makes a note with the file's name
     (folder / "config.yaml").write_text(HEADER + "# " + EVIL.replace("\n", " ") + "\nteacher: x\n")
     add_row(
         folder,
         "samples.json",
-        {"name": EVIL, "model": "m", "prompt": EVIL, "text": EVIL, "settings": {"a": EVIL}},
+        {
+            "name": EVIL,
+            "model": "m",
+            "prompt": EVIL,
+            "text": EVIL + "\x1b[31m",
+            "settings": {"a": EVIL},
+        },
     )
     add_row(folder, "evaluation.json", evaluation_row(EVIL, 2.0, data=EVIL))
     add_row(folder, "files.json", {"name": EVIL, "path": EVIL, "bytes": 10})
@@ -276,7 +284,9 @@ def test_hostile_texts_stay_text(folder: Path) -> None:
     )
     for line in table.splitlines():
         assert len(re.findall(r"(?<!\\)\|", line)) == 5
-    assert "``````text" in markdown, "a code block is fenced by more ticks than it holds"
+    tags = re.findall(r"</?[a-z]+", markdown)
+    assert set(tags) == {"<pre", "</pre"} and tags.count("<pre") == tags.count("</pre")
+    assert "\x1b" not in markdown and "[31m" in markdown
 
 
 def test_compared_runs_stand_beside_it(folder: Path, tmp_path: Path) -> None:

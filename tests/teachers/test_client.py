@@ -1,5 +1,7 @@
 """Pace, back-off and the order of work in flight, without a clock that ticks."""
 
+import json
+import socket
 import threading
 import time
 from email.utils import formatdate
@@ -58,6 +60,47 @@ class Script:
         self.server.server_close()
 
 
+class Bytes:
+    """A server that sends `head` and then `piece` again and again, until the client hangs up.
+
+    It stops by itself after 400 MB or 20 s, so that a test of a client that reads on can end.
+    """
+
+    def __init__(self, head, piece=b"", pause=0.0):
+        self.head, self.piece, self.pause = head, piece, pause
+        self.sent = 0
+
+    def __enter__(self):
+        self.listener = socket.create_server(("127.0.0.1", 0))
+        self.url = f"http://127.0.0.1:{self.listener.getsockname()[1]}"
+        threading.Thread(target=self.serve, daemon=True).start()
+        return self
+
+    def serve(self):
+        try:
+            while True:
+                connection, _ = self.listener.accept()
+                with connection:
+                    self.send(connection)
+        except OSError:
+            pass  # the listener was closed
+
+    def send(self, connection):
+        end = time.monotonic() + 20
+        try:
+            connection.recv(1 << 16)
+            connection.sendall(self.head)
+            while self.piece and self.sent < 4e8 and time.monotonic() < end:
+                connection.sendall(self.piece)
+                self.sent += len(self.piece)
+                time.sleep(self.pause)
+        except OSError:
+            pass  # the client hung up, as it should
+
+    def __exit__(self, *_):
+        self.listener.close()
+
+
 GOOD = (200, {}, b'{"fine": true}')
 
 
@@ -114,6 +157,95 @@ def test_refusals_are_not_tried_again_and_keys_are_never_shown():
         ):
             client.post("/x", {})
         assert server.keys == ["Bearer sk-secret"] * 2
+
+
+def test_a_key_that_no_header_can_hold_is_refused_and_not_shown():
+    for key in ("sk-a\nsk-b", "sk-a sk-b", "sk-a\x00", "sk-ä", "  "):
+        with pytest.raises(UsageError, match="must hold one key and nothing else") as caught:
+            Client("http://localhost/v1", EndpointConfig(), key)
+        assert "sk-" not in str(caught.value)
+
+
+@pytest.mark.parametrize("key", ["sk-" + "x" * 40, 'sk"quoted\\key/with+marks'])
+def test_a_key_is_hidden_before_a_message_is_cut(key):
+    spelled = json.dumps({"error": "y" * 280 + key}).encode()
+    answers = [
+        (400, {}, spelled),
+        (400, {}, b"z" * 290 + key.encode()),
+        (400, {}, b'{"detail": ["' + json.dumps(key)[1:-1].encode() + b'"]}'),
+        (200, {}, b"w" * 40 + key.encode()),
+    ]
+    for answer in answers:
+        with Script(answer) as server:
+            client = Client(server.url, EndpointConfig(retries=0), key, Clock().pace(None, None))
+            with pytest.raises(XinslmError) as caught:
+                client.post("/x", {})
+            assert key[:8] not in str(caught.value) and "***" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "http://user:hunter2@h/v1",
+        "HTTPS://hunter2@h",
+        "http://u:hunter2#x@h",
+        "http://u:hunter2/x@h",
+    ],
+)
+def test_passwords_in_addresses_are_refused_and_not_shown(url):
+    with pytest.raises(UsageError) as caught:
+        Client(url, EndpointConfig())
+    assert "hunter2" not in str(caught.value) and "h" in str(caught.value)
+
+
+HEAD = b"HTTP/1.1 200 OK\r\n"
+
+
+@pytest.mark.parametrize(
+    ("head", "piece", "pause"),
+    [
+        (HEAD + b"Content-Length: 1000\r\n\r\n", b" ", 0.02),
+        (HEAD + b"\r\n", b" ", 0.02),
+        (HEAD + b"Transfer-Encoding: chunked\r\n\r\n", b"0", 0.02),
+        (HEAD + b"X: ", b"y", 0.02),
+        (b"", b"H", 0.02),
+        (b"", b"HTTP/1.1 100 Continue\r\n\r\n", 0.02),
+    ],
+    ids=["body", "body without length", "chunk", "header", "status", "100 Continue"],
+)
+def test_an_answer_that_drips_ends_at_the_deadline(head, piece, pause):
+    with Bytes(head, piece, pause) as server:
+        client = Client(server.url, EndpointConfig(retries=0, timeout_seconds=0.3))
+        with pytest.raises(XinslmError, match=r"no answer within 0.3 s \(one try"):
+            client.post("/x", {})
+        assert server.sent < 400 * len(piece), "the client hung up before the server stopped"
+
+
+@pytest.mark.parametrize(
+    ("head", "piece"),
+    [
+        (HEAD + b"\r\n", b" " * 65536),
+        (HEAD + b"Content-Length: 1000000000000\r\n\r\n", b" " * 65536),
+        (HEAD + b"Transfer-Encoding: chunked\r\n\r\n", b"10000\r\n" + b" " * 65536 + b"\r\n"),
+        (HEAD + b"Transfer-Encoding: chunked\r\n\r\nE8D4A51000\r\n", b" " * 65536),
+        (b"", b"HTTP/1.1 100 Continue\r\n\r\n" * 2000),
+    ],
+    ids=["endless", "a claimed terabyte", "endless chunks", "huge chunk", "100 Continue"],
+)
+def test_an_answer_that_does_not_end_is_not_kept_in_memory(head, piece):
+    config = EndpointConfig(max_answer_megabytes=2, timeout_seconds=10)
+    with Bytes(head, piece) as server:
+        with pytest.raises(XinslmError, match=r"more than 2 MB.*--endpoint.max-answer-megabytes"):
+            Client(server.url, config).post("/x", {})
+        assert server.sent < 1e8
+
+
+def test_answers_that_break_off_or_lie_about_their_size_are_tried_again():
+    for head in (b"Content-Length: 9\r\n\r\n{}", b"Transfer-Encoding: chunked\r\n\r\n-5\r\n{}"):
+        with Bytes(HEAD + head) as server:
+            client = Client(server.url, EndpointConfig(retries=1), pace=Clock().pace(None, None))
+            with pytest.raises(XinslmError, match="2 tries"):
+                client.post("/x", {})
 
 
 def test_answers_that_are_no_json_are_tried_again():

@@ -222,6 +222,60 @@ def test_files_that_cannot_teach_are_refused_by_name(tmp_path):
             GgufTeacher(tmp_path / "cut.gguf")
 
 
+def rewrite(path, edit):
+    """Change numbers of a file in place; `edit` finds (place, value) with gguf's reader."""
+    reader = GGUFReader(path)
+    part, value = edit(reader)
+    base = reader.data.__array_interface__["data"][0]
+    at = part.__array_interface__["data"][0] - base
+    with open(path, "r+b") as file:
+        file.seek(at)
+        file.write(np.array(value, part.dtype).tobytes())
+
+
+@pytest.mark.parametrize(
+    ("place", "message"),
+    [
+        (lambda reader: reader.tensors[1].data_offset - reader.data_offset, "overlaps '"),
+        (
+            lambda reader: reader.tensors[3].data_offset - reader.data_offset + 4,
+            "not aligned to 32",
+        ),
+        (
+            lambda reader: (len(reader.data) - reader.data_offset) // 32 * 32 - 64,
+            "overlaps|not a w",
+        ),
+        (lambda reader: 2**40, "not a whole GGUF"),
+        (lambda reader: 2**64 - 32, "overlaps the header|not a whole GGUF"),
+    ],
+    ids=["overlap", "misaligned", "past the end", "far behind the end", "negative"],
+)
+def test_tensors_that_overlap_or_leave_the_file_are_refused(tmp_path, place, message):
+    save_random_model(tmp_path / "model")
+    export(GgufConfig(tmp_path / "model", tmp_path / "m.gguf", dtype="f32"))
+    GgufTeacher(tmp_path / "m.gguf")
+    rewrite(
+        tmp_path / "m.gguf",
+        lambda reader: (reader.tensors[3].field.parts[5], int(place(reader))),
+    )
+    with pytest.raises(XinslmError, match=message):
+        GgufTeacher(tmp_path / "m.gguf")
+
+
+def test_more_blocks_than_the_file_can_hold_are_refused_before_they_are_built(
+    tmp_path, monkeypatch
+):
+    save_random_model(tmp_path / "model")
+    export(GgufConfig(tmp_path / "model", tmp_path / "m.gguf"))
+    rewrite(
+        tmp_path / "m.gguf",
+        lambda reader: (reader.fields["llama.block_count"].parts[-1], 10**6),
+    )
+    monkeypatch.setattr("xinslm.teachers.gguf.Transformer", lambda *_: pytest.fail("it was built"))
+    with pytest.raises(XinslmError, match=r"m.gguf asks for 1,000,000 layers, but .* hold \d+ w"):
+        GgufTeacher(tmp_path / "m.gguf")
+
+
 def test_a_missing_weight_is_named(tmp_path):
     save_random_model(tmp_path / "model")
     export(GgufConfig(tmp_path / "model", tmp_path / "m.gguf"))

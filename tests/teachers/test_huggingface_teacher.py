@@ -9,7 +9,7 @@ import pytest
 import torch
 import transformers
 
-from xinslm.errors import UsageError
+from xinslm.errors import UsageError, XinslmError
 from xinslm.teachers.base import Sampling
 from xinslm.teachers.generate import prompt_ids
 from xinslm.teachers.huggingface import HuggingFaceTeacher
@@ -129,6 +129,20 @@ def test_writing_is_transformers_own_greedy_text(name, tmp_path, saved):
             assert expected[-1] in end_ids(teacher.tokenizer)
             expected = expected[:-1]
         assert found.token_bytes == [teacher.tokenizer.token_bytes(token) for token in expected]
+
+
+@pytest.mark.parametrize(("name", "key"), [("Qwen2", "num_hidden_layers"), ("GPT2", "n_layer")])
+def test_more_layers_than_weights_are_refused_before_they_are_built(
+    name, key, tmp_path, saved, monkeypatch
+):
+    saved(name)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {key: 10**12}))
+    monkeypatch.setattr(
+        transformers.AutoModelForCausalLM, "from_pretrained", lambda *_, **__: pytest.fail("built")
+    )
+    with pytest.raises(XinslmError, match=r"asks for 1,000,000,000,000 layers, but .* hold \d+"):
+        open_teacher(str(tmp_path))
 
 
 def test_a_prompt_beyond_the_context_is_refused(tmp_path, saved):

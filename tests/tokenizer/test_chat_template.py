@@ -121,6 +121,20 @@ def test_errors_say_what_to_do(ours):
         with_template(ours, picky).apply_chat_template(CHAT)
 
 
+def test_templates_that_do_not_end_are_stopped_with_a_message(ours, monkeypatch):
+    monkeypatch.setattr("xinslm.tokenizer.sandbox.MAX_SECONDS", 0.2)
+    loops = "{% for a in range(9999) %}" * 4 + "{% endfor %}" * 4
+    calls = "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}"
+    for template, message in (
+        (loops, r"chat template was stopped: it runs for more than .* chat_template\.jinja"),
+        ("{{ 'a' * 10**10 }}", "chat template was stopped: it makes too much"),
+        (calls, "chat template fails on this conversation: RecursionError"),
+        ("{{ range(10**9) }}", "chat template fails on this conversation: OverflowError"),
+    ):
+        with pytest.raises(XinslmError, match=message):
+            with_template(ours, template).apply_chat_template(CHAT)
+
+
 def test_templates_run_in_a_sandbox(ours):
     escape = "{{ ''.__class__.__mro__[1].__subclasses__() }}"
     with pytest.raises(XinslmError, match="refuses"):

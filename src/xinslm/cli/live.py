@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from xinslm.cli.terminal import message, say
 from xinslm.progress import Listener, Progress
 
 SECONDS_BETWEEN_LINES = 5.0
@@ -19,7 +20,7 @@ def figures(progress: Progress) -> str:
 
 def _number(value: float | str) -> str:
     if isinstance(value, str):
-        return value
+        return message(value)
     size = abs(value)
     if size >= 1000:
         return f"{value:,.0f}"
@@ -43,7 +44,7 @@ class PlainLines:
                 progress.done,
             )
         if progress.note:
-            print(f"{progress.stage}: {progress.note}", flush=True)
+            say(f"{progress.stage}: {progress.note}")
             return
         finished = progress.total is not None and progress.done >= progress.total
         if (
@@ -53,10 +54,7 @@ class PlainLines:
         ):
             return
         self.printed = now
-        print(
-            f"{progress.stage}  {self._place(progress, now)}  {figures(progress)}".rstrip(),
-            flush=True,
-        )
+        say(f"{progress.stage}  {self._place(progress, now)}  {figures(progress)}".rstrip())
 
     def _place(self, progress: Progress, now: float) -> str:
         if progress.total is None:
@@ -84,7 +82,7 @@ def listener() -> Iterator[Listener]:
         MofNCompleteColumn(),
         TextColumn("{task.fields[unit]}"),
         TimeRemainingColumn(),
-        TextColumn("{task.fields[figures]}"),
+        TextColumn("{task.fields[figures]}", markup=False),
     )
     with Bars(*columns) as bars:
         tasks: dict[str, tuple[object, dict[str, float | str]]] = {}
@@ -92,7 +90,8 @@ def listener() -> Iterator[Listener]:
         def listen(progress: Progress) -> None:
             if progress.note:
                 bars.console.print(
-                    f"[yellow]{progress.stage}:[/] {escape(progress.note)}", highlight=False
+                    f"[yellow]{progress.stage}:[/] {escape(message(progress.note))}",
+                    highlight=False,
                 )
             if progress.stage not in tasks:
                 tasks[progress.stage] = (

@@ -15,6 +15,7 @@ from typing import Any
 
 from xinslm import __version__
 from xinslm.cli.commands import COMMANDS, Command
+from xinslm.cli.terminal import say
 from xinslm.errors import UsageError, XinslmError
 
 SEE_HELP = "See `xinslm --help`."
@@ -58,7 +59,7 @@ def _run(name: str, command: Command, words: list[str]) -> int:
         return 0
     with live.listener() as on_progress:
         result = command.load("run")(config, on_progress, **_secrets(config))
-    print(result.describe())
+    say(result.describe())
     return 0
 
 
@@ -73,7 +74,9 @@ def _secrets(config: Any) -> dict[str, str]:
         raise UsageError(
             f"--endpoint.api-key-env {name}: there is no such environment variable, or it is empty"
         )
-    return {"api_key": os.environ[name].strip()}
+    from xinslm.teachers.client import read_key
+
+    return {"api_key": read_key(os.environ[name], f"--endpoint.api-key-env {name}")}
 
 
 def _parse(name: str, command: Command, words: list[str]) -> Any:
@@ -144,41 +147,31 @@ def _unknown(words: list[str]) -> str:
 
 def _explain(error: BaseException) -> int:
     """Print one message for an error; return the exit code."""
-    if isinstance(error, KeyboardInterrupt):
-        print("interrupted", file=sys.stderr)
-        return 130
-    if isinstance(error, UsageError):
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    if isinstance(error, XinslmError):
-        print(f"error: {error}", file=sys.stderr)
-        return 130 if type(error).__name__ == "Interrupted" else 1
     if isinstance(error, BrokenPipeError):
         return 1
+    text, code = _described(error)
+    say(text, sys.stderr)
+    return code
+
+
+def _described(error: BaseException) -> tuple[str, int]:
+    """The message for an error, and the exit code."""
+    text = str(error).strip() or type(error).__name__
+    first = text.splitlines()[0]
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted", 130
+    if isinstance(error, UsageError):
+        return f"error: {text}", 2
+    if isinstance(error, XinslmError):
+        return f"error: {text}", 130 if type(error).__name__ == "Interrupted" else 1
     if isinstance(error, OSError):
         where = f" ({error.filename})" if error.filename else ""
-        print(f"error: {error.strerror or error}{where}", file=sys.stderr)
-        return 1
-    if isinstance(error, MemoryError) or (
-        isinstance(error, RuntimeError) and "memory" in str(error)
-    ):
-        print(
-            f"error: out of memory: {str(error).splitlines()[0]}. Take smaller batches or a "
-            "smaller model",
-            file=sys.stderr,
-        )
-        return 1
+        return f"error: {error.strerror or text}{where}", 1
+    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and "memory" in text):
+        return f"error: out of memory: {first}. Take smaller batches or a smaller model", 1
     if type(error).__module__.startswith(("torch._inductor", "torch._dynamo")):
-        print(
-            f"error: torch.compile failed ({str(error).splitlines()[0]}). Leave --compile out",
-            file=sys.stderr,
-        )
-        return 1
-    print(
-        f"internal error: {type(error).__name__}: {error}. Add --debug for the traceback",
-        file=sys.stderr,
-    )
-    return 1
+        return f"error: torch.compile failed ({first}). Leave --compile out", 1
+    return f"internal error: {type(error).__name__}: {text}. Add --debug for the traceback", 1
 
 
 if __name__ == "__main__":

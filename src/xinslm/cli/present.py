@@ -6,6 +6,8 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from xinslm.cli.terminal import say, write
+
 Entry = Callable[[Sequence[str]], int]
 """The command line itself, for what runs further commands."""
 
@@ -14,21 +16,13 @@ def stream_text(run: Callable[..., Any], config: Any, command: Entry) -> None:
     """Print a continuation as it comes, then its figures on the error stream, so that the text can
     be piped.
     """
-
-    def write(text: str) -> None:
-        print(text, end="", flush=True)
-
     result = run(config, on_text=write)
     print()
-    print(result.describe(), file=sys.stderr)
+    say(result.describe(), sys.stderr)
 
 
 def converse(run: Callable[..., Any], config: Any, command: Entry) -> None:
     """Hold a conversation on the terminal."""
-
-    def write(text: str) -> None:
-        print(text, end="", flush=True)
-
     run(config, input, write)
 
 
@@ -43,7 +37,7 @@ def show_tokens(run: Callable[..., Any], config: Any, command: Entry) -> None:
     if console.is_terminal:
         console.print(render(result))
     else:
-        print(result.describe())
+        say(result.describe())
 
 
 def diagnose(run: Callable[..., Any], config: Any, command: Entry) -> None:
@@ -53,7 +47,7 @@ def diagnose(run: Callable[..., Any], config: Any, command: Entry) -> None:
 
     with live.listener() as on_progress:
         result = run(config, on_progress)
-    print(result.describe(), flush=True)
+    say(result.describe())
     if result.failed:
         raise XinslmError(
             f"{len(result.failed)} of {len(result.checks)} checks failed: "
@@ -63,8 +57,4 @@ def diagnose(run: Callable[..., Any], config: Any, command: Entry) -> None:
 
 def play_demo(run: Callable[..., Any], config: Any, command: Entry) -> None:
     """Run the demo, each of its commands through the entry point that a user's would take."""
-
-    def say(text: str) -> None:
-        print(text, flush=True)
-
-    print(run(config, command, say).describe())
+    say(run(config, command, say).describe())

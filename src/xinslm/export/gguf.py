@@ -215,6 +215,7 @@ def _stored(model: QuantizedModel) -> Iterator[Entry]:
 
 def _plain(reader: WeightReader, model: ModelConfig, dtype: str) -> Iterator[Entry]:
     """Entries of a plain model folder: matrices in `dtype`, norms in float32."""
+    reader.require(model)
     with torch.device("meta"):
         shapes = {
             name: tuple(weight.shape) for name, weight in Transformer(model).state_dict().items()

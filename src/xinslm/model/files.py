@@ -71,6 +71,37 @@ def load_config(folder: Path) -> ModelConfig:
     return ModelConfig.from_hf(read_json(path), str(path))
 
 
+def require_layers(num_layers: int, num_tensors: int, where: str) -> None:
+    """Raise XinslmError if `num_tensors` weights are fewer than one per layer.
+
+    To be called before the model is built: 10^12 layers without weights are built for ever.
+    """
+    if num_tensors < num_layers:
+        raise XinslmError(
+            f"{where} asks for {num_layers:,} layers, but the model's files hold {num_tensors:,} "
+            "weights in all. Copy the model again"
+        )
+
+
+def require_weights(config: ModelConfig, num_tensors: int, num_bytes: int, where: str) -> None:
+    """Raise XinslmError if this many tensors and bytes cannot make a model of this shape."""
+    require_layers(config.num_hidden_layers, num_tensors, where)
+    if config.num_parameters > 8 * num_bytes:  # no format takes less than a bit
+        raise XinslmError(
+            f"{where} asks for {config.num_parameters:,} parameters, but the model's files hold "
+            f"only {num_bytes:,} bytes. Copy the model again"
+        )
+
+
+def count_tensors(folder: Path) -> int:
+    """Number of tensors in the safetensors files of a model folder."""
+    total = 0
+    for file in weight_files(folder):
+        with open_tensors(file) as tensors:
+            total += len(tensors.keys())
+    return total
+
+
 def is_own(folder: Path) -> bool:
     """Whether our transformer can express the model of a folder; transformers runs all others."""
     try:
@@ -141,6 +172,8 @@ def load_model(
     """Load a Llama or Mistral folder into the student's model, weights converted to `dtype`."""
     folder = resolve_model(folder)
     config = load_config(folder)
+    num_bytes = sum(file.stat().st_size for file in weight_files(folder))
+    require_weights(config, count_tensors(folder), num_bytes, f"{folder}/config.json")
     with torch.device("meta"):
         model = Transformer(config, gradient_checkpointing)
     expected = {name: tensor.shape for name, tensor in model.state_dict().items()}

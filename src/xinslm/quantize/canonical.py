@@ -21,7 +21,13 @@ from torch import Tensor
 from xinslm.errors import XinslmError
 from xinslm.files import MANIFEST, read_json, read_manifest
 from xinslm.model.config import ModelConfig
-from xinslm.model.files import WEIGHTS, load_config, open_tensors, rebuild_buffers
+from xinslm.model.files import (
+    WEIGHTS,
+    load_config,
+    open_tensors,
+    rebuild_buffers,
+    require_weights,
+)
 from xinslm.model.transformer import Transformer
 from xinslm.quantize.grids import BLOCK, GRIDS, Q4_0, decode, to_ggml, unpack_nibbles
 
@@ -72,6 +78,8 @@ class QuantizedModel:
         self.formats: dict[str, str] = {f"{name}.weight": kind for name, kind in formats.items()}
         """Format of every weight, by its Hugging Face parameter name."""
         self._file = open_tensors(self.folder / WEIGHTS)
+        num_bytes = (self.folder / WEIGHTS).stat().st_size
+        require_weights(self.config, len(formats), num_bytes, f"{self.folder}/config.json")
         with torch.device("meta"):
             self.shapes = {
                 name: tuple(w.shape) for name, w in Transformer(self.config).state_dict().items()
@@ -143,9 +151,9 @@ def dequantized_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
 
 def load_quantized(folder: Path, dtype: torch.dtype = torch.float32) -> Transformer:
     """Load a quantized folder into the PyTorch model, its weights dequantized to `dtype`."""
+    weights = {name: weight.to(dtype) for name, weight in dequantized_tensors(folder)}
     with torch.device("meta"):
         model = Transformer(load_config(folder))
-    weights = {name: weight.to(dtype) for name, weight in dequantized_tensors(folder)}
     model.load_state_dict(weights, assign=True)
     rebuild_buffers(model)
     return model.eval()

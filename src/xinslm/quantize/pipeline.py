@@ -64,6 +64,7 @@ class Quantization:
         self.model, self.reader, self.on_progress = model, reader, on_progress
         self.grid = Q4_0 if bits == 4 else Q8_0
         self.batches = batches
+        reader.require(model)
         with torch.device("meta"):
             self.shapes = {
                 name: tuple(w.shape) for name, w in Transformer(model).state_dict().items()

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from xinslm.errors import XinslmError
-from xinslm.model.files import open_tensors, weight_files
+from xinslm.model.config import ModelConfig
+from xinslm.model.files import open_tensors, require_weights, weight_files
 
 _NAMES = {torch.uint8: "U8", torch.int8: "I8", torch.float16: "F16", torch.float32: "F32"}
 
@@ -33,6 +34,10 @@ class WeightReader:
 
     def __contains__(self, name: str) -> bool:
         return name in self._handles
+
+    def require(self, config: ModelConfig) -> None:
+        """Raise XinslmError if these weights cannot make a model of this shape."""
+        require_weights(config, len(self._handles), self.bytes, f"{self.folder}/config.json")
 
     def read(self, name: str, shape: tuple[int, ...]) -> Tensor:
         """Give a weight as float32; XinslmError where it is missing, misshapen or not finite."""

@@ -4,7 +4,9 @@ curves.
 
 import re
 from collections.abc import Sequence
+from html import escape
 
+from xinslm.display import printable
 from xinslm.report.read import RunData
 from xinslm.report.tables import Table, files, summary, training
 
@@ -12,7 +14,7 @@ from xinslm.report.tables import Table, files, summary, training
 def render(run: RunData, others: Sequence[RunData]) -> str:
     """Write the report of `run`, with the figures of `others` beside it."""
     parts = [f"# {_inline(run.name)}"]
-    parts += [f"> {_inline(r.name)}: {note}" for r in [run, *others] for note in r.notes]
+    parts += [f"> {_inline(r.name)}: {_inline(note)}" for r in [run, *others] for note in r.notes]
     if tables := [_table(t) for t in summary(run, others)]:
         parts += ["## Summary", *tables]
     if trained := training([run, *others]):
@@ -23,11 +25,11 @@ def render(run: RunData, others: Sequence[RunData]) -> str:
     for r, row in rows:
         name = f"{row['name']} ({r.name})" if others else str(row["name"])
         text = str(row.get("prompt", "")) + str(row.get("text", ""))
-        parts.append(f"**{_inline(name)}**\n\n{_fenced(text)}")
+        parts.append(f"**{_inline(name)}**\n\n{_preformatted(text)}")
     if made := files(run):
         parts += ["## Files", _table(made)]
     if run.command:
-        parts += ["## Run it again", _fenced(run.command)]
+        parts += ["## Run it again", _preformatted(run.command)]
     return "\n\n".join(parts) + "\n"
 
 
@@ -42,12 +44,11 @@ def _table(table: Table) -> str:
 
 
 def _inline(text: str) -> str:
-    """Keep a text from being read as markup."""
-    return re.sub(r"([\\`*_\[\]<>|#])", r"\\\1", " ".join(text.split()))
+    """Keep a text from being read as Markdown or HTML; entities work in every dialect."""
+    marked = re.sub(r"([\\`*_\[\]|#])", r"\\\1", " ".join(text.split()))
+    return escape(printable(marked), quote=False)
 
 
-def _fenced(text: str) -> str:
-    """Put a text into a code block that it cannot end."""
-    longest = max((len(run) for run in re.findall(r"`+", text)), default=0)
-    fence = "`" * max(3, longest + 1)
-    return f"{fence}text\n{text}\n{fence}"
+def _preformatted(text: str) -> str:
+    """Put a text into a block that it cannot end, whichever Markdown dialect reads it."""
+    return f"<pre>\n{escape(printable(text), quote=False)}\n</pre>"

@@ -9,9 +9,11 @@ library only; no proxy is taken from the environment.
 
 import email.utils
 import http.client
+import io
 import json
 import queue
 import random
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -19,10 +21,12 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
+from xinslm.display import hide_passwords
 from xinslm.errors import UsageError, XinslmError
 from xinslm.teachers.endpoint_config import EndpointConfig
 
 RETRIED = (408, 409, 425, 429)
+CHUNK_BYTES = 1 << 16
 FIRST_WAIT_SECONDS, LONGEST_WAIT_SECONDS = 0.5, 60.0
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -42,6 +46,42 @@ class _PassingError(Exception):
     def __init__(self, reason: str, wait: float | None = None) -> None:
         super().__init__(reason)
         self.wait = wait
+
+
+class _TooLongError(Exception):
+    """The server sent more bytes than an answer may have."""
+
+
+class _BoundedReader(io.RawIOBase):
+    """Reads a connection until a moment of `time.monotonic()`, and at most so many bytes.
+
+    http.client's own timeout starts anew with each byte, and it skips any number of 100 Continue.
+    """
+
+    def __init__(self, inner: Any, connection: socket.socket, until: float, most: int) -> None:
+        self._inner, self._connection = inner, connection
+        self._until, self._left = until, most
+
+    def readable(self) -> bool:
+        """Always."""
+        return True
+
+    def readinto(self, buffer: Any) -> int | None:
+        """Read what has arrived, or wait for it."""
+        seconds = self._until - time.monotonic()
+        if seconds <= 0:
+            raise TimeoutError
+        self._connection.settimeout(seconds)
+        count: int | None = self._inner.readinto(buffer)
+        self._left -= count or 0
+        if self._left < 0:
+            raise _TooLongError
+        return count
+
+    def close(self) -> None:
+        """Close the connection's reader."""
+        self._inner.close()
+        super().close()
 
 
 class Pace:
@@ -96,7 +136,8 @@ class Client:
         self._place = _take_apart(url)
         self.url = f"{url.rstrip('/')}{'' if urlsplit(url).path.strip('/') else '/v1'}"
         self._timeout, self._retries = config.timeout_seconds, config.retries
-        self._key = api_key
+        self._most = int(config.max_answer_megabytes * 1e6)
+        self._key = None if api_key is None else read_key(api_key, "the API key")
         self._pace = pace or Pace(config.requests_per_minute, config.tokens_per_minute)
 
     def get(self, path: str) -> Any:
@@ -127,7 +168,7 @@ class Client:
                 wait = min(2 * wait, LONGEST_WAIT_SECONDS)
         tries = "one try" if self._retries == 0 else f"{self._retries + 1} tries"
         raise XinslmError(
-            f"{method} {self.url}{path}: {self._scrub(str(reason))} ({tries} in "
+            f"{method} {self.url}{path}: {reason} ({tries} in "
             f"{time.monotonic() - began:.0f} s). "
             f"What was finished is kept: see to the server and run the same command again"
         )
@@ -135,22 +176,30 @@ class Client:
     def _once(self, method: str, path: str, body: bytes | None) -> Any:
         kind = http.client.HTTPSConnection if self._place.secure else http.client.HTTPConnection
         connection = kind(self._place.host, self._place.port, timeout=self._timeout)
+        until = time.monotonic() + self._timeout
         headers = {"Accept": "application/json", "Content-Type": "application/json"}
         if self._key:
             headers["Authorization"] = f"Bearer {self._key}"
         try:
             connection.request(method, f"{self._place.path}{path}", body, headers)
-            answer = connection.getresponse()
-            content = answer.read()
+            answer = self._receive(connection, until)
+            content = self._scrub(_read(answer))
         except TimeoutError:
             raise _PassingError(f"no answer within {self._timeout:g} s") from None
         except http.client.IncompleteRead as error:
             raise _PassingError(
                 f"the answer ended after {len(error.partial):,} bytes, in the middle"
             ) from None
-        except (http.client.HTTPException, OSError) as error:
+        except _TooLongError:
+            raise XinslmError(
+                f"{method} {self.url}{path}: the answer has more than {self._most / 1e6:,.6g} MB. "
+                "Ask for less, or raise --endpoint.max-answer-megabytes"
+            ) from None
+        # ValueError: a chunk of negative size
+        except (http.client.HTTPException, OSError, ValueError) as error:
+            reason = self._scrub(str(error).encode()).decode()[:300]
             raise _PassingError(
-                f"the connection failed ({error or type(error).__name__})"
+                f"the connection failed ({reason or type(error).__name__})"
             ) from None
         finally:
             connection.close()
@@ -159,14 +208,12 @@ class Client:
             raise _PassingError(f"the server says {answer.status} {_reason(content)}", wait)
         if answer.status in (401, 403):
             raise UsageError(
-                f"{self.url} says {answer.status}: {self._scrub(_reason(content))}. Give the key "
-                "with "
-                f"--endpoint.api-key-file FILE or --endpoint.api-key-env NAME"
+                f"{self.url} says {answer.status}: {_reason(content)}. Give the key with "
+                "--endpoint.api-key-file FILE or --endpoint.api-key-env NAME"
             )
         if answer.status != 200:
             message = (
-                f"{method} {self.url}{path}: the server says {answer.status} "
-                f"{self._scrub(_reason(content))}"
+                f"{method} {self.url}{path}: the server says {answer.status} {_reason(content)}"
             )
             raise RefusedError(message, answer.status)
         try:
@@ -176,8 +223,25 @@ class Client:
                 f"the answer is not valid JSON; it begins with {content[:60]!r}"
             ) from None
 
-    def _scrub(self, text: str) -> str:
-        return text.replace(self._key, "***") if self._key else text
+    def _receive(
+        self, connection: http.client.HTTPConnection, until: float
+    ) -> http.client.HTTPResponse:
+        """Status and headers; the body can be read until the same moment."""
+
+        def bounded(sock: socket.socket, *args: Any, **options: Any) -> http.client.HTTPResponse:
+            answer = http.client.HTTPResponse(sock, *args, **options)
+            reader = _BoundedReader(answer.fp.detach(), sock, until, self._most)
+            answer.fp = io.BufferedReader(reader, CHUNK_BYTES)
+            return answer
+
+        connection.response_class = bounded  # type: ignore[assignment]
+        return connection.getresponse()
+
+    def _scrub(self, content: bytes) -> bytes:
+        """Hide the key in an answer that repeats it, as it is and as JSON spells it."""
+        for spelling in {self._key or "", json.dumps(self._key or "")[1:-1]} - {""}:
+            content = content.replace(spelling.encode(), b"***")
+        return content
 
 
 def in_flight(
@@ -223,15 +287,47 @@ def in_flight(
         raise failure
 
 
+def read_key(text: str, where: str) -> str:
+    """The API key in `text`, without surrounding whitespace; `where` names its origin in errors."""
+    key = text.strip()
+    if not key or not all("!" <= char <= "~" for char in key):
+        raise UsageError(
+            f"{where} must hold one key and nothing else: printable ASCII without spaces or line "
+            "breaks"
+        )
+    return key
+
+
+def _read(answer: http.client.HTTPResponse) -> bytes:
+    """The body, in pieces: one read would reserve memory for whatever size the server claims."""
+    content = io.BytesIO()
+    while piece := answer.read(CHUNK_BYTES):
+        content.write(piece)
+    if answer.length:  # what Content-Length promised and did not come
+        raise http.client.IncompleteRead(content.getvalue(), answer.length)
+    return content.getvalue()
+
+
+def refuse_password(url: str) -> None:
+    """Raise UsageError if the address has a user name or password: addresses are stored."""
+    if "@" in url:
+        raise UsageError(
+            f"{hide_passwords(url)}: an endpoint's address must not hold a password. Leave it out "
+            "and give the API key with --endpoint.api-key-file or --endpoint.api-key-env"
+        )
+
+
 def _take_apart(url: str) -> _Place:
-    parts = urlsplit(url)
+    refuse_password(url)
     try:
+        parts = urlsplit(url)
         port = parts.port
     except ValueError:
-        port = -1
-    if parts.scheme not in ("http", "https") or not parts.hostname or port == -1 or parts.query:
+        parts, port = urlsplit(""), None
+    if parts.scheme not in ("http", "https") or not parts.hostname or parts.query:
         raise UsageError(
-            f"{url} is not the address of an endpoint; one looks like http://localhost:8000/v1"
+            f"{url.partition('?')[0]} is not the address of an endpoint; one looks "
+            "like http://localhost:8000/v1"
         )
     return _Place(parts.scheme == "https", parts.hostname, port, parts.path.rstrip("/") or "/v1")
 

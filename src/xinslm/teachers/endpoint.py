@@ -17,7 +17,7 @@ import numpy as np
 from xinslm.errors import UsageError, XinslmError
 from xinslm.files import sha256_json
 from xinslm.teachers.base import Generation, Prompt, Sampling
-from xinslm.teachers.client import Client, RefusedError
+from xinslm.teachers.client import Client, RefusedError, read_key, refuse_password
 from xinslm.teachers.endpoint_answers import Scored, first_choice, generation, prompt_scores
 from xinslm.teachers.endpoint_config import EndpointConfig
 from xinslm.teachers.generate import prompt_ids
@@ -29,8 +29,11 @@ MOST_RIVALS = 20
 
 
 def is_endpoint(name: str) -> bool:
-    """Whether a teacher's name is a URL."""
-    return name.startswith(("http://", "https://"))
+    """Whether a teacher's name is a URL; UsageError for one with a password in it."""
+    found = name.lower().startswith(("http://", "https://"))
+    if found:
+        refuse_password(name)
+    return found
 
 
 class EndpointTeacher:
@@ -203,15 +206,14 @@ class EndpointTeacher:
 def _key(config: EndpointConfig, given: str | None) -> str | None:
     if config.api_key_file is None:
         return given
+    where = f"--endpoint.api-key-file {config.api_key_file}"
     try:
-        key = config.api_key_file.read_text(encoding="utf-8").strip()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"--endpoint.api-key-file {config.api_key_file}: {error}") from None
-    if not key or len(key.split()) != 1 or not key.isascii():
-        raise UsageError(
-            f"--endpoint.api-key-file {config.api_key_file} must hold one key and nothing else"
-        )
-    return key
+        text = config.api_key_file.read_text(encoding="utf-8")
+    except OSError as error:
+        raise UsageError(f"{where}: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise UsageError(f"{where}: not UTF-8 text") from None
+    return read_key(text, where)
 
 
 def _context(facts: dict[str, Any]) -> int:

@@ -8,6 +8,7 @@ from xinslm.ranges import POSITIVE, Range, range_errors
 _ENDPOINT = {
     "concurrency": Range(1, 1024),
     "timeout_seconds": POSITIVE,
+    "max_answer_megabytes": POSITIVE,
     "retries": Range(0, 100),
     "requests_per_minute": POSITIVE,
     "tokens_per_minute": POSITIVE,
@@ -29,7 +30,9 @@ class EndpointConfig:
     concurrency: int = 8
     """Requests in flight at once."""
     timeout_seconds: float = 300.0
-    """Longest wait for an answer, in seconds."""
+    """Longest time for one request in seconds, until the last byte of the answer."""
+    max_answer_megabytes: float = 256.0
+    """Largest answer that is read, in megabytes; protects the memory from a broken server."""
     retries: int = 6
     """Further tries after an overload, a server error, a lost connection or a time-out."""
     requests_per_minute: float | None = None

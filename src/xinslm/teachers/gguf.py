@@ -18,7 +18,7 @@ from torch import Tensor
 from xinslm.errors import UsageError, XinslmError
 from xinslm.files import sha256_file
 from xinslm.model.config import ModelConfig
-from xinslm.model.files import rebuild_buffers
+from xinslm.model.files import rebuild_buffers, require_weights
 from xinslm.model.transformer import Transformer
 from xinslm.teachers.own import OwnTeacher
 
@@ -100,7 +100,30 @@ def _open(path: Path) -> Any:
             f"{path} is one of several parts; join them first: llama-gguf-split "
             f"--merge {path.name} OUT"
         )
+    _require_sound_places(reader, path)
     return reader
+
+
+def _require_sound_places(reader: Any, path: Path) -> None:
+    """Raise XinslmError for tensors that overlap, are misaligned or end behind the file.
+
+    The reader does not check; llama.cpp refuses such files (`gguf_init_from_file`).
+    """
+    end, before, size = reader.data_offset, "the header", path.stat().st_size
+    for tensor in sorted(reader.tensors, key=lambda tensor: (tensor.data_offset, tensor.n_bytes)):
+        begin, wrong = int(tensor.data_offset), None
+        if (begin - reader.data_offset) % reader.alignment:
+            wrong = f"begins at byte {begin:,}, which is not aligned to {reader.alignment}"
+        elif begin < end:
+            wrong = f"overlaps {before}"
+        elif begin + tensor.n_bytes > size:
+            wrong = f"ends at byte {begin + tensor.n_bytes:,}, but the file has {size:,}"
+        if wrong:
+            raise XinslmError(
+                f"{path}: weight '{tensor.name}' {wrong}; the file is damaged. Copy or download it "
+                "again"
+            )
+        end, before = begin + int(tensor.n_bytes), f"'{tensor.name}'"
 
 
 def read_config(keys: dict[str, Any], names: set[str], path: Path) -> ModelConfig:
@@ -161,6 +184,7 @@ def read_model(
     from gguf import quants
 
     config = read_config(keys, {tensor.name for tensor in reader.tensors}, path)
+    require_weights(config, len(reader.tensors), path.stat().st_size, f"{path}")
     with torch.device("meta"):
         model = Transformer(config)
     expected = {name: tuple(weight.shape) for name, weight in model.state_dict().items()}

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 from xinslm.errors import UsageError, XinslmError
+from xinslm.files import read_json
+from xinslm.model.files import count_tensors, require_layers
 from xinslm.teachers.base import Generation, Prompt, Sampling
 from xinslm.teachers.generate import Step, write
 
@@ -58,12 +60,16 @@ def capture_hidden_states(
             handle.remove()
 
 
+_LAYER_COUNTS = {"num_hidden_layers", "num_layers", "num_decoder_layers", "n_layer", "n_layers"}
+
+
 def load_pretrained(cls: Any, folder: Path, dtype: str, who: str, **options: Any) -> Any:
     """Load a transformers model from safetensors; XinslmError, naming `who`, where it fails or a
     weight is missing.
     """
     from transformers.utils import logging
 
+    _require_layers(folder)
     logging.disable_progress_bar()
     try:
         model, report = cls.from_pretrained(
@@ -83,6 +89,16 @@ def load_pretrained(cls: Any, folder: Path, dtype: str, who: str, **options: Any
             f"{who}: {len(lacking)} weights are missing or misshapen, such as '{lacking[0]}'"
         )
     return model
+
+
+def _require_layers(folder: Path) -> None:
+    """Compare the layers that config.json asks for, also for parts of a model, with the weights."""
+    settings, num_tensors = read_json(folder / "config.json"), count_tensors(folder)
+    parts = [settings, *settings.values()] if isinstance(settings, dict) else []
+    for part in parts:
+        for key in _LAYER_COUNTS & part.keys() if isinstance(part, dict) else ():
+            if isinstance(part[key], int):
+                require_layers(part[key], num_tensors, f"{folder}/config.json")
 
 
 class LocalTeacher:

@@ -14,12 +14,12 @@ from typing import Any
 
 import jinja2
 import jinja2.ext
-import jinja2.sandbox
 import numpy as np
 import regex
 
 from xinslm.errors import XinslmError
 from xinslm.tokenizer.base import Tokenizer, clean_surrogates
+from xinslm.tokenizer.sandbox import LimitedEnvironment, LimitError, render
 
 CHATML = (
     "{% for message in messages %}"
@@ -73,25 +73,30 @@ def _compile(template: str) -> jinja2.Template:
     """Compile a template in a sandbox, with the settings and functions that transformers gives
     it.
     """
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+    environment = LimitedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
     )
-    environment.filters["tojson"] = _tojson
+    environment.add_filter("tojson", _tojson)
     environment.globals["raise_exception"] = _raise
     environment.globals["strftime_now"] = lambda pattern: datetime.now().strftime(pattern)
-    return environment.from_string(template)
+    return environment.compile_limited(template)
 
 
-def _render(template: str, messages: list[Message], prompt: bool, names: dict[str, str]) -> str:
+def _render(template: str, messages: list[Message], prompt: bool, special: dict[str, str]) -> str:
     try:
-        return _compile(template).render(messages=messages, add_generation_prompt=prompt, **names)
+        names = {"messages": messages, "add_generation_prompt": prompt, **special}
+        return render(_compile(template), names)
+    except LimitError as error:
+        raise XinslmError(
+            f"the tokenizer's chat template was stopped: {error}. Look at its chat_template.jinja"
+        ) from None
     except jinja2.TemplateError as error:
         raise XinslmError(
-            f"the tokenizer's chat template refuses this conversation: {error}"
+            f"the tokenizer's chat template refuses this conversation: {error!s:.500}"
         ) from None
-    except (TypeError, KeyError, ValueError) as error:
+    except Exception as error:  # the template is a program of someone else
         raise XinslmError(
-            f"the tokenizer's chat template fails on this conversation: {error!r}"
+            f"the tokenizer's chat template fails on this conversation: {error!r:.500}"
         ) from None
 
 
