@@ -9,7 +9,7 @@ import pytest
 
 from xinslm.errors import UsageError, XinslmError
 from xinslm.files import new_file, read_json, read_manifest, write_manifest
-from xinslm.folders import new_folder, refuse_inside
+from xinslm.folders import new_folder, refuse_inside, refuse_output_in, refuse_uncreatable
 
 
 def make(folder, text="x"):
@@ -96,6 +96,40 @@ def test_an_input_is_never_replaced(tmp_path):
         with pytest.raises(UsageError, match="--force would delete"):
             refuse_inside(tmp_path / "out", [None, given])
     refuse_inside(tmp_path / "out" / "deep", [tmp_path / "out", tmp_path / "absent", "org/name"])
+
+
+def test_an_output_is_outside_of_the_folders_that_are_read(tmp_path):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "a.txt").write_text("")
+    refused = [("in", "in"), ("in/x/y", "in"), ("in/../in/x", "in/"), ("a.txt", "a.txt")]
+    for output, given in refused:
+        with pytest.raises(UsageError, match=r"is the input|lies in"):
+            refuse_output_in(tmp_path / output, ["org/name", str(tmp_path / given)])
+    refuse_output_in(tmp_path / "out", [tmp_path / "in", tmp_path / "out" / "a", "org/name"])
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("/proc/x", ""),
+        ("/proc/x/y/z", ""),
+        ("a.txt/x", "a.txt is a file"),
+        ("n" * 300, "File name too long"),
+        (f"deep/{'n' * 300}/x", "File name too long"),
+    ],
+)
+def test_a_place_where_nothing_can_be_written_is_refused(tmp_path, name, reason):
+    (tmp_path / "a.txt").write_text("")
+    with pytest.raises(UsageError, match=f"cannot be written: .*{reason}"):
+        refuse_uncreatable(tmp_path / name)
+    assert [p.name for p in tmp_path.iterdir()] == ["a.txt"]
+
+
+def test_trying_a_place_leaves_nothing(tmp_path):
+    (tmp_path / "there").mkdir()
+    for name in ("new", "new/deep/er", "there", "there/new"):
+        refuse_uncreatable(tmp_path / name)
+    assert [p.name for p in tmp_path.rglob("*")] == ["there"]
 
 
 def test_file_is_replaced_whole_or_not_at_all(tmp_path):

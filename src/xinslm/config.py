@@ -156,12 +156,17 @@ def _convert(hint: Any, node: yaml.Node) -> Any:
             raise ValueError(f"is '{text}', but must be true or false")
         return text.lower() == "true"
     if hint in (int, float):
-        try:
-            return hint(text)
-        except ValueError:
-            kind = "a whole number" if hint is int else "a number"
-            raise ValueError(f"is '{text}', but must be {kind}") from None
+        return to_number(hint, text)
     return Path(text) if hint is Path else text
+
+
+def to_number(kind: type, text: str) -> Any:
+    """Read an `int` or `float`, or raise ValueError saying what it must be."""
+    try:
+        return kind(text)
+    except ValueError:
+        what = "a whole number" if kind is int else "a number"
+        raise ValueError(f"is '{text}', but must be {what}") from None
 
 
 def _build(cls: type, values: dict[str, Any], missing: Any) -> Any:

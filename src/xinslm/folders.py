@@ -6,6 +6,7 @@ filled step by step (a cache, a training run): a file in it, the plan, says what
 and the same command continues it. `locked` keeps a second command away.
 """
 
+import errno
 import glob
 import json
 import os
@@ -60,6 +61,49 @@ def refuse_inside(output: Path, inputs: Iterable[Path | str | None]) -> None:
                     f"--force would delete {given}, which is read: it lies in {output}. Choose "
                     "another output"
                 )
+
+
+def refuse_output_in(output: Path, inputs: Iterable[Path | str]) -> None:
+    """Raise UsageError if `output` is one of `inputs`, or lies in a folder that is read with
+    everything in it.
+    """
+    target = Path(output).resolve()
+    for given in inputs:
+        source = Path(given).expanduser().resolve()
+        if source == target and source.exists():
+            raise UsageError(f"{output} is the input {given}. Choose another --output-dir")
+        if source in target.parents and source.is_dir():
+            raise UsageError(
+                f"{output} lies in {given}, which is read with everything in it: the next run "
+                "would read what this one writes. Choose an --output-dir outside of it"
+            )
+
+
+def refuse_uncreatable(path: Path) -> None:
+    """Raise UsageError if `path`, a folder or a file, can be neither made nor written to.
+
+    What is tried leaves nothing.
+    """
+    target = Path(path).absolute()
+    try:
+        existing = next(p for p in (target, *target.parents) if p.exists())
+        if existing == target:
+            if not os.access(target, os.W_OK):
+                raise PermissionError(errno.EACCES, "no permission to write there")
+            return
+        if not existing.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, f"{existing} is a file")
+        missing = target.relative_to(existing)
+        # named as `remove_partials` expects it
+        trial = existing / f".{missing.parts[0]}.partial-{os.getpid()}"
+        try:
+            trial.joinpath(*missing.parts[1:]).mkdir(parents=True)
+        finally:
+            shutil.rmtree(trial, ignore_errors=True)
+    except OSError as error:
+        raise UsageError(
+            f"{path} cannot be written: {error.strerror}. Choose another place for the output"
+        ) from None
 
 
 def manifest_kind(folder: Path) -> str | None:
@@ -242,8 +286,9 @@ def claim(
             "--force to replace it"
         )
     elif folder.is_file() or (folder.is_dir() and not is_empty(folder)):
+        leaves = "; --force leaves it" if force else ""
         raise UsageError(
-            f"{folder} already holds something that is not a {plan.what}. Choose another "
+            f"{folder} already holds something that is not a {plan.what}{leaves}. Choose another "
             "--output-dir"
         )
     is_new = not folder.is_dir()

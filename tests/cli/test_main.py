@@ -1,5 +1,6 @@
 """The command line's own duties: dispatch, help without torch, errors without tracebacks."""
 
+import dataclasses
 import resource
 import subprocess
 import sys
@@ -66,6 +67,67 @@ def test_unknown_flag_is_refused_with_a_suggestion(capsys):
     assert main(["distill", "--data-path", "x", "-o", "y", "--los.temperature", "2"]) == 2
     captured = capsys.readouterr()
     assert "--loss.temperature" in captured.out + captured.err
+
+
+@pytest.mark.parametrize(
+    ("flag", "word", "message"),
+    [
+        ("batch-size", "8.5", "is '8.5', but must be a whole number"),
+        ("max-steps", "1e3", "is '1e3', but must be a whole number"),
+        ("learning-rate", "fast", "is 'fast', but must be a number"),
+    ],
+)
+def test_a_number_is_refused_in_the_same_words_from_a_flag_and_from_yaml(
+    flag, word, message, tmp_path, capsys
+):
+    base = ["pretrain", "--data-path", "x", "-o", "y"]
+    assert main([*base, f"--{flag}", word]) == 2
+    printed = " ".join(capsys.readouterr().err.replace("│", " ").split())
+    assert f"--{flag}: {message}" in printed and "literal" not in printed
+    key = flag.replace("-", "_")
+    (tmp_path / "a.yaml").write_text(f"{key}: {word}\n")
+    assert main([*base, "--config", str(tmp_path / "a.yaml")]) == 2
+    assert f"a.yaml:1: '{key}' {message}" in capsys.readouterr().err
+
+
+# what each command needs to be read at all; none of it exists
+NEEDED = {
+    "tokenizer train": ["--data-path", "x"],
+    "prepare": ["--data-path", "x", "--tokenizer-path", "x"],
+    "pretrain": ["--data-path", "x"],
+    "adapt": ["x", "--data-path", "x"],
+    "cache merge": ["x", "x"],
+    "cache": ["x", "--data-path", "x"],
+    "synthesize": ["x", "--prompts", "x"],
+    "prune": ["x", "--data-path", "x"],
+    "distill": ["--data-path", "x", "--cache", "x"],
+    "onpolicy": ["--student", "x", "--teacher", "x", "--prompts", "x"],
+    "quantize": ["x"],
+    "export gguf": ["x"],
+    "report": ["x"],
+    "demo": [],
+}
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_an_output_that_cannot_be_made_is_refused_before_any_work(
+    name, tmp_path, monkeypatch, capsys
+):
+    command = COMMANDS[name]
+    names = {field.name for field in dataclasses.fields(command.load("config"))}
+    if name == "plan" or not names & {"output_dir", "output_path"}:
+        assert name not in NEEDED
+        return
+
+    class Untouchable(Command):
+        def load(self, what):
+            assert what == "config", "work began"
+            return Command.load(command, what)
+
+    monkeypatch.setitem(commands.COMMANDS, name, Untouchable(*vars(command).values()))
+    (tmp_path / "file").write_text("")
+    assert main([*name.split(), *NEEDED[name], "-o", str(tmp_path / "file" / "x")]) == 2
+    assert "file/x cannot be written: " in capsys.readouterr().err
 
 
 def test_flags_win_over_yaml_and_yaml_over_defaults(tmp_path, monkeypatch, capsys):

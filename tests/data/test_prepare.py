@@ -107,6 +107,17 @@ def test_chats_learn_the_answers_only(make, tmp_path):
     assert "without an answer dropped: 1" in result.describe()
 
 
+@pytest.mark.parametrize("length", [30, 5000, 100_000])
+def test_a_shown_document_fits_a_screen(make, length):
+    result = make(["a b\n" * length + "the end"], validation_fraction=0.0, show=1)
+    (shown,) = result.samples
+    lines = shown.splitlines()
+    assert len(lines) <= 24 and max(map(len, lines[1:])) < 100
+    assert lines[0].endswith(f"{4 * length + 9:,} tokens, {4 * length + 8:,} of them targets")
+    assert lines[2].startswith("  + a|·|b|⏎|") and lines[-1].endswith("|t|h|e|·|e|n|d|<eos>")
+    assert ("  ..." in lines) == (length > 200)
+
+
 def test_train_on_prompts(make, tmp_path):
     make([{"prompt": "why?", "response": "so"}], validation_fraction=0.0, train_on_prompts=True)
     split = open_dataset(tmp_path / "out").split("train")
@@ -178,7 +189,75 @@ def test_a_single_text_is_cut_at_a_line(make, tmp_path):
     (head,), (tail,) = texts(dataset.split("train")), texts(dataset.split("validation"))
     assert head + tail == text and head.endswith("\n")
     assert len(tail) == pytest.approx(0.05 * len(text), abs=8)
-    assert any("is the only document" in note for note in notes)
+    assert any(f"the last {len(tail) + 2} tokens of 1 of them" in note for note in notes)
+
+
+def book(name, size):
+    """A text of about `size` bytes whose lines occur nowhere else."""
+    lines = (f"{name}: line {i} has ünlike characters\n" for i in range(size // 20))
+    return "".join(lines).encode()[:size].decode(errors="ignore")
+
+
+DISTRIBUTIONS = {
+    "two books": [71_000, 29_000],
+    "one text": [50_000],
+    "five books": [40_000] * 5,
+    "a book and stories": [300_000] + [700] * 90,
+    "sixty texts": [4_000] * 60,
+    "heavy tail": [int(200 * 1.1**i) for i in range(70)],
+}
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("sizes", DISTRIBUTIONS.values(), ids=DISTRIBUTIONS)
+def test_the_share_held_back_is_the_one_asked_for(make, tmp_path, sizes, seed):
+    books = [book(f"book {i}", size) for i, size in enumerate(sizes)]
+    result = make(books, seed=seed)
+    dataset = open_dataset(tmp_path / "out")
+    train, validation = dataset.split("train"), dataset.split("validation")
+    sizes = [sum(len(text.encode()) for text in texts(split)) for split in (train, validation)]
+    assert 0.025 < sizes[1] / sum(sizes) < 0.075 and not result.warning
+    assert sizes == [split.document_bytes.sum() for split in (train, validation)]
+    pieces = texts(train) + texts(validation)
+    heads = {text for text in texts(train) if text not in books}
+    tails = {text for text in texts(validation) if text not in books}
+    cut = [text for text in books if text not in pieces]
+    assert sorted(cut) == sorted(
+        head + tail for head in heads for tail in tails if head + tail in cut
+    )
+    assert len(pieces) == len(books) + len(cut) and len(heads) == len(tails) == len(cut) <= 4
+    assert all(head.endswith("\n") for head in heads)
+    assert all(
+        ids[0] == BOS and ids[-1] == EOS for ids, _ in documents(train) + documents(validation)
+    )
+    make(books[::-1], seed=seed, output_dir=tmp_path / "again")
+    again = open_dataset(tmp_path / "again")
+    for name in ("train", "validation"):
+        assert sorted(texts(again.split(name))) == sorted(texts(dataset.split(name)))
+
+
+def test_a_share_that_cannot_hold_is_said_in_the_summary(make, tmp_path):
+    chats = [{"prompt": "why?", "response": "so " * n} for n in (1000, 2000, 3000)]
+    result = make(chats)
+    assert "note: validation holds 16.7% of the tokens, not 5.0%" in result.describe()
+    assert len(open_dataset(tmp_path / "out").split("validation").document_bytes) == 1
+    result = make(chats, validation_fraction=0.15, force=True)
+    assert "note:" not in result.describe()
+
+
+def test_max_tokens_are_left_to_train_on(make):
+    books = [book("a", 40_000), book("b", 60_000)]
+    result = make(books, max_tokens=39_900)
+    assert result.splits["train"]["tokens"] >= 39_900
+    assert 0 < result.splits["validation"]["tokens"] < 200
+    assert "note: validation holds 0." in result.describe()
+
+
+def test_a_cut_without_lines_and_spaces_is_between_characters(make, tmp_path):
+    make(["é" * 1000], validation_fraction=0.0505)
+    dataset = open_dataset(tmp_path / "out")
+    (head,), (tail,) = texts(dataset.split("train")), texts(dataset.split("validation"))
+    assert head + tail == "é" * 1000 and 45 < len(tail) < 51
 
 
 @pytest.mark.parametrize("text", ["a", "ab", "a b", "abcdefgh" * 10])
@@ -297,6 +376,25 @@ def test_a_folder_that_holds_something_is_kept(make, tmp_path):
     assert open_dataset(tmp_path / "out").manifest["splits"]["train"]["documents"] == 5
 
 
+@pytest.mark.parametrize("force", [False, True])
+def test_an_output_folder_in_the_input_is_refused(make, tmp_path, force):
+    (tmp_path / "books").mkdir()
+    (tmp_path / "books" / "a.txt").write_text("a book")
+    for output, message in (("books/out", "lies in .*books, which is read"), ("books", "is the")):
+        for given in ({"name": "books"}, {"validation_path": (str(tmp_path / "books"),)}):
+            config = PrepareConfig(
+                data_path=(str(tmp_path / given.pop("name", "other.txt")),),
+                tokenizer_path=tmp_path,
+                output_dir=tmp_path / output,
+                force=force,
+                **given,
+            )
+            with pytest.raises(UsageError, match=message) as caught:
+                prepare.run(config)
+            assert "--force" not in str(caught.value)
+    assert left(tmp_path / "books") == ["a.txt"]
+
+
 @pytest.mark.parametrize(
     "fault", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()]
 )
@@ -367,29 +465,6 @@ def test_killed_in_the_middle(make, tmp_path):
     make(stories(50))
     assert open_dataset(tmp_path / "out").manifest["splits"]["train"]["documents"] > 40
     assert left(tmp_path) == ["in.jsonl", "k.jsonl", "out"]
-
-
-def test_taking_a_document_out_again(tmp_path, monkeypatch):
-    monkeypatch.setattr("xinslm.data.writer._CHUNK", 3)
-    for index in range(4):
-        with SplitWriter(tmp_path / str(index), np.dtype(np.uint32)) as writer:
-            parts = [np.arange(n) + 10 * n for n in (4, 1, 7, 2)]
-            for part in parts:
-                writer.append(part, part % 2, len(part) * 3)
-            tokens, mask, size = writer.take(index)
-            assert np.array_equal(tokens, parts[index]) and np.array_equal(mask, parts[index] % 2)
-            assert size == 3 * len(parts[index])
-            rest = [part for i, part in enumerate(parts) if i != index]
-            writer.append(np.array([99]), np.array([1]), 5)
-            figures = writer.finish()
-        stream = np.fromfile(tmp_path / str(index) / "tokens.bin", "<u4")
-        assert np.array_equal(stream, np.concatenate([*rest, [99]]))
-        assert (
-            np.load(tmp_path / str(index) / "documents.npy").tolist()
-            == np.cumsum([0, *map(len, rest), 1]).tolist()
-        )
-        assert figures["targets"] == int(sum((part % 2).sum() for part in rest)) + 1
-        assert figures["bytes"] == 3 * sum(map(len, rest)) + 5
 
 
 def test_memory_holds_hashes_not_the_corpus(make, tmp_path):

@@ -283,5 +283,5 @@ def test_a_hub_name_without_a_connection_says_what_to_do(monkeypatch, tmp_path):
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
     message = error("someone/stories")
     assert "someone/stories is no path here" in message and "--data-path" in message
-    with pytest.raises(UsageError, match="stories does not exist"):
+    with pytest.raises(UsageError, match=r"stories does not exist.*OWNER/NAME"):
         texts("stories")

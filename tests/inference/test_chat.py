@@ -81,8 +81,9 @@ def test_no_template_is_a_clear_error(tmp_path: Path) -> None:
     save_random_model(tmp_path)
     save_tokenizer(tmp_path, template=None)
     (tmp_path / "chat_template.jinja").unlink(missing_ok=True)
-    with pytest.raises(UsageError, match="has no chat template"):
+    with pytest.raises(UsageError, match=r"has no chat template.*`xinslm generate`") as caught:
         run(ChatConfig(model=tmp_path, device="cpu"))
+    assert "--" not in str(caught.value), "chat has no flag that helps"
 
 
 def reader(lines: list[str | type[BaseException]]) -> Callable[[str], str]:

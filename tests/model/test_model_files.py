@@ -25,6 +25,8 @@ from xinslm.model.files import load_config, load_model, model_fingerprint, resol
 from xinslm.model.transformer import Transformer
 from xinslm.quantize.pipeline import Quantization
 from xinslm.quantize.stream import WeightReader
+from xinslm.teachers.open import open_teacher
+from xinslm.tokenizer.load import load_tokenizer
 
 TINY = ModelConfig(
     vocab_size=97,
@@ -268,6 +270,14 @@ def test_what_is_no_model_is_said_plainly(tmp_path: Path) -> None:
         resolve_model(tmp_path)
     with pytest.raises(UsageError, match="there is no model at"):
         resolve_model(tmp_path / "absent" / "deep")
+
+
+@pytest.mark.parametrize("revision", [None, "main"])
+def test_a_hub_name_without_owner_is_explained(revision: str | None) -> None:
+    for name in ("gpt2", "bert-base.v2"):
+        for read in (lambda name: open_teacher(name, revision=revision), load_tokenizer):
+            with pytest.raises(UsageError, match=rf"{name}.*OWNER/NAME, .* openai-community/gpt2"):
+                read(name)
 
 
 def test_the_fingerprint_follows_the_weights_not_the_folder(folder: Path, tmp_path: Path) -> None:

@@ -481,13 +481,44 @@ def test_prompts_that_are_none(tmp_path):
         read_prompts(tmp_path / "x.csv")
 
 
-def test_a_context_too_short_for_the_cache_is_said_before_anything_is_written(
-    world, prompts, tmp_path
+@pytest.mark.parametrize("cache", [True, False])
+def test_lengths_beyond_the_teachers_context_are_shortened_and_this_is_said(
+    world, prompts, tmp_path, cache
 ):
-    settings = config(world, prompts / "texts.txt", tmp_path / "s", max_seq_length=65)
-    with pytest.raises(UsageError, match=r"has a context of 64 tokens: pass --max-seq-length 64"):
-        synthesize.run(settings)
-    assert not (tmp_path / "s").exists()
+    settings = config(
+        world,
+        prompts / "texts.txt",
+        tmp_path / "s",
+        max_new_tokens=2000,
+        max_seq_length=512,
+        samples=1,
+        cache=cache,
+    )
+    notes = []
+    synthesize.run(settings, lambda p: notes.append(p.note))
+    (note,) = (note for note in notes if "context" in note)
+    assert "has a context of 64 tokens" in note and "--max-new-tokens 2,000" in note
+    assert ("--max-seq-length 512" in note) == cache
+    split = open_dataset(tmp_path / "s" / "data").split("train")
+    assert np.diff(split.documents).max() < 80, "tokens change a little when text is read again"
+    if cache:
+        made = Cache(tmp_path / "s" / "cache")
+        assert made.manifest["config"]["max_seq_length"] == 64
+    notes.clear()
+    synthesize.run(config(world, prompts / "texts.txt", tmp_path / "t"), notes.append)
+    assert not any("context" in note.note for note in notes)
+
+
+@pytest.mark.parametrize("ending", ["jsonl", "json"])
+def test_the_first_of_mt_benchs_turns_is_the_prompt(tmp_path, ending):
+    file = tmp_path / f"question.{ending}"
+    record = {"question_id": 81, "category": "writing", "turns": ["Write a post.", "Rewrite it."]}
+    file.write_text(json.dumps(record) + "\n")
+    assert read_prompts(file) == [[{"role": "user", "content": "Write a post."}]]
+    for turns, message in (([], "must be a list of questions"), ([3], "must be text")):
+        file.write_text(json.dumps({"turns": turns}) + "\n")
+        with pytest.raises(XinslmError, match=rf"question.{ending}:1: .*turns.* {message}"):
+            read_prompts(file)
 
 
 def test_what_makes_no_sense_is_refused(world, prompts, tmp_path):

@@ -301,8 +301,8 @@ def test_run_folders_are_never_overwritten_by_accident(world, tmp_path):
     train.run(world.distill(run, learning_rate=1e-4, force=True))
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes" / "diary.txt").write_text("dear")
-    for force in (False, True):
-        with pytest.raises(UsageError, match="already holds something"):
+    for force, advice in ((False, "Choose another"), (True, "--force leaves it")):
+        with pytest.raises(UsageError, match=f"already holds something.*{advice}"):
             train.run(world.distill(tmp_path / "notes", force=force))
     assert (tmp_path / "notes" / "diary.txt").read_text() == "dear"
 
@@ -341,15 +341,42 @@ def test_force_is_not_written_into_the_runs_own_settings(world, tmp_path):
 def test_raw_text_run_that_never_began_can_be_started_again_with_other_settings(world, tmp_path):
     run = tmp_path / "r"
     settings = {**world.settings, "max_steps": 2, "vocab_size": 300}
-    with pytest.raises(UsageError, match="batch_size is 5000"):
+    with pytest.raises(UsageError, match="num_key_value_heads"):
         train.run(
-            PretrainConfig(data_path=world.text, output_dir=run, **{**settings, "batch_size": 5000})
+            PretrainConfig(data_path=world.text, output_dir=run, **{**settings, "num_kv_heads": 5})
         )
     assert (run / "data" / "manifest.json").is_file(), "what was prepared is kept"
     train.run(
         PretrainConfig(data_path=world.text, output_dir=run, **{**settings, "vocab_size": 320})
     )
     assert load_config(run / "checkpoints" / "best").vocab_size == 320
+
+
+@pytest.mark.parametrize("text", ["ab", "ab " * 30])
+def test_too_little_text_leaves_no_folder(world, tmp_path, text):
+    (tmp_path / "two.txt").write_text(text)
+    config = PretrainConfig(
+        data_path=tmp_path / "two.txt", output_dir=tmp_path / "r", **world.settings
+    )
+    with pytest.raises(UsageError, match=r"two\.txt has only 1 to train on: give more text"):
+        train.run(config)
+    assert [p.name for p in tmp_path.iterdir()] == ["two.txt"]
+
+
+def test_a_run_is_not_written_into_the_text_it_reads(world, tmp_path):
+    """Its tokenizer.json and metrics.jsonl would be read by the next run."""
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    shutil.copy(world.text, texts / "a.jsonl")
+    for output, message in ((texts / "run", "lies in"), (texts, "is the input")):
+        for force in (False, True):
+            with pytest.raises(UsageError, match=message):
+                train.run(
+                    PretrainConfig(
+                        data_path=texts, output_dir=output, force=force, **world.settings
+                    )
+                )
+    assert [p.name for p in texts.iterdir()] == ["a.jsonl"]
 
 
 def test_a_continued_run_may_log_and_split_its_batches_otherwise(world, tmp_path):

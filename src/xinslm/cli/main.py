@@ -52,6 +52,8 @@ def _dispatch(words: list[str]) -> int:
 
 def _run(name: str, command: Command, words: list[str]) -> int:
     config = _parse(name, command, words)
+    if name != "plan":  # which has the settings of a run, but writes nothing
+        _require_output(config)
     from xinslm.cli import live, present
 
     if command.present:
@@ -61,6 +63,15 @@ def _run(name: str, command: Command, words: list[str]) -> int:
         result = command.load("run")(config, on_progress, **_secrets(config))
     say(result.describe())
     return 0
+
+
+def _require_output(config: Any) -> None:
+    """Raise UsageError before any work if the output can be neither made nor written to."""
+    from xinslm.folders import refuse_uncreatable
+
+    for name in ("output_dir", "output_path"):
+        if (path := getattr(config, name, None)) is not None:
+            refuse_uncreatable(path)
 
 
 def _secrets(config: Any) -> dict[str, str]:
@@ -83,6 +94,7 @@ def _parse(name: str, command: Command, words: list[str]) -> Any:
     """Read `--config FILE` (any number of them) and flags into the command's configuration."""
     import tyro
 
+    from xinslm.cli.numbers import REGISTRY
     from xinslm.config import from_yaml
 
     files, rest = _take_config_files(words)
@@ -92,7 +104,14 @@ def _parse(name: str, command: Command, words: list[str]) -> Any:
         f"{command.summary[0].upper()}{command.summary[1:]}. --config FILE reads these settings "
         "from YAML."
     )
-    return tyro.cli(cls, args=rest, prog=f"xinslm {name}", description=summary, **options)
+    return tyro.cli(
+        cls,
+        args=rest,
+        prog=f"xinslm {name}",
+        description=summary,
+        registry=REGISTRY,
+        **options,
+    )
 
 
 def _take_config_files(words: list[str]) -> tuple[list[Path], list[str]]:

@@ -25,8 +25,8 @@ class PrepareConfig:
     output_dir: Annotated[Path, tyro.conf.arg(aliases=["-o"])]
     """Folder to write the dataset to."""
     validation_fraction: float = 0.05
-    """Share of the documents held back to measure on; a document's own content and the seed decide
-    which.
+    """Share of the text held back to measure on; a document's own content and the seed decide
+    which. Of few or long documents, the ends of some are held back.
     """
     validation_path: tuple[str, ...] = ()
     """Files, folders or datasets to measure on, instead of a share of the data."""

@@ -54,15 +54,49 @@ class Encoder:
         return [
             self._chat(document)
             if document.text is None
-            else self._plain(next(plain), document.text)
+            else self._plain(next(plain), len(document.text.encode()))
             for document in documents
         ]
 
-    def _plain(self, ids: np.ndarray, text: str) -> Encoded:
+    def _plain(self, ids: np.ndarray, num_bytes: int) -> Encoded:
         tokens = np.concatenate([self._prefix, ids, self._end]).astype(np.int64)
         mask = np.ones(len(tokens), np.uint8)
         mask[:1] = 0
-        return Encoded(tokens, mask, len(text.encode()))
+        return Encoded(tokens, mask, num_bytes)
+
+    def can_cut(self, document: Document, encoded: Encoded) -> bool:
+        """Whether a document is a plain text of at least two tokens."""
+        frame = len(self._prefix) + len(self._end)
+        return document.text is not None and len(encoded.tokens) >= frame + 2
+
+    def cut(self, encoded: Encoded, tail_tokens: int) -> tuple[Encoded, Encoded]:
+        """Cut a plain text into two that are framed as it is, the second of at most `tail_tokens`.
+
+        The cut is at the first line end in the first quarter of the tail, else at a space.
+        """
+        begin, end = len(self._prefix), len(encoded.tokens) - len(self._end)
+        at = min(max(end - tail_tokens, begin + 1), end - 1)
+        at = self._boundary(encoded.tokens, at, min(at + min(tail_tokens // 4, 4096), end - 1))
+        tail = encoded.tokens[at:end]
+        ids, counts = np.unique(tail, return_counts=True)
+        sizes = [len(self.tokenizer.token_bytes(int(token))) for token in ids]
+        tail_bytes = min(int(np.dot(sizes, counts)), encoded.num_bytes)
+        head = self._plain(encoded.tokens[begin:at], encoded.num_bytes - tail_bytes)
+        return head, self._plain(tail, tail_bytes)
+
+    def _boundary(self, tokens: np.ndarray, first: int, last: int) -> int:
+        """The best place for a cut in `first`..`last`; never inside a character if it can."""
+        data = [self.tokenizer.token_bytes(int(token)) for token in tokens[first - 1 : last + 1]]
+        pairs = list(enumerate(pairwise(data), start=first))
+        for is_good in (
+            lambda before, after: before.endswith(b"\n"),
+            lambda before, after: before.endswith(b" ") or after.startswith(b" "),
+            lambda before, after: not after or after[0] & 0xC0 != 0x80,
+        ):
+            for place, (before, after) in pairs:
+                if is_good(before, after):
+                    return place
+        return first
 
     def _chat(self, document: Document) -> Encoded:
         if self.tokenizer.chat_template is None:
@@ -86,15 +120,35 @@ class Encoder:
         )
 
 
+_FIRST_LINES, _LAST_LINES, _SCREEN_TOKENS = 12, 8, 2000
+
+
 def show(tokenizer: "Tokenizer", document: Document, encoded: Encoded) -> str:
-    """Print a document's tokens, '|' between them, in runs of equal mask: `-` is context, `+` is
-    learnt.
+    """A document's tokens, '|' between them, in runs of equal mask: `-` is context, `+` is learnt.
+
+    Of a long document, the beginning and the end are shown: one screen.
     """
     targets = int(encoded.mask.sum())
     lines = [f"{document.source}: {len(encoded.tokens):,} tokens, {targets:,} of them targets"]
-    pairs = zip(encoded.mask.tolist(), encoded.tokens.tolist(), strict=True)
-    for mask, run in groupby(pairs, key=lambda pair: pair[0]):
-        line = sign = "  + " if mask else "  - "
+    if len(encoded.tokens) > 2 * _SCREEN_TOKENS:
+        first, last = (
+            _lines(tokenizer, encoded.tokens[part], encoded.mask[part])
+            for part in (slice(_SCREEN_TOKENS), slice(-_SCREEN_TOKENS, None))
+        )
+    else:
+        first = last = _lines(tokenizer, encoded.tokens, encoded.mask)
+    if first is last and len(first) <= _FIRST_LINES + _LAST_LINES:
+        lines += first
+    else:
+        lines += [*first[:_FIRST_LINES], "  ...", *last[-_LAST_LINES:]]
+    return "\n".join(lines) + "\n"
+
+
+def _lines(tokenizer: "Tokenizer", tokens: np.ndarray, mask: np.ndarray) -> list[str]:
+    lines = []
+    pairs = zip(mask.tolist(), tokens.tolist(), strict=True)
+    for learnt, run in groupby(pairs, key=lambda pair: pair[0]):
+        line = sign = "  + " if learnt else "  - "
         for _, token in run:
             text = _visible(tokenizer.token_bytes(token)) + "|"
             if len(line) + len(text) > 110 and line != sign:
@@ -102,7 +156,7 @@ def show(tokenizer: "Tokenizer", document: Document, encoded: Encoded) -> str:
                 line = sign
             line += text
         lines.append(line.removesuffix("|"))
-    return "\n".join(lines) + "\n"
+    return lines
 
 
 def _visible(data: bytes) -> str:

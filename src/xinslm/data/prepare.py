@@ -9,10 +9,12 @@ count. Everything is streamed: memory holds one batch of documents and a hash of
 """
 
 import hashlib
-import itertools
+import shutil
 import time
+from array import array
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,13 +25,13 @@ from xinslm.config import to_dict
 from xinslm.data.config import PrepareConfig
 from xinslm.data.dataset import KIND, VERSION
 from xinslm.data.encode import Encoded, Encoder, show
-from xinslm.data.holdout import cut_text, draw_number
+from xinslm.data.holdout import draw_number, plan_holdout, share_holds
 from xinslm.data.read import ReadOptions, read_documents
 from xinslm.data.records import Document
 from xinslm.data.writer import SplitWriter
 from xinslm.errors import UsageError, XinslmError
 from xinslm.files import write_manifest
-from xinslm.folders import new_folder, refuse_existing, refuse_inside
+from xinslm.folders import new_folder, refuse_existing, refuse_inside, refuse_output_in
 from xinslm.progress import Listener, Progress, ignore
 
 if TYPE_CHECKING:
@@ -47,6 +49,8 @@ class PrepareResult:
     duplicates_dropped: int
     without_targets: int
     samples: tuple[str, ...]
+    warning: str = ""
+    """Why the share held back is not the one asked for."""
 
     def describe(self) -> str:
         """Table of the splits, and the documents that were asked to be shown."""
@@ -63,6 +67,8 @@ class PrepareResult:
         lines.append(f"exact duplicates dropped: {self.duplicates_dropped:,}")
         if self.without_targets:
             lines.append(f"documents without an answer dropped: {self.without_targets:,}")
+        if self.warning:
+            lines.append(f"note: {self.warning}")
         return "\n".join([*lines, f"written to {self.output_dir}"])
 
 
@@ -87,6 +93,7 @@ def _check(config: PrepareConfig) -> None:
         )
     if config.max_tokens is not None and config.max_tokens < 1:
         raise UsageError(f"--max-tokens must be at least 1, not {config.max_tokens}")
+    refuse_output_in(config.output_dir, (*config.data_path, *config.validation_path))
     refuse_existing(config.output_dir, config.force)
 
 
@@ -99,9 +106,10 @@ class _Stage:
         self.config, self.tokenizer, self.on_progress = config, tokenizer, on_progress
         self.encoder = Encoder(tokenizer, config.document_end, config.train_on_prompts)
         self.seen: set[bytes] = set()
-        # (draw, index) of the training document that was nearest to be held back, and the other way
-        # round.
-        self.lowest, self.highest = (1.0, 0), (-1.0, 0)
+        self.dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32)
+        # of each document of a split: its draw, and whether it can be cut
+        self.draws = {"train": array("d"), "validation": array("d")}
+        self.divisible = {"train": bytearray(), "validation": bytearray()}
         self.sources: Counter[str] = Counter()
         self.numbers: dict[str, int] = {}
         self.duplicates = self.without_targets = 0
@@ -110,14 +118,11 @@ class _Stage:
 
     def run(self) -> PrepareResult:
         config = self.config
-        dtype = np.dtype(np.uint16 if self.tokenizer.vocab_size <= 1 << 16 else np.uint32)
         with new_folder(config.output_dir, config.force) as folder:
-            with (
-                SplitWriter(folder / "train", dtype) as train,
-                SplitWriter(folder / "validation", dtype) as validation,
-            ):
-                self.writers = {"train": train, "validation": validation}
+            with ExitStack() as files:
+                self._open(folder, files)
                 self._fill()
+                warning = self._hold_share(folder, files)
                 self._require()
                 splits = {name: writer.finish() for name, writer in self.writers.items()}
             self.tokenizer.save(folder / "tokenizer")
@@ -128,7 +133,7 @@ class _Stage:
                 to_dict(config),
                 {"tokenizer": self.tokenizer.fingerprint()},
                 vocab_size=self.tokenizer.vocab_size,
-                dtype=dtype.name,
+                dtype=self.dtype.name,
                 document_end=config.document_end,
                 splits=splits,
                 duplicates_dropped=self.duplicates,
@@ -137,8 +142,19 @@ class _Stage:
                 without_targets_dropped=self.without_targets,
             )
         return PrepareResult(
-            config.output_dir, splits, self.duplicates, self.without_targets, tuple(self.samples)
+            config.output_dir,
+            splits,
+            self.duplicates,
+            self.without_targets,
+            tuple(self.samples),
+            warning,
         )
+
+    def _open(self, folder: Path, files: ExitStack) -> None:
+        self.writers = {
+            name: files.enter_context(SplitWriter(folder / name, self.dtype))
+            for name in ("train", "validation")
+        }
 
     def _fill(self) -> None:
         """Read all data into the two splits."""
@@ -152,19 +168,7 @@ class _Stage:
         elif config.validation_fraction == 0:
             self._write(documents, "train")
         else:
-            first = list(itertools.islice(documents, 2))
-            if len(first) == 1 and len(first[0].text or "") > 1:
-                head, tail = cut_text(first[0], config.validation_fraction)
-                self._note(
-                    f"{first[0].source} is the only document; its last {len(tail.plain_text):,} "
-                    "characters "
-                    f"are held back for validation"
-                )
-                self._write([tail], "validation")
-                self._write([head], "train")
-            else:
-                self._write(itertools.chain(first, documents), None)
-                self._balance()
+            self._write(documents, None)
 
     def _write(self, documents: Iterable[Document], split: str | None) -> None:
         """Tokenize documents into one split, or each into the one its content draws."""
@@ -201,27 +205,68 @@ class _Stage:
         self.sources[source] += 1
         number = self.numbers.setdefault(source, len(self.numbers))
         self.writers[split].append(encoded.tokens, encoded.mask, encoded.num_bytes, number)
-        place = (draw, len(self.writers[split]) - 1)
-        if split == "train":
-            self.lowest = min(self.lowest, place)
-        else:
-            self.highest = max(self.highest, place)
+        self.draws[split].append(draw)
+        self.divisible[split].append(self.encoder.can_cut(document, encoded))
         if len(self.samples) < self.config.show:
             self.samples.append(show(self.tokenizer, document, encoded))
 
-    def _balance(self) -> None:
-        """Where all of several documents fell into one split, give the other the one that came
-        nearest.
+    def _hold_share(self, folder: Path, files: ExitStack) -> str:
+        """Plan which tokens are held back and write the splits again if the draws said otherwise.
+
+        Return a warning if the share cannot be the one asked for.
         """
-        train, validation = self.writers["train"], self.writers["validation"]
-        if len(train) >= 2 and not len(validation):
-            source = train.sources[self.lowest[1]]
-            validation.append(*train.take(self.lowest[1]), source)
-        elif len(validation) >= 2 and not len(train):
-            source = validation.sources[self.highest[1]]
-            train.append(*validation.take(self.highest[1]), source)
-        elif not len(validation):
-            self._note("there is only one document, so none is held back; give --validation-path")
+        config = self.config
+        lengths = np.concatenate([np.diff(writer.documents) for writer in self.writers.values()])
+        total = int(lengths.sum())
+        if config.validation_path or config.validation_fraction == 0 or total == 0:
+            return ""
+        spare = None if config.max_tokens is None else total - config.max_tokens
+        tails = plan_holdout(
+            lengths,
+            np.concatenate([np.asarray(draws) for draws in self.draws.values()]),
+            np.concatenate([np.frombuffer(flags, bool) for flags in self.divisible.values()]),
+            config.validation_fraction,
+            spare if spare is not None and spare >= 0 else None,
+        )
+        drawn = np.repeat([False, True], [len(writer) for writer in self.writers.values()])
+        if not np.array_equal(tails, np.where(drawn, lengths, 0)):
+            self._split_again(folder, files, tails)
+        held = self.writers["validation"].num_tokens
+        if share_holds(held, total, config.validation_fraction):
+            return ""
+        warning = (
+            f"validation holds {held / total:.1%} of the tokens, not "
+            f"{config.validation_fraction:.1%}: there are too few documents, or too few that can "
+            "be cut (chats are not). Add data or give --validation-path"
+        )
+        self._note(warning)
+        return warning
+
+    def _split_again(self, folder: Path, files: ExitStack, tails: np.ndarray) -> None:
+        """Write the last `tails` tokens of each document to validation, the others to train."""
+        drawn = folder / "drawn"
+        drawn.mkdir()
+        old = list(self.writers.values())
+        for writer in old:
+            writer.folder.rename(drawn / writer.folder.name)
+        self._open(folder, files)
+        train, validation = self.writers.values()
+        pieces = (writer.read(index) for writer in old for index in range(len(writer)))
+        cut = cut_tokens = 0
+        for tail, (tokens, mask, num_bytes, source) in zip(tails.tolist(), pieces, strict=True):
+            if tail in (0, len(tokens)):
+                (validation if tail else train).append(tokens, mask, num_bytes, source)
+                continue
+            parts = self.encoder.cut(Encoded(tokens, mask, num_bytes), tail)
+            for writer, part in zip((train, validation), parts, strict=True):
+                writer.append(part.tokens, part.mask, part.num_bytes, source)
+            cut, cut_tokens = cut + 1, cut_tokens + len(parts[1].tokens)
+        shutil.rmtree(drawn)
+        if cut:
+            self._note(
+                f"few or long documents: the last {cut_tokens:,} tokens of {cut} of them are held "
+                "back for validation"
+            )
 
     def _enough(self) -> bool:
         limit = self.config.max_tokens

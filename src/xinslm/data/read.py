@@ -76,7 +76,10 @@ def _resolve(path: str) -> Path | str:
     is_hub_name = re.fullmatch(r"\w[\w.-]*/[\w.-]+", path) and not here.parent.exists()
     if is_hub_name and suffix(here) not in SUFFIXES:
         return path
-    raise UsageError(f"{path} does not exist.{_near(here)}")
+    hint = ""
+    if re.fullmatch(r"\w[\w-]*", path):
+        hint = ". Datasets of the Hugging Face Hub are named with their owner: OWNER/NAME"
+    raise UsageError(f"{path} does not exist.{_near(here)}{hint}")
 
 
 def _near(path: Path) -> str:

@@ -6,6 +6,7 @@
     {"instruction", "input", "output"}   Alpaca: one question, one answer; "input" may be missing or
     empty
     {"prompt", "response" | "completion"}  the same
+    {"turns": ["..."]}                   MT-bench: its first question, without an answer
 
 A record that has several of these is read by the first that fits, chats before text.
 """
@@ -19,7 +20,8 @@ from xinslm.errors import XinslmError
 
 RECOGNISED = (
     '{"text"}, {"messages": [{"role", "content"}]}, {"conversations": [{"from", "value"}]}, '
-    '{"instruction", "input", "output"}, {"prompt", "response"} and {"prompt", "completion"}'
+    '{"instruction", "input", "output"}, {"prompt", "response"}, {"prompt", "completion"} and '
+    '{"turns"}'
 )
 _ROLES = {
     "system": "system",
@@ -80,6 +82,10 @@ def to_document(record: Any, source: str, text_field: str | None = None) -> Docu
                 return _exchange(
                     _string(record, "prompt", source), _string(record, key, source), source
                 )
+    if "turns" in record:
+        return Document(
+            source, messages=({"role": "user", "content": _first_turn(record, source)},)
+        )
     if "text" in record:
         return Document(source, text=_string(record, "text", source))
     keys = ", ".join(repr(str(key)) for key in list(record)[:12]) or "none"
@@ -87,6 +93,13 @@ def to_document(record: Any, source: str, text_field: str | None = None) -> Docu
         f"{source}: nothing to learn found. Keys here: {keys}. Recognised are {RECOGNISED}; "
         f"a text under another key is read with --text-field KEY"
     )
+
+
+def _first_turn(record: Mapping[str, Any], source: str) -> str:
+    turns = record["turns"]
+    if not isinstance(turns, list) or not turns:
+        raise XinslmError(f"{source}: 'turns' must be a list of questions, but is {_kind(turns)}")
+    return _string({"turns[0]": turns[0]}, "turns[0]", source)
 
 
 def _exchange(question: str, answer: str, source: str) -> Document:

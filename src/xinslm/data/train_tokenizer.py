@@ -13,7 +13,7 @@ from pathlib import Path
 from xinslm.config import to_dict
 from xinslm.errors import UsageError
 from xinslm.files import write_manifest
-from xinslm.folders import new_folder, refuse_existing, refuse_inside
+from xinslm.folders import new_folder, refuse_existing, refuse_inside, refuse_output_in
 from xinslm.progress import Listener, Progress, ignore
 from xinslm.tokenizer.bpe import DEFAULT_SPECIAL_TOKENS, BPETokenizer
 from xinslm.tokenizer.config import TrainConfig
@@ -57,6 +57,7 @@ class TrainResult:
 def run(config: TrainConfig, on_progress: Listener = ignore) -> TrainResult:
     """Learn or cut the tokenizer and write its folder."""
     _check(config)
+    refuse_output_in(config.output_dir, config.data_path)
     refuse_existing(config.output_dir, config.force)
     if config.force:
         refuse_inside(config.output_dir, (*config.data_path, config.prefix_of))

@@ -9,8 +9,6 @@ from types import TracebackType
 
 import numpy as np
 
-_CHUNK = 1 << 22  # elements moved at once when a document is taken out again
-
 
 class SplitWriter:
     """The files of `folder` (train or validation), open for appending documents."""
@@ -59,17 +57,14 @@ class SplitWriter:
         self.sources.append(source)
         self.targets += int(np.count_nonzero(mask))
 
-    def take(self, index: int) -> tuple[np.ndarray, np.ndarray, int]:
-        """Remove a document and return its tokens, mask and bytes; the ones behind it move up."""
+    def read(self, index: int) -> tuple[np.ndarray, np.ndarray, int, int]:
+        """What `append` was given for a document; nothing can be appended afterwards."""
         begin, end = self.documents[index], self.documents[index + 1]
-        tokens = _cut(self._tokens, self.dtype, begin, end, self.num_tokens)
-        mask = _cut(self._mask, np.dtype(np.uint8), begin, end, self.num_tokens)
-        self.documents[index + 1 :] = [
-            offset - (end - begin) for offset in self.documents[index + 2 :]
-        ]
-        self.targets -= int(np.count_nonzero(mask))
-        del self.sources[index]
-        return tokens, mask, self.document_bytes.pop(index)
+        parts = []
+        for file, dtype in ((self._tokens, self.dtype), (self._mask, np.dtype(np.uint8))):
+            file.seek(begin * dtype.itemsize)
+            parts.append(np.frombuffer(file.read((end - begin) * dtype.itemsize), dtype))
+        return parts[0], parts[1], self.document_bytes[index], self.sources[index]
 
     def finish(self) -> dict[str, int]:
         """Write the offsets and return the figures of the split for the manifest."""
@@ -84,23 +79,6 @@ class SplitWriter:
             "targets": self.targets,
             "bytes": sum(self.document_bytes),
         }
-
-
-def _cut(file: io.BufferedRandom, dtype: np.dtype, begin: int, end: int, total: int) -> np.ndarray:
-    """Remove elements [begin, end) of a file of `total` elements, and return them."""
-
-    def read(first: int, last: int) -> bytes:
-        file.seek(first * dtype.itemsize)
-        return file.read((last - first) * dtype.itemsize)
-
-    removed = np.frombuffer(read(begin, end), dtype)
-    for first in range(end, total, _CHUNK):
-        data = read(first, min(first + _CHUNK, total))
-        file.seek((first - (end - begin)) * dtype.itemsize)
-        file.write(data)
-    file.seek((total - (end - begin)) * dtype.itemsize)
-    file.truncate()
-    return removed
 
 
 def _save(path: Path, values: list[int]) -> None:

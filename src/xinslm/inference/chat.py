@@ -20,7 +20,7 @@ class Conversation:
     """Messages of a chat and the engine that answers them."""
 
     def __init__(self, engine: Engine, system: str | None = None) -> None:
-        require_chat_template(engine.tokenizer)
+        require_chat_template(engine.tokenizer, "Use `xinslm generate`")
         self.engine = engine
         self.messages: list[Message] = []
         self._system: list[Message] = [{"role": "system", "content": system}] if system else []

@@ -237,7 +237,7 @@ def prompt_ids(tokenizer: "Tokenizer", prompt: str, chat: bool) -> list[int]:
     chat.
     """
     if chat:
-        require_chat_template(tokenizer)
+        require_chat_template(tokenizer, "Leave out --chat")
         return tokenizer.apply_chat_template(
             [{"role": "user", "content": prompt}], add_generation_prompt=True
         )[0]
@@ -251,14 +251,14 @@ def prompt_ids(tokenizer: "Tokenizer", prompt: str, chat: bool) -> list[int]:
     return ids
 
 
-def require_chat_template(tokenizer: "Tokenizer") -> None:
-    """Raise UsageError if the tokenizer cannot format a conversation."""
+def require_chat_template(tokenizer: "Tokenizer", remedy: str) -> None:
+    """Raise UsageError if the tokenizer cannot format a conversation; `remedy` is how to do without
+    one.
+    """
     if tokenizer.chat_template is None:
         raise UsageError(
-            "the model's tokenizer has no chat template: it was not trained to talk. Use `xinslm "
-            "generate` "
-            "without --chat to continue a text, or put a chat_template.jinja into the model's "
-            "folder"
+            f"the model's tokenizer has no chat template: it was not trained to talk. {remedy} to "
+            "continue a text, or put a chat_template.jinja into the model's folder"
         )
 
 

@@ -39,8 +39,8 @@ def resolve_model(path: Path | str) -> Path:
         )
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)):
         raise UsageError(
-            f"there is no model at {path}: give a model folder, a run folder or a Hub name such "
-            "as org/name"
+            f"there is no model at {path}: give a model folder, a run folder or a Hub name with "
+            "its owner, OWNER/NAME, such as openai-community/gpt2"
         )
     import huggingface_hub
 

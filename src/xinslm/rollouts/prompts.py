@@ -2,7 +2,8 @@
 plain text.
 
 {"prompt"}, {"instruction", "input"}, {"messages"} and {"conversations"} are a chat up to the user's
-last message; {"text"} and a line of a .txt file are the beginning of a text.
+last message; {"text"} and a line of a .txt file are the beginning of a text. Of MT-bench's
+{"turns"} the first is the prompt: the others refer to its answer, and are not asked.
 """
 
 import json

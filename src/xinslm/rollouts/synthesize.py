@@ -12,7 +12,7 @@ run that was stopped continues behind the last of them.
 
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,6 @@ from xinslm.device import pick_device
 from xinslm.errors import UsageError, XinslmError
 from xinslm.files import MANIFEST, sha256_json, write_manifest
 from xinslm.folders import Plan, claim, locked
-from xinslm.model.files import require_context
 from xinslm.progress import Listener, Progress, ignore
 from xinslm.rollouts.prompts import read_prompts
 from xinslm.rollouts.synthesize_cache import WrittenScorer
@@ -122,8 +121,8 @@ def run(
         default_top_k(config.top_k, 0),
         api_key,
     )
-    if config.cache and not isinstance(teacher, EndpointTeacher):
-        require_context(config.max_seq_length, teacher.max_length, f"teacher {config.teacher}")
+    if not isinstance(teacher, EndpointTeacher):
+        config = _within(config, teacher.max_length, on_progress)
     plan = {
         "settings": {key: value for key, value in to_dict(config).items() if key not in _PLACES},
         "inputs": {"prompts": sha256_json(prompts), "teacher": teacher.fingerprint},
@@ -188,6 +187,22 @@ def _synthesize(
         cached,
         time.monotonic() - began,
     )
+
+
+def _within(config: SynthesizeConfig, context: int, on_progress: Listener) -> SynthesizeConfig:
+    """The settings with lengths that a teacher's context allows; what is shortened is noted."""
+    new, rows = min(config.max_new_tokens, context), config.max_seq_length
+    longer = [f"--max-new-tokens {config.max_new_tokens:,}"] if config.max_new_tokens > new else []
+    if config.cache and rows > context:
+        longer.append(f"--max-seq-length {rows:,}")
+        rows = context
+    if longer:
+        note = (
+            f"teacher {config.teacher} has a context of {context:,} tokens, prompt included: "
+            f"{' and '.join(longer)} is shortened to it"
+        )
+        on_progress(Progress("synthesize", note=note))
+    return replace(config, max_new_tokens=new, max_seq_length=rows)
 
 
 def _try(teacher: EndpointTeacher, prompts: list[Prompt], config: SynthesizeConfig) -> str | None:

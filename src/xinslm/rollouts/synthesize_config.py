@@ -37,7 +37,8 @@ class SynthesizeConfig:
     or the URL of an OpenAI-compatible endpoint (vLLM, llama.cpp, hosted models)."""
     prompts: Path
     """File of prompts: .jsonl, .json or .parquet with records as `prepare` reads them, answers not
-    needed; or .txt, each line the beginning of a text."""
+    needed; or .txt, each line the beginning of a text. Of MT-bench's turns only the first is asked.
+    """
     output_dir: Annotated[Path, tyro.conf.arg(aliases=["-o"])]
     """Folder for text.jsonl, data and cache; a run that was interrupted continues there."""
     samples: int = 1
@@ -49,7 +50,9 @@ class SynthesizeConfig:
     top_p: float = 1.0
     """Draw from the fewest most likely tokens whose probabilities sum to this; 1 keeps all."""
     max_new_tokens: int = 256
-    """Most tokens of an answer; one that is cut off there is kept, without an end token."""
+    """Most tokens of an answer; one that is cut off there, or where the teacher's context is full,
+    is kept, without an end token.
+    """
     batch_size: int = 16
     """Answers that a teacher here writes side by side."""
     student_tokenizer_path: str | None = None
@@ -75,7 +78,9 @@ class SynthesizeConfig:
     cache_temperature: float = 2.0
     """Temperature whose normaliser the cache stores; endpoints give it for 1 alone."""
     max_seq_length: int = 512
-    """Longest context in tokens that the cache is made with; use the student's."""
+    """Longest context in tokens that the cache is made with; use the student's. At most the
+    teacher's.
+    """
     dtype: Dtype = "float32"
     """The teacher's number type."""
     device: Device = "auto"

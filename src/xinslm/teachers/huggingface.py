@@ -181,7 +181,7 @@ def _configured_rows(folder: Path) -> int | None:
 
 def local_folder(name: str, revision: str | None) -> Path:
     """The folder that a teacher's name means; what is on the Hub is downloaded at `revision`."""
-    if revision is not None and not Path(name).exists():
+    if revision is not None and "/" in name and not Path(name).exists():
         import huggingface_hub
 
         from xinslm.model.files import HUB_FILES

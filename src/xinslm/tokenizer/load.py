@@ -54,8 +54,8 @@ def resolve_tokenizer(path: Path | str) -> Path:
     if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(path)):
         raise UsageError(
             f"{path} does not exist; a tokenizer is a folder with a {files.TOKENIZER} (a model's, "
-            "or a run folder), a "
-            f".model file, or a Hub name such as org/name"
+            "or a run folder), a .model file, or a Hub name with its owner, OWNER/NAME, such as "
+            "openai-community/gpt2"
         )
     import huggingface_hub
 

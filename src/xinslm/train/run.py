@@ -23,7 +23,7 @@ from xinslm.data.packing import PackedDataset
 from xinslm.device import pick_device, return_freed_memory
 from xinslm.errors import UsageError
 from xinslm.files import MANIFEST, read_json, write_json, write_text
-from xinslm.folders import Plan, claim, differing_keys, locked
+from xinslm.folders import Plan, claim, differing_keys, locked, refuse_output_in
 from xinslm.model.files import (
     load_config,
     load_model,
@@ -109,6 +109,8 @@ def run_training(
     `paths` are the settings that name inputs.
     """
     config.check()
+    if _is_raw(config):
+        refuse_output_in(config.output_dir, (config.data_path,))
     with locked(config.output_dir):
         with claim_run(config, command, paths):
             setup = _set_up(config, command, supervise, on_progress)
@@ -190,13 +192,20 @@ def write_model(model: Transformer, tokenizer: Any, folder: Path) -> None:
     tokenizer.save(folder)
 
 
+def _is_raw(config: PretrainConfig) -> bool:
+    """Whether the data is raw text, not a prepared dataset."""
+    return not (config.data_path / MANIFEST).is_file()
+
+
 def _training_rows(config: PretrainConfig, dataset: Dataset) -> PackedDataset:
     rows = PackedDataset(dataset.split("train"), config.max_seq_length)
     if len(rows) < config.batch_size:
+        if _is_raw(config):  # made on the way from little text: cheap to make again
+            _remove_made(config.output_dir)
         raise UsageError(
             f"batch_size is {config.batch_size} rows of {config.max_seq_length} tokens, but "
-            f"{dataset.folder} has only {len(rows)} such rows to train on: give more text, or a "
-            "smaller --batch-size or --max-seq-length"
+            f"{config.data_path} has only {len(rows)} to train on: give more text, or a smaller "
+            "--batch-size or --max-seq-length"
         )
     return rows
 
