@@ -62,6 +62,18 @@ class LlamaCpp:
     def apply_template(self, messages: list[dict[str, str]]) -> str:
         return self._post("/apply-template", {"messages": messages})["prompt"]
 
+    def complete(self, prompt: str, count: int) -> str:
+        """Continue a text greedily, from the ids that llama.cpp makes of it."""
+        return self._post("/completion", {"prompt": prompt, "n_predict": count, "top_k": 1})[
+            "content"
+        ]
+
+    def answer(self, messages: list[dict[str, str]], count: int) -> tuple[str, int]:
+        """Answer a chat greedily; the text, and the number of the prompt's tokens."""
+        body = {"messages": messages, "max_tokens": count, "top_k": 1}
+        answer = self._post("/v1/chat/completions", body)
+        return answer["choices"][0]["message"]["content"], answer["usage"]["prompt_tokens"]
+
     def next_logprobs(self, ids: list[int], vocab_size: int) -> np.ndarray:
         """Log-probabilities (vocabulary,) of the token after `ids`."""
         # Which token is drawn plays no part, so a bias draws a harmless one; the figures are from

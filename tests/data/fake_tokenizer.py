@@ -11,6 +11,7 @@ class ByteTokenizer:
     def __init__(self, bos=True, eos=True, vocab_size=259, chat=True):
         self.vocab_size = vocab_size
         self.bos_id = 256 if bos else None
+        self.start_ids: list[int] = []
         self.eos_id = 257 if eos else None
         self.pad_id = 258
         self.special_tokens = {"<bos>": 256, "<eos>": 257, "<pad>": 258}

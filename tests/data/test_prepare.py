@@ -112,7 +112,7 @@ def test_a_shown_document_fits_a_screen(make, length):
     result = make(["a b\n" * length + "the end"], validation_fraction=0.0, show=1)
     (shown,) = result.samples
     lines = shown.splitlines()
-    assert len(lines) <= 24 and max(map(len, lines[1:])) < 100
+    assert len(lines) <= 24 and max(map(len, lines[1:])) < 120
     assert lines[0].endswith(f"{4 * length + 9:,} tokens, {4 * length + 8:,} of them targets")
     assert lines[2].startswith("  + a|·|b|⏎|") and lines[-1].endswith("|t|h|e|·|e|n|d|<eos>")
     assert ("  ..." in lines) == (length > 200)

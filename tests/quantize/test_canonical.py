@@ -41,12 +41,12 @@ def damaged(quantized, tmp_path):
         folder.mkdir()
         for path in quantized.iterdir():
             (folder / path.name).write_bytes(path.read_bytes())
-        tensors = load_file(folder / "model.safetensors")
+        tensors = load_file(folder / "quantized.safetensors")
         change(tensors)
-        save_file(tensors, folder / "model.safetensors")
+        save_file(tensors, folder / "quantized.safetensors")
         manifest = json.loads((folder / "manifest.json").read_text())
-        data = (folder / "model.safetensors").read_bytes()
-        manifest["files"]["model.safetensors"] = {
+        data = (folder / "quantized.safetensors").read_bytes()
+        manifest["files"]["quantized.safetensors"] = {
             "bytes": len(data),
             "sha256": hashlib.sha256(data).hexdigest(),
         }
@@ -72,7 +72,7 @@ def test_more_layers_than_weights_are_refused_before_they_are_built(damaged, mon
 
 
 def test_stored_shapes_and_types_are_the_documented_ones(quantized):
-    tensors = load_file(quantized / "model.safetensors")
+    tensors = load_file(quantized / "quantized.safetensors")
     up = "model.layers.1.mlp.up_proj"
     assert tensors[f"{up}.codes"].dtype == torch.uint8 and tensors[f"{up}.codes"].shape == (96, 32)
     assert tensors[f"{up}.scales"].dtype == torch.float16 and tensors[f"{up}.scales"].shape == (
@@ -90,7 +90,8 @@ def test_stored_shapes_and_types_are_the_documented_ones(quantized):
 
 def test_dequantized_by_hand(quantized):
     """The formula of the format, written out for one weight: scale times (nibble - 8)."""
-    tensors, name = load_file(quantized / "model.safetensors"), "model.layers.0.self_attn.k_proj"
+    tensors = load_file(quantized / "quantized.safetensors")
+    name = "model.layers.0.self_attn.k_proj"
     weight = dict(dequantized_tensors(quantized))[f"{name}.weight"]
     codes, scales = tensors[f"{name}.codes"], tensors[f"{name}.scales"]
     for row, column in ((0, 0), (3, 15), (3, 16), (31, 33), (31, 63)):
@@ -153,7 +154,7 @@ def test_missing_tensor_wrong_type_wrong_shape_and_bad_scales_are_named(damaged)
 
 def test_truncated_file_is_refused(damaged):
     folder = damaged(lambda tensors: None)
-    file = folder / "model.safetensors"
+    file = folder / "quantized.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
     with pytest.raises(XinslmError, match="damaged or"):
         open_quantized(folder)

@@ -139,7 +139,7 @@ def test_sizes_are_counted(gptq):
     assert result.formats == {"q4_0": (14, linears), "q8_0": (1, 320 * 64), "f32": (5, norms)}
     bits = linears * 4.5 + 320 * 64 * 8.5 + norms * 32
     assert result.bits_per_weight == pytest.approx(bits / config.num_parameters)
-    header = int.from_bytes((folder / "model.safetensors").read_bytes()[:8], "little") + 8
+    header = int.from_bytes((folder / "quantized.safetensors").read_bytes()[:8], "little") + 8
     assert result.file_bytes == header + bits / 8
 
 
@@ -251,6 +251,19 @@ def test_what_is_quantized_is_not_quantized_again(gptq, folders, tmp_path):
         run(options(folders, gptq[0]))
 
 
+def test_other_programs_do_not_take_it_for_a_model(gptq):
+    """transformers would load codes under the usual name as random weights; its tokenizer works."""
+    transformers = pytest.importorskip("transformers")
+    for kind in (transformers.AutoModelForCausalLM, transformers.LlamaForCausalLM):
+        with pytest.raises(OSError, match=r"no file named model\.safetensors"):
+            kind.from_pretrained(gptq[0])
+    with pytest.raises(UsageError, match="is quantized; give the model"):
+        load_model(gptq[0])
+    text = "The quick brown fox"
+    ids = transformers.AutoTokenizer.from_pretrained(gptq[0])(text).input_ids
+    assert ids == load_tokenizer(gptq[0]).encode(text)
+
+
 def test_broken_weights_are_named(tmp_path):
     save_random_model(tmp_path / "model")
     file = tmp_path / "model" / "model.safetensors"
@@ -270,7 +283,7 @@ def test_run_folder_lists_the_file_once(folders, tmp_path):
     for _ in range(2):
         run(options(folders, tmp_path / "out", method="rtn", run=tmp_path / "run", force=True))
     (row,) = json.loads((tmp_path / "run" / "files.json").read_text())["rows"]
-    assert row["bytes"] == (tmp_path / "out" / "model.safetensors").stat().st_size
+    assert row["bytes"] == (tmp_path / "out" / "quantized.safetensors").stat().st_size
     assert 4.5 < row["bits_per_weight"] < 8.5
 
 

@@ -261,8 +261,8 @@ def test_student_comes_nearer_to_its_teacher(make, tmp_path):
 
     best = resolve_model(run)
     assert (
-        best == run / "checkpoints" / "best"
-        and best.resolve() == (run / "checkpoints" / "last").resolve()
+        best == run
+        and (run / "checkpoints" / "best").resolve() == (run / "checkpoints" / "last").resolve()
     )
     ids = torch.arange(20)[None]
     with torch.no_grad():

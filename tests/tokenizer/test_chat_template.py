@@ -67,9 +67,10 @@ def test_mask_covers_content_and_end_token_not_the_header(ours):
     assert said(ours, ids, mask) == ["Hello there<|im_end|>"]
     assert (
         ours.decode(ids)
-        == "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nHello there<|im_end|>\n"
+        == "<|endoftext|><|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nHello there"
+        "<|im_end|>\n"
     )
-    assert ours.bos_id not in ids
+    assert ids[0] == ours.bos_id and ids.count(ours.bos_id) == 1
 
 
 def test_control_tokens_in_messages_stay_text(ours):

@@ -279,7 +279,7 @@ def listen(progress):
 adapt.run({again!r}, listen)
 """
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == -signal.SIGKILL
-    with pytest.raises(UsageError, match="unfinished run with another rank"):
+    with pytest.raises(UsageError, match="unfinished run with another lora_r"):
         adapt.run(replace(again, lora_r=4))
     steps = []
     result = adapt.run(again, lambda progress: steps.append(progress.done))

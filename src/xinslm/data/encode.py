@@ -10,6 +10,7 @@ import numpy as np
 from xinslm.data.config import DocumentEnd
 from xinslm.data.records import Document
 from xinslm.errors import UsageError, XinslmError
+from xinslm.tokenizer.start import document_start
 
 if TYPE_CHECKING:
     from xinslm.tokenizer.base import Tokenizer
@@ -36,14 +37,13 @@ class Encoder:
     ) -> None:
         self.tokenizer = tokenizer
         self.train_on_prompts = train_on_prompts
-        first = tokenizer.bos_id if tokenizer.bos_id is not None else tokenizer.eos_id
         last = {"eos": tokenizer.eos_id, "bos": tokenizer.bos_id, "none": None}[document_end]
         if document_end != "none" and last is None:
             raise UsageError(
                 f"--document-end {document_end}: the tokenizer has no {document_end.upper()} "
                 "token; choose another"
             )
-        self._prefix = [] if first is None else [first]
+        self._start = document_start(tokenizer)
         self._end = [] if last is None else [last]
 
     def __call__(self, documents: Sequence[Document]) -> list[Encoded]:
@@ -59,14 +59,14 @@ class Encoder:
         ]
 
     def _plain(self, ids: np.ndarray, num_bytes: int) -> Encoded:
-        tokens = np.concatenate([self._prefix, ids, self._end]).astype(np.int64)
+        tokens = np.concatenate([self._start, ids, self._end]).astype(np.int64)
         mask = np.ones(len(tokens), np.uint8)
-        mask[:1] = 0
+        mask[: max(1, len(self._start))] = 0
         return Encoded(tokens, mask, num_bytes)
 
     def can_cut(self, document: Document, encoded: Encoded) -> bool:
         """Whether a document is a plain text of at least two tokens."""
-        frame = len(self._prefix) + len(self._end)
+        frame = len(self._start) + len(self._end)
         return document.text is not None and len(encoded.tokens) >= frame + 2
 
     def cut(self, encoded: Encoded, tail_tokens: int) -> tuple[Encoded, Encoded]:
@@ -74,7 +74,7 @@ class Encoder:
 
         The cut is at the first line end in the first quarter of the tail, else at a space.
         """
-        begin, end = len(self._prefix), len(encoded.tokens) - len(self._end)
+        begin, end = len(self._start), len(encoded.tokens) - len(self._end)
         at = min(max(end - tail_tokens, begin + 1), end - 1)
         at = self._boundary(encoded.tokens, at, min(at + min(tail_tokens // 4, 4096), end - 1))
         tail = encoded.tokens[at:end]

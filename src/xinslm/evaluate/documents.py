@@ -15,6 +15,7 @@ import numpy as np
 from xinslm.errors import UsageError, XinslmError
 from xinslm.evaluate.perplexity import Item
 from xinslm.files import MANIFEST
+from xinslm.tokenizer.start import document_start
 
 if TYPE_CHECKING:
     from xinslm.data.dataset import Dataset
@@ -26,7 +27,7 @@ def read_items(
     data: tuple[str, ...], split: str, tokenizer: "Tokenizer", max_documents: int | None
 ) -> list[Item]:
     """Read and encode the documents; UsageError if there are fewer than `max_documents`."""
-    if tokenizer.bos_id is None and tokenizer.eos_id is None:
+    if not document_start(tokenizer):
         raise UsageError(
             "the model's tokenizer has neither a BOS nor an EOS token to predict a text's first "
             "token from"
@@ -105,12 +106,12 @@ def _texts(dataset: "Dataset", split: str, tokenizer: "Tokenizer") -> Iterator["
     from xinslm.data.records import Document
 
     special = np.fromiter(tokenizer.special_tokens.values(), np.int64)
-    prefixed = tokenizer.bos_id is not None or tokenizer.eos_id is not None
+    start = len(document_start(tokenizer))
     for source, tokens, mask, num_bytes in _stored(dataset, split):
-        ids = tokens[1:] if prefixed else tokens
+        ids = tokens[start:]
         if len(ids) and ids[-1] in (tokenizer.eos_id, tokenizer.bos_id):
             ids = ids[:-1]
-        if not mask[1:].all() or np.isin(ids, special).any():
+        if not mask[max(1, start) :].all() or np.isin(ids, special).any():
             raise UsageError(
                 f"{source} is a chat that was encoded with another tokenizer than the model's, "
                 "and cannot be "

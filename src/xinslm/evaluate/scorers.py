@@ -13,7 +13,13 @@ from torch import Tensor
 
 from xinslm.errors import UsageError
 from xinslm.inference.torch_engine import load_transformer
-from xinslm.model.files import check_vocabulary, is_own, resolve_model, weight_files
+from xinslm.model.files import (
+    QUANTIZED_WEIGHTS,
+    check_vocabulary,
+    is_own,
+    resolve_model,
+    weight_files,
+)
 from xinslm.model.transformer import Transformer
 
 if TYPE_CHECKING:
@@ -95,5 +101,6 @@ def load_scorer(
                 f"--max-seq-length {context}: {path} reads at most {scorer.max_length:,} tokens"
             )
         scorer.max_length = context
-    file_bytes = sum(file.stat().st_size for file in weight_files(folder))
+    files = [folder / QUANTIZED_WEIGHTS] if kind == "quantized" else weight_files(folder)
+    file_bytes = sum(file.stat().st_size for file in files)
     return scorer, {"kind": kind, "parameters": parameters, "file_bytes": file_bytes}

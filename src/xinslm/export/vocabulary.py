@@ -17,6 +17,8 @@ from gguf import GGUFWriter, TokenType
 from xinslm.errors import XinslmError
 from xinslm.files import read_json
 from xinslm.model.config import ModelConfig
+from xinslm.tokenizer.base import Tokenizer
+from xinslm.tokenizer.load import load_tokenizer
 
 _BYTE = re.compile("<0x[0-9A-F]{2}>")
 _IGNORES_MERGES = {"llama-bpe": True, "gpt-2": False, "qwen2": False}
@@ -41,7 +43,7 @@ class Vocabulary:
     special: dict[str, int]
     """Ids by role: bos, eos, unk, pad."""
     add_bos: bool
-    """Whether the tokenizer itself puts BOS before a text."""
+    """Whether the tokenizer puts BOS in front of a text."""
     add_space_prefix: bool
     chat_template: str | None
     notes: tuple[str, ...]
@@ -74,8 +76,6 @@ class Vocabulary:
 
 def read_vocabulary(folder: Path, config: ModelConfig) -> Vocabulary:
     """Read a model folder's tokenizer; XinslmError where llama.cpp has no engine for it."""
-    from xinslm.tokenizer.load import load_tokenizer
-
     ours = load_tokenizer(folder)
     spec, path = _specification(ours, folder), folder / "tokenizer.json"
     model = spec["model"]
@@ -89,8 +89,9 @@ def read_vocabulary(folder: Path, config: ModelConfig) -> Vocabulary:
         tuple(merge.split(" ")) if isinstance(merge, str) else tuple(merge)
         for merge in model["merges"]
     ]
+    bos = config.bos_token_id if ours.bos_id is None else ours.bos_id
     roles = {
-        "bos": config.bos_token_id if ours.bos_id is None else ours.bos_id,
+        "bos": ours.start_ids[0] if ours.start_ids else bos,
         "eos": config.eos_token_id if ours.eos_id is None else ours.eos_id,
         "unk": pieces.get(model.get("unk_token")),
         "pad": config.pad_token_id if ours.pad_id is None else ours.pad_id,
@@ -119,11 +120,29 @@ def read_vocabulary(folder: Path, config: ModelConfig) -> Vocabulary:
         types=[types[token] for token in range(len(tokens))],
         merges=[" ".join(merge) for merge in merges] if engine == "gpt2" else None,
         special=special,
-        add_bos=_adds_bos(folder, special.get("bos"), engine),
+        add_bos=bool(ours.start_ids),
         add_space_prefix=add_space_prefix,
         chat_template=ours.chat_template,
-        notes=notes,
+        notes=(*notes, *_start_notes(ours)),
     )
+
+
+def _start_notes(tokenizer: Tokenizer) -> tuple[str, ...]:
+    """Note where llama.cpp begins otherwise: it puts one token, BOS, in front of texts and chats
+    alike.
+    """
+    start = tokenizer.start_ids
+    if len(start) > 1:
+        return (f"the tokenizer begins a text with the ids {start}; llama.cpp puts only the first",)
+    if not start or tokenizer.chat_template is None:
+        return ()
+    try:
+        ids, _ = tokenizer.apply_chat_template([{"role": "user", "content": "a"}])
+    except XinslmError:  # the template needs other messages
+        return ()
+    if ids[:1] == start:
+        return ()
+    return ("the chat template does not begin with BOS, but llama.cpp begins chats with it",)
 
 
 def _specification(tokenizer: Any, folder: Path) -> dict[str, Any]:
@@ -138,17 +157,6 @@ def _specification(tokenizer: Any, folder: Path) -> dict[str, Any]:
             f"{folder}: a {spec['model']['type']} tokenizer; GGUF export knows BPE only"
         )
     return spec
-
-
-def _adds_bos(folder: Path, bos: int | None, engine: str) -> bool:
-    """Whether transformers puts BOS before a text of itself; sentencepiece models alone always had
-    it.
-    """
-    if not (folder / "tokenizer.json").is_file():
-        return engine == "llama"
-    from transformers import AutoTokenizer
-
-    return bool(AutoTokenizer.from_pretrained(str(folder))("a").input_ids[0] == bos)
 
 
 def _rows(

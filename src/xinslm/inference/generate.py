@@ -15,6 +15,7 @@ from xinslm.errors import UsageError, XinslmError
 from xinslm.inference.config import GenerateConfig, Sampling
 from xinslm.inference.engine import Engine
 from xinslm.tokenizer.chat import end_ids
+from xinslm.tokenizer.start import document_start
 
 if TYPE_CHECKING:
     from xinslm.tokenizer.base import Tokenizer
@@ -233,16 +234,16 @@ def run(config: GenerateConfig, on_text: Callable[[str], None] = lambda text: No
 
 
 def prompt_ids(tokenizer: "Tokenizer", prompt: str, chat: bool) -> list[int]:
-    """Encode a prompt behind BOS (else EOS), as documents are trained; or as a user's message of a
-    chat.
+    """Encode a prompt behind the tokenizer's start; or as a user's message of a chat.
+
+    An empty prompt begins as documents do, even if the tokenizer puts nothing in front of a text.
     """
     if chat:
         require_chat_template(tokenizer, "Leave out --chat")
         return tokenizer.apply_chat_template(
             [{"role": "user", "content": prompt}], add_generation_prompt=True
         )[0]
-    first = tokenizer.bos_id if tokenizer.bos_id is not None else tokenizer.eos_id
-    ids = ([] if first is None else [first]) + tokenizer.encode(prompt)
+    ids = [*tokenizer.start_ids, *tokenizer.encode(prompt)] or document_start(tokenizer)
     if not ids:
         raise UsageError(
             "the prompt is empty, and the tokenizer has no BOS or EOS token to start "

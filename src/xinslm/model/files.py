@@ -21,6 +21,10 @@ from xinslm.model.config import ModelConfig, UnsupportedModelError
 from xinslm.model.transformer import Transformer
 
 WEIGHTS = "model.safetensors"
+QUANTIZED_WEIGHTS = "quantized.safetensors"
+"""Codes and scales that `xinslm quantize` wrote. Under the name `WEIGHTS`, transformers would load
+the folder with random weights; so it refuses it.
+"""
 HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.jinja"]
 
 
@@ -145,6 +149,8 @@ def weight_files(folder: Path) -> list[Path]:
             f"xinslm reads only safetensors. Convert it where you trust it: "
             f"load with transformers, then save_pretrained"
         )
+    if (folder / QUANTIZED_WEIGHTS).is_file():
+        raise UsageError(f"{folder} is quantized; give the model that it was made from")
     raise XinslmError(f"{folder} has no {WEIGHTS}")
 
 

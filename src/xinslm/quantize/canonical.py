@@ -1,5 +1,5 @@
 """The canonical quantized folder: int4 or int8 codes and one fp16 scale per 32 weights, in
-safetensors.
+`quantized.safetensors`, a name that no other program takes for a model's weights.
 
 Every runtime's format is transcribed from this one without rounding again. For a weight
 `NAME.weight` of (rows, columns) the file holds `NAME.codes` (uint8 (rows, columns / 2) in Q4_0's
@@ -22,7 +22,7 @@ from xinslm.errors import XinslmError
 from xinslm.files import MANIFEST, read_json, read_manifest
 from xinslm.model.config import ModelConfig
 from xinslm.model.files import (
-    WEIGHTS,
+    QUANTIZED_WEIGHTS,
     load_config,
     open_tensors,
     rebuild_buffers,
@@ -31,7 +31,7 @@ from xinslm.model.files import (
 from xinslm.model.transformer import Transformer
 from xinslm.quantize.grids import BLOCK, GRIDS, Q4_0, decode, to_ggml, unpack_nibbles
 
-KIND, VERSION = "quantized", 1
+KIND, VERSION = "quantized", 2
 _MADE_BY = "xinslm quantize"
 _PLAIN = {"f16": torch.float16, "f32": torch.float32}
 
@@ -77,8 +77,9 @@ class QuantizedModel:
             )
         self.formats: dict[str, str] = {f"{name}.weight": kind for name, kind in formats.items()}
         """Format of every weight, by its Hugging Face parameter name."""
-        self._file = open_tensors(self.folder / WEIGHTS)
-        num_bytes = (self.folder / WEIGHTS).stat().st_size
+        self._path = self.folder / QUANTIZED_WEIGHTS
+        self._file = open_tensors(self._path)
+        num_bytes = self._path.stat().st_size
         require_weights(self.config, len(formats), num_bytes, f"{self.folder}/config.json")
         with torch.device("meta"):
             self.shapes = {
@@ -106,7 +107,7 @@ class QuantizedModel:
         scales = self._tensor(f"{stem}.scales", torch.float16, (shape[0], shape[1] // BLOCK))
         if not torch.isfinite(scales).all():
             raise XinslmError(
-                f"{self.folder / WEIGHTS}: '{stem}.scales' holds NaN or infinity; quantize again"
+                f"{self._path}: '{stem}.scales' holds NaN or infinity; quantize again"
             )
         if kind == Q4_0.name:
             codes = self._tensor(f"{stem}.codes", torch.uint8, (shape[0], shape[1] // 2))
@@ -116,13 +117,11 @@ class QuantizedModel:
 
     def _tensor(self, name: str, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
         if name not in self._file.keys():  # noqa: SIM118 - not a dict
-            raise XinslmError(
-                f"{self.folder / WEIGHTS} has no '{name}'; quantize again with `{_MADE_BY}`"
-            )
+            raise XinslmError(f"{self._path} has no '{name}'; quantize again with `{_MADE_BY}`")
         tensor: Tensor = self._file.get_tensor(name)
         if tensor.dtype != dtype or tuple(tensor.shape) != shape:
             raise XinslmError(
-                f"{self.folder / WEIGHTS}: '{name}' is {tensor.dtype} {tuple(tensor.shape)}, "
+                f"{self._path}: '{name}' is {tensor.dtype} {tuple(tensor.shape)}, "
                 f"but must be {dtype} {shape}; quantize again with `{_MADE_BY}`"
             )
         return tensor

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from xinslm.data.packing import Batch
 from xinslm.model.config import ModelConfig
-from xinslm.model.files import WEIGHTS
+from xinslm.model.files import QUANTIZED_WEIGHTS
 from xinslm.model.transformer import Block, Transformer
 from xinslm.progress import Listener, Progress, ignore
 from xinslm.quantize.calibration import Calibration
@@ -89,9 +89,8 @@ class Quantization:
         """Quantize everything into the folder's safetensors file."""
         layers = self.model.num_hidden_layers
         stems = [name.removesuffix("weight") for name in self.shapes]
-        with SafetensorsWriter(
-            folder / WEIGHTS, [stem + end for stem in stems for end in ("codes", "scales")]
-        ) as self._out:
+        names = [stem + end for stem in stems for end in ("codes", "scales")]
+        with SafetensorsWriter(folder / QUANTIZED_WEIGHTS, names) as self._out:
             look_up = self._table("model.embed_tokens.weight")
             if self.batches:
                 states = [look_up(torch.from_numpy(batch.input_ids)) for batch in self.batches]

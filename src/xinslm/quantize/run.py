@@ -20,7 +20,7 @@ from xinslm.files import write_manifest
 from xinslm.folders import new_folder, refuse_existing, refuse_inside
 from xinslm.model.config import ModelConfig
 from xinslm.model.files import (
-    WEIGHTS,
+    QUANTIZED_WEIGHTS,
     check_vocabulary,
     load_config,
     model_fingerprint,
@@ -172,7 +172,7 @@ def _result(work: Quantization, folder: Path) -> Result:
         folder,
         {kind: (tensors[kind], weights[kind]) for kind in tensors},
         sum(bits[kind] * count for kind, count in weights.items()) / sum(weights.values()),
-        (folder / WEIGHTS).stat().st_size,
+        (folder / QUANTIZED_WEIGHTS).stat().st_size,
         work.reader.bytes,
         math.exp(sum(map(math.log, ratios)) / len(ratios)) if ratios else None,
         tuple(work.notes),

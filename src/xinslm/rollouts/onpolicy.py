@@ -74,7 +74,7 @@ class OnPolicyResult:
     def describe(self) -> str:
         """Lines for the terminal."""
         return (
-            f"model       {self.folder / 'checkpoints' / 'best'}\n"
+            f"model       {self.folder}\n"
             f"written     {self.texts:,} texts, {self.written_tokens:,} tokens in {self.rounds} "
             "rounds\n"
             f"trained     {self.state.step:,} steps, {self.state.tokens:,} tokens in "

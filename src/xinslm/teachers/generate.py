@@ -18,6 +18,7 @@ from xinslm.errors import UsageError, XinslmError
 from xinslm.teachers.base import Generation, Prompt, Sampling
 from xinslm.tokenizer.base import StreamDecoder
 from xinslm.tokenizer.chat import end_ids
+from xinslm.tokenizer.start import document_start
 
 Step = Callable[[np.ndarray], Tensor]
 """Takes a token for each row, (B,) int64, gives the logits of the next, (B, V) float32."""
@@ -26,15 +27,12 @@ Begin = Callable[[np.ndarray, int], tuple[Tensor, Step]]
 
 
 def prompt_ids(tokenizer: Any, prompt: Prompt) -> list[int]:
-    """A text behind BOS (else EOS), as documents are trained; or a chat up to where the answer
-    begins.
-    """
+    """A text behind what documents begin with; or a chat up to where the answer begins."""
     if not isinstance(prompt, str):
         messages = [dict(message) for message in prompt]
         ids: list[int] = tokenizer.apply_chat_template(messages, add_generation_prompt=True)[0]
         return ids
-    first = tokenizer.bos_id if tokenizer.bos_id is not None else tokenizer.eos_id
-    ids = ([] if first is None else [first]) + tokenizer.encode(prompt)
+    ids = document_start(tokenizer) + tokenizer.encode(prompt)
     if not ids:
         raise UsageError(
             "a prompt is empty, and the tokenizer has no BOS or EOS token to start from"

@@ -14,6 +14,7 @@ from xinslm.tokenizer import sentencepiece
 from xinslm.tokenizer.bpe import BPETokenizer
 from xinslm.tokenizer.files import Definition
 from xinslm.tokenizer.hf import HFTokenizer
+from xinslm.tokenizer.start import start_processor
 
 _SPLITS = {
     "llama-bpe": "llama-bpe",
@@ -87,8 +88,19 @@ def _byte_level(
         ignore_merges=_SPLITS[pre] == "llama-bpe",
         named_tokens=named,
         chat_template=template,
+        post_processor=_start(keys, named, tokens, pre in ("llama-bpe", "llama-v3", "llama3")),
     )
     return BPETokenizer.of(definition)
+
+
+def _start(
+    keys: dict[str, Any], named: dict[str, str], tokens: list[str], default: bool
+) -> dict[str, Any] | None:
+    """Return the post-processor for `add_bos_token`; `default` is llama.cpp's if it is missing."""
+    bos = named.get("bos_token")
+    if bos is None or not keys.get("tokenizer.ggml.add_bos_token", default):
+        return None
+    return start_processor(bos, tokens.index(bos))
 
 
 def _sentencepiece(
@@ -118,4 +130,5 @@ def _sentencepiece(
         bool(keys.get("tokenizer.ggml.add_space_prefix", True)),
         bool(keys.get("tokenizer.ggml.remove_extra_whitespaces", False)),
     )
+    content["post_processor"] = _start(keys, named, tokens, True)
     return HFTokenizer(content, named, template, where)

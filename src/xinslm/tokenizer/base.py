@@ -28,6 +28,10 @@ class Tokenizer(Protocol):
     bos_id: int | None
     eos_id: int | None
     pad_id: int | None
+    start_ids: list[int]
+    """What the tokenizer's files put in front of a text, often BOS or nothing; `encode` does not
+    add it.
+    """
     chat_template: str | None
     """Jinja template of a conversation; None where the tokenizer has none."""
     strips_first_space: bool

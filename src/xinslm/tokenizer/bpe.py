@@ -50,7 +50,7 @@ class BPETokenizer:
 
         Pairs rarer than `min_frequency` are not merged (0, as in Hugging Face's trainer: no limit);
         `max_token_length` is in bytes; `split` is 'llama-bpe', 'gpt-2' or 'qwen2'. The first
-        special token is BOS and EOS, the last is the pad.
+        special token is BOS and EOS and begins each text, the last is the pad.
         """
         if split not in SPLITS:
             raise UsageError(f"unknown split rule '{split}'; known are {', '.join(SPLITS)}")
@@ -80,6 +80,7 @@ class BPETokenizer:
         self.added_tokens = definition.added_tokens
         self.chat_template = definition.chat_template
         self.bos_id, self.eos_id, self.pad_id = definition.roles()
+        self.start_ids = definition.start_ids
         self.vocab_size = definition.vocab_size
         self._split = SPLITS[definition.split]
         self._merger = Merger(definition.vocab, definition.merges, definition.ignore_merges)

@@ -32,7 +32,7 @@ CHATML = (
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
 """The template of our own tokenizers: `<|im_start|>role`, a line break, the content, `<|im_end|>`,
-a line break.
+a line break; BOS comes in front (`with_start`).
 """
 
 # Noncharacters of Unicode: they can stand in no text that is meant for exchange.
@@ -152,6 +152,18 @@ def encode_chat(
     for begin, end in ranges:
         mask[(starts < moved(end)) & (ends > moved(begin))] = 1
     return ids, mask.tolist()
+
+
+def with_start(template: str, names: dict[str, str]) -> str:
+    """Let a template's conversations begin with BOS, unless they do already.
+
+    llama.cpp begins a chat like a text, whatever the template says; so both must begin alike.
+    """
+    try:
+        text = _render(template, [{"role": "user", "content": "a"}], False, names)
+    except XinslmError:  # a template that needs other messages stays as it is
+        return template
+    return template if text.startswith(names["bos_token"]) else "{{ bos_token }}" + template
 
 
 def end_ids(tokenizer: Tokenizer) -> frozenset[int]:

@@ -17,7 +17,8 @@ from typing import Any, Literal
 from xinslm.errors import XinslmError
 from xinslm.files import read_json, write_json, write_text
 from xinslm.tokenizer.alphabet import ALPHABET, SPLITS
-from xinslm.tokenizer.chat import CHATML
+from xinslm.tokenizer.chat import CHATML, with_start
+from xinslm.tokenizer.start import start_ids, start_processor
 
 TOKENIZER, CONFIG, TEMPLATE = "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"
 NAMES = ("bos_token", "eos_token", "pad_token", "unk_token")
@@ -46,7 +47,7 @@ class Definition:
     chat_template: str | None = None
     normalizer: Literal["NFC"] | None = None
     post_processor: dict[str, Any] | None = None
-    """What transformers adds around a text (BOS); kept for it, never applied here."""
+    """What is put around a text, for example BOS; `encode` does not apply it."""
     config: dict[str, Any] = field(default_factory=dict)
     """Further entries of tokenizer_config.json that are kept: model_max_length."""
 
@@ -57,6 +58,11 @@ class Definition:
             max([*self.vocab.values(), *self.special_tokens.values(), *self.added_tokens.values()])
             + 1
         )
+
+    @property
+    def start_ids(self) -> list[int]:
+        """Return the ids that are put in front of a text."""
+        return start_ids(self.post_processor, self.vocab_size)
 
     def id_of(self, content: str) -> int | None:
         """Return the id of a token by its spelling or content."""
@@ -71,8 +77,8 @@ class Definition:
 def new_definition(
     tokens: list[str], merges: list[tuple[str, str]], special: list[str], split: str
 ) -> Definition:
-    """Define a vocabulary: tokens in id order, then the special tokens, of which the first ends
-    texts.
+    """Define a vocabulary: tokens in id order, then the special tokens, of which the first begins
+    and ends texts.
     """
     return Definition(
         vocab={token: index for index, token in enumerate(tokens)},
@@ -83,6 +89,7 @@ def new_definition(
         ignore_merges=split == "llama-bpe",
         named_tokens=default_names(special),
         chat_template=default_template(special),
+        post_processor=start_processor(special[0], len(tokens)) if special else None,
     )
 
 
@@ -96,8 +103,10 @@ def default_names(special: list[str]) -> dict[str, str]:
 
 
 def default_template(special: list[str]) -> str | None:
-    """Return ChatML where the special tokens allow it."""
-    return CHATML if {"<|im_start|>", "<|im_end|>"} <= set(special) else None
+    """Return ChatML if the special tokens allow it."""
+    if not {"<|im_start|>", "<|im_end|>"} <= set(special):
+        return None
+    return with_start(CHATML, default_names(special))
 
 
 def write(definition: Definition, folder: Path) -> None:
@@ -297,7 +306,7 @@ def _define(content: dict[str, Any], file: Path) -> Definition:
         strips = token.get("single_word") or token.get("lstrip") or token.get("rstrip")
         _require(not strips, file, f"its token {token['content']!r} takes in the spaces around it")
     _check_merges(vocab, merges, file)
-    return Definition(
+    definition = Definition(
         vocab=vocab,
         merges=merges,
         special_tokens={token["content"]: token["id"] for token in added if token["special"]},
@@ -308,6 +317,8 @@ def _define(content: dict[str, Any], file: Path) -> Definition:
         normalizer="NFC" if normalizer else None,
         post_processor=content.get("post_processor"),
     )
+    _ = definition.start_ids  # checked here, so that a damaged post-processor names its file
+    return definition
 
 
 def _require(met: bool, file: Path, reason: str) -> None:

@@ -19,6 +19,7 @@ from xinslm.errors import UsageError, XinslmError
 from xinslm.files import write_text
 from xinslm.tokenizer import base, chat, files, sentencepiece
 from xinslm.tokenizer.alphabet import unspell
+from xinslm.tokenizer.start import start_ids
 
 _BATCH_TEXTS = 1024
 _BYTE = regex.compile(r"<0x([0-9A-F]{2})>")
@@ -61,6 +62,10 @@ class HFTokenizer:
         self.bos_id, self.eos_id, self.pad_id = (
             self._vocab.get(named_tokens.get(name, "")) for name in files.NAMES[:3]
         )
+        try:
+            self.start_ids = start_ids(content.get("post_processor"), self.vocab_size)
+        except ValueError as error:
+            raise XinslmError(f"{source}: {error}") from None
         self.strips_first_space = self._strips_first_space()
 
     @classmethod

@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 from xinslm.errors import UsageError
 from xinslm.tokenizer.alphabet import ALPHABET
+from xinslm.tokenizer.chat import with_start
 from xinslm.tokenizer.files import Definition, default_names, default_template
+from xinslm.tokenizer.start import start_processor
 
 if TYPE_CHECKING:
     from xinslm.tokenizer.bpe import BPETokenizer
@@ -65,15 +67,22 @@ def prefix_definition(
         added[content] = vocab.get(content, first)
         first += content not in vocab
     kept = {name: content for name, content in source.named_tokens.items() if content in special}
+    ids = {content: first + index for index, content in enumerate(special)}
+    named = kept if "eos_token" in kept else default_names(special)
+    start = named.get("bos_token", named.get("eos_token"))
+    template = source.chat_template or default_template(special)
+    if start is not None:
+        named = named | {"bos_token": start}
+        template = template and with_start(template, named)
     return replace(
         source,
         vocab=vocab,
         merges=merges,
         added_tokens=added,
-        special_tokens={content: first + index for index, content in enumerate(special)},
-        named_tokens=kept if "eos_token" in kept else default_names(special),
-        chat_template=source.chat_template or default_template(special),
-        post_processor=None,
+        special_tokens=ids,
+        named_tokens=named,
+        chat_template=template,
+        post_processor=None if start is None else start_processor(start, ids[start]),
     )
 
 

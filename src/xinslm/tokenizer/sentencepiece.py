@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from xinslm.errors import UsageError, XinslmError
+from xinslm.tokenizer.start import start_processor
 
 _NORMAL, _UNKNOWN, _CONTROL, _USER, _UNUSED, _BYTE = 1, 2, 3, 4, 5, 6
 _BPE = 2
@@ -40,6 +41,8 @@ def translate(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
     unknown = pieces[trainer.unk_id][0]
     ids = {"bos_token": trainer.bos_id, "eos_token": trainer.eos_id, "pad_token": trainer.pad_id}
     named = {name: pieces[index][0] for name, index in ids.items() if 0 <= index < len(pieces)}
+    if "bos_token" in named:  # as LLaMA's own reader of such files does
+        content["post_processor"] = start_processor(named["bos_token"], trainer.bos_id)
     return content, named | {"unk_token": unknown}
 
 

@@ -2,13 +2,15 @@
 
 `checkpoints/step-000200/` is written under a temporary name and renamed. `last` and `best` are
 links that are swapped atomically, so both always lead to a complete folder; folders that neither
-names are deleted. Only `last` keeps the optimizer's state and the projections of hidden states,
-as safetensors; their hashes are in `training_state.json` and are checked when they are read.
+names are deleted. The best model is also at the top of the run folder (`best.py`). Only `last`
+keeps the optimizer's state and the projections of hidden states, as safetensors; their hashes are
+in `training_state.json` and are checked when they are read.
 """
 
 import os
 import shutil
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -19,6 +21,7 @@ from xinslm.errors import XinslmError
 from xinslm.files import damaged_files, read_json, sha256_file, sync_folder, write_json
 from xinslm.folders import new_folder
 from xinslm.model.files import open_tensors
+from xinslm.train.best import link_or_copy, publish
 from xinslm.train.interfaces import AuxiliaryLoss
 from xinslm.train.optimizers import Optimizer
 
@@ -82,7 +85,7 @@ def save_checkpoint(
         }
         write_json(partial / STATE, {**asdict(state), "files": files})
     if is_best:  # first: `last` must never know of a better loss than an older best
-        _point(folder.parent / "best", folder.name)
+        _set_best(folder)
     _point(folder.parent / "last", folder.name)
     delete_unlinked(folder.parent)
 
@@ -92,24 +95,44 @@ def save_best(run: Path, write_model: Callable[[Path], None], step: int) -> None
     folder = run / CHECKPOINTS / f"step-{step:06d}"
     with new_folder(folder, force=True, own=True) as partial:
         write_model(partial)
-    _point(folder.parent / "best", folder.name)
+    _set_best(folder)
     delete_unlinked(folder.parent)
 
 
+def _set_best(folder: Path) -> None:
+    """Make a step folder `best`, and its model the one at the top of the run folder."""
+    _point(folder.parent / "best", folder.name)
+    publish(folder, folder.parent.parent, skip=(OPTIMIZER, AUXILIARY, STATE))
+
+
 def _point(link: Path, target: str) -> None:
-    fresh = link.with_name(f".{link.name}.link")
-    fresh.unlink(missing_ok=True)
-    os.symlink(target, fresh)
-    os.replace(fresh, link)
-    sync_folder(link.parent)
+    """Let `link` lead to a step folder.
+
+    It becomes a folder of the same files if the file system has no symbolic links, or if it is one
+    already, as in a copy that resolved the links.
+    """
+    if link.is_symlink() or not link.exists():
+        fresh = link.with_name(f".{link.name}.link")
+        fresh.unlink(missing_ok=True)
+        with suppress(OSError):
+            os.symlink(target, fresh)
+            os.replace(fresh, link)
+            sync_folder(link.parent)
+            return
+    with new_folder(link, force=True, own=True) as partial:
+        for file in (link.parent / target).iterdir():
+            link_or_copy(file, partial / file.name)
 
 
 def delete_unlinked(folder: Path) -> None:
     """Delete step folders that no link names, temporary ones, and the optimizer's state of `best`
     if it is not `last`.
     """
-    links = (folder / "best", folder / "last")
-    named = {os.readlink(link): link.name for link in links if link.is_symlink()}
+    named = {
+        os.readlink(link) if link.is_symlink() else link.name: link.name
+        for link in (folder / "best", folder / "last")
+        if link.is_symlink() or link.is_dir()
+    }
     for entry in folder.iterdir():
         if entry.is_symlink() or not entry.is_dir():
             continue

@@ -10,7 +10,6 @@ next-token loss on the dataset's targets. The output is a run folder; the adapte
 top when training has ended.
 """
 
-import shutil
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -27,13 +26,12 @@ from xinslm.config import to_dict
 from xinslm.data.dataset import open_dataset, require_tokenizer
 from xinslm.device import pick_device
 from xinslm.errors import UsageError
-from xinslm.files import MANIFEST, new_file, write_manifest
+from xinslm.files import MANIFEST, write_manifest
 from xinslm.folders import locked
 from xinslm.losses.config import LossConfig
 from xinslm.losses.fused import LossMetrics, fused_loss
 from xinslm.model.files import require_context
 from xinslm.progress import Listener, ignore
-from xinslm.teachers.adapter import CONFIG as ADAPTER
 from xinslm.teachers.adapter import KIND, VERSION, WEIGHTS, require_peft
 from xinslm.teachers.huggingface import HuggingFaceTeacher
 from xinslm.train.checkpoint import CHECKPOINTS, TrainingState
@@ -120,13 +118,9 @@ def run(config: AdaptConfig, on_progress: Listener = ignore) -> AdaptResult:
 def _finish(
     config: AdaptConfig, inputs: dict[str, str], state: TrainingState, validation: dict[str, Any]
 ) -> None:
-    """Put the last checkpoint's adapter at the top of the run folder."""
-    folder = config.output_dir
-    for name in (ADAPTER, WEIGHTS):
-        with new_file(folder / name) as partial:
-            shutil.copyfile(folder / CHECKPOINTS / "last" / name, partial)
+    """Write the manifest of the adapter, which the last checkpoint put at the top of the run."""
     write_manifest(
-        folder,
+        config.output_dir,
         KIND,
         VERSION,
         to_dict(config),

@@ -78,7 +78,7 @@ class TrainResult:
         """Lines for the terminal."""
         best = self.state.best_validation
         lines = [
-            f"model       {self.folder / 'checkpoints' / 'best'} ({self.parameters:,} parameters)",
+            f"model       {self.folder} ({self.parameters:,} parameters)",
             f"trained     {self.state.step:,} steps, {self.state.tokens:,} tokens in "
             f"{self.state.seconds:.0f} s "
             f"({self.state.tokens / max(self.state.seconds, 1e-9):,.0f} tokens/s)",
