@@ -72,7 +72,7 @@ def curve(run: Path) -> list[dict]:
     """The lines of a run's metrics, times left out."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return [
-        {k: v for k, v in line.items() if k not in ("seconds", "tokens_per_second")}
+        {k: v for k, v in line.items() if k not in ("seconds", "tokens_per_second", "other_load")}
         for line in lines
     ]
 

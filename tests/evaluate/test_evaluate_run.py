@@ -16,7 +16,8 @@ from xinslm.data.config import PrepareConfig
 from xinslm.data.prepare import run as prepare
 from xinslm.errors import UsageError, XinslmError
 from xinslm.evaluate.config import EvaluateConfig
-from xinslm.evaluate.run import run
+from xinslm.evaluate.run import Result, run
+from xinslm.machine import OtherLoad
 from xinslm.progress import Progress
 
 TEXTS = [
@@ -60,6 +61,13 @@ def evaluate(model: Path, data: Path, **changes):
     return run(EvaluateConfig(model=model, data_path=(str(data),), device="cpu", **changes))
 
 
+def figures(result: Result) -> Result:
+    """Without what belongs to the folder, the time and the machine."""
+    return replace(
+        result, data="", tokens_per_second=0, other_load=None, unigram_bits_per_byte=None, date=""
+    )
+
+
 def test_figures_equal_transformers(model: Path, text: Path) -> None:
     reference, tokenizer = (
         AutoModelForCausalLM.from_pretrained(model),
@@ -88,9 +96,7 @@ def test_a_dataset_gives_the_figures_of_its_text(
 ) -> None:
     dataset = make_dataset(tmp_path / "data", text, model, document_end=document_end)
     expected, found = evaluate(model, text), evaluate(model, dataset)
-    assert replace(found, data="", tokens_per_second=0) == replace(
-        expected, data="", tokens_per_second=0
-    )
+    assert figures(found) == figures(expected)
 
 
 def test_another_tokenizers_dataset_is_turned_back_into_text(
@@ -99,9 +105,7 @@ def test_another_tokenizers_dataset_is_turned_back_into_text(
     save_tokenizer(tmp_path / "tokenizer", vocab_size=290)
     dataset = make_dataset(tmp_path / "data", text, tmp_path / "tokenizer")
     expected, found = evaluate(model, text), evaluate(model, dataset)
-    assert replace(found, data="", tokens_per_second=0) == replace(
-        expected, data="", tokens_per_second=0
-    )
+    assert figures(found) == figures(expected)
 
 
 def test_of_chats_the_answers_alone_count(model: Path, tmp_path: Path) -> None:
@@ -114,9 +118,7 @@ def test_of_chats_the_answers_alone_count(model: Path, tmp_path: Path) -> None:
     chats.write_text("".join(json.dumps(row) + "\n" for row in rows))
     dataset = make_dataset(tmp_path / "data", chats, model)
     raw, stored = evaluate(model, chats), evaluate(model, dataset)
-    assert replace(raw, data="", tokens_per_second=0) == replace(
-        stored, data="", tokens_per_second=0
-    )
+    assert figures(raw) == figures(stored)
     assert raw.bytes == sum(map(len, answers))
     tokenizer, reference = (
         AutoTokenizer.from_pretrained(model),
@@ -242,3 +244,27 @@ def test_a_config_with_a_value_of_another_type_is_named(
     path.write_text("[]")
     with pytest.raises(XinslmError, match=r"config\.json: must hold an object"):
         evaluate(tmp_path, text)
+
+
+@pytest.mark.parametrize("load", [None, 0.02, 0.4])
+def test_the_speed_on_a_shared_machine_is_marked(
+    model: Path, text: Path, monkeypatch: pytest.MonkeyPatch, load: float | None
+) -> None:
+    monkeypatch.setattr(OtherLoad, "share", lambda self: load)
+    result = evaluate(model, text)
+    assert result.row()["other_load"] == load
+    assert ("while other processes took 40% of the CPU time" in result.describe()) == (load == 0.4)
+
+
+def test_the_row_says_what_trained_the_model(world, text: Path) -> None:
+    run_folder = world.teacher.parent.parent
+    for folder in (world.teacher, run_folder):
+        row = evaluate(folder, world.data).row()
+        assert row["trained_by"] == "pretrain"
+        assert "torch" in row["machine"] and row["date"].startswith("20")
+        assert row["unigram_bits_per_byte"] > 0
+
+
+def test_raw_files_have_no_token_frequencies(model: Path, text: Path) -> None:
+    row = evaluate(model, text).row()
+    assert row["unigram_bits_per_byte"] is None and row["trained_by"] is None

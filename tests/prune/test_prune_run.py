@@ -176,7 +176,9 @@ def test_a_nested_vocabulary_is_cut_out(workshop, tmp_path) -> None:
     ]
     weights = workshop.model.model.embed_tokens.weight
     assert torch.equal(made.model.embed_tokens.weight[:285], weights[rows])
-    assert result.notes == () and result.losses[0][0] == "teacher, vocabulary cut to 290"
+    (note,) = result.notes
+    assert "no better than token frequencies" in note, "the teacher is random"
+    assert result.losses[0][0] == "teacher, vocabulary cut to 290"
 
 
 def test_distill_starts_from_it(workshop, tmp_path) -> None:

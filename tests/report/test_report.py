@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from xinslm.errors import UsageError, XinslmError
+from xinslm.report.compare import smaller
 from xinslm.report.config import ReportConfig
 from xinslm.report.read import read_run
 from xinslm.report.run import run
@@ -66,8 +67,9 @@ def folder(tmp_path: Path) -> Path:
         for step in (10, 30)
     ]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    for name, bits in (("teacher", 1.0), ("student", 1.25)):
-        add_row(folder, "evaluation.json", evaluation_row(name, bits))
+    for name, bits, scale in (("teacher", 1.0, 5), ("student", 1.25, 1)):
+        row = evaluation_row(name, bits, file_bytes=4_900_000 * scale)
+        add_row(folder, "evaluation.json", row)
         sample = {
             "name": name,
             "model": name,
@@ -129,7 +131,8 @@ def make(folder: Path, **changes) -> tuple[str, str, Checker]:
 def test_a_whole_run(folder: Path) -> None:
     text, markdown, page = make(folder)
     for content in (text, markdown):
-        assert "80.0 %" in content, "the teacher's 1.0 bits are 80 % of the student's 1.25"
+        assert "5.0x smaller, +0.25 bits per byte" in content
+        assert " of the gap" not in content, "no student without a teacher was measured"
         assert (
             "1,234,567" in content
             and "4.90 MB" in content
@@ -142,7 +145,7 @@ def test_a_whole_run(folder: Path) -> None:
         assert "upon student" in content
     assert page.tags.count("figure") == 3  # cross-entropy, divergence, speed
     assert "seed: 1" in text
-    assert "| student | 1.2500 | 80.0 % |" in markdown
+    assert "| student | 1.2500 | +0.25 | 5.0x smaller |" in markdown
 
 
 def test_the_page_needs_nothing_from_outside(folder: Path) -> None:
@@ -298,13 +301,13 @@ def test_compared_runs_stand_beside_it(folder: Path, tmp_path: Path) -> None:
     add_row(other, "evaluation.json", evaluation_row("elsewhere", 0.5, data="other data"))
     text, markdown, page = make(folder, compare=(other,), x="step", log_x=True)
     assert (
-        "| student (a) | 1.2500 | 80.0 % |" in markdown
-        and "| student (b) | 1.6000 | 62.5 % |" in markdown
+        "| student (a) | 1.2500 | +0.25 | 5.0x smaller |" in markdown
+        and "| student (b) | 1.6000 | +0.60 | 5.0x smaller |" in markdown
     )
     assert "b training" in text and "optimiser step" in text
     assert page.tags.count("polyline") == 7  # ce: 2 + 1 validation; kd: 1 + 1; speed: 2
     tables = summary(read_run(folder), [read_run(other)])
-    assert len(tables) == 2 and "Retained" not in tables[1].head, (
+    assert len(tables) == 2 and "Bits vs. teacher" not in tables[1].head, (
         "other text has no teacher to compare with"
     )
 
@@ -313,7 +316,121 @@ def test_the_teacher_is_also_found_by_its_folder(folder: Path) -> None:
     (folder / "evaluation.json").unlink()
     add_row(folder, "evaluation.json", evaluation_row("big one", 1.0, model="runs/big"))
     add_row(folder, "evaluation.json", evaluation_row("small", 2.0))
-    assert "| small | 2.0000 | 50.0 % |" in make(folder)[1]
+    assert "| small | 2.0000 | +1.00 | same size |" in make(folder)[1]
+
+
+def undistilled_run(folder: Path, bits: float, **changes) -> Path:
+    """A run without a teacher whose model was measured on the same text."""
+    folder.mkdir()
+    (folder / "metrics.jsonl").write_text(json.dumps(training_line(1)) + "\n")
+    row = evaluation_row("plain", bits, **{"trained_by": "pretrain", **changes})
+    add_row(folder, "evaluation.json", row)
+    return folder
+
+
+def test_the_gap_to_the_teacher_that_was_closed(folder: Path, tmp_path: Path) -> None:
+    """Teacher 1.0, student 1.25, undistilled 1.5: half of the way."""
+    other = undistilled_run(tmp_path / "other", 1.5)
+    text, markdown, _ = make(folder, compare=(other,))
+    for content in (text, markdown):
+        assert "50 % of the gap between plain and teacher closed" in content
+    rows = {row[0]: row for row in summary(read_run(folder), [read_run(other)])[0].rows}
+    assert rows["student (a)"][4] == "50 %"
+    assert rows["teacher"][4] == rows["plain (other)"][4] == "–"
+
+
+@pytest.mark.parametrize(
+    ("bits", "changes", "phrase"),
+    [
+        (1.2, {}, "worse than plain"),
+        (0.9, {}, None),  # better than the teacher: no gap
+        (1.5, {"data": "other data"}, None),
+        (1.5, {"trained_by": "distill"}, None),
+    ],
+)
+def test_no_share_of_a_gap_that_is_none(
+    folder: Path, tmp_path: Path, bits: float, changes: dict, phrase: str | None
+) -> None:
+    other = undistilled_run(tmp_path / "other", bits, **changes)
+    text, markdown, _ = make(folder, compare=(other,))
+    for content in (text, markdown):
+        assert "of the gap" not in content
+        assert phrase in content if phrase else "Gap closed" not in content
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "said"),
+    [
+        (10, 52, "5.2x smaller"),
+        (10, 1234, "123x smaller"),
+        (30, 10, "3.0x larger"),
+        (100, 102, "same size"),
+        (None, 10, ""),
+    ],
+)
+def test_sizes_against_the_teacher(ours, theirs, said: str) -> None:
+    assert smaller({"file_bytes": ours}, {"file_bytes": theirs}) == said
+
+
+def test_a_teacher_that_token_frequencies_beat_is_named_first(folder: Path) -> None:
+    """8.12 nats where frequencies alone give 5.98, in bits per byte."""
+    row = evaluation_row("teacher", 3.0, unigram_bits_per_byte=2.2)
+    add_row(folder, "evaluation.json", row)
+    text, markdown, _ = make(folder)
+    for content in (text, markdown):
+        place = content.index("no better than token frequencies alone: 3.000 bits per byte")
+        assert place < content.index("Summary")
+    assert "| token frequencies alone | 2.2000 |" in markdown
+
+
+def test_warnings_of_the_training_are_repeated(folder: Path) -> None:
+    (folder / "run.json").write_text(json.dumps({"warnings": ["the teacher saw other contexts"]}))
+    text, markdown, _ = make(folder)
+    assert "the teacher saw other contexts" in text and "the teacher saw other" in markdown
+
+
+@pytest.mark.parametrize("content", ["[", "[]", '{"warnings": 3}'])
+def test_a_broken_run_file_is_named(folder: Path, content: str) -> None:
+    (folder / "run.json").write_text(content)
+    with pytest.raises(XinslmError, match=r"run\.json"):
+        run(ReportConfig(folder))
+
+
+def test_date_and_machine_are_said(folder: Path) -> None:
+    about = {"date": "2025-01-02T03:04:05+00:00", "machine": "Some CPU, 2 cores, torch 2.9"}
+    (folder / "run.json").write_text(json.dumps(about))
+    row = evaluation_row("student", 1.25, **{**about, "date": "2025-01-04T00:00:00+00:00"})
+    add_row(folder, "evaluation.json", row)
+    text, markdown, _ = make(folder)
+    for content in (text, markdown):
+        assert "Trained on 2025-01-02: Some CPU, 2 cores, torch 2.9." in content
+        assert "Measured on 2025-01-04: Some CPU, 2 cores, torch 2.9." in content
+
+
+def test_a_speed_from_a_shared_machine_is_left_out(folder: Path) -> None:
+    row = evaluation_row("student", 1.25, tokens_per_second=7654.0, other_load=0.3)
+    add_row(folder, "evaluation.json", row)
+    lines = [training_line(step, other_load=0.5, tokens_per_second=4321) for step in range(1, 11)]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    text, markdown, page = make(folder)
+    for content in (text, markdown):
+        assert "7,654" not in content and "4,321" not in content and "shared" in content
+        assert "9,000" in content, "the teacher was measured alone"
+        assert "other processes took more than a tenth" in content
+    assert page.tags.count("figure") == 2, "no curve of the speed"
+
+
+def test_the_median_speed_is_of_the_steps_that_had_the_machine(folder: Path) -> None:
+    loads = [0.5] * 4 + [0.02] * 3 + [None] * 2
+    lines = [
+        training_line(step, other_load=load, tokens_per_second=100 if load == 0.5 else 4321)
+        for step, load in enumerate(loads, start=1)
+    ]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert "4,321" in make(folder)[1]
+    lines += [training_line(step, other_load=0.5) for step in range(10, 20)]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert "4,321" not in make(folder)[1], "most of the run shared the machine"
 
 
 def test_the_report_may_go_elsewhere(folder: Path, tmp_path: Path) -> None:

@@ -59,8 +59,18 @@ def test_a_long_curve_is_averaged_not_thinned_out() -> None:
 def test_the_steep_start_is_cut_off_and_said() -> None:
     values = [(float(i), 3 + 50 * math.exp(-i / 2)) for i in range(100)]
     chart = line_chart([Series("a", values, 0)], "x", "y")
-    assert "the axis ends below the first values" in chart
+    assert "the axis ends below the highest values" in chart
     assert "the axis ends" not in line_chart([Series("a", [(0, 2.0), (1, 1.0)], 0)], "x", "y")
+
+
+def test_a_spike_does_not_flatten_the_curve() -> None:
+    values = [(float(i), 9.0 if i == 50 else 3 - i / 100) for i in range(100)]
+    chart = line_chart([Series("a", values, 0)], "x", "y")
+    assert "the axis ends below the highest values" in chart
+    assert max(float(label) for label, _ in ticks_of(chart, "end")) <= 3.5
+    ends_high = [(float(i), 3 + i % 2 / 10 if i < 99 else 9.0) for i in range(100)]
+    chart = line_chart([Series("a", ends_high, 0)], "x", "y")
+    assert max(float(label) for label, _ in ticks_of(chart, "end")) > 7, "the last value is seen"
 
 
 def test_a_rate_starts_at_zero() -> None:

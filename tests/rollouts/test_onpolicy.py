@@ -83,7 +83,7 @@ def weights(run):
 def metrics(run):
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return [
-        {k: v for k, v in line.items() if k not in ("seconds", "tokens_per_second")}
+        {k: v for k, v in line.items() if k not in ("seconds", "tokens_per_second", "other_load")}
         for line in lines
     ]
 

@@ -45,7 +45,7 @@ def weights(run, which="last"):
 def metrics(run):
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return [
-        {k: v for k, v in line.items() if k not in ("seconds", "tokens_per_second")}
+        {k: v for k, v in line.items() if k not in ("seconds", "tokens_per_second", "other_load")}
         for line in lines
     ]
 
@@ -564,3 +564,26 @@ def test_raw_text_trains_a_tokenizer_and_a_model_with_the_documented_flags(world
     )
     assert (config.bos_token_id, config.pad_token_id) == (346, 349)
     assert main(words) == 2, "a finished run is not trained again"
+
+
+@pytest.mark.parametrize(("steps", "validations"), [(6, 6), (25, 13), (40, 10)])
+def test_a_short_run_has_at_least_ten_validations(world, tmp_path, steps, validations):
+    """Or one a step, if there are fewer."""
+    changes = {"eval_steps": None, "logging_steps": None, "max_eval_samples": 4}
+    train.run(world.distill(tmp_path / "run", max_steps=steps, save_steps=100, **changes))
+    lines = metrics(tmp_path / "run")
+    assert sum("validation_ce" in line for line in lines) == validations
+    assert sum("loss" in line for line in lines) == steps, "a short run logs each step"
+    logged = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    assert sum("other_load" in json.loads(line) for line in logged) == steps
+
+
+def test_a_run_may_continue_on_another_machine(world, tmp_path):
+    config = world.distill(tmp_path / "run")
+    train.run(world.distill(tmp_path / "whole"))
+    run_in_subprocess(config, "SIGKILL", 5)
+    facts = json.loads((tmp_path / "run" / "run.json").read_text())
+    facts |= {"machine": "another", "date": "2001-01-01", "warnings": ["of then"]}
+    (tmp_path / "run" / "run.json").write_text(json.dumps(facts))
+    train.run(config)
+    assert_same_run(tmp_path / "whole", tmp_path / "run")

@@ -5,7 +5,7 @@ last complete shard, with the same result. What a shard holds comes from a `Scor
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from xinslm.cache.projected_states import (
     HiddenStateFormat,
     facts,
 )
+from xinslm.cache.quality import teacher_warning
 from xinslm.cache.repair import reopen
 from xinslm.cache.scorers import ENTRIES, Scorer
 from xinslm.config import to_dict
@@ -73,6 +74,7 @@ class CacheResult:
     """The way from the teacher's tokenizer to the dataset's."""
     share: float = 1.0
     """Part of the targets of which the teacher says something."""
+    warnings: tuple[str, ...] = ()
 
     def describe(self) -> str:
         """Lines for the terminal."""
@@ -95,7 +97,8 @@ class CacheResult:
                 f"hidden      states of {self.hidden_state_positions:,} positions; "
                 f"{self.hidden_state_bytes} bytes each"
             )
-        return "\n".join([*lines, f"time        {self.seconds:.0f} s"])
+        lines.append(f"time        {self.seconds:.0f} s")
+        return "\n".join([*lines, *(f"warning     {warning}" for warning in self.warnings)])
 
 
 def write_cache(
@@ -109,7 +112,10 @@ def write_cache(
     started = time.monotonic()
     with _claimed(config, plan):
         _write(config, dataset, scorer, on_progress)
-    return _summarise(config.output_dir, time.monotonic() - started)
+    cache = Cache(config.output_dir)
+    result = _summarise(cache, time.monotonic() - started)
+    warning = teacher_warning(cache, dataset)
+    return replace(result, warnings=(warning,)) if warning else result
 
 
 def cache_plan(
@@ -249,8 +255,7 @@ def _cut(split: Split, shard_positions: int) -> list[tuple[int, int]]:
     return cuts
 
 
-def _summarise(folder: Path, seconds: float) -> CacheResult:
-    cache = Cache(folder)
+def _summarise(cache: Cache, seconds: float) -> CacheResult:
     alignment = cache.manifest["alignment"]
     if alignment["kind"] == "byte_prefix":
         return _summarise_buckets(cache, seconds)
@@ -281,7 +286,7 @@ def _summarise(folder: Path, seconds: float) -> CacheResult:
         )
     average, entry_bytes = max(positions, 1), cache.format.dtype.itemsize
     return CacheResult(
-        folder,
+        cache.folder,
         positions,
         size,
         entry_bytes,

@@ -28,6 +28,7 @@ from xinslm.data.encode import Encoded, Encoder, show
 from xinslm.data.holdout import draw_number, plan_holdout, share_holds
 from xinslm.data.read import ReadOptions, read_documents
 from xinslm.data.records import Document
+from xinslm.data.unigram import measure_unigram_nats
 from xinslm.data.writer import SplitWriter
 from xinslm.errors import UsageError, XinslmError
 from xinslm.files import write_manifest
@@ -136,6 +137,9 @@ class _Stage:
                 dtype=self.dtype.name,
                 document_end=config.document_end,
                 splits=splits,
+                unigram_nats=measure_unigram_nats(
+                    folder, splits, self.dtype, self.tokenizer.vocab_size
+                ),
                 duplicates_dropped=self.duplicates,
                 sources=dict(self.sources),
                 source_names=list(self.numbers),

@@ -14,6 +14,7 @@ from xinslm.demo.config import DemoConfig
 from xinslm.errors import XinslmError
 from xinslm.files import read_json
 from xinslm.folders import refuse_existing
+from xinslm.machine import is_shared
 
 TEACHER = "--hidden-size 128 --num-layers 6 --num-heads 4 --num-kv-heads 2 --intermediate-size 384"
 STUDENT = "--hidden-size 64 --num-layers 4 --num-heads 2 --num-kv-heads 1 --intermediate-size 192"
@@ -38,7 +39,7 @@ class DemoResult:
                 f"{float(row['file_bytes']) / 1e6:.2f} MB",
                 f"{row['bits_per_byte']:.4f}",
                 f"{row['perplexity']:.3f}",
-                f"{row['tokens_per_second']:,.0f}",
+                "shared" if is_shared(row["other_load"]) else f"{row['tokens_per_second']:,.0f}",
             )
             for row in self.rows
         ]

@@ -5,18 +5,25 @@ alone, checked to fit.
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 
 from xinslm.alignment.byte_prefix import byte_order
+from xinslm.baseline import uninformed
 from xinslm.cache.bucket_entries import CachedBuckets
 from xinslm.cache.entries import Cache
 from xinslm.cache.projected_states import HIDDEN_STATES
+from xinslm.cache.quality import teacher_warning
 from xinslm.data.dataset import Dataset
+from xinslm.data.packing import PackedDataset
+from xinslm.data.unigram import unigram_nats
 from xinslm.distill.auxiliary import auxiliary_maker, find_hidden_source
 from xinslm.distill.config import DistillConfig
 from xinslm.distill.target_sources import CachedTargets, LiveTargets
 from xinslm.errors import UsageError
 from xinslm.files import manifest_fingerprint
+from xinslm.losses.targets import DenseTargets
 from xinslm.model.files import require_context
 from xinslm.progress import Listener
 from xinslm.teachers.encoder import find_encoder
@@ -24,7 +31,9 @@ from xinslm.teachers.endpoint import is_endpoint
 from xinslm.teachers.open import open_teacher, teacher_fingerprint
 from xinslm.tokenizer.load import load_tokenizer
 from xinslm.train.config import PretrainConfig
-from xinslm.train.interfaces import Supervision
+from xinslm.train.interfaces import Supervision, TargetSource
+
+_SAMPLED_ROWS, _CHUNK = 8, 512
 
 
 def find_supervision(
@@ -68,9 +77,35 @@ def _live(config: DistillConfig, dataset: Dataset, device: torch.device) -> Supe
     source = LiveTargets(teacher, config.hidden_depths())
     hidden, inputs = find_hidden_source(config, dataset, source)
     auxiliary = auxiliary_maker(config, hidden)
-    return Supervision(
-        config.loss, source, source, auxiliary, (("teacher", teacher.fingerprint), *inputs)
+    inputs = (("teacher", teacher.fingerprint), *inputs)
+    warning = uninformed(
+        source.name,
+        _sampled_nats(source, dataset, config.max_seq_length, device),
+        unigram_nats(dataset, "train"),
+        "nats per target token",
     )
+    warnings = (warning,) if warning else ()
+    return Supervision(config.loss, source, source, auxiliary, inputs, warnings)
+
+
+def _sampled_nats(
+    source: TargetSource, dataset: Dataset, length: int, device: torch.device
+) -> float | None:
+    """A live teacher's nats per target token on a few rows spread over the train split."""
+    rows = PackedDataset(dataset.split("train"), length)
+    batch = rows.batch(np.unique(np.linspace(0, len(rows) - 1, _SAMPLED_ROWS).astype(np.int64)))
+    labels = torch.from_numpy(batch.labels.ravel())
+    chosen = np.flatnonzero(labels >= 0)
+    if not len(chosen):
+        return None
+    targets = source.targets(batch, chosen, device)
+    assert isinstance(targets, DenseTargets), "a live teacher gives all logits"
+    total = 0.0
+    for at in range(0, len(chosen), _CHUNK):
+        logits = targets.logits(slice(at, at + _CHUNK))
+        wanted = labels[chosen[at : at + _CHUNK]].to(logits.device)
+        total += F.cross_entropy(logits.float(), wanted, reduction="sum").item()
+    return total / len(chosen)
 
 
 def _cached(
@@ -111,6 +146,8 @@ def _cached(
             f"--temperature {loss.temperature}` "
             f"(a merged cache has the one for 1 alone)"
         )
+    if warning := teacher_warning(cache, dataset):
+        warnings.append(warning)
     cached_length = cache.manifest["config"]["max_seq_length"]
     if cached_length != config.max_seq_length:
         warnings.append(

@@ -15,14 +15,17 @@ import torch
 
 from xinslm.alignment.byte_prefix import BytePrefixAligner
 from xinslm.alignment.choose import choose_alignment
+from xinslm.baseline import uninformed
 from xinslm.cache.config import CacheConfig
 from xinslm.cache.entries import LARGEST_NEGATIVE_LOG, VALID, Cache, decode, gather
+from xinslm.cache.quality import sample, teacher_nats
 from xinslm.cache.scorers import ENTRIES, DenseScorer
 from xinslm.data.dataset import Dataset, Split
+from xinslm.data.unigram import unigram_nats
 from xinslm.doctor.checks import Examination, Skipped, require
+from xinslm.errors import XinslmError
 from xinslm.losses.targets import SparseTargets
 
-BLOCKS, BLOCK = 64, 1 << 14
 AGREEING, WINNING, COVERED = 0.9, 1.5, 0.5
 OVERLAP, NATS = 0.95, 0.1
 CODE_STEP = math.sqrt(LARGEST_NEGATIVE_LOG) / 255
@@ -32,7 +35,7 @@ def check_entries(examination: Examination, cache: Cache, dataset: Dataset) -> N
     """Checks that need no teacher."""
     split, entries = dataset.split("train"), cache.split("train")
     assert entries is not None, "every dataset has a train split"
-    positions = _sample(len(split.tokens) - 1)
+    positions = sample(len(split.tokens) - 1)
     stored = gather(entries.maps, entries.starts, positions)
     counts = np.asarray(split.mask[positions + 1]) != 0
     valid = (stored["flags"] & VALID) != 0
@@ -40,19 +43,7 @@ def check_entries(examination: Examination, cache: Cache, dataset: Dataset) -> N
     examination.make("alignment", lambda: _alignment(cache, split, stored, positions, valid))
     examination.make("tail", lambda: _tail(cache, stored[valid]))
 
-    def quality() -> str:
-        nats = -stored["log_label"][valid].astype(np.float64)
-        return teacher_quality(float(nats.sum()), positions[valid] + 1, split)
-
-    examination.make("teacher on this data", quality)
-
-
-def _sample(count: int) -> np.ndarray:
-    """Stream positions of at most a million: evenly spread blocks."""
-    if count <= BLOCKS * BLOCK:
-        return np.arange(count)
-    starts = np.linspace(0, count - BLOCK, BLOCKS).astype(np.int64)
-    return np.unique((starts[:, None] + np.arange(BLOCK)).ravel())
+    examination.make("teacher on this data", lambda: teacher_quality(teacher_nats(cache), dataset))
 
 
 def _sound(stored: np.ndarray, valid: np.ndarray, counts: np.ndarray) -> str:
@@ -121,24 +112,18 @@ def _tail(cache: Cache, stored: np.ndarray) -> str:
     )
 
 
-def teacher_quality(nats: float, places: np.ndarray, split: Split) -> str:
-    """The teacher predicts these tokens better than their frequencies alone; in bits per byte where
-    that is known.
-    """
-    if not len(places):
+def teacher_quality(nats: float | None, dataset: Dataset) -> str:
+    """The teacher predicts the train split better than token frequencies alone."""
+    if nats is None:
         raise Skipped("no entry says anything")
-    counts = np.bincount(split.tokens, minlength=split.vocab_size).astype(np.float64)
-    frequency = -np.log(counts / counts.sum(), where=counts > 0, out=np.zeros_like(counts))
-    baseline = float(frequency[split.tokens[places]].mean())
-    teacher = nats / len(places)
-    per_token = int(split.document_bytes.sum()) / max(int((np.asarray(split.mask) != 0).sum()), 1)
-    scale = 1 / (math.log(2) * per_token)
-    return require(
-        teacher < baseline,
-        f"{teacher:.3f} nats a token, {teacher * scale:.3f} bits per byte; token frequencies "
-        f"alone {baseline:.3f}",
-        "This teacher has nothing to teach here: look at its tokenizer and the data's language, "
-        "or take another",
+    baseline = unigram_nats(dataset, "train")
+    if warning := uninformed("the teacher", nats, baseline, "nats per target token"):
+        raise XinslmError(warning)
+    facts = dataset.manifest["splits"]["train"]
+    bits = nats / math.log(2) * facts["targets"] / max(facts["bytes"], 1)
+    return (
+        f"{nats:.3f} nats per target token, {bits:.3f} bits per byte; token frequencies alone "
+        f"{baseline or math.nan:.3f}"
     )
 
 

@@ -198,9 +198,9 @@ def _check_teacher(
         fmt = CacheFormat(split.vocab_size, 1, 0, 1.0)
         settings = {"max_seq_length": DEFAULT_LENGTH, "seed": 0}
         positions, fresh = ask_again(teacher, dataset, settings, fmt, config.documents, config.seed)
-        return teacher_quality(
-            -float(fresh["log_label"].astype(np.float64).sum()), positions + 1, split
-        )
+        if not len(positions):
+            raise Skipped("the documents taken have no targets")
+        return teacher_quality(-float(fresh["log_label"].astype(np.float64).mean()), dataset)
 
     examination.make(names[1], made_by)
     examination.make(names[2], agrees)

@@ -54,6 +54,16 @@ def read_items(
     return found
 
 
+def frequencies_bits_per_byte(data: tuple[str, ...], split: str) -> float | None:
+    """What token frequencies alone give on a dataset folder's split; None for raw files."""
+    if not (Path(data[0]) / MANIFEST).is_file():
+        return None
+    from xinslm.data.dataset import open_dataset
+    from xinslm.data.unigram import unigram_bits_per_byte
+
+    return unigram_bits_per_byte(open_dataset(Path(data[0])), split)
+
+
 def _encode(documents: Iterable["Document"], tokenizer: "Tokenizer") -> Iterator[Item]:
     """Encode raw documents; chats by the tokenizer's template."""
     from xinslm.data.encode import Encoder

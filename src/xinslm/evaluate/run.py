@@ -10,9 +10,13 @@ the model's own.
 import math
 import time
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
+from xinslm.baseline import uninformed
 from xinslm.evaluate.config import EvaluateConfig
+from xinslm.files import read_json
+from xinslm.machine import OtherLoad, environment, is_shared
 from xinslm.progress import Listener, Progress, ignore
 
 
@@ -35,6 +39,15 @@ class Result:
     perplexity: float
     bits_per_byte: float
     tokens_per_second: float
+    other_load: float | None
+    """Share of the machine's CPU time that other processes took meanwhile; None if unknown."""
+    unigram_bits_per_byte: float | None
+    """What the token frequencies of the dataset's train split give; None for raw files."""
+    trained_by: str | None
+    """Command that made the run folder which the model is in: pretrain, distill or onpolicy."""
+    date: str
+    machine: str
+    """Processor, cores and version of torch."""
 
     def row(self) -> dict[str, Any]:
         """The row for evaluation.json."""
@@ -55,15 +68,26 @@ class Result:
             ),
             ("bits per byte", f"{self.bits_per_byte:.4f}"),
             ("perplexity", f"{self.perplexity:.3f} per token ({self.nats_per_token:.4f} nats)"),
-            ("speed", f"{self.tokens_per_second:,.0f} tokens/s"),
+            ("speed", f"{self.tokens_per_second:,.0f} tokens/s{self._shared()}"),
         ]
+        warning = uninformed(
+            self.name, self.bits_per_byte, self.unigram_bits_per_byte, "bits per byte"
+        )
+        if warning:
+            lines.append(("warning", warning))
         return "\n".join(f"{label:<14}{text}" for label, text in lines)
+
+    def _shared(self) -> str:
+        """Say that the speed is not the machine's."""
+        if not is_shared(self.other_load):
+            return ""
+        return f", while other processes took {self.other_load:.0%} of the CPU time"
 
 
 def run(config: EvaluateConfig, on_progress: Listener = ignore) -> Result:
     """Measure bits per byte and perplexity of a model on a dataset or on raw files."""
     from xinslm.device import pick_device
-    from xinslm.evaluate.documents import read_items
+    from xinslm.evaluate.documents import frequencies_bits_per_byte, read_items
     from xinslm.evaluate.perplexity import score
     from xinslm.evaluate.scorers import load_scorer
     from xinslm.runs import add_row, require_run
@@ -71,13 +95,13 @@ def run(config: EvaluateConfig, on_progress: Listener = ignore) -> Result:
     config.check()
     if config.run is not None:
         require_run(config.run)
-    scorer, facts = load_scorer(
-        config.model, pick_device(config.device), config.dtype, config.max_seq_length
-    )
+    device = pick_device(config.device)
+    scorer, facts = load_scorer(config.model, device, config.dtype, config.max_seq_length)
     on_progress(Progress("read documents"))
     items = read_items(config.data_path, config.split, scorer.tokenizer, config.max_documents)
     total = sum(len(item.tokens) - 1 for item in items)
     done = 0
+    load = OtherLoad()
     start = time.perf_counter()
 
     def report(tokens: int) -> None:
@@ -88,6 +112,7 @@ def run(config: EvaluateConfig, on_progress: Listener = ignore) -> Result:
 
     scores = score(scorer, items, config.batch_tokens, report)
     seconds = time.perf_counter() - start
+    other_load = load.share()
     nats, tokens = -sum(s.log_likelihood for s in scores), sum(s.tokens for s in scores)
     num_bytes = sum(item.num_bytes for item in items)
     result = Result(
@@ -104,7 +129,21 @@ def run(config: EvaluateConfig, on_progress: Listener = ignore) -> Result:
         perplexity=math.exp(nats / tokens),
         bits_per_byte=nats / math.log(2) / num_bytes,
         tokens_per_second=tokens / seconds,
+        other_load=other_load,
+        unigram_bits_per_byte=frequencies_bits_per_byte(config.data_path, config.split),
+        trained_by=_trained_by(config.model),
+        **environment(device),
     )
     if config.run is not None:
         add_row(config.run, "evaluation.json", result.row())
     return result
+
+
+def _trained_by(model: Path) -> str | None:
+    """Command that trained the model, if it is a run folder or one of its checkpoints."""
+    folder = model.resolve()
+    for path in (folder / "run.json", folder.parent.parent / "run.json"):
+        if path.is_file():
+            facts = read_json(path)
+            return str(facts["command"]) if isinstance(facts, dict) and "command" in facts else None
+    return None

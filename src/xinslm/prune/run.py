@@ -17,9 +17,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from xinslm.baseline import uninformed
 from xinslm.config import to_dict
 from xinslm.data.dataset import Dataset, open_dataset
 from xinslm.data.packing import PackedDataset
+from xinslm.data.unigram import unigram_nats
 from xinslm.device import pick_device
 from xinslm.errors import UsageError, XinslmError
 from xinslm.files import write_manifest
@@ -123,6 +125,8 @@ class _Text:
     calibration: list[Passage]
     search: list[Passage]
     validation: list[Passage]
+    baseline: float | None
+    """Nats per target token that token frequencies alone give on the validation rows."""
     notes: tuple[str, ...] = ()
 
     @staticmethod
@@ -158,9 +162,11 @@ class _Text:
                 "there is no validation split: losses are of the rows of the train split that "
                 "choices were made on"
             )
-            return _Text(calibration, search, search, (note,))
+            baseline = unigram_nats(dataset, "train")
+            return _Text(calibration, search, search, baseline, (note,))
         chosen = np.random.default_rng(config.seed).permutation(number)[: config.max_eval_samples]
-        return _Text(calibration, search, read_passages(held_out, length, chosen, device))
+        validation = read_passages(held_out, length, chosen, device)
+        return _Text(calibration, search, validation, unigram_nats(dataset, "validation"))
 
 
 class _Between(ModelConfig):
@@ -313,6 +319,10 @@ class _Cutting:
                 f"the loss of {self.config.teacher} is {value} on validation text: its weights "
                 "are damaged"
             )
+        warning = uninformed(name, value, self.text.baseline, "nats per token")
+        if warning and not self.losses:  # the first is the teacher
+            self.notes.append(warning)
+            self.on_progress(Progress("prune", note=warning))
         self.losses.append((name, model.config.num_parameters, value))
         self.on_progress(Progress("prune", values={"nats/token": value}, note=name))
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from html import escape
 
 from xinslm.display import printable
+from xinslm.report.compare import headlines
 from xinslm.report.read import RunData
 from xinslm.report.tables import Table, files, summary, training
 
@@ -15,6 +16,11 @@ def render(run: RunData, others: Sequence[RunData]) -> str:
     """Write the report of `run`, with the figures of `others` beside it."""
     parts = [f"# {_inline(run.name)}"]
     parts += [f"> {_inline(r.name)}: {_inline(note)}" for r in [run, *others] for note in r.notes]
+    parts += [
+        f"**{_inline(line.name)}**: {line.bits_per_byte} bits per byte"
+        + "".join(f"; {_inline(phrase)}" for phrase in line.meaning)
+        for line in headlines(run, others)
+    ]
     if tables := [_table(t) for t in summary(run, others)]:
         parts += ["## Summary", *tables]
     if trained := training([run, *others]):

@@ -4,17 +4,18 @@ from collections.abc import Sequence
 from html import escape
 from typing import Any
 
+from xinslm.report.compare import headlines
 from xinslm.report.read import RunData
 from xinslm.report.style import CSS, NUM_COLORS
 from xinslm.report.svg import Series, line_chart
-from xinslm.report.tables import Table, files, find_teacher, retained, size, summary, training
+from xinslm.report.tables import Table, files, size, summary, timed, training
 
 
 def render(run: RunData, others: Sequence[RunData], x: str, log_x: bool) -> str:
     """Write the page of `run`, with the curves and figures of `others` beside it."""
     runs = [run, *others]
     command = f"<pre class=command>{escape(run.command)}</pre>" if run.command else ""
-    parts = [_header(run, others), _tiles(run)]
+    parts = [_header(run, others), _tiles(run, others)]
     parts += [_section("Summary", "".join(_table(t) for t in summary(run, others)))]
     parts += [_section("Training", _curves(runs, x, log_x) + _table(training(runs)))]
     parts += [_section("Samples", _samples(runs)), _section("Files", _table(files(run)))]
@@ -29,28 +30,22 @@ def render(run: RunData, others: Sequence[RunData], x: str, log_x: bool) -> str:
 
 
 def _header(run: RunData, others: Sequence[RunData]) -> str:
-    beside = f" beside {', '.join(escape(r.name) for r in others)}" if others else ""
+    compared = f" compared with {', '.join(escape(r.name) for r in others)}" if others else ""
     notes = "".join(
         f"<p class=warning>{escape(r.name)}: {escape(note)}</p>"
         for r in [run, *others]
         for note in r.notes
     )
-    title = f"<h1>{escape(run.name)}</h1><p>{escape(str(run.folder))}{beside}</p>"
+    title = f"<h1>{escape(run.name)}</h1><p>{escape(str(run.folder))}{compared}</p>"
     return f"<header><p class=kicker>xinslm report</p>{title}{notes}</header>\n"
 
 
-def _tiles(run: RunData) -> str:
+def _tiles(run: RunData, others: Sequence[RunData]) -> str:
     """The few figures that a reader looks for first."""
-    teacher = find_teacher(run, run.evaluation)
-    rows = [
-        r
-        for r in run.evaluation
-        if r is not teacher and r.get("data") == (teacher or r).get("data")
+    tiles = [
+        (line.name, line.bits_per_byte, "bits per byte", "; ".join(line.meaning))
+        for line in headlines(run, others)
     ]
-    tiles = []
-    for row in rows[:3]:
-        kept = f"{retained(row, teacher)} of {teacher['name']}" if teacher else ""
-        tiles.append((row["name"], f"{row['bits_per_byte']:.4f}", "bits per byte", kept))
     if run.files:
         small = min(run.files, key=lambda r: r["bytes"])
         tiles.append((small["name"], *size(small["bytes"]).split(), "smallest file"))
@@ -108,9 +103,8 @@ def _curves(runs: Sequence[RunData], x: str, log_x: bool) -> str:
         for index, run in enumerate(runs):
             color = index % NUM_COLORS
             name = f"{run.name} " if len(runs) > 1 else ""
-            series.append(
-                Series(f"{name}training".strip(), _points(run.training, x, measured), color)
-            )
+            lines = timed(run) if measured == "tokens_per_second" else run.training
+            series.append(Series(f"{name}training".strip(), _points(lines, x, measured), color))
             if validated:
                 series.append(
                     Series(

@@ -12,7 +12,9 @@ from typing import Any
 
 import yaml
 
+from xinslm.baseline import uninformed
 from xinslm.errors import UsageError, XinslmError
+from xinslm.files import read_json
 from xinslm.runs import read_rows
 
 
@@ -31,6 +33,8 @@ class RunData:
     evaluation: list[dict[str, Any]] = field(default_factory=list)
     samples: list[dict[str, Any]] = field(default_factory=list)
     files: list[dict[str, Any]] = field(default_factory=list)
+    about: dict[str, Any] = field(default_factory=dict)
+    """run.json: date, machine and warnings of the training."""
     notes: list[str] = field(default_factory=list)
     """What a reader should know about the folder, a sentence each."""
 
@@ -57,7 +61,13 @@ def read_run(folder: Path) -> RunData:
         _read_config(run, folder / "config.yaml")
     if (folder / "metrics.jsonl").is_file():
         _read_metrics(run, folder / "metrics.jsonl")
+    if (folder / "run.json").is_file():
+        _read_about(run, folder / "run.json")
     run.evaluation = _checked(folder, "evaluation.json", ("bits_per_byte", "perplexity"))
+    for row in run.evaluation:
+        baseline = row.get("unigram_bits_per_byte")
+        if warning := uninformed(row["name"], row["bits_per_byte"], baseline, "bits per byte"):
+            run.notes.append(warning)
     run.samples = _checked(folder, "samples.json", ())
     run.files = _checked(folder, "files.json", ("bytes",))
     if not (
@@ -73,6 +83,14 @@ def read_run(folder: Path) -> RunData:
             f"samples.json or files.json"
         )
     return run
+
+
+def _read_about(run: RunData, path: Path) -> None:
+    about = read_json(path)
+    if not isinstance(about, dict) or not isinstance(about.get("warnings", []), list):
+        raise XinslmError(f"{path}: must be an object, with a list of 'warnings' if it has any")
+    run.about = about
+    run.notes += [str(warning) for warning in about.get("warnings", [])]
 
 
 def _read_config(run: RunData, path: Path) -> None:

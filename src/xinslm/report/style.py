@@ -31,7 +31,7 @@ section { margin-top: 52px; }
 .tiles span { display: block; color: var(--soft); font-size: 13px; overflow-wrap: anywhere; }
 .tiles b { display: block; font-size: 27px; font-weight: 600; line-height: 1.35; font-variant-numeric:
   tabular-nums; }
-.tiles small { font-size: 14px; font-weight: 400; color: var(--soft); }
+.tiles small { font-size: 14px; font-weight: 400; color: var(--soft); display: inline-block; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; width: 100%; font-size: 15px; font-variant-numeric: tabular-nums; }
 th, td { text-align: left; padding: 8px 14px 8px 0; border-bottom: 1px solid var(--rule); white-space: nowrap;

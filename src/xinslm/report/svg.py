@@ -92,7 +92,7 @@ def line_chart(
         kind = "strong" if s.marked else "fine"
         last = f"<b>{_exact(points[-1][1])}</b>"
         legend += f'<span class="key {kind} c{s.color}">{escape(s.name)} {last}</span>'
-    note = " (the axis ends below the first values)" if cut else ""
+    note = " (the axis ends below the highest values)" if cut else ""
     caption = (
         f"<figcaption><strong>{escape(y_label)}</strong>{note}<div>{legend}</div></figcaption>"
     )
@@ -132,16 +132,23 @@ def _spread(values: Sequence[float], log: bool) -> tuple[float, float]:
 
 
 def _y_range(curves: Sequence[Sequence[float]], from_zero: bool) -> tuple[float, float, bool]:
-    """Ends of the axis, and whether it cuts off the steep start, which would flatten the rest."""
+    """Ends of the axis, and whether it cuts off a steep start or spikes, which would flatten the
+    rest.
+    """
     low, high = _spread([y for ys in curves for y in ys], False)
     if from_zero and low >= 0:
         return 0.0, 1.05 * high, False
-    settled = max(max(ys[len(ys) // 8 :]) for ys in curves)
+    settled = max(max(_usual(ys[len(ys) // 8 :]), ys[-1]) for ys in curves)
     top = min(high, settled + 0.15 * (settled - low))
     cut = high - low > 1.5 * (top - low) and top > low
     top = top if cut else high
     margin = 0.05 * (top - low)
     return low - margin if low < 0 or low > margin else 0.0, top + margin, cut
+
+
+def _usual(values: Sequence[float]) -> float:
+    """The value that 5 % are above."""
+    return sorted(values)[math.ceil(0.95 * (len(values) - 1))]
 
 
 def _ticks(low: float, high: float, count: int) -> list[float]:

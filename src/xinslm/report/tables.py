@@ -1,14 +1,25 @@
-"""The figures of a report as tables, the same for HTML and Markdown.
-
-Retained is the teacher's bits per byte as a share of the row's, both on the same text: 100 % loses
-nothing, and the figure compares across tokenizers.
-"""
+"""The figures of a report as tables, the same for HTML and Markdown."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from xinslm.machine import is_shared
+from xinslm.report.compare import (
+    Row,
+    difference,
+    find_teacher,
+    find_undistilled,
+    gap_closed,
+    smaller,
+)
 from xinslm.report.read import RunData
+
+DASH = "–"
+SHARED = (
+    "Shared: other processes took more than a tenth of the machine's CPU time, so the speed is "
+    "left out."
+)
 
 
 @dataclass(frozen=True)
@@ -36,94 +47,103 @@ def summary(run: RunData, others: Sequence[RunData]) -> list[Table]:
     ]
 
 
-def find_teacher(run: RunData, rows: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
-    """Find the row to measure against: called 'teacher...', or of the model that the run learnt
-    from.
-    """
-    named = [row for row in rows if str(row["name"]).lower().startswith("teacher")]
-    same = [row for row in rows if row.get("model") and row["model"] == run.config.get("teacher")]
-    return next(iter(named + same), None)
-
-
-def retained(row: dict[str, Any], teacher: dict[str, Any]) -> str:
-    """Write the share of the teacher that a row keeps."""
-    return f"{100 * teacher['bits_per_byte'] / row['bits_per_byte']:.1f} %"
-
-
-def _summary(run: RunData, found: list[tuple[RunData, dict[str, Any]]]) -> Table:
-    teacher = find_teacher(run, [row for _, row in found])
+def _summary(run: RunData, found: list[tuple[RunData, Row]]) -> Table:
+    every = [row for _, row in found]
+    teacher = find_teacher(run, every)
+    undistilled = find_undistilled(every, teacher)
+    gap = any(gap_closed(row, teacher, undistilled) for row in every)
     several = len({id(r) for r, _ in found}) > 1
+    head = ["Model", "Bits per byte", "Bits vs. teacher", "Size vs. teacher", "Gap closed"]
+    head += ["Perplexity", "Parameters", "File", "Tokens/s"]
     rows = []
     for r, row in found:
-        share = retained(row, teacher) if teacher else "–"
-        name = f"{row['name']} ({r.name})" if several and row is not teacher else str(row["name"])
-        cells = [name, f"{row['bits_per_byte']:.4f}", share, f"{row['perplexity']:.3f}"]
-        rows.append(
-            [
-                *cells,
-                _count(row.get("parameters")),
-                size(row.get("file_bytes")),
-                _count(row.get("tokens_per_second")),
-            ]
-        )
-    head = ["Model", "Bits per byte", "Retained", "Perplexity", "Parameters", "File", "Tokens/s"]
-    first = found[0][1]
-    amount = f"{_count(first.get('documents'))} documents, {_count(first.get('bytes'))} bytes"
-    where = f"{first.get('data', 'unnamed data')}: {amount}."
-    meaning = " Retained: the teacher's bits per byte as a share of the row's." if teacher else ""
-    if teacher is None:
-        rows, head = [[*row[:2], *row[3:]] for row in rows], [head[0], head[1], *head[3:]]
-    note = where + meaning + " Perplexity is per token, so it compares within one tokenizer only."
-    return Table(head, rows, note)
+        against = [DASH, DASH]
+        if teacher is not None and row is not teacher:
+            against = [difference(row, teacher), smaller(row, teacher) or DASH]
+        cells = [
+            f"{row['name']} ({r.name})" if several and row is not teacher else str(row["name"]),
+            f"{row['bits_per_byte']:.4f}",
+            *against,
+            gap_closed(row, teacher, undistilled) or DASH,
+            f"{row['perplexity']:.3f}",
+            _count(row.get("parameters")),
+            size(row.get("file_bytes")),
+            "shared" if shared(row) else _count(row.get("tokens_per_second")),
+        ]
+        rows.append(cells)
+    if baseline := next((row.get("unigram_bits_per_byte") for row in every), None):
+        rows.append(["token frequencies alone", f"{baseline:.4f}"] + [DASH] * (len(head) - 2))
+    dropped = {2, 3, 4} if teacher is None else set() if gap else {4}
+    kept = [i for i in range(len(head)) if i not in dropped]
+    notes = [_data(every[0]), "Perplexity is per token, so it compares within one tokenizer only."]
+    if gap and undistilled is not None:
+        notes.append(f"Gap closed: the share of the way from {undistilled['name']} to the teacher.")
+    notes += _where("Measured", every)
+    notes += [SHARED] * any(map(shared, every))
+    table = [[cells[i] for i in kept] for cells in rows]
+    return Table([head[i] for i in kept], table, " ".join(notes))
+
+
+def _data(row: Row) -> str:
+    amount = f"{_count(row.get('documents'))} documents, {_count(row.get('bytes'))} bytes"
+    return f"{row.get('data', 'unnamed data')}: {amount}."
+
+
+def _where(verb: str, rows: Sequence[Row]) -> list[str]:
+    """Sentences on when and on which machine rows were made."""
+    days: dict[str, set[str]] = {}
+    for row in rows:
+        if row.get("machine"):
+            days.setdefault(str(row["machine"]), set()).add(str(row.get("date"))[:10])
+    return [
+        f"{verb} on {' and '.join(sorted(found))}: {machine}." for machine, found in days.items()
+    ]
+
+
+def shared(row: Row) -> bool:
+    """Whether other processes took so much of the machine that a speed says nothing."""
+    return is_shared(row.get("other_load"))
+
+
+def timed(run: RunData) -> list[Row]:
+    """Training lines with a speed, without those that shared the machine; none if most did."""
+    lines = [row for row in run.training if row.get("tokens_per_second") is not None]
+    alone = [row for row in lines if not shared(row)]
+    return alone if 2 * len(alone) >= len(lines) else []
 
 
 def training(runs: Sequence[RunData]) -> Table | None:
     """What each run's training came to."""
-    rows = []
-    for run in runs:
-        last = run.training[-1] if run.training else {}
-        speeds = sorted(
-            row["tokens_per_second"]
-            for row in run.training
-            if row.get("tokens_per_second") is not None
-        )
-        measured = [
-            row["validation_ce"] for row in run.validation if row["validation_ce"] is not None
-        ]
-        if last or measured:
-            end = last or run.validation[-1]
-            cells = [
-                run.name,
-                _count(end["step"]),
-                _count(end.get("tokens")),
-                _fixed(last.get("ce", last.get("loss"))),
-            ]
-            cells += [
-                _fixed(min(measured)) if measured else "–",
-                _fixed(measured[-1]) if measured else "–",
-            ]
-            rows.append(
-                [
-                    *cells,
-                    _count(speeds[len(speeds) // 2]) if speeds else "–",
-                    _duration(last.get("seconds")),
-                ]
-            )
-    head = [
-        "Run",
-        "Steps",
-        "Target tokens",
-        "Last CE",
-        "Best validation",
-        "Last validation",
-        "Tokens/s",
-        "Time",
-    ]
-    note = (
+    rows = [cells for run in runs if (cells := _trained(run))]
+    head = ["Run", "Steps", "Target tokens", "Last CE", "Best validation", "Last validation"]
+    notes = [
         "CE is the cross-entropy against the text in nats per token; tokens/s is the median over "
         "the steps."
-    )
-    return Table(head, rows, note) if rows else None
+    ]
+    notes += [SHARED] * any("shared" in cells for cells in rows)
+    notes += _where("Trained", [run.about for run in runs])
+    return Table([*head, "Tokens/s", "Time"], rows, " ".join(notes)) if rows else None
+
+
+def _trained(run: RunData) -> list[str] | None:
+    """A run's line of the training table; None if nothing of it was logged."""
+    measured = [row["validation_ce"] for row in run.validation if row["validation_ce"] is not None]
+    if not run.training and not measured:
+        return None
+    last = run.training[-1] if run.training else {}
+    end = last or run.validation[-1]
+    speeds = sorted(row["tokens_per_second"] for row in timed(run))
+    without = "shared" if any(map(shared, run.training)) else DASH
+    return [
+        run.name,
+        _count(end["step"]),
+        _count(end.get("tokens")),
+        _fixed(last.get("ce", last.get("loss"))),
+        _fixed(min(measured)) if measured else DASH,
+        _fixed(measured[-1]) if measured else DASH,
+        _count(speeds[len(speeds) // 2]) if speeds else without,
+        _duration(last.get("seconds")),
+    ]
 
 
 def files(run: RunData) -> Table | None:
@@ -132,14 +152,14 @@ def files(run: RunData) -> Table | None:
     for row in run.files:
         bits = row.get("bits_per_weight")
         cells = [str(row["name"]), str(row.get("path", "")), size(row["bytes"])]
-        rows.append([*cells, f"{bits:.2f}" if isinstance(bits, int | float) else "–"])
+        rows.append([*cells, f"{bits:.2f}" if isinstance(bits, int | float) else DASH])
     return Table(["File", "Path", "Size", "Bits per weight"], rows, left=(0, 1)) if rows else None
 
 
 def size(value: Any) -> str:
     """Write a number of bytes with three digits that count: 950 B, 12.3 kB, 4.56 MB."""
     if not isinstance(value, int | float):
-        return "–"
+        return DASH
     for unit, one in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if value >= one:
             return f"{value / one:.{max(0, 2 - len(str(int(value / one))) + 1)}f} {unit}"
@@ -147,16 +167,16 @@ def size(value: Any) -> str:
 
 
 def _count(value: Any) -> str:
-    return f"{value:,.0f}" if isinstance(value, int | float) else "–"
+    return f"{value:,.0f}" if isinstance(value, int | float) else DASH
 
 
 def _fixed(value: Any) -> str:
-    return f"{value:.4f}" if isinstance(value, int | float) else "–"
+    return f"{value:.4f}" if isinstance(value, int | float) else DASH
 
 
 def _duration(seconds: Any) -> str:
     if not isinstance(seconds, int | float):
-        return "–"
+        return DASH
     minutes, rest = divmod(round(seconds), 60)
     return (
         f"{minutes // 60} h {minutes % 60:02} min"

@@ -76,8 +76,8 @@ class TrainingConfig:
     """Packed validation rows to use at most; 0 for all."""
     save_steps: int = 200
     """Steps between checkpoints; there is one at the end and on Ctrl-C in any case."""
-    logging_steps: int = 10
-    """Steps between lines of metrics.jsonl."""
+    logging_steps: int | None = None
+    """Steps between lines of metrics.jsonl; a 50th of the run and at most 10, if not given."""
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
     """Number type of the forward pass's products."""
     device: Device = "auto"
@@ -146,8 +146,10 @@ class PretrainConfig(TrainingConfig):
     """Passes over the training split."""
     max_steps: int | None = None
     """Optimiser steps, instead of epochs."""
-    eval_steps: int = 100
-    """Steps between validations; there is one at the end in any case."""
+    eval_steps: int | None = None
+    """Steps between validations; a tenth of the run and at most 100, if not given. There is one at
+    the end in any case.
+    """
     param_dtype: Literal["float32", "bfloat16"] = "float32"
     """Type the matrices are stored in; bfloat16 halves their memory, and their updates are rounded
     stochastically.

@@ -13,6 +13,7 @@ from pathlib import Path
 from torch import Tensor
 
 from xinslm.files import write_text
+from xinslm.machine import OtherLoad
 from xinslm.progress import Listener, Progress
 from xinslm.train.checkpoint import (
     TrainingState,
@@ -67,11 +68,9 @@ class RunRecorder:
         """
         config = trainer.config
         self.trainer, self.run, self.write_model = trainer, config.output_dir, write_model
-        self.path, self.every, self.total = (
-            self.run / METRICS,
-            config.logging_steps,
-            trainer.total_steps,
-        )
+        self.path, self.total = self.run / METRICS, trainer.total_steps
+        self.every = config.logging_steps or max(1, min(10, self.total // 50))
+        self.other_load = OtherLoad()
         self.on_progress, self.stage, self.with_kd = on_progress, stage, with_kd
         self.keep_best, self.since = keep_best, start
         self.last_validation: Validation | None = None
@@ -86,7 +85,7 @@ class RunRecorder:
                 )
             )
 
-    def _write(self, values: dict[str, float]) -> None:
+    def _write(self, values: dict[str, float | None]) -> None:
         with open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps(values) + "\n")
             file.flush()
@@ -112,6 +111,7 @@ class RunRecorder:
                 "grad_norm": step.grad_norm,
                 "tokens_per_second": speed,
                 "seconds": state.seconds,
+                "other_load": self.other_load.share(),
             }
         )
         values = {

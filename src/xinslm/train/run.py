@@ -24,6 +24,7 @@ from xinslm.device import pick_device, return_freed_memory
 from xinslm.errors import UsageError
 from xinslm.files import MANIFEST, read_json, write_json, write_text
 from xinslm.folders import Plan, claim, differing_keys, locked, refuse_output_in
+from xinslm.machine import environment
 from xinslm.model.files import (
     load_config,
     load_model,
@@ -129,7 +130,8 @@ def run_training(
             command,
             with_kd=setup.supervision.train is not None,
         )
-        state = train(setup.trainer, state, recorder, config.eval_steps)
+        every = config.eval_steps or max(1, min(100, setup.trainer.total_steps // 10))
+        state = train(setup.trainer, state, recorder, every)
     return TrainResult(
         config.output_dir, setup.parameters, state, recorder.last_validation, warnings
     )
@@ -181,6 +183,8 @@ def _set_up(
         "inputs": inputs,
     }
     note_facts(config.output_dir, facts)
+    about = {**environment(device), "warnings": list(supervision.warnings)}
+    write_json(config.output_dir / RUN, {**read_json(config.output_dir / RUN), **about})
     return _Setup(
         trainer, supervision, model.config.num_parameters, partial(write_model, model, tokenizer)
     )

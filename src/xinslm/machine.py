@@ -1,0 +1,104 @@
+"""The machine that figures come from, and how much other processes used it meanwhile.
+
+`load = OtherLoad()` before what is timed and `load.share()` after it give the share of the
+machine's CPU time that other processes took.
+"""
+
+import os
+import platform
+import subprocess
+import time
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+MAX_OTHER_LOAD = 0.1
+"""A speed measured while other processes used more of the machine's CPU time is not reported."""
+_MIN_SECONDS = 0.2  # the kernel counts in ticks of 10 ms
+
+
+def environment(device: Any = None) -> dict[str, str]:
+    """Date and machine for a run file; `device` is the torch.device that computes."""
+    import torch
+
+    parts = [_cpu(), f"{_cores()} cores"]
+    if device is not None and device.type == "cuda":
+        parts.append(torch.cuda.get_device_name(device))
+    now = datetime.now().astimezone().isoformat(timespec="seconds")
+    return {"date": now, "machine": ", ".join([*parts, f"torch {torch.__version__}"])}
+
+
+def _cores() -> int:
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _cpu() -> str:
+    """The processor's model name."""
+    try:
+        if platform.system() == "Darwin":
+            command = ["sysctl", "-n", "machdep.cpu.brand_string"]
+            return subprocess.check_output(command, text=True).strip()
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except (OSError, subprocess.SubprocessError):
+        pass
+    return platform.processor() or platform.machine()
+
+
+def is_shared(load: Any) -> bool:
+    """Whether other processes took so much CPU time that a speed says nothing; unknown: no."""
+    return isinstance(load, int | float) and load > MAX_OTHER_LOAD
+
+
+@dataclass(frozen=True)
+class _Reading:
+    """Seconds of the wall clock and of CPU time."""
+
+    clock: float
+    own: float
+    """Of this process and its finished children."""
+    busy: float = 0.0
+    """Of all cores of the machine; 0 where the system does not say."""
+    total: float = 0.0
+    """The same, idle time included."""
+
+
+class OtherLoad:
+    """Measures the share of the machine's CPU time that other processes take."""
+
+    def __init__(self) -> None:
+        self._last = _read()
+        self._share: float | None = None
+
+    def share(self) -> float | None:
+        """Share over the time since it was last measured, from 0 to 1; asked again within 0.2
+        second, the same. None if it was never measured.
+        """
+        now, last = _read(), self._last
+        if now.clock - last.clock < _MIN_SECONDS:
+            return self._share
+        self._last = now
+        own = now.own - last.own
+        if now.total > last.total:
+            other = (now.busy - last.busy - own) / (now.total - last.total)
+        elif hasattr(os, "getloadavg"):  # an average over a minute: coarser
+            other = (os.getloadavg()[0] - own / (now.clock - last.clock)) / (os.cpu_count() or 1)
+        else:
+            return None
+        self._share = min(max(other, 0.0), 1.0)
+        return self._share
+
+
+def _read() -> _Reading:
+    own = sum(os.times()[:4])
+    try:
+        first = Path("/proc/stat").read_text().split("\n", 1)[0].split()
+    except OSError:
+        return _Reading(time.monotonic(), own)
+    ticks = [int(value) / os.sysconf("SC_CLK_TCK") for value in first[1:9]]
+    total, idle = sum(ticks), ticks[3] + ticks[4]
+    return _Reading(time.monotonic(), own, total - idle, total)
