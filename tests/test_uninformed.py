@@ -8,6 +8,7 @@ import json
 import pytest
 import torch
 
+import training as train
 from xinslm.baseline import uninformed
 from xinslm.cache import score
 from xinslm.cache.config import CacheConfig
@@ -27,7 +28,6 @@ from xinslm.report.config import ReportConfig
 from xinslm.report.run import run as report
 from xinslm.runs import add_row
 from xinslm.tokenizer.load import load_tokenizer
-from xinslm.train import run as train
 
 KNOWS_NOTHING = "no better than token frequencies alone"
 
@@ -127,7 +127,7 @@ def test_prune(world, teacher, bad_teacher, tmp_path):
                 data_path=world.data,
                 output_dir=tmp_path / f"student-{expected}",
                 num_layers=1,
-                row_length=64,
+                max_seq_length=64,
                 device="cpu",
             ),
             lambda p, notes=notes: notes.append(p.note),

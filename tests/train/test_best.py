@@ -7,12 +7,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import training as train
 from xinslm.errors import UsageError
 from xinslm.model.files import load_model, model_fingerprint, resolve_model
 from xinslm.tokenizer.load import load_tokenizer, resolve_tokenizer
 from xinslm.train import best as publishing
 from xinslm.train import checkpoint
-from xinslm.train import run as train
 
 MODEL = {
     "config.json",
