@@ -4,6 +4,14 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
 
+# Install packages, quietly. pip warns once per package and index folder that its settings name but
+# that lacks the package; those lines are dropped, all others and the exit status are kept.
+define pip
+$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt $(1) \
+  2> $(VENV)/pip.log; status=$$?; \
+  grep -v "^WARNING: Location 'file:" $(VENV)/pip.log >&2; exit $$status
+endef
+
 .PHONY: venv demo test lint bench clean
 
 venv: $(STAMP)
@@ -12,9 +20,12 @@ $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "xinslm needs Python 3.11 or newer; this is `$(PYTHON) --version`. Try: make PYTHON=python3.11 $(MAKECMDGOALS)"; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@echo "installing into $(VENV) (PyTorch first, pinned: a looser pin would bring gigabytes of CUDA)"
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@echo "Installing xinslm and the development tools into $(VENV), 1.7 GB: 1 to 5 minutes, once."
+	@echo "1/2 PyTorch, about 200 MB to download (CPU build)"
+	@$(call pip,torch)
+	@echo "2/2 everything else, at the versions in constraints.txt"
+	@$(call pip,-e '.[dev]')
+	@echo "Done. Try: $(BIN)/xinslm --help"
 	@touch $(STAMP)
 
 demo: venv
@@ -24,8 +35,8 @@ test: venv
 	$(BIN)/python -m pytest -n 2
 
 lint: venv
-	$(BIN)/ruff check src tests benchmarks
-	$(BIN)/ruff format --check src tests benchmarks
+	$(BIN)/ruff check src tests benchmarks examples
+	$(BIN)/ruff format --check src tests benchmarks examples
 	$(BIN)/mypy
 
 bench: venv

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from xinslm.cli.commands import COMMANDS
+from xinslm.commands import COMMANDS
 from xinslm.config import from_yaml
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))

@@ -7,10 +7,10 @@ import sys
 
 import pytest
 
-from xinslm.cli import commands
-from xinslm.cli.commands import COMMANDS, Command
+from xinslm import commands
 from xinslm.cli.live import PlainLines
 from xinslm.cli.main import main
+from xinslm.commands import COMMANDS, Command
 from xinslm.progress import Progress
 
 

@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from xinslm import __version__
-from xinslm.cli.commands import COMMANDS, Command
 from xinslm.cli.terminal import say
+from xinslm.cli.threads import set_wait_policy
+from xinslm.commands import COMMANDS, Command
 from xinslm.errors import UsageError, XinslmError
 
 SEE_HELP = "See `xinslm --help`."
@@ -23,6 +24,7 @@ SEE_HELP = "See `xinslm --help`."
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; return the exit code."""
+    set_wait_policy(os.environ)
     words = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in words
     words = [word for word in words if word != "--debug"]

@@ -1,5 +1,6 @@
-"""The commands: a name, a sentence, where its configuration and its function live. Nothing is
-imported until used.
+"""The commands: a name, a sentence, where its configuration and its function live.
+
+Both the command line and `xinslm.run` read this table. Nothing is imported until used.
 """
 
 import importlib
@@ -16,7 +17,7 @@ class Command:
     run: str
     present: str = ""
     """How the result reaches the terminal where printing `result.describe()` is not all; a function
-    of `present`.
+    of `cli.present`.
     """
 
     def load(self, what: str) -> Any:
@@ -71,7 +72,7 @@ COMMANDS = {
         "rollouts.synthesize_config:SynthesizeConfig",
         "rollouts.synthesize:run",
     ),
-    "prune": Command(
+    "init": Command(
         "cut a student out of a teacher, to start from", "prune.config:PruneConfig", "prune.run:run"
     ),
     "doctor": Command(
@@ -117,3 +118,22 @@ COMMANDS = {
         "an HTML page of what a run did", "report.config:ReportConfig", "report.run:run"
     ),
 }
+
+
+def config_classes() -> dict[str, Command]:
+    """Names of the configuration classes, each with its command."""
+    return {command.config.partition(":")[2]: command for command in COMMANDS.values()}
+
+
+def run(config: Any, **options: Any) -> Any:
+    """Run the command that `config` configures and return its result.
+
+    `options` are the further arguments of that command's function: `on_progress` (a function that
+    receives `xinslm.progress.Progress`), `api_key` (`cache` and `synthesize` with an endpoint),
+    `on_text` (`generate`). Raises UsageError for settings that cannot work, XinslmError if the
+    command fails.
+    """
+    command = config_classes().get(type(config).__name__)
+    if command is None or command.load("config") is not type(config):
+        raise TypeError(f"{type(config).__name__} is not the configuration of a command")
+    return command.load("run")(config, **options)
