@@ -72,7 +72,7 @@ COMMANDS = {
         "rollouts.synthesize_config:SynthesizeConfig",
         "rollouts.synthesize:run",
     ),
-    "init": Command(
+    "prune": Command(
         "cut a student out of a teacher, to start from", "prune.config:PruneConfig", "prune.run:run"
     ),
     "doctor": Command(
