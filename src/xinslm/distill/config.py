@@ -18,6 +18,10 @@ class DistillConfig(PretrainConfig):
     teacher: str | None = None
     """Without a cache: live teacher, a model folder or Hub name with the dataset's tokenizer. With
     one: the teacher that the cache must be of."""
+    use_mock: bool = False
+    """Train a small stand-in teacher on the data first and learn from it, to try the pipeline
+    without a real teacher.
+    """
     teacher_dtype: Dtype = "float32"
     """Number type of a live teacher."""
     trust_remote_code: bool = False
@@ -46,10 +50,12 @@ class DistillConfig(PretrainConfig):
                 "hidden_states has no effect while hidden.weight and contrast.weight are 0: "
                 "drop it, or set one"
             )
-        if self.cache is None and self.teacher is None:
+        if self.use_mock and (self.cache is not None or self.teacher is not None):
+            wrong.append("use_mock trains a teacher of its own: drop it, or cache and teacher")
+        elif not self.use_mock and self.cache is None and self.teacher is None:
             wrong.append(
-                "give --cache (made by `xinslm cache`) or --teacher; without both, use "
-                "`xinslm pretrain`"
+                "give --cache (made by `xinslm cache`), --teacher, or --use-mock for a small "
+                "stand-in teacher; to train without a teacher, use `xinslm pretrain`"
             )
         return wrong
 

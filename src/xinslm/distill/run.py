@@ -2,12 +2,20 @@
 
     xinslm distill --data-path data --cache cache --output-dir runs/student
 
-Everything but the supervision is `pretrain`'s: see `train/run.py`.
+Everything but the supervision is shared with `pretrain`: see `train/run.py`.
 """
 
+from dataclasses import replace
+
+import torch
+
+from xinslm.data.dataset import Dataset
 from xinslm.distill.config import DistillConfig
+from xinslm.distill.mock import NOTE, train_mock_teacher
 from xinslm.distill.supervision import find_supervision
 from xinslm.progress import Listener, ignore
+from xinslm.train.config import PretrainConfig
+from xinslm.train.interfaces import Supervision
 from xinslm.train.run import PATHS, TrainResult, run_training
 
 
@@ -18,4 +26,17 @@ def run(config: DistillConfig, on_progress: Listener = ignore) -> TrainResult:
     XinslmError at the first loss that is not finite, Interrupted (after a checkpoint) on Ctrl-C.
     """
     paths = (*PATHS, "cache", "hidden_states", "teacher")
-    return run_training(config, "distill", find_supervision, paths, on_progress)
+    return run_training(config, "distill", _supervise, paths, on_progress)
+
+
+def _supervise(
+    config: PretrainConfig, dataset: Dataset, device: torch.device, on_progress: Listener
+) -> Supervision:
+    """Find the supervision; with `use_mock`, train its teacher first."""
+    assert isinstance(config, DistillConfig)
+    if not config.use_mock:
+        return find_supervision(config, dataset, device, on_progress)
+    teacher = train_mock_teacher(config, dataset, on_progress)
+    named = replace(config, use_mock=False, teacher=str(teacher))
+    found = find_supervision(named, dataset, device, on_progress)
+    return replace(found, warnings=(NOTE, *found.warnings))

@@ -49,6 +49,8 @@ from xinslm.train.recorder import RunRecorder, resume
 from xinslm.train.row_sampler import Source
 
 CONFIG, RUN = "config.yaml", "run.json"
+TEACHER = "teacher"
+"""Folder of a stand-in teacher in a run folder."""
 CHANGEABLE = (
     "force",
     "output_dir",
@@ -248,7 +250,7 @@ def claim_run(config: TrainingConfig, command: str, paths: tuple[str, ...]) -> I
 
 def _remove_made(folder: Path) -> None:
     """Remove what was made from raw text on the way."""
-    for name in ("data", "tokenizer"):
+    for name in ("data", "tokenizer", TEACHER):
         shutil.rmtree(folder / name, ignore_errors=True)
 
 
