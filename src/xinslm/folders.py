@@ -132,10 +132,10 @@ def new_folder(path: Path, force: bool = False, own: bool = False) -> Iterator[P
         refuse_foreign(path)
     partial = path.parent / f".{path.name}.partial-{os.getpid()}"
     partial.mkdir()
-    made = partial.stat().st_ino
+    handle = os.open(partial, os.O_RDONLY)  # open, so that its inode is not used again
     try:
         yield partial
-        if not partial.is_dir() or partial.stat().st_ino != made:
+        if not partial.is_dir() or not os.path.samestat(partial.stat(), os.fstat(handle)):
             raise XinslmError(
                 f"{partial} was removed while {path} was being written there; nothing was written. "
                 "Run the command again"
@@ -144,6 +144,8 @@ def new_folder(path: Path, force: bool = False, own: bool = False) -> Iterator[P
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
+    finally:
+        os.close(handle)
     replace_folder(partial, path)
 
 
