@@ -15,6 +15,7 @@ from small_models import save_random_model, save_tokenizer
 from xinslm.data.config import PrepareConfig
 from xinslm.data.prepare import run as prepare
 from xinslm.errors import UsageError, XinslmError
+from xinslm.evaluate import scorers
 from xinslm.evaluate.config import EvaluateConfig
 from xinslm.evaluate.run import Result, run
 from xinslm.machine import OtherLoad
@@ -268,3 +269,15 @@ def test_the_row_says_what_trained_the_model(world, text: Path) -> None:
 def test_raw_files_have_no_token_frequencies(model: Path, text: Path) -> None:
     row = evaluate(model, text).row()
     assert row["unigram_bits_per_byte"] is None and row["trained_by"] is None
+
+
+def test_the_load_is_measured_from_loading_the_model_on(
+    model: Path, text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Scoring a small model takes less time than the system's CPU clock can tell."""
+    calls = []
+    start, load = OtherLoad.__init__, scorers.load_scorer
+    monkeypatch.setattr(OtherLoad, "__init__", lambda self: (calls.append("start"), start(self))[1])
+    monkeypatch.setattr(scorers, "load_scorer", lambda *a: (calls.append("load"), load(*a))[1])
+    evaluate(model, text)
+    assert calls == ["start", "load"]

@@ -587,3 +587,5 @@ def test_a_run_may_continue_on_another_machine(world, tmp_path):
     (tmp_path / "run" / "run.json").write_text(json.dumps(facts))
     train.run(config)
     assert_same_run(tmp_path / "whole", tmp_path / "run")
+    kept = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert (kept["machine"], kept["warnings"]) == ("another", ["of then"]), "where it began"

@@ -95,13 +95,13 @@ def run(config: EvaluateConfig, on_progress: Listener = ignore) -> Result:
     config.check()
     if config.run is not None:
         require_run(config.run)
+    load = OtherLoad()  # from here, because scoring a small model takes too little time to tell
     device = pick_device(config.device)
     scorer, facts = load_scorer(config.model, device, config.dtype, config.max_seq_length)
     on_progress(Progress("read documents"))
     items = read_items(config.data_path, config.split, scorer.tokenizer, config.max_documents)
     total = sum(len(item.tokens) - 1 for item in items)
     done = 0
-    load = OtherLoad()
     start = time.perf_counter()
 
     def report(tokens: int) -> None:

@@ -109,7 +109,7 @@ def run(config: OnPolicyConfig, on_progress: Listener = ignore) -> OnPolicyResul
     with locked(config.output_dir):
         with claim_run(config, "onpolicy", PATHS):
             inputs = _open(config)
-            note_facts(config.output_dir, _fingerprints(inputs))
+            note_facts(config.output_dir, _fingerprints(inputs), inputs.device)
             if _is_done(inputs, config.rounds - 1):
                 raise UsageError(
                     f"{config.output_dir} already holds this run, finished. Choose another "

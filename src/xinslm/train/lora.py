@@ -97,7 +97,8 @@ def run(config: AdaptConfig, on_progress: Listener = ignore) -> AdaptResult:
             objective = LoraObjective(teacher, PaddedSequences(dataset, config), config)
             steps = config.max_steps or objective.data.steps(config.num_epochs)
             trainer = Trainer(objective, config, steps)
-            note_facts(config.output_dir, {"total_steps": steps, "inputs": inputs})
+            facts = {"total_steps": steps, "inputs": inputs}
+            note_facts(config.output_dir, facts, teacher.device)
             state = resume(trainer, _weights)
             if (config.output_dir / MANIFEST).is_file():
                 require_unfinished(config.output_dir, state, steps)

@@ -184,9 +184,7 @@ def _set_up(
         "parameters": model.config.num_parameters,
         "inputs": inputs,
     }
-    note_facts(config.output_dir, facts)
-    about = {**environment(device), "warnings": list(supervision.warnings)}
-    write_json(config.output_dir / RUN, {**read_json(config.output_dir / RUN), **about})
+    note_facts(config.output_dir, facts, device, supervision.warnings)
     return _Setup(
         trainer, supervision, model.config.num_parameters, partial(write_model, model, tokenizer)
     )
@@ -254,12 +252,16 @@ def _remove_made(folder: Path) -> None:
         shutil.rmtree(folder / name, ignore_errors=True)
 
 
-def note_facts(folder: Path, facts: dict[str, Any]) -> None:
-    """Add what the run follows from besides its settings to `run.json`.
+def note_facts(
+    folder: Path, facts: dict[str, Any], device: torch.device, warnings: tuple[str, ...] = ()
+) -> None:
+    """Add what the run follows from besides its settings to `run.json`, and for the report date,
+    machine and warnings of its beginning.
 
     Raises UsageError if training has begun with other inputs.
     """
     stored = read_json(folder / RUN)
+    about = {**environment(device), "warnings": list(warnings)}
     if last_checkpoint(folder) is not None:
         changed = differing_keys(facts, {key: stored.get(key) for key in facts})
         if changed:
@@ -267,7 +269,8 @@ def note_facts(folder: Path, facts: dict[str, Any]) -> None:
                 f"{folder} cannot be continued: {', '.join(changed)} changed since it began. "
                 "Choose another --output-dir, or add --force to replace it"
             )
-    write_json(folder / RUN, {**stored, **facts})
+        about |= {key: stored[key] for key in about if key in stored}
+    write_json(folder / RUN, {**stored, **facts, **about})
 
 
 def require_unfinished(folder: Path, state: TrainingState, total_steps: int) -> None:
