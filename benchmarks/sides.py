@@ -68,5 +68,6 @@ def keep(work: Path, row: str, values: dict) -> None:
     path = work / FIGURES
     stored = json.loads(path.read_text()) if path.is_file() else {}
     stored[row] = values
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(stored, indent=1))
     print(f"{row}: {json.dumps(values)}", flush=True)

@@ -41,7 +41,7 @@ def sync_tree(folder: Path) -> None:
 
 @contextmanager
 def new_file(path: Path) -> Iterator[Path]:
-    """Give a temporary file name beside `path` that replaces `path` when the block ends without an
+    """Give a temporary file name next to `path` that replaces `path` when the block ends without an
     error.
     """
     path = Path(path)
@@ -148,9 +148,9 @@ def read_manifest(
     """Read and check a folder's manifest: kind, version, size and hash of every file.
 
     `made_by` is the command that makes such a folder, for the message ('xinslm prepare'); `remedy`
-    says what to do about a missing or damaged file, by default to make the folder anew.
+    says what to do about a missing or damaged file, by default to make the folder again.
     """
-    remedy = remedy or f"make the folder anew with `{made_by}`"
+    remedy = remedy or f"make the folder again with `{made_by}`"
     path = Path(folder) / MANIFEST
     if not path.is_file():
         where = "does not exist" if not Path(folder).exists() else f"has no {MANIFEST}"
@@ -158,7 +158,7 @@ def read_manifest(
     manifest: dict[str, Any] = read_json(path)
     found = manifest.get("kind") if isinstance(manifest, dict) else None
     if found == kind and not {"version", "files", "inputs", "config"} <= manifest.keys():
-        raise XinslmError(f"{path} is incomplete. Make the folder anew with `{made_by}`")
+        raise XinslmError(f"{path} is incomplete. Make the folder again with `{made_by}`")
     if found != kind:
         raise UsageError(
             f"{folder} is a {found or 'foreign'} folder, but a {kind} folder is needed. Make one "
@@ -168,7 +168,7 @@ def read_manifest(
         raise XinslmError(
             f"{folder} has {kind} format version {manifest['version']}, this xinslm reads version "
             f"{version}. "
-            f"Make it anew with `{made_by}`"
+            f"Make it again with `{made_by}`"
         )
     for name, facts in manifest["files"].items():
         file = Path(folder) / name

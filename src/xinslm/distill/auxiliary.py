@@ -1,13 +1,11 @@
-"""The losses on hidden states as the training loop uses them: schedules, trained maps and their
-optimiser.
+"""Losses on hidden states in the training loop: schedules, trained projections and their optimizer.
 
-    weight(step) * sum over the step's positions / (target positions of the whole step)
+    weight(step) * sum over the step's positions / (target positions of the step)
 
-That is exact for the projector's error however a step is split into micro-batches. CKA and InfoNCE
-compare the positions of one micro-batch with each other: each counts by its share of the step's
-target positions. Positions where no teacher token ends have no part. The maps are no part of the
-model: they stand in files of their own in a checkpoint and are trained by an AdamW of their own,
-whatever trains the model.
+For the projector's error this is exact however a step is split into micro-batches. CKA and InfoNCE
+compare the positions of one micro-batch with each other; each counts by its share of the step's
+target positions. Positions at which no teacher token ends are left out. The projections are not
+part of the model: a checkpoint keeps them in a file of their own, and their own AdamW trains them.
 """
 
 import math
@@ -94,7 +92,7 @@ class HiddenStateLoss:
         )
 
     def parameters(self) -> list[nn.Parameter]:
-        """The maps, (width, hidden_size) each."""
+        """The projections, (width, hidden_size) each."""
         return self.matrices
 
     def weights(self, step: int) -> tuple[float, float]:
@@ -198,12 +196,12 @@ class HiddenStateLoss:
         )
 
     def zero_grad(self) -> None:
-        """Forget the gradients of the last step."""
+        """Drop the gradients of the last step."""
         for matrix in self.matrices:
             matrix.grad = None
 
     def step(self, rate: float, max_grad_norm: float) -> None:
-        """Move the maps at learning rate `rate`; their gradient has its own limit, apart from the
+        """Update the projections at learning rate `rate`; their gradient is clipped apart from the
         model's.
         """
         if self.optimizer is not None:
@@ -213,7 +211,7 @@ class HiddenStateLoss:
             self.optimizer.step()
 
     def state(self) -> dict[str, Tensor]:
-        """Maps and their moments, for a checkpoint."""
+        """Projections and their moments, for a checkpoint."""
         tensors = {}
         for number, matrix in enumerate(self.matrices):
             tensors[f"matrix.{number}"] = matrix.detach().cpu().contiguous()
@@ -223,7 +221,7 @@ class HiddenStateLoss:
         return tensors
 
     def load_state(self, tensors: dict[str, Tensor]) -> None:
-        """Take up what `state` gave; KeyError or RuntimeError where it is of other maps."""
+        """Restore what `state` gave; KeyError or RuntimeError if it does not fit."""
         for number, matrix in enumerate(self.matrices):
             matrix.data.copy_(tensors[f"matrix.{number}"])
             keys = [

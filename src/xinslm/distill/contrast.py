@@ -1,9 +1,9 @@
-"""InfoNCE between hidden states (van den Oord et al. 2018, equation 4): tell the teacher's state at
-one's own place from its states at other places of the batch.
+"""InfoNCE between hidden states (van den Oord et al. 2018, equation 4): recognize the teacher's
+state at the same position among its states at other positions of the batch.
 
-Places with the same next token are no negatives: a student that calls them alike is right. Cosines
-are about the mean over the places: the states of a language model share a direction that says
-nothing (Ethayarajh 2019), beside which all of them look alike.
+Positions with the same next token are not negatives, since their states should be similar. Cosines
+are taken after subtracting the mean over positions: the states of a language model share a large
+common direction (Ethayarajh 2019), which would make all cosines close to 1.
 """
 
 import numpy as np
@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 def info_nce(anchors: Tensor, positives: Tensor, labels: Tensor, temperature: float) -> Tensor:
-    """Mean over N places of -log softmax(cosine / temperature) at the place's own positive.
+    """Mean over N positions of -log softmax(cosine / temperature) at the position's own positive.
 
     anchors, positives: (N, r), row i of one belongs to row i of the other. labels: (N,) int64, the
     next tokens.

@@ -1,13 +1,13 @@
-"""Hidden-state matching: two distances between what a student and a teacher hold at the same place
-of a text.
+"""Hidden-state matching: two distances between the states of a student and a teacher at one
+position.
 
-    projector   ||P x - s||^2 / ||s||^2, x the student's normalised state, s the teacher's projected
-    hidden state, P a trained map
-    cka         1 - linear CKA (Kornblith et al. 2019, section 3), which no rotation and no scale
-    changes: no map
+    projector   ||P x - s||^2 / ||s||^2: x is the student's normalized state, s the teacher's
+                projected hidden state, P a trained projection
+    cka         1 - linear CKA (Kornblith et al. 2019, section 3), invariant to rotation and scale:
+                no projection
 
-Both are free of scale, so one weight fits all depths and models. They are pure functions: the
-states of any student and any teacher will do, in any floating type.
+Both are independent of scale, so one weight fits all depths and models. They are pure functions and
+take the states of any student and teacher, in any floating type.
 """
 
 import torch

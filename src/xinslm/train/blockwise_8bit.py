@@ -1,11 +1,10 @@
-"""Optimiser states in 8 bits: blocks of 256 numbers, each with its own largest value (cf. Dettmers,
-arXiv:2110.02861).
+"""Optimizer states in 8 bits: blocks of 256 numbers, each scaled by its largest value (cf.
+Dettmers, arXiv:2110.02861).
 
-The codes are linear in the square root of a first moment and in the fourth root of a second moment,
-so that both cover the same range in units of the gradient, densest where a block's numbers lie.
-They are a closed form, not the paper's table: the same few elementwise operations on cpu, cuda and
-mps, without a search. A second moment above zero never becomes zero, or its step would have no
-bound.
+The codes are linear in the square root of a first moment and in the fourth root of a second moment.
+Both then cover the same range in units of the gradient, with most codes near zero. They are a
+closed form instead of the paper's table: a few elementwise operations, the same on cpu, cuda and
+mps. A second moment above zero never becomes zero, which would make the step unbounded.
 """
 
 import torch

@@ -1,11 +1,11 @@
-"""The optimiser's step inside the backward pass: each gradient is used and freed as soon as it is
+"""The optimizer step inside the backward pass: each gradient is used and freed as soon as it is
 complete.
 
-The memory of all gradients but one is saved (Lv et al., LOMO, arXiv:2306.09782). The norm of the
-whole gradient is not known then. A tensor is scaled by min(1, max_grad_norm / n), where n is the
-larger of the previous step's norm and this step's norm so far: what a spike may do is bounded from
-the tensor on that shows it, and where nothing is clipped the step is the ordinary one bit for bit.
-A tied embedding is stepped once, after both of its gradients have come.
+This saves the memory of all gradients but one (Lv et al., LOMO, arXiv:2306.09782). The norm of the
+full gradient is not known at that time, so a tensor is scaled by min(1, max_grad_norm / n), where n
+is the larger of the previous step's norm and this step's norm so far. A spike is limited from the
+tensor on that shows it; a step without clipping equals the ordinary one bit for bit. A tied
+embedding is stepped once, after both of its gradients have come.
 """
 
 import math
@@ -24,7 +24,7 @@ class BackwardSteps:
     def __init__(self, optimizer: Optimizer, limit: float) -> None:
         self.optimizer, self.limit = optimizer, limit or math.inf
         self.previous = 0.0
-        """Norm of the whole gradient at the step before; 0 before the first."""
+        """Norm of the full gradient at the previous step; 0 before the first."""
         self._active, self._squares = False, 0.0
         for parameter in optimizer.group_of:
             parameter.register_post_accumulate_grad_hook(self._take)
@@ -67,7 +67,7 @@ def gradient_square(parameter: nn.Parameter) -> float:
 
 
 def clip(model: nn.Module, limit: float) -> tuple[float, float]:
-    """Norm of the whole gradient, and what to multiply it by in the step so that it is at most
+    """Norm of the full gradient, and what to multiply it by in the step so that it is at most
     `limit` (0: none).
 
     Gradients that are all float32 are scaled here, and the factor is 1.

@@ -1,14 +1,14 @@
-"""The optimisers: AdamW, AdamW with 8-bit states, Muon; on float32 weights or on bfloat16 ones.
+"""The optimizers: AdamW, AdamW with 8-bit states, Muon; on float32 or bfloat16 weights.
 
-One class, so that every combination steps one parameter at a time (inside the backward pass,
-`backward.py`) and is saved in one way. AdamW (arXiv:1711.05101) on float32 weights is PyTorch's
-fused kernel. Everything else runs over pieces that stay in the processor's cache: weights and
-states become float32 there, and go back in their own types.
+One class steps one parameter at a time, so that every combination also works inside the backward
+pass (`optimizer_in_backward.py`) and is saved in the same way. AdamW (arXiv:1711.05101) on float32
+weights is PyTorch's fused kernel. The others work on pieces that fit into the processor's cache:
+weights and states are converted to float32 there and stored in their own types.
 
-Muon (Jordan et al. 2024; Liu et al., arXiv:2502.16982) takes the hidden matrices, AdamW embeddings,
-head and vectors. Its step has the size of AdamW's (0.2 sqrt(max(rows, columns))), so that one
-learning rate serves both. PyTorch's own Muon iterates in bfloat16, which processors without such
-instructions do eight times slower than float32.
+Muon (Jordan et al. 2024; Liu et al., arXiv:2502.16982) updates the hidden matrices; AdamW updates
+embeddings, head and vectors. Muon's step has the size of AdamW's (0.2 sqrt(max(rows, columns))), so
+one learning rate serves both. PyTorch's own Muon iterates in bfloat16, which is eight times slower
+than float32 on processors without such instructions.
 """
 
 import math

@@ -3,7 +3,7 @@
 The choice is a function of the seed and the step, so a continued run repeats the uninterrupted one.
 Each source gives its rows in an endless chain of permutations, one per epoch. With several sources,
 each place of a batch is assigned by a golden-ratio sequence, which keeps to the shares within a row
-or two in every stretch. The loss is divided by the targets of the whole step, whatever their
+or two in every stretch. The loss is divided by the targets of the step, whatever their
 source; with `balanced`, each source's mean counts by its share instead.
 """
 
@@ -27,7 +27,7 @@ def always(step: int) -> float:
 
 @dataclass(frozen=True)
 class Source:
-    """Rows, what a teacher says about them, and the loss they are trained with."""
+    """Packed sequences, their teacher targets, and the loss they are trained with."""
 
     rows: PackedDataset
     targets: TargetSource | None

@@ -1,10 +1,9 @@
-"""bfloat16 weights that learn: what is added to them is rounded up or down by chance, so that the
-mean is exact.
+"""bfloat16 weights that learn: updates are rounded up or down at random, so that the mean is exact.
 
-A weight in bfloat16 has 8 bits of precision; a step below half its last bit is lost at each
-rounding to nearest, and training stalls. Rounded up with a probability of the part cut off (Gupta
-et al., arXiv:1502.02551), small steps count on average. The random bits follow from seed, step and
-the weight's number alone: a continued run draws the same.
+A bfloat16 weight has 8 bits of precision. Rounding to nearest loses every step below half of its
+last bit, and training stalls. Rounding up with the probability of the part that is cut off (Gupta
+et al., arXiv:1502.02551) keeps small steps on average. The random bits follow from the seed, the
+step and the weight's number, so a continued run draws the same ones.
 """
 
 import numpy as np
