@@ -63,11 +63,17 @@ class FakeVllm:
                     fake.keys.append(self.headers.get("Authorization"))
                     fake.at_once += 1
                     fake.most_at_once = max(fake.most_at_once, fake.at_once)
+                self.counted = True
                 try:
                     self.serve(fake.mischief(number, self.path, body), body)
                 finally:
-                    with fake.lock:
-                        fake.at_once -= 1
+                    self.leave()
+
+            def leave(self) -> None:
+                """Before the answer: with it, the client may send its next request at once."""
+                with fake.lock:
+                    fake.at_once -= getattr(self, "counted", False)
+                    self.counted = False
 
             def serve(self, mischief: Any, body: dict) -> None:
                 if mischief == "hang":
@@ -103,6 +109,7 @@ class FakeVllm:
                 headers: dict | None = None,
                 length: int | None = None,
             ) -> None:
+                self.leave()
                 self.send_response(status)
                 for name, value in (headers or {}).items():
                     self.send_header(name, value)
