@@ -1,7 +1,7 @@
-"""What one busy neighbour process costs a training run, for several policies of OpenMP's threads.
+"""What one busy neighbour process costs a training run, for several policies of its threads.
 
     python benchmarks/busy_neighbour.py --shape demo --rounds 12
-    python benchmarks/busy_neighbour.py --shape 1m --policies torch,xinslm,spin-1000,one-thread
+    python benchmarks/busy_neighbour.py --shape 1m --policies torch,xinslm,passive,bound,one-thread
 
 Each policy is a process that trains a small model. Blocks of a few seconds run in turn: every
 policy alone, every policy with one neighbour that spins (it is stopped and continued by signal).
@@ -22,7 +22,8 @@ from contextlib import ExitStack
 import psutil
 from machine import describe
 
-from xinslm.cli.threads import set_wait_policy
+from xinslm.cli.threads import FreeCores
+from xinslm.progress import Progress
 
 DEMO = {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 6}
 ONE_M = {"hidden_size": 128, "intermediate_size": 320, "num_hidden_layers": 5}
@@ -45,20 +46,20 @@ def policies(names: list[str]) -> dict[str, dict[str, str]]:
     chosen = {}
     for name in names:
         chosen[name] = dict(plain)
-        if name == "xinslm":
-            set_wait_policy(chosen[name])
-        elif name == "passive":
+        if name == "passive":
             chosen[name]["OMP_WAIT_POLICY"] = "passive"
         elif name.startswith("spin-"):
             chosen[name]["GOMP_SPINCOUNT"] = name.removeprefix("spin-")
         elif name == "one-thread":
             chosen[name]["OMP_NUM_THREADS"] = "1"
-        elif name != "torch":
-            sys.exit(f"no policy {name}: torch, xinslm, passive, spin-N, one-thread")
+        elif name == "bound":
+            chosen[name]["OMP_PROC_BIND"] = "true"
+        elif name not in ("torch", "xinslm"):
+            sys.exit(f"no policy {name}: torch, xinslm, passive, bound, spin-N, one-thread")
     return chosen
 
 
-def train(shape: str) -> None:
+def train(shape: str, policy: str) -> None:
     """The process of one policy: a block of training steps for each line of input."""
     import torch
 
@@ -97,13 +98,22 @@ def train(shape: str) -> None:
 
     for _ in range(3):
         step()
-    print("ready", flush=True)
-    for line in sys.stdin:
+
+    def block(seconds: float) -> float:
         began, steps = time.perf_counter(), 0
-        while time.perf_counter() - began < float(line):
+        while time.perf_counter() - began < seconds:
             step()
             steps += 1
-        print((time.perf_counter() - began) / steps, flush=True)
+            if free_cores is not None:
+                free_cores(Progress("train"))
+        return (time.perf_counter() - began) / steps
+
+    print("ready", flush=True)
+    free_cores = FreeCores(lambda progress: None, {}) if policy == "xinslm" else None
+    for line in sys.stdin:
+        settle, seconds = map(float, line.split())
+        block(settle)
+        print(block(seconds), flush=True)
 
 
 class Bench:
@@ -111,13 +121,14 @@ class Bench:
 
     def __init__(self, args: argparse.Namespace, stack: ExitStack):
         self.anyway, self.disturbed = args.anyway, list[float]()
-        self.seconds, self.deadline = args.seconds, time.monotonic() + 60 * args.minutes
+        self.settle, self.seconds = args.settle, args.seconds
+        self.deadline = time.monotonic() + 60 * args.minutes
         self.neighbour = stack.enter_context(subprocess.Popen([sys.executable, "-c", NEIGHBOUR]))
         stack.callback(self.neighbour.kill)
         os.kill(self.neighbour.pid, signal.SIGSTOP)
         self.sides: dict[str, subprocess.Popen[str]] = {}
         for name, env in policies(args.policies.split(",")).items():
-            command = [sys.executable, __file__, "--child", args.shape]
+            command = [sys.executable, __file__, "--shape", args.shape, "--child", name]
             side = stack.enter_context(
                 subprocess.Popen(
                     command, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
@@ -136,7 +147,7 @@ class Bench:
             os.kill(self.neighbour.pid, signal.SIGCONT if busy else signal.SIGSTOP)
             time.sleep(0.1)
             began, others = time.perf_counter(), self._others()
-            print(self.seconds, file=self.sides[name].stdin, flush=True)
+            print(self.settle, self.seconds, file=self.sides[name].stdin, flush=True)
             result = float(self.sides[name].stdout.readline())
             elapsed = time.perf_counter() - began
             os.kill(self.neighbour.pid, signal.SIGSTOP)
@@ -166,15 +177,16 @@ def main() -> None:
     parser.add_argument("--shape", choices=SHAPES, default="demo")
     parser.add_argument("--policies", default="torch,xinslm")
     parser.add_argument("--seconds", type=float, default=3.0)
+    parser.add_argument("--settle", type=float, default=2.5, help="seconds of a block not counted")
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--minutes", type=float, default=20.0, help="stop waiting for idle cores")
     parser.add_argument(
         "--anyway", action="store_true", help="count disturbed blocks too, and give no verdict"
     )
-    parser.add_argument("--child", choices=SHAPES, help=argparse.SUPPRESS)
+    parser.add_argument("--child", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
-        return train(args.child)
+        return train(args.shape, args.child)
     print(f"{describe(('torch',))}\nshape {args.shape}, blocks of {args.seconds:g} s", flush=True)
     with ExitStack() as stack:
         bench = Bench(args, stack)

@@ -15,7 +15,7 @@ from typing import Any
 
 from xinslm import __version__
 from xinslm.cli.terminal import say
-from xinslm.cli.threads import set_wait_policy
+from xinslm.cli.threads import FreeCores
 from xinslm.commands import COMMANDS, Command
 from xinslm.errors import UsageError, XinslmError
 
@@ -24,7 +24,6 @@ SEE_HELP = "See `xinslm --help`."
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; return the exit code."""
-    set_wait_policy(os.environ)
     words = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in words
     words = [word for word in words if word != "--debug"]
@@ -62,7 +61,8 @@ def _run(name: str, command: Command, words: list[str]) -> int:
         getattr(present, command.present)(command.load("run"), config, main)
         return 0
     with live.listener() as on_progress:
-        result = command.load("run")(config, on_progress, **_secrets(config))
+        listener = FreeCores(on_progress, os.environ)
+        result = command.load("run")(config, listener, **_secrets(config))
     say(result.describe())
     return 0
 
