@@ -1,0 +1,39 @@
+"""Every command in a code block of the documentation parses, and its links lead somewhere."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import tyro
+
+from xinslm.cli.numbers import REGISTRY
+from xinslm.commands import COMMANDS
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+SHOWN = [
+    pytest.param(line, id=f"{page.name}: {line[:60]}")
+    for page in PAGES
+    for block in re.findall(r"^```\n(.*?)^```", page.read_text(encoding="utf-8"), re.M | re.S)
+    for line in block.splitlines()
+    if line.startswith("xinslm ")
+]
+
+
+@pytest.mark.parametrize("line", SHOWN)
+def test_command_parses(line):
+    words = shlex.split(line, comments=True)[1:]
+    size = next(n for n in (2, 1) if " ".join(words[:n]) in COMMANDS)
+    config = COMMANDS[" ".join(words[:size])].load("config")
+    tyro.cli(config, args=words[size:], registry=REGISTRY)
+
+
+def test_commands_were_found():
+    assert len(SHOWN) > 20
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_to_files(page):
+    targets = re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8"))
+    assert not [target for target in targets if not (page.parent / target).exists()]
