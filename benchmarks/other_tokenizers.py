@@ -76,7 +76,7 @@ def with_written(data: Path, teacher: Path, context: int, work: Path) -> Path:
         xinslm(
             f"synthesize {teacher} --prompts {work}/prompts.txt --output-dir {written} "
             f"--max-new-tokens {context - 66} "
-            f"--temperature 0.8 --student-tokenizer-path {data}/tokenizer --no-cache --batch-size "
+            f"--temperature 0.8 --tokenizer-path {data}/tokenizer --no-keep-cache --batch-size "
             f"64 "
             "--document-end bos "
             f"--max-seq-length {context}"

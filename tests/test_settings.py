@@ -1,72 +1,75 @@
-"""Settings of `cache`, `pretrain` and `distill`: every number has a range, and what is out of it is
-named.
-"""
+"""Settings of every command: every number has a range, and all that is outside is named at once."""
 
 import math
+import re
 import types
 import typing
-from dataclasses import fields
+from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
 
 import pytest
 
 from xinslm.cache.config import CacheConfig
-from xinslm.cache.merge_config import MergeConfig
+from xinslm.commands import COMMANDS
 from xinslm.distill.auxiliary_config import ContrastConfig, HiddenConfig
 from xinslm.distill.config import DistillConfig
-from xinslm.doctor.config import DoctorConfig
 from xinslm.errors import UsageError
+from xinslm.inference.config import GenerateConfig
 from xinslm.losses.config import LossConfig
 from xinslm.plan.config import PlanConfig
-from xinslm.prune.config import PruneConfig
-from xinslm.rollouts.onpolicy_config import OnPolicyConfig
-from xinslm.rollouts.synthesize_config import SynthesizeConfig
-from xinslm.teachers.endpoint_config import EndpointConfig
+from xinslm.quantize.config import QuantizeConfig
+from xinslm.ranges import Settings
+from xinslm.tokenizer.config import TrainConfig
 from xinslm.train import inputs
 from xinslm.train.config import PretrainConfig
-from xinslm.train.lora_config import AdaptConfig
 
-REQUIRED = {
-    PruneConfig: {"teacher": "t", "data_path": Path("d"), "output_dir": Path("o")},
-    CacheConfig: {"teacher": "t", "data_path": Path("d"), "output_dir": Path("o")},
-    PretrainConfig: {"data_path": Path("d"), "output_dir": Path("o")},
-    DistillConfig: {"data_path": Path("d"), "output_dir": Path("o"), "cache": Path("c")},
-    MergeConfig: {"caches": (Path("a"), Path("b")), "output_dir": Path("o")},
-    AdaptConfig: {"teacher": "t", "data_path": Path("d"), "output_dir": Path("o")},
-    DoctorConfig: {"data_path": Path("d")},
-    PlanConfig: {"data_path": Path("d")},
-    SynthesizeConfig: {"teacher": "t", "prompts": Path("p"), "output_dir": Path("o")},
-    EndpointConfig: {},
-    LossConfig: {},
-    HiddenConfig: {},
-    ContrastConfig: {},
-    OnPolicyConfig: {
-        "student": Path("s"),
-        "teacher": "t",
-        "prompts": Path("d"),
-        "output_dir": Path("o"),
-    },
-}
+CLASSES = [command.load("config") for command in COMMANDS.values()]
+GIVEN = {DistillConfig: {"cache": Path("c")}, QuantizeConfig: {"data_path": Path("d")}}
+"""What a class needs beyond its required fields."""
+GIVEN |= {PlanConfig: {"data_path": Path("d")}, TrainConfig: {"data_path": ("d",)}}
 
 
-SECTIONS = {LossConfig: "loss", HiddenConfig: "hidden", ContrastConfig: "contrast"}
+def sections() -> dict[type, tuple[type, str]]:
+    """Each configuration inside another, with the first class and field that holds it."""
+    found: dict[type, tuple[type, str]] = {}
+    for cls in CLASSES:
+        for name, hint in typing.get_type_hints(cls).items():
+            if is_dataclass(hint):
+                found.setdefault(hint, (cls, name))
+    return found
+
+
+SECTIONS = sections()
+EVERY = [*CLASSES, *SECTIONS]
+
+
+def make(cls, **changes):
+    """A configuration with a value for each required field."""
+    samples = {str: "x", Path: Path("x"), tuple[str, ...]: ("x",)}
+    samples[tuple[Path, ...]] = (Path("a"), Path("b"))
+    hints = typing.get_type_hints(cls)
+    needed = {
+        field.name: samples[hints[field.name]]
+        for field in fields(cls)
+        if field.default is MISSING and field.default_factory is MISSING
+    }
+    return cls(**{**needed, **GIVEN.get(cls, {}), **changes})
 
 
 def check(cls, **changes) -> None:
+    """Check a configuration; one inside another as part of the command's."""
     if cls in SECTIONS:
-        DistillConfig(**REQUIRED[DistillConfig], **{SECTIONS[cls]: cls(**changes)}).check()
-    elif cls is EndpointConfig:
-        CacheConfig(**REQUIRED[CacheConfig], endpoint=cls(**changes)).check()
-        SynthesizeConfig(**REQUIRED[SynthesizeConfig], endpoint=cls(**changes)).check()
+        owner, name = SECTIONS[cls]
+        make(owner, **{name: cls(**changes)}).check()
     else:
-        cls(**REQUIRED[cls], **changes).check()
+        make(cls, **changes).check()
 
 
 def numbers():
     """Every numeric field of every configuration, found by its type, not by the table under
     test.
     """
-    for cls in REQUIRED:
+    for cls in EVERY:
         hints = typing.get_type_hints(cls)
         for field in fields(cls):
             hint = hints[field.name]
@@ -85,7 +88,7 @@ def test_no_number_is_taken_unseen(cls, name: str, is_float: bool) -> None:
 
 
 def test_the_defaults_and_the_ends_of_the_ranges_are_taken() -> None:
-    for cls in REQUIRED:
+    for cls in EVERY:
         check(cls)
     check(CacheConfig, top_k=256, tail_samples=64, max_seq_length=1_000_000, seed=2**31 - 1)
     check(
@@ -192,6 +195,26 @@ def test_the_defaults_and_the_ends_of_the_ranges_are_taken() -> None:
 def test_what_is_out_of_range_is_said(cls, changes: dict, message: str) -> None:
     with pytest.raises(UsageError, match=message):
         check(cls, **changes)
+
+
+@pytest.mark.parametrize("cls", EVERY)
+def test_every_class_reports_all_its_errors_at_once(cls) -> None:
+    assert issubclass(cls, Settings) and (cls in SECTIONS or make(cls).errors() == [])
+    names = list(dict.fromkeys(param.values[1] for param in numbers() if param.values[0] is cls))
+    if not names:
+        return
+    with pytest.raises(UsageError) as caught:
+        check(cls, **dict.fromkeys(names, -(10**6)))
+    assert all(re.search(rf"\b{name} (is )?\(?-1000000", str(caught.value)) for name in names)
+
+
+def test_contradictions_are_reported_with_the_ranges() -> None:
+    wrong = make(QuantizeConfig, bits=3, seed=-1, num_calibration_samples=0).errors()
+    assert [error.split()[0] for error in wrong] == ["num_calibration_samples", "seed", "bits"]
+    wrong = make(TrainConfig, prefix_of=Path("t"), min_frequency=2, vocab_size=0).errors()
+    assert len(wrong) == 2 and "--min-frequency has no effect" in wrong[1]
+    wrong = make(GenerateConfig, prompt="a", prompt_file=Path("b"), max_new_tokens=0).errors()
+    assert len(wrong) == 2 and "not both" in wrong[1]
 
 
 def test_all_mistakes_come_at_once() -> None:

@@ -15,6 +15,10 @@ class Command:
     summary: str
     config: str
     run: str
+    example: str
+    """Arguments of one typical call, for `--help`."""
+    most_used: str
+    """Names of the options that `--help` shows first: those that are required, and five at most."""
     present: str = ""
     """How the result reaches the terminal where printing `result.describe()` is not all; a function
     of `cli.present`.
@@ -31,91 +35,146 @@ COMMANDS = {
         "the whole pipeline on built-in data, in a few minutes",
         "demo.config:DemoConfig",
         "demo.run:run",
-        "play_demo",
+        example="-o demo-run --teacher-steps 600",
+        most_used="output_dir megabytes vocab_size teacher_steps student_steps",
+        present="play_demo",
     ),
     "tokenizer train": Command(
         "learn a byte-level BPE from text, or cut one out of a teacher's",
         "tokenizer.config:TrainConfig",
         "data.train_tokenizer:run",
+        example="--data-path text/ --vocab-size 8192 -o tokenizer",
+        most_used="data_path output_dir vocab_size prefix_of special_tokens",
     ),
     "tokenizer show": Command(
         "tokens of a text in colour, and the merges that made them",
         "tokenizer.config:ShowConfig",
         "tokenizer.show:run",
-        "show_tokens",
+        example="'Once upon a time' --tokenizer-path tokenizer",
+        most_used="text tokenizer_path num_pieces allow_special",
+        present="show_tokens",
     ),
     "prepare": Command(
-        "text or instructions to token shards", "data.config:PrepareConfig", "data.prepare:run"
+        "text or instructions to token shards",
+        "data.config:PrepareConfig",
+        "data.prepare:run",
+        example="--data-path text/ --tokenizer-path tokenizer -o data --show 3",
+        most_used="data_path tokenizer_path output_dir validation_fraction show",
     ),
     "pretrain": Command(
         "train a model on text, without a teacher",
         "train.config:PretrainConfig",
         "train.run:run",
+        example="--data-path data --preset 10m -o model",
+        most_used="data_path output_dir preset max_steps batch_size",
     ),
     "adapt": Command(
         "fit a teacher to your data with LoRA, before it is cached",
         "train.lora_config:AdaptConfig",
         "train.lora:run",
+        example="teacher --data-path data -o adapter --max-steps 200",
+        most_used="teacher data_path output_dir max_steps lora_r",
     ),
     "cache merge": Command(
         "the caches of several teachers into one",
         "cache.merge_config:MergeConfig",
         "cache.merge:run",
+        example="cache-a cache-b -o cache --weights 2 1",
+        most_used="caches output_dir weights domain_weights token_temperature",
     ),
     "cache": Command(
         "let a teacher score a dataset, once",
         "cache.config:CacheConfig",
         "cache.score:run",
+        example="teacher --data-path data -o cache --max-seq-length 512",
+        most_used="teacher data_path output_dir max_seq_length top_k",
     ),
     "synthesize": Command(
         "let a teacher answer prompts: text, dataset and cache",
         "rollouts.synthesize_config:SynthesizeConfig",
         "rollouts.synthesize:run",
+        example="teacher --prompts prompts.jsonl -o answers --samples 4",
+        most_used="teacher prompts output_dir samples max_new_tokens",
     ),
     "prune": Command(
-        "cut a student out of a teacher, to start from", "prune.config:PruneConfig", "prune.run:run"
+        "cut a student out of a teacher, to start from",
+        "prune.config:PruneConfig",
+        "prune.run:run",
+        example="teacher --data-path data --num-layers 12 --hidden-size 768 -o start",
+        most_used="teacher data_path output_dir num_layers hidden_size",
     ),
     "doctor": Command(
         "check data, teacher, cache and student before a long run",
         "doctor.config:DoctorConfig",
         "doctor.run:run",
-        "diagnose",
+        example="--data-path data --cache cache --teacher teacher",
+        most_used="data_path cache teacher student adapter",
+        present="diagnose",
     ),
     "distill": Command(
-        "train a student from a teacher", "distill.config:DistillConfig", "distill.run:run"
+        "train a student from a teacher",
+        "distill.config:DistillConfig",
+        "distill.run:run",
+        example="--data-path data --cache cache -o student --preset 10m",
+        most_used="data_path cache output_dir preset max_steps",
     ),
     "onpolicy": Command(
         "train a student on texts it writes itself, scored by a teacher",
         "rollouts.onpolicy_config:OnPolicyConfig",
         "rollouts.onpolicy:run",
+        example="--student student --teacher teacher --prompts data -o better",
+        most_used="student teacher prompts output_dir rounds",
     ),
     "plan": Command(
         "memory, time and storage of a training run, before it starts",
         "plan.config:PlanConfig",
         "plan.run:run",
+        example="--data-path data --cache cache --preset 135m --memory 16",
+        most_used="data_path preset batch_size max_seq_length memory",
     ),
     "evaluate": Command(
         "bits per byte and perplexity of a model",
         "evaluate.config:EvaluateConfig",
         "evaluate.run:run",
+        example="student --data-path data --run student",
+        most_used="model data_path run name max_documents",
     ),
     "quantize": Command(
-        "4-bit weights by GPTQ, or 8-bit", "quantize.config:QuantizeConfig", "quantize.run:run"
+        "4-bit weights by GPTQ, or 8-bit",
+        "quantize.config:QuantizeConfig",
+        "quantize.run:run",
+        example="student --data-path data -o student-4bit",
+        most_used="model data_path output_dir bits method",
     ),
     "export gguf": Command(
-        "write a GGUF file for llama.cpp", "export.config:GgufConfig", "export.gguf:run"
+        "write a GGUF file for llama.cpp",
+        "export.config:GgufConfig",
+        "export.gguf:run",
+        example="student-4bit -o student.gguf --run student",
+        most_used="model output_path run outtype force",
     ),
     "generate": Command(
         "continue a prompt",
         "inference.config:GenerateConfig",
         "inference.generate:run",
-        "stream_text",
+        example="student --prompt 'One morning' --max-new-tokens 100",
+        most_used="model prompt max_new_tokens temperature chat",
+        present="stream_text",
     ),
     "chat": Command(
-        "talk to a model", "inference.config:ChatConfig", "inference.chat:run", "converse"
+        "talk to a model",
+        "inference.config:ChatConfig",
+        "inference.chat:run",
+        example="student-4bit --temperature 0.5",
+        most_used="model system max_new_tokens temperature seed",
+        present="converse",
     ),
     "report": Command(
-        "an HTML page of what a run did", "report.config:ReportConfig", "report.run:run"
+        "an HTML page of what a run did",
+        "report.config:ReportConfig",
+        "report.run:run",
+        example="student --compare undistilled",
+        most_used="run compare output_dir x log_x",
     ),
 }
 

@@ -1,4 +1,4 @@
-"""Types and ranges of settings: one table per configuration, one sentence per wrong value.
+"""Types, ranges and checks of settings: one table per configuration, one sentence per wrong value.
 
 A range is checked as `low <= value <= high`, so that NaN, which no comparison holds for, is always
 outside.
@@ -8,6 +8,8 @@ import math
 import sys
 from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
+
+from xinslm.errors import UsageError
 
 Device = Literal["auto", "cpu", "cuda", "mps"]
 Dtype = Literal["float32", "bfloat16", "float16"]
@@ -51,3 +53,16 @@ def range_errors(config: Any, ranges: Mapping[str, Range], prefix: str = "") -> 
         if problem is not None:
             wrong.append(f"{prefix}{name} is {value}, but must be {problem}")
     return wrong
+
+
+class Settings:
+    """Base class of configurations: `check` reports all errors at once."""
+
+    def errors(self) -> list[str]:
+        """What cannot work, a sentence each."""
+        return []
+
+    def check(self) -> None:
+        """Raise UsageError listing everything that cannot work."""
+        if wrong := self.errors():
+            raise UsageError("\n".join(wrong))

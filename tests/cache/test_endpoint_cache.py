@@ -57,7 +57,7 @@ def config(world, url, folder, **changes):
         "max_seq_length": 40,
         "top_k": 6,
         "endpoint": QUICK,
-        "tokenizer_path": str(world.tokenizer),
+        "teacher_tokenizer_path": str(world.tokenizer),
         **changes,
     }
     return CacheConfig(url, world.data, folder, **settings)
@@ -365,9 +365,10 @@ def test_other_refusals(small, tmp_path):
                 config(small, server.url, tmp_path / "c", endpoint=EndpointConfig(model="big"))
             )
         with pytest.raises(
-            UsageError, match=r"no tokenizer is found under the name tiny; give .*--tokenizer-path"
+            UsageError,
+            match=r"no tokenizer is found under the name tiny; give .*--teacher-tokenizer-path",
         ):
-            score.run(config(small, server.url, tmp_path / "c", tokenizer_path=None))
+            score.run(config(small, server.url, tmp_path / "c", teacher_tokenizer_path=None))
         with pytest.raises(
             UsageError, match=r"context of 64 tokens and needs two more: pass --max-seq-length 62"
         ):
@@ -379,7 +380,12 @@ def test_other_refusals(small, tmp_path):
         BPETokenizer.prefix_of(BPETokenizer.load(small.tokenizer), 300).save(tmp_path / "other")
         with pytest.raises(UsageError, match="the same ids mean other text"):
             score.run(
-                config(small, server.url, tmp_path / "c", tokenizer_path=str(tmp_path / "other"))
+                config(
+                    small,
+                    server.url,
+                    tmp_path / "c",
+                    teacher_tokenizer_path=str(tmp_path / "other"),
+                )
             )
 
 
@@ -393,7 +399,7 @@ def test_key_comes_from_a_file_or_a_variable_and_is_written_nowhere(
         str(small.data),
         "--max-seq-length",
         "40",
-        "--tokenizer-path",
+        "--teacher-tokenizer-path",
         str(small.tokenizer),
     ]
     for name, value, key in (

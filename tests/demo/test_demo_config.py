@@ -23,7 +23,7 @@ from xinslm.errors import UsageError
 )
 def test_numbers_that_cannot_work_are_named(name, value, tmp_path, capsys):
     with pytest.raises(UsageError, match=f"{name} is {value}, but must be"):
-        DemoConfig(**{name: value})
+        DemoConfig(**{name: value}).check()
     assert (
         main(["demo", "-o", str(tmp_path / "out"), f"--{name.replace('_', '-')}", str(value)]) == 2
     )

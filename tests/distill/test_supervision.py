@@ -37,7 +37,7 @@ def base(world, tmp_path) -> DistillConfig:
 @pytest.fixture
 def gguf_file(world, tmp_path) -> Path:
     path = tmp_path / "teacher.gguf"
-    gguf.run(GgufConfig(model=world.teacher, output_path=path, dtype="f32"))
+    gguf.run(GgufConfig(model=world.teacher, output_path=path, outtype="f32"))
     return path
 
 

@@ -83,7 +83,7 @@ def unpermute(rows, heads):
 )
 def test_float32_gives_the_probabilities_of_transformers(tmp_path, changes):
     model = save_random_model(tmp_path / "model", **changes)
-    run(GgufConfig(tmp_path / "model", tmp_path / "m.gguf", dtype="f32"))
+    run(GgufConfig(tmp_path / "model", tmp_path / "m.gguf", outtype="f32"))
     with LlamaCpp(tmp_path / "m.gguf") as llama:
         for length in (2, 90):
             theirs = llama.next_logprobs(prompt(length), model.config.vocab_size)
@@ -207,7 +207,7 @@ def test_four_bit_probabilities_differ_by_int8_activations_alone(tmp_path, chang
 @pytest.mark.parametrize("dtype", ["f16", "bf16"])
 def test_half_precision_rounds_once(tmp_path, dtype):
     model = save_random_model(tmp_path / "model")
-    run(GgufConfig(tmp_path / "model", tmp_path / "m.gguf", dtype=dtype))
+    run(GgufConfig(tmp_path / "model", tmp_path / "m.gguf", outtype=dtype))
     written = tensors_of(tmp_path / "m.gguf")
     kind = {"f16": torch.float16, "bf16": torch.bfloat16}[dtype]
     down = model.model.layers[1].mlp.down_proj.weight.detach()
@@ -253,11 +253,11 @@ def test_sliding_window_caps_the_context_and_says_so(tmp_path, monkeypatch):
     not.
     """
     model = save_random_model(tmp_path / "model", sliding_window=24)
-    result = run(GgufConfig(tmp_path / "model", tmp_path / "m.gguf", dtype="f32"))
+    result = run(GgufConfig(tmp_path / "model", tmp_path / "m.gguf", outtype="f32"))
     assert result.context_length == 24 == fields_of(tmp_path / "m.gguf")["llama.context_length"]
     assert "sliding window of 24 tokens" in result.describe()
     monkeypatch.setattr("xinslm.export.gguf._context", lambda model: (64, ()))
-    run(GgufConfig(tmp_path / "model", tmp_path / "uncapped.gguf", dtype="f32"))
+    run(GgufConfig(tmp_path / "model", tmp_path / "uncapped.gguf", outtype="f32"))
     with LlamaCpp(tmp_path / "uncapped.gguf", context=64) as llama:
         differences = [
             np.abs(llama.next_logprobs(prompt(n), 320) - our_logprobs(model, prompt(n))).max()
@@ -272,7 +272,7 @@ def test_sliding_window_caps_the_context_and_says_so(tmp_path, monkeypatch):
 def test_bad_requests(four_bits, tmp_path):
     root, _ = four_bits
     with pytest.raises(UsageError, match="is quantized and is written as it is"):
-        run(GgufConfig(root / "q4", tmp_path / "m.gguf", dtype="f16"))
+        run(GgufConfig(root / "q4", tmp_path / "m.gguf", outtype="f16"))
     with pytest.raises(UsageError, match=r"exists.*--force"):
         run(GgufConfig(root / "q4", root / "q4.gguf"))
     with pytest.raises(UsageError, match="is a folder; name a file"):
@@ -288,7 +288,7 @@ def test_values_beyond_float16_are_refused_by_name(tmp_path):
     tensors = load_file(file)
     tensors["model.layers.0.mlp.up_proj.weight"][0, 0] = 1e5
     save_file(tensors, file)
-    with pytest.raises(XinslmError, match=r"model.layers.0.mlp.up_proj.weight.*--dtype bf16"):
+    with pytest.raises(XinslmError, match=r"model.layers.0.mlp.up_proj.weight.*--outtype bf16"):
         run(GgufConfig(tmp_path / "model", tmp_path / "m.gguf"))
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 

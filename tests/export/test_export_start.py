@@ -63,7 +63,7 @@ def their_text(folder, ids):
 def exported(tmp_path_factory):
     root = tmp_path_factory.mktemp("start")
     tokenizer = save_ours(root / "model")
-    result = run(GgufConfig(root / "model", root / "m.gguf", dtype="f32"))
+    result = run(GgufConfig(root / "model", root / "m.gguf", outtype="f32"))
     assert result.notes == ()
     with LlamaCpp(root / "m.gguf") as llama:
         yield root, tokenizer, llama
@@ -128,7 +128,7 @@ def test_a_template_without_the_start_is_noted(tmp_path):
     tokenizer = save_ours(tmp_path / "model")
     file = tmp_path / "model" / "chat_template.jinja"
     file.write_text(file.read_text().removeprefix("{{ bos_token }}"))
-    result = run(GgufConfig(tmp_path / "model", tmp_path / "m.gguf", dtype="f32"))
+    result = run(GgufConfig(tmp_path / "model", tmp_path / "m.gguf", outtype="f32"))
     assert "template does not begin with BOS" in result.describe()
     _, ids = our_text(tmp_path / "model", SAID[0]["content"], chat=True)
     with LlamaCpp(tmp_path / "m.gguf") as llama:
@@ -144,7 +144,7 @@ def test_an_end_of_text_in_front_needs_no_bos(tmp_path):
     student = BPETokenizer.prefix_of(teacher, teacher.vocab_size)
     student.save(tmp_path / "model")
     assert student.start_ids == [student.bos_id] == [student.eos_id]
-    run(GgufConfig(tmp_path / "model", tmp_path / "m.gguf", dtype="f32"))
+    run(GgufConfig(tmp_path / "model", tmp_path / "m.gguf", outtype="f32"))
     with LlamaCpp(tmp_path / "m.gguf") as llama:
         assert llama.tokenize("a", add_special=True) == [student.eos_id, *student.encode("a")]
         _, ids = our_text(tmp_path / "model", SAID[0]["content"], chat=True)

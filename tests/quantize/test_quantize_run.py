@@ -226,11 +226,11 @@ def test_dataset_of_another_tokenizer(folders, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"bits": 5}, "--bits is 5"),
+        ({"bits": 5}, "^bits is 5"),
         ({"data_path": None}, "--data-path"),
-        ({"num_calibration_samples": 0}, "--num-calibration-samples is 0"),
-        ({"seed": -1}, "--seed is -1, but must be at least 0"),
-        ({"seed": 2**31}, "--seed is 2147483648, but must be at most 2,147,483,647"),
+        ({"num_calibration_samples": 0}, "^num_calibration_samples is 0"),
+        ({"seed": -1}, "^seed is -1, but must be at least 0"),
+        ({"seed": 2**31}, "^seed is 2147483648, but must be at most 2,147,483,647"),
         ({"max_seq_length": 4096}, "reads at most 128"),
         ({"data_path": Path("nowhere")}, "nowhere"),
         ({"model": Path("no-model-here")}, "no-model-here"),

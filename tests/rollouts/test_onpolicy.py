@@ -190,7 +190,7 @@ def test_records_hold_the_teacher_where_the_student_has_its_mass(world, finished
 
 def test_a_teacher_in_a_gguf_file_scores_as_its_folder_does(world, make, finished, tmp_path):
     file = tmp_path / "teacher.gguf"
-    export_gguf(GgufConfig(world.teacher, file, dtype="f32"))
+    export_gguf(GgufConfig(world.teacher, file, outtype="f32"))
     onpolicy.run(make(tmp_path / "run", teacher=str(file), rounds=1))
     folder = rounds(finished[0])[0]
     count = len(open_dataset(folder / "data").split("train").tokens) - 1
@@ -457,7 +457,7 @@ def test_contrast_weighs_the_students_answers_more_and_more(
         ({"contrast": True}, "contrast needs the teacher's answers"),
         ({"off_policy_share": 0.5}, "off_policy_share needs something to train on"),
         ({"off_policy_share": 1.0, "mix_data": "d", "mix_cache": "c"}, "leaves none of 2 rounds"),
-        ({"epochs": 3.0}, "epochs is 3.0, but must be at most 2"),
+        ({"num_epochs": 3.0}, "num_epochs is 3.0, but must be at most 2"),
         ({"mix_share": 1.0}, "mix_share is 1.0, but must be below 1"),
         ({"batch_size": 4, "micro_batch_size": 3}, "must divide batch_size"),
         ({"warmup_ratio": 0.9}, "must not add up to more than 1"),

@@ -197,7 +197,7 @@ synthesize.run({config(world, prompts / "texts.txt", folder)!r}, listen)
 @pytest.fixture(scope="module")
 def gguf(world, tmp_path_factory):
     path = tmp_path_factory.mktemp("gguf") / "teacher.gguf"
-    export(GgufConfig(world.teacher, path, dtype="f32"))
+    export(GgufConfig(world.teacher, path, outtype="f32"))
     return path
 
 
@@ -267,7 +267,7 @@ def test_llama_cpp_writes_text_and_the_cache_comes_with_it(world, prompts, tmp_p
                 prompts / kind,
                 folder,
                 teacher=url,
-                tokenizer_path=str(world.tokenizer),
+                teacher_tokenizer_path=str(world.tokenizer),
                 top_k=6,
                 samples=3,
                 temperature=0.3,
@@ -284,7 +284,7 @@ def test_a_vllm_like_server_with_older_lists_of_tokens(world, prompts, tmp_path)
     with FakeVllm(world.teacher) as server:
         changes = {
             "teacher": server.url,
-            "tokenizer_path": str(world.tokenizer),
+            "teacher_tokenizer_path": str(world.tokenizer),
             "top_k": 5,
             "samples": 1,
         }
@@ -310,7 +310,7 @@ def test_refused_and_empty_answers_are_dropped_and_counted(world, prompts, tmp_p
     with FakeVllm(world.teacher, mischief) as server:
         changes = {
             "teacher": server.url,
-            "tokenizer_path": str(world.tokenizer),
+            "teacher_tokenizer_path": str(world.tokenizer),
             "samples": 1,
             "validation_fraction": 0.0,
         }
@@ -340,7 +340,7 @@ def test_without_tokenizer_or_log_probabilities_there_is_text_and_it_is_said(
         changes = {"teacher": server.url, "samples": 1}
         result = synthesize.run(config(world, prompts / "texts.txt", tmp_path / "a", **changes))
         assert (
-            "give its model's tokenizer with --tokenizer-path" in result.describe()
+            "give its model's tokenizer with --teacher-tokenizer-path" in result.describe()
             and not (tmp_path / "a/data").exists()
         )
         assert all("logprobs" not in body for _, body in server.bodies), (
@@ -351,7 +351,7 @@ def test_without_tokenizer_or_log_probabilities_there_is_text_and_it_is_said(
                 world,
                 prompts / "texts.txt",
                 tmp_path / "b",
-                student_tokenizer_path=str(world.tokenizer),
+                tokenizer_path=str(world.tokenizer),
                 **changes,
             )
         )
@@ -364,7 +364,7 @@ def test_without_tokenizer_or_log_probabilities_there_is_text_and_it_is_said(
         return (400, {}, {"error": "logprobs are not offered"}) if "logprobs" in body else None
 
     with FakeVllm(world.teacher, refuse) as server:
-        changes |= {"teacher": server.url, "tokenizer_path": str(world.tokenizer)}
+        changes |= {"teacher": server.url, "teacher_tokenizer_path": str(world.tokenizer)}
         result = synthesize.run(config(world, prompts / "texts.txt", tmp_path / "c", **changes))
     assert (
         "does not say how likely its tokens are" in result.cached and "not offered" in result.cached
@@ -375,7 +375,7 @@ def test_without_tokenizer_or_log_probabilities_there_is_text_and_it_is_said(
 def test_a_server_that_breaks_costs_what_was_under_way(world, prompts, tmp_path):
     quick = EndpointConfig(retries=0, timeout_seconds=0.5, concurrency=1)
     changes = {
-        "tokenizer_path": str(world.tokenizer),
+        "teacher_tokenizer_path": str(world.tokenizer),
         "top_k": 5,
         "samples": 1,
         "temperature": 0.0,
@@ -410,7 +410,7 @@ def test_fewer_log_probabilities_than_are_kept_are_an_error(world, prompts, tmp_
             for name in list(row)[3:]:
                 del row[name]
 
-    changes = {"tokenizer_path": str(world.tokenizer), "top_k": 5, "samples": 1}
+    changes = {"teacher_tokenizer_path": str(world.tokenizer), "top_k": 5, "samples": 1}
     with (
         FakeVllm(world.teacher, lambda *_: few) as server,
         pytest.raises(
@@ -492,7 +492,7 @@ def test_lengths_beyond_the_teachers_context_are_shortened_and_this_is_said(
         max_new_tokens=2000,
         max_seq_length=512,
         samples=1,
-        cache=cache,
+        keep_cache=cache,
     )
     notes = []
     synthesize.run(settings, lambda p: notes.append(p.note))

@@ -54,7 +54,7 @@ def logits_of(model, ids):
 )
 def test_logits_are_those_of_the_model_that_was_exported(tmp_path, changes, dtype):
     model = save_random_model(tmp_path / "model", **changes)
-    export(GgufConfig(tmp_path / "model", tmp_path / "m.gguf", dtype=dtype))
+    export(GgufConfig(tmp_path / "model", tmp_path / "m.gguf", outtype=dtype))
     if dtype != "f32":
         kind = {"f16": torch.float16, "bf16": torch.bfloat16}[dtype]
         for weight in model.parameters():
@@ -88,7 +88,7 @@ def test_quantized_files_are_the_quantized_model(tmp_path, bits):
 
 def test_real_model_against_llama_cpp_on_the_same_file(shared_data, tmp_path):
     """llama.cpp is the independent reader: its log-probabilities and ids on the same file."""
-    export(GgufConfig(shared_data / "models" / "stories260K", tmp_path / "m.gguf", dtype="f32"))
+    export(GgufConfig(shared_data / "models" / "stories260K", tmp_path / "m.gguf", outtype="f32"))
     teacher = GgufTeacher(tmp_path / "m.gguf")
     text = "Once upon a time, there was a little girl named Lily. She liked to play outside"
     ids = np.array([teacher.tokenizer.bos_id, *teacher.tokenizer.encode(text)])
@@ -135,7 +135,7 @@ def test_llama_cpps_own_vocabularies_and_test_vectors(shared_data, name):
 
 def test_writing_is_the_models_greedy_choice_whatever_shares_the_batch(tmp_path):
     model = save_random_model(tmp_path / "model")
-    export(GgufConfig(tmp_path / "model", tmp_path / "m.gguf", dtype="f32"))
+    export(GgufConfig(tmp_path / "model", tmp_path / "m.gguf", outtype="f32"))
     teacher = GgufTeacher(tmp_path / "m.gguf")
     prompts = ["The quick brown fox", "It", "Numbers: 0 1 22 333 and naïve"]
     found = teacher.generate(prompts, [0, 1, 2], Sampling(temperature=0, max_new_tokens=20))
@@ -199,7 +199,7 @@ def test_files_that_cannot_teach_are_refused_by_name(tmp_path):
     tokenizer = str(tmp_path / "model")
     with pytest.raises(
         UsageError,
-        match=r"other.gguf has no tokenizer in it; give the model's with --tokenizer-path",
+        match=r"other.gguf has no tokenizer in it; give the model's with --teacher-tokenizer-path",
     ):
         GgufTeacher(tmp_path / "other.gguf")
     with pytest.raises(UsageError, match=r"holds a rwkv6 model; .*Hugging Face folder"):
@@ -212,7 +212,9 @@ def test_files_that_cannot_teach_are_refused_by_name(tmp_path):
         GgufTeacher(tmp_path / "bare.gguf", tokenizer=tokenizer)
     with pytest.raises(UsageError, match="there is no file"):
         open_teacher("nowhere.gguf")
-    with pytest.raises(UsageError, match="--tokenizer-path is for endpoints and GGUF files"):
+    with pytest.raises(
+        UsageError, match="--teacher-tokenizer-path is for endpoints and GGUF files"
+    ):
         open_teacher(tokenizer, tokenizer=tokenizer)
     export(GgufConfig(tmp_path / "model", tmp_path / "m.gguf"))
     data = (tmp_path / "m.gguf").read_bytes()
@@ -252,7 +254,7 @@ def rewrite(path, edit):
 )
 def test_tensors_that_overlap_or_leave_the_file_are_refused(tmp_path, place, message):
     save_random_model(tmp_path / "model")
-    export(GgufConfig(tmp_path / "model", tmp_path / "m.gguf", dtype="f32"))
+    export(GgufConfig(tmp_path / "model", tmp_path / "m.gguf", outtype="f32"))
     GgufTeacher(tmp_path / "m.gguf")
     rewrite(
         tmp_path / "m.gguf",
@@ -309,7 +311,7 @@ def test_unknown_split_rules_ask_for_the_tokenizer():
         "tokenizer.ggml.token_type": [1],
     }
     with pytest.raises(
-        UsageError, match=r"split rule 'tekken' is not known here.*--tokenizer-path"
+        UsageError, match=r"split rule 'tekken' is not known here.*--teacher-tokenizer-path"
     ):
         read_tokenizer(keys, "x.gguf")
     with pytest.raises(UsageError, match="tokenizer of kind 'bert'"):

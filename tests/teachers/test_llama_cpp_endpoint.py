@@ -28,7 +28,7 @@ def served(shared_data, tmp_path_factory):
     shutil.copytree(shared_data / "models" / "stories260K", folder / "model")
     template = "{{ bos_token }}{% for message in messages %}{{ message['content'] }}{% endfor %}"
     (folder / "model" / "chat_template.jinja").write_text(template)
-    export(GgufConfig(folder / "model", folder / "m.gguf", dtype="f32"))
+    export(GgufConfig(folder / "model", folder / "m.gguf", outtype="f32"))
     with LlamaCpp(folder / "m.gguf", 512) as llama:
         yield folder / "model", llama._server.listening_address
 

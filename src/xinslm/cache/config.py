@@ -8,8 +8,7 @@ from typing import Annotated
 import tyro
 
 from xinslm.alignment import Alignment
-from xinslm.errors import UsageError
-from xinslm.ranges import CONTEXT, POSITIVE, SEED, Device, Dtype, Range, range_errors
+from xinslm.ranges import CONTEXT, POSITIVE, SEED, Device, Dtype, Range, Settings, range_errors
 from xinslm.teachers.endpoint_config import EndpointConfig
 
 DEPTH = Range(0, 1, above=True)
@@ -35,7 +34,7 @@ def depth_errors(depths: tuple[float, ...], name: str) -> list[str]:
 
 
 def default_top_k(top_k: int | None, tail_samples: int) -> int:
-    """`head`, or what it is when left out: 14 ids of 2 bytes and 4 codes take 39 bytes, 11 of each
+    """`top_k`, or its default: 14 ids of 2 bytes and 4 codes take 39 bytes, 11 of each
     40.
 
     At the same bytes 4 + 10 have half the variance of 8 + 4: a top-k token should outweigh what one
@@ -47,7 +46,7 @@ def default_top_k(top_k: int | None, tail_samples: int) -> int:
 
 
 @dataclass(frozen=True)
-class CacheConfig:
+class CacheConfig(Settings):
     """Score a dataset with a teacher, once, into a sparse cache."""
 
     teacher: Annotated[str, tyro.conf.Positional]
@@ -70,8 +69,8 @@ class CacheConfig:
     """
     alignment: Alignment = "auto"
     """How teacher tokens map to student tokens if the tokenizers differ: nested (the student's
-    vocabulary is a merge prefix of the teacher's) sums probabilities exactly, prefixes keeps masses
-    of tokens that begin with the same bytes; auto takes the first that is possible."""
+    vocabulary is a merge prefix of the teacher's) sums probabilities exactly, byte_prefix keeps the
+    mass of tokens that begin with the same bytes; auto takes the first that is possible."""
     hidden_state_depths: tuple[float, ...] = ()
     """Depths whose hidden states to keep, as shares of the teacher's layers: 0.5 1.0
     for instance.
@@ -81,7 +80,7 @@ class CacheConfig:
     max_seq_length: int = 512
     """Longest context in tokens the teacher sees; use the student's."""
     batch_tokens: int = 8192
-    """Tokens a teacher's forward pass takes."""
+    """Tokens in one forward pass of the teacher."""
     shard_positions: int = 1 << 18
     """Positions a shard file holds, about: what an interruption costs at most."""
     dtype: Dtype = "float32"
@@ -94,7 +93,7 @@ class CacheConfig:
     """Hub revision of the teacher."""
     trust_remote_code: bool = False
     """Run Python code that the teacher's repository brings."""
-    tokenizer_path: str | None = None
+    teacher_tokenizer_path: str | None = None
     """Tokenizer of an endpoint's model, or one for a GGUF file instead of its own: a folder, a file
     or a Hub name.
     """
@@ -107,10 +106,9 @@ class CacheConfig:
     was made with.
     """
     force: bool = False
-    """Replace what stands in the output folder."""
+    """Replace what is in the output folder."""
 
-    def check(self) -> None:
-        """Raise UsageError listing everything that cannot work."""
+    def errors(self) -> list[str]:
+        """What cannot work, a sentence each."""
         depths = depth_errors(self.hidden_state_depths, "hidden_state_depths")
-        if wrong := [*range_errors(self, _CACHE), *depths, *self.endpoint.errors()]:
-            raise UsageError("\n".join(wrong))
+        return [*range_errors(self, _CACHE), *depths, *self.endpoint.errors()]

@@ -6,8 +6,7 @@ from typing import Annotated
 
 import tyro
 
-from xinslm.errors import UsageError
-from xinslm.ranges import POSITIVE, SEED, Range, range_errors
+from xinslm.ranges import POSITIVE, SEED, Range, Settings, range_errors
 
 _MERGE = {
     "top_k": Range(1, 256),
@@ -19,7 +18,7 @@ _MERGE = {
 
 
 @dataclass(frozen=True)
-class MergeConfig:
+class MergeConfig(Settings):
     """Merge the caches of several teachers, made from one dataset, into one cache of their weighted
     mixture.
     """
@@ -55,17 +54,16 @@ class MergeConfig:
     was made with.
     """
     force: bool = False
-    """Replace what stands in the output folder."""
+    """Replace what is in the output folder."""
 
-    def check(self) -> None:
-        """Raise UsageError listing everything that cannot work."""
+    def errors(self) -> list[str]:
+        """What cannot work, a sentence each."""
         wrong = range_errors(self, _MERGE)
         if len(self.caches) < 2:
             wrong.append(f"give at least two caches to merge, not {len(self.caches)}")
         if self.weights:
             wrong += weight_errors(self.weights, len(self.caches), "weights")
-        if wrong:
-            raise UsageError("\n".join(wrong))
+        return wrong
 
 
 def weight_errors(weights: tuple[float, ...], count: int, where: str) -> list[str]:

@@ -56,7 +56,7 @@ def run(
         pick_device(config.device),
         config.revision,
         config.trust_remote_code,
-        config.tokenizer_path,
+        config.teacher_tokenizer_path,
         adapter=config.adapter,
     )
     assert not isinstance(teacher, EndpointTeacher), "these went another way"
@@ -99,7 +99,7 @@ def _run_endpoint(
         )
     fmt = endpoint_format(dataset.manifest["vocab_size"], default_top_k(config.top_k, 0))
     teacher = EndpointTeacher(
-        config.teacher, config.endpoint, fmt.top_k, config.tokenizer_path, api_key
+        config.teacher, config.endpoint, fmt.top_k, config.teacher_tokenizer_path, api_key
     )
     teacher.require_scoring()
     require_tokenizer(dataset, teacher.tokenizer.fingerprint(), f"teacher {teacher.name}")

@@ -48,7 +48,7 @@ PLACES = (
     "output_dir",
     "data_path",
     "teacher",
-    "tokenizer_path",
+    "teacher_tokenizer_path",
     "endpoint",
     "adapter",
 )

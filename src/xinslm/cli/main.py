@@ -29,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = [word for word in words if word != "--debug"]
     try:
         return _dispatch(words)
-    except SystemExit as stop:  # tyro ends usage errors and --help this way
+    except SystemExit as stop:  # tyro ends usage errors this way
         return stop.code if isinstance(stop.code, int) else 2
     except BaseException as error:
         if debug:
@@ -52,6 +52,11 @@ def _dispatch(words: list[str]) -> int:
 
 
 def _run(name: str, command: Command, words: list[str]) -> int:
+    if "-h" in words or "--help" in words:
+        from xinslm.cli.help import render
+
+        print(render(name, command))
+        return 0
     config = _parse(name, command, words)
     if name != "plan":  # which has the settings of a run, but writes nothing
         _require_output(config)
@@ -102,18 +107,7 @@ def _parse(name: str, command: Command, words: list[str]) -> Any:
     files, rest = _take_config_files(words)
     cls = command.load("config")
     options: dict[str, Any] = {"default": from_yaml(cls, files, tyro.MISSING)} if files else {}
-    summary = (
-        f"{command.summary[0].upper()}{command.summary[1:]}. --config FILE reads these settings "
-        "from YAML."
-    )
-    return tyro.cli(
-        cls,
-        args=rest,
-        prog=f"xinslm {name}",
-        description=summary,
-        registry=REGISTRY,
-        **options,
-    )
+    return tyro.cli(cls, args=rest, prog=f"xinslm {name}", registry=REGISTRY, **options)
 
 
 def _take_config_files(words: list[str]) -> tuple[list[Path], list[str]]:

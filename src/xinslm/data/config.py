@@ -6,12 +6,21 @@ from typing import Annotated, Literal
 
 import tyro
 
+from xinslm.ranges import SEED, Range, Settings, range_errors
+
 SplitDocuments = Literal["auto", "file", "blank-line", "line"]
 DocumentEnd = Literal["eos", "bos", "none"]
 
+_PREPARE = {
+    "validation_fraction": Range(0, 1, below=True),
+    "max_tokens": Range(1),
+    "show": Range(0),
+    "seed": SEED,
+}
+
 
 @dataclass(frozen=True)
-class PrepareConfig:
+class PrepareConfig(Settings):
     """Turn raw text and conversations into a dataset of tokens with a loss mask and a validation
     split.
     """
@@ -58,3 +67,10 @@ class PrepareConfig:
     """Changes which documents are held back."""
     force: bool = False
     """Replace the output folder if it already holds something."""
+
+    def errors(self) -> list[str]:
+        """What cannot work, a sentence each."""
+        wrong = range_errors(self, _PREPARE)
+        if not self.data_path:
+            wrong.append("data_path is empty; name files, folders or Hugging Face datasets")
+        return wrong

@@ -30,7 +30,7 @@ from xinslm.data.read import ReadOptions, read_documents
 from xinslm.data.records import Document
 from xinslm.data.unigram import measure_unigram_nats
 from xinslm.data.writer import SplitWriter
-from xinslm.errors import UsageError, XinslmError
+from xinslm.errors import XinslmError
 from xinslm.files import write_manifest
 from xinslm.folders import new_folder, refuse_existing, refuse_inside, refuse_output_in
 from xinslm.progress import Listener, Progress, ignore
@@ -87,13 +87,7 @@ def run(config: PrepareConfig, on_progress: Listener = ignore) -> PrepareResult:
 
 
 def _check(config: PrepareConfig) -> None:
-    if not 0 <= config.validation_fraction < 1:
-        raise UsageError(
-            "--validation-fraction must be at least 0 and below 1, not "
-            f"{config.validation_fraction}"
-        )
-    if config.max_tokens is not None and config.max_tokens < 1:
-        raise UsageError(f"--max-tokens must be at least 1, not {config.max_tokens}")
+    config.check()
     refuse_output_in(config.output_dir, (*config.data_path, *config.validation_path))
     refuse_existing(config.output_dir, config.force)
 

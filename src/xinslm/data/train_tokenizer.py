@@ -7,11 +7,10 @@ xinslm tokenizer train --prefix-of TEACHER --vocab-size 2048 --output-dir runs/n
 
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
 from xinslm.config import to_dict
-from xinslm.errors import UsageError
 from xinslm.files import write_manifest
 from xinslm.folders import new_folder, refuse_existing, refuse_inside, refuse_output_in
 from xinslm.progress import Listener, Progress, ignore
@@ -56,7 +55,7 @@ class TrainResult:
 
 def run(config: TrainConfig, on_progress: Listener = ignore) -> TrainResult:
     """Learn or cut the tokenizer and write its folder."""
-    _check(config)
+    config.check()
     refuse_output_in(config.output_dir, config.data_path)
     refuse_existing(config.output_dir, config.force)
     if config.force:
@@ -100,23 +99,6 @@ def run(config: TrainConfig, on_progress: Listener = ignore) -> TrainResult:
         bytes_per_token=texts.bytes_per_token(tokenizer),
         seconds=time.perf_counter() - started,
     )
-
-
-def _check(config: TrainConfig) -> None:
-    if config.prefix_of is None:
-        if not config.data_path:
-            raise UsageError(
-                "no text to learn from: give --data-path, or --prefix-of TOKENIZER "
-                "for a nested tokenizer"
-            )
-        return
-    defaults = {field.name: field.default for field in fields(config)}
-    for name in ("min_frequency", "max_token_length"):
-        if getattr(config, name) != defaults[name]:
-            flag = "--" + name.replace("_", "-")
-            raise UsageError(
-                f"{flag} has no effect with --prefix-of: the merges are the teacher's. Leave it out"
-            )
 
 
 class _Texts:

@@ -6,11 +6,11 @@ from typing import Annotated
 
 import tyro
 
-from xinslm.errors import UsageError
-from xinslm.ranges import POSITIVE, SEED, Range, range_errors
+from xinslm.ranges import POSITIVE, SEED, Range, Settings, range_errors
 
 _RANGES = {
     "megabytes": POSITIVE,
+    "vocab_size": Range(1),
     "teacher_steps": Range(1),
     "student_steps": Range(1),
     "seed": SEED,
@@ -18,28 +18,24 @@ _RANGES = {
 
 
 @dataclass(frozen=True)
-class DemoConfig:
+class DemoConfig(Settings):
     """Run the whole pipeline on built-in data."""
 
     output_dir: Annotated[Path, tyro.conf.arg(aliases=["-o"])] = Path("demo-run")
     """Folder for everything the demo makes."""
     megabytes: float = 2.0
-    """Text to generate; more text and more steps make better models."""
+    """Megabytes of text to generate; more text and more steps make better models."""
     vocab_size: int = 1024
     """Vocabulary of the tokenizer."""
     teacher_steps: int = 300
-    """Optimiser steps of the teacher."""
+    """Optimizer steps of the teacher."""
     student_steps: int = 300
-    """Optimiser steps of each student."""
+    """Optimizer steps of each student."""
     seed: int = 0
     """Seed of the text, the weights and the sampling."""
     force: bool = False
-    """Replace what stands in the output folder."""
+    """Replace what is in the output folder."""
 
-    def check(self) -> None:
-        """Raise UsageError listing everything that cannot work."""
-        if wrong := range_errors(self, _RANGES):
-            raise UsageError("\n".join(wrong))
-
-    def __post_init__(self) -> None:
-        self.check()
+    def errors(self) -> list[str]:
+        """What cannot work, a sentence each."""
+        return range_errors(self, _RANGES)

@@ -107,6 +107,7 @@ def run(
     """Write the text, run the commands through `command`, stop at the first that fails."""
     from xinslm.demo.texts import write_sample
 
+    config.check()
     began = time.monotonic()
     _clear(config)
     say(

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from xinslm.cache.config import DEPTH, depth_errors
-from xinslm.ranges import POSITIVE, Range, range_errors
+from xinslm.ranges import POSITIVE, Range, Settings, range_errors
 
 UNTIL = Range(0, 1, above=True)
 _HIDDEN = {"weight": Range(0), "until": UNTIL}
@@ -18,7 +18,7 @@ _CONTRAST = {
 
 
 @dataclass(frozen=True)
-class HiddenConfig:
+class HiddenConfig(Settings):
     """weight * distance between the hidden states of student and teacher, falling linearly to 0."""
 
     weight: float = 0.0
@@ -46,7 +46,7 @@ class HiddenConfig:
 
 
 @dataclass(frozen=True)
-class ContrastConfig:
+class ContrastConfig(Settings):
     """weight * InfoNCE between hidden states of student and teacher, falling linearly to 0."""
 
     weight: float = 0.0

@@ -2,10 +2,8 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
-from xinslm.errors import UsageError
-from xinslm.ranges import SEED, Range, range_errors
+from xinslm.ranges import SEED, Device, Dtype, Range, Settings, range_errors
 
 _DOCTOR = {
     "documents": Range(1),
@@ -16,7 +14,7 @@ _DOCTOR = {
 
 
 @dataclass(frozen=True)
-class DoctorConfig:
+class DoctorConfig(Settings):
     """Check data, cache, teacher and student, and this machine's arithmetic on them, before a long
     run.
     """
@@ -37,19 +35,18 @@ class DoctorConfig:
     """Positions on which losses are compared."""
     batch_size: int = 4
     """Packed rows that the student reads."""
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    dtype: Dtype = "float32"
     """The teacher's number type."""
-    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    device: Device = "auto"
     """Where to compute; auto takes cuda, then mps, then cpu."""
     trust_remote_code: bool = False
     """Run Python code that the teacher's repository brings."""
     seed: int = 0
     """Seed of what is drawn: documents, directions, a student."""
 
-    def check(self) -> None:
-        """Raise UsageError listing everything that cannot work."""
+    def errors(self) -> list[str]:
+        """What cannot work, a sentence each."""
         wrong = range_errors(self, _DOCTOR)
         if self.adapter is not None and self.teacher is None:
             wrong.append("adapter is for a teacher: give --teacher as well")
-        if wrong:
-            raise UsageError("\n".join(wrong))
+        return wrong

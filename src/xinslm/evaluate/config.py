@@ -6,11 +6,13 @@ from typing import Annotated, Literal
 
 import tyro
 
-from xinslm.errors import UsageError
+from xinslm.ranges import Device, Dtype, Range, Settings, range_errors
+
+_EVALUATE = dict.fromkeys(("max_documents", "max_seq_length", "batch_tokens"), Range(1))
 
 
 @dataclass(frozen=True)
-class EvaluateConfig:
+class EvaluateConfig(Settings):
     """Measure how well a model predicts text: bits per byte and perplexity."""
 
     model: Annotated[Path, tyro.conf.Positional]
@@ -29,23 +31,18 @@ class EvaluateConfig:
     """Longest window in tokens; by default the model's own context."""
     batch_tokens: int = 8192
     """Most tokens, padding included, in one forward pass; fewer need less memory."""
-    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    device: Device = "auto"
     """Where to compute; auto takes cuda, then mps, then cpu."""
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    dtype: Dtype = "float32"
     """Type to compute in; likelihoods are float32 in any case."""
     run: Path | None = None
     """Run folder whose evaluation.json receives the figures, for `xinslm report`."""
     name: str | None = None
     """What the row is called in the report; by default the model folder's name."""
 
-    def check(self) -> None:
-        """Raise UsageError listing all settings that make no sense."""
-        wrong = []
+    def errors(self) -> list[str]:
+        """What cannot work, a sentence each."""
+        wrong = range_errors(self, _EVALUATE)
         if not self.data_path:
-            wrong.append("--data-path is empty; name a dataset folder or raw files")
-        for name in ("max_documents", "max_seq_length", "batch_tokens"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                wrong.append(f"{name} is {value}, but must be at least 1")
-        if wrong:
-            raise UsageError("\n".join(wrong))
+            wrong.append("data_path is empty; name a dataset folder or raw files")
+        return wrong

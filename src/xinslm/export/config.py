@@ -6,16 +6,18 @@ from typing import Annotated, Literal
 
 import tyro
 
+from xinslm.ranges import Settings
+
 
 @dataclass(frozen=True)
-class GgufConfig:
+class GgufConfig(Settings):
     """Write a model as one GGUF file for llama.cpp, Ollama and LM Studio."""
 
     model: Annotated[Path, tyro.conf.Positional]
     """Quantized folder, model folder, run folder (its best checkpoint) or Hub name."""
     output_path: Annotated[Path, tyro.conf.arg(aliases=["-o"])]
     """File to write; its name ends in .gguf by custom."""
-    dtype: Literal["f32", "f16", "bf16"] | None = None
+    outtype: Literal["f32", "f16", "bf16"] | None = None
     """Type of the matrices of an unquantized model, f16 where not given; a quantized one keeps its
     own.
     """

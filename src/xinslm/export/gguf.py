@@ -114,9 +114,9 @@ def run(config: GgufConfig, on_progress: Listener = ignore) -> Result:
         require_run(config.run)
     source = resolve_model(config.model)
     quantized = open_quantized(source) if is_quantized(source) else None
-    if quantized is not None and config.dtype is not None:
+    if quantized is not None and config.outtype is not None:
         raise UsageError(
-            f"{source} is quantized and is written as it is: leave --dtype {config.dtype} out"
+            f"{source} is quantized and is written as it is: leave --outtype {config.outtype} out"
         )
     model = load_config(source)
     entries = _rope_factors(model)
@@ -124,7 +124,7 @@ def run(config: GgufConfig, on_progress: Listener = ignore) -> Result:
         entries += list(_stored(quantized))
         file_type = "q4_0" if quantized.manifest["bits"] == 4 else "q8_0"
     else:
-        file_type = config.dtype or "f16"
+        file_type = config.outtype or "f16"
         entries += list(_plain(WeightReader(source), model, file_type))
     vocabulary = read_vocabulary(source, model)
     context, notes = _context(model)
@@ -243,7 +243,7 @@ def _convert(weight: Tensor, kind: str, name: str) -> np.ndarray:
         return weight.bfloat16().view(torch.uint8).numpy()
     if kind == "f16" and not torch.isfinite(weight.half()).all():
         raise XinslmError(
-            f"weight '{name}' has values beyond 65,504, more than float16 holds: use --dtype bf16"
+            f"weight '{name}' has values beyond 65,504, more than float16 holds: use --outtype bf16"
         )
     return (weight.half() if kind == "f16" else weight).numpy()
 

@@ -103,8 +103,6 @@ def run(
     from xinslm.inference.torch_engine import TorchEngine
 
     config.check()
-    if config.max_new_tokens < 1:
-        raise UsageError(f"--max-new-tokens is {config.max_new_tokens}, but must be at least 1")
     engine = TorchEngine.load(config.model, config.device, config.dtype, config.max_seq_length)
     conversation = Conversation(engine, config.system)
     write(

@@ -2,18 +2,24 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import tyro
 
-from xinslm.errors import UsageError
+from xinslm.ranges import SHARE, Device, Dtype, Range, Settings, range_errors
 
-Device = Literal["auto", "cpu", "cuda", "mps"]
-Dtype = Literal["float32", "bfloat16", "float16"]
+_SAMPLING = {
+    "temperature": Range(0),
+    "top_k": Range(0),
+    "top_p": Range(0, 1, above=True),
+    "min_p": SHARE,
+    "seed": Range(0),
+}
+_WRITING = {"max_new_tokens": Range(1), "max_seq_length": Range(1)}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sampling:
+class Sampling(Settings):
     """How the next token is chosen; the defaults are llama.cpp's, so exported models behave
     alike.
     """
@@ -29,21 +35,9 @@ class Sampling:
     seed: int | None = None
     """Same seed, same text; without one each call differs."""
 
-    def check(self) -> None:
-        """Raise UsageError listing all settings that make no sense."""
-        wrong = []
-        if not 0 <= self.temperature < float("inf"):
-            wrong.append(f"temperature is {self.temperature}, but must be 0 or more")
-        if self.top_k < 0:
-            wrong.append(f"top_k is {self.top_k}, but must be 0 (all) or more")
-        if not 0 < self.top_p <= 1:
-            wrong.append(f"top_p is {self.top_p}, but must be above 0 and at most 1 (all)")
-        if not 0 <= self.min_p <= 1:
-            wrong.append(f"min_p is {self.min_p}, but must be between 0 (all) and 1")
-        if self.seed is not None and self.seed < 0:
-            wrong.append(f"seed is {self.seed}, but must be 0 or more")
-        if wrong:
-            raise UsageError("\n".join(wrong))
+    def errors(self) -> list[str]:
+        """What cannot work, a sentence each."""
+        return range_errors(self, _SAMPLING)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,6 +69,13 @@ class GenerateConfig(Sampling):
     name: str | None = None
     """What the sample is called in the report; by default the model folder's name."""
 
+    def errors(self) -> list[str]:
+        """What cannot work, a sentence each."""
+        wrong = [*super().errors(), *range_errors(self, _WRITING)]
+        if self.prompt and self.prompt_file is not None:
+            wrong.append("give --prompt or --prompt-file, not both")
+        return wrong
+
 
 @dataclass(frozen=True, kw_only=True)
 class ChatConfig(Sampling):
@@ -94,3 +95,7 @@ class ChatConfig(Sampling):
     """Where to compute; auto takes cuda, then mps, then cpu."""
     dtype: Dtype = "float32"
     """Type to compute in."""
+
+    def errors(self) -> list[str]:
+        """What cannot work, a sentence each."""
+        return [*super().errors(), *range_errors(self, _WRITING)]

@@ -200,8 +200,6 @@ def run(config: GenerateConfig, on_text: Callable[[str], None] = lambda text: No
 
     config.check()
     prompt = _read_prompt(config)
-    if config.max_new_tokens < 1:
-        raise UsageError(f"--max-new-tokens is {config.max_new_tokens}, but must be at least 1")
     if config.run is not None:
         require_run(config.run)
     engine = TorchEngine.load(config.model, config.device, config.dtype, config.max_seq_length)
@@ -266,8 +264,6 @@ def require_chat_template(tokenizer: "Tokenizer", remedy: str) -> None:
 def _read_prompt(config: GenerateConfig) -> str:
     if config.prompt_file is None:
         return config.prompt
-    if config.prompt:
-        raise UsageError("give --prompt or --prompt-file, not both")
     path: Path = config.prompt_file
     try:
         return path.read_bytes().decode("utf-8")

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from xinslm.ranges import POSITIVE, SHARE, Range, range_errors
+from xinslm.ranges import POSITIVE, SHARE, Range, Settings, range_errors
 
 Divergence = Literal["forward_kl", "reverse_kl", "jsd", "skew_kl", "skew_reverse_kl"]
 
@@ -18,8 +18,8 @@ _LOSS = {
 
 
 @dataclass(frozen=True)
-class LossConfig:
-    """(alpha * CE + beta * T^2 * KD) / N, N the target tokens of the whole optimiser step."""
+class LossConfig(Settings):
+    """(alpha * CE + beta * T^2 * KD) / N, N the target tokens of the whole optimizer step."""
 
     alpha: float = 0.1
     """Weight of the cross-entropy against the text."""

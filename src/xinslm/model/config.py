@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from xinslm.errors import UsageError, XinslmError
-from xinslm.ranges import POSITIVE
+from xinslm.ranges import POSITIVE, Settings
 
 
 class UnsupportedModelError(XinslmError):
@@ -20,7 +20,7 @@ class UnsupportedModelError(XinslmError):
 
 
 @dataclass(frozen=True)
-class ModelConfig:
+class ModelConfig(Settings):
     """Shape of a LLaMA-style decoder; Mistral's where `sliding_window` is set."""
 
     vocab_size: int
@@ -57,7 +57,12 @@ class ModelConfig:
     """Id that fills unused places."""
 
     def check(self) -> None:
-        """Raise UsageError listing all shapes that cannot work."""
+        """Raise UsageError listing everything that cannot work."""
+        if wrong := self.errors():
+            raise UsageError("the model's shape cannot work:\n  " + "\n  ".join(wrong))
+
+    def errors(self) -> list[str]:
+        """What cannot work, a sentence each."""
         wrong = []
         for name in (
             "vocab_size",
@@ -90,8 +95,7 @@ class ModelConfig:
         for name in ("rope_theta", "rms_norm_eps"):
             if problem := POSITIVE.problem(getattr(self, name)):
                 wrong.append(f"{name} is {getattr(self, name)}, but must be {problem}")
-        if wrong:
-            raise UsageError("the model's shape cannot work:\n  " + "\n  ".join(wrong))
+        return wrong
 
     @property
     def num_parameters(self) -> int:

@@ -30,13 +30,13 @@ class PlanConfig(DistillConfig):
     output_dir: Path = Path("runs/planned")
     """Not written."""
     memory: float | None = None
-    """Memory there is, GiB: says whether the run fits and, if not, which settings would make it."""
+    """Available memory in GiB: says if the run fits and, if not, which settings would make it."""
     tokens: int | None = None
-    """Tokens of the training split, where there is no dataset folder yet."""
+    """Tokens of the training split, if there is no dataset folder yet."""
     teacher_parameters: float | None = None
-    """Parameters of the teacher in billions, where --teacher is no folder here."""
+    """Parameters of the teacher in billions, if --teacher is no local folder."""
     hourly_price: float | None = None
-    """Price of a machine's hour, for the cost of each stage."""
+    """Price of a machine's hour, in any currency, for the cost of each stage."""
     top_k: int | None = None
     """Most likely tokens a cache keeps at each position; by default 4, or 11 where there are no
     tail samples.

@@ -6,8 +6,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from xinslm.errors import UsageError
-from xinslm.ranges import POSITIVE, SEED, Device, Range, range_errors
+from xinslm.ranges import POSITIVE, SEED, Device, Range, Settings, range_errors
 
 _RANGES = {
     **dict.fromkeys(
@@ -24,7 +23,7 @@ _RANGES = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class PruneConfig:
+class PruneConfig(Settings):
     """Cut a student out of a teacher; sizes that are not given stay the teacher's."""
 
     teacher: Annotated[str, tyro.conf.Positional]
@@ -35,7 +34,7 @@ class PruneConfig:
     output_dir: Annotated[Path, tyro.conf.arg(aliases=["-o"])]
     """Model folder to write; `xinslm distill --init-from` takes it."""
     num_layers: int | None = None
-    """Decoder blocks to keep."""
+    """Decoder blocks to keep; by default the teacher's, as are the sizes below."""
     hidden_size: int | None = None
     """Width of the residual stream."""
     num_heads: int | None = None
@@ -71,9 +70,8 @@ class PruneConfig:
     seed: int = 0
     """Chooses the rows, and draws the random model that the student is compared with."""
     force: bool = False
-    """Replace what stands at the output folder."""
+    """Replace what is at the output folder."""
 
-    def check(self) -> None:
-        """Raise UsageError listing every number that is out of its range."""
-        if wrong := range_errors(self, _RANGES):
-            raise UsageError("\n".join(wrong))
+    def errors(self) -> list[str]:
+        """What cannot work, a sentence each."""
+        return range_errors(self, _RANGES)

@@ -6,12 +6,13 @@ from typing import Annotated, Literal
 
 import tyro
 
-from xinslm.errors import UsageError
-from xinslm.ranges import SEED
+from xinslm.ranges import SEED, Range, Settings, range_errors
+
+_QUANTIZE = {"num_calibration_samples": Range(1), "max_seq_length": Range(1), "seed": SEED}
 
 
 @dataclass(frozen=True)
-class QuantizeConfig:
+class QuantizeConfig(Settings):
     """Turn a model's weights into 4-bit or 8-bit codes with one fp16 scale per 32 weights."""
 
     model: Annotated[Path, tyro.conf.Positional]
@@ -35,26 +36,19 @@ class QuantizeConfig:
     run: Path | None = None
     """Run folder whose report lists the result."""
     force: bool = False
-    """Replace what stands at the output folder."""
+    """Replace what is at the output folder."""
 
-    def check(self) -> None:
-        """Raise UsageError where the options contradict each other."""
+    def errors(self) -> list[str]:
+        """What cannot work, a sentence each."""
+        wrong = range_errors(self, _QUANTIZE)
         if self.bits not in (4, 8):
-            raise UsageError(f"--bits is {self.bits}, but must be 4 or 8")
-        if self.num_calibration_samples < 1:
-            raise UsageError(
-                f"--num-calibration-samples is {self.num_calibration_samples}, but must be at "
-                f"least 1"
-            )
-        if self.max_seq_length is not None and self.max_seq_length < 1:
-            raise UsageError(f"--max-seq-length is {self.max_seq_length}, but must be at least 1")
-        if problem := SEED.problem(self.seed):
-            raise UsageError(f"--seed is {self.seed}, but must be {problem}")
+            wrong.append(f"bits is {self.bits}, but must be 4 or 8")
         if self.calibrates and self.data_path is None:
-            raise UsageError(
+            wrong.append(
                 "GPTQ at 4 bits needs text to calibrate on: add --data-path DATASET (a folder that "
                 "`xinslm prepare` made), or choose --method rtn, which needs none and loses more"
             )
+        return wrong
 
     @property
     def calibrates(self) -> bool:

@@ -6,18 +6,20 @@ from typing import Annotated, Literal
 
 import tyro
 
+from xinslm.ranges import Settings
+
 
 @dataclass(frozen=True)
-class ReportConfig:
+class ReportConfig(Settings):
     """Turn a run folder into report.html, one page that needs nothing else, and report.md."""
 
     run: Annotated[Path, tyro.conf.Positional]
     """Run folder."""
     compare: tuple[Path, ...] = ()
-    """Other run folders whose curves and figures stand beside this run's."""
+    """Other run folders to compare this run's curves and metrics with."""
     output_dir: Annotated[Path | None, tyro.conf.arg(aliases=["-o"])] = None
     """Folder to write to, by default the run folder; an older report there is replaced."""
     x: Literal["tokens", "step"] = "tokens"
-    """What the curves run along: target tokens seen, or optimiser steps."""
+    """What the curves run along: target tokens seen, or optimizer steps."""
     log_x: bool = False
     """Make that axis logarithmic."""

@@ -343,14 +343,14 @@ def _sources(inputs: _Inputs, number: int) -> list[Source]:
 
 
 def _steps_of(config: OnPolicyConfig, sources: list[Source], number: int) -> int:
-    """Steps that pass over a round's own texts `epochs` times; a cold round takes as many documents
-    of the other.
+    """Steps that pass over a round's own texts `num_epochs` times; a cold round takes as many
+    documents of the other.
     """
     rows = sources[0].rows
     count = float(len(rows))
     if number < config.cold_rounds:
         count *= min(1.0, config.completions / (len(rows.split.documents) - 1))
-    return max(1, math.ceil(config.epochs * count / (config.batch_size * sources[0].share)))
+    return max(1, math.ceil(config.num_epochs * count / (config.batch_size * sources[0].share)))
 
 
 def _ramp(config: OnPolicyConfig, number: int, first: int, steps: int) -> Callable[[int], float]:

@@ -18,7 +18,7 @@ _ON_POLICY = {
     "top_p": Range(0, 1, above=True),
     "generation_batch_size": Range(1, 100_000),
     "support_top_k": Range(1, 200),
-    "epochs": Range(0, 2, above=True),
+    "num_epochs": Range(0, 2, above=True),
     "mix_share": Range(0, 1, above=True, below=True),
     "off_policy_share": SHARE,
     "contrast_start": Range(0, above=True),
@@ -64,7 +64,7 @@ class OnPolicyConfig(TrainingConfig):
     support_top_k: int = 32
     """Most likely tokens of the student whose teacher probabilities are kept; the token that came
     and 4 of the teacher's are kept beside them."""
-    epochs: float = 1.0
+    num_epochs: float = 1.0
     """Passes over the texts of a round, at most 2: they grow stale as the student learns."""
     mix_data: Path | None = None
     """Dataset to mix in: given texts, answers of a teacher. With --contrast, the teacher's
@@ -86,9 +86,9 @@ class OnPolicyConfig(TrainingConfig):
     contrast_end: float = 1.5
     """With --contrast, their weight at the end; it moves linearly."""
     learning_rate: float = 1e-4
-    """Peak of the warm-up-stable-decay schedule, which spans all rounds."""
+    """Peak of the warmup-stable-decay schedule, which spans all rounds."""
     weight_decay: float = 0.0
-    """The optimiser's, on matrices only."""
+    """The optimizer's decoupled decay, on matrices only."""
     max_eval_samples: int = 64
     """Packed validation rows of --prompts to use at most after each round; 0 for all."""
     teacher_dtype: Dtype = "float32"

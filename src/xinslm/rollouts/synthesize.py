@@ -52,13 +52,13 @@ _PLACES = (
     "prompts",
     "teacher",
     "endpoint",
-    "cache",
+    "keep_cache",
     "top_k",
     "tail_samples",
     "cache_temperature",
     "max_seq_length",
-    "student_tokenizer_path",
     "tokenizer_path",
+    "teacher_tokenizer_path",
     "document_end",
     "validation_fraction",
 )
@@ -116,7 +116,7 @@ def run(
         pick_device(config.device),
         config.revision,
         config.trust_remote_code,
-        config.tokenizer_path,
+        config.teacher_tokenizer_path,
         config.endpoint,
         default_top_k(config.top_k, 0),
         api_key,
@@ -128,7 +128,7 @@ def run(
         "inputs": {"prompts": sha256_json(prompts), "teacher": teacher.fingerprint},
     }
     no_log_probs = _try(teacher, prompts, config) if isinstance(teacher, EndpointTeacher) else None
-    reads = (config.teacher, config.prompts, config.student_tokenizer_path, config.tokenizer_path)
+    reads = (config.teacher, config.prompts, config.tokenizer_path, config.teacher_tokenizer_path)
     begin = Plan(PLAN, plan, "synthesis", KIND, tuple(reads))
     with locked(config.output_dir):
         with claim(config.output_dir, begin, config.force):
@@ -161,12 +161,12 @@ def _synthesize(
     splits = split_answers(written, config.validation_fraction, config.seed)
     cached = (
         "none, for the endpoint's tokens are not known: give its model's tokenizer with "
-        "--tokenizer-path"
+        "--teacher-tokenizer-path"
     )
     if tokenizer is not None:
         if not (folder / DATA / MANIFEST).is_file():
             write_dataset(folder / DATA, splits, tokenizer, config.document_end, to_dict(config))
-        if not config.cache:
+        if not config.keep_cache:
             cached = "none was asked for"
         elif isinstance(teacher, EndpointTeacher):
             cached = no_log_probs or _cache_written(config, teacher, tokenizer, splits, on_progress)
@@ -193,7 +193,7 @@ def _within(config: SynthesizeConfig, context: int, on_progress: Listener) -> Sy
     """The settings with lengths that a teacher's context allows; what is shortened is noted."""
     new, rows = min(config.max_new_tokens, context), config.max_seq_length
     longer = [f"--max-new-tokens {config.max_new_tokens:,}"] if config.max_new_tokens > new else []
-    if config.cache and rows > context:
+    if config.keep_cache and rows > context:
         longer.append(f"--max-seq-length {rows:,}")
         rows = context
     if longer:
@@ -209,7 +209,7 @@ def _try(teacher: EndpointTeacher, prompts: list[Prompt], config: SynthesizeConf
     """None where the server says how likely its tokens are, after prompts of each kind; else why
     there is no cache.
     """
-    if not config.cache or teacher.tokenizer is None:
+    if not config.keep_cache or teacher.tokenizer is None:
         teacher.rivals = 0
         return None
     for kind in (str, list):
@@ -332,8 +332,8 @@ def _tokenizer(config: SynthesizeConfig, teacher: Any) -> Any:
     """The dataset's tokenizer; None where nothing is known of an endpoint's."""
     return (
         teacher.tokenizer
-        if config.student_tokenizer_path is None
-        else load_tokenizer(config.student_tokenizer_path)
+        if config.tokenizer_path is None
+        else load_tokenizer(config.tokenizer_path)
     )
 
 
@@ -350,7 +350,7 @@ def _cache_config(config: SynthesizeConfig) -> CacheConfig:
         device=config.device,
         revision=config.revision,
         trust_remote_code=config.trust_remote_code,
-        tokenizer_path=config.tokenizer_path,
+        teacher_tokenizer_path=config.teacher_tokenizer_path,
         endpoint=config.endpoint,
         seed=config.seed,
     )
@@ -379,7 +379,7 @@ def _cache_written(
     """
     if teacher.tokenizer is None or tokenizer.fingerprint() != teacher.tokenizer.fingerprint():
         return (
-            "none, for the dataset's tokens are not the endpoint's: leave --student-tokenizer-path "
+            "none, for the dataset's tokens are not the endpoint's: leave --tokenizer-path "
             "out, or cache the "
             "dataset from the model's files with `xinslm cache`"
         )

@@ -7,8 +7,7 @@ from typing import Annotated
 import tyro
 
 from xinslm.data.config import DocumentEnd
-from xinslm.errors import UsageError
-from xinslm.ranges import CONTEXT, SEED, Device, Dtype, Range, range_errors
+from xinslm.ranges import CONTEXT, SEED, Device, Dtype, Range, Settings, range_errors
 from xinslm.teachers.endpoint_config import EndpointConfig
 
 _SYNTHESIZE = {
@@ -27,7 +26,7 @@ _SYNTHESIZE = {
 
 
 @dataclass(frozen=True)
-class SynthesizeConfig:
+class SynthesizeConfig(Settings):
     """Let a teacher answer prompts; the answers become text, a dataset and a cache to distill
     from.
     """
@@ -54,12 +53,12 @@ class SynthesizeConfig:
     is kept, without an end token.
     """
     batch_size: int = 16
-    """Answers that a teacher here writes side by side."""
-    student_tokenizer_path: str | None = None
+    """Answers that a local teacher writes at once."""
+    tokenizer_path: str | None = None
     """Tokenizer of the dataset; by default the teacher's. A nested one can be cached from a teacher
     here.
     """
-    tokenizer_path: str | None = None
+    teacher_tokenizer_path: str | None = None
     """Tokenizer of an endpoint's model, or one for a GGUF file instead of its own: a folder, a file
     or a Hub name.
     """
@@ -67,10 +66,10 @@ class SynthesizeConfig:
     """Token that closes a plain text; chats close as their template says."""
     validation_fraction: float = 0.05
     """Share of the prompts held back to measure on, with all their answers."""
-    cache: bool = True
+    keep_cache: bool = True
     """Keep the teacher's distributions along with the text."""
     top_k: int | None = None
-    """Most likely tokens kept exactly at each position; by default 4, or 11 where there are no
+    """Most likely tokens that the cache keeps exactly at each position; by default 4, or 11 without
     tail samples.
     """
     tail_samples: int = 10
@@ -94,15 +93,14 @@ class SynthesizeConfig:
     seed: int = 0
     """Seed of the answers, and of which prompts are held back."""
     force: bool = False
-    """Replace what stands in the output folder."""
+    """Replace what is in the output folder."""
 
-    def check(self) -> None:
-        """Raise UsageError listing everything that cannot work."""
+    def errors(self) -> list[str]:
+        """What cannot work, a sentence each."""
         wrong = range_errors(self, _SYNTHESIZE) + self.endpoint.errors()
         if self.temperature == 0 and self.samples > 1:
             wrong.append(
                 f"samples is {self.samples}, but at temperature 0 all answers to a "
                 "prompt are the same"
             )
-        if wrong:
-            raise UsageError("\n".join(wrong))
+        return wrong

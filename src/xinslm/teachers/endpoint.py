@@ -116,7 +116,7 @@ class EndpointTeacher:
         if self.tokenizer is None:
             raise UsageError(
                 f"no tokenizer is found under the name {self.model}; give that of the endpoint's "
-                "model with --tokenizer-path"
+                "model with --teacher-tokenizer-path"
             )
 
     def _scoring(self, ids: list[int]) -> dict[str, Any]:

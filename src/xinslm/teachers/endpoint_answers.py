@@ -95,7 +95,7 @@ def _place(entry: Any, label: int, tokenizer: Any) -> tuple[list[tuple[int, floa
             raise XinslmError(
                 f"token id {key!r} is not in the tokenizer's {tokenizer.vocab_size:,} ids: the "
                 "server's model has "
-                f"another vocabulary. Give its tokenizer with --tokenizer-path"
+                f"another vocabulary. Give its tokenizer with --teacher-tokenizer-path"
             )
         value = number(facts.get("logprob") if isinstance(facts, dict) else facts)
         decoded = facts.get("decoded_token") if isinstance(facts, dict) else None
@@ -131,7 +131,7 @@ def _require_same_token(token: int, decoded: str, tokenizer: Any) -> None:
     raise XinslmError(
         f"token id {token} is {decoded!r} to the server and {ours.decode()!r} to our tokenizer: "
         "the vocabularies "
-        f"differ. Give the tokenizer of the server's model with --tokenizer-path"
+        f"differ. Give the tokenizer of the server's model with --teacher-tokenizer-path"
     )
 
 
@@ -245,5 +245,5 @@ def _bytes(row: dict[str, Any], tokenizer: Any) -> bytes:
     raise XinslmError(
         f"token id {token} is {found!r} to the server and another to our tokenizer: the "
         "vocabularies differ. Give the "
-        f"tokenizer of the server's model with --tokenizer-path"
+        f"tokenizer of the server's model with --teacher-tokenizer-path"
     )

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from xinslm.ranges import POSITIVE, Range, range_errors
+from xinslm.ranges import POSITIVE, Range, Settings, range_errors
 
 _ENDPOINT = {
     "concurrency": Range(1, 1024),
@@ -16,7 +16,7 @@ _ENDPOINT = {
 
 
 @dataclass(frozen=True)
-class EndpointConfig:
+class EndpointConfig(Settings):
     """How to talk to a teacher that is a URL; other teachers take nothing from here."""
 
     model: str | None = None

@@ -28,13 +28,15 @@ _ROLES = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_t
 
 
 def read_tokenizer(keys: dict[str, Any], where: str) -> Any:
-    """Make a tokenizer from a GGUF's keys; UsageError asks for --tokenizer-path where that cannot
-    be.
+    """Make a tokenizer from a GGUF's keys; UsageError asks for --teacher-tokenizer-path if
+    that is impossible.
     """
     engine, tokens = keys.get("tokenizer.ggml.model"), keys.get("tokenizer.ggml.tokens")
     types = keys.get("tokenizer.ggml.token_type") or [int(TokenType.NORMAL)] * len(tokens or ())
     if not tokens or len(types) != len(tokens):
-        raise UsageError(f"{where} has no tokenizer in it; give the model's with --tokenizer-path")
+        raise UsageError(
+            f"{where} has no tokenizer in it; give the model's with --teacher-tokenizer-path"
+        )
     named = {}
     for role, key in _ROLES.items():
         token = keys.get(f"tokenizer.ggml.{key}_token_id")
@@ -49,14 +51,15 @@ def read_tokenizer(keys: dict[str, Any], where: str) -> Any:
     except (KeyError, ValueError, TypeError) as error:
         if isinstance(error, XinslmError):
             raise UsageError(
-                f"{where}: {error}. Give the model's own tokenizer with --tokenizer-path"
+                f"{where}: {error}. Give the model's own tokenizer with --teacher-tokenizer-path"
             ) from None
         raise UsageError(
-            f"{where}: its tokenizer is damaged ({error!r}); give the model's with --tokenizer-path"
+            f"{where}: its tokenizer is damaged ({error!r}); give the model's with "
+            "--teacher-tokenizer-path"
         ) from None
     raise UsageError(
         f"{where} has a tokenizer of kind {engine!r}, which is not read; give the model's with "
-        "--tokenizer-path"
+        "--teacher-tokenizer-path"
     )
 
 

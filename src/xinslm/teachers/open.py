@@ -44,7 +44,8 @@ def open_teacher(
         return GgufTeacher(Path(name), dtype, device, tokenizer)
     if tokenizer is not None:
         raise UsageError(
-            f"--tokenizer-path is for endpoints and GGUF files; {name} brings its own. Leave it out"
+            f"--teacher-tokenizer-path is for endpoints and GGUF files; {name} brings its own. "
+            "Leave it out"
         )
     folder = local_folder(name, revision)
     refuse_quantized(folder)

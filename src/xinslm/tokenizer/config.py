@@ -6,9 +6,14 @@ from typing import Annotated
 
 import tyro
 
+from xinslm.ranges import Range, Settings, range_errors
+
+_TRAIN = {"vocab_size": Range(1), "min_frequency": Range(0), "max_token_length": Range(2)}
+_SHOW = {"num_pieces": Range(0)}
+
 
 @dataclass(frozen=True)
-class TrainConfig:
+class TrainConfig(Settings):
     """Learn a byte-level BPE tokenizer from text, or cut a nested one out of a teacher's."""
 
     output_dir: Annotated[Path, tyro.conf.arg(aliases=["-o"])]
@@ -36,9 +41,26 @@ class TrainConfig:
     force: bool = False
     """Replace the output folder if it already holds something."""
 
+    def errors(self) -> list[str]:
+        """What cannot work, a sentence each."""
+        wrong = range_errors(self, _TRAIN)
+        if self.prefix_of is None and not self.data_path:
+            wrong.append(
+                "no text to learn from: give --data-path, or --prefix-of TOKENIZER for a nested "
+                "tokenizer"
+            )
+        if self.prefix_of is not None:
+            wrong += [
+                f"--{name.replace('_', '-')} has no effect with --prefix-of: the merges are the "
+                "teacher's. Leave it out"
+                for name in ("min_frequency", "max_token_length")
+                if getattr(self, name) != getattr(TrainConfig, name)
+            ]
+        return wrong
+
 
 @dataclass(frozen=True)
-class ShowConfig:
+class ShowConfig(Settings):
     """Show how a text is cut into tokens, and by which merges."""
 
     text: Annotated[str, tyro.conf.Positional]
@@ -50,3 +72,10 @@ class ShowConfig:
     """How many different pieces of the text have their merges shown."""
     allow_special: bool = False
     """Read control tokens in the text as such, not as ordinary text."""
+
+    def errors(self) -> list[str]:
+        """What cannot work, a sentence each."""
+        wrong = range_errors(self, _SHOW)
+        if not self.text:
+            wrong.append("there is no text to show: it is empty")
+        return wrong

@@ -9,7 +9,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from xinslm.errors import UsageError
 from xinslm.progress import Listener, ignore
 from xinslm.tokenizer.base import Tokenizer
 from xinslm.tokenizer.bpe import BPETokenizer
@@ -79,8 +78,7 @@ class ShowResult:
 
 def run(config: ShowConfig, on_progress: Listener = ignore) -> ShowResult:
     """Encode the text and follow the merges of its first different pieces."""
-    if not config.text:
-        raise UsageError("there is no text to show: it is empty")
+    config.check()
     tokenizer: Tokenizer
     if config.tokenizer_path is None:
         tokenizer = BPETokenizer(vocab_size=_SELF_TAUGHT_IDS, min_frequency=2)

@@ -6,8 +6,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from xinslm.errors import UsageError
-from xinslm.ranges import CONTEXT, POSITIVE, SEED, SHARE, Device, Range, range_errors
+from xinslm.ranges import CONTEXT, POSITIVE, SEED, SHARE, Device, Range, Settings, range_errors
 
 _SIZES = (
     "vocab_size",
@@ -43,7 +42,7 @@ _PRETRAIN = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainingConfig:
+class TrainingConfig(Settings):
     """Settings that every training run shares."""
 
     output_dir: Annotated[Path, tyro.conf.arg(aliases=["-o"])]
@@ -51,23 +50,23 @@ class TrainingConfig:
     max_seq_length: int = 512
     """Tokens in a packed row; the model's context."""
     batch_size: int = 8
-    """Rows in an optimiser step."""
+    """Packed rows in an optimizer step."""
     micro_batch_size: int | None = None
     """Rows in one forward pass; the step accumulates over them. All, if not given."""
     learning_rate: float = 2e-3
-    """Peak of the warm-up-stable-decay schedule."""
+    """Peak of the warmup-stable-decay schedule."""
     warmup_ratio: float = 0.05
-    """Share of the steps in which the rate rises from 0."""
+    """Share of the steps, 0 to 1, in which the rate rises from 0."""
     decay_ratio: float = 0.3
-    """Share of the steps in which it falls linearly to 0."""
+    """Share of the steps, 0 to 1, in which the rate falls linearly to 0."""
     weight_decay: float = 0.1
-    """The optimiser's, on matrices only."""
+    """The optimizer's decoupled decay, on matrices only."""
     adam_beta1: float = 0.9
     """AdamW's decay of the first moment."""
     adam_beta2: float = 0.95
     """AdamW's decay of the second moment."""
     max_grad_norm: float = 1.0
-    """Longest gradient, as its L2 norm; 0 for no limit."""
+    """Largest L2 norm of the gradient; 0 for no limit."""
     optimizer: Literal["adamw", "adamw8bit", "muon"] = "adamw"
     """adamw8bit keeps its moments in a quarter of the memory; muon takes the hidden matrices, AdamW
     the rest.
@@ -87,7 +86,7 @@ class TrainingConfig:
     seed: int = 0
     """Seed of the starting weights and of the order of rows."""
     force: bool = False
-    """Replace what stands in the run folder."""
+    """Replace what is in the run folder."""
 
     def errors(self) -> list[str]:
         """What cannot work, a sentence each."""
@@ -101,11 +100,6 @@ class TrainingConfig:
                 f"({self.decay_ratio}) must not add up to more than 1"
             )
         return wrong
-
-    def check(self) -> None:
-        """Raise UsageError listing everything that cannot work."""
-        if wrong := self.errors():
-            raise UsageError("\n".join(wrong))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,11 +117,11 @@ class PretrainConfig(TrainingConfig):
     init_from: Path | None = None
     """Model folder whose weights to start from; its shape is used."""
     preset: Literal["1m", "10m", "135m", "360m", "1b"] = "1m"
-    """Shape of the model, by parameters; the fields below change single sizes of it."""
+    """Shape of the model, by parameters; other options change single sizes of it."""
     vocab_size: int | None = None
     """Vocabulary of a tokenizer trained on the way (8192 if not given)."""
     hidden_size: int | None = None
-    """Width of the residual stream."""
+    """Width of the residual stream; by default the preset's, as are the sizes below."""
     num_layers: int | None = None
     """Decoder blocks."""
     num_heads: int | None = None
@@ -135,7 +129,7 @@ class PretrainConfig(TrainingConfig):
     num_kv_heads: int | None = None
     """Key and value heads (GQA)."""
     head_dim: int | None = None
-    """Width of a head; hidden_size / num_heads where one of these is given."""
+    """Width of a head; hidden_size / num_heads if one of these is given."""
     intermediate_size: int | None = None
     """Width of the feed-forward."""
     tie_word_embeddings: bool = True
@@ -145,7 +139,7 @@ class PretrainConfig(TrainingConfig):
     num_epochs: float = 1.0
     """Passes over the training split."""
     max_steps: int | None = None
-    """Optimiser steps, instead of epochs."""
+    """Optimizer steps, instead of epochs."""
     eval_steps: int | None = None
     """Steps between validations; a tenth of the run and at most 100, if not given. There is one at
     the end in any case.

@@ -48,7 +48,7 @@ class AdaptConfig(TrainingConfig):
     decay_ratio: float = 0.97
     """Share of the steps in which it falls linearly to 0."""
     weight_decay: float = 0.0
-    """The optimizer's, on matrices only."""
+    """The optimizer's decoupled decay, on matrices only."""
     max_eval_samples: int = 100
     """Validation sequences to measure before and after; 0 for all."""
     save_steps: int = 50
