@@ -254,13 +254,11 @@ def test_passing_trouble_is_tried_again_and_lasting_trouble_is_named(
     with FakeVllm(small.teacher, lambda n, *_: mischief if n in (3, 7) else None) as server:
         score.run(config(small, server.url, tmp_path / "c"))
     assert shards(tmp_path / "c") == whole
-    with FakeVllm(small.teacher, lambda n, *_: mischief if n >= 5 else None) as server:
-        began = time.monotonic()
-        with pytest.raises(
-            XinslmError, match=rf"{message} \(2 tries in .*run the same command again"
-        ):
-            score.run(config(small, server.url, tmp_path / "d"))
-        assert time.monotonic() - began < 10
+    with (
+        FakeVllm(small.teacher, lambda n, *_: mischief if n >= 5 else None) as server,
+        pytest.raises(XinslmError, match=rf"{message} \(2 tries in .*run the same command again"),
+    ):
+        score.run(config(small, server.url, tmp_path / "d"))
     with FakeVllm(small.teacher) as server:  # at another address, more patiently
         score.run(config(small, server.url, tmp_path / "d", endpoint=EndpointConfig(concurrency=1)))
     assert shards(tmp_path / "d") == whole

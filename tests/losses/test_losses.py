@@ -22,6 +22,7 @@ from loss_oracle import (
     problem,
     sparsify,
 )
+from xinslm.cache.entries import CacheFormat, decode, encode
 from xinslm.losses.chunk import chunk_loss
 from xinslm.losses.config import LossConfig
 from xinslm.losses.fused import fused_loss
@@ -126,13 +127,25 @@ def test_gradient_at_temperature_2_is_the_slope_of_the_value(divergence, mode, t
         assert gradient[row, column].item() == pytest.approx(slope, rel=1e-5, abs=1e-8)
 
 
-def test_temperature_is_used():
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0, 4.0])
+def test_dense_kd_is_pytorchs_kl_div_times_t_squared(temperature):
+    """Hinton et al. 2015: T^2 KL of the tempered distributions, and its gradient."""
     hidden, weight, labels, teacher = problem()
-    losses = {
-        t: fused_loss(hidden, weight, labels, sparsify(teacher), LossConfig(0.0, 1.0, t))[0].item()
-        for t in (1.0, 2.0)
-    }
-    assert abs(losses[1.0] - losses[2.0]) > 0.01
+    config = LossConfig(0.0, 1.0, temperature, "full")
+    ours = hidden.clone().requires_grad_()
+    loss, metrics = fused_loss(
+        ours, weight, labels, DenseTargets(lambda rows: teacher[rows]), config
+    )
+    loss.backward()
+    theirs = hidden.clone().requires_grad_()
+    log_q = (theirs @ weight.t() / temperature).log_softmax(1)
+    expected = temperature**2 * F.kl_div(
+        log_q, (teacher / temperature).softmax(1), reduction="batchmean"
+    )
+    expected.backward()
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    assert metrics.kd == pytest.approx(expected.item() * ROWS, rel=1e-5)
+    torch.testing.assert_close(ours.grad, theirs.grad, atol=1e-6, rtol=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -196,15 +209,19 @@ def test_expected_sparse_gradient_is_the_full_vocabulary_one():
     assert (one_bucket - exact).abs().max() > 0.02
 
 
-def test_head_mass_at_temperature_2_equals_dense_softmax():
-    """Tempering the tail as if it were one token misses by far: its mass has to come from the
-    stored normaliser.
+def test_a_cached_entry_tempers_its_top_k_to_the_dense_probabilities():
+    """The stored normalizer makes p^(1/T) of the top k exact, up to the 8-bit codes; the tail as
+    one token would be far off.
     """
     teacher = problem()[3]
-    sparse = sparsify(teacher, 2.0)
-    cached = (sparse.top_k_log_probs / 2 - sparse.log_z[:, None]).exp().sum(1)
-    dense = (teacher / 2).softmax(1).gather(1, sparse.top_k_ids).sum(1)
-    torch.testing.assert_close(cached, dense, atol=1e-5, rtol=0)
+    fmt = CacheFormat(VOCAB, top_k=8, tail_samples=0, temperature=2.0)
+    entries = encode(
+        teacher.softmax(1), torch.zeros(ROWS, dtype=torch.long), torch.arange(ROWS), fmt, 0
+    )
+    targets = decode(entries, fmt)
+    cached = (targets.top_k_log_probs / 2 - targets.log_z[:, None]).exp()
+    dense = (teacher / 2).softmax(1).gather(1, targets.top_k_ids)
+    torch.testing.assert_close(cached, dense, atol=2e-3, rtol=2e-2)
 
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)

@@ -92,11 +92,23 @@ def test_training_costs_three_forward_passes_and_checkpointing_one_more() -> Non
         for flag in (False, True)
     )
     assert plain == 3 * (blocks + head) and again - plain == blocks
-    muon = training_operations(SMALL, settings(max_seq_length=128, batch_size=2, optimizer="muon"))
-    per_layer = 5 * (
-        2 * 6 * 96**3 + 2 * (4 * 48 * 48 * 96 + 2 * 48**3) + 3 * (4 * 96 * 96 * 160 + 2 * 96**3)
-    )
-    assert (muon - plain) * 256 == pytest.approx(3 * per_layer)
+
+
+@pytest.mark.parametrize("kv_heads", [3, 6])
+def test_muon_costs_the_operations_that_pytorch_counts(kv_heads: int) -> None:
+    from torch.utils.flop_counter import FlopCounterMode
+
+    shape = dataclasses.replace(SMALL, num_key_value_heads=kv_heads)
+    config = settings(max_seq_length=128, batch_size=2, optimizer="muon")
+    model = Transformer(shape)
+    optimizer = make_optimizer(model, config)
+    for parameter in model.parameters():
+        parameter.grad = torch.randn_like(parameter)
+    with FlopCounterMode(display=False) as counter:
+        optimizer.step()
+    adamw = dataclasses.replace(config, optimizer="adamw")
+    planned = training_operations(shape, config) - training_operations(shape, adamw)
+    assert planned * 2 * 128 == pytest.approx(counter.get_total_flops(), rel=1e-9)
 
 
 def test_savings_save_in_the_order_that_is_known() -> None:

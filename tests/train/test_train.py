@@ -1,8 +1,11 @@
 """The training loop: exact resume, accumulation, schedules, and every refusal of a run folder."""
 
+import copy
 import dataclasses
 import errno
+import itertools
 import json
+import re
 import shutil
 import signal
 import subprocess
@@ -12,6 +15,7 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
 import training as train
@@ -30,6 +34,7 @@ from xinslm.model.config import ModelConfig
 from xinslm.model.files import load_config, load_model, save_model
 from xinslm.model.transformer import Transformer
 from xinslm.teachers.huggingface import HuggingFaceTeacher
+from xinslm.tokenizer.load import load_tokenizer
 from xinslm.train import checkpoint
 from xinslm.train.config import PretrainConfig
 from xinslm.train.loop import learning_rate
@@ -137,47 +142,72 @@ def test_live_teacher_sees_each_document_alone(world):
         torch.testing.assert_close(logits[index], expected, atol=2e-5, rtol=1e-4)
 
 
-def test_cached_loss_is_the_live_teachers_within_the_codes_precision(world):
-    """Head exact, tail as one bucket: the difference to the dense KL is the divergence within the
-    tail, below it.
-    """
-    loss = LossConfig(0.0, 1.0, tail_weight=0.0)
-    live = trainer(
-        world, source=LiveTargets(HuggingFaceTeacher(str(world.teacher))), loss=loss
-    ).step(0)
-    sparse = trainer(world, source=cached(world), loss=loss).step(0)
-    assert live.ce == pytest.approx(sparse.ce, rel=1e-6)
-    assert 0 < sparse.kd < live.kd
+def test_cached_kd_is_the_kl_over_buckets_of_the_teachers_logits(world):
+    """Top k and tail, from transformers' own logits and the student's: half the KD would show."""
+    from transformers import AutoModelForCausalLM
+
+    made = trainer(world, source=cached(world), loss=LossConfig(0.0, 1.0, tail_weight=0.0))
+    batch = made.rows.batch(indices_of_step(0, 4, len(made.rows), made.config.seed))
+    chosen = np.flatnonzero(batch.labels.ravel() >= 0)
+    ids, positions, segments = (
+        torch.from_numpy(x) for x in (batch.input_ids, batch.positions, batch.segments)
+    )
+    reference = AutoModelForCausalLM.from_pretrained(world.teacher)
+    total = 0.0
+    with torch.no_grad():
+        student = made.model.logits(made.model.hidden(ids, positions, segments)).flatten(0, 1)
+        top = cached(world).targets(batch, chosen, CPU).top_k_ids
+        for at, place in enumerate(chosen):
+            row, column = divmod(int(place), 64)
+            start = column - batch.positions[row, column]
+            teacher = reference(ids[row : row + 1, start : column + 1]).logits[0, -1]
+            p, q = (
+                torch.cat((x[top[at]], 1 - x[top[at]].sum(0, keepdim=True)))
+                for x in (teacher.softmax(0), student[place].softmax(0))
+            )
+            total += (p * (p / q).log()).sum().item()
+    assert made.step(0).kd == pytest.approx(total / len(chosen), rel=0.02)
 
 
-def test_prompts_are_not_trained_on(world, tmp_path):
-    """Labels of prompt tokens carry no gradient and no weight in the mean: only answers and their
-    end do.
-    """
-    lines = [{"prompt": f"What is {i}?", "response": f"It is {i}."} for i in range(300)]
+def test_prompts_get_no_gradient_and_no_weight_in_the_mean(world, tmp_path):
+    """Against cross-entropy of each chat alone, with transformers' ignore index on the prompt."""
+    lines = [{"prompt": f"What is {i}?", "response": f"It is {i}."} for i in range(40)]
     (tmp_path / "chat.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     prepare.run(
         PrepareConfig(
             data_path=(str(tmp_path / "chat.jsonl"),),
             tokenizer_path=world.tokenizer,
             output_dir=tmp_path / "data",
+            validation_fraction=0.0,
         )
     )
     split = open_dataset(tmp_path / "data").split("train")
+    tokenizer = load_tokenizer(world.tokenizer)
     rows = PackedDataset(split, 64)
     model = Transformer(
         dataclasses.replace(load_config(world.teacher), hidden_size=36, head_dim=12)
     )
-    step = PackedTrainer(
-        model,
-        world.pretrain(tmp_path / "r", batch_size=len(rows)),
-        LossConfig(1.0, 0.0),
-        rows,
-        2,
-        None,
-        CPU,
-    ).step(0)
-    assert step.tokens == int(split.mask.sum()) < len(split.tokens) / 2
+    model.initialise(torch.Generator().manual_seed(0))
+    reference = copy.deepcopy(model)
+    config = world.pretrain(tmp_path / "r", batch_size=len(rows), max_grad_norm=0)
+    made = PackedTrainer(model, config, LossConfig(1.0, 0.0), rows, 2, None, CPU)
+    step = made.step(0)
+    total, count = torch.zeros(()), 0
+    for begin, end in itertools.pairwise(split.documents.tolist()):
+        ids = torch.from_numpy(np.asarray(split.tokens[begin:end]).astype(np.int64))
+        said = re.search(r"It is \d+\.", tokenizer.decode(ids.tolist())).group(0)
+        answer = tokenizer.encode(said)
+        first = next(n for n in range(len(ids)) if ids[n : n + len(answer)].tolist() == answer)
+        labels = torch.full_like(ids, -100)
+        answered = slice(first, first + len(answer) + 1)  # and the end token
+        labels[answered] = ids[answered]
+        logits = reference.logits(reference.hidden(ids[None, :-1]))[0]
+        total = total + F.cross_entropy(logits, labels[1:], reduction="sum")
+        count += len(answer) + 1
+    (total / count).backward()
+    assert step.tokens == count and step.loss == pytest.approx((total / count).item(), rel=1e-5)
+    for ours, theirs in zip(model.parameters(), reference.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad, atol=1e-6, rtol=1e-4)
 
 
 def run_in_subprocess(config, action, at_step):
@@ -188,6 +218,7 @@ def run_in_subprocess(config, action, at_step):
 import os, signal, sys
 from pathlib import Path, PosixPath
 import torch
+import torch.nn.functional as F
 torch.set_num_threads(1)
 from xinslm.distill import run as train
 from xinslm.distill.config import DistillConfig
