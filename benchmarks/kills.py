@@ -1,11 +1,12 @@
-"""kill -9 at random moments of `cache` and `distill`, again and again; what comes out against an
-undisturbed run.
+"""kill -9 at random moments of `cache` and `distill`, repeatedly; results compared with an
+uninterrupted run.
 
     python benchmarks/kills.py --data ../shared/data --work /tmp/core --kills 20
 
-Each command is started again after every kill until it has finished, and then anew in another
-folder, until it has been killed `--kills` times in all. Compared with an undisturbed run are, each
-time, the cache's shards, the final weights (bytes) and every line of metrics.jsonl but its times.
+Each command is started again after every kill until it has finished, then in another folder, until
+it was killed `--kills` times in total. Compared with an uninterrupted run are the cache's shards,
+the final weights (bytes) and every line of metrics.jsonl except times. Every second cache has one
+shard per split, so its kills are inside a shard.
 """
 
 import argparse
@@ -27,17 +28,16 @@ from xinslm.files import sha256_file
 
 
 def disturbed(
-    line: str, folder: Path, watched: str, draw: random.Random, whole: Callable[[], bool]
+    line: str, folder: Path, watched: str, draw: random.Random, complete: Callable[[], bool]
 ) -> int:
-    """Run a command that writes to `folder` again and again, killing it, until its work is whole;
-    return the kills.
+    """Run a command that writes to `folder` and kill it, until it has finished; return the kills.
 
-    One moment in four is drawn from the whole time since the start, so that loading and taking up
-    are hit too; the others from the seconds after the first sign of new work, the newest time of
-    the files that match `watched`.
+    One moment in four is uniform over the time since the start, so that loading and continuing are
+    hit as well; the others follow the first sign of new work, a newer time of the files that match
+    `watched`.
     """
     kills = 0
-    while not whole():
+    while not complete():
         before = _newest(folder, watched)
         process = subprocess.Popen(
             [sys.executable, "-m", "xinslm", *shlex.split(line), "--output-dir", str(folder)],
@@ -64,12 +64,12 @@ def disturbed(
 
 
 def _newest(folder: Path, watched: str) -> int:
-    """When a file of the folder that matches was last written, in ns; 0 where there is none."""
+    """When a matching file of the folder was last written, in ns; 0 if there is none."""
     return max((path.stat().st_mtime_ns for path in folder.glob(watched)), default=0)
 
 
 def curve(run: Path) -> list[dict]:
-    """The lines of a run's metrics, times left out."""
+    """The lines of a run's metrics, without times."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return [
         {k: v for k, v in line.items() if k not in ("seconds", "tokens_per_second", "other_load")}
@@ -95,14 +95,22 @@ def main() -> None:
         f"--tokenizer-path {teacher} "
         f"--output-dir {data} --max-tokens 300000"
     )
-    line = f"cache {teacher} --data-path {data} --max-seq-length 256 --shard-positions 2000"
-    xinslm(f"{line} --output-dir {work / 'cache'}", threads=1)
-    shards = [p.relative_to(work / "cache") for p in sorted((work / "cache").glob("*/*.bin"))]
+    line = f"cache {teacher} --data-path {data} --max-seq-length 256 --batch-tokens 2048"
+    sizes = {"cache": "--shard-positions 2000", "large": ""}
+    shards = {}
+    for name, size in sizes.items():
+        xinslm(f"{line} {size} --output-dir {work / name}", threads=1)
+        shards[name] = sorted((work / name).glob("*/*.bin"))
     kills, equal, number = 0, True, 0
     while kills < args.kills:
         folder = work / f"cache-{number}"
-        kills += disturbed(line, folder, "*/*.bin", draw, (folder / "manifest.json").exists)
-        equal &= all(sha256_file(work / "cache" / s) == sha256_file(folder / s) for s in shards)
+        name = list(sizes)[number % 2]
+        complete = (folder / "manifest.json").exists
+        kills += disturbed(f"{line} {sizes[name]}", folder, "*/*.*", draw, complete)
+        equal &= all(
+            sha256_file(file) == sha256_file(folder / file.relative_to(work / name))
+            for file in shards[name]
+        )
         number += 1
     found = {"cache killed": kills, "in runs": number, "shards equal": equal}
     line = (

@@ -19,9 +19,10 @@ import numpy as np
 import torch
 
 from xinslm.cache.entries import Cache
+from xinslm.cache.kinds import CachedTargets
 from xinslm.data.dataset import open_dataset
 from xinslm.data.packing import PackedDataset
-from xinslm.distill.target_sources import CachedTargets, LiveTargets
+from xinslm.distill.target_sources import LiveTargets
 from xinslm.losses.config import LossConfig
 from xinslm.losses.fused import fused_loss
 from xinslm.model.files import load_model

@@ -24,9 +24,10 @@ from machine import describe
 from sides import keep, xinslm
 
 from xinslm.cache.entries import Cache
+from xinslm.cache.kinds import CachedTargets
 from xinslm.data.dataset import open_dataset
 from xinslm.data.packing import Batch, PackedDataset
-from xinslm.distill.target_sources import CachedTargets, LiveTargets
+from xinslm.distill.target_sources import LiveTargets
 from xinslm.losses.config import LossConfig
 from xinslm.losses.targets import DenseTargets
 from xinslm.model.transformer import Transformer

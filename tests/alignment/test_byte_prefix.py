@@ -24,13 +24,12 @@ from xinslm.alignment.spans import ByteReader
 from xinslm.cache import score
 from xinslm.cache.bucket_entries import (
     ONWARD,
-    CachedBuckets,
     bucket_dtype,
     bucket_entries,
-    bucket_maps,
     decode_buckets,
 )
 from xinslm.cache.entries import VALID, Cache
+from xinslm.cache.kinds import kind_of
 from xinslm.data.dataset import open_dataset
 from xinslm.distill.config import DistillConfig
 from xinslm.doctor import run as doctor
@@ -48,6 +47,18 @@ from xinslm.tokenizer.load import load_tokenizer
 @pytest.fixture(scope="module")
 def grouped(world, tmp_path_factory):
     return cache_of_another_tokenizer(world, tmp_path_factory.mktemp("byte_prefix"), "byte_prefix")
+
+
+def stored(folder):
+    return np.concatenate(kind_of(Cache(folder)).splits()["train"].maps)
+
+
+def predicted(tops, probs, label_probs):
+    """Predictions as the aligner takes them, in float64."""
+    dtype = [("top_ids", "i8", tops.shape[1:]), ("top_probs", "f8", tops.shape[1:])]
+    found = np.zeros(len(tops), [*dtype, ("label_prob", "f8")])
+    found["top_ids"], found["top_probs"], found["label_prob"] = tops, probs, label_probs
+    return found
 
 
 def documents(tokenizer, count=40):
@@ -110,7 +121,7 @@ def test_cuts_that_never_come_have_next_to_no_mass():
     probs = np.full((len(pair.teacher_ids), 2), 0.0)
     probs[at] = 0.5, 0.4
     own = np.full(len(pair.teacher_ids), 0.4)
-    said, _ = aligner.buckets(ids, pair, tops, probs, own)
+    said, _ = aligner.buckets(ids, pair, predicted(tops, probs, own))
     masses = {
         student.token_bytes(int(aligner.order[begin]))[:1]: p
         for begin, _, level, _, p in said[-1]
@@ -131,7 +142,7 @@ def said_of(aligner, ids, seed, sharpness):
     tops = np.argsort(-full, axis=1)[:, :32]
     own = full[np.arange(len(full)), pair.teacher_ids].astype(np.float64)
     own[0] = np.nan
-    return aligner.buckets(ids, pair, tops, np.take_along_axis(full, tops, 1), own)
+    return aligner.buckets(ids, pair, predicted(tops, np.take_along_axis(full, tops, 1), own))
 
 
 @pytest.mark.parametrize("student", KINDS)
@@ -187,7 +198,9 @@ def test_a_teachers_unknown_token_says_nothing():
         np.full((len(pair.teacher_ids), 1), unknown),
         np.full((len(pair.teacher_ids), 1), 0.6),
     )
-    said, _ = aligner.buckets(ids, pair, tops, probs, np.full(len(pair.teacher_ids), 0.4))
+    said, _ = aligner.buckets(
+        ids, pair, predicted(tops, probs, np.full(len(pair.teacher_ids), 0.4))
+    )
     pads = int(np.argsort(aligner.order)[student.pad_id])
     assert all(bucket[0] != pads for buckets in said for bucket in buckets)
 
@@ -226,7 +239,9 @@ def test_a_student_of_characters_is_taught_the_teachers_own_distribution():
     tops = np.argsort(-full, axis=1)
     own = full[np.arange(count), pair.teacher_ids]
     own[0] = np.nan
-    said, label_log_probs = aligner.buckets(ids, pair, tops, np.take_along_axis(full, tops, 1), own)
+    said, label_log_probs = aligner.buckets(
+        ids, pair, predicted(tops, np.take_along_axis(full, tops, 1), own)
+    )
     place, control = np.argsort(aligner.order), set(teacher.special_tokens.values())
     assert not said[0]  # the space that the tokenizer puts in front has no place in the text
     for at, buckets in list(enumerate(said))[1:]:
@@ -251,7 +266,7 @@ def test_groups_of_a_position_are_apart_or_nested_and_shares_sum_to_one(grouped)
         and result.share > 0.9
         and "byte_prefix" in result.describe()
     )
-    entries = np.concatenate([np.asarray(m) for m in bucket_maps(Cache(folder), "train")])
+    entries = stored(folder)
     valid = entries[(entries["flags"] & VALID) != 0]
     assert result.entry_bytes == entries.itemsize == 3 + 20 * 6
     labels = np.append(np.asarray(open_dataset(data).split("train").tokens)[1:], 0)[
@@ -287,7 +302,7 @@ def test_bytes_of_a_token_have_the_models_likelihood(world, grouped):
     model = load_model(world.teacher)
     aligner = choose_alignment(open_dataset(data), open_teacher(str(world.teacher)), "byte_prefix")
     split = open_dataset(data).split("train")
-    entries = np.concatenate([np.asarray(m) for m in bucket_maps(Cache(folder), "train")])
+    entries = stored(folder)
     start, end = (int(x) for x in split.documents[:2])
     pair = aligner.align(np.asarray(split.tokens[start:end]).astype(np.int64))
     theirs = pair.teacher_ids[:65]
@@ -357,17 +372,12 @@ def test_training_takes_them_and_other_uses_are_refused(world, grouped, tmp_path
         )
     with pytest.raises(UsageError, match="masses of buckets of tokens"):
         Cache(folder).split("train")
-    with pytest.raises(UsageError, match="holds no buckets"):
-        CachedBuckets(Cache(world.cache), "train", np.arange(4))
 
 
 def test_shards_are_made_again_alike(grouped, tmp_path):
     _, folder, _, config = grouped
     score.run(replace(config, output_dir=tmp_path / "c", shard_positions=10**6, batch_tokens=200))
-    once, again = (
-        np.concatenate([np.asarray(m) for m in bucket_maps(Cache(f), "train")])
-        for f in (folder, tmp_path / "c")
-    )
+    once, again = (stored(f) for f in (folder, tmp_path / "c"))
     assert (once["flags"] == again["flags"]).all()
     # rounding orders what is equally likely
     assert (once["begins"][:, 0] == again["begins"][:, 0]).mean() > 0.99
@@ -399,7 +409,7 @@ def test_a_teacher_that_is_not_finite_is_named_and_what_is_done_is_kept(
     settings = replace(config, output_dir=tmp_path / "c", shard_positions=300)
     monkeypatch.setattr(LlamaTeacher, "logits", broken)
     with pytest.raises(
-        XinslmError, match=r"the probability of a token is not finite.*finished shards are kept"
+        XinslmError, match=r"the probability of a token is not finite.*finished work is kept"
     ):
         score.run(settings)
     kept = len(list((tmp_path / "c").glob("*/*.bin")))

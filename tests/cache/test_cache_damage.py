@@ -100,7 +100,7 @@ def test_repair_makes_only_what_is_damaged(world, copy):
     assert hashes(copy) == hashes(world.cache)
     assert kept and all(p.stat().st_mtime_ns == then for p, then in kept.items())
     assert Cache(copy).manifest["inputs"] == Cache(world.cache).manifest["inputs"]
-    with pytest.raises(UsageError, match="is whole: there is nothing to repair"):
+    with pytest.raises(UsageError, match="is intact: there is nothing to repair"):
         score.run(config(world, copy, repair=True))
 
 

@@ -266,3 +266,29 @@ def test_the_command_line_takes_depths_and_weights(world, encoder, tmp_path, cap
     line += " --hidden.weight 1 --hidden.kind cka --hidden.depths 0.3 1.0"
     assert main(line.split()) == 0
     assert "hidden" in metrics(run)[0]
+
+
+def test_an_interrupted_shard_continues_with_the_next_batch(world, encoder, tmp_path, monkeypatch):
+    settings = {"shard_positions": 10**6, "batch_tokens": 512}
+    real, calls = EncoderTeacher.hidden, []
+
+    def counted(self, texts, depths):
+        calls.append(sum(map(len, texts)))
+        if stop_at == len(calls):
+            raise KeyboardInterrupt
+        return real(self, texts, depths)
+
+    monkeypatch.setattr(EncoderTeacher, "hidden", counted)
+    stop_at = 4
+    with pytest.raises(KeyboardInterrupt):
+        score.run(config(encoder, world.data, tmp_path / "c", **settings))
+    stop_at = 0
+    calls.clear()
+    score.run(config(encoder, world.data, tmp_path / "c", **settings))
+    continued = list(calls)
+    calls.clear()
+    score.run(config(encoder, world.data, tmp_path / "whole", **settings))
+    assert continued == calls[3:]
+    for name in ("00000.bin", "00000.hidden_states.bin"):
+        whole = (tmp_path / "whole" / "train" / name).read_bytes()
+        assert (tmp_path / "c" / "train" / name).read_bytes() == whole

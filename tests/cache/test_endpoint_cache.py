@@ -216,7 +216,7 @@ def test_bad_answer_is_named_and_what_was_finished_stays(small, tmp_path, kind):
     ):
         score.run(config(small, server.url, tmp_path / "c"))
     scratch = next((tmp_path / "c").glob("*/*.scratch"))
-    kept = [json.loads(line)["document"] for line in scratch.read_text().splitlines()]
+    kept = [json.loads(line)["step"] for line in scratch.read_text().splitlines()]
     assert kept, "documents before it are in the journal"
     with FakeVllm(small.teacher) as server:
         score.run(config(small, server.url, tmp_path / "c"))

@@ -19,13 +19,14 @@ from training import PackedTrainer
 from xinslm.cache import score
 from xinslm.cache.config import CacheConfig
 from xinslm.cache.entries import Cache
+from xinslm.cache.kinds import CachedTargets
 from xinslm.cache.projected_states import CachedHiddenStates
 from xinslm.data.dataset import open_dataset
 from xinslm.data.packing import PackedDataset
 from xinslm.distill.auxiliary import HiddenStateLoss, auxiliary_maker
 from xinslm.distill.auxiliary_config import ContrastConfig, HiddenConfig
 from xinslm.distill.config import DistillConfig
-from xinslm.distill.target_sources import CachedTargets, LiveTargets
+from xinslm.distill.target_sources import LiveTargets
 from xinslm.errors import UsageError, XinslmError
 from xinslm.model.files import load_config, load_model
 from xinslm.model.transformer import Transformer

@@ -88,7 +88,7 @@ def test_what_is_not_given_is_skipped_with_a_reason(healthy):
     )
     assert (
         found["fused distillation"].status == "ok"
-        and "a drawn teacher" in found["fused distillation"].detail
+        and "a random teacher" in found["fused distillation"].detail
     )
     alone = status(examine(healthy, cache=None, student=None))
     assert alone["teacher on this data"] == "ok" and alone["teacher agreement"] == "skipped"

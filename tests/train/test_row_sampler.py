@@ -222,7 +222,7 @@ def test_real_rows_and_a_cache_go_together(world, tmp_path):
     whatever order.
     """
     from xinslm.cache.entries import Cache
-    from xinslm.distill.target_sources import CachedTargets
+    from xinslm.cache.kinds import CachedTargets
     from xinslm.model.files import load_config
 
     rows = PackedDataset(open_dataset(world.data).split("validation"), 64)

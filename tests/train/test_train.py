@@ -21,13 +21,14 @@ from safetensors.torch import load_file, save_file
 import training as train
 from training import PackedTrainer
 from xinslm.cache.entries import Cache
+from xinslm.cache.kinds import CachedTargets
 from xinslm.config import from_yaml
 from xinslm.data import prepare
 from xinslm.data.config import PrepareConfig
 from xinslm.data.dataset import open_dataset
 from xinslm.data.packing import PackedDataset
 from xinslm.distill.config import DistillConfig
-from xinslm.distill.target_sources import CachedTargets, LiveTargets
+from xinslm.distill.target_sources import LiveTargets
 from xinslm.errors import UsageError, XinslmError
 from xinslm.losses.config import LossConfig
 from xinslm.model.config import ModelConfig

@@ -1,17 +1,16 @@
 """Teacher distributions for a student of any other tokenizer, over buckets of its tokens that begin
 alike.
 
-At a byte where both tokenizers begin a token, the teacher's tokens along the text and beside it
-spell beginnings of what may follow: with the text's tokens u1 u2 ..., the beginnings are u1..uj v
-for each j and each token v that the teacher could take instead, and the probability of each is the
-chain rule's. A beginning x has its mass on the student's tokens that begin with x, and where the
-student cuts before x ends, on the shorter ones. How often it does one or the other where the text
-begins with x is counted in the dataset, so the masses are right on average, whatever the
-tokenizers. What a bucket's tokens share out among themselves the teacher does not say.
+At a byte where both tokenizers begin a token, the teacher's tokens spell prefixes of possible
+continuations: if the text's tokens are u1 u2 ..., the prefixes are u1..uj v for each j and each
+alternative token v; their probabilities follow from the chain rule. The mass of a prefix x goes to
+the student's tokens that begin with x, and to shorter ones if the student cuts before x ends. How
+often it does either is counted in the dataset, so the masses are right on average for any two
+tokenizers. How a bucket's mass divides among its tokens is unknown.
 """
 
 from bisect import bisect_left
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
@@ -21,7 +20,7 @@ from xinslm.alignment.spans import Pair, SpanAligner
 SAMPLE_TOKENS = 200_000
 """Tokens of the dataset in which the student's cuts are counted."""
 LEAST_MASS = 1e-3
-"""Beginnings that are less likely are left to the rest."""
+"""Less likely prefixes are left to the rest."""
 UNSEEN = 0.1
 """Count in favour of a cut that was never seen, where longer tokens exist."""
 CERTAIN = 0.5
@@ -29,11 +28,26 @@ CERTAIN = 0.5
 LEAST_P = 1e-30
 """Least probability of a teacher's token in the text, which may be 0 by rounding."""
 LEVELS = 15
-"""Most levels behind the first."""
+"""Most levels after the first."""
+REPORT_TOKENS = 1000
+"""Tokens between two reports of progress."""
 
 Range = tuple[int, int]
 Bucket = tuple[int, int, int, bool, float]
 """Begin and end, level, whether the next level is inside it, share of its level's set."""
+
+
+def prediction_dtype(candidates: int) -> np.dtype[Any]:
+    """A teacher's prediction for the place of one of its tokens: its most likely tokens, most
+    likely first, and the probability of the token in the text.
+    """
+    return np.dtype(
+        [
+            ("top_ids", "<i4", (candidates,)),
+            ("top_probs", "<f4", (candidates,)),
+            ("label_prob", "<f8"),
+        ]
+    )
 
 
 def byte_order(tokenizer: Any) -> np.ndarray:
@@ -48,7 +62,7 @@ def byte_order(tokenizer: Any) -> np.ndarray:
 
 
 class BytePrefixAligner(SpanAligner):
-    """Turns a teacher's words on a text into masses of ranges of the student's vocabulary."""
+    """Converts a teacher's predictions to masses of ranges of the student's vocabulary."""
 
     kind = "byte_prefix"
 
@@ -68,7 +82,7 @@ class BytePrefixAligner(SpanAligner):
         self.control_without_text = (
             {teacher.pad_id, teacher.special_tokens.get("<unk>")} - closing - {None}
         )
-        """The teacher's control tokens that say nothing of the text: pad and unknown."""
+        """The teacher's control tokens without text: pad and unknown."""
         self._counts: dict[bytes, dict[int, int]] = {}
         for ids in sample:
             self._count(ids)
@@ -144,37 +158,30 @@ class BytePrefixAligner(SpanAligner):
         self,
         ids: np.ndarray,
         pair: Pair,
-        tops: np.ndarray,
-        top_probs: np.ndarray,
-        next_probs: np.ndarray,
+        predictions: np.ndarray,
+        report: Callable[[int], None] | None = None,
     ) -> tuple[list[list[Bucket]], np.ndarray]:
-        """What the teacher says of each token of a document but the first; empty where it says
-        nothing.
+        """Buckets of each token of a document but the first; empty where the teacher does not cover
+        it.
 
-        ids: the student's. tops, top_probs: (teacher tokens, m), the likeliest tokens in each one's
-        place, most likely first; next_probs: (teacher tokens,), of the tokens that are there; all
-        as predicted from what is before them. Also returns log p of each token's bytes where
-        teacher tokens spell just those, else NaN, (tokens - 1,).
+        ids: the student's. predictions: (teacher tokens,) `prediction_dtype`. `report` takes the
+        number of tokens done. Also returns log p of each token's bytes where teacher tokens spell
+        exactly those, else NaN, (tokens - 1,).
         """
-        begins = pair.teacher_starts[:-1]
+        begins, label_prob = pair.teacher_starts[:-1], predictions["label_prob"]
         at = np.searchsorted(begins, pair.student_starts[1:-1], side="right") - 1
         known = (at >= 1) & (begins[at] == pair.student_starts[1:-1]) & ~pair.foreign[1:]
         known &= pair.teacher_spaced[at] == pair.student_spaced[1:]
-        known &= np.isfinite(next_probs[at])
+        known &= np.isfinite(label_prob[at])
         found: list[list[Bucket]] = []
         label_log_probs = np.full(len(ids) - 1, np.nan)
         for number, (first, usable) in enumerate(zip(at.tolist(), known.tolist(), strict=True)):
+            if report is not None and number % REPORT_TOKENS == 0:
+                report(number)
             buckets: list[Bucket] = []
             if usable:
                 label_log_probs[number] = self._walk(
-                    int(ids[number]),
-                    int(ids[number + 1]),
-                    first,
-                    pair,
-                    tops,
-                    top_probs,
-                    next_probs,
-                    buckets,
+                    int(ids[number]), int(ids[number + 1]), first, pair, predictions, buckets
                 )
             found.append(buckets)
         return found, label_log_probs
@@ -192,9 +199,7 @@ class BytePrefixAligner(SpanAligner):
         label: int,
         first: int,
         pair: Pair,
-        tops: np.ndarray,
-        top_probs: np.ndarray,
-        next_probs: np.ndarray,
+        predictions: np.ndarray,
         buckets: list[Bucket],
     ) -> float:
         """Follow the teacher's tokens through the label, a level each; return log p of the label's
@@ -208,15 +213,17 @@ class BytePrefixAligner(SpanAligner):
         )
         log_p, label_log_probs = 0.0, np.nan
         for at in range(first, len(pair.teacher_ids)):
-            if not np.isfinite(next_probs[at]):
+            label_prob = float(predictions["label_prob"][at])
+            if not np.isfinite(label_prob):
                 break
-            actual, p = int(pair.teacher_ids[at]), max(float(next_probs[at]), LEAST_P)
+            actual, p = int(pair.teacher_ids[at]), max(label_prob, LEAST_P)
             piece = b"" if actual in self.teacher_control else self.teacher.bytes[actual]
             x = level.spelled + piece
             # the teacher's tokenizer rewrote the text
             if not x.startswith(spelled) and not spelled.startswith(x):
                 return np.nan
-            level.read(actual, p, tops[at].tolist(), top_probs[at].tolist())
+            tops = (predictions[name][at].tolist() for name in ("top_ids", "top_probs"))
+            level.read(actual, p, *tops)
             log_p += float(np.log(p))
             if x == spelled and (piece or not spelled):
                 label_log_probs = log_p
@@ -239,7 +246,7 @@ class _Level:
         self.owner, self.before, self.place = owner, before, place
         self.spelled, self.number = b"", 0
         self.texts: list[tuple[bytes | int, float]] = []
-        """Beginnings, or a control token behind what is spelled, and their masses."""
+        """Prefixes, or a control token after what is spelled, and their masses."""
         self.scale, self.unlisted = 1.0, 0.0
 
     def read(self, actual: int, p: float, tokens: list[int], probs: list[float]) -> None:
@@ -324,6 +331,6 @@ def _size(place: Range) -> int:
 
 
 def _behind(x: bytes) -> bytes:
-    """The least string behind all that begin with x."""
+    """The least string after all that begin with x."""
     stripped = x.rstrip(b"\xff")
     return stripped[:-1] + bytes([stripped[-1] + 1]) if stripped else b"\xff" * 64

@@ -22,7 +22,7 @@ from xinslm.tokenizer.nested import prefix_pieces
 
 @dataclass(frozen=True)
 class NestedAlignment:
-    """Student positions over teacher positions, for one text or many one behind the other."""
+    """Student positions over teacher positions, for one text or several, concatenated."""
 
     teacher_ids: np.ndarray
     """Teacher's tokens of the same text."""
@@ -32,7 +32,7 @@ class NestedAlignment:
     """
     prefixes: np.ndarray
     """For each of those: the number of the pieces of the covered teacher token that have come
-    already; 0 at a teacher boundary, -1 where the teacher's distribution says nothing about the
+    already; 0 at a teacher boundary, -1 where the teacher's distribution does not cover the
     student's next token. int64."""
 
 
@@ -73,7 +73,7 @@ class NestedProjection:
         return self.tables(probs, prefixes)
 
     def align(self, ids: np.ndarray) -> NestedAlignment:
-        """Encode a document's student ids anew with the teacher's tokenizer and match the two."""
+        """Encode a document with the teacher's tokenizer and match the two tokenizations."""
         ids = ids.astype(np.int64)
         teacher_ids = np.concatenate(
             [np.zeros(0, np.int64), *map(self._encode, self._runs(ids))]
@@ -93,7 +93,7 @@ class NestedProjection:
         return NestedAlignment(teacher_ids, rows[1:], self._numbers[places][1:])
 
     def _encode(self, run: np.ndarray) -> np.ndarray:
-        """Teacher ids of a run of student ids, of which a special one stands alone."""
+        """Teacher ids of a run of student ids, which is a single special token or has none."""
         if len(run) == 1 and int(run[0]) in self.specials:
             return np.array([self.specials[int(run[0])]])
         return np.array(self.teacher.encode(self.student.decode(run.tolist())), dtype=np.int64)

@@ -2,10 +2,10 @@
 
 At a boundary of both tokenizers each teacher token has one column: the student token that it begins
 with. Inside a teacher token, after pieces s, the teacher tokens that begin with s share their mass
-out over the piece that follows; these tables lie one behind the other, a prefix number each. Number
-0 is the boundary, -1 a place that has no table. The column behind the last collects what the
+out over the piece that follows; these tables are concatenated, one per prefix number. Number
+0 is the boundary, -1 a place that has no table. The column after the last collects what the
 student cannot write or nobody knows; it is cut off, so that rows sum to less than 1 by it (the
-cache keeps it as tail without draws).
+cache keeps it as tail without tail samples).
 """
 
 from collections.abc import Iterable

@@ -1,10 +1,9 @@
-"""The same bytes read by two tokenizers: where each token of each begins, and the places where both
-begin one.
+"""One text in two tokenizers: the byte where each token begins, and the bytes where both begin one.
 
-A document's student tokens say what its bytes are; the teacher reads the same text. Control tokens
-that both have (by content, else by role: BOS, EOS, pad) stand for each other and for one byte; one
-that the teacher lacks is text to it. The teacher's own BOS is put in front whether the student has
-one or not. Tokens need not spell the text: a space put in front (sentencepiece) begins nowhere,
+A document's student tokens determine its bytes; the teacher reads the same text. Control tokens
+that both have (by content, else by role: BOS, EOS, pad) map to each other and count as one byte;
+one that the teacher lacks is text to it. The teacher's own BOS is put in front whether the student
+has one or not. Tokens need not spell the text: a space put in front (sentencepiece) begins nowhere,
 bytes of one character share it, and what a normaliser rewrote or an unknown-token swallowed keeps
 the span that the `tokenizers` library reports. Spans of a tokenizer partition the text.
 """
@@ -81,7 +80,7 @@ class ByteReader:
         place = np.concatenate(([0], np.cumsum([len(c.encode()) for c in text]))).astype(np.int64)
         spans = np.array(found.offsets, dtype=np.int64).reshape(-1, 2)
         ends = place[spans[:, 1]]
-        # a character's bytes, each a token; a space in front claims the first, too
+        # a character's bytes, each a token; a space in front claims the first as well
         for first, last in _shared(spans):
             sizes, begin = self.lengths[ids[first : last + 1]].copy(), place[spans[last, 0]]
             sizes[0] -= self.bytes[ids[first]] == b" " and sizes.sum() == ends[last] - begin + 1
@@ -162,7 +161,7 @@ class SpanAligner:
     """Cuts documents of a student's tokens as a teacher does."""
 
     def __init__(self, student: Any, teacher: Any, document_end: str = "eos") -> None:
-        """`document_end` is the dataset's: which token closes a text where the student's BOS and
+        """`document_end` is the dataset's: which token closes a text if the student's BOS and
         EOS are one.
         """
         self.student, self.teacher = ByteReader(student), ByteReader(teacher)

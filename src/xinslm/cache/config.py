@@ -34,11 +34,10 @@ def depth_errors(depths: tuple[float, ...], name: str) -> list[str]:
 
 
 def default_top_k(top_k: int | None, tail_samples: int) -> int:
-    """`top_k`, or its default: 14 ids of 2 bytes and 4 codes take 39 bytes, 11 of each
-    40.
+    """`top_k`, or its default: 4 with tail samples (39 bytes with 10), else 11 (40 bytes).
 
-    At the same bytes 4 + 10 have half the variance of 8 + 4: a top-k token should outweigh what one
-    draw stands for.
+    At the same size 4 + 10 has half the variance of 8 + 4: a top-k token should have more mass than
+    one tail sample represents.
     """
     if top_k is not None:
         return top_k
@@ -58,10 +57,10 @@ class CacheConfig(Settings):
     output_dir: Annotated[Path, tyro.conf.arg(aliases=["-o"])]
     """Cache folder to write; a run that was interrupted continues there."""
     top_k: int | None = None
-    """Most likely tokens kept exactly at each position; by default 4, or 11 where there are no
+    """Most likely tokens kept exactly at each position; by default 4, or 11 if there are no
     tail samples; with byte_prefix, buckets of tokens, by default 20."""
     tail_samples: int = 10
-    """Tokens drawn from the rest of the distribution; 0 for a loss that cannot use them (see
+    """Tokens sampled from the rest of the distribution; 0 for a loss that cannot use them (see
     `xinslm distill --help`, loss.tail-weight). Endpoints give none."""
     temperature: float = 2.0
     """Temperature whose normaliser is stored, for a loss with temperature_mode full. Endpoints give
@@ -80,9 +79,10 @@ class CacheConfig(Settings):
     max_seq_length: int = 512
     """Longest context in tokens the teacher sees; use the student's."""
     batch_tokens: int = 8192
-    """Tokens in one forward pass of the teacher."""
+    """Tokens per forward pass of the teacher; an interruption loses at most a minute and one
+    pass."""
     shard_positions: int = 1 << 18
-    """Positions a shard file holds, about: what an interruption costs at most."""
+    """Approximate number of positions in a shard file."""
     dtype: Dtype = "float32"
     """The teacher's number type."""
     device: Device = "auto"
@@ -102,8 +102,8 @@ class CacheConfig(Settings):
     seed: int = 0
     """Seed of the tail samples."""
     repair: bool = False
-    """Make damaged and missing files of a finished cache again, and only those; give the options it
-    was made with.
+    """Rebuild only the damaged and missing files of a finished cache; pass the options it was made
+    with.
     """
     force: bool = False
     """Replace what is in the output folder."""

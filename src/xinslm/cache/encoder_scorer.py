@@ -1,10 +1,8 @@
-"""A cache from a teacher that has hidden states only: projected hidden states where its tokens end
-as the student's do, no entries.
+"""Projected hidden states of a teacher that predicts no tokens: an encoder.
 
-A document's text stands between its control tokens; each such run is read by the encoder's own
-tokenizer, and the tokens of all runs make one sequence. A position of the student has a projected
-hidden state where its token and one of the encoder's end at the same byte. Texts are cut at the
-encoder's context.
+The text between control tokens is encoded with the encoder's tokenizer; the tokens of a document
+form one sequence, cut at the encoder's context. A student position has a projected hidden state if
+its token and one of the encoder's end at the same byte.
 """
 
 from collections.abc import Callable
@@ -16,8 +14,9 @@ import numpy as np
 
 from xinslm.cache.config import CacheConfig
 from xinslm.cache.entries import CacheFormat
+from xinslm.cache.journal import ShardJournal
 from xinslm.cache.projected_states import HIDDEN_STATES, HiddenStateFormat, HiddenStateWriter
-from xinslm.cache.scorers import ENTRIES
+from xinslm.cache.scorers import ENTRIES, covered_by
 from xinslm.data.dataset import Split
 from xinslm.errors import XinslmError
 from xinslm.teachers.encoder import EncoderTeacher, Reading
@@ -25,14 +24,12 @@ from xinslm.teachers.local import batches_by_length
 
 
 def empty_format(vocab_size: int) -> CacheFormat:
-    """The smallest entries, 10 bytes; all of them will say that the teacher knows nothing of the
-    position.
-    """
+    """The smallest entries, 10 bytes; all positions are uncovered."""
     return CacheFormat(vocab_size, top_k=1, tail_samples=0, temperature=1.0)
 
 
 class EncoderScorer:
-    """Projected hidden states of an encoder's for documents in any other tokenizer."""
+    """Projected hidden states of an encoder, for documents in any other tokenizer."""
 
     def __init__(
         self,
@@ -50,7 +47,7 @@ class EncoderScorer:
         self.is_control[list(student.special_tokens.values())] = True
 
     def shard(
-        self, split: Split, first: int, last: int, scratch: Path, tell: Callable[[int], None]
+        self, split: Split, first: int, last: int, scratch: Path, report: Callable[[int], None]
     ) -> dict[str, np.ndarray]:
         """Project documents `first` to `last`; all entries keep flag 0."""
         start, end = int(split.documents[first]), int(split.documents[last])
@@ -59,11 +56,12 @@ class EncoderScorer:
         theirs, offsets, rows = self._align(
             tokens, np.asarray(split.documents[first : last + 1]) - start
         )
-        # ends of documents predict nothing
+        # the last token of a document predicts nothing
         wanted = np.flatnonzero((rows[:-1] >= 0) & is_target[1:])
-        places, rows = wanted, rows[wanted]
-        writer = HiddenStateWriter(self.format, end - start)
-        # its end token has the last place
+        rows = rows[wanted]
+        arrays = {name: np.zeros(end - start, item) for name, item in self.arrays.items()}
+        states = {HIDDEN_STATES: arrays[HIDDEN_STATES]}
+        # one place of the context is for the encoder's end token
         length = min(self.config.max_seq_length, self.teacher.max_length) - 1
         cuts = [
             (at, min(at + length, b)) for a, b in pairwise(offsets) for at in range(a, b, length)
@@ -71,39 +69,34 @@ class EncoderScorer:
         starts, stops = np.array(cuts, dtype=np.int64).reshape(-1, 2).T
         lengths = stops - starts
         seen = 0
-        for batch in batches_by_length(lengths, self.config.batch_tokens):
-            hidden = self.teacher.hidden(
-                [theirs[starts[k] : starts[k] + lengths[k]] for k in batch], self.format.depths
-            )
-            before = np.cumsum(lengths[batch]) - lengths[batch]
-            spans = [np.searchsorted(rows, (starts[k], starts[k] + lengths[k])) for k in batch]
-            which = np.concatenate([np.arange(low, high) for low, high in spans])
-            of_state = [
-                rows[low:high] - starts[k] + at
-                for (low, high), k, at in zip(spans, batch, before, strict=True)
-            ]
-            try:
-                writer.put(hidden, np.concatenate(of_state), places[which])
-            except FloatingPointError as error:
-                raise XinslmError(
-                    f"encoder {self.teacher.name}: {error}. Try --dtype float32 (T5 overflows in "
-                    "float16), or look at "
-                    f"the weights; finished shards are kept"
-                ) from None
-            seen += int(lengths[batch].sum())
-            tell(min(seen, end - start))
-        return {
-            ENTRIES: np.zeros(end - start, dtype=self.arrays[ENTRIES]),
-            HIDDEN_STATES: writer.entries,
-        }
+        with ShardJournal(scratch) as journal:
+            for step, batch in enumerate(batches_by_length(lengths, self.config.batch_tokens)):
+                which, of_state = covered_by(rows, starts[batch], lengths[batch])
+                if not journal.restore(step, wanted[which], states):
+                    texts = [theirs[starts[k] : stops[k]] for k in batch]
+                    self._project(texts, of_state, wanted[which], states[HIDDEN_STATES])
+                    journal.keep(step, wanted[which], states)
+                seen += int(lengths[batch].sum())
+                report(min(seen, end - start))
+        return arrays
+
+    def _project(
+        self, texts: list[np.ndarray], of_state: np.ndarray, places: np.ndarray, out: np.ndarray
+    ) -> None:
+        hidden = self.teacher.hidden(texts, self.format.depths)
+        try:
+            HiddenStateWriter(self.format, out).put(hidden, of_state, places)
+        except FloatingPointError as error:
+            raise XinslmError(
+                f"encoder {self.teacher.name}: {error}. Try --dtype float32 (T5 overflows in "
+                "float16), or check the weights; finished work is kept"
+            ) from None
 
     def _align(
         self, tokens: np.ndarray, documents: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Encoder's tokens, their offsets by document, and for each student token the encoder's
-        that ends there or -1.
-
-        Rows count the encoder's tokens of all documents.
+        """The encoder's tokens, their offsets by document, and for each student token the index of
+        the encoder's token that ends with it, or -1.
         """
         controls = np.flatnonzero(self.is_control[tokens])
         bounds = np.unique(np.concatenate([documents, controls, controls + 1]))
@@ -113,7 +106,7 @@ class EncoderScorer:
             try:
                 texts.append(b"".join([self.bytes[token] for token in tokens[a:b]]).decode())
                 read.append((a, b))
-            except UnicodeDecodeError:  # bytes that are no text have no counterpart
+            except UnicodeDecodeError:  # invalid UTF-8 has no counterpart
                 continue
         rows = np.full(len(tokens), -1, dtype=np.int64)
         counts = np.zeros(len(documents) - 1, dtype=np.int64)
@@ -130,11 +123,11 @@ class EncoderScorer:
 
 
 def match_ends(ends: np.ndarray, reading: Reading) -> np.ndarray:
-    """For tokens that end behind the bytes `ends` of a text: the token of `reading` that ends
-    there, or -1.
+    """For tokens that end at the bytes `ends` of a text: the token of `reading` that ends there, or
+    -1.
 
-    Where several end there, pieces of one character, it is the last. One that the next overlaps
-    does not end there.
+    If several end there (pieces of one character), the last is taken. A token that the next one
+    overlaps does not count.
     """
     at = np.searchsorted(reading.ends, ends, side="right") - 1
     if not len(reading.ids):

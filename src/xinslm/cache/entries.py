@@ -1,18 +1,19 @@
 """The sparse teacher cache: one fixed-size entry for each position of the dataset's token stream,
 memory-mapped.
 
-Entry i is the teacher's distribution of token i+1: h top-k tokens with 8-bit codes of -log p, the
-mass of the rest (the tail), n tokens drawn from it, the log-normaliser at one temperature, and log
-p of the token that came. 39 bytes with h=4, n=10 and a vocabulary up to 65,536. A code c stands for
--log p = 20 (c/255)^2, finest where p is large; top k and tail are scaled to 1 when read. Draws come
-from a counter-based generator, so an entry depends on its position and the seed alone: a cache that
-was killed and continued equals one that was not.
+Entry i describes the teacher's distribution of token i+1: the h most likely tokens (top k) with
+8-bit codes of -log p, the mass of the rest (the tail), n tail samples, the log-normaliser at one
+temperature, and log p of the label. An entry has 39 bytes with h=4, n=10 and a vocabulary up to
+65,536. Code c means -log p = 20 (c/255)^2, finest where p is large; top k and tail are scaled to
+sum to 1 when read. Tail samples come from a counter-based generator, so an entry depends only on
+its position and the seed: a cache that was killed and continued equals an uninterrupted one.
 
     folder/manifest.json, train/00000.bin, train/00001.bin, ..., validation/00000.bin
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -23,21 +24,23 @@ from torch import Tensor
 
 from xinslm.errors import UsageError, XinslmError
 from xinslm.files import damaged_files, read_manifest
-from xinslm.losses.targets import SparseTargets
+from xinslm.losses.targets import BucketTargets, SparseTargets
 from xinslm.progress import Listener, Progress, ignore
 from xinslm.topk import blocked_topk
 
 KIND, VERSION, MADE_BY = "cache", 2, "xinslm cache"
-REPAIR = "run the command that made the cache again with --repair: only damaged files are made anew"
+REPAIR = "run the command that made the cache again with --repair: only damaged files are rebuilt"
 LARGEST_NEGATIVE_LOG = 20.0
 VALID, HAS_TAIL_SAMPLES = 1, 2
 FP16_FLOOR = -60000.0
 BLOCK = 64
+Decode = Callable[[np.ndarray], SparseTargets | BucketTargets]
+"""N entries -> targets of N positions."""
 
 
 @dataclass(frozen=True)
 class CacheFormat:
-    """Sizes that fix an entry's layout."""
+    """Sizes that determine an entry's layout."""
 
     vocab_size: int
     top_k: int
@@ -46,9 +49,7 @@ class CacheFormat:
 
     @cached_property
     def dtype(self) -> np.dtype[Any]:
-        """Packed little-endian entry; ids have 16 bits and, for larger vocabularies, further bits
-        in `high`.
-        """
+        """Packed little-endian entry; `high` holds the bits of ids beyond 16."""
         fields: list[Any] = [
             ("log_tail", "<f2"),
             ("log_z", "<f2"),
@@ -70,9 +71,7 @@ class CacheFormat:
 
 
 def position_uniforms(positions: Tensor, seed: int) -> Tensor:
-    """One uniform number in [0, 1) a stream position (N,) int64, from a counter-based hash
-    (splitmix64), float64.
-    """
+    """A uniform float64 in [0, 1) for each stream position (N,) int64, from splitmix64."""
     with np.errstate(over="ignore"):
         x = positions.cpu().numpy().astype(np.uint64) + np.uint64(seed % 2**32) * np.uint64(
             0x9E3779B97F4A7C15
@@ -94,12 +93,11 @@ def encode(
 ) -> np.ndarray:
     """Make entries from teacher distributions.
 
-    probs: (N, V) float32, rows summing to at most 1; what is missing is mass of which the teacher
-    knows no token (see `nested`). labels: (N,) int64, the tokens that came. positions: (N,) int64,
-    places in the stream. The n tail samples are systematic (one uniform number, n evenly spaced
-    points of the tail's distribution function): each is distributed as the tail, and together they
-    vary less than independent ones. top_k_ids: (N, h) distinct, by default the most likely ones.
-    Raises FloatingPointError where a row is not finite.
+    probs: (N, V) float32, rows summing to at most 1; the missing mass belongs to unknown tokens
+    (see `nested`). labels: (N,) int64. positions: (N,) int64, in the stream. The n tail samples are
+    systematic (one uniform number, n evenly spaced points of the tail's distribution function):
+    each is distributed as the tail, with less variance than independent samples. top_k_ids: (N, h)
+    distinct, by default the most likely tokens. Raises FloatingPointError if a row is not finite.
     """
     unknown = 1 - probs.sum(dim=1)
     if not bool(torch.isfinite(unknown).all()):
@@ -107,7 +105,7 @@ def encode(
         raise FloatingPointError(
             f"the teacher's distribution at position {int(positions[row])} is not finite"
         )
-    # Float32 sums near 1 are wrong by ~1e-6: what is below 1e-5 is rounding, not unknown mass.
+    # Float32 sums near 1 have an error of ~1e-6: below 1e-5 is rounding, not unknown mass.
     unknown = torch.where(unknown < 1e-5, 0.0, unknown)
     if top_k_ids is None:
         top_k_ids = blocked_topk(probs, fmt.top_k)[1]
@@ -117,7 +115,7 @@ def encode(
     drawn, known = sample_tail(probs, top_k_ids, points / max(fmt.tail_samples, 1))
 
     top_k_probs = probs.gather(1, top_k_ids)
-    # of unknown mass, for tokens that would seem to have none at all
+    # tokens of probability 0 get a share of the unknown mass
     share = (unknown / probs.shape[1])[:, None]
     spread = (top_k_probs == 0) & (share > 0)
     top_k_probs, unknown = (
@@ -144,9 +142,7 @@ def pack_entries(
     log_label: Tensor,
     fmt: CacheFormat,
 ) -> np.ndarray:
-    """Pack N positions, all of them valid: ids (N, h + n) int64, the top k's first; top_k_probs (N,
-    h); the rest (N,).
-    """
+    """Pack N valid positions: ids (N, h + n), top k first; top_k_probs (N, h); others (N,)."""
     entries = np.zeros(len(ids), dtype=fmt.dtype)
     entries["log_tail"] = _half(tail.log())
     entries["log_z"] = _half(log_z)
@@ -164,12 +160,11 @@ def pack_entries(
 
 
 def sample_tail(probs: Tensor, top_k_ids: Tensor, quantiles: Tensor) -> tuple[Tensor, Tensor]:
-    """Tokens at the given quantiles of each row's distribution outside its head, and that
-    distribution's mass.
+    """Tokens at the given quantiles of each row's tail (tokens outside the top k), and its mass.
 
     probs: (N, V) float32; top_k_ids: (N, h); quantiles: (N, n) float64 in [0, 1). Returns ids (N,
-    n) int64 and mass (N,) float32. Two levels, blocks and then tokens in a block, keep the sums
-    short, so that float32 holds every token.
+    n) int64 and mass (N,) float32. Sums over blocks, then inside a block, are short enough for
+    float32 to resolve every token.
     """
     count, width = probs.shape[0], -(-probs.shape[1] // BLOCK) * BLOCK
     if not quantiles.shape[1]:
@@ -184,7 +179,7 @@ def sample_tail(probs: Tensor, top_k_ids: Tensor, quantiles: Tensor) -> tuple[Te
     mass = cumulative[:, -1:].contiguous()
     targets = quantiles * mass
     block = torch.searchsorted(cumulative, targets, right=True)
-    # rounding must not pass the last mass
+    # rounding must not pass the last token with mass
     block = torch.minimum(block, torch.searchsorted(cumulative, mass))
     before = torch.where(block > 0, cumulative.gather(1, (block - 1).clamp_min(0)), 0.0)
     # (N, n, BLOCK)
@@ -195,7 +190,7 @@ def sample_tail(probs: Tensor, top_k_ids: Tensor, quantiles: Tensor) -> tuple[Te
 
 
 def _log_normaliser(probs: Tensor, unknown: Tensor, temperature: float) -> Tensor:
-    """Log of sum p^(1/T), mass of unknown place counted as one token."""
+    """Log of sum p^(1/T); the unknown mass counts as one token."""
     if temperature == 1.0:
         return torch.zeros_like(unknown)
     return ((probs ** (1 / temperature)).sum(dim=1) + unknown ** (1 / temperature)).log()
@@ -220,7 +215,7 @@ def unpack_bits(packed: np.ndarray, count: int, bits: int) -> np.ndarray:
 
 
 def decode(entries: np.ndarray, fmt: CacheFormat) -> SparseTargets:
-    """Turn N entries into tensors for the loss, top k and tail scaled to sum to 1."""
+    """Convert N entries to tensors for the loss; top k and tail are scaled to sum to 1."""
     ids = entries["ids"].astype(np.int64)
     if fmt.high_bits:
         ids |= unpack_bits(entries["high"], ids.shape[1], fmt.high_bits) << 16
@@ -240,9 +235,7 @@ def decode(entries: np.ndarray, fmt: CacheFormat) -> SparseTargets:
 
 
 def gather(maps: list[Any], starts: np.ndarray, positions: np.ndarray) -> np.ndarray:
-    """Items of an array at stream positions (N,) int64, from the maps of its shards, which begin at
-    `starts`.
-    """
+    """Items at stream positions (N,) int64, from the mapped shards, which begin at `starts`."""
     items = np.empty(len(positions), dtype=maps[0].dtype)
     shard_of = np.searchsorted(starts, positions, side="right") - 1
     for shard in np.unique(shard_of):
@@ -252,32 +245,42 @@ def gather(maps: list[Any], starts: np.ndarray, positions: np.ndarray) -> np.nda
 
 
 class CacheSplit:
-    """Entries of one split, shards mapped into memory and looked up by stream position."""
+    """Entries of one split, memory-mapped and looked up by stream position."""
 
-    def __init__(self, folder: Path, shards: list[dict[str, Any]], fmt: CacheFormat) -> None:
-        self.format = fmt
+    def __init__(
+        self,
+        folder: Path,
+        shards: list[dict[str, Any]],
+        dtype: np.dtype[Any],
+        decode: Decode | None = None,
+    ) -> None:
+        self.decode = decode
         self.starts = np.array([shard["start"] for shard in shards], dtype=np.int64)
-        self.maps = [
-            np.memmap(folder / shard["file"], dtype=fmt.dtype, mode="r") for shard in shards
-        ]
+        self.maps = [np.memmap(folder / shard["file"], dtype=dtype, mode="r") for shard in shards]
 
-    def targets(self, positions: np.ndarray) -> SparseTargets:
+    def __len__(self) -> int:
+        return sum(map(len, self.maps))
+
+    def entries(self, positions: np.ndarray) -> np.ndarray:
+        """Entries at stream positions (N,) int64."""
+        return gather(self.maps, self.starts, positions)
+
+    def targets(self, positions: np.ndarray) -> SparseTargets | BucketTargets:
         """Distributions at stream positions (N,) int64."""
-        return decode(gather(self.maps, self.starts, positions), self.format)
+        assert self.decode is not None, "opened for its entries only"
+        return self.decode(self.entries(positions))
 
 
 class Cache:
     """A finished cache folder."""
 
     def __init__(self, folder: Path, check_hashes: bool = True) -> None:
-        """With `check_hashes`, files are compared with the manifest's hashes when they are first
-        read.
-        """
+        """With `check_hashes`, files are verified against the manifest when they are first read."""
         self.folder, self.check_hashes = Path(folder), check_hashes
         if (self.folder / PLAN).is_file():
             raise UsageError(
-                f"{folder} is an unfinished cache: run the same `{MADE_BY}` command "
-                "again, it continues"
+                f"{folder} is an unfinished cache: run the same `{MADE_BY}` command again to "
+                "continue it"
             )
         self.manifest = read_manifest(
             self.folder, KIND, VERSION, MADE_BY, REPAIR, check_hashes=False
@@ -290,32 +293,36 @@ class Cache:
             self.verify()
 
     def verify(self, on_progress: Listener = ignore) -> None:
-        """Raise XinslmError unless every file has the hash that the manifest tells of."""
+        """Raise XinslmError unless every file has the hash in the manifest."""
         total = sum(facts["bytes"] for facts in self.manifest["files"].values())
 
-        def tell(done: int) -> None:
+        def report(done: int) -> None:
             on_progress(Progress("check cache", done / 1e6, total / 1e6, "MB"))
 
-        if damaged := damaged_files(self.folder, self.manifest, tell):
+        if damaged := damaged_files(self.folder, self.manifest, report):
             named = ", ".join(str(self.folder / name) for name in damaged[:5])
             more = f" and {len(damaged) - 5} more" if len(damaged) > 5 else ""
             raise XinslmError(
-                f"{named}{more}: damaged; the content is not what the manifest's hash tells of. "
-                "Copy it again, or "
-                f"{REPAIR}"
+                f"{named}{more}: damaged; the content differs from the manifest's hash. "
+                f"Copy it again, or {REPAIR}"
             )
 
+    @property
+    def over_tokens(self) -> bool:
+        """Whether entries describe single tokens; else buckets of tokens (see `kinds`)."""
+        return bool(self.manifest.get("alignment", {}).get("kind") != "byte_prefix")
+
     def split(self, name: str) -> CacheSplit | None:
-        """Entries of 'train' or 'validation'; None where the dataset has no such split."""
+        """Sparse entries of 'train' or 'validation'; None if the split is empty."""
         self.check()
-        shards = self.manifest["shards"].get(name)
-        if self.manifest.get("alignment", {}).get("kind") == "byte_prefix":
+        if not self.over_tokens:
             raise UsageError(
                 f"cache {self.folder} holds masses of buckets of tokens (--alignment "
-                f"byte_prefix), no "
-                "distributions over tokens"
+                "byte_prefix), not distributions over single tokens"
             )
-        return CacheSplit(self.folder, shards, self.format) if shards else None
+        shards = self.manifest["shards"].get(name)
+        read = partial(decode, fmt=self.format)
+        return CacheSplit(self.folder, shards, self.format.dtype, read) if shards else None
 
     def require_dataset(self, fingerprint: str, folder: Path) -> None:
         """Raise UsageError unless the cache was made from the dataset with this fingerprint."""
@@ -324,7 +331,7 @@ class Cache:
                 f"cache {self.folder} was made from another dataset than {folder}: from "
                 f"{self.manifest['dataset_path']} (fingerprints "
                 f"{self.manifest['inputs']['dataset'][:12]} and "
-                f"{fingerprint[:12]}). Give the dataset that was cached, or run `{MADE_BY}` on "
+                f"{fingerprint[:12]}). Pass the dataset that was cached, or run `{MADE_BY}` on "
                 "this one"
             )
 
@@ -335,9 +342,8 @@ class Cache:
                 f"cache {self.folder} was made by another teacher, or another revision of it, "
                 f"than {name}: by "
                 f"{self.manifest['config']['teacher']}{_with_adapter(self.manifest)} (fingerprints "
-                f"{self.manifest['inputs']['teacher'][:12]} and {fingerprint[:12]}). Give the "
-                "cache of this teacher, "
-                f"or run `{MADE_BY}` with it"
+                f"{self.manifest['inputs']['teacher'][:12]} and {fingerprint[:12]}). Pass the "
+                f"cache of this teacher, or run `{MADE_BY}` with it"
             )
 
 
@@ -347,11 +353,9 @@ def _with_adapter(manifest: dict[str, Any]) -> str:
 
 
 def suffix(array: str) -> str:
-    """Ending of an array's files: `.bin` for the entries, `.hidden_states.bin` for the array
-    'hidden_states'.
-    """
+    """File suffix of an array: `.bin` for the entries, `.hidden_states.bin` for 'hidden_states'."""
     return ".bin" if array == "entries" else f".{array}.bin"
 
 
 PLAN = "unfinished.json"
-"""Stands in a cache folder until the cache is whole, and says what it is to become."""
+"""File in an unfinished cache folder: what the cache is made from."""

@@ -127,7 +127,7 @@ def _require_fit(caches: list[Cache], dataset: Dataset, on_progress: Listener) -
         for name in dataset.manifest["splits"]:
             if cache.split(name) is None and len(dataset.split(name).tokens):
                 raise UsageError(
-                    f"cache {cache.folder} has no entries of the split '{name}'; make it anew"
+                    f"cache {cache.folder} has no entries of the split '{name}'; make it again"
                 )
 
 
@@ -154,7 +154,7 @@ def _describe(config: MergeConfig) -> str:
     shares = " + ".join(
         f"{w / sum(weights):.4g} x {c}" for w, c in zip(weights, config.caches, strict=True)
     )
-    by_domain = f", by source as {config.domain_weights} says" if config.domain_weights else ""
+    by_domain = f", by source with {config.domain_weights}" if config.domain_weights else ""
     by_token = (
         f", by token with tau {config.token_temperature:g}" if config.token_temperature else ""
     )
@@ -212,11 +212,9 @@ class MergeScorer:
         self.arrays = {ENTRIES: fmt.dtype}
 
     def shard(
-        self, split: Split, first: int, last: int, scratch: Path, tell: Callable[[int], None]
+        self, split: Split, first: int, last: int, scratch: Path, report: Callable[[int], None]
     ) -> dict[str, np.ndarray]:
-        """Mix the entries of documents `first` to `last`; positions of which no cache speaks keep
-        flag 0.
-        """
+        """Mix the entries of documents `first` to `last`; uncovered positions keep flag 0."""
         start, end = int(split.documents[first]), int(split.documents[last])
         out = np.zeros(end - start, dtype=self.format.dtype)
         opened = [(cache.split(split.name), cache.format) for cache in self.caches]
@@ -227,7 +225,7 @@ class MergeScorer:
                 (gather(s.maps, s.starts, positions), fmt) for s, fmt in opened if s is not None
             ]
             self._mix(stored, self.weights[split.name][document], positions, out[low - start :])
-            tell(int(positions[-1]) + 1 - start)
+            report(int(positions[-1]) + 1 - start)
         return {ENTRIES: out}
 
     def _mix(

@@ -28,7 +28,7 @@ class MergeConfig(Settings):
     output_dir: Annotated[Path, tyro.conf.arg(aliases=["-o"])]
     """Cache folder to write; a run that was interrupted continues there."""
     data_path: Path | None = None
-    """Dataset folder that was cached; by default where the first cache found it."""
+    """Dataset folder that was cached; by default the path stored in the first cache."""
     weights: tuple[float, ...] = ()
     """Weight of each cache, in their order; only ratios count. All the same, if not given."""
     domain_weights: Path | None = None
@@ -44,14 +44,14 @@ class MergeConfig(Settings):
     caches.
     """
     tail_samples: int | None = None
-    """Tokens drawn from the rest of the mixture; by default the most tail samples of the caches."""
+    """Tokens sampled from the tail of the mixture; by default the largest number of the caches."""
     shard_positions: int = 1 << 18
-    """Positions a shard file holds, about: what an interruption costs at most."""
+    """Approximate number of positions in a shard file."""
     seed: int = 0
     """Seed of the tail samples."""
     repair: bool = False
-    """Make damaged and missing files of a finished cache again, and only those; give the options it
-    was made with.
+    """Rebuild only the damaged and missing files of a finished cache; pass the options it was made
+    with.
     """
     force: bool = False
     """Replace what is in the output folder."""

@@ -1,9 +1,9 @@
 """A weighted mixture of sparse distributions as one sparse distribution, without bias.
 
-Each part is h tokens exactly and the rest as mass with n tail samples, each of which stands for 1/n
+Each part is h tokens exactly and the rest as mass with n tail samples, each of which represents 1/n
 of it. All atoms, tail samples with their share of the mass, are put together by token. The tokens
 with the largest exact share become the top k, with everything that is known of them; the others are
-drawn from again at n evenly spaced points of their distribution function (one uniform number a
+resampled at n evenly spaced points of their distribution function (one uniform number a
 row), so that the expectation over the numbers is the mixture itself.
 """
 
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 NEGLIGIBLE = 1e-5
-"""Mass without tail samples up to which the tail still counts as drawn."""
+"""Mass without tail samples up to which the tail still counts as sampled."""
 
 
 @dataclass(frozen=True)
@@ -29,8 +29,7 @@ class Part:
     tail_ids: np.ndarray
     """(N, n) int64."""
     has_tail_samples: np.ndarray
-    """(N,) bool: whether the tail samples stand for the tail; where not, nothing is known of it but
-    its mass.
+    """(N,) bool: whether the tail samples represent the tail; if not, only its mass is known.
     """
 
 
@@ -39,9 +38,9 @@ class Mixture:
     """The sum of the parts."""
 
     top_k_ids: np.ndarray
-    """(N, head) int64."""
+    """(N, top_k) int64."""
     top_k_mass: np.ndarray
-    """(N, head) float64."""
+    """(N, top_k) float64."""
     tail: np.ndarray
     """(N,) float64."""
     tail_ids: np.ndarray
@@ -75,7 +74,7 @@ def mix(parts: Sequence[Part], uniforms: np.ndarray, top_k: int, tail_samples: i
 
 
 def _by_token(parts: Sequence[Part]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Atoms of all parts, each row sorted by token: ids, exact share and whole weight, all (N,
+    """Atoms of all parts, each row sorted by token: ids, exact share and total weight, all (N,
     atoms).
 
     The first of several atoms of a token has the sum; the others have weight 0 and exact share -1.
@@ -97,15 +96,15 @@ def _by_token(parts: Sequence[Part]) -> tuple[np.ndarray, np.ndarray, np.ndarray
     keys = np.sort(ids << bits | np.arange(ids.shape[1]), axis=1)
     ids, column = keys >> bits, keys & ((1 << bits) - 1)
     weight = np.take_along_axis(weight, column, axis=1)
-    # A top-k token of a part without weight still comes before one that was only drawn.
+    # A top-k token of a part without weight still comes before one that was only sampled.
     known = np.where(column < num_top_k, weight + 1e-300, 0.0)
     first = np.ones(ids.shape, dtype=bool)
     first[:, 1:] = ids[:, 1:] != ids[:, :-1]
     starts = np.flatnonzero(first)
-    exact, whole = np.full(ids.shape, -1.0), np.zeros(ids.shape)
+    exact, total = np.full(ids.shape, -1.0), np.zeros(ids.shape)
     exact[first] = np.add.reduceat(known.ravel(), starts)
-    whole[first] = np.add.reduceat(weight.ravel(), starts)
-    return ids, exact, whole
+    total[first] = np.add.reduceat(weight.ravel(), starts)
+    return ids, exact, total
 
 
 def _systematic(cumulative: np.ndarray, uniforms: np.ndarray, tail_samples: int) -> np.ndarray:

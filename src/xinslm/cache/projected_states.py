@@ -1,12 +1,12 @@
-"""Projected hidden states: a teacher's hidden states in a few bytes a position, for a student of
+"""Projected hidden states: a teacher's hidden states in a few bytes per position, for a student of
 any width.
 
 A projected hidden state is G RMSnorm(h): the state without its length, times a fixed Gaussian
-matrix G (width, hidden size) with E||Gx||^2 = ||x||^2 (Johnson and Lindenstrauss 1984). G follows
-from its two sizes, so a live teacher's projected hidden states are the cached ones up to their 8
-bits. The array `hidden_states` of a cache holds, for each position and depth, `width` int8 codes
-and one fp16 scale: 66 bytes at width 64. Scale 0 says that no teacher token ends where this
-position does.
+matrix G (width, hidden size) with E||Gx||^2 = ||x||^2 (Johnson and Lindenstrauss 1984). G depends
+only on its two sizes, so live and cached projected hidden states agree up to the 8-bit rounding.
+The array `hidden_states` of a cache holds, for each position and depth, `width` int8 codes and one
+fp16 scale: 66 bytes at width 64. Scale 0 means that no teacher token ends where this position's
+token does.
 """
 
 import math
@@ -30,7 +30,7 @@ LARGEST_CODE = 127
 
 
 def depth_at(share: float, num_layers: int) -> int:
-    """Block, counted from 1, behind which `share` of a model's layers lie.
+    """Block, counted from 1, at relative depth `share` of a model.
 
     Student depth l meets teacher depth ceil(l L_t / L_s): both are `depth_at(l / L_s, ...)`, and 1
     is the last of both.
@@ -183,7 +183,7 @@ class CachedHiddenStates:
             self.format = HiddenStateFormat(**{**facts, "depths": tuple(facts["depths"])})
         except (TypeError, KeyError):
             raise XinslmError(
-                f"{cache.folder}: 'hidden_states' in its manifest is damaged; make the cache anew"
+                f"{cache.folder}: 'hidden_states' in its manifest is damaged; make the cache again"
             ) from None
         shards = cache.manifest["shards"][split]
         self.starts = np.array([shard["start"] for shard in shards], dtype=np.int64)
@@ -197,11 +197,9 @@ class CachedHiddenStates:
                 or path.stat().st_size != shard["positions"] * self.format.dtype.itemsize
             ):
                 raise XinslmError(
-                    f"{path} is missing or has not {shard['positions']:,} projected hidden states "
-                    f"of "
-                    f"{self.format.dtype.itemsize} "
-                    "bytes, as the manifest says: the cache is damaged. Copy it again or make it "
-                    "anew"
+                    f"{path} is missing or does not hold {shard['positions']:,} projected hidden "
+                    f"states of {self.format.dtype.itemsize} bytes, as in the manifest: the cache "
+                    "is damaged. Copy it or make it again"
                 )
             self.maps.append(np.memmap(path, dtype=self.format.dtype, mode="r"))
 
@@ -220,10 +218,10 @@ class CachedHiddenStates:
 
 
 class HiddenStateWriter:
-    """Collects the projected hidden states of one shard's positions."""
+    """Writes projected hidden states into the array of a shard."""
 
-    def __init__(self, fmt: HiddenStateFormat, count: int) -> None:
-        self.format, self.entries = fmt, np.zeros(count, dtype=fmt.dtype)
+    def __init__(self, fmt: HiddenStateFormat, entries: np.ndarray) -> None:
+        self.format, self.entries = fmt, entries
 
     def put(self, states: Sequence[Tensor], rows: np.ndarray, places: np.ndarray) -> None:
         """Project row `rows[i]` of each depth's states (tokens, hidden_size) for place `places[i]`
@@ -236,5 +234,5 @@ class HiddenStateWriter:
 
 
 def facts(fmt: HiddenStateFormat) -> dict[str, Any]:
-    """What a cache's manifest says of its projected hidden states."""
+    """Description of projected hidden states in a cache's manifest."""
     return {**asdict(fmt), "depths": list(fmt.depths)}

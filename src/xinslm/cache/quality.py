@@ -3,8 +3,8 @@
 import numpy as np
 
 from xinslm.baseline import uninformed
-from xinslm.cache.bucket_entries import bucket_maps
-from xinslm.cache.entries import FP16_FLOOR, VALID, Cache, gather
+from xinslm.cache.entries import VALID, Cache
+from xinslm.cache.kinds import kind_of, known_log_labels
 from xinslm.data.dataset import Dataset
 from xinslm.data.unigram import unigram_nats
 
@@ -12,7 +12,7 @@ BLOCKS, BLOCK = 64, 1 << 14
 
 
 def teacher_warning(cache: Cache, dataset: Dataset) -> str | None:
-    """Say so if the teacher knows nothing about the training text; None if it does."""
+    """A warning if the teacher is no better than token frequencies on the training text."""
     name = f"teacher {cache.manifest['config']['teacher']}"
     return uninformed(
         name, teacher_nats(cache), unigram_nats(dataset, "train"), "nats per target token"
@@ -23,18 +23,11 @@ def teacher_nats(cache: Cache) -> float | None:
     """The teacher's nats per target token of the train split, from at most a million entries; None
     if the cache does not hold them.
     """
-    shards = cache.manifest["shards"]["train"]
-    if cache.manifest.get("alignment", {}).get("kind") == "byte_prefix":
-        maps = bucket_maps(cache, "train")
-    else:
-        split = cache.split("train")
-        maps = [] if split is None else split.maps
-    if not maps or "log_label" not in (maps[0].dtype.names or ()):
+    split = kind_of(cache).splits().get("train")
+    if split is None:
         return None
-    starts = np.array([shard["start"] for shard in shards], np.int64)
-    stored = gather(maps, starts, sample(int(starts[-1]) + len(maps[-1])))
-    log_label = stored["log_label"][(stored["flags"] & VALID) != 0].astype(np.float64)
-    known = log_label[log_label > FP16_FLOOR]
+    stored = split.entries(sample(len(split)))
+    known = known_log_labels(stored[(stored["flags"] & VALID) != 0])
     return -float(known.mean()) if len(known) else None
 
 

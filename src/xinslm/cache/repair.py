@@ -1,6 +1,4 @@
-"""Reopening a finished cache whose files are damaged or missing, so that the stage makes those anew
-and no others.
-"""
+"""Reopening a finished cache with damaged or missing files, so that only those are rebuilt."""
 
 from pathlib import Path
 from typing import Any
@@ -11,7 +9,7 @@ from xinslm.files import MANIFEST, damaged_files, read_json, write_json
 
 
 def differing(found: dict[str, Any], plan: dict[str, Any], groups: tuple[str, ...]) -> list[str]:
-    """Names of what a plan says otherwise than what was found, in the given groups."""
+    """Keys whose values in `found` differ from the plan's, in the given groups."""
     return [
         key
         for group in groups
@@ -23,7 +21,7 @@ def differing(found: dict[str, Any], plan: dict[str, Any], groups: tuple[str, ..
 def reopen(folder: Path, plan: dict[str, Any]) -> None:
     """Delete the damaged files of a finished cache and make it an unfinished one of the same plan.
 
-    Raises UsageError where there is no finished cache, another plan made it, or nothing is damaged.
+    Raises UsageError if there is no finished cache, another plan made it, or nothing is damaged.
     """
     manifest = read_json(folder / MANIFEST) if (folder / MANIFEST).is_file() else None
     if not isinstance(manifest, dict) or manifest.get("kind") != KIND:
@@ -43,8 +41,8 @@ def reopen(folder: Path, plan: dict[str, Any]) -> None:
         )
     damaged = damaged_files(folder, manifest)
     if not damaged:
-        raise UsageError(f"{folder} is whole: there is nothing to repair")
-    # before the folder counts as unfinished: what is there then is taken to be sound
+        raise UsageError(f"{folder} is intact: there is nothing to repair")
+    # before the folder counts as unfinished: its files are trusted then
     for name in damaged:
         (folder / name).unlink(missing_ok=True)
     write_json(folder / PLAN, plan)

@@ -9,12 +9,11 @@ from pathlib import Path
 
 from xinslm.alignment.byte_prefix import BytePrefixAligner
 from xinslm.alignment.choose import alignment_name, choose_alignment
-from xinslm.cache.bucket_entries import DEFAULT_BUCKETS, BucketScorer
+from xinslm.cache.bucket_entries import DEFAULT_BUCKETS
+from xinslm.cache.bucket_scorer import BucketScorer
 from xinslm.cache.config import CacheConfig, default_top_k
 from xinslm.cache.encoder_scorer import EncoderScorer, empty_format
-from xinslm.cache.entries import (
-    CacheFormat,
-)
+from xinslm.cache.entries import CacheFormat
 from xinslm.cache.projected_states import HiddenStateFormat
 from xinslm.cache.scorers import DenseScorer, Scorer
 from xinslm.cache.support import read_support
@@ -36,9 +35,8 @@ def run(
 ) -> CacheResult:
     """Score both splits of a dataset with a teacher; `api_key` is for one behind a URL.
 
-    Raises UsageError where no way leads from the teacher's tokenizer to the dataset's, and for an
-    output folder that holds something else; XinslmError for a teacher that yields numbers that are
-    not finite.
+    Raises UsageError if the teacher's tokenizer cannot be aligned with the dataset's, or if the
+    output folder holds something else; XinslmError if the teacher's numbers are not finite.
     """
     config.check()
     dataset = open_dataset(config.data_path)
@@ -59,7 +57,7 @@ def run(
         config.teacher_tokenizer_path,
         adapter=config.adapter,
     )
-    assert not isinstance(teacher, EndpointTeacher), "these went another way"
+    assert not isinstance(teacher, EndpointTeacher), "handled above"
     require_context(config.max_seq_length, teacher.max_length, f"teacher {config.teacher}")
     support = read_support(dataset)
     aligner = choose_alignment(

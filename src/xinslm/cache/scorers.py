@@ -1,13 +1,12 @@
-"""What the stage `cache` asks for the arrays of a shard, and the answer of a teacher that gives
-whole distributions.
+"""What `cache` asks of a scorer, and the scorer of a teacher that gives its full distributions.
 
 An array holds one fixed-size item for each position of the token stream. Every cache has the array
-`entries`; others (projected hidden states) stand in files beside it. Sequences are batched by
-length, the head is applied to a few hundred rows at a time, and only positions whose next token
-counts as a target are scored.
+`entries`; others (projected hidden states) have files of their own. Sequences are batched by
+length, the LM head is applied to a few hundred rows at a time, and only positions whose next token
+is a target are scored.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, cast
@@ -19,6 +18,7 @@ from torch import Tensor
 from xinslm.alignment.nested import NestedProjection
 from xinslm.cache.config import CacheConfig
 from xinslm.cache.entries import CacheFormat, encode
+from xinslm.cache.journal import ShardJournal
 from xinslm.cache.projected_states import HIDDEN_STATES, HiddenStateFormat, HiddenStateWriter
 from xinslm.cache.support import Support, top_k_ids
 from xinslm.data.dataset import Split
@@ -33,51 +33,60 @@ LOGITS_AT_ONCE = 1 << 23
 
 
 class Scorer(Protocol):
-    """Scores runs of documents; what it gives depends on nothing but the documents, so that shards
-    can be redone.
+    """Scores runs of documents. The result depends only on the documents, so that shards can be
+    made again.
     """
 
     arrays: dict[str, np.dtype[Any]]
-    """Name of each array -> type of one position's item; `entries` is among them."""
+    """Name of each array -> type of one position's item; `entries` is one of them."""
 
     def shard(
-        self, split: Split, first: int, last: int, scratch: Path, tell: Callable[[int], None]
+        self, split: Split, first: int, last: int, scratch: Path, report: Callable[[int], None], /
     ) -> dict[str, np.ndarray]:
-        """Planes of documents `first` to `last` (not included), one item a token of theirs.
+        """Arrays of documents `first` to `last` (not included), one item per token.
 
-        `scratch` is a file of the scorer's own that survives an interruption and is deleted when
-        the shard is written; `tell` takes the number of tokens done so far in this shard.
+        `scratch` is a file for the scorer that survives an interruption and is deleted when the
+        shard is written; `report` takes the number of tokens done so far in this shard.
         """
         ...
 
 
+def cut_documents(documents: np.ndarray, size: int) -> list[tuple[int, int]]:
+    """Ranges of documents of about `size` tokens each; documents: offsets (n+1,)."""
+    cuts, first, count = [], 0, len(documents) - 1
+    while first < count:
+        last = int(np.searchsorted(documents, int(documents[first]) + size, side="left"))
+        last = min(max(last, first + 1), count)
+        cuts.append((first, last))
+        first = last
+    return cuts
+
+
 @dataclass(frozen=True)
 class Work:
-    """A run of documents as the teacher reads them, and which of its rows say what about which
-    stream position.
-    """
+    """Documents as the teacher reads them, and which of its rows predict which stream position."""
 
     tokens: np.ndarray
-    """Teacher ids, documents one behind the other."""
+    """Teacher ids of the documents, concatenated."""
     documents: np.ndarray
-    """Their offsets."""
+    """Offsets of the documents in `tokens`."""
+    start: int
+    """Stream position of the first document."""
     positions: np.ndarray
     """Stream positions to score."""
     labels: np.ndarray
-    """The tokens that came there, in the dataset's vocabulary."""
+    """Their labels, in the dataset's vocabulary."""
     rows: np.ndarray
-    """For each position, the row of `tokens` whose prediction covers it; never falls."""
+    """For each position, the row of `tokens` whose prediction covers it; non-decreasing."""
     prefixes: np.ndarray | None
-    """For each position, the number of the pieces of a teacher token that have come, 0 at a
-    boundary of the teacher; None where the tokenizers are the same."""
+    """For each position, the number of the student pieces of a teacher token that precede it, 0 at
+    a boundary of the teacher; None if the tokenizers are the same."""
     kept: np.ndarray | None = None
-    """Which of the documents' targets these positions are, where the teacher has no word on
-    others.
-    """
+    """Indices of these positions among the documents' targets, if some are uncovered."""
 
 
 class DenseScorer:
-    """Sparse entries from a teacher that gives its logits over the whole vocabulary."""
+    """Sparse entries from a teacher that gives logits over its full vocabulary."""
 
     def __init__(
         self,
@@ -88,48 +97,114 @@ class DenseScorer:
         hidden_state_format: HiddenStateFormat | None = None,
         support: Support | None = None,
     ) -> None:
-        """With `hidden_state_format`, the teacher must be a `HiddenTeacher`; `support` says which
-        tokens the heads hold.
+        """With `hidden_state_format`, the teacher must be a `HiddenTeacher`; `support` selects the
+        tokens of the top k.
         """
         self.teacher, self.projection, self.format, self.config = teacher, projection, fmt, config
         self.hidden_state_format, self.support = hidden_state_format, support
-        self.arrays = (
-            {ENTRIES: fmt.dtype}
-            if hidden_state_format is None
-            else {ENTRIES: fmt.dtype, HIDDEN_STATES: hidden_state_format.dtype}
-        )
+        self.arrays: dict[str, np.dtype[Any]] = {ENTRIES: fmt.dtype}
+        if hidden_state_format is not None:
+            self.arrays[HIDDEN_STATES] = hidden_state_format.dtype
 
     def shard(
-        self, split: Split, first: int, last: int, scratch: Path, tell: Callable[[int], None]
+        self,
+        split: Split,
+        first: int,
+        last: int,
+        scratch: Path | None,
+        report: Callable[[int], None],
     ) -> dict[str, np.ndarray]:
-        """Score documents `first` to `last`; positions that are no targets keep flag 0."""
+        """Score documents `first` to `last`; positions that are not targets keep flag 0."""
         start, end = int(split.documents[first]), int(split.documents[last])
         work = _work(split, first, last, self.projection)
-        writer = (
-            None
-            if self.hidden_state_format is None
-            else HiddenStateWriter(self.hidden_state_format, end - start)
-        )
         support = None if self.support is None else self.support.of(split, first, last)
         if support is not None and work.kept is not None:
             support = support[work.kept]
-        entries = _score(
-            work,
-            start,
-            end - start,
-            self.teacher,
-            self.projection,
-            self.format,
-            self.config,
-            tell,
-            writer,
-            support,
-        )
-        return (
-            {ENTRIES: entries}
-            if writer is None
-            else {ENTRIES: entries, HIDDEN_STATES: writer.entries}
-        )
+        arrays = {name: np.zeros(end - start, item) for name, item in self.arrays.items()}
+        starts, lengths = sequences(work.documents, self.config.max_seq_length)
+        seen = 0
+        with ShardJournal(scratch) as journal:
+            for step, batch in enumerate(batches_by_length(lengths, self.config.batch_tokens)):
+                which, of_state = covered_by(work.rows, starts[batch], lengths[batch])
+                places = work.positions[which] - start
+                if not journal.restore(step, places, arrays):
+                    texts = [work.tokens[starts[k] : starts[k] + lengths[k]] for k in batch]
+                    self._score(work, texts, which, of_state, support, arrays)
+                    journal.keep(step, places, arrays)
+                seen += int(lengths[batch].sum())
+                report(min(seen, end - start))
+        return arrays
+
+    def _score(
+        self,
+        work: Work,
+        texts: list[np.ndarray],
+        which: np.ndarray,
+        of_state: np.ndarray,
+        support: np.ndarray | None,
+        arrays: dict[str, np.ndarray],
+    ) -> None:
+        """Fill the arrays at the positions `which`, predicted by rows `of_state` of the texts."""
+        try:
+            if self.hidden_state_format is None:
+                states = self.teacher.states(texts)
+            else:
+                fmt = self.hidden_state_format
+                teacher = cast(HiddenTeacher, self.teacher)
+                states, hidden = teacher.states_and_hidden(texts, fmt.depths)
+                # a hidden state fits where a teacher token ends with the student's
+                ends = slice(None) if work.prefixes is None else work.prefixes[which] == 0
+                places = work.positions[which[ends]] - work.start
+                writer = HiddenStateWriter(fmt, arrays[HIDDEN_STATES])
+                writer.put(hidden, of_state[ends], places)
+            chunk = max(1, LOGITS_AT_ONCE // self.teacher.vocab_size)
+            for at in range(0, len(which), chunk):
+                part = which[at : at + chunk]
+                rows = torch.from_numpy(of_state[at : at + chunk]).to(states.device)
+                probs = torch.softmax(self.teacher.logits(states[rows]), dim=1)
+                if self.projection is not None and work.prefixes is not None:
+                    probs = self.projection(probs, work.prefixes[part])
+                chosen = None if support is None else support[part]
+                arrays[ENTRIES][work.positions[part] - work.start] = self._encode(
+                    probs, work, part, chosen
+                )
+        except FloatingPointError as error:
+            raise not_finite(self.teacher.name, str(error)) from None
+
+    def _encode(
+        self, probs: Tensor, work: Work, part: np.ndarray, support: np.ndarray | None
+    ) -> np.ndarray:
+        if probs.device.type == "mps":  # no float64 there, which the tail samples need
+            probs = probs.cpu()
+        device = probs.device
+        labels = torch.from_numpy(work.labels[part]).to(device)
+        positions = torch.from_numpy(work.positions[part]).to(device)
+        ids = None
+        if support is not None:
+            of_student = torch.from_numpy(support.astype(np.int64)).to(device)
+            ids = top_k_ids(probs, of_student, labels, self.format.top_k)
+        return encode(probs, labels, positions, self.format, self.config.seed, ids)
+
+
+def not_finite(teacher: str, what: str) -> XinslmError:
+    """The error of a teacher with NaN or infinite numbers."""
+    return XinslmError(
+        f"teacher {teacher}: {what}. Try --dtype float32, or check the weights; finished work is "
+        "kept"
+    )
+
+
+def covered_by(
+    rows: np.ndarray, starts: np.ndarray, lengths: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Indices into `rows` that fall in the given sequences, and those rows' places in the
+    sequences' concatenation.
+    """
+    offsets = np.cumsum(lengths) - lengths
+    spans = np.searchsorted(rows, np.stack((starts, starts + lengths))).T
+    which = np.concatenate([np.arange(low, high) for low, high in spans])
+    shifts = np.repeat(offsets - starts, spans[:, 1] - spans[:, 0])
+    return which, rows[which] + shifts
 
 
 def _work(split: Split, first: int, last: int, projection: NestedProjection | None) -> Work:
@@ -141,7 +216,13 @@ def _work(split: Split, first: int, last: int, projection: NestedProjection | No
     targets = np.flatnonzero(counts)
     if projection is None:
         return Work(
-            tokens, documents - start, start + targets - 1, tokens[targets], targets - 1, None
+            tokens,
+            documents - start,
+            start,
+            start + targets - 1,
+            tokens[targets],
+            targets - 1,
+            None,
         )
     rows = np.full(len(tokens), -1, dtype=np.int64)
     prefixes = np.full_like(rows, -1)
@@ -158,139 +239,10 @@ def _work(split: Split, first: int, last: int, projection: NestedProjection | No
     return Work(
         np.concatenate(teacher_tokens),
         np.array(offsets),
+        start,
         start + targets - 1,
         tokens[targets],
         rows[targets],
         prefixes[targets],
         kept,
     )
-
-
-def _score(
-    work: Work,
-    start: int,
-    count: int,
-    teacher: DenseTeacher,
-    projection: NestedProjection | None,
-    fmt: CacheFormat,
-    config: CacheConfig,
-    tell: Callable[[int], None],
-    writer: HiddenStateWriter | None = None,
-    support: np.ndarray | None = None,
-) -> np.ndarray:
-    """Entries of one shard, (count,); positions that are no targets keep flag 0."""
-    entries = np.zeros(count, dtype=fmt.dtype)
-    starts, lengths = sequences(work.documents, config.max_seq_length)
-    chunk = max(1, LOGITS_AT_ONCE // teacher.vocab_size)
-    seen = 0
-    for batch in batches_by_length(lengths, config.batch_tokens):
-        texts = [work.tokens[starts[k] : starts[k] + lengths[k]] for k in batch]
-        hidden: list[Tensor] = []
-        if writer is None:
-            states = teacher.states(texts)
-        else:
-            states, hidden = cast(HiddenTeacher, teacher).states_and_hidden(
-                texts, writer.format.depths
-            )
-        picked, offset = [], 0
-        state_rows = []
-        for k in batch:
-            low, high = np.searchsorted(work.rows, (starts[k], starts[k] + lengths[k]))
-            picked.append(np.arange(low, high))
-            state_rows.append(work.rows[low:high] - starts[k] + offset)
-            offset += int(lengths[k])
-        which, of_state = np.concatenate(picked), np.concatenate(state_rows)
-        if writer is not None:
-            _project_states(work, which, of_state, start, hidden, writer, teacher.name)
-        for at in range(0, len(which), chunk):
-            part = which[at : at + chunk]
-            logits = teacher.logits(
-                states[torch.from_numpy(of_state[at : at + chunk]).to(states.device)]
-            )
-            probs = torch.softmax(logits, dim=1)
-            if projection is not None and work.prefixes is not None:
-                probs = projection(probs, work.prefixes[part])
-            entries[work.positions[part] - start] = _encode(
-                probs,
-                work,
-                part,
-                fmt,
-                config.seed,
-                teacher.name,
-                None if support is None else support[part],
-            )
-        seen += int(lengths[batch].sum())
-        tell(min(seen, count))
-    return entries
-
-
-def predictions(
-    teacher: DenseTeacher,
-    tokens: np.ndarray,
-    documents: np.ndarray,
-    config: CacheConfig,
-    tell: Callable[[int], None],
-) -> Iterator[tuple[np.ndarray, Tensor]]:
-    """Logits (rows, vocabulary) of the teacher's own tokens, and the places (rows,) of the tokens
-    they predict.
-
-    documents: offsets into `tokens`. A document's first token is predicted by nothing.
-    """
-    starts, lengths = sequences(documents, config.max_seq_length)
-    chunk = max(1, LOGITS_AT_ONCE // teacher.vocab_size)
-    seen = 0
-    for batch in batches_by_length(lengths, config.batch_tokens):
-        inputs = np.concatenate([np.arange(starts[k], starts[k] + lengths[k]) for k in batch])
-        states = teacher.states([tokens[starts[k] : starts[k] + lengths[k]] for k in batch])
-        for at in range(0, len(states), chunk):
-            yield inputs[at : at + chunk] + 1, teacher.logits(states[at : at + chunk])
-        seen += len(inputs)
-        tell(seen)
-
-
-def _project_states(
-    work: Work,
-    which: np.ndarray,
-    of_state: np.ndarray,
-    start: int,
-    hidden: list[Tensor],
-    writer: HiddenStateWriter,
-    name: str,
-) -> None:
-    """Project the hidden states of positions at whose end a teacher token ends, too."""
-    ends = np.ones(len(which), dtype=bool) if work.prefixes is None else work.prefixes[which] == 0
-    try:
-        writer.put(hidden, of_state[ends], work.positions[which[ends]] - start)
-    except FloatingPointError as error:
-        raise XinslmError(
-            f"teacher {name}: {error}. Try --dtype float32, or look at the weights; finished "
-            "shards are kept"
-        ) from None
-
-
-def _encode(
-    probs: Tensor,
-    work: Work,
-    part: np.ndarray,
-    fmt: CacheFormat,
-    seed: int,
-    name: str,
-    support: np.ndarray | None = None,
-) -> np.ndarray:
-    if probs.device.type == "mps":  # no float64 there, which the tail samples need
-        probs = probs.cpu()
-    device = probs.device
-    labels = torch.from_numpy(work.labels[part]).to(device)
-    positions = torch.from_numpy(work.positions[part]).to(device)
-    try:
-        chosen_ids = None
-        if support is not None:
-            chosen_ids = top_k_ids(
-                probs, torch.from_numpy(support.astype(np.int64)).to(device), labels, fmt.top_k
-            )
-        return encode(probs, labels, positions, fmt, seed, chosen_ids)
-    except FloatingPointError as error:
-        raise XinslmError(
-            f"teacher {name}: {error}. Try --dtype float32, or look at the weights; finished "
-            "shards are kept"
-        ) from None

@@ -1,14 +1,13 @@
-"""What an entry's top k holds where the student wrote the text itself: the tokens that the student
-thinks likely.
+"""The top k of on-policy text: the tokens that the student considers likely.
 
-The reverse divergences weigh by the student's probabilities, so the teacher must be known exactly
-there, not where it itself has its mass. A head is the student's most likely tokens (kept when it
-wrote), the token that came, and as many of the teacher's most likely ones as there is room for; the
-rest is the tail's mass, so no bucket is ever dropped: a bare sum over a truncated head would be
-minimised by putting no mass there at all.
+The reverse divergences weight by the student's probabilities, so the teacher must be known exactly
+where the student has its mass. The top k is the student's most likely tokens (kept during
+generation), the label, and as many of the teacher's most likely tokens as fit. The rest is tail
+mass, so no bucket is ever dropped: a sum over a truncated distribution would be minimal with no
+mass there at all.
 
-Codes reach 20 nats. A top-k token that the teacher gives less than e^-20 counts as e^-20 (2e-9), so
-the log-ratio of student to teacher is at most 20 nats there, where it would grow without limit.
+Codes reach 20 nats: a top-k token with a teacher probability below e^-20 counts as e^-20 (2e-9), so
+the log-ratio of student to teacher is bounded by 20 nats there.
 """
 
 from pathlib import Path
@@ -22,11 +21,9 @@ from xinslm.errors import XinslmError
 from xinslm.topk import blocked_topk
 
 FILE = "support.npy"
-"""Beside a split's tokens: (targets, s) ids, uint16 or uint32, one row for each token that
-counts.
-"""
+"""File in a split's folder: (targets, s) ids, uint16 or uint32, one row per target."""
 TEACHERS = 4
-"""Places in a head for the teacher's own most likely tokens, at least."""
+"""Least number of the teacher's own most likely tokens in a top k."""
 
 
 class Support:
@@ -37,7 +34,7 @@ class Support:
 
     @property
     def top_k(self) -> int:
-        """Size of a head that has room for all three kinds."""
+        """Size that has room for all three kinds of tokens."""
         return int(self.ids.shape[1]) + 1 + TEACHERS
 
     def of(self, split: Split, first: int, last: int) -> np.ndarray:
@@ -71,13 +68,13 @@ def write_support(folder: Path, ids: np.ndarray, vocab_size: int) -> None:
 
 
 def top_k_ids(probs: Tensor, support: Tensor, labels: Tensor, top_k: int) -> Tensor:
-    """Distinct ids for heads, (N, head) int64: the support, the token that came, the teacher's most
+    """Distinct ids of the top k, (N, top_k) int64: the support, the label, the teacher's most
     likely.
 
-    probs: (N, V), the teacher's. support: (N, s) distinct ids, s < head <= V. labels: (N,).
+    probs: (N, V), the teacher's. support: (N, s) distinct ids, s < top_k <= V. labels: (N,).
     """
     own = blocked_topk(probs, top_k)[1]
-    candidates = torch.cat((support, labels[:, None], own), dim=1)  # (N, s + 1 + head)
+    candidates = torch.cat((support, labels[:, None], own), dim=1)  # (N, s + 1 + top_k)
     equal = candidates[:, :, None] == candidates[:, None, :]
     again = equal.tril(diagonal=-1).any(dim=2)  # equal to one before it
     order = torch.argsort(again.to(torch.uint8), dim=1, stable=True)[:, :top_k]

@@ -1,6 +1,4 @@
-"""What a run learns from: a cache, a live teacher, an encoder's projected hidden states or the text
-alone, checked to fit.
-"""
+"""The supervision of a run: a cache, a live teacher or an encoder's projected hidden states."""
 
 from pathlib import Path
 from typing import Any
@@ -9,10 +7,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from xinslm.alignment.byte_prefix import byte_order
 from xinslm.baseline import uninformed
-from xinslm.cache.bucket_entries import CachedBuckets
 from xinslm.cache.entries import Cache
+from xinslm.cache.kinds import kind_of
 from xinslm.cache.projected_states import HIDDEN_STATES
 from xinslm.cache.quality import teacher_warning
 from xinslm.data.dataset import Dataset
@@ -20,7 +17,7 @@ from xinslm.data.packing import PackedDataset
 from xinslm.data.unigram import unigram_nats
 from xinslm.distill.auxiliary import auxiliary_maker, find_hidden_source
 from xinslm.distill.config import DistillConfig
-from xinslm.distill.target_sources import CachedTargets, LiveTargets
+from xinslm.distill.target_sources import LiveTargets
 from xinslm.errors import UsageError
 from xinslm.files import manifest_fingerprint
 from xinslm.losses.targets import DenseTargets
@@ -29,7 +26,6 @@ from xinslm.progress import Listener
 from xinslm.teachers.encoder import find_encoder
 from xinslm.teachers.endpoint import is_endpoint
 from xinslm.teachers.open import open_teacher, teacher_fingerprint
-from xinslm.tokenizer.load import load_tokenizer
 from xinslm.train.config import PretrainConfig
 from xinslm.train.interfaces import Supervision, TargetSource
 
@@ -111,7 +107,7 @@ def _sampled_nats(
 def _cached(
     config: DistillConfig, dataset: Dataset, folder: Path, on_progress: Listener
 ) -> Supervision:
-    cache, loss, warnings = Cache(folder), config.loss, []
+    cache = Cache(folder)
     cache.require_dataset(dataset.fingerprint, dataset.folder)
     cache.verify(on_progress)
     if config.teacher is not None:
@@ -120,58 +116,50 @@ def _cached(
     inputs = (("cache", manifest_fingerprint(folder)), *inputs)
     auxiliary = auxiliary_maker(config, hidden)
     if cache.manifest.get(HIDDEN_STATES, {}).get("alone"):
-        if hidden is None:
-            raise UsageError(
-                f"cache {folder} is of an encoder and holds hidden states only, but hidden.weight "
-                "and contrast.weight "
-                "are 0: set one (--hidden.weight 1), or give it as --hidden-states beside the "
-                "--cache "
-                "of a language model"
-            )
-        note = (
-            f"cache {folder} predicts no tokens: the weight loss.beta ({loss.beta}) goes to the "
-            "cross-entropy"
-        )
+        warnings = _encoder_warnings(config, folder, hidden)
         return Supervision(
-            loss,
-            make_auxiliary_loss=auxiliary,
-            inputs=inputs,
-            warnings=(note,) if loss.beta else (),
+            config.loss, make_auxiliary_loss=auxiliary, inputs=inputs, warnings=warnings
         )
-    if loss.temperature_mode == "full" and loss.temperature not in (1.0, cache.format.temperature):
+    kind = kind_of(cache)
+    kind.check_loss(config.loss)
+    sources = kind.sources(dataset.folder / "tokenizer")
+    return Supervision(
+        config.loss,
+        sources["train"],
+        sources.get("validation"),
+        auxiliary,
+        inputs,
+        _cache_warnings(config, dataset, cache),
+    )
+
+
+def _encoder_warnings(config: DistillConfig, folder: Path, hidden: object) -> tuple[str, ...]:
+    """Warnings for a cache that holds hidden states only; UsageError if they are not used."""
+    if hidden is None:
         raise UsageError(
-            f"loss.temperature is {loss.temperature} in mode full, but cache {folder} stores the "
-            "normaliser for "
-            f"{cache.format.temperature}: use that, mode decoupled, or `xinslm cache "
-            f"--temperature {loss.temperature}` "
-            f"(a merged cache has the one for 1 alone)"
+            f"cache {folder} is of an encoder and holds hidden states only, but hidden.weight "
+            "and contrast.weight are 0: set one (--hidden.weight 1), or pass the cache of a "
+            "language model as --cache and this one as --hidden-states"
         )
+    beta = config.loss.beta
+    note = (
+        f"cache {folder} predicts no tokens: the weight loss.beta ({beta}) goes to the "
+        "cross-entropy"
+    )
+    return (note,) if beta else ()
+
+
+def _cache_warnings(config: DistillConfig, dataset: Dataset, cache: Cache) -> tuple[str, ...]:
+    warnings = []
     if warning := teacher_warning(cache, dataset):
         warnings.append(warning)
     cached_length = cache.manifest["config"]["max_seq_length"]
     if cached_length != config.max_seq_length:
         warnings.append(
-            f"the teacher saw contexts of {cached_length} tokens when it was cached, the student "
-            "sees "
+            f"the cached teacher saw contexts of {cached_length} tokens, the student sees "
             f"{config.max_seq_length}"
         )
-    kind = cache.manifest.get("alignment", {}).get("kind")
-    if kind == "byte_prefix" and loss.temperature != 1:
-        raise UsageError(
-            f"loss.temperature is {loss.temperature}, but cache {folder} holds masses of buckets "
-            f"of "
-            "tokens, which have no temperature: set it to 1"
-        )
-    if kind == "byte_prefix":
-        order = byte_order(load_tokenizer(dataset.folder / "tokenizer"))
-        of_split = {name: CachedBuckets(cache, name, order) for name in cache.manifest["shards"]}
-        return Supervision(
-            loss, of_split["train"], of_split.get("validation"), auxiliary, inputs, tuple(warnings)
-        )
-    entries, held_out = cache.split("train"), cache.split("validation")
-    assert entries is not None, "every dataset has a train split"
-    sources = CachedTargets(entries), CachedTargets(held_out) if held_out is not None else None
-    return Supervision(loss, *sources, auxiliary, inputs, tuple(warnings))
+    return tuple(warnings)
 
 
 def _teachers_fingerprint(name: str) -> str:
@@ -180,6 +168,6 @@ def _teachers_fingerprint(name: str) -> str:
     """
     if is_endpoint(name):
         raise UsageError(
-            f"--teacher beside --cache compares weights, and {name} shows none: leave it out"
+            f"--teacher with --cache compares weights, and {name} has none: leave it out"
         )
     return teacher_fingerprint(name)

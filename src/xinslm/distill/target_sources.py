@@ -1,13 +1,10 @@
-"""Where a training batch's teacher distributions come from: a cache, or a live teacher that reads
-the same rows.
-"""
+"""Targets and hidden states from a live teacher that reads the training batch."""
 
 from collections.abc import Sequence
 
 import numpy as np
 import torch
 
-from xinslm.cache.entries import CacheSplit
 from xinslm.cache.projected_states import HiddenStateFormat, project_states
 from xinslm.data.packing import Batch
 from xinslm.losses.targets import DenseTargets, Targets
@@ -18,22 +15,11 @@ BATCH_TOKENS = 8192
 """Tokens of one forward pass of a live teacher."""
 
 
-class CachedTargets:
-    """Entries of a cache, found by stream position: any shuffling of rows is harmless."""
-
-    def __init__(self, split: CacheSplit) -> None:
-        self.split = split
-
-    def targets(self, batch: Batch, chosen: np.ndarray, device: torch.device) -> Targets:
-        """Look up `chosen` positions."""
-        return self.split.targets(batch.stream.ravel()[chosen]).to(device)
-
-
 class LiveTargets:
-    """A teacher in memory: packed rows are taken apart, so that it sees each document alone.
+    """A teacher in memory: packed rows are split, so that it sees each document separately.
 
-    With `shares`, relative depths, it gives projected hidden states of it, too. One forward pass
-    serves both where `projected_states` is asked first.
+    With `shares`, relative depths, it also gives projected hidden states. One forward pass serves
+    both if `projected_states` is called first.
     """
 
     def __init__(self, teacher: HuggingFaceTeacher, shares: Sequence[float] = ()) -> None:

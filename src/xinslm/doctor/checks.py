@@ -9,7 +9,7 @@ from xinslm.progress import Listener, Progress, ignore
 
 
 class Skipped(Exception):
-    """A check cannot be made; the text says why."""
+    """A check cannot be made; the message is the reason."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Examination:
 
 
 def require(measured: bool, detail: str, advice: str) -> str:
-    """Return `detail` where the measurement is as it must be, else raise it with advice."""
+    """Return `detail` if the check passed, else raise it with advice."""
     if not measured:
         raise XinslmError(f"{detail}. {advice}")
     return detail

@@ -28,7 +28,7 @@ class DoctorConfig(Settings):
     adapter: Path | None = None
     """LoRA adapter that the teacher is used with."""
     student: Path | None = None
-    """Student to compute with, a run or model folder; a small one is drawn if not given."""
+    """Student to compute with, a run or model folder; a small random one if not given."""
     documents: int = 8
     """Documents that the teacher scores again."""
     positions: int = 128
@@ -42,7 +42,7 @@ class DoctorConfig(Settings):
     trust_remote_code: bool = False
     """Run Python code that the teacher's repository brings."""
     seed: int = 0
-    """Seed of what is drawn: documents, directions, a student."""
+    """Seed of random choices: documents, directions, a student."""
 
     def errors(self) -> list[str]:
         """What cannot work, a sentence each."""

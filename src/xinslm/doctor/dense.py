@@ -1,4 +1,4 @@
-"""The losses of distillation as anyone would write them: whole float64 distributions, and autograd.
+"""The losses of distillation in their plain form: full float64 distributions, and autograd.
 
 Slow and large on purpose, and independent of the fused head that it is compared with.
 """
@@ -37,10 +37,10 @@ def dense_loss(
 
 
 def _position(log_q: Tensor, label: int, target: SparseTargets, config: LossConfig) -> Tensor:
-    """KD of one position: KL over {top-k tokens, tail}, T inside the top k, and the drawn part of
+    """KD of one position: KL over {top-k tokens, tail}, T inside the top k, and the sampled part of
     the tail.
 
-    Where the teacher says nothing the text does: cross-entropy.
+    Uncovered positions have hard-label cross-entropy.
     """
     if not bool(target.valid_mask[0]):
         return -log_q[label]
@@ -63,7 +63,7 @@ def _position(log_q: Tensor, label: int, target: SparseTargets, config: LossConf
     if bool(target.has_tail_samples[0]) and target.tail_ids.shape[1]:
         drawn = log_q[target.tail_ids[0]].mean()
         return split + inside + config.effective_tail_weight * p_tail * (log_q_tail - drawn)
-    # the text stands in for the unknown tail
+    # the label replaces samples of the unknown tail
     if bool(target.unknown_tail[0]) and label not in ids.tolist():
         return split + inside + config.effective_tail_weight * (log_q_tail - log_q[label])
     return split + inside

@@ -1,7 +1,7 @@
 """A cache against the data it is of, and against the teacher, asked again.
 
-An entry says how likely the token was that came, and which tokens the teacher thought likely: where
-the one is among the others, both must agree. Entries that are shifted by a position agree with the
+An entry holds log p of the label and the teacher's most likely tokens: if the label is one of them,
+both must agree. Entries that are shifted by a position agree with the
 wrong tokens. The same is asked of the teacher's answers of today: they must be the cached ones, and
 fit no neighbouring entry better.
 """
@@ -17,7 +17,7 @@ from xinslm.alignment.byte_prefix import BytePrefixAligner
 from xinslm.alignment.choose import choose_alignment
 from xinslm.baseline import uninformed
 from xinslm.cache.config import CacheConfig
-from xinslm.cache.entries import LARGEST_NEGATIVE_LOG, VALID, Cache, decode, gather
+from xinslm.cache.entries import LARGEST_NEGATIVE_LOG, VALID, Cache, decode
 from xinslm.cache.quality import sample, teacher_nats
 from xinslm.cache.scorers import ENTRIES, DenseScorer
 from xinslm.data.dataset import Dataset, Split
@@ -36,7 +36,7 @@ def check_entries(examination: Examination, cache: Cache, dataset: Dataset) -> N
     split, entries = dataset.split("train"), cache.split("train")
     assert entries is not None, "every dataset has a train split"
     positions = sample(len(split.tokens) - 1)
-    stored = gather(entries.maps, entries.starts, positions)
+    stored = entries.entries(positions)
     counts = np.asarray(split.mask[positions + 1]) != 0
     valid = (stored["flags"] & VALID) != 0
     examination.make("entries", lambda: _sound(stored, valid, counts))
@@ -57,7 +57,7 @@ def _sound(stored: np.ndarray, valid: np.ndarray, counts: np.ndarray) -> str:
         bad == 0 and share >= COVERED,
         f"{bad} numbers are not finite; {share:.1%} of the targets have an entry (at least "
         f"{COVERED:.0%})",
-        "Make the cache anew with `xinslm cache --force`",
+        "Make the cache again with `xinslm cache --force`",
     )
 
 
@@ -66,7 +66,7 @@ def _alignment(
 ) -> str:
     """Entries agree with the tokens that follow them, and with no others."""
     if not valid.any():
-        raise Skipped("no entry says anything")
+        raise Skipped("no position is covered")
     targets = decode(stored[valid], cache.format)
     here, log_label = positions[valid] + 1, stored["log_label"][valid].astype(np.float64)
     hits, agreeing = {}, 0.0
@@ -89,13 +89,13 @@ def _alignment(
     return require(
         (merged or agreeing >= AGREEING) and hits[0] > WINNING * max(hits[-1], hits[1]),
         detail,
-        "The cache belongs to other tokens, or its entries are shifted: make it anew from this "
+        "The cache belongs to other tokens, or its entries are shifted: make it again from this "
         "dataset",
     )
 
 
 def _tail(cache: Cache, stored: np.ndarray) -> str:
-    """How much of the teacher is outside the top k, and whether tail samples stand for it."""
+    """The teacher's mass outside the top k, and whether tail samples represent it."""
     mass = (
         float(np.exp(decode(stored, cache.format).log_tail.numpy()).mean(dtype=np.float64))
         if len(stored)
@@ -115,7 +115,7 @@ def _tail(cache: Cache, stored: np.ndarray) -> str:
 def teacher_quality(nats: float | None, dataset: Dataset) -> str:
     """The teacher predicts the train split better than token frequencies alone."""
     if nats is None:
-        raise Skipped("no entry says anything")
+        raise Skipped("no position is covered")
     baseline = unigram_nats(dataset, "train")
     if warning := uninformed("the teacher", nats, baseline, "nats per target token"):
         raise XinslmError(warning)
@@ -130,8 +130,8 @@ def teacher_quality(nats: float | None, dataset: Dataset) -> str:
 def ask_again(
     teacher: Any, dataset: Dataset, settings: dict[str, Any], fmt: Any, documents: int, seed: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Score a few documents of the train split; give their positions and entries, (N,) each, those
-    that say something.
+    """Score a few documents of the train split; return the covered positions and their
+    entries, (N,) each.
 
     `settings` are those of the cache they are compared with.
     """
@@ -157,9 +157,9 @@ def ask_again(
     parts, places = [], []
     for document in np.sort(chosen):
         first, last = int(split.documents[document]), int(split.documents[document + 1])
-        entries = scorer.shard(
-            split, int(document), int(document) + 1, Path(), lambda tokens: None
-        )[ENTRIES]
+        entries = scorer.shard(split, int(document), int(document) + 1, None, lambda tokens: None)[
+            ENTRIES
+        ]
         parts.append(entries)
         places.append(np.arange(first, last))
     entries, positions = np.concatenate(parts), np.concatenate(places)
@@ -172,10 +172,10 @@ def agreement(cache: Cache, positions: np.ndarray, fresh: np.ndarray) -> str:
     split = cache.split("train")
     assert split is not None, "every dataset has a train split"
     now = decode(fresh, cache.format)
-    last = int(split.starts[-1]) + len(split.maps[-1]) - 1
+    last = len(split) - 1
     overlaps, nats = {}, math.inf
     for shift in (-1, 0, 1):
-        stored = gather(split.maps, split.starts, np.clip(positions + shift, 0, last))
+        stored = split.entries(np.clip(positions + shift, 0, last))
         both = (stored["flags"] & VALID) != 0
         if not both.any():
             raise Skipped("the cache has no entry of these documents")
@@ -190,17 +190,17 @@ def agreement(cache: Cache, positions: np.ndarray, fresh: np.ndarray) -> str:
         f"{shifted[0]:.1%}; log p of the text differs by {nats:.4f} nats (at most {NATS:g})"
     )
     advice = (
-        "Another teacher, revision, adapter or number type made the cache: cache this teacher anew"
+        "Another teacher, revision, adapter or number type made the cache: cache this teacher again"
     )
     if shifted[0] > overlaps[0]:
-        advice = f"The entries are shifted by {shifted[1]:+d}: make the cache anew"
+        advice = f"The entries are shifted by {shifted[1]:+d}: make the cache again"
     return require(
         overlaps[0] >= OVERLAP and nats <= NATS and overlaps[0] > shifted[0], detail, advice
     )
 
 
 def _overlap(a: SparseTargets, b: SparseTargets) -> float:
-    """Mass that two heads have in common, as a share of the first's."""
+    """Mass that two top ks have in common, as a share of the first's."""
     same = a.top_k_ids[:, :, None] == b.top_k_ids[:, None, :]  # (N, h, h)
     p, q = a.top_k_log_probs.exp(), b.top_k_log_probs.exp()
     common = (torch.minimum(p[:, :, None], q[:, None, :]) * same).sum()

@@ -113,7 +113,7 @@ def _temperature(at: Positions, seed: int) -> str:
         float((gradient * direction).sum()),
     )
     off = abs(slope / expected - 1) if expected else float("inf")
-    # one token in the head leaves T nothing to do
+    # with one top-k token T has no effect
     has_effect = at_one != at_two or at.targets.top_k_ids.shape[1] < 2
     return require(
         off <= SLOPE_TOLERANCE and has_effect,
@@ -125,7 +125,7 @@ def _temperature(at: Positions, seed: int) -> str:
 
 
 def _own_teacher(at: Positions) -> str:
-    """Where the teacher says what the student says, there is nothing to learn."""
+    """If teacher and student are equal, there is nothing to learn."""
     targets = DenseTargets(lambda rows: at.hidden[rows] @ at.weight.T)
     _, gradient, _ = _fused(at, targets, LossConfig(alpha=0.0, beta=1.0))
     _, usual, _ = _fused(at, None, LossConfig(alpha=1.0, beta=0.0))

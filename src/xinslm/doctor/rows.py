@@ -60,7 +60,7 @@ def _packing(model: Transformer, batch: Batch, packed: Tensor) -> str:
 
 
 def _widened(batch: Batch) -> Batch:
-    """The batch with pads behind each row, full of ids that must not matter."""
+    """The batch with pads after each row, full of ids that must not matter."""
 
     def wider(array: np.ndarray, value: int) -> np.ndarray:
         return np.concatenate((array, np.full((len(array), PADS), value)), axis=1)
@@ -76,7 +76,7 @@ def _widened(batch: Batch) -> Batch:
 
 @torch.no_grad()
 def _pads(model: Transformer, batch: Batch, packed: Tensor) -> str:
-    """Pads behind a row change neither its hidden states nor its loss."""
+    """Pads after a row change neither its hidden states nor its loss."""
     wide = _widened(batch)
     states = hidden_states(model, wide)
     real = torch.from_numpy(batch.segments >= 0).to(packed.device)

@@ -1,12 +1,11 @@
-"""The stage `doctor`: whether all that a long run stands on is sound, on these very models and
-data.
+"""The stage `doctor`: checks everything that a long run depends on, with its models and data.
 
     xinslm doctor --data-path data --cache cache --teacher TEACHER --student runs/student
 
-Each check measures something and says its threshold; what cannot be checked is skipped, with the
-reason. Files are hashed, ids compared by their bytes, entries compared with the tokens that came
-and with the teacher, asked again; the fused loss is compared with dense autograd, and packing, pads
-and micro-batches with doing without.
+Each check reports a measurement and its threshold; checks that are not possible are skipped, with
+the reason. Files are hashed, ids compared by their bytes, entries compared with the tokens that
+came and with the teacher, asked again; the fused loss is compared with dense autograd, and packing,
+pads and micro-batches with doing without.
 """
 
 from dataclasses import dataclass
@@ -82,7 +81,7 @@ def _whole(folder: Any, manifest: dict[str, Any]) -> str:
     return require(
         not damaged,
         detail,
-        "Copy them again, or make the folder anew with the command that made it",
+        "Copy them again, or make the folder again with the command that made it",
     )
 
 
@@ -109,7 +108,7 @@ def _check_cache(examination: Examination, config: DoctorConfig, dataset: Datase
         opened[0].require_dataset(dataset.fingerprint, dataset.folder)
         ids = opened[0].format.vocab_size
         return require(
-            ids == dataset.manifest["vocab_size"], f"{ids:,} ids in both", "Make the cache anew"
+            ids == dataset.manifest["vocab_size"], f"{ids:,} ids in both", "Make the cache again"
         )
 
     examination.make("cache files", files)
@@ -126,7 +125,7 @@ def _check_cache(examination: Examination, config: DoctorConfig, dataset: Datase
             f"the cache has no distributions of the next token, only {', '.join(arrays)}",
         )
         return None
-    if not _over_tokens(opened[0]):
+    if not opened[0].over_tokens:
         kind = opened[0].manifest["alignment"]["kind"]
         examination.skip(
             of_entries, f"the cache holds no distributions over single tokens ({kind})"
@@ -175,37 +174,51 @@ def _check_teacher(
     if not examination.make(names[0], lambda: teacher_vocabulary(tokenizer, teacher, cached)):
         examination.skip(names[1:], "the teacher's ids are not the dataset's")
         return
-    merged = cache is not None and "merge_depth" in cache.manifest["inputs"]
-    reason = "no --cache" if config.cache is None else "the cache cannot be used"
-
-    def made_by() -> str:
-        if cache is None or merged:
-            raise Skipped("the cache is merged from several teachers" if merged else reason)
-        cache.require_teacher(teacher.fingerprint, teacher.name)
-        return f"fingerprint {teacher.fingerprint[:12]}"
-
-    def agrees() -> str:
-        if cache is None or merged:
-            raise Skipped("the cache is merged from several teachers" if merged else reason)
-        settings = cache.manifest["config"] | {"alignment": cache.manifest["alignment"]["kind"]}
-        positions, fresh = ask_again(
-            teacher, dataset, settings, cache.format, config.documents, config.seed
-        )
-        return agreement(cache, positions, fresh)
-
-    def quality() -> str:
-        split = dataset.split("train")
-        fmt = CacheFormat(split.vocab_size, 1, 0, 1.0)
-        settings = {"max_seq_length": DEFAULT_LENGTH, "seed": 0}
-        positions, fresh = ask_again(teacher, dataset, settings, fmt, config.documents, config.seed)
-        if not len(positions):
-            raise Skipped("the documents taken have no targets")
-        return teacher_quality(-float(fresh["log_label"].astype(np.float64).mean()), dataset)
-
-    examination.make(names[1], made_by)
-    examination.make(names[2], agrees)
     if config.cache is None:
-        examination.make("teacher on this data", quality)
+        examination.skip(names[1:], "no --cache")
+        examination.make("teacher on this data", lambda: _quality(config, dataset, teacher))
+    elif cache is None:
+        examination.skip(names[1:], "the cache cannot be used")
+    elif "merge_depth" in cache.manifest["inputs"]:
+        examination.skip(names[1:], "the cache is merged from several teachers")
+    else:
+        examination.make(names[1], lambda: _made_by(cache, teacher))
+        examination.make(names[2], lambda: _agrees(config, dataset, cache, teacher))
+
+
+def _made_by(cache: Cache, teacher: Any) -> str:
+    cache.require_teacher(teacher.fingerprint, teacher.name)
+    return f"fingerprint {teacher.fingerprint[:12]}"
+
+
+def _agrees(config: DoctorConfig, dataset: Dataset, cache: Cache, teacher: Any) -> str:
+    settings = cache.manifest["config"] | {"alignment": cache.manifest["alignment"]["kind"]}
+    positions, fresh = ask_again(
+        teacher, dataset, settings, cache.format, config.documents, config.seed
+    )
+    return agreement(cache, positions, fresh)
+
+
+def _quality(config: DoctorConfig, dataset: Dataset, teacher: Any) -> str:
+    fmt = CacheFormat(dataset.manifest["vocab_size"], 1, 0, 1.0)
+    settings = {"max_seq_length": DEFAULT_LENGTH, "seed": 0}
+    positions, fresh = ask_again(teacher, dataset, settings, fmt, config.documents, config.seed)
+    if not len(positions):
+        raise Skipped("the documents taken have no targets")
+    return teacher_quality(-float(fresh["log_label"].astype(np.float64).mean()), dataset)
+
+
+_OF_STUDENT = (
+    "fused cross-entropy",
+    "fused distillation",
+    "fused distillation, T=2",
+    "other divergences",
+    "temperature",
+    "student as teacher",
+    "packing",
+    "pads",
+    "accumulation",
+)
 
 
 def _check_student(
@@ -216,23 +229,33 @@ def _check_student(
     cache: Cache | None,
     device: torch.device,
 ) -> None:
-    of_model = (
-        "fused cross-entropy",
-        "fused distillation",
-        "fused distillation, T=2",
-        "other divergences",
-        "temperature",
-        "student as teacher",
-        "packing",
-        "pads",
-        "accumulation",
+    model = _sound_student(examination, config, tokenizer)
+    if model is None:
+        return
+    model = model.to(device).eval()
+    length = min(
+        model.config.max_position_embeddings, DEFAULT_LENGTH if cache is None else _length(cache)
     )
-    loaded: list[Transformer] = []
+    rows = PackedDataset(dataset.split("train"), length)
+    batch = _choose(rows, config.batch_size, config.seed)
+    check_losses(examination, _positions(config, model, batch, cache), config.seed)
+    check_rows(examination, model, batch)
+
+
+def _sound_student(
+    examination: Examination, config: DoctorConfig, tokenizer: Any
+) -> Transformer | None:
+    """The student to compute with; None, with the reason noted, if it cannot be used."""
+    if config.student is None:
+        examination.skip(
+            ("student weights",), "no --student: the checks below use a small random one"
+        )
+        examination.skip(("student vocabulary",), "no --student")
+        return _draw_student(tokenizer.vocab_size, config.seed)
+    folder, loaded = config.student, list[Transformer]()
 
     def weights() -> str:
-        if config.student is None:
-            raise Skipped("no --student: a small one is drawn for what follows")
-        loaded.append(load_model(config.student))
+        loaded.append(load_model(folder))
         bad = [
             name
             for name, weight in loaded[0].named_parameters()
@@ -245,34 +268,19 @@ def _check_student(
         return require(not bad, detail, "Go back to an earlier checkpoint")
 
     def vocabulary() -> str:
-        if config.student is None:
-            raise Skipped("no --student")
-        theirs = load_tokenizer(resolve_model(config.student))
+        theirs = load_tokenizer(resolve_model(folder))
         return same_vocabulary(tokenizer, theirs, loaded[0].config.vocab_size, "student")
 
-    sound = examination.make("student weights", weights) or config.student is None
-    if config.student is not None and not loaded:
-        examination.skip(("student vocabulary", *of_model), "the student cannot be loaded")
-        return
-    fits = examination.make("student vocabulary", vocabulary) or config.student is None
-    if not sound or not fits:
-        examination.skip(
-            of_model,
-            "the student is not sound" if not sound else "the student's ids are not the data's",
-        )
-        return
-    model = (
-        (loaded[0] if loaded else _draw_student(tokenizer.vocab_size, config.seed))
-        .to(device)
-        .eval()
-    )
-    length = min(
-        model.config.max_position_embeddings, DEFAULT_LENGTH if cache is None else _length(cache)
-    )
-    rows = PackedDataset(dataset.split("train"), length)
-    batch = _choose(rows, config.batch_size, config.seed)
-    check_losses(examination, _positions(config, model, batch, cache), config.seed)
-    check_rows(examination, model, batch)
+    sound = examination.make("student weights", weights)
+    if not loaded:
+        examination.skip(("student vocabulary", *_OF_STUDENT), "the student cannot be loaded")
+        return None
+    fits = examination.make("student vocabulary", vocabulary)
+    if sound and fits:
+        return loaded[0]
+    reason = "the student is not sound" if not sound else "the student's ids are not the data's"
+    examination.skip(_OF_STUDENT, reason)
+    return None
 
 
 def _choose(rows: PackedDataset, count: int, seed: int) -> Batch:
@@ -282,11 +290,6 @@ def _choose(rows: PackedDataset, count: int, seed: int) -> Batch:
     return rows.batch(
         indices[np.concatenate((order[: count // 2], order[-(count - count // 2) :]))]
     )
-
-
-def _over_tokens(cache: Cache) -> bool:
-    """Whether the cache has the ordinary entries."""
-    return cache.manifest["alignment"]["kind"] != "byte_prefix"
 
 
 def _length(cache: Cache) -> int:
@@ -308,8 +311,8 @@ def _draw_student(vocab_size: int, seed: int) -> Transformer:
 def _positions(
     config: DoctorConfig, model: Transformer, batch: Batch, cache: Cache | None
 ) -> Positions:
-    """The student's hidden states at some targets, and what the cache, or a drawn teacher, says
-    there.
+    """The student's hidden states at some targets, with targets of the cache or of a random
+    teacher.
     """
     targets = np.flatnonzero(batch.labels.ravel() >= 0)
     if not len(targets):
@@ -322,13 +325,14 @@ def _positions(
         ].float()
     labels = torch.from_numpy(batch.labels.ravel()[chosen])
     sparse: SparseTargets
-    split = cache.split("train") if cache is not None and _over_tokens(cache) else None
-    if split is not None:
-        sparse, teacher = split.targets(batch.stream.ravel()[chosen]), "the cache's entries"
+    split = cache.split("train") if cache is not None and cache.over_tokens else None
+    if cache is not None and split is not None:
+        entries = split.entries(batch.stream.ravel()[chosen])
+        sparse, teacher = decode(entries, cache.format), "the cache's entries"
     else:
         sparse, teacher = (
             _draw_teacher(model.config.vocab_size, labels, config.seed),
-            "a drawn teacher",
+            "a random teacher",
         )
     weight = model.head_weight.detach().float()
     return Positions(hidden, weight, labels.to(hidden.device), sparse.to(hidden.device), teacher)

@@ -23,7 +23,7 @@ def dataset_vocabulary(dataset: Dataset, tokenizer: Any) -> str:
         own and largest < tokenizer.vocab_size,
         f"largest id {largest:,} of {tokenizer.vocab_size:,}; tokenizer "
         f"{'as' if own else 'not as'} it was prepared",
-        "Make the dataset anew with `xinslm prepare`",
+        "Make the dataset again with `xinslm prepare`",
     )
 
 

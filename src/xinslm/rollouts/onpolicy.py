@@ -24,12 +24,12 @@ import torch
 from xinslm.cache import score
 from xinslm.cache.config import CacheConfig
 from xinslm.cache.entries import Cache
+from xinslm.cache.kinds import CachedTargets
 from xinslm.cache.support import TEACHERS
 from xinslm.config import to_dict
 from xinslm.data.dataset import Dataset, open_dataset, require_tokenizer
 from xinslm.data.packing import PackedDataset
 from xinslm.device import pick_device
-from xinslm.distill.target_sources import CachedTargets
 from xinslm.errors import UsageError
 from xinslm.files import MANIFEST, manifest_fingerprint, read_json, write_json
 from xinslm.folders import locked, remove_partials

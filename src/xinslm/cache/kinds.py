@@ -1,0 +1,168 @@
+"""The kinds of cache entries: sparse distributions over single tokens, and buckets of tokens.
+
+    kind = kind_of(Cache("cache"))
+    sources = kind.sources(Path("data/tokenizer"))   # {"train": ..., "validation": ...}
+
+Everything that depends on the kind is a method here; other modules ask the object.
+"""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from xinslm.alignment.byte_prefix import byte_order
+from xinslm.cache.bucket_entries import bucket_dtype, decode_buckets
+from xinslm.cache.entries import FP16_FLOOR, VALID, Cache, CacheSplit, Decode, decode
+from xinslm.data.packing import Batch
+from xinslm.errors import UsageError
+from xinslm.losses.config import LossConfig
+from xinslm.losses.targets import Targets
+from xinslm.tokenizer.load import load_tokenizer
+
+
+class CachedTargets:
+    """Teacher targets from a cache, looked up by stream position: rows may be shuffled freely."""
+
+    def __init__(self, split: CacheSplit) -> None:
+        self.split = split
+
+    def targets(self, batch: Batch, chosen: np.ndarray, device: torch.device) -> Targets:
+        """Look up the positions `chosen`, indices into the flattened (rows * row_length) batch."""
+        return self.split.targets(batch.stream.ravel()[chosen]).to(device)
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Numbers of all splits of a cache."""
+
+    positions: int
+    """Covered positions."""
+    stream_bytes: int
+    teacher_nats: float
+    """Mean of -log p of the labels, where it is known."""
+    tail_mass: float
+    """Mean mass outside the top k."""
+
+
+class EntryKind(ABC):
+    """Layout of a cache's entries, and how they are read."""
+
+    def __init__(self, cache: Cache) -> None:
+        self.cache, self.format = cache, cache.format
+
+    @property
+    @abstractmethod
+    def dtype(self) -> np.dtype[Any]:
+        """Packed entry of one position."""
+
+    @abstractmethod
+    def decoder(self, tokenizer: Path) -> Decode:
+        """What converts entries to targets, for a student with this tokenizer folder."""
+
+    @abstractmethod
+    def check_loss(self, loss: LossConfig) -> None:
+        """Raise UsageError if the entries lack what the loss's temperature needs."""
+
+    @abstractmethod
+    def tail_masses(self, entries: np.ndarray) -> np.ndarray:
+        """Mass outside the top k of each entry, (N,)."""
+
+    def splits(self, decode: Decode | None = None) -> dict[str, CacheSplit]:
+        """Splits that have entries; `decode` is needed for their targets."""
+        self.cache.check()
+        return {
+            name: CacheSplit(self.cache.folder, shards, self.dtype, decode)
+            for name, shards in self.cache.manifest["shards"].items()
+            if shards
+        }
+
+    def sources(self, tokenizer: Path) -> dict[str, CachedTargets]:
+        """Target source of each split that has entries."""
+        opened = self.splits(self.decoder(tokenizer))
+        return {name: CachedTargets(split) for name, split in opened.items()}
+
+    def summary(self) -> Summary:
+        """Count and average the entries of all splits."""
+        positions = size = known = 0
+        nats = tail = 0.0
+        for shard in (shard for split in self.splits().values() for shard in split.maps):
+            valid = shard[(shard["flags"] & VALID) != 0]
+            labels = known_log_labels(valid)
+            size, positions, known = (
+                size + shard.nbytes,
+                positions + len(valid),
+                known + len(labels),
+            )
+            nats -= float(labels.sum())
+            tail += float(self.tail_masses(valid).sum(dtype=np.float64))
+        return Summary(positions, size, nats / max(known, 1), tail / max(positions, 1))
+
+
+class SparseEntries(EntryKind):
+    """Top k, tail mass and tail samples over single tokens (see `entries`)."""
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """Packed entry of one position."""
+        return self.format.dtype
+
+    def decoder(self, tokenizer: Path) -> Decode:
+        """Token ids are the dataset's, so the tokenizer is not needed."""
+        return partial(decode, fmt=self.format)
+
+    def check_loss(self, loss: LossConfig) -> None:
+        """Mode full needs the normaliser at the loss's temperature."""
+        stored = self.format.temperature
+        if loss.temperature_mode == "full" and loss.temperature not in (1.0, stored):
+            raise UsageError(
+                f"loss.temperature is {loss.temperature} in mode full, but cache "
+                f"{self.cache.folder} stores the normaliser for {stored}: use that, mode "
+                f"decoupled, or `xinslm cache --temperature {loss.temperature}` (a merged cache "
+                "has only the one for 1)"
+            )
+
+    def tail_masses(self, entries: np.ndarray) -> np.ndarray:
+        """Mass outside the top k of each entry, (N,)."""
+        return np.exp(decode(entries, self.format).log_tail.numpy())
+
+
+class BucketEntries(EntryKind):
+    """Masses of buckets of tokens (see `bucket_entries`)."""
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """Packed entry of one position."""
+        return bucket_dtype(self.format.vocab_size, self.format.top_k)
+
+    def decoder(self, tokenizer: Path) -> Decode:
+        """Buckets are ranges in the byte order of the tokenizer's vocabulary."""
+        order = torch.from_numpy(byte_order(load_tokenizer(tokenizer)))
+        return partial(decode_buckets, order=order)
+
+    def check_loss(self, loss: LossConfig) -> None:
+        """The mass of a bucket is known at temperature 1 only."""
+        if loss.temperature != 1:
+            raise UsageError(
+                f"loss.temperature is {loss.temperature}, but cache {self.cache.folder} holds "
+                "masses of buckets of tokens, which have no temperature: set it to 1"
+            )
+
+    def tail_masses(self, entries: np.ndarray) -> np.ndarray:
+        """Zeros: the rest of the vocabulary is a bucket like the others."""
+        return np.zeros(len(entries))
+
+
+def kind_of(cache: Cache) -> EntryKind:
+    """The kind of a cache's entries."""
+    return SparseEntries(cache) if cache.over_tokens else BucketEntries(cache)
+
+
+def known_log_labels(entries: np.ndarray) -> np.ndarray:
+    """Log p of the labels of valid entries, float64, without those where it is not known."""
+    log_label: np.ndarray = entries["log_label"].astype(np.float64)
+    return log_label[log_label > FP16_FLOOR]
