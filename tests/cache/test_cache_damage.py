@@ -79,7 +79,7 @@ def test_another_format_version_is_named(copy):
     manifest = json.loads((copy / "manifest.json").read_text())
     (copy / "manifest.json").write_text(json.dumps({**manifest, "version": 99}))
     with pytest.raises(
-        XinslmError, match=r"format version 99, this xinslm reads version 2. Make it anew"
+        XinslmError, match=r"format version 99, this xinslm reads version 2. Make it again"
     ):
         Cache(copy)
 
