@@ -27,12 +27,12 @@ from sides import figures_of, in_turn, keep, median, ratios, xinslm
 
 from xinslm.data.dataset import open_dataset
 from xinslm.inference.batch import generate_batch
-from xinslm.inference.config import Sampling
 from xinslm.losses.config import LossConfig
 from xinslm.model.files import load_model
 from xinslm.rollouts import onpolicy
 from xinslm.rollouts.onpolicy_config import OnPolicyConfig
 from xinslm.rollouts.student_texts import find_prompts
+from xinslm.sampling import Sampling
 
 PROMPT = 128
 

@@ -10,14 +10,16 @@ choose other calibration rows.
 """
 
 import argparse
+import contextlib
 import json
 import math
 import platform
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
@@ -27,6 +29,7 @@ from xinslm.data.dataset import open_dataset
 from xinslm.data.packing import Batch, PackedDataset
 from xinslm.model.files import load_config, load_model, resolve_model
 from xinslm.model.transformer import Transformer
+from xinslm.quantize import gptq, grids
 from xinslm.quantize.calibration import read_rows
 from xinslm.quantize.canonical import load_quantized
 from xinslm.quantize.grids import Q4_0, decode, encode, fit_scales
@@ -36,15 +39,39 @@ from xinslm.quantize.stream import WeightReader
 from xinslm.tokenizer.load import load_tokenizer
 
 ROWS_A_BATCH = 4
-VARIANTS: list[tuple[str, dict[str, Any]]] = [
-    ("Q8_0", {"bits": 8}),
-    ("Q4_0, nearest, largest weight / -8 (llama.cpp's rule)", {"search": False}),
-    ("Q4_0, nearest, searched scales", {}),
-    ("Q4_0, GPTQ, largest weight / -8", {"rows": True, "search": False, "act_order": False}),
-    ("Q4_0, GPTQ, largest weight / -8, act-order", {"rows": True, "search": False}),
-    ("Q4_0, GPTQ, searched scales", {"rows": True, "act_order": False}),
-    ("Q4_0, GPTQ, searched scales, act-order (the default)", {"rows": True}),
+VARIANTS: list[tuple[str, int, bool, tuple[str, ...]]] = [
+    ("Q8_0", 8, False, ()),
+    ("Q4_0, nearest, largest weight / -8 (llama.cpp's rule)", 4, False, ("search",)),
+    ("Q4_0, nearest, searched scales", 4, False, ()),
+    ("Q4_0, GPTQ, largest weight / -8", 4, True, ("search", "act_order")),
+    ("Q4_0, GPTQ, largest weight / -8, act-order", 4, True, ("search",)),
+    ("Q4_0, GPTQ, searched scales", 4, True, ("act_order",)),
+    ("Q4_0, GPTQ, searched scales, act-order (the default)", 4, True, ()),
 ]
+"""Name, bits, whether GPTQ calibrates, and the steps that are switched off."""
+
+
+def _half(scales: Tensor) -> Tensor:
+    """`storable` with the 11 significant bits of float16."""
+    rounded = scales.abs().clamp(grids.SMALLEST_SCALE, grids.LARGEST_SCALE).half().float()
+    return torch.where(scales < 0, -rounded, rounded)
+
+
+SWITCHED_OFF: dict[str, tuple[Any, str, Callable[..., Tensor]]] = {
+    "search": (grids, "search_scales", lambda blocks, extreme, _: grids.storable(extreme / -8)),
+    "act_order": (gptq, "rounding_order", lambda diagonal: torch.arange(len(diagonal))),
+    "bf16_exact": (grids, "storable", _half),
+}
+"""What stands in for a step of the product when a variant leaves it out."""
+
+
+@contextlib.contextmanager
+def without(*steps: str) -> Iterator[None]:
+    """Replace steps of the quantization by their trivial form."""
+    with contextlib.ExitStack() as patches:
+        for step in steps:
+            patches.enter_context(mock.patch.object(*SWITCHED_OFF[step]))
+        yield
 
 
 def main() -> None:
@@ -77,21 +104,19 @@ def main() -> None:
         original, original, batches, num_bytes, {"variant": "not quantized", "model": source.name}
     )
     report_scale_precision(original)
-    for name, changes in VARIANTS:
+    for name, bits, calibrates, off in VARIANTS:
         if options.only not in name:
             continue
         seeds = range(options.seeds if name.endswith("(the default)") else 1)
         for seed in seeds:
-            settings = dict(changes)
-            bits = settings.pop("bits", 4)
             calibration: list[Batch] = []
-            if settings.pop("rows", False):
+            if calibrates:
                 calibration, _ = read_rows(
                     options.data, fingerprint, config, options.num_calibration_samples, length, seed
                 )
-            with tempfile.TemporaryDirectory() as folder, torch.no_grad():
+            with tempfile.TemporaryDirectory() as folder, torch.no_grad(), without(*off):
                 start = time.perf_counter()
-                work = Quantization(config, WeightReader(source), bits, calibration, **settings)
+                work = Quantization(config, WeightReader(source), bits, calibration)
                 write_folder(work, source, Path(folder), {}, {}, "benchmark")
                 seconds = time.perf_counter() - start
                 facts = {
@@ -158,17 +183,14 @@ def report_scale_precision(model: Transformer) -> None:
     weights = [w.detach() for name, w in model.named_parameters() if name.endswith("_proj.weight")]
     weights = [w for w in weights if w.shape[1] % 32 == 0]
 
-    def error(bf16_exact: bool) -> float:
-        return sum(
-            _squared_error(w, lambda w: fit_scales(w, Q4_0, bf16_exact=bf16_exact)) for w in weights
-        )
-
-    float16, bfloat16 = error(False), error(True)
+    bfloat16 = sum(map(_squared_error, weights))
+    with without("bf16_exact"):
+        float16 = sum(map(_squared_error, weights))
     print(json.dumps({"squared_error_of_8_bit_scales_over_11_bit": bfloat16 / float16}), flush=True)
 
 
-def _squared_error(weight: Tensor, fit: Callable[[Tensor], Tensor]) -> float:
-    scales = fit(weight)
+def _squared_error(weight: Tensor) -> float:
+    scales = fit_scales(weight, Q4_0)
     return float((weight - decode(encode(weight, scales, Q4_0), scales)).double().square().sum())
 
 

@@ -10,11 +10,11 @@ from xinslm.data.encode import Encoder
 from xinslm.data.records import Document
 from xinslm.export.config import GgufConfig
 from xinslm.export.gguf import run
-from xinslm.inference.config import Sampling
 from xinslm.inference.generate import generate, prompt_ids
 from xinslm.inference.torch_engine import TorchEngine
 from xinslm.quantize.config import QuantizeConfig
 from xinslm.quantize.run import run as quantize
+from xinslm.sampling import Sampling
 from xinslm.tokenizer import BPETokenizer, load_tokenizer
 
 TEXTS = ["The quick", "Numbers: 0 1", "x"]

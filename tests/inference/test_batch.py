@@ -9,15 +9,17 @@ import pytest
 import torch
 
 from small_models import make_config, save_random_model
+from xinslm.draw import choose, kept_tokens
 from xinslm.errors import UsageError, XinslmError
 from xinslm.inference import batch
-from xinslm.inference.batch import blocked_topk, choose, generate_batch, kept_tokens
-from xinslm.inference.config import Sampling
+from xinslm.inference.batch import BatchOptions, generate_batch
 from xinslm.inference.sampling import Sampler
 from xinslm.inference.torch_engine import TorchEngine
 from xinslm.model.config import ModelConfig
 from xinslm.model.files import load_model
 from xinslm.model.transformer import Transformer
+from xinslm.sampling import Sampling
+from xinslm.topk import blocked_topk
 
 GREEDY = Sampling(temperature=0)
 FREE = Sampling(temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, seed=3)
@@ -63,7 +65,7 @@ def test_greedy_text_is_the_engines(tmp_path: Path, window: int | None) -> None:
     prompts = make_prompts(23)
     free = [one_by_one(engine, prompt, 12, NONE) for prompt in prompts]
     ends = frozenset({free[0][2], free[5][7], free[9][4]})
-    result = generate_batch(load_model(tmp_path), prompts, GREEDY, 30, ends, rows=8)
+    result = generate_batch(load_model(tmp_path), prompts, GREEDY, 30, ends, BatchOptions(rows=8))
     expected = [one_by_one(engine, prompt, 30, ends) for prompt in prompts]
     assert [c.tokens.tolist() for c in result.texts] == expected
     assert [c.ended for c in result.texts] == [text[-1] in ends for text in expected]
@@ -89,11 +91,11 @@ def test_real_model_tells_the_engines_story(shared_data: Path) -> None:
 def test_a_text_depends_on_its_number_and_the_seed_alone(model: Transformer) -> None:
     prompts = make_prompts(12)
     ends = frozenset(range(60, 75))  # rows end all the time, so that places are shuffled
-    whole = generate_batch(model, prompts, FREE, 25, ends, rows=12).texts
+    whole = generate_batch(model, prompts, FREE, 25, ends, BatchOptions(rows=12)).texts
     for rows in (1, 5):
-        again = generate_batch(model, prompts, FREE, 25, ends, rows=rows).texts
+        again = generate_batch(model, prompts, FREE, 25, ends, BatchOptions(rows=rows)).texts
         assert all(np.array_equal(a.tokens, b.tokens) for a, b in zip(whole, again, strict=True))
-    last = generate_batch(model, prompts[7:], FREE, 25, ends, first_index=7).texts
+    last = generate_batch(model, prompts[7:], FREE, 25, ends, BatchOptions(first_index=7)).texts
     assert all(np.array_equal(a.tokens, b.tokens) for a, b in zip(whole[7:], last, strict=True))
     same = generate_batch(model, [prompts[0]] * 6, FREE, 25, ends).texts
     assert len({tuple(c.tokens.tolist()) for c in same}) == 6, (
@@ -117,10 +119,10 @@ def test_every_token_goes_through_the_model_once(
         lambda x, *rest: seen.append(x.shape[:2].numel()) or real(x, *rest),
     )
     prompts = make_prompts(10, low=16, high=17)
-    result = generate_batch(model, prompts, GREEDY, 24, NONE, rows=4)
+    result = generate_batch(model, prompts, GREEDY, 24, NONE, BatchOptions(rows=4))
     assert sum(seen) == result.token_forwards == 10 * (16 + 24 - 1)
     ends = frozenset(range(0, 320, 3))
-    early = generate_batch(model, prompts, FREE, 24, ends, rows=10)
+    early = generate_batch(model, prompts, FREE, 24, ends, BatchOptions(rows=10))
     assert early.token_forwards == sum(16 + len(c.tokens) - 1 for c in early.texts), (
         "rows that end leave the batch"
     )
@@ -131,7 +133,9 @@ def test_draws_follow_the_models_distribution(model: Transformer) -> None:
     settings = Sampling(temperature=1.7, top_k=0, top_p=1.0, min_p=0.0, seed=1)
     drawn = [
         int(c.tokens[0])
-        for c in generate_batch(model, [prompt] * 6000, settings, 1, NONE, rows=512).texts
+        for c in generate_batch(
+            model, [prompt] * 6000, settings, 1, NONE, BatchOptions(rows=512)
+        ).texts
     ]
     with torch.no_grad():
         logits = model.logits(model.hidden(torch.from_numpy(prompt)[None]))[0, -1]
@@ -187,7 +191,9 @@ def test_most_likely_is_topk() -> None:
 def test_top_ids_are_those_of_whole_passes(model: Transformer) -> None:
     prompts = make_prompts(5)
     for prompt, text in zip(
-        prompts, generate_batch(model, prompts, FREE, 10, NONE, rows=3, top=6).texts, strict=True
+        prompts,
+        generate_batch(model, prompts, FREE, 10, NONE, BatchOptions(rows=3, top=6)).texts,
+        strict=True,
     ):
         ids = torch.from_numpy(np.concatenate([prompt, text.tokens]))[None]
         with torch.no_grad():
@@ -197,7 +203,9 @@ def test_top_ids_are_those_of_whole_passes(model: Transformer) -> None:
 
 def test_padded_rows_of_the_head_are_never_written(model: Transformer) -> None:
     hot = Sampling(temperature=50.0, top_k=0, top_p=1.0, min_p=0.0, seed=0)
-    texts = generate_batch(model, make_prompts(8), hot, 40, NONE, vocab_size=291).texts
+    texts = generate_batch(
+        model, make_prompts(8), hot, 40, NONE, BatchOptions(vocab_size=291)
+    ).texts
     drawn = np.concatenate([c.tokens for c in texts])
     assert drawn.max() == 290 and len(np.unique(drawn)) > 150
 
@@ -243,3 +251,15 @@ def test_room_is_made_for_what_can_be_written_and_no_more(monkeypatch: pytest.Mo
         and made[0][0] == 1
     )
     assert batch.rows_that_fit(model, 10**12) == 1
+
+
+@pytest.mark.parametrize("settings", [Sampling(top_k=0, top_p=0.8, seed=0), Sampling(top_k=0)])
+def test_ties_are_ordered_by_id(settings: Sampling) -> None:
+    """Logits in bfloat16 tie often; the nucleus may cut through a tie."""
+    logits = np.random.default_rng(2).integers(0, 4, (5, 640)).astype(np.float32)
+    ids, probabilities = kept_tokens(torch.from_numpy(logits), settings)
+    for row in range(len(logits)):
+        theirs, expected = Sampler(settings).distribution(logits[row])
+        count = len(theirs)
+        assert ids[row, :count].tolist() == theirs.tolist()
+        np.testing.assert_allclose(probabilities[row, :count], expected, rtol=1e-6)

@@ -10,8 +10,9 @@ import pytest
 from small_models import save_random_model, save_tokenizer
 from xinslm.errors import UsageError
 from xinslm.inference.chat import Conversation, run
-from xinslm.inference.config import ChatConfig, Sampling
+from xinslm.inference.config import ChatConfig
 from xinslm.inference.torch_engine import TorchEngine
+from xinslm.sampling import Sampling
 
 SAMPLING = Sampling(seed=1)
 

@@ -11,8 +11,9 @@ import pytest
 
 from small_models import save_random_model, save_tokenizer
 from xinslm.errors import UsageError, XinslmError
-from xinslm.inference.config import GenerateConfig, Sampling
+from xinslm.inference.config import GenerateConfig
 from xinslm.inference.generate import end_ids, generate, run
+from xinslm.sampling import Sampling
 from xinslm.tokenizer.load import load_tokenizer
 
 GREEDY = Sampling(temperature=0)

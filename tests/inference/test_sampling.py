@@ -16,8 +16,8 @@ from transformers import (
 )
 
 from xinslm.errors import UsageError
-from xinslm.inference.config import Sampling
 from xinslm.inference.sampling import Sampler, log_probability
+from xinslm.sampling import Sampling
 
 PLAIN = Sampling(temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, seed=0)
 

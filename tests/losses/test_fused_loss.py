@@ -21,7 +21,7 @@ from loss_oracle import (
     sparsify,
 )
 from xinslm.losses.config import LossConfig
-from xinslm.losses.fused import fused_loss
+from xinslm.losses.fused import HeadOptions, fused_loss
 from xinslm.losses.targets import DenseTargets
 
 
@@ -73,12 +73,16 @@ def test_bfloat16_head_gradient_does_not_drift_over_64_chunks():
     hidden, weight, labels, teacher = problem(rows=64 * 32)
     sparse = sparsify(teacher)
     exact = grads(
-        lambda h, w: fused_loss(h, w, labels, sparse, LossConfig(), chunk_rows=32)[0],
+        lambda h, w: fused_loss(
+            h, w, labels, sparse, LossConfig(), head=HeadOptions(chunk_rows=32)
+        )[0],
         hidden,
         weight,
     )[2]
     half = grads(
-        lambda h, w: fused_loss(h.bfloat16(), w, labels, sparse, LossConfig(), chunk_rows=32)[0],
+        lambda h, w: fused_loss(
+            h.bfloat16(), w, labels, sparse, LossConfig(), head=HeadOptions(chunk_rows=32)
+        )[0],
         hidden,
         weight,
     )[2]
@@ -179,7 +183,7 @@ def test_memory_does_not_grow_with_the_number_of_rows(kind):
             targets = sparsify(torch.randn(1, vocabulary))[torch.zeros(rows, dtype=torch.long)]
         peaks[rows] = peak_memory(
             lambda h=hidden, y=labels, t=targets: fused_loss(
-                h, weight, y, t, config, chunk_rows=chunk
+                h, weight, y, t, config, head=HeadOptions(chunk_rows=chunk)
             )[0].backward()
         )
     blocks = {"sparse": 1, "full": 2, "dense": 12}[kind]
@@ -200,9 +204,7 @@ def test_bias_and_soft_capped_logits(divergence, sparse):
     cached = sparsify(teacher) if sparse else None
     targets = cached if sparse else DenseTargets(lambda rows: teacher[rows])
     ours = grads(
-        lambda h, w, b: fused_loss(
-            h, w, labels, targets, config, chunk_rows=10, bias=b, softcap=3.0
-        )[0],
+        lambda h, w, b: fused_loss(h, w, labels, targets, config, head=HeadOptions(b, 3.0, 10))[0],
         hidden,
         weight,
         bias,

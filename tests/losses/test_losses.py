@@ -25,7 +25,7 @@ from loss_oracle import (
 from xinslm.cache.entries import CacheFormat, decode, encode
 from xinslm.losses.chunk import chunk_loss
 from xinslm.losses.config import LossConfig
-from xinslm.losses.fused import fused_loss
+from xinslm.losses.fused import HeadOptions, fused_loss
 from xinslm.losses.targets import DenseTargets
 
 DIVERGENCE_SETTINGS = [
@@ -59,6 +59,8 @@ def test_loss_and_gradients_equal_the_dense_oracle(
     cached = sparsify(teacher, temperature) if sparse else None
 
     def ours(cuts, chunk_rows):
+        head = HeadOptions(chunk_rows=chunk_rows)
+
         def loss(*leaves):
             w = leaves[-1]
             h = w[ids] if tied else leaves[0]
@@ -68,7 +70,7 @@ def test_loss_and_gradients_equal_the_dense_oracle(
                 given = (
                     cached[rows] if sparse else DenseTargets(lambda part, a=a: teacher[a:][part])
                 )
-                total += fused_loss(h[rows], w, labels[rows], given, config, ROWS, chunk_rows)[0]
+                total += fused_loss(h[rows], w, labels[rows], given, config, ROWS, head)[0]
             return total
 
         return loss

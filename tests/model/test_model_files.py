@@ -25,7 +25,7 @@ from xinslm.model.files import load_config, load_model, model_fingerprint, resol
 from xinslm.model.transformer import Transformer
 from xinslm.quantize.pipeline import Quantization
 from xinslm.quantize.stream import WeightReader
-from xinslm.teachers.open import open_teacher
+from xinslm.teachers.open import TeacherOptions, open_teacher
 from xinslm.tokenizer.load import load_tokenizer
 
 TINY = ModelConfig(
@@ -275,7 +275,10 @@ def test_what_is_no_model_is_said_plainly(tmp_path: Path) -> None:
 @pytest.mark.parametrize("revision", [None, "main"])
 def test_a_hub_name_without_owner_is_explained(revision: str | None) -> None:
     for name in ("gpt2", "bert-base.v2"):
-        for read in (lambda name: open_teacher(name, revision=revision), load_tokenizer):
+        for read in (
+            lambda name: open_teacher(name, TeacherOptions(revision=revision)),
+            load_tokenizer,
+        ):
             with pytest.raises(UsageError, match=rf"{name}.*OWNER/NAME, .* openai-community/gpt2"):
                 read(name)
 

@@ -3,6 +3,7 @@ quantization and llama.cpp.
 """
 
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -17,10 +18,10 @@ from xinslm.export.gguf import run as export
 from xinslm.quantize.canonical import load_quantized
 from xinslm.quantize.config import QuantizeConfig
 from xinslm.quantize.run import run as quantize
-from xinslm.teachers.base import Sampling
+from xinslm.sampling import UNFILTERED, Sampling
 from xinslm.teachers.gguf import GgufTeacher
 from xinslm.teachers.gguf_vocabulary import read_tokenizer
-from xinslm.teachers.open import open_teacher
+from xinslm.teachers.open import TeacherOptions, open_teacher
 from xinslm.tokenizer.load import load_tokenizer
 
 LLAMA3_SCALING = {
@@ -138,7 +139,7 @@ def test_writing_is_the_models_greedy_choice_whatever_shares_the_batch(tmp_path)
     export(GgufConfig(tmp_path / "model", tmp_path / "m.gguf", outtype="f32"))
     teacher = GgufTeacher(tmp_path / "m.gguf")
     prompts = ["The quick brown fox", "It", "Numbers: 0 1 22 333 and naïve"]
-    found = teacher.generate(prompts, [0, 1, 2], Sampling(temperature=0, max_new_tokens=20))
+    found = teacher.generate(prompts, [0, 1, 2], Sampling(temperature=0), 20)
     ends = {teacher.tokenizer.bos_id, teacher.tokenizer.eos_id}
     for text, written in zip(prompts, found, strict=True):
         ids = [teacher.tokenizer.bos_id, *teacher.tokenizer.encode(text)]
@@ -153,7 +154,7 @@ def test_writing_is_the_models_greedy_choice_whatever_shares_the_batch(tmp_path)
         assert written.token_bytes == [teacher.tokenizer.token_bytes(t) for t in expected]
         assert written.log_probs == pytest.approx(values, abs=1e-4)
         assert written.finished == ended
-    alone = teacher.generate(["It"], [1], Sampling(temperature=0, max_new_tokens=20))[0]
+    alone = teacher.generate(["It"], [1], Sampling(temperature=0), 20)[0]
     assert alone.text == found[1].text and alone.log_probs == pytest.approx(
         found[1].log_probs, abs=1e-4
     )
@@ -164,21 +165,21 @@ def test_draws_follow_the_distribution_and_the_key():
 
     logits = torch.tensor([2.0, 1.0, 0.0, -1.0, -20.0]).repeat(40_000, 1)
     keys, numbers = np.arange(40_000), np.zeros(40_000, int)
-    tokens, values = draw(logits, keys, numbers, Sampling(seed=3), "t")
+    tokens, values = draw(logits, keys, numbers, UNFILTERED, "t")
     share = np.bincount(tokens, minlength=5) / 40_000
     assert np.abs(share - logits[0].softmax(0).numpy()).max() < 0.01
     np.testing.assert_allclose(values, logits[0].double().log_softmax(0).numpy()[tokens])
-    tokens, _ = draw(logits, keys, numbers, Sampling(temperature=2.0, top_p=0.7, seed=3), "t")
+    tokens, _ = draw(logits, keys, numbers, replace(UNFILTERED, temperature=2.0, top_p=0.7), "t")
     softened = (logits[0] / 2).softmax(0).numpy()  # .47 .29 .17: the second reaches 0.7
     share = np.bincount(tokens, minlength=5) / 40_000
     assert (
         np.abs(share[:2] - softened[:2] / softened[:2].sum()).max() < 0.01 and not share[2:].any()
     )
-    again, _ = draw(logits, keys, numbers, Sampling(seed=4), "t")
-    assert (again != draw(logits, keys, numbers, Sampling(seed=3), "t")[0]).any()
+    again, _ = draw(logits, keys, numbers, replace(UNFILTERED, seed=4), "t")
+    assert (again != draw(logits, keys, numbers, UNFILTERED, "t")[0]).any()
     assert set(draw(logits, keys, numbers, Sampling(temperature=0), "t")[0]) == {0}
     with pytest.raises(XinslmError, match="not finite"):
-        draw(torch.tensor([[1.0, float("nan")]]), np.array([0]), np.array([0]), Sampling(), "t")
+        draw(torch.tensor([[1.0, float("nan")]]), np.array([0]), np.array([0]), UNFILTERED, "t")
 
 
 def foreign(path, architecture, **keys):
@@ -215,7 +216,7 @@ def test_files_that_cannot_teach_are_refused_by_name(tmp_path):
     with pytest.raises(
         UsageError, match="--teacher-tokenizer-path is for endpoints and GGUF files"
     ):
-        open_teacher(tokenizer, tokenizer=tokenizer)
+        open_teacher(tokenizer, TeacherOptions(tokenizer=tokenizer))
     export(GgufConfig(tmp_path / "model", tmp_path / "m.gguf"))
     data = (tmp_path / "m.gguf").read_bytes()
     for size in (3, 100, len(data) // 2):

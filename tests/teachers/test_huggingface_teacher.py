@@ -10,10 +10,10 @@ import torch
 import transformers
 
 from xinslm.errors import UsageError, XinslmError
-from xinslm.teachers.base import Sampling
+from xinslm.sampling import UNFILTERED, Sampling
 from xinslm.teachers.generate import prompt_ids
 from xinslm.teachers.huggingface import HuggingFaceTeacher
-from xinslm.teachers.open import open_teacher
+from xinslm.teachers.open import TeacherOptions, open_teacher
 from xinslm.teachers.own import LlamaTeacher
 from xinslm.tokenizer.bpe import BPETokenizer
 from xinslm.tokenizer.chat import end_ids
@@ -113,7 +113,7 @@ def test_writing_is_transformers_own_greedy_text(name, tmp_path, saved):
     model = saved(name)
     teacher = HuggingFaceTeacher(str(tmp_path))
     prompts = ["a few words", "some", "and then some more words from"]
-    written = teacher.generate(prompts, [0, 1, 2], Sampling(temperature=0, max_new_tokens=12))
+    written = teacher.generate(prompts, [0, 1, 2], Sampling(temperature=0), 12)
     for prompt, found in zip(prompts, written, strict=True):
         ids = prompt_ids(teacher.tokenizer, prompt)
         never = list(range(teacher.vocab_size, model.config.vocab_size))
@@ -151,7 +151,7 @@ def test_a_prompt_beyond_the_context_is_refused(tmp_path, saved):
     with pytest.raises(
         UsageError, match=r"a prompt has \d+ tokens, the context of teacher .* is 128"
     ):
-        teacher.generate(["word " * 200], [0], Sampling())
+        teacher.generate(["word " * 200], [0], UNFILTERED)
 
 
 def test_the_real_model_continues_as_llama2c_does(shared_data):
@@ -160,7 +160,7 @@ def test_the_real_model_continues_as_llama2c_does(shared_data):
     expected = json.loads((folder / "expected_greedy.json").read_text())
     text = expected["expected"]
     teacher = HuggingFaceTeacher(str(folder))
-    written = teacher.generate([""], [0], Sampling(temperature=0, max_new_tokens=100))[0]
+    written = teacher.generate([""], [0], Sampling(temperature=0), 100)[0]
     assert len(written.text) > 100 and text.strip().startswith(written.text.strip())
 
 
@@ -180,4 +180,6 @@ def test_only_llama_and_mistral_run_in_our_transformer(name, tmp_path, saved):
     )
     for ours, other in zip(hidden, theirs.states_and_hidden(sequences, (1, 2))[1], strict=True):
         torch.testing.assert_close(ours, other, atol=1e-5, rtol=1e-4)
-    assert isinstance(open_teacher(str(tmp_path), trust_remote_code=True), HuggingFaceTeacher)
+    assert isinstance(
+        open_teacher(str(tmp_path), TeacherOptions(trust_remote_code=True)), HuggingFaceTeacher
+    )

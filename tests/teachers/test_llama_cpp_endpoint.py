@@ -3,6 +3,7 @@ cannot do.
 """
 
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from llama_cpp import LlamaCpp
 from xinslm.errors import UsageError
 from xinslm.export.config import GgufConfig
 from xinslm.export.gguf import run as export
-from xinslm.teachers.base import Sampling
+from xinslm.sampling import UNFILTERED
 from xinslm.teachers.endpoint import EndpointTeacher
 from xinslm.teachers.endpoint_config import EndpointConfig
 from xinslm.teachers.generate import prompt_ids
@@ -51,7 +52,7 @@ def test_text_and_log_probabilities_are_transformers(served, prompt, temperature
     teacher = EndpointTeacher(url, EndpointConfig(), top=8, tokenizer=str(folder))
     assert teacher.max_length == 512
     assert teacher.gives_log_probs(prompt) is None
-    written = teacher.write(prompt, 7, Sampling(temperature=temperature, max_new_tokens=12))
+    written = teacher.write(prompt, 7, replace(UNFILTERED, temperature=temperature), 12)
     reference = HuggingFaceTeacher(str(folder))
     ids = prompt_ids(reference.tokenizer, prompt)
     new = tokens_of(written, reference.tokenizer)

@@ -26,7 +26,7 @@ from xinslm.progress import Listener, ignore
 from xinslm.teachers.base import HiddenTeacher
 from xinslm.teachers.encoder import EncoderTeacher, find_encoder
 from xinslm.teachers.endpoint import EndpointTeacher, is_endpoint
-from xinslm.teachers.open import open_teacher
+from xinslm.teachers.open import TeacherOptions, open_teacher
 from xinslm.tokenizer.load import load_tokenizer
 
 
@@ -48,15 +48,15 @@ def run(
         return _run_endpoint(config, dataset, api_key, on_progress)
     if (encoder := find_encoder(config.teacher)) is not None:
         return _run_encoder(config, dataset, encoder, on_progress)
-    teacher = open_teacher(
-        config.teacher,
-        config.dtype,
-        pick_device(config.device),
-        config.revision,
-        config.trust_remote_code,
-        config.teacher_tokenizer_path,
+    options = TeacherOptions(
+        dtype=config.dtype,
+        device=pick_device(config.device),
+        revision=config.revision,
+        trust_remote_code=config.trust_remote_code,
         adapter=config.adapter,
+        tokenizer=config.teacher_tokenizer_path,
     )
+    teacher = open_teacher(config.teacher, options)
     assert not isinstance(teacher, EndpointTeacher), "handled above"
     require_context(config.max_seq_length, teacher.max_length, f"teacher {config.teacher}")
     support = read_support(dataset)

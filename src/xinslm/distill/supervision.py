@@ -25,7 +25,7 @@ from xinslm.model.files import require_context
 from xinslm.progress import Listener
 from xinslm.teachers.encoder import find_encoder
 from xinslm.teachers.endpoint import is_endpoint
-from xinslm.teachers.open import open_teacher, teacher_fingerprint
+from xinslm.teachers.open import TeacherOptions, open_teacher, teacher_fingerprint
 from xinslm.train.config import PretrainConfig
 from xinslm.train.interfaces import Supervision, TargetSource
 
@@ -59,9 +59,10 @@ def _live(config: DistillConfig, dataset: Dataset, device: torch.device) -> Supe
             f"{config.teacher}`, or let it "
             f"write with `xinslm synthesize`, and give that as --cache"
         )
-    teacher: Any = open_teacher(
-        config.teacher, config.teacher_dtype, device, None, config.trust_remote_code
+    options = TeacherOptions(
+        dtype=config.teacher_dtype, device=device, trust_remote_code=config.trust_remote_code
     )
+    teacher: Any = open_teacher(config.teacher, options)
     if teacher.tokenizer.fingerprint() != dataset.tokenizer_fingerprint:
         raise UsageError(
             f"a live teacher must share the dataset's tokenizer, and {config.teacher}'s differs "

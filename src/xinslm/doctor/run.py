@@ -148,7 +148,7 @@ def _check_teacher(
         examination.skip(("teacher", *names), "no --teacher")
         return
     from xinslm.teachers.endpoint import is_endpoint
-    from xinslm.teachers.open import open_teacher
+    from xinslm.teachers.open import TeacherOptions, open_teacher
 
     if is_endpoint(config.teacher):
         raise UsageError(
@@ -161,7 +161,13 @@ def _check_teacher(
     def opens() -> str:
         opened.append(
             open_teacher(
-                name, config.dtype, device, None, config.trust_remote_code, adapter=config.adapter
+                name,
+                TeacherOptions(
+                    dtype=config.dtype,
+                    device=device,
+                    trust_remote_code=config.trust_remote_code,
+                    adapter=config.adapter,
+                ),
             )
         )
         return f"{name}, {opened[0].vocab_size:,} ids, context {opened[0].max_length:,} tokens"

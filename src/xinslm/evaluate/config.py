@@ -26,7 +26,7 @@ class EvaluateConfig(Settings):
     split: Literal["train", "validation"] = "validation"
     """Part of a dataset folder to measure on."""
     max_documents: int | None = None
-    """Measure on the first so many documents; more than there are is an error."""
+    """Number of documents to measure on, from the beginning; more than there are is an error."""
     max_seq_length: int | None = None
     """Longest window in tokens; by default the model's own context."""
     batch_tokens: int = 8192
@@ -36,7 +36,7 @@ class EvaluateConfig(Settings):
     dtype: Dtype = "float32"
     """Type to compute in; likelihoods are float32 in any case."""
     run: Path | None = None
-    """Run folder whose evaluation.json receives the figures, for `xinslm report`."""
+    """Run folder whose evaluation.json receives the metrics, for `xinslm report`."""
     name: str | None = None
     """What the row is called in the report; by default the model folder's name."""
 

@@ -1,8 +1,8 @@
-"""What is measured: documents of a dataset folder or of raw files, encoded for the model at hand.
+"""Documents to evaluate, from a dataset folder or raw files, encoded for the model.
 
-A dataset made with the model's own tokenizer is scored as it is, so of chats the answers alone.
-Another tokenizer's dataset is turned back into text first, which plain texts allow and chats, whose
-marks are not text, do not.
+A dataset made with the model's own tokenizer is used as it is; in chats only the answers are
+scored. A dataset of another tokenizer is first decoded to text. This works for plain texts, but not
+for chats, because the markers of a chat template are not text.
 """
 
 from collections.abc import Iterable, Iterator
@@ -55,7 +55,7 @@ def read_items(
 
 
 def frequencies_bits_per_byte(data: tuple[str, ...], split: str) -> float | None:
-    """What token frequencies alone give on a dataset folder's split; None for raw files."""
+    """Bits per byte from token frequencies alone on a dataset's split; None for raw files."""
     if not (Path(data[0]) / MANIFEST).is_file():
         return None
     from xinslm.data.dataset import open_dataset
@@ -78,7 +78,7 @@ def _encode(documents: Iterable["Document"], tokenizer: "Tokenizer") -> Iterator
 def _item(
     source: str, tokens: np.ndarray, mask: np.ndarray, num_bytes: int, tokenizer: "Tokenizer"
 ) -> Item:
-    """Mark what is scored, and drop the tokens behind the last of it."""
+    """Mark the scored tokens, and drop the tokens after the last of them."""
     special = np.fromiter(tokenizer.special_tokens.values(), np.int64)
     scored = (mask > 0) & ~np.isin(tokens, special)
     scored[:1] = False
@@ -99,7 +99,7 @@ def _dataset_items(folder: Path, split: str, tokenizer: "Tokenizer") -> Iterator
 
 
 def _stored(dataset: "Dataset", split: str) -> Iterator[tuple[str, np.ndarray, np.ndarray, int]]:
-    """Give the documents of a split: source, tokens, mask, bytes."""
+    """Yield the documents of a split: source, tokens, mask, bytes."""
     stored = dataset.split(split)
     for index, num_bytes in enumerate(stored.document_bytes):
         part = slice(stored.documents[index], stored.documents[index + 1])
@@ -112,7 +112,7 @@ def _stored(dataset: "Dataset", split: str) -> Iterator[tuple[str, np.ndarray, n
 
 
 def _texts(dataset: "Dataset", split: str, tokenizer: "Tokenizer") -> Iterator["Document"]:
-    """Turn a dataset's documents back into text with its own tokenizer."""
+    """Decode a dataset's documents with its own tokenizer."""
     from xinslm.data.records import Document
 
     special = np.fromiter(tokenizer.special_tokens.values(), np.int64)

@@ -1,13 +1,12 @@
-"""Log-likelihood of whole documents under a model, as lm-evaluation-harness computes rolling
-perplexity.
+"""Log-likelihood of documents, computed like the rolling perplexity of lm-evaluation-harness.
 
 Each token is scored exactly once. A document longer than the context is cut into disjoint windows;
 the last one is filled up with earlier tokens as context. The first token is predicted from the
-prefix token (BOS, else EOS). What stands for no bytes, the end of a document or a mark of the chat
-template, is context but is not scored: figures are per byte of the text.
+prefix token (BOS, else EOS). Tokens that stand for no bytes, such as the end of a document or a
+marker of the chat template, are context but are not scored, because metrics are per byte of text.
 
-The distribution is the one that text is sampled from, over the tokenizer's ids; rows that pad the
-vocabulary beyond them, to which the harness grants their share, are left out.
+The distribution covers the tokenizer's ids, as in sampling. Padding rows of the vocabulary are left
+out; the harness includes them.
 """
 
 import math
@@ -18,7 +17,7 @@ import numpy as np
 import torch
 
 from xinslm.errors import XinslmError
-from xinslm.evaluate.scorers import Scorer
+from xinslm.teachers.base import DenseTeacher
 
 CHUNK_LOGITS = 1 << 24
 """Most logits in one float32 block: 64 MB."""
@@ -29,18 +28,18 @@ class Item:
     """One document, encoded for the model that is measured."""
 
     source: str
-    """Where it comes from, for messages."""
+    """File and position, for messages."""
     tokens: np.ndarray
     """Ids, the prefix token first; (n,)."""
     scored: np.ndarray
     """Whether each token counts, bool (n,); the prefix never does."""
     num_bytes: int
-    """UTF-8 bytes of the text that the scored tokens stand for."""
+    """UTF-8 bytes of the text that the scored tokens represent."""
 
 
 @dataclass(frozen=True)
 class Score:
-    """What a model makes of one document."""
+    """Log-likelihood of one document."""
 
     log_likelihood: float
     """Sum over the scored tokens, nats."""
@@ -50,20 +49,19 @@ class Score:
 
 @dataclass(frozen=True)
 class Window:
-    """One pass' worth of a document."""
+    """Part of a document that is scored in one pass."""
 
     begin: int
     end: int
     """The inputs are tokens[begin:end], and predict tokens[begin + 1 : end + 1]."""
     predicted: int
-    """How many of those predictions, counted from the end, are not in an earlier window."""
+    """Number of predictions, counted from the end, that are not in an earlier window."""
 
 
 def rolling_windows(num_tokens: int, max_length: int) -> list[Window]:
-    """Cut the tokens after the prefix, `num_tokens` - 1 of them, into windows that predict each
-    exactly once.
+    """Cut the `num_tokens` - 1 tokens after the prefix into windows that predict each exactly once.
 
-    The same as `get_rolling_token_windows` with context_len=1 and `make_disjoint_window` of lm-eval
+    Equal to `get_rolling_token_windows` with context_len=1 and `make_disjoint_window` of lm-eval
     0.4.13.
     """
     windows: list[Window] = []
@@ -76,13 +74,13 @@ def rolling_windows(num_tokens: int, max_length: int) -> list[Window]:
 
 
 def score(
-    scorer: Scorer,
+    scorer: DenseTeacher,
     items: Sequence[Item],
     batch_tokens: int = 8192,
     on_tokens: Callable[[int], None] = lambda tokens: None,
 ) -> list[Score]:
-    """Score documents, in the order given; `on_tokens` is told the tokens of each batch that is
-    done.
+    """Score documents in the given order; `on_tokens` receives the number of tokens of each
+    finished batch.
 
     An XinslmError names the first document whose likelihood is not finite.
     """
@@ -92,7 +90,7 @@ def score(
         for window in rolling_windows(len(item.tokens), scorer.max_length)
         if item.scored[window.end - window.predicted + 1 : window.end + 1].any()
     ]
-    # longest first: little padding, and too little memory shows at once
+    # longest first: little padding, and an out-of-memory error comes at once
     jobs.sort(key=lambda job: job[1].begin - job[1].end)
     sums = np.zeros(len(items))
     at = 0
@@ -116,7 +114,7 @@ def score(
 
 
 def _batch_log_likelihoods(
-    scorer: Scorer, items: Sequence[Item], batch: list[tuple[int, Window]]
+    scorer: DenseTeacher, items: Sequence[Item], batch: list[tuple[int, Window]]
 ) -> list[float]:
     """Sum the log-probabilities of each window's scored tokens, float64."""
     inputs = [items[index].tokens[window.begin : window.end] for index, window in batch]
@@ -125,7 +123,7 @@ def _batch_log_likelihoods(
     offset = 0
     for owner, (index, window) in enumerate(batch):
         item = items[index]
-        # of the inputs whose prediction is new
+        # inputs whose predictions are new
         places = np.arange(window.end - window.predicted, window.end)
         places = places[item.scored[places + 1]]
         rows.append(offset + places - window.begin)
@@ -134,7 +132,7 @@ def _batch_log_likelihoods(
         offset += window.end - window.begin
     picked = torch.from_numpy(np.concatenate(rows)).to(states.device)
     wanted = torch.from_numpy(np.concatenate(targets).astype(np.int64)).to(states.device)
-    step = max(1, CHUNK_LOGITS // scorer.tokenizer.vocab_size)
+    step = max(1, CHUNK_LOGITS // scorer.vocab_size)
     parts = []
     for at in range(0, len(picked), step):
         logits = scorer.logits(states[picked[at : at + step]])

@@ -1,8 +1,7 @@
-"""The stage `xinslm evaluate`: load a model, score documents, and put the figures into a run
-folder.
+"""The stage `xinslm evaluate`: load a model, score documents, and add the metrics to a run folder.
 
-Bits per byte is the figure to compare models of different tokenizers by; perplexity is per token of
-the model's own.
+Use bits per byte to compare models with different tokenizers; perplexity is per token of the
+model's own tokenizer.
 
     xinslm evaluate runs/student --data-path data/stories --run runs/student --name student
 """
@@ -22,7 +21,7 @@ from xinslm.progress import Listener, Progress, ignore
 
 @dataclass(frozen=True)
 class Result:
-    """The figures of one model on one text; the fields are those of a row of evaluation.json."""
+    """The metrics of one model on one text; the fields are those of a row of evaluation.json."""
 
     name: str
     model: str
@@ -34,17 +33,17 @@ class Result:
     tokens: int
     """Scored tokens."""
     bytes: int
-    """UTF-8 bytes of the text that they stand for."""
+    """UTF-8 bytes of the text that they represent."""
     nats_per_token: float
     perplexity: float
     bits_per_byte: float
     tokens_per_second: float
     other_load: float | None
-    """Share of the machine's CPU time that other processes took meanwhile; None if unknown."""
+    """Share of the machine's CPU time that other processes used; None if unknown."""
     unigram_bits_per_byte: float | None
-    """What the token frequencies of the dataset's train split give; None for raw files."""
+    """Bits per byte from the token frequencies of the dataset's train split; None for raw files."""
     trained_by: str | None
-    """Command that made the run folder which the model is in: pretrain, distill or onpolicy."""
+    """Command that made the run folder of the model: pretrain, distill or onpolicy."""
     date: str
     machine: str
     """Processor, cores and version of torch."""
@@ -78,7 +77,7 @@ class Result:
         return "\n".join(f"{label:<14}{text}" for label, text in lines)
 
     def _shared(self) -> str:
-        """Say that the speed is not the machine's."""
+        """Warn that other processes slowed the measurement."""
         if not is_shared(self.other_load):
             return ""
         return f", while other processes took {self.other_load:.0%} of the CPU time"

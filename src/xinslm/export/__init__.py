@@ -1,1 +1,1 @@
-"""Formats of other people's runtimes, one file each."""
+"""Exports to other runtimes, one file each."""

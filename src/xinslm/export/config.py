@@ -16,12 +16,12 @@ class GgufConfig(Settings):
     model: Annotated[Path, tyro.conf.Positional]
     """Quantized folder, model folder, run folder (its best checkpoint) or Hub name."""
     output_path: Annotated[Path, tyro.conf.arg(aliases=["-o"])]
-    """File to write; its name ends in .gguf by custom."""
+    """File to write; by convention its name ends in .gguf."""
     outtype: Literal["f32", "f16", "bf16"] | None = None
-    """Type of the matrices of an unquantized model, f16 where not given; a quantized one keeps its
+    """Type of the matrices of an unquantized model, by default f16; a quantized one keeps its
     own.
     """
     run: Path | None = None
     """Run folder whose report lists the file."""
     force: bool = False
-    """Replace the file where it exists."""
+    """Replace the file if it exists."""

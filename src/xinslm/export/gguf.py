@@ -1,9 +1,9 @@
-"""`xinslm export gguf`: one file for llama.cpp and what builds on it.
+"""`xinslm export gguf`: one file for llama.cpp and programs built on it.
 
 A quantized folder is transcribed: its codes and scales become llama.cpp's Q4_0 and Q8_0 blocks bit
-for bit, nothing is rounded again. Query and key rows are reordered, because llama.cpp rotates
-neighbouring pairs where Hugging Face rotates (i, i + D/2); blocks run along columns, so that works
-on packed bytes. Memory stays at one tensor.
+for bit, without rounding again. Query and key rows are reordered, because llama.cpp rotates
+neighbouring pairs and Hugging Face rotates (i, i + D/2); blocks run along columns, so this works on
+packed bytes. Memory holds one tensor at a time.
 
     run(GgufConfig(model=Path("model-4bit"), output_path=Path("model.gguf")))
 """
@@ -68,13 +68,13 @@ class Entry:
 
     @property
     def nbytes(self) -> int:
-        """Bytes in the file, padding left out."""
+        """Bytes in the file, without padding."""
         return math.prod(self.shape) * self.dtype.itemsize
 
 
 @dataclass(frozen=True)
 class Result:
-    """What was written."""
+    """Result of an export."""
 
     path: Path
     file_bytes: int
@@ -85,7 +85,7 @@ class Result:
     notes: tuple[str, ...]
 
     def describe(self) -> str:
-        """Say in a few lines what was written."""
+        """A few lines for the terminal."""
         census = ", ".join(f"{count} {kind}" for kind, count in sorted(self.types.items()))
         return "\n".join(
             [
@@ -170,7 +170,9 @@ def _write_shape(writer: GGUFWriter, model: ModelConfig, context: int) -> None:
 
 
 def _context(model: ModelConfig) -> tuple[int, tuple[str, ...]]:
-    """Context length to write; llama.cpp's llama graph has no sliding window, so that caps it."""
+    """Context length to write; at most the sliding window, which llama.cpp's llama graph does not
+    have.
+    """
     window, full = model.sliding_window, model.max_position_embeddings
     if window is None or window >= full:
         return full, ()
@@ -198,7 +200,7 @@ def _write_tensors(
 
 
 def _stored(model: QuantizedModel) -> Iterator[Entry]:
-    """Entries of a quantized folder: blocks as they are."""
+    """Entries of a quantized folder: blocks are copied."""
     for name, kind in model.formats.items():
 
         def load(name: str = name) -> np.ndarray:

@@ -1,9 +1,8 @@
 """A Hugging Face tokenizer as the `tokenizer.ggml.*` keys of a GGUF file.
 
-llama.cpp has two engines that matter here: "gpt2", byte-level BPE, whose split rule goes by a name
-it knows; and "llama", sentencepiece, which merges by the score of the piece that comes out. Scores
-are taken from the merges' ranks. What either engine could not tokenize in the same way is refused
-or noted, never written in silence.
+Two engines of llama.cpp are used: "gpt2", byte-level BPE with a split rule that it knows by name,
+and "llama", sentencepiece, which merges by the score of the resulting piece; scores are computed
+from merge ranks. A tokenizer that either engine would apply differently is refused or noted.
 """
 
 import re
@@ -22,32 +21,30 @@ from xinslm.tokenizer.load import load_tokenizer
 
 _BYTE = re.compile("<0x[0-9A-F]{2}>")
 _IGNORES_MERGES = {"llama-bpe": True, "gpt-2": False, "qwen2": False}
-"""By llama.cpp's name of a split rule: whether it takes whole words from the vocabulary before any
-merge.
-"""
+"""Split rules by llama.cpp's name: whether a word that is in the vocabulary skips the merges."""
 
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """Everything about a tokenizer that a GGUF file holds."""
+    """Content of the tokenizer keys of a GGUF file."""
 
     model: str
     """'gpt2' (byte-level BPE) or 'llama' (sentencepiece BPE with byte fallback)."""
     pre: str
     """Name of the split rule."""
     tokens: list[str]
-    """One a row of the embedding."""
+    """One per row of the embedding."""
     types: list[TokenType]
     scores: list[float] | None
     merges: list[str] | None
     special: dict[str, int]
     """Ids by role: bos, eos, unk, pad."""
     add_bos: bool
-    """Whether the tokenizer puts BOS in front of a text."""
+    """Whether the tokenizer adds BOS before a text."""
     add_space_prefix: bool
     chat_template: str | None
     notes: tuple[str, ...]
-    """Where llama.cpp will differ."""
+    """Differences in llama.cpp."""
 
     def write(self, writer: GGUFWriter) -> None:
         """Add the keys to a GGUF file."""
@@ -75,7 +72,7 @@ class Vocabulary:
 
 
 def read_vocabulary(folder: Path, config: ModelConfig) -> Vocabulary:
-    """Read a model folder's tokenizer; XinslmError where llama.cpp has no engine for it."""
+    """Read a model folder's tokenizer; XinslmError if llama.cpp has no engine for it."""
     ours = load_tokenizer(folder)
     spec, path = _specification(ours, folder), folder / "tokenizer.json"
     model = spec["model"]
@@ -128,9 +125,7 @@ def read_vocabulary(folder: Path, config: ModelConfig) -> Vocabulary:
 
 
 def _start_notes(tokenizer: Tokenizer) -> tuple[str, ...]:
-    """Note where llama.cpp begins otherwise: it puts one token, BOS, in front of texts and chats
-    alike.
-    """
+    """Note different starts: llama.cpp adds one token, BOS, before texts and chats alike."""
     start = tokenizer.start_ids
     if len(start) > 1:
         return (f"the tokenizer begins a text with the ids {start}; llama.cpp puts only the first",)
@@ -146,7 +141,7 @@ def _start_notes(tokenizer: Tokenizer) -> tuple[str, ...]:
 
 
 def _specification(tokenizer: Any, folder: Path) -> dict[str, Any]:
-    """Content of tokenizer.json, made for the purpose where the folder has other files."""
+    """Content of tokenizer.json, converted if the folder has other files."""
     if not (folder / "tokenizer.json").is_file():
         with TemporaryDirectory() as made:
             tokenizer.save(Path(made))
@@ -162,7 +157,7 @@ def _specification(tokenizer: Any, folder: Path) -> dict[str, Any]:
 def _rows(
     pieces: dict[str, int], types: dict[int, TokenType], num_rows: int, path: Path
 ) -> list[str]:
-    """List pieces by id, as many as the embedding has rows; rows without a piece become UNUSED."""
+    """Pieces by id, as many as the embedding has rows; rows without a piece become UNUSED."""
     by_id = {token: piece for piece, token in pieces.items()}
     if max(by_id) >= num_rows:
         raise XinslmError(
@@ -177,7 +172,7 @@ def _scores(
     tokens: list[str], types: dict[int, TokenType], merges: list[tuple[str, ...]]
 ) -> list[float]:
     """Sentencepiece scores: minus the rank of a piece's first merge, all other pieces below; marks
-    bytes in `types`.
+    byte pieces in `types`.
     """
     ranks: dict[str, int] = {}
     for rank, (left, right) in enumerate(merges):
@@ -192,8 +187,8 @@ def _scores(
 
 
 def _sentencepiece_notes(tokens: list[str], merges: list[tuple[str, ...]]) -> tuple[str, ...]:
-    """Note pairs that llama.cpp joins, since their joined piece has a score, but tokenizer.json's
-    merges do not.
+    """Note pairs that llama.cpp merges, because the merged piece has a score, but tokenizer.json
+    does not.
     """
     known, listed = set(tokens), set(merges)
     hidden = [
@@ -212,9 +207,7 @@ def _sentencepiece_notes(tokens: list[str], merges: list[tuple[str, ...]]) -> tu
 
 
 def _space_prefix(spec: dict[str, Any], path: Path) -> bool:
-    """Whether a space is put before each text; XinslmError where normalisation does more than
-    spaces.
-    """
+    """Whether a space is added before each text; XinslmError for normalisation beyond spaces."""
     found: list[dict[str, Any]] = []
     for step in (spec.get("normalizer"), spec.get("pre_tokenizer")):
         if step is not None:
@@ -248,8 +241,8 @@ def _byte_level_notes(
     merges: list[tuple[str, ...]],
     pre: str,
 ) -> tuple[str, ...]:
-    """Note where llama.cpp differs: it never normalizes, and decides by the split rule if words
-    skip the merges.
+    """Note differences: llama.cpp never normalises, and its split rule decides if words skip the
+    merges.
     """
     notes: tuple[str, ...] = ()
     if spec.get("normalizer"):

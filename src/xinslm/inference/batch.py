@@ -1,15 +1,16 @@
-"""Many texts at once: batched generation with a key-value cache, for whoever needs thousands of
-completions.
+"""Batched generation with a key-value cache, for thousands of completions.
 
-Prompts are sorted by length and left-padded a little, so that all rows of a batch write the same
-column of one cache that is allocated once; positions and masks are each row's own. A row that ends
-leaves the batch: the last row moves into its place. Token t of completion i is drawn with the t-th
-number of a generator that (seed, i) begins, so a text does not depend on its neighbours. The
-distribution is `Sampler`'s. A sequence of P prompt and N new tokens costs P + N - 1 token-forwards,
-and the head is applied to the last position only.
+Prompts are sorted by length and left-padded, so that all rows of a batch write the same column of
+one cache, which is allocated once; each row has its own positions and mask. A row that ends leaves
+the batch: the last row moves into its place. Token t of completion i is drawn with the t-th number
+of a generator seeded with (seed, i), so a text does not depend on its batch. The distribution is
+`Sampler`'s. P prompt tokens and N new tokens cost P + N - 1 token-forwards, and the LM head is
+applied to the last position only.
 
-    result = generate_batch(model, prompts, Sampling(temperature=1.0, top_k=0, top_p=1.0, min_p=0.0,
-    seed=1), 128, ends)
+This loop moves rows of the cache, so it needs our transformer; `teachers.generate` works with any
+causal model, and `inference.generate` streams one text from an `Engine`.
+
+    result = generate_batch(model, prompts, Sampling(temperature=1.0, seed=1), 128, ends)
 """
 
 import itertools
@@ -20,49 +21,66 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from xinslm.draw import choose
 from xinslm.errors import UsageError, XinslmError
-from xinslm.inference.config import Sampling
 from xinslm.model.transformer import KVCache, Transformer
+from xinslm.sampling import Sampling
 from xinslm.topk import BLOCK, blocked_topk
 
 PREFILL_TOKENS = 4096
-"""Prompt tokens of one forward pass."""
+"""Prompt tokens in one forward pass."""
 MOST_ROWS = 128
-"""Texts side by side beyond which nothing becomes faster."""
+"""Number of parallel texts beyond which throughput does not grow."""
 CACHE_BYTES = 2 << 30
-"""Most bytes of keys and values, where the number of rows is not given."""
+"""Most bytes of keys and values, if the number of rows is not given."""
+
+
+@dataclass(frozen=True)
+class BatchOptions:
+    """Optional settings of `generate_batch`."""
+
+    vocab_size: int | None = None
+    """Ids of the tokenizer; later rows of a padded vocabulary are never drawn."""
+    rows: int | None = None
+    """Texts written in parallel; by default up to 128, as many as 2 GiB of keys and values
+    allow.
+    """
+    top: int = 0
+    """Number of most likely ids to keep for each token."""
+    first_index: int = 0
+    """Index of the first completion; completion i draws with (seed, first_index + i)."""
 
 
 @dataclass(frozen=True)
 class Completion:
-    """What a model wrote behind one prompt."""
+    """Continuation of one prompt."""
 
     tokens: np.ndarray
-    """Ids, int64, (n,); the end token, where one came, is the last."""
+    """Ids, int64, (n,); includes the end token, if there is one."""
     ended: bool
-    """Whether an end token came; if not, the length or the context was full."""
+    """Whether an end token came; otherwise the length limit or the context was reached."""
     top: np.ndarray
-    """The model's most likely ids at each place, most likely first, int64, (n, k); k is 0 unless
-    asked for.
+    """The model's most likely ids at each position, most likely first, int64, (n, k); k is 0 unless
+    requested.
     """
 
 
 @dataclass(frozen=True)
 class Completions:
-    """Completions in the order of their prompts, and what they cost."""
+    """Completions in the order of their prompts, and their cost."""
 
     texts: list[Completion]
     token_forwards: int
-    """Tokens that went through the model, pads and rows that had ended included."""
+    """Tokens that went through the model, including pads and rows that had ended."""
 
 
 class _Rows(KVCache):
-    """A cache whose first rows are in use, and of which a pass may fill a range of rows."""
+    """A cache whose first rows are in use; a forward pass may fill a range of rows."""
 
     rows = slice(0, 0)
 
     def extend(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Store (rows, K, T, D) behind the past of the rows in use, return both together."""
+        """Append (rows, K, T, D) to the past of the rows in use; return past and new together."""
         end = self.length + keys.shape[2]
         own_keys, own_values = self.keys[layer, self.rows], self.values[layer, self.rows]
         own_keys[:, :, self.length : end] = keys
@@ -70,7 +88,7 @@ class _Rows(KVCache):
         return own_keys[:, :, :end], own_values[:, :, :end]
 
     def move(self, source: list[int], target: list[int]) -> None:
-        """Copy whole rows."""
+        """Copy rows."""
         for buffer in (self.keys, self.values):
             for a, b in zip(source, target, strict=True):
                 buffer[:, b, :, : self.length] = buffer[:, a, :, : self.length]
@@ -83,25 +101,18 @@ def generate_batch(
     sampling: Sampling,
     max_new_tokens: int,
     end_ids: frozenset[int],
-    *,
-    vocab_size: int | None = None,
-    rows: int | None = None,
-    top: int = 0,
-    first_index: int = 0,
+    options: BatchOptions | None = None,
     tell: Callable[[int, int], None] = lambda texts, tokens: None,
 ) -> Completions:
     """Continue each prompt (ids, at least one) until an end token, `max_new_tokens`, or the model's
     context.
 
-    `sampling.seed` must be given unless its temperature is 0; completion i draws with (seed,
-    first_index + i), in whatever batch it is. `rows` texts are written side by side, by default up
-    to 128, as many as 2 GiB of keys and values allow. `vocab_size` cuts off rows of a padded
-    vocabulary. `top` keeps that many ids a place. `tell` hears of finished texts and their tokens.
-    Raises UsageError for a prompt longer than the context.
+    `sampling.seed` is required unless the temperature is 0. `tell` receives the numbers of finished
+    texts and of their tokens. Raises UsageError for a prompt longer than the context.
     """
     sampling.check()
-    if sampling.seed is None and sampling.temperature:
-        raise UsageError("batched generation needs a seed")
+    sampling.required_seed()
+    options = options or BatchOptions()
     lengths = np.array([len(prompt) for prompt in prompts], dtype=np.int64)
     context = model.config.max_position_embeddings
     if len(lengths) and (lengths.min() < 1 or lengths.max() > context):
@@ -112,8 +123,14 @@ def generate_batch(
         )
     model.eval()
     batches = _Batches(
-        model, sampling, max_new_tokens, end_ids, vocab_size or model.config.vocab_size, top
+        model,
+        sampling,
+        max_new_tokens,
+        end_ids,
+        options.vocab_size or model.config.vocab_size,
+        options.top,
     )
+    rows = options.rows
     if rows is None and len(lengths):
         rows = rows_that_fit(
             model, int(lengths.max()) + min(max_new_tokens, context - int(lengths.min()) + 1)
@@ -124,7 +141,9 @@ def generate_batch(
     done = tokens = 0
     for at in range(0, len(order), rows):
         numbers = order[at : at + rows]
-        found = batches.run([np.asarray(prompts[i]) for i in numbers], first_index + numbers)
+        found = batches.run(
+            [np.asarray(prompts[i]) for i in numbers], options.first_index + numbers
+        )
         for number, completion in zip(numbers, found, strict=True):
             texts[number] = completion
         done, tokens = done + len(found), tokens + sum(len(c.tokens) for c in found)
@@ -133,7 +152,7 @@ def generate_batch(
 
 
 def rows_that_fit(model: Transformer, tokens: int) -> int:
-    """Texts of that many tokens each whose keys and values fit into `CACHE_BYTES`; from 1 to
+    """Number of texts of `tokens` tokens whose keys and values fit into `CACHE_BYTES`; 1 to
     `MOST_ROWS`.
     """
     shape = model.config
@@ -148,7 +167,7 @@ def rows_that_fit(model: Transformer, tokens: int) -> int:
 
 
 class _Batches:
-    """Runs one batch after another through the same buffers."""
+    """Runs one batch after another in the same buffers."""
 
     def __init__(
         self,
@@ -168,10 +187,10 @@ class _Batches:
         self.logits = torch.empty(0, 0)
 
     def run(self, prompts: list[np.ndarray], numbers: np.ndarray) -> list[Completion]:
-        """Completions of one batch, the longest prompt first."""
+        """Completions of one batch, sorted by falling prompt length."""
         count, longest = len(prompts), len(prompts[0])
         lengths = np.array([len(prompt) for prompt in prompts])
-        # The last token of a full context is written, but never read.
+        # The last token of a full context is written, but never an input.
         limits = np.minimum(self.max_new, self.model.config.max_position_embeddings - lengths + 1)
         columns = longest + int(limits.max())
         cache = self._reserve(count, columns)
@@ -182,12 +201,13 @@ class _Batches:
         tokens = np.zeros((count, self.max_new), dtype=np.int64)
         tops = np.zeros((count, self.max_new, self.top), dtype=np.int64)
         written, ended = np.zeros(count, dtype=np.int64), np.zeros(count, dtype=bool)
-        row = np.arange(count)  # which text each row in use writes
+        row = np.arange(count)  # index of the text that each row in use writes
         padded = bool(pads.max())
         for step in itertools.count():
             if not bool(torch.isfinite(state).all()):
                 raise XinslmError(
-                    "the model's states are not finite while it writes; its weights are damaged"
+                    "the model's hidden states are not finite during generation; its weights are "
+                    "damaged"
                 )
             logits = self._project(state)
             chosen = choose(logits, self.sampling, uniforms[row, step])
@@ -213,8 +233,8 @@ class _Batches:
         ]
 
     def _uniforms(self, numbers: np.ndarray) -> np.ndarray:
-        seed = self.sampling.seed
-        if self.sampling.temperature == 0 or seed is None:
+        seed = self.sampling.required_seed()
+        if self.sampling.temperature == 0:
             return np.zeros((len(numbers), self.max_new))
         return np.stack(
             [np.random.default_rng((seed, int(number))).random(self.max_new) for number in numbers]
@@ -223,7 +243,7 @@ class _Batches:
     def _prefill(
         self, prompts: list[np.ndarray], pads: Tensor, seen: Tensor, cache: _Rows
     ) -> Tensor:
-        """Run the prompts; return the states that predict what comes next, (rows, hidden)."""
+        """Run the prompts; return the last hidden states, (rows, hidden)."""
         longest = len(prompts[0])
         ids = np.zeros((len(prompts), longest), dtype=np.int64)
         for at, prompt in enumerate(prompts):
@@ -232,7 +252,7 @@ class _Batches:
         column = torch.arange(longest, device=self.device)
         positions = (column - pads[:, None]).clamp_min(0)
         causal = (column <= column[:, None])[None]
-        # a pad that saw nothing would be NaN
+        # a pad attends to itself, otherwise softmax gives NaN
         itself = torch.eye(longest, dtype=torch.bool, device=self.device)
         states, chunk = [], max(1, PREFILL_TOKENS // longest)
         for first in range(0, len(prompts), chunk):
@@ -266,8 +286,8 @@ class _Batches:
         return state
 
     def _project(self, state: Tensor) -> Tensor:
-        """(rows, hidden) -> logits (rows, vocabulary) in one buffer, the width filled to whole
-        blocks with -inf.
+        """(rows, hidden) -> logits (rows, vocabulary) in one buffer, padded with -inf to a multiple
+        of `BLOCK`.
         """
         width = -(-self.vocab_size // BLOCK) * BLOCK
         if self.logits.shape[0] < len(state) or self.logits.dtype != state.dtype:
@@ -279,9 +299,7 @@ class _Batches:
         return logits
 
     def _close_gaps(self, stays: np.ndarray, cache: _Rows) -> np.ndarray:
-        """Move the last rows that stay into the places of those that go; return the row each place
-        now holds.
-        """
+        """Move the last remaining rows into the gaps; return which row each index now holds."""
         left = int(stays.sum())
         kept = np.arange(left)
         holes = np.flatnonzero(~stays[:left])
@@ -291,9 +309,7 @@ class _Batches:
         return kept
 
     def _reserve(self, rows: int, length: int) -> _Rows:
-        """One cache for all batches; the first batch has the longest prompts and as many rows as
-        any.
-        """
+        """One cache for all batches; the first batch has the longest prompts and the most rows."""
         if (
             self.cache is None
             or self.cache.keys.shape[1] < rows
@@ -303,66 +319,3 @@ class _Batches:
             self.cache = _Rows(self.model.config, rows, length, self.head.dtype, self.device)
         self.cache.length = 0
         return self.cache
-
-
-def choose(logits: Tensor, sampling: Sampling, uniforms: np.ndarray) -> Tensor:
-    """Draw one id a row, (rows,) int64, with one uniform number each; logits (rows, width), -inf
-    where no token is.
-    """
-    if sampling.temperature == 0:
-        return logits.argmax(dim=1)
-    wide = torch.float32 if logits.device.type == "mps" else torch.float64
-    quantiles = torch.from_numpy(uniforms).to(logits.device, wide)[:, None]
-    if not sampling.top_k and sampling.top_p == 1 and not sampling.min_p:
-        return _draw_from_all(logits.float(), sampling.temperature, quantiles)
-    ids, probabilities = kept_tokens(logits.float(), sampling)
-    cumulative = probabilities.to(wide).cumsum(dim=1)
-    places = torch.searchsorted(cumulative, quantiles * cumulative[:, -1:], right=True)
-    last = (probabilities > 0).sum(dim=1, keepdim=True) - 1
-    return ids.gather(1, torch.minimum(places, last))[:, 0]
-
-
-def kept_tokens(logits: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
-    """`Sampler.distribution` for rows: ids and probabilities, most likely first, 0 where a filter
-    took a token out.
-    """
-    for k in (sampling.top_k,) if sampling.top_k else (256, logits.shape[1]):
-        values, ids = blocked_topk(logits, min(k, logits.shape[1]))
-        wide = values if values.device.type == "mps" else values.double()
-        # Without top_k the filters look at the whole distribution, of which the first tokens are a
-        # part.
-        total = wide.logsumexp(dim=1, keepdim=True)
-        if not sampling.top_k:
-            total = torch.logsumexp(logits, dim=1, keepdim=True).to(wide.dtype)
-        p = (wide - total).exp()
-        before = p.cumsum(dim=1) - p
-        keeps = (before < sampling.top_p * (1 - 1e-12)) & (p >= sampling.min_p * p[:, :1])
-        if sampling.top_p == 1:
-            keeps = p >= sampling.min_p * p[:, :1]
-        if sampling.top_k or not bool(keeps[:, -1].any()):
-            break
-    scaled = (wide / sampling.temperature).masked_fill(~keeps, -torch.inf)
-    return ids, torch.softmax(scaled, dim=1)
-
-
-def _draw_from_all(logits: Tensor, temperature: float, quantiles: Tensor) -> Tensor:
-    """Invert the distribution function in two levels, blocks and tokens in a block: short sums, one
-    pass.
-    """
-    rows, width = logits.shape
-    weights = (
-        (logits - logits.amax(dim=1, keepdim=True)).div_(temperature).exp_().view(rows, -1, BLOCK)
-    )
-    cumulative = weights.sum(dim=2).to(quantiles.dtype).cumsum(dim=1)
-    targets = quantiles * cumulative[:, -1:]
-    block = torch.searchsorted(cumulative, targets, right=True).clamp(max=width // BLOCK - 1)
-    before = torch.where(block > 0, cumulative.gather(1, (block - 1).clamp_min(0)), 0.0)
-    inside = (
-        weights.gather(1, block[:, :, None].expand(-1, -1, BLOCK))[:, 0]
-        .to(quantiles.dtype)
-        .cumsum(dim=1)
-    )
-    place = (inside <= targets - before).sum(dim=1, keepdim=True)
-    # rounding: never a weight of 0
-    place = torch.minimum(place, (inside < inside[:, -1:]).sum(dim=1, keepdim=True))
-    return (block * BLOCK + place)[:, 0]

@@ -1,17 +1,17 @@
 """A conversation with a model, and the terminal loop of `xinslm chat`.
 
-The whole conversation is encoded anew each turn; the engine computes only what differs from the
-last one, which is the new message. When the context is full, the oldest exchange is dropped and the
-reader is told.
+Each turn encodes the full conversation; the engine computes only the part that changed. If the
+context is full, the oldest exchange is dropped with a message.
 """
 
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 
 from xinslm.errors import UsageError
-from xinslm.inference.config import ChatConfig, Sampling
+from xinslm.inference.config import ChatConfig
 from xinslm.inference.engine import Engine
 from xinslm.inference.generate import Clock, Piece, end_ids, generate, require_chat_template
+from xinslm.sampling import Sampling
 
 Message = dict[str, str]
 
@@ -26,9 +26,9 @@ class Conversation:
         self._system: list[Message] = [{"role": "system", "content": system}] if system else []
         self._ends = end_ids(engine.tokenizer)
         self.dropped = 0
-        """Messages that the last question pushed out of the context."""
+        """Number of messages that were dropped to fit the last question."""
         self.clock = Clock()
-        """Counts and speeds of the last answer."""
+        """Counts and speed of the last answer."""
 
     def reset(self) -> None:
         """Forget everything but the system message."""
@@ -38,10 +38,10 @@ class Conversation:
     def ask(
         self, question: str, sampling: Sampling | None = None, max_tokens: int = 512
     ) -> Generator[Piece, None, None]:
-        """Put a question and write the answer; what was written stays in `messages`, even if the
-        reader stops early.
+        """Ask a question and stream the answer; the text so far is kept in `messages` if the caller
+        stops early.
 
-        UsageError, with nothing added, if the question alone is longer than the context.
+        UsageError, without a change, if the question alone is longer than the context.
         """
         messages = [*self.messages, {"role": "user", "content": question}]
         room = min(max_tokens, self.engine.context_length // 4)
@@ -81,7 +81,7 @@ class Conversation:
 
 @dataclass(frozen=True)
 class Result:
-    """What a session came to."""
+    """Totals of a session."""
 
     turns: int
     new_tokens: int
@@ -96,9 +96,10 @@ def run(
     read: Callable[[str], str] = input,
     write: Callable[[str], None] = lambda text: None,
 ) -> Result:
-    """Talk until /quit or the end of the input; /reset starts anew, Ctrl-C stops an answer.
+    """Chat until /quit or the end of the input; /reset clears the conversation, Ctrl-C stops an
+    answer.
 
-    `read` is given the prompt to show and returns a line; `write` receives text as it comes.
+    `read` receives the prompt to show and returns a line; `write` receives text as it is generated.
     """
     from xinslm.inference.torch_engine import TorchEngine
 
@@ -131,7 +132,7 @@ def run(
 def _turn(
     conversation: Conversation, line: str, config: ChatConfig, write: Callable[[str], None]
 ) -> bool:
-    """Answer one line and end with its speed; False if there was no answer."""
+    """Answer one line and print its speed; False if there was no answer."""
     try:
         pieces = conversation.ask(line, config, config.max_new_tokens)
     except UsageError as error:

@@ -1,9 +1,8 @@
-"""What a program that runs a model offers to generation, chat and serving.
+"""The interface between models and generation, chat and serving.
 
-An engine holds one sequence. `start` gives it a text and `step` one token more; both return the
-logits of the next token as numpy, so that nothing above depends on PyTorch. An engine remembers
-what it has computed: a `start` with a text that begins like the last one computes the difference
-only.
+An engine holds one sequence. `start` sets it and `step` appends one token; both return the logits
+of the next token as numpy, so that callers do not depend on PyTorch. If a `start` shares a prefix
+with the last sequence, only the rest is computed.
 """
 
 from collections.abc import Sequence
@@ -22,33 +21,30 @@ class Engine(Protocol):
     """Folder or Hub name that the model came from."""
     tokenizer: "Tokenizer"
     context_length: int
-    """Most tokens the sequence may have."""
+    """Maximum number of tokens in the sequence."""
 
     @property
     def position(self) -> int:
-        """Tokens that the sequence has."""
+        """Number of tokens in the sequence."""
 
     @property
     def reused(self) -> int:
-        """Tokens of the last `start` that were already computed."""
+        """Number of tokens of the last `start` that were already computed."""
 
     def start(self, ids: Sequence[int]) -> np.ndarray:
-        """Make `ids` the sequence; return float32 logits (tokenizer.vocab_size,) of the token after
-        it.
+        """Make `ids` the sequence; return float32 logits (tokenizer.vocab_size,) of the next token.
 
-        UsageError when there are more ids than context; ValueError when there are none.
+        UsageError if `ids` is longer than the context; ValueError if it is empty.
         """
 
     def step(self, token: int) -> np.ndarray:
-        """Append one token; return the logits of the token after it. UsageError when the context is
-        full.
-        """
+        """Append one token; return the next logits. UsageError if the context is full."""
 
     def reset(self) -> None:
         """Forget the sequence."""
 
 
 def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
-    """Count the tokens that two sequences begin with in common."""
+    """Length of the common prefix of two sequences."""
     shorter = min(len(a), len(b))
     return next((i for i in range(shorter) if a[i] != b[i]), shorter)

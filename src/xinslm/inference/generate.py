@@ -1,4 +1,4 @@
-"""Write text with a model, token by token; and the stage `xinslm generate`.
+"""Generate text token by token; and the stage `xinslm generate`.
 
 engine = TorchEngine.load("runs/student")
 for piece in generate(engine, prompt_ids, Sampling(seed=1)):
@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from xinslm.errors import UsageError, XinslmError
-from xinslm.inference.config import GenerateConfig, Sampling
+from xinslm.inference.config import GenerateConfig
 from xinslm.inference.engine import Engine
+from xinslm.sampling import Sampling
 from xinslm.tokenizer.chat import end_ids
 from xinslm.tokenizer.start import document_start
 
@@ -25,17 +26,15 @@ Stop = Literal["end token", "stop text", "length", "context"]
 
 @dataclass(frozen=True)
 class Piece:
-    """One token of the writing."""
+    """One generated token."""
 
     text: str
-    """Text that the token completed: none for half a character, or while it may be the start of a
-    stop text.
-    """
+    """Text that the token completed; empty for half a character, or if it may begin a stop text."""
     token: int
     log_probability: float
-    """Of the token under the model itself, before filters and temperature; nats."""
+    """Log-probability under the model itself, before filters and temperature; nats."""
     stop: Stop | None = None
-    """Why this piece is the last one; None if it is not."""
+    """Why generation ended with this piece; None if it did not."""
 
 
 def generate(
@@ -47,12 +46,12 @@ def generate(
     stop_strings: Sequence[str] = (),
     at_start: bool = True,
 ) -> Iterator[Piece]:
-    """Continue `prompt_ids`; the last piece says why it is the last.
+    """Continue `prompt_ids`; the last piece says why generation ended.
 
-    The writing ends at a token of `stop_ids` (by default `end_ids`), whose piece has no text,
-    before a text of `stop_strings`, after `max_tokens` tokens, or when the context is full.
-    `at_start` says that no text stands before this one, so a sentencepiece tokenizer's first space
-    is dropped. UsageError for a prompt beyond the context.
+    Generation ends at a token of `stop_ids` (by default `end_ids`), whose piece has no text, before
+    a text of `stop_strings`, after `max_tokens` tokens, or when the context is full. Set `at_start`
+    if no text precedes the continuation, so that a sentencepiece tokenizer's first space is
+    dropped. UsageError for a prompt beyond the context.
     """
     from xinslm.inference.sampling import Sampler, log_probability
     from xinslm.tokenizer.base import StreamDecoder
@@ -89,9 +88,7 @@ def generate(
 
 
 class _StopWatch:
-    """Passes text on, but holds back what may be the start of a stop text, and ends before a whole
-    one.
-    """
+    """Passes text on, but holds back what may begin a stop text, and ends before a stop text."""
 
     def __init__(self, stops: Sequence[str]) -> None:
         self._stops = [stop for stop in stops if stop]
@@ -111,13 +108,13 @@ class _StopWatch:
         return text
 
     def rest(self) -> str:
-        """Give what was held back."""
+        """Return the text that was held back."""
         text, self._held = self._held, ""
         return text
 
 
 def _overlap(text: str, stop: str) -> int:
-    """Length of the longest end of `text` that `stop` begins with."""
+    """Length of the longest suffix of `text` that is a prefix of `stop`."""
     return next(
         (n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0
     )
@@ -125,18 +122,16 @@ def _overlap(text: str, stop: str) -> int:
 
 @dataclass
 class Clock:
-    """Times a generation: everything up to the first token is the prompt's."""
+    """Times a generation: the time to the first token counts as the prompt's."""
 
     prompt_tokens: int = 0
     new_tokens: int = 0
     prompt_seconds: float = 0.0
     seconds: float = 0.0
-    """Of the tokens after the first."""
+    """Time for the tokens after the first."""
 
     def watch(self, pieces: Iterator[Piece]) -> Iterator[Piece]:
-        """Pass pieces on, counting and timing them; time that the reader takes in between is not
-        counted.
-        """
+        """Pass pieces on, counting and timing them; the consumer's time is not counted."""
         while True:
             start = time.perf_counter()
             piece = next(pieces, None)
@@ -152,16 +147,16 @@ class Clock:
 
     @property
     def tokens_per_second(self) -> float:
-        """Writing speed, the first token excluded."""
+        """Generation speed, without the first token."""
         return (self.new_tokens - 1) / self.seconds if self.seconds else 0.0
 
     @property
     def prompt_tokens_per_second(self) -> float:
-        """Reading speed."""
+        """Prompt processing speed."""
         return self.prompt_tokens / self.prompt_seconds if self.prompt_seconds else 0.0
 
     def describe(self) -> str:
-        """The line that ends a turn: '123 tokens, 45.1 tok/s, prompt 812 tok/s'."""
+        """One line, such as '123 tokens, 45.1 tok/s, prompt 812 tok/s'."""
         speed = f"{self.tokens_per_second:,.1f} tok/s, " if self.seconds else ""
         return (
             f"{self.new_tokens:,} tokens, {speed}prompt {self.prompt_tokens_per_second:,.0f} tok/s"
@@ -170,11 +165,11 @@ class Clock:
 
 @dataclass(frozen=True)
 class Result:
-    """What was written, and how fast."""
+    """Generated text and its speed."""
 
     prompt: str
     text: str
-    """The continuation alone."""
+    """The continuation without the prompt."""
     stop: Stop
     prompt_tokens: int
     new_tokens: int
@@ -183,7 +178,7 @@ class Result:
     summary: str
 
     def describe(self) -> str:
-        """One line for the terminal; the text itself was streamed."""
+        """One line for the terminal; the text was streamed already."""
         reasons = {
             "end token": "the model ended the text",
             "stop text": "a stop text was reached",
@@ -194,7 +189,7 @@ class Result:
 
 
 def run(config: GenerateConfig, on_text: Callable[[str], None] = lambda text: None) -> Result:
-    """Continue a prompt; `on_text` receives the continuation as it is written."""
+    """Continue a prompt; `on_text` receives the continuation piece by piece."""
     from xinslm.inference.torch_engine import TorchEngine
     from xinslm.runs import add_row, require_run
 
@@ -232,9 +227,9 @@ def run(config: GenerateConfig, on_text: Callable[[str], None] = lambda text: No
 
 
 def prompt_ids(tokenizer: "Tokenizer", prompt: str, chat: bool) -> list[int]:
-    """Encode a prompt behind the tokenizer's start; or as a user's message of a chat.
+    """Encode a prompt after the tokenizer's start tokens, or as a user message of a chat.
 
-    An empty prompt begins as documents do, even if the tokenizer puts nothing in front of a text.
+    An empty prompt starts like a document, even if the tokenizer adds nothing before a text.
     """
     if chat:
         require_chat_template(tokenizer, "Leave out --chat")
@@ -251,8 +246,8 @@ def prompt_ids(tokenizer: "Tokenizer", prompt: str, chat: bool) -> list[int]:
 
 
 def require_chat_template(tokenizer: "Tokenizer", remedy: str) -> None:
-    """Raise UsageError if the tokenizer cannot format a conversation; `remedy` is how to do without
-    one.
+    """Raise UsageError if the tokenizer has no chat template; `remedy` is an alternative for the
+    user.
     """
     if tokenizer.chat_template is None:
         raise UsageError(

@@ -1,19 +1,20 @@
 """Choose the next token from logits: top-k, top-p, min-p, then temperature, in llama.cpp's order.
 
-The filters look at the model's own distribution, and temperature only reshapes what they kept: a
-high temperature cannot bring nonsense in. (transformers divides by the temperature first.) Computed
-with numpy in float64, so that a seed gives the same text on every device whose logits agree.
+The filters look at the model's own distribution and the temperature only reshapes what they kept,
+so a high temperature cannot add unlikely tokens. (transformers divides by the temperature first.)
+Computed with numpy in float64, so that a seed gives the same text on every device with the same
+logits.
 
 Nucleus: Holtzman et al., arXiv:1904.09751. Min-p: arXiv:2407.01082.
 """
 
 import numpy as np
 
-from xinslm.inference.config import Sampling
+from xinslm.sampling import Sampling
 
 
 class Sampler:
-    """Draws tokens by `settings`; one for each text, for it holds the random state."""
+    """Draws tokens by `settings`; create one for each text, because it holds the random state."""
 
     def __init__(self, settings: Sampling) -> None:
         settings.check()
@@ -21,7 +22,7 @@ class Sampler:
         self._random = np.random.default_rng(settings.seed)
 
     def distribution(self, logits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Give the tokens that may follow, most likely first (ties by id), and their
+        """Return the tokens that the filters keep, most likely first (ties by id), and their
         probabilities.
         """
         s = self.settings
@@ -32,7 +33,7 @@ class Sampler:
         probabilities = _softmax(kept)
         count = len(tokens)
         if s.top_p < 1:
-            # as many as it takes to reach top_p, the one that reaches it included
+            # the fewest tokens that reach top_p, including the one that reaches it
             count = int(np.searchsorted(probabilities.cumsum(), s.top_p * (1 - 1e-12))) + 1
         if s.min_p > 0:
             count = min(count, int((probabilities >= s.min_p * probabilities[0]).sum()))

@@ -1,7 +1,8 @@
-"""The reference engine: the student in PyTorch with a key-value cache, from any folder we write.
+"""The reference engine: the student in PyTorch with a key-value cache, from any folder that xinslm
+writes.
 
-Weights of the canonical 4-bit folder are expanded on loading: the numbers are those of the 4-bit
-model, the memory and the speed are not.
+The weights of a 4-bit folder are dequantized on loading: results are those of the 4-bit model,
+memory and speed are those of the unquantized one.
 """
 
 from collections.abc import Sequence
@@ -32,7 +33,7 @@ def load_transformer(path: Path | str, dtype: torch.dtype = torch.float32) -> Tr
 class TorchEngine:
     """An `Engine` on a `Transformer`.
 
-    Rows of a padded vocabulary, beyond the tokenizer's ids, are cut off: they are never sampled.
+    Padding rows of the vocabulary, beyond the tokenizer's ids, are cut off and never sampled.
     """
 
     def __init__(
@@ -66,9 +67,7 @@ class TorchEngine:
         dtype: str = "float32",
         context_length: int | None = None,
     ) -> "TorchEngine":
-        """Load a model folder, a run folder, a canonical 4-bit folder or a Hub name, with its
-        tokenizer.
-        """
+        """Load a model, run or 4-bit folder, or a Hub name, with its tokenizer."""
         from xinslm.device import pick_device
         from xinslm.tokenizer.load import load_tokenizer
 
@@ -78,17 +77,17 @@ class TorchEngine:
 
     @property
     def position(self) -> int:
-        """Tokens that the sequence has."""
+        """Number of tokens in the sequence."""
         return len(self._ids)
 
     def start(self, ids: Sequence[int]) -> np.ndarray:
-        """Make `ids` the sequence; only what follows the prefix shared with the last sequence is
+        """Make `ids` the sequence; only tokens after the prefix shared with the last sequence are
         computed.
         """
         if not ids:
             raise ValueError("a text needs at least one token to start from")
         self._require_room(len(ids))
-        # the last one gives the logits
+        # the last token is computed again for its logits
         self.reused = min(common_prefix(self._ids, ids), len(ids) - 1)
         self._ids, self._cache.length = self._ids[: self.reused], self.reused
         return self._run(list(ids[self.reused :]))
@@ -120,7 +119,7 @@ class TorchEngine:
             )
 
     def _reserve(self, length: int) -> None:
-        """Let the cache grow by doubling, so that a long context costs nothing until it is used."""
+        """Grow the cache by doubling, so that memory follows the length in use."""
         old, size = self._cache, self._cache.keys.shape[3]
         if length <= size:
             return

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from xinslm.losses.config import LossConfig
-    from xinslm.losses.fused import LossMetrics, fused_loss, next_tokens
+    from xinslm.losses.fused import HeadOptions, LossMetrics, fused_loss, next_tokens
     from xinslm.losses.targets import (
         BucketTargets,
         DenseTargets,
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 __all__ = [
     "BucketTargets",
     "DenseTargets",
+    "HeadOptions",
     "LossConfig",
     "LossMetrics",
     "SparseTargets",
@@ -28,6 +29,7 @@ __all__ = [
 ]
 
 _MODULES = {
+    "HeadOptions": "fused",
     "LossConfig": "config",
     "LossMetrics": "fused",
     "fused_loss": "fused",

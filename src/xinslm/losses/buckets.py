@@ -1,16 +1,16 @@
-"""The loss where a teacher is known over buckets of tokens: those that begin with the same bytes.
+"""The loss over buckets of tokens that begin with the same bytes, for teachers with another
+tokenizer.
 
-A token is its first bytes, then the next ones given those, and so on, and so is its divergence, by
-the chain rule:
+A token is a sequence of pieces, so the divergence follows from the chain rule:
 
     KL(p || q) = KL_0 + E_p [ KL_1 given the first piece + E [ KL_2 ... ] ]
 
-The teacher's words along the text give KL_j for the text's own beginning, and the text is a draw
-from the expectation; so the sum of the levels, none weighed by how likely its beginning was, is
-right on average. Level j compares what follows in S_j, the tokens that begin with the text's first
-j pieces: buckets, one of them S_(j+1), and the rest of S_j. A bucket's tokens share one gradient
-factor: what the student does inside it is left alone. Buckets are ranges of the vocabulary in the
-order of its bytes; a range inside another takes its tokens out of it.
+The teacher's probabilities along the text give KL_j for the text's own prefix, and the text is a
+sample of the expectation. So the sum over levels, not weighted by the likelihood of the prefix, is
+unbiased. Level j compares the tokens S_j that begin with the text's first j pieces: buckets, one of
+them S_(j+1), and the rest of S_j. The tokens of a bucket share one gradient factor, so the
+student's distribution inside a bucket is not changed. Buckets are ranges of the vocabulary in byte
+order; a range inside another takes its tokens out of it.
 """
 
 import torch
@@ -32,7 +32,7 @@ def bucket_loss(
     """Turn logits (rows, V) into the gradient of scale * (alpha*CE + beta*KD), in place; return
     both sums in nats.
 
-    KD is the sum of D(p, q) over the levels; where the teacher says nothing, the cross-entropy.
+    KD is the sum of D(p, q) over the levels; without teacher targets, the hard-label cross-entropy.
     """
     covered = s.valid_mask[:, None].to(z.dtype)
     beta = (config.beta * scale) * covered
@@ -50,9 +50,9 @@ def bucket_loss(
 
 
 def assign(s: BucketTargets, width: int) -> tuple[Tensor, Tensor]:
-    """The innermost range of each token, (rows, width) int64, 0 for none and g + 1 for column g.
+    """Innermost range of each token, (rows, width) int64: 0 for none, g + 1 for column g.
 
-    Also which range lies in which, (rows, buckets, buckets) bool: [r, i, j] where j is inside i and
+    Also which range contains which, (rows, buckets, buckets) bool: [r, i, j] if j is inside i and
     smaller.
     """
     rows, buckets = s.begins.shape
@@ -62,7 +62,7 @@ def assign(s: BucketTargets, width: int) -> tuple[Tensor, Tensor]:
     )
     inside &= (sizes[:, :, None] > sizes[:, None, :]) & (sizes[:, None, :] > 0)
     around = torch.where(inside, sizes[:, :, None], len(s.order) + 1)
-    # number of the smallest range around each
+    # index of the smallest range that contains it
     outer = torch.where(inside.any(dim=1), around.argmin(dim=1) + 1, 0)
     step = torch.arange(1, buckets + 1, device=sizes.device) - outer
     paint = sizes.new_zeros(rows, len(s.order) + 1)
@@ -75,20 +75,19 @@ def assign(s: BucketTargets, width: int) -> tuple[Tensor, Tensor]:
 def _levels(
     s: BucketTargets, q: Tensor, inside: Tensor, config: LossConfig
 ) -> tuple[Tensor, Tensor]:
-    """Divergence of each row, (rows,), and the gradient's factor of each bucket's tokens, (rows, 1
-    + buckets).
+    """Divergence of each row, (rows,), and the gradient factor of each bucket's tokens, (rows, 1 +
+    buckets).
 
-    q: (rows, 1 + buckets), the student's mass of the tokens whose innermost range that is; 0 stands
-    for none.
+    q: (rows, 1 + buckets), the student's mass of the tokens with that innermost range; 0 is none.
     """
     rows, buckets = s.begins.shape
-    # the ranges inside counted in
+    # including the ranges inside
     whole = q[:, 1:] + (inside.to(q.dtype) * q[:, None, 1:]).sum(dim=2)
     there = s.ends > s.begins
     value, total = q.new_zeros(rows), q.sum(dim=1)
     factor = torch.zeros_like(q)
-    before = q.new_zeros(rows, 1)  # what the levels so far add to all tokens of this level's set
-    # the column whose own tokens are the rest of this level's set
+    before = q.new_zeros(rows, 1)  # sum over earlier levels for all tokens of this level's set
+    # column of the rest of this level's set
     rest_at = s.begins.new_zeros(rows, 1)
     for level in range(int(s.levels.max()) + 1 if buckets else 0):
         mine = there & (s.levels == level)

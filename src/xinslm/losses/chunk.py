@@ -1,20 +1,20 @@
 """Loss and logit gradient of one chunk of rows, the gradient written over the logits.
 
-One softmax in place, one sum over the tail and one multiplication are all that passes over (rows,
-vocabulary); the rest works on the h + n + 1 places of a row that the teacher names. Every
-divergence from a sparse teacher is one over the buckets {each top-k token, tail} (`divergences`).
-KD by forward KL adds what the tail samples say about the tail's inside:
+Only one softmax in place, one sum over the tail and one multiplication pass over (rows,
+vocabulary); everything else works on the h + n + 1 ids per row that the targets name. Every
+divergence from a sparse teacher is over the buckets {each top-k token, tail} (`divergences`).
+Forward KL adds a term for the distribution inside the tail, with R and Q the tail mass of teacher
+and student:
 
-    R [log Q - mean of log q_j over the tail samples]     R, Q: the tail's mass of teacher and
-    student
+    R [log Q - mean of log q_j over the tail samples]
 
-which is never negative and makes the expected gradient the full-vocabulary one. Where the tail's
-inside is unknown (another tokenizer, an endpoint's few log-probabilities), the text is the draw:
-log Q - log q_label, if the label is there. Temperature (Hinton et al. 2015) with T^2 in value and
-gradient; `decoupled` is the chain rule with T inside the top k alone.
+It is never negative and makes the expected gradient that of the full vocabulary. If the tail's
+inside is unknown (another tokenizer, an endpoint's few log-probabilities), the label is the only
+sample: log Q - log q_label, if the label is in the tail. Temperature (Hinton et al. 2015,
+arXiv:1503.02531) with T^2 in value and gradient; `decoupled` is the chain rule with T inside the
+top k only.
 
-Where the teacher says nothing about a position, the text stands in for it: KD is the cross-entropy
-there.
+At positions without teacher targets KD is the hard-label cross-entropy.
 """
 
 import torch
@@ -28,13 +28,11 @@ from xinslm.losses.inplace import add_at_labels_, softmax_, widest
 from xinslm.losses.targets import BucketTargets, SparseTargets
 
 LEAST_LOG_P = -100.0
-"""Least log-probability of a dense teacher: what has no mass must not make a reversed divergence
-infinite.
-"""
+"""Floor of a dense teacher's log-probabilities, so that reversed divergences stay finite."""
 LEAST_SPARSE_LOG_P = -20.0
-"""The same for a sparse teacher, whose tail can be 0 by rounding; the least a cache can say."""
+"""Floor for a sparse teacher, whose tail can round to 0; the least that a cache stores."""
 DENSE_ROWS = 32
-"""Rows of a dense teacher compared at once, so that temporaries stay small."""
+"""Rows of a dense teacher compared at a time, to keep temporaries small."""
 
 
 def chunk_loss(
@@ -65,11 +63,11 @@ def chunk_loss(
 
 
 def _take(z: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
-    """Take probabilities (rows, h) at `ids` out of z, leaving 0; also return the sum of what is
-    left (rows, 1).
+    """Set the probabilities (rows, h) at `ids` in z to 0; return them and the sum of the others
+    (rows, 1).
 
-    The rest is summed, not 1 minus the taken: no digits cancel where the taken have nearly all the
-    mass.
+    The others are summed instead of computing 1 - taken, which would cancel when the taken tokens
+    have nearly all the mass.
     """
     taken = z.gather(1, ids)
     z.scatter_(1, ids, 0.0)
@@ -77,7 +75,9 @@ def _take(z: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _cross_entropy(z: Tensor, labels: Tensor, alpha: Tensor | float) -> Tensor:
-    """Cross-entropy of each row, (rows, 1); `alpha`, a number or (rows, 1), scales the gradient."""
+    """Hard-label cross-entropy of each row, (rows, 1); `alpha`, a number or (rows, 1), scales the
+    gradient.
+    """
     at_label = z.gather(1, labels[:, None])
     ce = softmax_(z) - at_label
     z.mul_(alpha)
@@ -88,7 +88,7 @@ def _cross_entropy(z: Tensor, labels: Tensor, alpha: Tensor | float) -> Tensor:
 def _dense(
     z: Tensor, labels: Tensor, teacher: Tensor, config: LossConfig, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """D(p^T, q^T) over the whole vocabulary, each token a bucket."""
+    """D(p^T, q^T) over the full vocabulary, each token a bucket."""
     t, alpha = config.temperature, config.alpha * scale
     missing = z.shape[1] - teacher.shape[1]
     teacher = (
@@ -108,9 +108,7 @@ def _dense(
 def _dense_forward(
     z: Tensor, labels: Tensor, log_p: Tensor, config: LossConfig, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """Forward KL, the usual case, with half the blocks of (rows, V): its gradient needs only p and
-    q.
-    """
+    """Forward KL with half as many (rows, V) blocks: its gradient needs only p and q."""
     t, alpha, beta = (
         config.temperature,
         config.alpha * scale,
@@ -137,11 +135,11 @@ def _dense_forward(
 def _sparse(
     z: Tensor, labels: Tensor, s: SparseTargets, config: LossConfig, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """KD over top k and tail at temperature 1, for forward KL with the tail samples and with T
-    inside the top k.
+    """KD over top k and tail at temperature 1: forward KL with tail samples, or with T inside the
+    top k.
 
-    In the tail, every logit's gradient is q_k times one factor of its row, plus what the tail
-    samples add at their places.
+    In the tail the gradient of each logit is q_k times one factor per row, plus the contribution of
+    the tail samples at their ids.
     """
     covered = s.valid_mask[:, None].to(z.dtype)
     beta = (config.beta * scale) * covered
@@ -194,11 +192,11 @@ def _sparse(
 def _decoupled(
     at_top_k: Tensor, q_top_k: Tensor, q_tail: Tensor, log_p: Tensor, t: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Forward KL of the split top-k/tail at temperature 1, T inside the top k: value, gradient in
-    the top k, tail factor.
+    """Forward KL split into top k and tail at temperature 1, with T inside the top k: value,
+    gradient in the top k, tail factor.
 
-    With P and P_q the top k's mass of teacher and student, ~ what is renormalised in the top k at
-    temperature T: the gradient in the top k is q_k (1 - P/P_q) + P T (q~_k - p~_k), the tail's
+    P and P_q are the mass of the top k for teacher and student; ~ is renormalised in the top k at
+    temperature T. The gradient in the top k is q_k (1 - P/P_q) + P T (q~_k - p~_k), the tail's
     factor 1 - R/Q.
     """
     p = log_p.exp()
@@ -217,7 +215,7 @@ def _decoupled(
 def _sparse_full(
     z: Tensor, labels: Tensor, s: SparseTargets, config: LossConfig, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """KD over the buckets {top-k tokens, tail}, both sides tempered; the teacher's come from the
+    """KD over the buckets {top-k tokens, tail} with both sides at T; the teacher's values use the
     cached Z_T.
     """
     t = config.temperature

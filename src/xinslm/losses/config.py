@@ -19,26 +19,32 @@ _LOSS = {
 
 @dataclass(frozen=True)
 class LossConfig(Settings):
-    """(alpha * CE + beta * T^2 * KD) / N, N the target tokens of the whole optimizer step."""
+    """(alpha * CE + beta * T^2 * KD) / N, where N is the number of target tokens in the optimizer
+    step.
+    """
 
     alpha: float = 0.1
-    """Weight of the cross-entropy against the text."""
+    """Weight of the hard-label cross-entropy."""
     beta: float = 0.9
-    """Weight of the divergence from the teacher, and of the text where the teacher says nothing."""
+    """Weight of the divergence from the teacher; positions without teacher targets give it to the
+    cross-entropy.
+    """
     temperature: float = 1.0
-    """T, which softens both distributions; T^2 keeps the gradient's size."""
+    """T, which softens both distributions; T^2 keeps the scale of the gradient."""
     temperature_mode: Literal["decoupled", "full"] = "decoupled"
-    """decoupled: T inside the cached top k only, exact. full: T everywhere, the cache's own T
-    required.
+    """decoupled: T inside the cached top k only, exact. full: T everywhere; must equal the cache's
+    T.
     """
     tail_weight: float | None = None
-    """How much the tail samples count, or the text where the tail's inside is
-    unknown: 1 is unbiased, 0 makes the tail one bucket. By default 1 where tail samples can be used
-    (forward_kl, no T on the tail), else 0."""
+    """Weight of the tail samples, or of the label if the tail's inside is unknown: 1 is unbiased, 0
+    makes the tail one bucket. The default is 1 if tail samples can be used (forward_kl, no T on the
+    tail), else 0.
+    """
     divergence: Divergence = "forward_kl"
-    """Divergence of the student q from the teacher p. forward_kl covers all the teacher does;
-    reverse_kl and jsd keep to its main modes, for answers the student wrote itself; the skewed ones
-    mix both distributions before comparing."""
+    """Divergence of the student q from the teacher p. forward_kl covers all modes of the teacher;
+    reverse_kl and jsd seek its main modes, for answers the student wrote itself; the skewed ones
+    mix both distributions before comparing.
+    """
     jsd_weight: float = 0.5
     """The teacher's weight in jsd, w KL(p||m) + (1-w) KL(q||m) with m = w p + (1-w) q: near 0 like
     forward_kl, near 1 like reverse_kl."""
@@ -47,14 +53,14 @@ class LossConfig(Settings):
 
     @property
     def effective_tail_weight(self) -> float:
-        """`tail_weight`, or what it is when left out."""
+        """`tail_weight`, or its default."""
         if self.tail_weight is not None:
             return self.tail_weight
         tempered = self.temperature_mode == "full" and self.temperature != 1
         return 1.0 if self.divergence == "forward_kl" and not tempered else 0.0
 
     def errors(self) -> list[str]:
-        """What cannot work, a sentence each."""
+        """All errors, a sentence each."""
         wrong = range_errors(self, _LOSS, "loss.")
         if self.alpha == self.beta == 0:
             wrong.append("loss.alpha and loss.beta are both 0: there is no loss to train with")

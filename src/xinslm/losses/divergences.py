@@ -1,5 +1,5 @@
-"""Divergences between a teacher's p and a student's q over buckets, with the slope that gives every
-logit gradient.
+"""Divergences between a teacher's p and a student's q over buckets, with the slope that gives
+every logit gradient.
 
     forward_kl       KL(p || q)                                        mass-covering; linear in p
     reverse_kl       KL(q || p)                                        mode-seeking
@@ -8,13 +8,13 @@ logit gradient.
     skew_kl          KL(p || a p + (1-a) q)                            (DistiLLM, arXiv:2402.03898)
     skew_reverse_kl  KL(q || a q + (1-a) p)
 
-b is `jsd_weight`, a is `skew`. b weighs the teacher, as in TRL's `generalized_jsd_loss` (its beta):
-b near 0 behaves like forward KL, b near 1 like reverse KL; at 0 and 1 itself the formula is 0 for
-every pair, so those are refused.
+b is `jsd_weight`, the weight of the teacher, as beta in TRL's `generalized_jsd_loss`; a is `skew`.
+b near 0 behaves like forward KL, b near 1 like reverse KL. At exactly 0 and 1 the formula is 0 for
+every pair, so these values are refused.
 
-A bucket is a token or a set of tokens. With s_b = dD/dlog q_b, the buckets taken as free, the
-gradient with respect to the logit of token k in bucket B is q_k (s_B / q_B - sum of all s); it is 0
-where the student equals the teacher.
+A bucket is a token or a set of tokens. With s_b = dD/dlog q_b (buckets independent), the gradient
+with respect to the logit of token k in bucket B is q_k (s_B / q_B - sum of all s). It is 0 if the
+student equals the teacher.
 """
 
 import math
@@ -26,10 +26,10 @@ from xinslm.losses.config import LossConfig
 
 
 def bucket_divergence(log_p: Tensor, log_q: Tensor, config: LossConfig) -> tuple[Tensor, Tensor]:
-    """Each bucket's part of D(p, q) and of dD/dlog q.
+    """Each bucket's contribution to D(p, q) and to dD/dlog q.
 
     log_p, log_q: (rows, buckets), finite logarithms of distributions. Both results have that shape;
-    the parts of a row add up to its divergence, which is never negative.
+    the contributions of a row sum to its divergence, which is never negative.
     """
     p, q = log_p.exp(), log_q.exp()
     if config.divergence == "forward_kl":

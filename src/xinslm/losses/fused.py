@@ -2,20 +2,22 @@
 
     loss = (alpha * CE + beta * KD) / normaliser
 
-CE is against the token that came, KD against a teacher: sparse, from a cache (`SparseTargets`),
-dense, live (`DenseTargets`), or over buckets of tokens (`BucketTargets`).
-KD is one of five divergences (`divergences`, `chunk`); nothing is renormalised away, the mass
-outside the cached head is always a bucket of its own, and where the teacher says nothing the text
-has the whole weight. A chunk's (rows, vocabulary) logits become its gradient in place, so no graph
-and no second copy exist; the head's gradient is summed in float32. A pure function, for any
-training loop:
+CE is hard-label cross-entropy. KD is one of five divergences from a teacher: sparse, from a cache
+(`SparseTargets`), dense, live (`DenseTargets`), or over buckets of tokens (`BucketTargets`).
+Sparse targets are not renormalized: the mass outside the top k is a bucket of its own. At positions
+without teacher targets CE has the weight alpha + beta. A chunk's (rows, vocabulary) logits become
+their gradient in place, so there is no graph and no second copy; the gradient of the LM head is
+summed in float32. A pure function for any training loop:
 
-    rows, labels, _ = next_tokens(model.model(input_ids).last_hidden_state,
-    input_ids_with_minus_100) loss, metrics = fused_loss(rows, model.lm_head.weight, labels,
-    targets, LossConfig(alpha=0.1, beta=0.9)) loss.backward()
+    states = model.model(input_ids).last_hidden_state
+    rows, labels, _ = next_tokens(states, input_ids_with_minus_100)
+    loss, metrics = fused_loss(
+        rows, model.lm_head.weight, labels, targets, LossConfig(alpha=0.1, beta=0.9)
+    )
+    loss.backward()
 
-`weight` may be computed (base + adapter, a tied embedding): its gradient flows on. A logit scale
-belongs into `hidden`.
+`weight` may be computed (base + adapter, a tied embedding): its gradient flows on. Apply a logit
+scale to `hidden`.
 """
 
 from dataclasses import dataclass, replace
@@ -35,26 +37,38 @@ class LossMetrics:
     """Sums over the N positions, for reporting: divide by the number of positions."""
 
     ce: float
-    """Cross-entropy, nats."""
+    """Hard-label cross-entropy, nats."""
     kd: float
-    """Distillation term with its T^2, nats; where tail samples count, up to a constant that no
-    student can change.
+    """Distillation term with its T^2, nats; with tail samples, up to a constant that does not
+    depend on the student.
     """
 
 
 def next_tokens(
     hidden: Tensor, labels: Tensor, ignore: int = -100
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Pair each position's hidden state with the token after it, leaving out pads and prompts.
+    """Pair each position's hidden state with the next token, leaving out pads and prompts.
 
-    hidden: (batch, seq, d). labels: (batch, seq), the input tokens, `ignore` where a token is no
+    hidden: (batch, seq, d). labels: (batch, seq), the input tokens, `ignore` if a token is not a
     target. Returns hidden states (N, d), labels (N,) and places (N,) int64 in the flattened (batch
-    * seq) input: the positions whose teacher targets belong to the rows. What is left out is never
-    computed with, so it may hold anything, NaN too.
+    * seq) input, to select the teacher targets of these rows. Positions that are left out are never
+    read, so they may hold NaN.
     """
     after = torch.cat((labels[:, 1:], labels.new_full((len(labels), 1), ignore)), dim=1).reshape(-1)
     places = (after != ignore).nonzero()[:, 0]
     return hidden.reshape(-1, hidden.shape[-1])[places], after[places], places
+
+
+@dataclass(frozen=True)
+class HeadOptions:
+    """What an output projection has besides its matrix, and how it is computed."""
+
+    bias: Tensor | None = None
+    """(V,); receives a gradient."""
+    softcap: float | None = None
+    """c of logits c * tanh(x / c), as in Gemma 2."""
+    chunk_rows: int = 256
+    """Positions whose logits exist at the same time."""
 
 
 def fused_loss(
@@ -64,19 +78,16 @@ def fused_loss(
     targets: Targets | None,
     config: LossConfig,
     normaliser: float | None = None,
-    chunk_rows: int = 256,
-    bias: Tensor | None = None,
-    softcap: float | None = None,
+    head: HeadOptions | None = None,
 ) -> tuple[Tensor, LossMetrics]:
-    """Distillation loss of N positions, with gradients for `hidden`, `weight` and `bias` computed
-    on the way.
+    """Distillation loss of N positions; gradients for `hidden`, `weight` and the bias are computed
+    in the same pass.
 
-    hidden: (N, d), the student's last hidden states, pads and prompts already left out. weight: (V,
-    d), its head. labels: (N,) int64, the tokens that came. normaliser: what the sum is divided by,
-    by default N; with accumulated micro-batches, the number of positions in the whole optimiser
-    step. bias: (V,). softcap: c of logits c * tanh(x / c). Returns a scalar loss (float32, or
-    float64 where hidden is) and the summed parts. Raises ValueError for settings that do not fit
-    each other or the targets, and on CPU for labels outside the vocabulary.
+    hidden: (N, d), the student's last hidden states, without pads and prompts. weight: (V, d), the
+    LM head. labels: (N,) int64, the next tokens. normaliser: divides the sum, by default N; when
+    micro-batches are accumulated, the number of positions in the optimizer step. Returns a scalar
+    loss (float32, or float64 if hidden is) and the summed terms. Raises ValueError for settings
+    that contradict each other or the targets, and on CPU for labels outside the vocabulary.
     """
     if targets is None:
         config = replace(config, alpha=config.alpha + config.beta, beta=0.0)
@@ -84,44 +95,42 @@ def fused_loss(
         raise ValueError("; ".join(wrong))
     if isinstance(targets, BucketTargets) and config.temperature != 1:
         raise ValueError(
-            "inside a bucket of tokens the teacher is unknown, at any T but 1: set "
-            "loss.temperature to 1"
+            "the teacher's probabilities inside a bucket of tokens are known at temperature 1 "
+            "only: set loss.temperature to 1"
         )
     if labels.device.type == "cpu" and bool(((labels < 0) | (labels >= weight.shape[0])).any()):
         raise ValueError(
             f"labels must be ids below {weight.shape[0]}; leave other positions out (`next_tokens`)"
         )
+    head = head or HeadOptions()
     count = float(normaliser if normaliser is not None else max(hidden.shape[0], 1))
+    bias = head.bias
     if not torch.is_grad_enabled():
-        hidden, weight, bias = (
-            hidden.detach(),
-            weight.detach(),
-            None if bias is None else bias.detach(),
-        )
-    loss, sums = _FusedHead.apply(
-        hidden, weight, bias, labels, targets, config, count, chunk_rows, softcap
-    )
+        hidden, weight = hidden.detach(), weight.detach()
+        bias = None if bias is None else bias.detach()
+    work = _Work(labels, targets, config, count, head)
+    loss, sums = _FusedHead.apply(hidden, weight, bias, work)
     ce, kd = sums.tolist()
     return loss, LossMetrics(ce, kd)
 
 
+@dataclass(frozen=True)
+class _Work:
+    """The inputs of `_FusedHead` that get no gradient."""
+
+    labels: Tensor
+    targets: Targets | None
+    config: LossConfig
+    count: float
+    head: HeadOptions
+
+
 class _FusedHead(torch.autograd.Function):
-    """Computes the gradients while the logits of a chunk are at hand, and hands them out in
-    `backward`.
-    """
+    """Computes the gradients while a chunk's logits exist, and returns them in `backward`."""
 
     @staticmethod
     def forward(
-        ctx: Any,
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        labels: Tensor,
-        targets: Targets | None,
-        config: LossConfig,
-        count: float,
-        chunk_rows: int,
-        softcap: float | None,
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, work: _Work
     ) -> tuple[Tensor, Tensor]:
         wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
         matrix = weight.to(hidden.dtype)  # (V, d)
@@ -130,12 +139,10 @@ class _FusedHead(torch.autograd.Function):
         grad_weight = torch.zeros_like(weight, dtype=exact) if wants_weight else None
         grad_bias = torch.zeros_like(bias, dtype=exact) if bias is not None and wants_bias else None
         sums = torch.zeros(2, dtype=widest(hidden), device=hidden.device)
-        total = hidden.shape[0]
-        buffer = torch.empty(
-            min(chunk_rows, total), weight.shape[0], dtype=exact, device=hidden.device
-        )
-        for start in range(0, total, chunk_rows):
-            rows = slice(start, min(start + chunk_rows, total))
+        total, step = hidden.shape[0], work.head.chunk_rows
+        buffer = torch.empty(min(step, total), len(weight), dtype=exact, device=hidden.device)
+        for start in range(0, total, step):
+            rows = slice(start, min(start + step, total))
             z = buffer[: rows.stop - rows.start]  # (rows, V); becomes the gradient
             if hidden.dtype == exact:
                 torch.mm(hidden[rows], matrix.t(), out=z)
@@ -143,15 +150,7 @@ class _FusedHead(torch.autograd.Function):
                 z.copy_(torch.mm(hidden[rows], matrix.t()))
             if bias is not None:
                 z.add_(bias)
-            slope = None
-            if softcap is not None:
-                z.div_(softcap).tanh_()
-                slope = 1 - z.square()
-                z.mul_(softcap)
-            part = None if targets is None else targets[rows]
-            sums += torch.stack(chunk_loss(z, labels[rows], part, config, 1 / count))
-            if slope is not None:
-                z.mul_(slope)
+            sums += _chunk_(z, rows, work)
             if grad_bias is not None:
                 grad_bias += z.sum(dim=0)
             g = z.to(hidden.dtype)
@@ -162,7 +161,8 @@ class _FusedHead(torch.autograd.Function):
                     grad_weight.addmm_(g.t(), hidden[rows])
                 else:
                     grad_weight += torch.mm(g.t(), hidden[rows]).to(exact)
-        loss = ((config.alpha * sums[0] + config.beta * sums[1]) / count).to(exact)
+        alpha, beta = work.config.alpha, work.config.beta
+        loss = ((alpha * sums[0] + beta * sums[1]) / work.count).to(exact)
         ctx.grads = (
             grad_hidden,
             None if grad_weight is None else grad_weight.to(weight.dtype),
@@ -183,4 +183,18 @@ class _FusedHead(torch.autograd.Function):
         for grad in grads:
             if grad is not None and scale != 1.0:
                 grad.mul_(scale)
-        return *grads, None, None, None, None, None, None
+        return *grads, None
+
+
+def _chunk_(z: Tensor, rows: slice, work: _Work) -> Tensor:
+    """Replace logits (rows, V) by their gradient; return the sums of both loss terms, (2,)."""
+    slope, softcap = None, work.head.softcap
+    if softcap is not None:
+        z.div_(softcap).tanh_()
+        slope = 1 - z.square()
+        z.mul_(softcap)
+    part = None if work.targets is None else work.targets[rows]
+    sums = torch.stack(chunk_loss(z, work.labels[rows], part, work.config, 1 / work.count))
+    if slope is not None:
+        z.mul_(slope)
+    return sums

@@ -1,4 +1,4 @@
-"""Steps over logits that all losses share, written over them."""
+"""In-place operations on logits that all losses share."""
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ def widest(x: Tensor) -> torch.dtype:
 def softmax_(z: Tensor) -> Tensor:
     """Replace logits by probabilities; return the log-normaliser (rows, 1)."""
     top = z.amax(dim=1, keepdim=True)
-    # goes row by row there, so a row is still in the cache when it is scaled
+    # works row by row on CPU, so a row is still in the cache when it is scaled
     if z.device.type == "cpu":
         torch.softmax(z, dim=1, out=z)
         return top - z.amax(dim=1, keepdim=True).log()

@@ -12,14 +12,12 @@ import torch
 from torch import Tensor
 
 NO_MASS = -12.0
-"""Log of a tail's mass below which it is rounding: what a teacher leaves unsaid is at least
-1e-5.
-"""
+"""Log of a tail mass below which it counts as rounding; real tail masses are at least 1e-5."""
 
 
 @dataclass(frozen=True)
 class SparseTargets:
-    """A teacher's next-token distribution for N positions: h tokens exactly, the rest as mass and n
+    """A teacher's next-token distribution for N positions: the top h tokens, the tail mass and n
     tail samples.
     """
 
@@ -30,26 +28,20 @@ class SparseTargets:
     log_tail: Tensor
     """(N,) float32: log of the mass outside the top k."""
     tail_ids: Tensor
-    """(N, n) int64: tokens drawn from the teacher's tail; each stands for 1/n of the tail's
-    mass.
-    """
+    """(N, n) int64: tokens drawn from the teacher's tail; each represents 1/n of the tail mass."""
     has_tail_samples: Tensor
-    """(N,) bool: whether the tail samples cover the whole tail; where not, nobody knows how its
-    mass is shared out.
-    """
+    """(N,) bool: whether the tail samples cover the tail; if not, its inside is unknown."""
     log_z: Tensor
     """(N,) float32: log of sum p^(1/T) over the vocabulary at the cache's temperature."""
     valid_mask: Tensor
-    """(N,) bool: whether the teacher says anything about this position."""
+    """(N,) bool: whether the position has teacher targets."""
 
     def __getitem__(self, rows: Any) -> "SparseTargets":
         return SparseTargets(*(getattr(self, name)[rows] for name in self.__dataclass_fields__))
 
     @property
     def unknown_tail(self) -> Tensor:
-        """(N,) bool: where the tail has mass and the text must stand in for the teacher inside
-        it.
-        """
+        """(N,) bool: whether the tail has mass, but an unknown inside, so the label is used."""
         return self.valid_mask & ~self.has_tail_samples & (self.log_tail > NO_MASS)
 
     def to(self, device: torch.device | str) -> "SparseTargets":
@@ -64,8 +56,7 @@ class DenseTargets:
     """A live teacher: `logits(rows)` gives its (rows, vocabulary) logits for a slice of the N
     positions.
 
-    Columns beyond the student's vocabulary are padding and left out; columns that are missing have
-    no mass.
+    Columns beyond the student's vocabulary are padding and ignored; missing columns have no mass.
     """
 
     logits: Callable[[slice], Tensor]
@@ -76,32 +67,31 @@ class DenseTargets:
 
 @dataclass(frozen=True)
 class BucketTargets:
-    """A teacher's next-token distribution over buckets of tokens: ranges of the vocabulary in the
-    order of its bytes.
+    """A teacher's next-token distribution over buckets of tokens: ranges of the vocabulary in byte
+    order.
 
     On level 0 they divide the vocabulary, on level j the tokens that begin with the text's first j
     pieces.
     """
 
     order: Tensor
-    """(V,) int64: the token at each place."""
+    """(V,) int64: the token at each index of the byte order."""
     begins: Tensor
-    """(N, k) int64: first place of each bucket. Ranges are apart or one in another, and no two of a
-    row the same.
+    """(N, k) int64: first index of each bucket. Two ranges of a row are disjoint or nested, never
+    equal.
     """
     ends: Tensor
-    """(N, k) int64: the place behind its last; `begins` where there is no bucket."""
+    """(N, k) int64: the index after its last; equals `begins` if there is no bucket."""
     probs: Tensor
-    """(N, k) float32: share of each bucket in its level's set, without buckets of its level inside
-    it; what is left to 1 is on the set's other tokens."""
+    """(N, k) float32: probability of each bucket within its level's set, without nested buckets of
+    the same level; the remainder is the set's other tokens.
+    """
     levels: Tensor
     """(N, k) int64."""
     onward: Tensor
-    """(N, k) bool: whether the bucket is the next level's set; at most one a level, with all that
-    is inside it.
-    """
+    """(N, k) bool: whether the bucket is the next level's set; at most one per level."""
     valid_mask: Tensor
-    """(N,) bool: whether the teacher says anything about this position."""
+    """(N,) bool: whether the position has teacher targets."""
 
     def __getitem__(self, rows: Any) -> "BucketTargets":
         return BucketTargets(

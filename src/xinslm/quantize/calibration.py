@@ -1,9 +1,8 @@
-"""Calibration: packed rows of a dataset's train split, and their activations as they pass through
-the layers.
+"""Calibration: packed rows of a dataset's train split and their activations, layer by layer.
 
-Rows flow through layers that are quantized already, so that each layer is fitted to the inputs it
-will really get (GPTQ's "true sequential" order). Padding never enters a Hessian; documents never
-see each other.
+Rows pass through layers that are already quantized, so that each layer is fitted to its actual
+inputs (GPTQ's "true sequential" order). Padding never enters a Hessian, and documents do not attend
+to each other.
 """
 
 import contextlib
@@ -31,7 +30,7 @@ def read_rows(
     2,048 tokens.
 
     Returns the batches and the dataset's fingerprint. `tokenizer` is the fingerprint of the model's
-    own; another tokenizer's dataset, or one with too few rows, is a UsageError.
+    own; a dataset with another tokenizer or with too few rows is a UsageError.
     """
     dataset = open_dataset(data)
     require_tokenizer(dataset, tokenizer, "the model to quantize")
@@ -51,7 +50,7 @@ def read_rows(
 
 
 class _Captured(Exception):
-    """Ends a forward pass once the inputs that were wanted are in hand."""
+    """Ends a forward pass after the required inputs were captured."""
 
 
 class Calibration:
@@ -64,9 +63,7 @@ class Calibration:
         self._batches, self._states = batches, states
 
     def hessian(self, block: Block, half: nn.Module, linear: nn.Linear) -> Hessian:
-        """Run the rows through a half of `block` up to `linear` in it and sum X^T X over its
-        inputs.
-        """
+        """Run the rows through a half of `block` up to `linear`; return X^T X of its inputs."""
         hessian = Hessian(linear.in_features)
         kept = torch.empty(0)
 
@@ -85,18 +82,14 @@ class Calibration:
         return hessian
 
     def advance(self, block: Block, half: nn.Module) -> None:
-        """Add to the states what a half of `block`, its attention or its feed-forward, makes of
-        them.
-        """
+        """Add the output of a half of `block`, attention or feed-forward, to the states."""
         for index, batch in enumerate(self._batches):
             self._states[index] = self._states[index] + self._run(
                 block, half, batch, self._states[index]
             )
 
     def _run(self, block: Block, half: nn.Module, batch: Batch, states: Tensor) -> Tensor:
-        """Give what one half of `Block.forward` adds to the states; halves spare the other half's
-        repetition.
-        """
+        """Output of one half of `Block.forward`; with halves, nothing is computed twice."""
         if half is block.mlp:
             return block.mlp(block.post_attention_layernorm(states))
         positions, segments = torch.from_numpy(batch.positions), torch.from_numpy(batch.segments)

@@ -1,12 +1,10 @@
 """The canonical quantized folder: int4 or int8 codes and one fp16 scale per 32 weights, in
 `quantized.safetensors`, a name that no other program takes for a model's weights.
 
-Every runtime's format is transcribed from this one without rounding again. For a weight
+Each runtime's format is transcribed from this one without rounding again. For a weight
 `NAME.weight` of (rows, columns) the file holds `NAME.codes` (uint8 (rows, columns / 2) in Q4_0's
-nibble order, or int8 (rows, columns)) and `NAME.scales` (float16 (rows, columns / 32)); norms, and
-weights whose rows are no multiple of 32, stand there plainly.
-
-    for name, weight in dequantized_tensors(folder): ...
+nibble order, or int8 (rows, columns)) and `NAME.scales` (float16 (rows, columns / 32)). Norms, and
+weights whose rows are not a multiple of 32, are stored unquantized.
 """
 
 from collections.abc import Iterator
@@ -38,19 +36,19 @@ _PLAIN = {"f16": torch.float16, "f32": torch.float32}
 
 @dataclass(frozen=True)
 class StoredWeight:
-    """One weight as it lies in the folder."""
+    """One weight as it is stored in the folder."""
 
     format: str
     """'q4_0', 'q8_0', 'f16' or 'f32'."""
     shape: tuple[int, ...]
-    """Shape of the weight that is meant."""
+    """Shape of the dequantized weight."""
     data: Tensor
     """Codes as stored (packed uint8, or int8), or the plain tensor."""
     scales: Tensor | None
     """Float16 (rows, columns / 32); None for a plain tensor."""
 
     def dequantize(self) -> Tensor:
-        """Give the weight in float32."""
+        """The weight in float32."""
         if self.scales is None:
             return self.data.float()
         return decode(
@@ -58,12 +56,12 @@ class StoredWeight:
         )
 
     def ggml_rows(self) -> np.ndarray:
-        """Give codes and scales as llama.cpp's blocks, uint8 (rows, bytes), or the plain array."""
+        """Codes and scales as llama.cpp's blocks, uint8 (rows, bytes), or the plain array."""
         return self.data.numpy() if self.scales is None else to_ggml(self.data, self.scales)
 
 
 class QuantizedModel:
-    """An opened quantized folder; weights are read when they are asked for."""
+    """An open quantized folder; weights are read on demand."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = Path(folder)
@@ -92,9 +90,7 @@ class QuantizedModel:
             )
 
     def read(self, name: str) -> StoredWeight:
-        """Read one weight by its Hugging Face name; XinslmError where it is not what it should
-        be.
-        """
+        """Read one weight by its Hugging Face name; XinslmError if it is damaged."""
         kind, shape, stem = self.formats[name], self.shapes[name], name.removesuffix(".weight")
         if not isinstance(kind, str):
             raise XinslmError(
@@ -128,21 +124,19 @@ class QuantizedModel:
 
 
 def is_quantized(folder: Path) -> bool:
-    """Whether a folder says of itself that it holds a quantized model."""
+    """Whether a folder's manifest says that it holds a quantized model."""
     path = Path(folder) / MANIFEST
     manifest = read_json(path) if path.is_file() else None
     return isinstance(manifest, dict) and manifest.get("kind") == KIND
 
 
 def open_quantized(folder: Path) -> QuantizedModel:
-    """Open a folder `xinslm quantize` wrote; UsageError where it is none, XinslmError where
-    damaged.
-    """
+    """Open a folder of `xinslm quantize`; UsageError if it is none, XinslmError if damaged."""
     return QuantizedModel(folder)
 
 
 def dequantized_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
-    """Give each weight by its Hugging Face name in float32, one at a time."""
+    """Yield each weight by its Hugging Face name in float32, one at a time."""
     model = open_quantized(folder)
     for name in model.formats:
         yield name, model.read(name).dequantize()

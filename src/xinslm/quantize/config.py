@@ -22,7 +22,7 @@ class QuantizeConfig(Settings):
     data_path: Path | None = None
     """Dataset folder made with this model's tokenizer; its train split calibrates GPTQ (4 bits)."""
     bits: int = 4
-    """Bits a weight of the linear layers, 4 or 8; embedding and head have 8 bits either way."""
+    """Bits per weight of the linear layers, 4 or 8; embedding and LM head always have 8 bits."""
     method: Literal["gptq", "rtn"] = "gptq"
     """gptq feeds rounding errors forward (needs --data-path), rtn rounds to nearest; 8 bits always
     round.
@@ -30,9 +30,9 @@ class QuantizeConfig(Settings):
     num_calibration_samples: int = 128
     """Number of packed rows of the train split that calibrate GPTQ."""
     max_seq_length: int | None = None
-    """Tokens a calibration row; the model's context, at most 512, where not given."""
+    """Tokens per calibration row; by default the model's context, at most 512."""
     seed: int = 0
-    """Chooses which rows calibrate."""
+    """Selects the calibration rows."""
     run: Path | None = None
     """Run folder whose report lists the result."""
     force: bool = False

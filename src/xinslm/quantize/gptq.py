@@ -1,10 +1,9 @@
 """GPTQ (Frantar et al., arXiv:2210.17323) on llama.cpp's Q4_0 grid.
 
-Columns are rounded one after another; each column's error is moved onto the columns not yet
-rounded, by the inverse Hessian of the layer's squared output error. Scales are fixed beforehand
-from the original weights ("static groups"), so columns may be taken in order of importance
-("act-order") and the codes still go back to their own places. The result is never worse than
-rounding to nearest, by the layer's own loss: where it is, that is kept instead.
+Columns are rounded one after another; each column's error is moved onto the remaining columns by
+the inverse Hessian of the layer's squared output error. Scales are fixed beforehand from the
+original weights ("static groups"), so columns can be rounded in order of importance ("act-order").
+If rounding to nearest has the smaller layer loss, its result is kept instead.
 
     hessian = Hessian(columns); hessian.add(inputs)
     result = quantize_weight(weight, factorise(hessian.mean()))
@@ -24,52 +23,53 @@ _LAZY_COLUMNS = 128
 
 
 class Hessian:
-    """Sum of X^T X over a layer's inputs: products in float32 a chunk, chunks summed in float64."""
+    """Sum of X^T X over a layer's inputs: chunks are computed in float32 and summed in float64."""
 
     def __init__(self, columns: int) -> None:
         self.sum = torch.zeros(columns, columns, dtype=torch.float64)
         self.tokens = 0
 
     def add(self, inputs: Tensor) -> None:
-        """Take in inputs (tokens, columns); leave padding out."""
+        """Add inputs (tokens, columns), without padding."""
         for chunk in inputs.float().split(_CHUNK_ROWS):
             self.sum += chunk.T @ chunk
         self.tokens += len(inputs)
 
     def mean(self) -> Tensor:
-        """Average over tokens, float64 (columns, columns)."""
+        """Mean over tokens, float64 (columns, columns)."""
         return self.sum / max(self.tokens, 1)
 
 
 @dataclass(frozen=True)
 class Factor:
-    """What all weights that read the same inputs share."""
+    """Factorization shared by all weights that read the same inputs."""
 
     hessian: Tensor
     """Mean of X^T X, float32 (columns, columns)."""
     order: Tensor
-    """Columns in the order they are rounded, int64."""
+    """Columns in rounding order, int64."""
     upper: Tensor
     """Upper Cholesky factor of the damped inverse Hessian, float32, in `order`."""
     importance: Tensor
-    """1 / diag(H^-1), float32 (columns,): what an error in a column costs after the others make up
-    for it.
+    """1 / diag(H^-1), float32 (columns,): the cost of an error in a column after the other columns
+    compensate for it.
     """
     damping: float
-    """Share of the mean diagonal that was added to make the Hessian invertible."""
+    """Fraction of the mean diagonal that was added to make the Hessian invertible."""
 
 
-def factorise(hessian: Tensor, act_order: bool = True) -> Factor | None:
-    """Invert and factorise a float64 Hessian (columns, columns); None where no damping allows
-    that.
-    """
+def rounding_order(diagonal: Tensor) -> Tensor:
+    """Order columns (int64) by falling diagonal of the Hessian, ties by position ("act-order")."""
+    return diagonal.argsort(descending=True, stable=True)
+
+
+def factorise(hessian: Tensor) -> Factor | None:
+    """Invert and factorize a float64 Hessian (columns, columns); None if no damping suffices."""
     diagonal = hessian.diagonal()
     mean = float(diagonal.mean())
     if not torch.isfinite(hessian).all() or mean <= 0:
         return None
-    order = (
-        diagonal.argsort(descending=True, stable=True) if act_order else torch.arange(len(hessian))
-    )
+    order = rounding_order(diagonal)
     ordered = hessian[order[:, None], order]
     # inputs that were always zero: their weights are rounded, not dropped
     dead = ordered.diagonal() == 0
@@ -93,38 +93,35 @@ def factorise(hessian: Tensor, act_order: bool = True) -> Factor | None:
 
 @dataclass(frozen=True)
 class QuantizedLinear:
-    """Codes and scales of one weight matrix, and what they cost."""
+    """Codes and scales of one weight matrix, and their loss."""
 
     codes: Tensor
     """Int8 (rows, columns)."""
     scales: Tensor
-    """Float32 values that float16 holds exactly, (rows, columns / 32)."""
+    """Float32 values that float16 represents exactly, (rows, columns / 32)."""
     method: Literal["gptq", "rtn"]
-    """What made the codes that were kept."""
+    """Method of the codes that were kept."""
     loss: float | None = None
-    """Mean squared output error a token, tr(E H E^T); None where there is no Hessian."""
+    """Mean squared output error per token, tr(E H E^T); None without a Hessian."""
     rtn_loss: float | None = None
-    """The same of rounding to nearest with the same kind of scales."""
+    """The same for rounding to nearest with scales fitted without inputs."""
 
 
-def round_to_nearest(weight: Tensor, search: bool = True) -> QuantizedLinear:
-    """Quantize float32 weights (rows, columns) without looking at inputs."""
-    scales = fit_scales(weight, Q4_0, search=search)
+def round_to_nearest(weight: Tensor) -> QuantizedLinear:
+    """Quantize float32 weights (rows, columns) without calibration."""
+    scales = fit_scales(weight, Q4_0)
     return QuantizedLinear(encode(weight, scales, Q4_0), scales, "rtn")
 
 
-def quantize_weight(weight: Tensor, factor: Factor | None, search: bool = True) -> QuantizedLinear:
-    """Quantize float32 weights (rows, columns) by GPTQ, or to nearest where that has the smaller
-    layer loss.
-
-    `search` chooses scales by weighted squared error; without it they are the largest weight over
-    -8.
+def quantize_weight(weight: Tensor, factor: Factor | None) -> QuantizedLinear:
+    """Quantize float32 weights (rows, columns) with GPTQ, or round to nearest if that has the
+    smaller layer loss.
     """
-    nearest = round_to_nearest(weight, search)
+    nearest = round_to_nearest(weight)
     if factor is None:
         return nearest
     rtn_loss = layer_loss(weight, decode(nearest.codes, nearest.scales), factor.hessian)
-    scales = fit_scales(weight, Q4_0, factor.importance, search)
+    scales = fit_scales(weight, Q4_0, factor.importance)
     codes = feed_back_errors(weight, scales, factor)
     loss = layer_loss(weight, decode(codes, scales), factor.hessian)
     if loss <= rtn_loss:
@@ -134,7 +131,7 @@ def quantize_weight(weight: Tensor, factor: Factor | None, search: bool = True) 
 
 def feed_back_errors(weight: Tensor, scales: Tensor, factor: Factor) -> Tensor:
     """Choose int8 codes (rows, columns) for fixed scales: all rows at once, updates in blocks of
-    128.
+    128 columns.
     """
     order, upper = factor.order, factor.upper
     work = weight.T[order].contiguous()  # (columns, rows): a column's weights lie together
@@ -155,7 +152,7 @@ def feed_back_errors(weight: Tensor, scales: Tensor, factor: Factor) -> Tensor:
 
 
 def layer_loss(weight: Tensor, quantized: Tensor, hessian: Tensor) -> float:
-    """Mean squared output error a token, tr((W - Q) H (W - Q)^T), of float32 (rows, columns)
+    """Mean squared output error per token, tr((W - Q) H (W - Q)^T), of float32 (rows, columns)
     weights.
     """
     error = weight - quantized

@@ -1,9 +1,9 @@
-"""The quantization of one model, streamed: one layer in memory at a time.
+"""Quantize one model with one layer in memory at a time.
 
-Within a layer the order is q, k, v -> o -> gate, up -> down, each step fitted to inputs that the
-earlier steps' codes produce. Linear layers get Q4_0 codes by GPTQ; the embedding (and an untied
-head) gets Q8_0, because a 4-bit table would cost as much quality as the whole body. What no grid
-can hold stays at 16 bits, and a note says so.
+Within a layer the order is q, k, v -> o -> gate, up -> down; each step is fitted to inputs that the
+earlier steps' codes produce. Linear layers get Q4_0 codes by GPTQ; the embedding (and an untied LM
+head) gets Q8_0, because a 4-bit table would cost as much quality as all linear layers. Weights that
+no grid can hold stay at 16 bits, with a note.
 """
 
 from collections.abc import Callable
@@ -37,17 +37,14 @@ LINEARS = {
     "self_attn": (("q_proj", "k_proj", "v_proj"), ("o_proj",)),
     "mlp": (("gate_proj", "up_proj"), ("down_proj",)),
 }
-"""The linears of each half of a block in the order they are quantized; those in one group read the
-same inputs.
-"""
+"""The linears of each half of a block in quantization order; a group reads the same inputs."""
 _TABLE_ROWS = 8192
 
 
 class Quantization:
-    """One run: reads weights from `reader`, quantizes, writes `model.safetensors` into `folder`.
+    """One run: reads weights from `reader`, quantizes them, writes `quantized.safetensors`.
 
-    `batches` are the calibration rows; without any, weights are rounded to nearest. `act_order` and
-    `search` are off only where it is measured what each of them brings.
+    `batches` are the calibration rows; without any, weights are rounded to nearest.
     """
 
     def __init__(
@@ -57,10 +54,7 @@ class Quantization:
         bits: int,
         batches: list[Batch],
         on_progress: Listener = ignore,
-        act_order: bool = True,
-        search: bool = True,
     ) -> None:
-        self.act_order, self.search = act_order, search
         self.model, self.reader, self.on_progress = model, reader, on_progress
         self.grid = Q4_0 if bits == 4 else Q8_0
         self.batches = batches
@@ -78,7 +72,7 @@ class Quantization:
 
     @property
     def notes(self) -> list[str]:
-        """What was done otherwise than asked, a sentence a reason with the weights it concerns."""
+        """Deviations from the request, one sentence per reason with the weights it concerns."""
         return [
             f"{names[0]}{f' and {len(names) - 1} more' if len(names) > 1 else ''}: {reason}"
             for reason, names in self._noted.items()
@@ -107,7 +101,7 @@ class Quantization:
         self.on_progress(Progress("quantize", layers, layers, "layers"))
 
     def _layer(self, index: int) -> None:
-        """Quantize one block, and move the calibration rows through it."""
+        """Quantize one block, and pass the calibration rows through it."""
         prefix = f"model.layers.{index}."
         names = [name for name in self.shapes if name.startswith(prefix)]
         with torch.device("meta"):
@@ -130,27 +124,23 @@ class Quantization:
                 self._calibration.advance(block, half)
 
     def _factor(self, block: Block, half: nn.Module, linear: nn.Linear, name: str) -> Factor | None:
-        """Factorise the Hessian of what a linear reads, or give None where there is nothing to
-        calibrate.
-        """
+        """Factorize the Hessian of a linear's inputs; None without calibration."""
         if self._calibration is None or linear.in_features % BLOCK:
             return None
-        factor = factorise(self._calibration.hessian(block, half, linear).mean(), self.act_order)
+        factor = factorise(self._calibration.hessian(block, half, linear).mean())
         if factor is None:
             self._note(name, "no damping makes its inputs' Hessian invertible, rounded to nearest")
         return factor
 
     def _linear(self, name: str, weight: Tensor, factor: Factor | None) -> Tensor:
-        """Quantize and write one linear's float32 weight, and return what was stored,
-        dequantized.
-        """
+        """Quantize and write one linear's float32 weight; return the dequantized result."""
         if not self._fits(name, weight, self.grid):
             return self._half(f"{name}.weight", weight)
         if self.grid is Q8_0:
             scales = fit_scales(weight, Q8_0)
             result = QuantizedLinear(encode(weight, scales, Q8_0), scales, "rtn")
         else:
-            result = quantize_weight(weight, factor, self.search)
+            result = quantize_weight(weight, factor)
         if factor is not None:
             self.losses[name] = {
                 "method": result.method,
@@ -164,8 +154,8 @@ class Quantization:
         return decode(result.codes, result.scales)
 
     def _table(self, name: str) -> Callable[[Tensor], Tensor]:
-        """Write the embedding or head at 8 bits, some rows at a time; return a lookup of what was
-        stored.
+        """Write the embedding or LM head at 8 bits in blocks of rows; return a lookup of the stored
+        table.
         """
         shape, stem = self.shapes[name], name.removesuffix(".weight")
         starts = range(0, shape[0], _TABLE_ROWS)
@@ -189,7 +179,7 @@ class Quantization:
         )
 
     def _fits(self, name: str, weight: Tensor, grid: Grid) -> bool:
-        """Whether a matrix can have this grid; notes why not."""
+        """Whether a matrix fits this grid; if not, a note says why."""
         if weight.shape[1] % BLOCK:
             self._note(
                 name, f"rows of {weight.shape[1]} are no multiple of {BLOCK}, kept at 16 bits"
@@ -212,8 +202,8 @@ class Quantization:
         self._out.add(name, weight)
 
     def _half(self, name: str, weight: Tensor) -> Tensor:
-        """Write a weight in float16, or in float32 where float16 loses it; return what was
-        stored.
+        """Write a weight in float16, or in float32 if float16 loses precision; return the stored
+        values.
         """
         half = weight.half()
         lost = (half.float() - weight).double().square().sum()

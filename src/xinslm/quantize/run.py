@@ -52,21 +52,21 @@ _COPIED = (
 
 @dataclass(frozen=True)
 class Result:
-    """What a quantization produced."""
+    """Result of a quantization."""
 
     folder: Path
     formats: dict[str, tuple[int, int]]
-    """By format: number of weight tensors, number of weights."""
+    """For each format: number of tensors, number of weights."""
     bits_per_weight: float
-    """Of all weights, scales and plain tensors included."""
+    """Of all weights, including scales and unquantized tensors."""
     file_bytes: int
     source_bytes: int
     loss_ratio: float | None
-    """Layer loss of GPTQ over rounding to nearest, geometric mean over the linears."""
+    """Layer loss of GPTQ relative to rounding to nearest, geometric mean over the linears."""
     notes: tuple[str, ...]
 
     def describe(self) -> str:
-        """Say in a few lines what was written."""
+        """A few lines for the terminal."""
         lines = [
             f"{kind:<7}{tensors:>5} tensors {weights:>15,} weights"
             for kind, (tensors, weights) in sorted(self.formats.items())
@@ -143,8 +143,8 @@ def write_folder(
 def _calibration_rows(
     config: QuantizeConfig, tokenizer: str, model: ModelConfig
 ) -> tuple[list[Batch], str]:
-    """Read the calibration rows and the dataset's fingerprint; `tokenizer` is the one of the
-    model's.
+    """Read the calibration rows and the dataset's fingerprint; `tokenizer` is the model's
+    fingerprint.
     """
     assert config.data_path is not None, "QuantizeConfig.check sees to it"
     length = config.max_seq_length or min(model.max_position_embeddings, 512)

@@ -1,8 +1,7 @@
-"""Reading and writing safetensors one tensor at a time, so that memory stays at one tensor.
+"""Read and write safetensors one tensor at a time, so that memory holds one tensor only.
 
-The library's own writer wants all tensors at once. This one leaves room for the header, writes each
-tensor as it comes, and fills the header in at the end; spaces behind the JSON are part of the
-format.
+The library's own writer needs all tensors at once. This one reserves space for the header, writes
+each tensor as it comes, and writes the header at the end; the format allows spaces after the JSON.
 """
 
 import json
@@ -21,12 +20,12 @@ _NAMES = {torch.uint8: "U8", torch.int8: "I8", torch.float16: "F16", torch.float
 
 
 class WeightReader:
-    """The weights of a model folder by name, read from memory maps as float32 when asked for."""
+    """The weights of a model folder by name, read from memory maps as float32 on demand."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = Path(folder)
         self.bytes = sum(file.stat().st_size for file in weight_files(self.folder))
-        """Size of the weight files together."""
+        """Total size of the weight files."""
         self._handles: dict[str, Any] = {}
         for file in weight_files(self.folder):
             handle = open_tensors(file)
@@ -40,11 +39,11 @@ class WeightReader:
         require_weights(config, len(self._handles), self.bytes, f"{self.folder}/config.json")
 
     def read(self, name: str, shape: tuple[int, ...]) -> Tensor:
-        """Give a weight as float32; XinslmError where it is missing, misshapen or not finite."""
+        """Read a weight as float32; XinslmError if it is missing, misshapen or not finite."""
         return self.read_rows(name, shape, 0, shape[0])
 
     def read_rows(self, name: str, shape: tuple[int, ...], start: int, stop: int) -> Tensor:
-        """Give rows [start, stop) of a weight of `shape` as float32."""
+        """Read rows [start, stop) of a weight of `shape` as float32."""
         if name not in self._handles:
             raise XinslmError(f"{self.folder}: weight '{name}' is missing")
         part = self._handles[name].get_slice(name)
@@ -65,8 +64,7 @@ class SafetensorsWriter:
     """Write a safetensors file tensor by tensor: `with SafetensorsWriter(path, names) as out:
     out.add(...)`.
 
-    `room_for` is a list of names, at least as many and as long as will be added; it sizes the
-    header.
+    `room_for` lists names, at least as many and as long as will be added; it sizes the header.
     """
 
     def __init__(self, path: Path, room_for: list[str]) -> None:
@@ -82,8 +80,8 @@ class SafetensorsWriter:
         return self
 
     def add(self, name: str, tensor: Tensor) -> None:
-        """Write a tensor; one of odd size (not a multiple of 8 bytes) waits, so that all lie
-        aligned.
+        """Write a tensor; tensors of odd size (not a multiple of 8 bytes) are written last, so that
+        all are aligned.
         """
         if tensor.numel() * tensor.element_size() % 8:
             self._late.append((name, tensor.clone()))

@@ -1,14 +1,14 @@
-"""The stage `onpolicy`: the student writes, the teacher scores, the student learns; in rounds.
+"""The stage `onpolicy`: rounds in which the student generates, the teacher scores, and the student
+trains.
 
-    xinslm onpolicy --student runs/student --teacher TEACHER --prompts data --output-dir
-    runs/onpolicy
+    xinslm onpolicy --student S --teacher T --prompts data --output-dir runs/onpolicy
 
-Round r has a folder: `data`, the texts as a dataset; `cache`, the teacher's targets on them, made
-by the ordinary cache stage in one pass; `round.json`, the steps trained on them. Teacher and
-student are never in memory together. What is there is never made again, so the same command
-continues a run that was stopped at any point. The optimiser's state goes on from round to round;
-`checkpoints/best` is the end of the newest whole round (the reverse divergences make the student
-write better without making the validation text likelier), `last` the newest checkpoint.
+Each round has a folder: `data`, the texts as a dataset; `cache`, the teacher's targets on them,
+made by the cache stage; `round.json`, the steps trained on them. Teacher and student are never in
+memory together. Finished parts are not repeated, so the same command continues a stopped run. The
+optimizer state is kept from round to round. `checkpoints/last` is the newest checkpoint,
+`checkpoints/best` the end of the newest complete round: reverse divergences improve generated text
+without lowering the validation loss.
 """
 
 import gc
@@ -33,7 +33,7 @@ from xinslm.device import pick_device
 from xinslm.errors import UsageError
 from xinslm.files import MANIFEST, manifest_fingerprint, read_json, write_json
 from xinslm.folders import locked, remove_partials
-from xinslm.inference.batch import generate_batch
+from xinslm.inference.batch import BatchOptions, generate_batch
 from xinslm.inference.torch_engine import load_transformer
 from xinslm.model.files import (
     load_config,
@@ -63,7 +63,7 @@ PATHS = ("student", "teacher", "prompts", "mix_data", "mix_cache")
 
 @dataclass(frozen=True)
 class OnPolicyResult:
-    """What a run made."""
+    """Result of a run."""
 
     folder: Path
     rounds: int
@@ -84,7 +84,7 @@ class OnPolicyResult:
 
 @dataclass(frozen=True)
 class _Inputs:
-    """What all rounds read."""
+    """Inputs of all rounds."""
 
     config: OnPolicyConfig
     dataset: Dataset
@@ -101,9 +101,8 @@ class _Inputs:
 def run(config: OnPolicyConfig, on_progress: Listener = ignore) -> OnPolicyResult:
     """Train in rounds.
 
-    Raises UsageError where student, teacher, prompts and mixed-in data do not fit each other or the
-    run folder holds something else; Interrupted (after a checkpoint) on Ctrl-C while the
-    student learns.
+    Raises UsageError if student, teacher, prompts and mixed-in data do not fit each other, or if
+    the run folder holds something else; Interrupted (after a checkpoint) on Ctrl-C during training.
     """
     config.check()
     with locked(config.output_dir):
@@ -116,7 +115,9 @@ def run(config: OnPolicyConfig, on_progress: Listener = ignore) -> OnPolicyResul
                     "--output-dir, or add --force to replace it"
                 )
         if inputs.prompts.skipped:
-            note = f"{inputs.prompts.skipped:,} documents give no prompt that fits and are left out"
+            note = (
+                f"{inputs.prompts.skipped:,} documents have no prompt that fits; they are left out"
+            )
             on_progress(Progress("onpolicy", note=note))
         return _run_rounds(inputs, on_progress)
 
@@ -140,7 +141,7 @@ def _run_rounds(inputs: _Inputs, on_progress: Listener) -> OnPolicyResult:
 
 
 def _open(config: OnPolicyConfig) -> _Inputs:
-    """Open what is read, and refuse what does not fit."""
+    """Open the inputs and check that they fit each other."""
     dataset = open_dataset(config.prompts)
     if is_endpoint(config.teacher):
         raise UsageError(
@@ -168,7 +169,7 @@ def _open(config: OnPolicyConfig) -> _Inputs:
 
 
 def _require_teacher(config: OnPolicyConfig, tokenizer: Any) -> None:
-    """Raise UsageError now rather than after the first round's texts."""
+    """Raise UsageError before the first round instead of after its texts."""
     from xinslm.alignment.nested import is_nested
 
     theirs = teacher_tokenizer(config.teacher)
@@ -183,7 +184,7 @@ def _require_teacher(config: OnPolicyConfig, tokenizer: Any) -> None:
 
 
 def _fingerprints(inputs: _Inputs) -> dict[str, Any]:
-    """What the run follows from besides its settings."""
+    """The inputs that determine the run besides its settings."""
     config = inputs.config
     student = resolve_model(config.student)
     fingerprints = {
@@ -197,7 +198,7 @@ def _fingerprints(inputs: _Inputs) -> dict[str, Any]:
 
 
 def _steps(folder: Path) -> tuple[int, int] | None:
-    """First step and number of steps of a round whose training has begun."""
+    """First step and number of steps of a round whose training has started."""
     if not (folder / ROUND).is_file():
         return None
     facts = read_json(folder / ROUND)
@@ -205,13 +206,13 @@ def _steps(folder: Path) -> tuple[int, int] | None:
 
 
 def _is_done(inputs: _Inputs, number: int) -> bool:
-    """Whether the newest checkpoint is at the end of round `number` or behind it."""
+    """Whether the newest checkpoint is at or after the end of round `number`."""
     begun, last = _steps(inputs.folder(number)), last_checkpoint(inputs.config.output_dir)
     return begun is not None and last is not None and read_state(last).step >= sum(begun)
 
 
 def _write(inputs: _Inputs, number: int, folder: Path, on_progress: Listener) -> None:
-    """Let the student of the round's beginning write, unless it has."""
+    """Generate the round's texts with the current student, unless they exist."""
     remove_partials(folder)
     if (folder / MANIFEST).is_file():
         return
@@ -236,11 +237,13 @@ def _write(inputs: _Inputs, number: int, folder: Path, on_progress: Listener) ->
         config.sampling(),
         config.max_new_tokens,
         end_ids(inputs.tokenizer),
-        vocab_size=vocab_size,
-        rows=config.generation_batch_size,
-        top=min(config.support_top_k, vocab_size - TEACHERS - 2),
-        first_index=number * config.completions,
-        tell=tell,
+        BatchOptions(
+            vocab_size=vocab_size,
+            rows=config.generation_batch_size,
+            top=min(config.support_top_k, vocab_size - TEACHERS - 2),
+            first_index=number * config.completions,
+        ),
+        tell,
     )
     made_from = {
         "student": model_fingerprint(student.resolve()),
@@ -254,7 +257,7 @@ def _write(inputs: _Inputs, number: int, folder: Path, on_progress: Listener) ->
 
 
 def _score(inputs: _Inputs, folder: Path, on_progress: Listener) -> None:
-    """Let the teacher score the texts, unless it has; a pass that was stopped continues."""
+    """Let the teacher score the texts, unless the cache exists; a stopped pass continues."""
     config, cache = inputs.config, folder / "cache"
     if (cache / MANIFEST).is_file():
         return
@@ -276,7 +279,7 @@ def _score(inputs: _Inputs, folder: Path, on_progress: Listener) -> None:
 
 
 def _learn(inputs: _Inputs, number: int, on_progress: Listener) -> TrainingState:
-    """Train on the round's texts and what is mixed in, from the newest checkpoint."""
+    """Train on the round's texts and the mixed-in data, from the newest checkpoint."""
     config = inputs.config
     if _is_done(inputs, number):
         return read_state(config.output_dir / CHECKPOINTS / "last")
@@ -300,7 +303,7 @@ def _learn(inputs: _Inputs, number: int, on_progress: Listener) -> TrainingState
     objective = PackedObjective(model, config, plan, inputs.device, validation)
 
     def rate(step: int) -> float:
-        """The schedule spans all rounds, as if each had this one's steps."""
+        """The schedule for all rounds, as if each had the steps of this one."""
         place, total = number * steps + step - first, config.rounds * steps
         warmup, decay = config.warmup_ratio, config.decay_ratio
         return learning_rate(place, total, config.learning_rate, warmup, decay)
@@ -322,7 +325,7 @@ def _learn(inputs: _Inputs, number: int, on_progress: Listener) -> TrainingState
 
 
 def _sources(inputs: _Inputs, number: int) -> list[Source]:
-    """The round's own texts first, then what is mixed in; in a cold round the latter alone."""
+    """The round's own texts, then the mixed-in data; off-policy rounds use only the latter."""
     config, result = inputs.config, []
     own, mixed = config.losses
     share = 0.5 if config.contrast else config.mix_share
@@ -343,8 +346,8 @@ def _sources(inputs: _Inputs, number: int) -> list[Source]:
 
 
 def _steps_of(config: OnPolicyConfig, sources: list[Source], number: int) -> int:
-    """Steps that pass over a round's own texts `num_epochs` times; a cold round takes as many
-    documents of the other.
+    """Steps for `num_epochs` passes over a round's own texts; an off-policy round takes as many
+    documents of the mixed-in data.
     """
     rows = sources[0].rows
     count = float(len(rows))

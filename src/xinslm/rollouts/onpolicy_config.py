@@ -3,9 +3,9 @@
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from xinslm.inference.config import Sampling
 from xinslm.losses.config import LossConfig
 from xinslm.ranges import POSITIVE, SHARE, Dtype, Range, range_errors
+from xinslm.sampling import Sampling
 from xinslm.train.config import TrainingConfig
 
 _ON_POLICY = {
@@ -32,80 +32,82 @@ def _reverse() -> LossConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class OnPolicyConfig(TrainingConfig):
-    """Train a student on texts that it writes itself and a teacher scores, in rounds."""
+    """Train a student, in rounds, on texts that it generates and a teacher scores."""
 
     student: Path
     """Student to start from: a model folder, a run folder (its best checkpoint), or a Hub name."""
     teacher: str
-    """Teacher: a model folder, a Hub name or a GGUF file, with the student's tokenizer or one it is
-    nested in.
+    """Teacher: a model folder, a Hub name or a GGUF file with the student's tokenizer, or one whose
+    merge prefix it is.
     """
     prompts: Path
-    """Dataset folder made by `xinslm prepare`. Of a chat, what is masked before the first answer is
-    the prompt; of a plain text, its beginning."""
+    """Dataset folder made by `xinslm prepare`. The prompt is the masked part before a chat's first
+    answer, or the beginning of a plain text.
+    """
     rounds: int = 4
-    """How often the student writes, the teacher scores and the student learns."""
+    """Number of rounds: generate, score, train."""
     completions: int = 512
-    """Texts the student writes in a round."""
+    """Texts to generate in each round."""
     prompt_tokens: int = 32
-    """Tokens of a plain text that are its prompt; half of it at most."""
+    """Prompt tokens from a plain text; at most half of it."""
     max_new_tokens: int = 128
-    """Most tokens the student writes behind a prompt."""
+    """Most tokens to generate after a prompt."""
     temperature: float = 1.0
-    """Temperature the student writes at; 1 are its own probabilities."""
+    """Sampling temperature of the student; 1 samples its own distribution."""
     top_k: int = 0
     """Draw from this many of the most likely tokens; 0 keeps all."""
     top_p: float = 1.0
     """Draw from the fewest most likely tokens whose probabilities sum to this; 1 keeps all."""
     generation_batch_size: int | None = None
-    """Texts that are written at the same time; by default up to 128, as many as fit into 2 GiB of
-    keys and values.
+    """Texts generated in parallel; by default up to 128, as many as 2 GiB of keys and values allow.
     """
     support_top_k: int = 32
-    """Most likely tokens of the student whose teacher probabilities are kept; the token that came
-    and 4 of the teacher's are kept beside them."""
+    """Number of the student's most likely tokens whose teacher probabilities are stored; the next
+    token and 4 of the teacher's most likely are added.
+    """
     num_epochs: float = 1.0
-    """Passes over the texts of a round, at most 2: they grow stale as the student learns."""
+    """Passes over the texts of a round, at most 2: the texts become off-policy as the student
+    changes.
+    """
     mix_data: Path | None = None
-    """Dataset to mix in: given texts, answers of a teacher. With --contrast, the teacher's
+    """Dataset to mix in: given texts or answers of a teacher. With --contrast, the teacher's
     answers.
     """
     mix_cache: Path | None = None
     """Its cache, made by `xinslm cache`."""
     mix_share: float = 0.25
-    """Part of each step's rows that come from --mix-data."""
+    """Share of each step's rows that come from --mix-data."""
     off_policy_share: float = 0.0
-    """Part of the rounds, the first ones, that train on --mix-data alone: for a student far from
+    """Share of the rounds, from the start, that train on --mix-data alone: for a student far from
     its teacher.
     """
     contrast: bool = False
-    """Raise the teacher's answers (--mix-data, skew KL) and lower what only the student would say
-    (its own, skew reverse KL), half of the rows each: DistiLLM-2."""
+    """Raise the teacher's answers (--mix-data, skew KL) and lower the student's own (skew reverse
+    KL), half of the rows each: DistiLLM-2 (arXiv:2503.07067).
+    """
     contrast_start: float = 1.0
-    """With --contrast, weight of the student's own answers at the beginning."""
+    """With --contrast, the initial weight of the student's own answers."""
     contrast_end: float = 1.5
-    """With --contrast, their weight at the end; it moves linearly."""
+    """With --contrast, the final weight of the student's own answers; it changes linearly."""
     learning_rate: float = 1e-4
     """Peak of the warmup-stable-decay schedule, which spans all rounds."""
     weight_decay: float = 0.0
-    """The optimizer's decoupled decay, on matrices only."""
+    """Weight decay of the optimizer, on matrices only."""
     max_eval_samples: int = 64
     """Packed validation rows of --prompts to use at most after each round; 0 for all."""
     teacher_dtype: Dtype = "float32"
-    """The teacher's number type."""
+    """Data type of the teacher."""
     trust_remote_code: bool = False
-    """Run Python code that the teacher's repository brings."""
+    """Run Python code from the teacher's repository."""
     seed: int = 0
-    """Seed of prompts, draws and the order of rows."""
+    """Seed of prompts, sampling and row order."""
     loss: LossConfig = field(default_factory=_reverse)
-    """The loss on the student's own texts. With --contrast, its divergences are the skewed ones;
-    skew is taken.
-    """
+    """The loss on the student's own texts. With --contrast only its skew is used."""
     mix_loss: LossConfig = field(default_factory=LossConfig)
     """The loss on --mix-data."""
 
     def errors(self) -> list[str]:
-        """What cannot work, a sentence each."""
+        """All errors, a sentence each."""
         wrong = [*super().errors(), *range_errors(self, _ON_POLICY), *self.loss.errors()]
         wrong += [error.replace("loss.", "mix_loss.") for error in self.mix_loss.errors()]
         if self.max_new_tokens >= self.max_seq_length:
@@ -133,19 +135,19 @@ class OnPolicyConfig(TrainingConfig):
 
     @property
     def cold_rounds(self) -> int:
-        """How many of the first rounds take no texts of the student's."""
+        """Number of rounds, from the start, without texts of the student."""
         return round(self.off_policy_share * self.rounds)
 
     @property
     def losses(self) -> tuple[LossConfig, LossConfig]:
-        """Losses on the student's own texts and on what is mixed in."""
+        """Losses on the student's own texts and on the mixed-in data."""
         if not self.contrast:
             return self.loss, self.mix_loss
         own = LossConfig(alpha=0.0, beta=1.0, divergence="skew_reverse_kl", skew=self.loss.skew)
         return own, replace(own, divergence="skew_kl")
 
     def sampling(self) -> Sampling:
-        """How the student writes."""
+        """Sampling settings of the student."""
         return Sampling(
             temperature=self.temperature,
             top_k=self.top_k,

@@ -1,9 +1,9 @@
-"""Prompts for a teacher: any record that `prepare` reads, with or without its answer, and lines of
-plain text.
+"""Prompts for a teacher: records that `prepare` reads, with or without an answer, and lines of
+text.
 
-{"prompt"}, {"instruction", "input"}, {"messages"} and {"conversations"} are a chat up to the user's
-last message; {"text"} and a line of a .txt file are the beginning of a text. Of MT-bench's
-{"turns"} the first is the prompt: the others refer to its answer, and are not asked.
+{"prompt"}, {"instruction", "input"}, {"messages"} and {"conversations"} give a chat up to the last
+user message; {"text"} and lines of a .txt file give the beginning of a text. MT-bench's {"turns"}
+gives its first turn, because the others refer to its answer.
 """
 
 import json
@@ -19,8 +19,8 @@ from xinslm.teachers.base import Prompt
 
 
 def read_prompts(path: Path) -> list[Prompt]:
-    """Read a file of prompts, in its order; UsageError for a file that is not there, XinslmError
-    for damage in it.
+    """Read a file of prompts in order; UsageError if it does not exist, XinslmError if it is
+    damaged.
     """
     if not path.is_file():
         raise UsageError(f"--prompts {path}: there is no such file")
@@ -60,7 +60,7 @@ def _read(path: Path) -> Iterator[Prompt]:
 
 
 def _with_answer(record: Any) -> Any:
-    """Give a record the empty answer that its form needs, where it has none."""
+    """Add the empty answer that the record's form requires."""
     if isinstance(record, dict):
         if "instruction" in record and "output" not in record:
             return {**record, "output": ""}
@@ -70,7 +70,7 @@ def _with_answer(record: Any) -> Any:
 
 
 def to_prompt(document: Document) -> Prompt:
-    """A chat up to the user's last message, or a text as it is."""
+    """A chat up to the last user message, or a text as it is."""
     if document.messages is None:
         return document.text or ""
     messages = list(document.messages)

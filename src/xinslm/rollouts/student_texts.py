@@ -1,8 +1,8 @@
-"""Prompts from a dataset, and the student's texts behind them as a dataset of their own.
+"""Prompts from a dataset, and the student's continuations as a dataset of their own.
 
-A text is its prompt, which is context, and what the student wrote, which are the targets: their
-number is the loss's divisor, counted from the texts themselves. The student's most likely tokens at
-each target stand beside the tokens (`support`), for the teacher to be asked about.
+The prompt is context, the continuation gives the targets; their number normalises the loss. The
+student's most likely tokens at each target are stored with the tokens (`support`), so that the
+teacher can score them.
 """
 
 from dataclasses import dataclass
@@ -22,21 +22,21 @@ from xinslm.inference.batch import Completions
 
 @dataclass(frozen=True)
 class Prompts:
-    """Beginnings of a split's documents."""
+    """Prompts from a split's documents."""
 
     split: Split
     documents: np.ndarray
-    """Numbers of the documents that give a prompt, int64, (n,)."""
+    """Indices of the documents that give a prompt, int64, (n,)."""
     lengths: np.ndarray
-    """Tokens of each prompt, int64, (n,)."""
+    """Length of each prompt in tokens, int64, (n,)."""
     skipped: int
-    """Documents whose prompt is too long, or that have no answer."""
+    """Number of documents whose prompt is too long, or that have no answer."""
 
     def __len__(self) -> int:
         return len(self.documents)
 
     def take(self, numbers: np.ndarray) -> list[np.ndarray]:
-        """Ids of prompts, by their place in `documents`."""
+        """Token ids of prompts, by their index in `documents`."""
         starts = self.split.documents[self.documents[numbers]]
         return [
             np.asarray(self.split.tokens[a : a + n], dtype=np.int64)
@@ -45,10 +45,10 @@ class Prompts:
 
 
 def find_prompts(dataset: Dataset, prompt_tokens: int, longest: int) -> Prompts:
-    """Prompts of the train split of at most `longest` tokens.
+    """Prompts of the train split with at most `longest` tokens.
 
-    Where more than a document's first token is masked, the masked beginning is the prompt; else its
-    first `prompt_tokens` tokens, at most half of it. Raises UsageError if no prompt is short
+    If more than a document's first token is masked, the masked beginning is the prompt; otherwise
+    its first `prompt_tokens` tokens, at most half of it. Raises UsageError if no prompt is short
     enough.
     """
     split = dataset.split("train")

@@ -1,10 +1,10 @@
-"""Cache entries from what an endpoint said beside the text that it wrote: its most likely tokens at
-each place.
+"""The cache of `xinslm synthesize`: scored by a local teacher, or made from the log-probabilities
+that an endpoint returned with its text.
 
-They are found again by bytes: the answer's positions get entries as long as the dataset's tokens
-are those that the server wrote. Where it cut the text into other tokens than the tokenizer does,
-what it said from there on was said of another context, and the text alone teaches; so it does at an
-answer's end, of which servers say nothing.
+An endpoint's tokens are matched by bytes: positions get entries as long as the server's tokens are
+the dataset's. After the first difference the server's log-probabilities belong to another context,
+so the rest of the answer has no teacher targets; nor has its end token, of which servers say
+nothing.
 """
 
 from collections.abc import Callable, Sequence
@@ -13,25 +13,34 @@ from typing import Any
 
 import numpy as np
 
-from xinslm.cache.endpoint_scorer import top_k_entries
-from xinslm.cache.entries import CacheFormat
+from xinslm.cache import score
+from xinslm.cache.config import CacheConfig, default_top_k
+from xinslm.cache.endpoint_scorer import endpoint_format, top_k_entries
+from xinslm.cache.entries import Cache, CacheFormat
 from xinslm.cache.scorers import ENTRIES
-from xinslm.data.dataset import Split
+from xinslm.cache.write import cache_plan, write_cache
+from xinslm.data.dataset import Split, open_dataset
+from xinslm.files import MANIFEST
+from xinslm.progress import Listener
+from xinslm.rollouts.synthesize_config import SynthesizeConfig
 from xinslm.rollouts.synthesize_data import Answer
 from xinslm.teachers.base import Generation
+from xinslm.teachers.endpoint import EndpointTeacher
+
+DATA, CACHE = "data", "cache"
+"""Subfolders of the output folder."""
 
 
 class WrittenScorer:
-    """A `Scorer` that asks nobody: it reads what came with the answers, which are the documents in
-    their order.
+    """A `Scorer` that reads the log-probabilities stored with the answers; answer i is document
+    i.
     """
 
     def __init__(self, answers: dict[str, list[Answer]], tokenizer: Any, fmt: CacheFormat) -> None:
         self.answers, self.tokenizer, self.format = answers, tokenizer, fmt
         self.arrays = {ENTRIES: fmt.dtype}
         special = set(tokenizer.special_tokens.values())
-        # Where a byte has a token of its own beside a piece that says the same, the piece comes
-        # later and is the usual.
+        # A byte may have a byte token and an ordinary one; the ordinary one has the larger id.
         self.ids = {
             tokenizer.token_bytes(t): t for t in range(tokenizer.vocab_size) if t not in special
         }
@@ -68,7 +77,7 @@ class WrittenScorer:
         return {ENTRIES: entries}
 
     def _rivals(self, top: Sequence[tuple[bytes, float]]) -> list[tuple[int, float]]:
-        """The head's tokens in our ids; what is none of ours stays in the tail."""
+        """Map the top-k tokens to the tokenizer's ids; unknown ones stay in the tail."""
         ours: dict[int, float] = {}
         for data, value in top:
             token = self.ids.get(data)
@@ -77,12 +86,12 @@ class WrittenScorer:
         return list(ours.items())[: self.format.top_k]
 
     def _match(self, targets: list[bytes], written: Generation) -> tuple[list[int], list[int]]:
-        """Pairs of a target and a token of the server's, from the answer's first on, as long as
-        they are the same.
+        """Pair targets with the server's tokens, from the start of the answer to the first
+        difference.
         """
         answer = written.text.encode()
         said = b"".join(written.token_bytes)
-        shift = said.rfind(answer)  # what a model thought before it answered is not in the text
+        shift = said.rfind(answer)  # reasoning before the answer is not in the text
         if shift < 0 or not written.top:
             return [], []
         while targets and not answer.endswith(targets[-1]):
@@ -104,3 +113,71 @@ class WrittenScorer:
         count = min(len(targets), len(said_tokens)) if same is None else same
         places = [place for place in range(count) if written.top[int(first[-1]) + place]]
         return places, [int(first[-1]) + place for place in places]
+
+
+def _cache_config(config: SynthesizeConfig) -> CacheConfig:
+    return CacheConfig(
+        teacher=config.teacher,
+        data_path=config.output_dir / DATA,
+        output_dir=config.output_dir / CACHE,
+        top_k=config.top_k,
+        tail_samples=config.tail_samples,
+        temperature=config.cache_temperature,
+        max_seq_length=config.max_seq_length,
+        dtype=config.dtype,
+        device=config.device,
+        revision=config.revision,
+        trust_remote_code=config.trust_remote_code,
+        teacher_tokenizer_path=config.teacher_tokenizer_path,
+        endpoint=config.endpoint,
+        seed=config.seed,
+    )
+
+
+def score_answers(config: SynthesizeConfig, on_progress: Listener) -> str:
+    """Let the teacher score the dataset of its answers; return what the cache holds."""
+    if not (config.output_dir / CACHE / MANIFEST).is_file():
+        score.run(_cache_config(config), on_progress)
+    cache = Cache(config.output_dir / CACHE)
+    return (
+        f"{config.output_dir / CACHE}, scored by the teacher; {cache.format.dtype.itemsize} bytes "
+        "a position"
+    )
+
+
+def cache_log_probs(
+    config: SynthesizeConfig,
+    teacher: EndpointTeacher,
+    tokenizer: Any,
+    splits: dict[str, list[Answer]],
+    on_progress: Listener,
+) -> str:
+    """Make the cache from the log-probabilities that came with the answers, if the endpoint's
+    tokens are the dataset's; return what it holds or why there is none.
+    """
+    if teacher.tokenizer is None or tokenizer.fingerprint() != teacher.tokenizer.fingerprint():
+        return (
+            "none, because the dataset's tokens are not the endpoint's: leave out "
+            "--tokenizer-path, or cache the dataset from the model's files with "
+            "`xinslm cache`"
+        )
+    folder = config.output_dir / CACHE
+    dataset = open_dataset(config.output_dir / DATA)
+    fmt = endpoint_format(tokenizer.vocab_size, default_top_k(config.top_k, 0))
+    if not (folder / MANIFEST).is_file():
+        scorer = WrittenScorer(splits, tokenizer, fmt)
+        made = _cache_config(config)
+        plan = cache_plan(made, dataset, teacher, fmt, scorer)
+        write_cache(made, dataset, plan, scorer, on_progress)
+    cache = Cache(folder)
+    valid = sum(
+        int((entries["flags"] & 1).sum())
+        for name in cache.manifest["shards"]
+        if (split := cache.split(name)) is not None
+        for entries in split.maps
+    )
+    targets = sum(split["targets"] for split in dataset.manifest["splits"].values())
+    return (
+        f"{folder}, from the log-probabilities that came with the text: {valid:,} of {targets:,} "
+        "target tokens have them; the others are learned from the text alone"
+    )

@@ -35,22 +35,23 @@ class SynthesizeConfig(Settings):
     """Teacher: a model folder or Hub name (any Hugging Face causal language model), a .gguf file,
     or the URL of an OpenAI-compatible endpoint (vLLM, llama.cpp, hosted models)."""
     prompts: Path
-    """File of prompts: .jsonl, .json or .parquet with records as `prepare` reads them, answers not
-    needed; or .txt, each line the beginning of a text. Of MT-bench's turns only the first is asked.
+    """File of prompts: .jsonl, .json or .parquet with records as `prepare` reads them, answers
+    optional; or .txt, each line the beginning of a text. Of MT-bench's turns only the first is
+    used.
     """
     output_dir: Annotated[Path, tyro.conf.arg(aliases=["-o"])]
-    """Folder for text.jsonl, data and cache; a run that was interrupted continues there."""
+    """Folder for text.jsonl, data and cache; an interrupted run continues there."""
     samples: int = 1
-    """Answers to each prompt."""
+    """Number of answers to each prompt."""
     temperature: float = 1.0
-    """Below 1 sharpens, above 1 flattens what the teacher draws from; 0 always takes the most
-    likely token.
+    """Below 1 sharpens, above 1 flattens the teacher's distribution; 0 always takes the most likely
+    token.
     """
     top_p: float = 1.0
     """Draw from the fewest most likely tokens whose probabilities sum to this; 1 keeps all."""
     max_new_tokens: int = 256
-    """Most tokens of an answer; one that is cut off there, or where the teacher's context is full,
-    is kept, without an end token.
+    """Most tokens of an answer; one that is cut off there, or at the teacher's context, is kept
+    without an end token.
     """
     batch_size: int = 16
     """Answers that a local teacher writes at once."""
@@ -63,7 +64,7 @@ class SynthesizeConfig(Settings):
     or a Hub name.
     """
     document_end: DocumentEnd = "eos"
-    """Token that closes a plain text; chats close as their template says."""
+    """Token that ends a plain text; chats end as their template says."""
     validation_fraction: float = 0.05
     """Share of the prompts held back to measure on, with all their answers."""
     keep_cache: bool = True
@@ -73,25 +74,23 @@ class SynthesizeConfig(Settings):
     tail samples.
     """
     tail_samples: int = 10
-    """Tokens drawn from the rest of the distribution; endpoints give none."""
+    """Tail samples: tokens drawn from the rest of the distribution; endpoints give none."""
     cache_temperature: float = 2.0
-    """Temperature whose normaliser the cache stores; endpoints give it for 1 alone."""
+    """Temperature whose normaliser the cache stores; endpoints support 1 only."""
     max_seq_length: int = 512
-    """Longest context in tokens that the cache is made with; use the student's. At most the
-    teacher's.
-    """
+    """Longest context in tokens for the cache; use the student's. At most the teacher's."""
     dtype: Dtype = "float32"
-    """The teacher's number type."""
+    """Data type of the teacher."""
     device: Device = "auto"
     """Where the teacher runs; auto takes cuda, then mps, then cpu."""
     revision: str | None = None
     """Hub revision of the teacher."""
     trust_remote_code: bool = False
-    """Run Python code that the teacher's repository brings."""
+    """Run Python code from the teacher's repository."""
     endpoint: EndpointConfig = field(default_factory=EndpointConfig)
-    """For a teacher that is a URL."""
+    """Settings for a teacher that is a URL."""
     seed: int = 0
-    """Seed of the answers, and of which prompts are held back."""
+    """Seed of the answers and of the held-out prompts."""
     force: bool = False
     """Replace what is in the output folder."""
 

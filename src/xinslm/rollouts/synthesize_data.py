@@ -1,6 +1,7 @@
-"""Answers of a teacher as text and as a dataset: the prompt is context, the answer is what counts.
+"""A teacher's answers as text and as a dataset: prompts are context, answers are targets.
 
-Of an answer that was cut off at its longest, no end token is learnt: the teacher did not end there.
+An answer that was cut off at its length limit has no end token, because the teacher did not end
+there.
 """
 
 import hashlib
@@ -32,7 +33,7 @@ class Answer:
 
     @property
     def document(self) -> Document:
-        """Prompt and answer as `prepare` would read them."""
+        """Prompt and answer as a document of `prepare`."""
         if isinstance(self.prompt, str):
             return Document("answer", text=self.prompt + self.written.text)
         said = {"role": "assistant", "content": self.written.text}
@@ -58,10 +59,10 @@ def write_text_file(path: Path, answers: Sequence[Answer]) -> None:
 
 
 def split_answers(answers: Sequence[Answer], fraction: float, seed: int) -> dict[str, list[Answer]]:
-    """Training and held-back answers; a prompt's own content decides, so all answers to it stay
-    together.
+    """Split answers into train and validation by a hash of the prompt, so that all answers to it
+    stay together.
 
-    With two prompts and more and a fraction above 0, neither side is empty.
+    With at least two prompts and a fraction above 0, neither side is empty.
     """
     draws = [draw_number(_digest(answer.prompt), seed) for answer in answers]
     distinct = sorted(set(draws))
@@ -86,7 +87,7 @@ def write_dataset(
     end: DocumentEnd,
     config: dict[str, Any],
 ) -> None:
-    """Write a dataset folder, whole or not at all."""
+    """Write a dataset folder atomically."""
     dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32)
     finished, cut = Encoder(tokenizer, end, False), Encoder(tokenizer, "none", False)
     facts = {}
@@ -116,14 +117,14 @@ def write_dataset(
 
 
 def encode(answer: Answer, encoder: Encoder) -> Encoded:
-    """Tokens of prompt and answer, with a mask that is 1 on the answer alone."""
+    """Tokens of prompt and answer, with a mask that is 1 on the answer only."""
     encoded = encoder([answer.document])[0]
     tokens, mask = encoded.tokens, encoded.mask.copy()
     if isinstance(answer.prompt, str):
         mask[: _prompt_tokens(answer, tokens, encoder.tokenizer)] = 0
     else:
         targets = np.flatnonzero(mask)
-        # earlier answers of the chat are context, too: the last run of targets is this one
+        # earlier answers of the chat are context: the last run of targets is this answer
         if len(targets):
             gaps = np.flatnonzero(np.diff(targets) > 1)
             mask[: targets[gaps[-1] + 1] if len(gaps) else 0] = 0
@@ -140,7 +141,7 @@ def encode(answer: Answer, encoder: Encoder) -> Encoded:
 
 
 def _prompt_tokens(answer: Answer, tokens: np.ndarray, tokenizer: Any) -> int:
-    """Tokens of a plain text that hold nothing of the answer, the one that opens it included."""
+    """Number of tokens of a plain text before the answer, including the start token."""
     special = set(tokenizer.special_tokens.values())
     sizes = [
         0 if token in special else len(tokenizer.token_bytes(token)) for token in tokens.tolist()

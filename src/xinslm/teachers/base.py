@@ -1,7 +1,7 @@
-"""What teachers can do, by kind; an adapter is a class that has one of these.
+"""Interfaces of teachers; an adapter is a class that implements one of them.
 
-A teacher that gives whole distributions is asked for `states` of sequences, then for `logits` of a
-few of their rows at a time, so that a caller never holds (positions, vocabulary).
+A teacher that gives full distributions returns `states` of sequences, then `logits` of a few rows
+at a time, so that callers never hold (positions, vocabulary).
 """
 
 from collections.abc import Mapping, Sequence
@@ -13,15 +13,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from xinslm.sampling import Sampling
+
 
 class DenseTeacher(Protocol):
-    """Gives its whole next-token distribution for any position of a given text."""
+    """Gives its full next-token distribution at any position of a given text."""
 
     name: str
     tokenizer: Any
     """Its `Tokenizer`."""
     vocab_size: int
-    """Ids of the tokenizer; columns of `logits`."""
+    """Number of ids of the tokenizer; columns of `logits`."""
     max_length: int
     """Longest context in tokens."""
     device: torch.device
@@ -29,13 +31,11 @@ class DenseTeacher(Protocol):
 
     @property
     def fingerprint(self) -> str:
-        """Hash of what determines its answers."""
+        """Hash of everything that determines its results."""
         ...
 
     def states(self, sequences: list[np.ndarray]) -> Tensor:
-        """What `logits` needs for each token of the sequences: (total tokens, ...), one behind the
-        other.
-        """
+        """Input of `logits` for each token of the sequences, concatenated: (total tokens, ...)."""
         ...
 
     def logits(self, states: Tensor) -> Tensor:
@@ -44,7 +44,7 @@ class DenseTeacher(Protocol):
 
 
 class HiddenTeacher(DenseTeacher, Protocol):
-    """A dense teacher whose hidden states can be had, too."""
+    """A dense teacher that also gives hidden states."""
 
     num_layers: int
     hidden_size: int
@@ -52,59 +52,44 @@ class HiddenTeacher(DenseTeacher, Protocol):
     def states_and_hidden(
         self, sequences: list[np.ndarray], depths: Sequence[int]
     ) -> tuple[Tensor, list[Tensor]]:
-        """What `states` gives, and what comes out of blocks `depths` (from 1), (total tokens,
-        hidden_size) each.
-        """
+        """`states`, and the outputs of blocks `depths` (from 1), each (total tokens, hidden)."""
         ...
 
 
 Prompt = str | Sequence[Mapping[str, str]]
-"""What a teacher is to answer: the beginning of a text, or the messages of a chat up to the user's
-last.
-"""
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How a teacher draws its tokens: temperature first, then the nucleus, as hosted models do."""
-
-    temperature: float = 1.0
-    """0 always takes the most likely token."""
-    top_p: float = 1.0
-    """Draw from the fewest most likely tokens whose probabilities sum to this."""
-    max_new_tokens: int = 256
-    seed: int = 0
+"""The beginning of a text, or the messages of a chat up to the last user message."""
 
 
 @dataclass(frozen=True)
 class Generation:
-    """A teacher's answer; log-probabilities are the model's own, whatever the temperature, in
-    nats.
-    """
+    """A teacher's answer; log-probabilities (nats) are the model's own, at temperature 1."""
 
     text: str
     token_bytes: list[bytes]
-    """Of each token, the one that ended the answer left out."""
+    """Bytes of each token, without the end token."""
     log_probs: list[float]
-    """Of each token; [] where unknown."""
+    """Log-probability of each token; [] if unknown."""
     top: list[list[tuple[bytes, float]]]
-    """For each token, the most likely ones at its place, most likely first; [] where unknown."""
+    """Most likely tokens at each position, most likely first; [] if unknown."""
     finished: bool
-    """Whether the teacher itself ended the answer, rather than the limit on its length."""
+    """Whether the teacher ended the answer, instead of the length limit."""
 
 
 class GeneratingTeacher(Protocol):
-    """Writes answers."""
+    """Generates answers."""
 
     name: str
 
     def generate(
-        self, prompts: Sequence[Prompt], keys: Sequence[int], sampling: Sampling
+        self,
+        prompts: Sequence[Prompt],
+        keys: Sequence[int],
+        sampling: Sampling,
+        max_new_tokens: int = 256,
     ) -> list[Generation]:
-        """Answer each prompt; `keys` tell draws apart, so that the same prompt may be answered
-        twice.
+        """Answer each prompt; different `keys` give the same prompt different answers.
 
-        Where the teacher runs here, the answers follow from prompts, keys and settings alone.
-        UsageError for a prompt that does not fit the context.
+        The temperature is applied before the filters. The answers depend on prompts, keys and
+        settings alone. UsageError for a prompt that does not fit the context.
         """
         ...

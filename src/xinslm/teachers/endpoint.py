@@ -16,7 +16,8 @@ import numpy as np
 
 from xinslm.errors import UsageError, XinslmError
 from xinslm.files import sha256_json
-from xinslm.teachers.base import Generation, Prompt, Sampling
+from xinslm.sampling import UNFILTERED, Sampling
+from xinslm.teachers.base import Generation, Prompt
 from xinslm.teachers.client import Client, RefusedError, read_key, refuse_password
 from xinslm.teachers.endpoint_answers import Scored, first_choice, generation, prompt_scores
 from xinslm.teachers.endpoint_config import EndpointConfig
@@ -145,7 +146,7 @@ class EndpointTeacher:
         for rivals in dict.fromkeys((self.rivals, self.top, 0)):
             self.rivals = rivals
             try:
-                choice = self._continue(prompt, 0, Sampling(max_new_tokens=1))
+                choice = self._continue(prompt, 0, UNFILTERED, 1)
             except RefusedError as error:
                 if self.rivals == 0:
                     raise
@@ -159,9 +160,15 @@ class EndpointTeacher:
                 return None if self.rivals and given else reason
         return reason
 
-    def write(self, prompt: Prompt, key: int, sampling: Sampling) -> Generation | None:
-        """Let the server continue a text or answer a chat; None where it refuses."""
-        written = generation(self._continue(prompt, key, sampling), self.tokenizer)
+    def write(
+        self, prompt: Prompt, key: int, sampling: Sampling, max_new_tokens: int = 256
+    ) -> Generation | None:
+        """Let the server continue a text or answer a chat; None where it refuses.
+
+        The server is told temperature, top_p and seed; the protocol has no top_k and min_p.
+        """
+        choice = self._continue(prompt, key, sampling, max_new_tokens)
+        written = generation(choice, self.tokenizer)
         fewest = (
             min((len(top) for top in written.top if top), default=None)
             if written is not None
@@ -175,14 +182,16 @@ class EndpointTeacher:
             )
         return written
 
-    def _continue(self, prompt: Prompt, key: int, sampling: Sampling) -> dict[str, Any]:
+    def _continue(
+        self, prompt: Prompt, key: int, sampling: Sampling, max_new_tokens: int
+    ) -> dict[str, Any]:
         """The choice that the server answers with."""
         body: dict[str, Any] = {
             "model": self.model,
-            "max_tokens": sampling.max_new_tokens,
+            "max_tokens": max_new_tokens,
             "temperature": sampling.temperature,
             "top_p": sampling.top_p,
-            "seed": (sampling.seed * 1_000_003 + key) % 2**31,
+            "seed": (sampling.required_seed() * 1_000_003 + key) % 2**31,
         }
         more: dict[str, Any]
         if isinstance(prompt, str):
@@ -198,9 +207,7 @@ class EndpointTeacher:
         if self.rivals:
             body |= asked
         size = len(prompt) if isinstance(prompt, str) else sum(len(m["content"]) for m in prompt)
-        return first_choice(
-            self.client.post(path, {**body, **more}, size // 4 + sampling.max_new_tokens)
-        )
+        return first_choice(self.client.post(path, {**body, **more}, size // 4 + max_new_tokens))
 
 
 def _key(config: EndpointConfig, given: str | None) -> str | None:

@@ -1,33 +1,44 @@
-"""The loop in which a local teacher writes answers: a batch at a time, with a key-value cache, no
-padding.
+"""Generation with a local teacher: batches with a key-value cache, without padding.
 
-Prompts of different lengths share a batch from the length of the shortest on: each further step
-feeds a row its own prompt's next token as long as it has one, and what was drawn after that. So no
-row ever holds a pad, and any causal model that keeps a cache will do. Draws come from a
-counter-based generator by seed, key and token number.
+Prompts of different lengths share a batch from the length of the shortest: each further step feeds
+a row the next token of its own prompt, or the token that was drawn. No row has pads, so any causal
+model with a cache works. Random numbers are counter-based: seed, key and token index.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from dataclasses import replace
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from xinslm.draw import choose
 from xinslm.errors import UsageError, XinslmError
-from xinslm.teachers.base import Generation, Prompt, Sampling
+from xinslm.sampling import Sampling
+from xinslm.teachers.base import Generation, Prompt
 from xinslm.tokenizer.base import StreamDecoder
 from xinslm.tokenizer.chat import end_ids
 from xinslm.tokenizer.start import document_start
 
 Step = Callable[[np.ndarray], Tensor]
-"""Takes a token for each row, (B,) int64, gives the logits of the next, (B, V) float32."""
-Begin = Callable[[np.ndarray, int], tuple[Tensor, Step]]
-"""Takes ids (B, T) and the number of tokens that may follow."""
+"""Takes one token per row, (B,) int64; returns the next logits, (B, V) float32."""
+
+
+class Writer(Protocol):
+    """A causal model that keeps a key-value cache."""
+
+    name: str
+    tokenizer: Any
+    max_length: int
+
+    def begin(self, ids: np.ndarray, room: int) -> tuple[Tensor, Step]:
+        """Read ids (B, T) that up to `room` tokens follow; the next logits (B, V), and the step."""
+        ...
 
 
 def prompt_ids(tokenizer: Any, prompt: Prompt) -> list[int]:
-    """A text behind what documents begin with; or a chat up to where the answer begins."""
+    """Ids of a text after the document start, or of a chat up to the start of the answer."""
     if not isinstance(prompt, str):
         messages = [dict(message) for message in prompt]
         ids: list[int] = tokenizer.apply_chat_template(messages, add_generation_prompt=True)[0]
@@ -41,17 +52,17 @@ def prompt_ids(tokenizer: Any, prompt: Prompt) -> list[int]:
 
 
 def write(
-    begin: Begin,
-    tokenizer: Any,
-    max_length: int,
-    name: str,
+    teacher: Writer,
     prompts: Sequence[Prompt],
     keys: Sequence[int],
     sampling: Sampling,
+    max_new_tokens: int,
 ) -> list[Generation]:
-    """Answer prompts in one batch; an answer ends with an end token, at the limit, or where the
+    """Answer prompts in one batch; an answer ends with an end token, at the limit, or when the
     context is full.
     """
+    sampling.check()
+    tokenizer, max_length, name = teacher.tokenizer, teacher.max_length, teacher.name
     rows = [prompt_ids(tokenizer, prompt) for prompt in prompts]
     lengths = np.array([len(row) for row in rows])
     if lengths.max() >= max_length:
@@ -61,14 +72,14 @@ def write(
             f"shorten it"
         )
     ends = np.array(sorted(end_ids(tokenizer)), np.int64)
-    limits = np.minimum(lengths + sampling.max_new_tokens, max_length)
+    limits = np.minimum(lengths + max_new_tokens, max_length)
     shortest, total = int(lengths.min()), int(limits.max())
     ids = np.zeros((len(rows), total), np.int64)
     log_probs = np.zeros((len(rows), total))
     for row, tokens in enumerate(rows):
         ids[row, : len(tokens)] = tokens
     until, finished = limits.copy(), np.zeros(len(rows), bool)
-    logits, step = begin(ids[:, :shortest], total - shortest)
+    logits, step = teacher.begin(ids[:, :shortest], total - shortest)
     for at in range(shortest, total):
         writing = (lengths <= at) & (at < until)
         if writing.any():
@@ -90,31 +101,18 @@ def write(
 def draw(
     logits: Tensor, keys: np.ndarray, numbers: np.ndarray, sampling: Sampling, name: str
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Draw one token a row from logits (B, V); its id (B,) and the model's own log-probability of
-    it (B,).
+    """Draw one token per row from logits (B, V); return ids (B,) and the model's own
+    log-probabilities (B,).
     """
     if not bool(torch.isfinite(logits).all()):
         raise XinslmError(
             f"teacher {name} gives numbers that are not finite while it writes. Try --dtype float32"
         )
     log_p = torch.log_softmax(logits.double().cpu(), dim=1)
-    if sampling.temperature == 0:
-        tokens = log_p.argmax(dim=1)
-    else:
-        probs = torch.softmax(log_p / sampling.temperature, dim=1)
-        order = None
-        if sampling.top_p < 1:
-            probs, order = probs.sort(dim=1, descending=True, stable=True)
-            # the one that reaches it included
-            kept = probs.cumsum(dim=1) - probs < sampling.top_p * (1 - 1e-12)
-            probs = probs * kept
-        cumulative = probs.cumsum(dim=1)
-        mass = cumulative[:, -1:].contiguous()
-        points = torch.from_numpy(uniforms(keys, numbers, sampling.seed))[:, None] * mass
-        place = torch.searchsorted(cumulative, points, right=True)
-        # rounding must not pass the last mass
-        place = torch.minimum(place, torch.searchsorted(cumulative, mass))
-        tokens = (place if order is None else order.gather(1, place))[:, 0]
+    scaled, settings = log_p, sampling
+    if sampling.temperature > 0:  # before the filters, as hosted models do
+        scaled, settings = log_p / sampling.temperature, replace(sampling, temperature=1.0)
+    tokens = choose(scaled, settings, uniforms(keys, numbers, sampling.required_seed()))
     return tokens.numpy(), log_p.gather(1, tokens[:, None])[:, 0].numpy()
 
 

@@ -25,8 +25,7 @@ from xinslm.teachers.local import LocalTeacher, load_pretrained
 class HuggingFaceTeacher(LocalTeacher):
     """Scores sequences of token ids.
 
-    `vocab_size` counts the tokenizer's ids; rows of the head beyond them are padding and are cut
-    off.
+    `vocab_size` is the number of the tokenizer's ids; padding rows of the head are cut off.
     """
 
     def __init__(
@@ -73,15 +72,13 @@ class HuggingFaceTeacher(LocalTeacher):
 
     @property
     def fingerprint(self) -> str:
-        """Hash of the weights and the shape, and of the adapter where there is one."""
+        """Hash of weights, shape and adapter."""
         base = model_fingerprint(self.folder)
         return base if self.adapter is None else sha256_json([base, adapter_hash(self.adapter)])
 
     @property
     def has_plain_head(self) -> bool:
-        """Whether the logits are the output head applied to the backbone's states, and nothing
-        more.
-        """
+        """Whether the logits are just the output head applied to the backbone's states."""
         return self._split
 
     def _require_rows(self, rows: int | None) -> None:
@@ -108,10 +105,10 @@ class HuggingFaceTeacher(LocalTeacher):
 
     @torch.no_grad()
     def states(self, sequences: list[np.ndarray]) -> Tensor:
-        """Run sequences of ids, right-padded into one batch; return what `logits` needs for each of
-        their tokens.
+        """Run sequences of ids, right-padded into one batch; return the input of `logits` for each
+        token.
 
-        The rows of all sequences stand one after another: (total tokens, ...), pads left out.
+        Rows of all sequences are concatenated: (total tokens, ...), without pads.
         """
         inputs, real = self.padded(sequences)
         if self._split:
@@ -129,10 +126,8 @@ class HuggingFaceTeacher(LocalTeacher):
         return out[:, : self.vocab_size].float()
 
     @torch.inference_mode()
-    def _begin(self, ids: np.ndarray, room: int) -> tuple[Tensor, Step]:
-        """Read (B, T) ids; logits of what follows, and the function that takes one token a row
-        more.
-        """
+    def begin(self, ids: np.ndarray, room: int) -> tuple[Tensor, Step]:
+        """Read (B, T) ids; return the next logits and the step for one more token per row."""
         # Rows whose logits are not read are never made: the head sees the last position alone.
         last = (
             {"logits_to_keep": 1}
@@ -168,7 +163,7 @@ def refuse_quantized(folder: Path) -> None:
 
 
 def _configured_rows(folder: Path) -> int | None:
-    """Vocabulary that config.json speaks of, if it does."""
+    """Vocabulary size in config.json, if it is there."""
     settings = read_json(folder / "config.json")
     if not isinstance(settings, dict):
         raise XinslmError(f"{folder / 'config.json'}: must hold an object")
@@ -180,7 +175,7 @@ def _configured_rows(folder: Path) -> int | None:
 
 
 def local_folder(name: str, revision: str | None) -> Path:
-    """The folder that a teacher's name means; what is on the Hub is downloaded at `revision`."""
+    """Folder of a teacher's name; a model on the Hub is downloaded at `revision`."""
     if revision is not None and "/" in name and not Path(name).exists():
         import huggingface_hub
 

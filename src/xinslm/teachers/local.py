@@ -1,6 +1,4 @@
-"""What teachers in this process share: padded batches, hidden states by hooks, loading that misses
-no weight.
-"""
+"""Shared by local teachers: padded batches, hidden states by hooks, strict loading of weights."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -14,7 +12,8 @@ from torch import Tensor
 from xinslm.errors import UsageError, XinslmError
 from xinslm.files import read_json
 from xinslm.model.files import count_tensors, require_layers
-from xinslm.teachers.base import Generation, Prompt, Sampling
+from xinslm.sampling import Sampling
+from xinslm.teachers.base import Generation, Prompt
 from xinslm.teachers.generate import Step, write
 
 
@@ -34,7 +33,7 @@ def batches_by_length(lengths: np.ndarray, batch_tokens: int) -> Iterator[np.nda
 def capture_hidden_states(
     model: Any, num_layers: int, depths: Sequence[int], name: str
 ) -> Iterator[dict[int, Tensor]]:
-    """Collect what comes out of blocks `depths` (from 1) in the forward passes inside; other layers
+    """Collect the outputs of blocks `depths` (from 1) in the forward passes inside; other layers
     are not kept.
     """
     lists = [
@@ -64,7 +63,7 @@ _LAYER_COUNTS = {"num_hidden_layers", "num_layers", "num_decoder_layers", "n_lay
 
 
 def load_pretrained(cls: Any, folder: Path, dtype: str, who: str, **options: Any) -> Any:
-    """Load a transformers model from safetensors; XinslmError, naming `who`, where it fails or a
+    """Load a transformers model from safetensors; XinslmError, naming `who`, if it fails or a
     weight is missing.
     """
     from transformers.utils import logging
@@ -92,7 +91,7 @@ def load_pretrained(cls: Any, folder: Path, dtype: str, who: str, **options: Any
 
 
 def _require_layers(folder: Path) -> None:
-    """Compare the layers that config.json asks for, also for parts of a model, with the weights."""
+    """Compare the layer counts in config.json, also of parts of a model, with the weights."""
     settings, num_tensors = read_json(folder / "config.json"), count_tensors(folder)
     parts = [settings, *settings.values()] if isinstance(settings, dict) else []
     for part in parts:
@@ -103,7 +102,7 @@ def _require_layers(folder: Path) -> None:
 
 class LocalTeacher:
     """Base of teachers in memory; a subclass sets the fields and has `states`, `logits` and
-    `_begin`.
+    `begin`.
     """
 
     name: str
@@ -113,7 +112,7 @@ class LocalTeacher:
     model: Any
     num_layers: int
     states: Callable[[list[np.ndarray]], Tensor]
-    _begin: Callable[[np.ndarray, int], tuple[Tensor, Step]]
+    begin: Callable[[np.ndarray, int], tuple[Tensor, Step]]
 
     def padded(self, sequences: list[np.ndarray]) -> tuple[Tensor, Tensor]:
         """Right-pad sequences of ids into one batch: ids (B, T) int64 and which of them are real,
@@ -137,9 +136,7 @@ class LocalTeacher:
     def states_and_hidden(
         self, sequences: list[np.ndarray], depths: Sequence[int]
     ) -> tuple[Tensor, list[Tensor]]:
-        """What `states` gives, and what comes out of blocks `depths` (from 1), (total tokens,
-        hidden_size) each.
-        """
+        """`states`, and the outputs of blocks `depths` (from 1), each (total tokens, hidden)."""
         lengths = torch.tensor([len(s) for s in sequences], device=self.device)
         with capture_hidden_states(self.model, self.num_layers, depths, self.name) as outputs:
             states = self.states(sequences)
@@ -147,9 +144,11 @@ class LocalTeacher:
         return states, [outputs[depth][real] for depth in depths]
 
     def generate(
-        self, prompts: Sequence[Prompt], keys: Sequence[int], sampling: Sampling
+        self,
+        prompts: Sequence[Prompt],
+        keys: Sequence[int],
+        sampling: Sampling,
+        max_new_tokens: int = 256,
     ) -> list[Generation]:
         """Answer a batch of prompts; see `GeneratingTeacher`."""
-        return write(
-            self._begin, self.tokenizer, self.max_length, self.name, prompts, keys, sampling
-        )
+        return write(self, prompts, keys, sampling, max_new_tokens)

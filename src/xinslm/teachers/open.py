@@ -1,11 +1,12 @@
-"""Which adapter a teacher's name means.
+"""Open the adapter that a teacher's name refers to.
 
-http://host:8000/v1 is an OpenAI-compatible endpoint, what ends in .gguf a file of llama.cpp's, and
-any other name a Hugging Face causal language model: a folder, a run folder, a name on the Hub. What
-our transformer can express, LLaMA and Mistral, runs there: it starts seconds sooner than
-transformers and is a little faster. An adapter needs the latter.
+http://host:8000/v1 is an OpenAI-compatible endpoint, a name that ends in .gguf a file for
+llama.cpp, and any other name a Hugging Face causal language model: a folder, a run folder, or a
+name on the Hub. LLaMA and Mistral run in our own transformer, which starts seconds sooner than
+transformers and is a little faster; LoRA adapters need transformers.
 """
 
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,25 +22,42 @@ from xinslm.teachers.huggingface import HuggingFaceTeacher, local_folder, refuse
 from xinslm.teachers.own import LlamaTeacher
 
 
+@dataclass(frozen=True)
+class TeacherOptions:
+    """How to open a teacher."""
+
+    dtype: str = "float32"
+    device: torch.device | str = "cpu"
+    revision: str | None = None
+    """Revision on the Hub."""
+    trust_remote_code: bool = False
+    """Run model code from the folder or the Hub."""
+    adapter: Path | None = None
+    """LoRA adapter folder, for Hugging Face models."""
+    tokenizer: str | None = None
+    """Tokenizer of an endpoint or a GGUF file."""
+    endpoint: EndpointConfig = field(default_factory=EndpointConfig)
+    """Settings of an endpoint; `top` and `api_key` also apply to endpoints only."""
+    top: int = 8
+    """Log-probabilities to keep for each token."""
+    api_key: str | None = field(default=None, repr=False)
+
+
 def open_teacher(
-    name: str,
-    dtype: str = "float32",
-    device: torch.device | str = "cpu",
-    revision: str | None = None,
-    trust_remote_code: bool = False,
-    tokenizer: str | None = None,
-    endpoint: EndpointConfig | None = None,
-    top: int = 8,
-    api_key: str | None = None,
-    adapter: Path | None = None,
+    name: str, options: TeacherOptions | None = None
 ) -> HuggingFaceTeacher | LlamaTeacher | GgufTeacher | EndpointTeacher:
-    """Open a teacher; `tokenizer` is for those that bring none, `endpoint`, `top` and `api_key` for
-    URLs.
-    """
+    """Open the teacher that `name` means; UsageError for options that do not apply to it."""
+    options = options or TeacherOptions()
+    dtype, device, adapter, tokenizer = (
+        options.dtype,
+        options.device,
+        options.adapter,
+        options.tokenizer,
+    )
     if adapter is not None and (is_endpoint(name) or name.endswith(".gguf")):
         raise UsageError(f"--adapter is for Hugging Face models, and {name} is none. Leave it out")
     if is_endpoint(name):
-        return EndpointTeacher(name, endpoint or EndpointConfig(), top, tokenizer, api_key)
+        return EndpointTeacher(name, options.endpoint, options.top, tokenizer, options.api_key)
     if name.endswith(".gguf"):
         return GgufTeacher(Path(name), dtype, device, tokenizer)
     if tokenizer is not None:
@@ -47,22 +65,24 @@ def open_teacher(
             f"--teacher-tokenizer-path is for endpoints and GGUF files; {name} brings its own. "
             "Leave it out"
         )
-    folder = local_folder(name, revision)
+    folder = local_folder(name, options.revision)
     refuse_quantized(folder)
-    if adapter is None and not trust_remote_code and is_own(folder):
+    if adapter is None and not options.trust_remote_code and is_own(folder):
         return LlamaTeacher(name, folder, dtype, device)
-    return HuggingFaceTeacher(name, dtype, device, revision, trust_remote_code, adapter)
+    return HuggingFaceTeacher(
+        name, dtype, device, options.revision, options.trust_remote_code, adapter
+    )
 
 
 def teacher_fingerprint(name: str) -> str:
-    """Fingerprint that a cache of this teacher would carry, without loading it."""
+    """Fingerprint that a cache of this teacher has, without loading the teacher."""
     if name.endswith(".gguf"):
         return gguf_fingerprint(Path(name))
     return model_fingerprint(find_encoder(name) or resolve_model(name))
 
 
 def teacher_tokenizer(name: str) -> Any:
-    """Tokenizer of a teacher whose files are here, without loading its weights."""
+    """Tokenizer of a local teacher, without loading its weights."""
     from xinslm.tokenizer.load import load_tokenizer
 
     return (

@@ -1,6 +1,4 @@
-"""Teachers in our own transformer: they score right-padded batches and write with a key-value
-cache.
-"""
+"""Teachers in our transformer: they score padded batches and generate with a key-value cache."""
 
 from functools import cached_property
 from pathlib import Path
@@ -10,8 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from xinslm.errors import XinslmError
-from xinslm.model.files import load_model, model_fingerprint
+from xinslm.model.files import check_vocabulary, load_model, model_fingerprint
 from xinslm.model.transformer import KVCache, Transformer
 from xinslm.teachers.generate import Step
 from xinslm.teachers.local import LocalTeacher
@@ -30,11 +27,7 @@ class OwnTeacher(LocalTeacher):
         tokenizer: Any,
         device: torch.device | str = "cpu",
     ) -> None:
-        if tokenizer.vocab_size > model.config.vocab_size:
-            raise XinslmError(
-                f"teacher {name}: its tokenizer has {tokenizer.vocab_size} ids, its output only "
-                f"{model.config.vocab_size} rows; the tokenizer belongs to another model"
-            )
+        check_vocabulary(model.config.vocab_size, tokenizer, name)
         self.name, self.folder, self.tokenizer = name, folder, tokenizer
         self.vocab_size: int = tokenizer.vocab_size
         self.num_layers, self.hidden_size = model.config.num_hidden_layers, model.config.hidden_size
@@ -42,11 +35,14 @@ class OwnTeacher(LocalTeacher):
         self.device = torch.device(device)
         self.model = model.to(self.device).eval().requires_grad_(False)
 
+    @cached_property
+    def fingerprint(self) -> str:
+        """Hash of the weights and the shape."""
+        return model_fingerprint(self.folder)
+
     @torch.no_grad()
     def states(self, sequences: list[np.ndarray]) -> Tensor:
-        """Hidden states of all tokens of the sequences, one behind the other: (total tokens,
-        hidden).
-        """
+        """Hidden states of all tokens of the sequences, concatenated: (total tokens, hidden)."""
         inputs, real = self.padded(sequences)
         hidden: Tensor = self.model.hidden(inputs)
         return hidden[real]
@@ -57,10 +53,8 @@ class OwnTeacher(LocalTeacher):
         return self.model.logits(states)[:, : self.vocab_size].float()
 
     @torch.inference_mode()
-    def _begin(self, ids: np.ndarray, room: int) -> tuple[Tensor, Step]:
-        """Read (B, T) ids; logits of what follows, and the function that takes one token a row
-        more.
-        """
+    def begin(self, ids: np.ndarray, room: int) -> tuple[Tensor, Step]:
+        """Read (B, T) ids; return the next logits and the step for one more token per row."""
         cache = KVCache(
             self.model.config,
             len(ids),
@@ -78,8 +72,8 @@ class OwnTeacher(LocalTeacher):
 
 
 class LlamaTeacher(OwnTeacher):
-    """A LLaMA or Mistral folder: the numbers of transformers to float32's rounding, without loading
-    transformers.
+    """A LLaMA or Mistral folder: results equal to transformers within float32 rounding, without
+    importing it.
     """
 
     def __init__(
@@ -90,8 +84,3 @@ class LlamaTeacher(OwnTeacher):
         super().__init__(
             name, folder, load_model(folder, getattr(torch, dtype)), load_tokenizer(folder), device
         )
-
-    @cached_property
-    def fingerprint(self) -> str:
-        """Hash of the weights and the shape."""
-        return model_fingerprint(self.folder)

@@ -29,7 +29,7 @@ from xinslm.errors import UsageError
 from xinslm.files import MANIFEST, write_manifest
 from xinslm.folders import locked
 from xinslm.losses.config import LossConfig
-from xinslm.losses.fused import LossMetrics, fused_loss
+from xinslm.losses.fused import HeadOptions, LossMetrics, fused_loss
 from xinslm.model.files import require_context
 from xinslm.progress import Listener, ignore
 from xinslm.teachers.adapter import KIND, VERSION, WEIGHTS, require_peft
@@ -230,7 +230,13 @@ class LoraObjective:
             bias = None if head.bias is None else head.bias[:vocab_size]
             text_only = LossConfig(alpha=1.0, beta=0.0)
             return fused_loss(
-                rows, head.weight[:vocab_size], labels, None, text_only, normaliser, bias=bias
+                rows,
+                head.weight[:vocab_size],
+                labels,
+                None,
+                text_only,
+                normaliser,
+                HeadOptions(bias),
             )[0]
         logits = teacher.model(input_ids=ids, use_cache=False).logits
         logits = logits.reshape(-1, logits.shape[-1])[chosen.to(device), :vocab_size]
