@@ -160,7 +160,7 @@ def first_key(entry):
 BAD = {
     "too few": (
         change(lambda a: [entry_of(a).pop(key) for key in list(entry_of(a))[1:4]]),
-        r"token 3: [34] log-probabilities came where 6 were asked for; take a smaller --top-k",
+        r"token 3: .* has [34] log-probabilities, but 6 were requested; pass a smaller --top-k",
     ),
     "ids out of range": (
         change(
@@ -172,7 +172,7 @@ BAD = {
     ),
     "other tokens": (
         change(lambda a: entry_of(a)[first_key(entry_of(a))].update(decoded_token="Zebra")),
-        r"token 3: token id \d+ is 'Zebra' to the server and .* the vocabularies differ",
+        r"token 3: token id \d+ is 'Zebra' on the server and .* the vocabularies differ",
     ),
     "NaN": (
         change(lambda a: entry_of(a)[first_key(entry_of(a))].update(logprob=float("nan"))),
@@ -192,7 +192,7 @@ BAD = {
     ),
     "positions": (
         change(lambda a: a["choices"][0]["prompt_logprobs"].pop()),
-        r"speaks of \d+ tokens where \d+ were sent",
+        r"has \d+ tokens, but \d+ were sent",
     ),
     "hole": (
         change(lambda a: a["choices"][0]["prompt_logprobs"].__setitem__(3, None)),
@@ -200,10 +200,10 @@ BAD = {
     ),
     "own token": (
         change(lambda a: entry_of(a).pop(first_key(entry_of(a)))),
-        r"token 3: the token that was sent, \d+, is not among the answer's",
+        r"token 3: the response does not include the token that was sent, \d+",
     ),
-    "no choices": (change(lambda a: a.pop("choices")), "the answer has no 'choices'"),
-    "refused": ((400, {}, {"error": {"message": "too long"}}), "the server says 400 too long"),
+    "no choices": (change(lambda a: a.pop("choices")), "the response has no 'choices'"),
+    "refused": ((400, {}, {"error": {"message": "too long"}}), "the server returned 400 too long"),
 }
 
 
@@ -241,11 +241,11 @@ def whole(small, tmp_path_factory):
 @pytest.mark.parametrize(
     ("mischief", "message"),
     [
-        ("hang", "no answer within 0.5 s"),
-        ("cut", r"the answer ended after [\d,]+ bytes, in the middle"),
+        ("hang", "no response within 0.5 s"),
+        ("cut", r"the response is incomplete: it ended after [\d,]+ bytes"),
         ("close", r"the connection failed \(.*\)"),
-        (b'{"choices": [{"prompt_log', "the answer is not valid JSON; it begins with .*"),
-        ((500, {}, {"detail": "out of memory"}), "the server says 500 out of memory"),
+        (b'{"choices": [{"prompt_log', "the response is not valid JSON; it begins with .*"),
+        ((500, {}, {"detail": "out of memory"}), "the server returned 500 out of memory"),
     ],
 )
 def test_passing_trouble_is_tried_again_and_lasting_trouble_is_named(
@@ -256,7 +256,9 @@ def test_passing_trouble_is_tried_again_and_lasting_trouble_is_named(
     assert shards(tmp_path / "c") == whole
     with (
         FakeVllm(small.teacher, lambda n, *_: mischief if n >= 5 else None) as server,
-        pytest.raises(XinslmError, match=rf"{message} \(2 tries in .*run the same command again"),
+        pytest.raises(
+            XinslmError, match=rf"{message} \(2 attempts in .*run the same command again"
+        ),
     ):
         score.run(config(small, server.url, tmp_path / "d"))
     with FakeVllm(small.teacher) as server:  # at another address, more patiently
@@ -339,7 +341,7 @@ def test_servers_that_cannot_score_are_told_apart_when_opened(small, tmp_path):
         answer["choices"][0].pop("prompt_logprobs", None)
 
     for mischief, reason in (
-        (silent, "leaves prompt_logprobs unanswered"),
+        (silent, "ignores prompt_logprobs"),
         (
             (400, {}, {"error": {"message": "Unknown parameter: 'prompt_logprobs'"}}),
             "Unknown parameter",
@@ -364,7 +366,7 @@ def test_other_refusals(small, tmp_path):
             )
         with pytest.raises(
             UsageError,
-            match=r"no tokenizer is found under the name tiny; give .*--teacher-tokenizer-path",
+            match=r"no tokenizer was found for tiny; pass .*--teacher-tokenizer-path",
         ):
             score.run(config(small, server.url, tmp_path / "c", teacher_tokenizer_path=None))
         with pytest.raises(
@@ -376,7 +378,7 @@ def test_other_refusals(small, tmp_path):
         from xinslm.tokenizer.bpe import BPETokenizer
 
         BPETokenizer.prefix_of(BPETokenizer.load(small.tokenizer), 300).save(tmp_path / "other")
-        with pytest.raises(UsageError, match="the same ids mean other text"):
+        with pytest.raises(UsageError, match="the same ids mean different text"):
             score.run(
                 config(
                     small,
@@ -431,11 +433,11 @@ def test_key_comes_from_a_file_or_a_variable_and_is_written_nowhere(
 def test_an_address_with_a_password_is_refused_before_anything_is_written(small, tmp_path):
     with FakeVllm(small.teacher) as server:
         url = server.url.replace("http://", "http://user:hunter2@")
-        with pytest.raises(UsageError, match="must not hold a password") as caught:
+        with pytest.raises(UsageError, match="must not contain a password") as caught:
             score.run(config(small, url, tmp_path / "c"))
         assert "hunter2" not in str(caught.value) and not (tmp_path / "c").exists()
     settings = {"data_path": small.data, "output_dir": tmp_path / "run", "teacher": url}
-    with pytest.raises(UsageError, match="must not hold a password") as caught:
+    with pytest.raises(UsageError, match="must not contain a password") as caught:
         train.run(DistillConfig(**settings))
     assert "hunter2" not in str(caught.value)
     written = [path.read_text() for path in (tmp_path / "run").rglob("*") if path.is_file()]

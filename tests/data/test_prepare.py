@@ -239,7 +239,7 @@ def test_the_share_held_back_is_the_one_asked_for(make, tmp_path, sizes, seed):
 def test_a_share_that_cannot_hold_is_said_in_the_summary(make, tmp_path):
     chats = [{"prompt": "why?", "response": "so " * n} for n in (1000, 2000, 3000)]
     result = make(chats)
-    assert "note: validation holds 16.7% of the tokens, not 5.0%" in result.describe()
+    assert "note: validation has 16.7% of the tokens, not 5.0%" in result.describe()
     assert len(open_dataset(tmp_path / "out").split("validation").document_bytes) == 1
     result = make(chats, validation_fraction=0.15, force=True)
     assert "note:" not in result.describe()
@@ -250,7 +250,7 @@ def test_max_tokens_are_left_to_train_on(make):
     result = make(books, max_tokens=39_900)
     assert result.splits["train"]["tokens"] >= 39_900
     assert 0 < result.splits["validation"]["tokens"] < 200
-    assert "note: validation holds 0." in result.describe()
+    assert "note: validation has 0." in result.describe()
 
 
 def test_a_cut_without_lines_and_spaces_is_between_characters(make, tmp_path):
@@ -300,7 +300,9 @@ def test_max_tokens_stops_at_a_document(make, tmp_path):
     assert result.splits["train"]["documents"] == 2
     there = sum(len(story) + 2 for story in stories(60))
     assert there < 2000
-    with pytest.raises(XinslmError, match=rf"asks for 2,000 tokens .* the data holds {there:,}\."):
+    with pytest.raises(
+        XinslmError, match=rf"max-tokens is 2,000, .* only {there:,} training tokens\."
+    ):
         make(stories(60), validation_fraction=0.0, max_tokens=2000, force=True)
     assert open_dataset(tmp_path / "out").manifest["splits"]["train"]["documents"] == 2
 

@@ -135,9 +135,9 @@ def test_folder_is_read_in_order_and_says_what_it_leaves_out(put, tmp_path):
 
 def test_folder_without_anything_usable(put, tmp_path):
     put("d/picture.png", "x")
-    assert "holds only picture.png" in error(str(tmp_path / "d"), kind=UsageError)
+    assert "contains only picture.png" in error(str(tmp_path / "d"), kind=UsageError)
     (tmp_path / "e").mkdir()
-    assert "holds no file" in error(str(tmp_path / "e"), kind=UsageError)
+    assert "contains no file" in error(str(tmp_path / "e"), kind=UsageError)
 
 
 def test_saved_datasets(tmp_path):
@@ -193,7 +193,7 @@ def test_text_field(put):
         ),
         ('{"text": 3}', ["'text' must be text, but is a number"]),
         ('{"text": null}', ["'text' must be text, but is null"]),
-        ('["text"]', ["holds a list"]),
+        ('["text"]', ["found a list"]),
         ('{"messages": []}', ["must be a list of messages, but is an empty list"]),
         (
             '{"messages": [{"role": "robot", "content": "x"}]}',
@@ -201,7 +201,7 @@ def test_text_field(put):
         ),
         ('{"messages": [{"role": "user"}]}', ["messages[0]: has no 'content'"]),
         ('{"text": "\\ud800"}', ["half a surrogate pair"]),
-        ('{"text": "half', ["not valid JSON", "half-written"]),
+        ('{"text": "half', ["not valid JSON", "incomplete"]),
         ("[" * 100_000, ["not valid JSON"]),
         ('{"text": ' + "9" * 5000 + "}", ["not valid JSON"]),
     ],
@@ -242,14 +242,14 @@ def test_wrong_encoding_names_the_byte(put):
 def test_binary_is_refused(put):
     path = put("a.txt", b"some\nt\0ext")
     assert error(path) == f"{path}:2: not a text file (NUL at byte 6)"
-    assert "not a sound Parquet file" in error(put("a.parquet", b"PAR1 no"))
+    assert "not a valid Parquet file" in error(put("a.parquet", b"PAR1 no"))
 
 
 def test_damaged_gzip_names_the_file(put):
     whole = gzip.compress(b'{"text": "a"}\n' * 5000)
-    assert "a.jsonl.gz: the .gz file ends in the middle" in error(put("a.jsonl.gz", whole[:-20]))
-    assert "b.jsonl.gz: not a sound .gz file" in error(put("b.jsonl.gz", b"plain"))
-    assert "c.jsonl.gz: not a sound .gz file" in error(
+    assert "a.jsonl.gz: the .gz file is incomplete" in error(put("a.jsonl.gz", whole[:-20]))
+    assert "b.jsonl.gz: not a valid .gz file" in error(put("b.jsonl.gz", b"plain"))
+    assert "c.jsonl.gz: not a valid .gz file" in error(
         put("c.jsonl.gz", whole[:-6] + b"\1\2" + whole[-4:])
     )
 
@@ -268,8 +268,8 @@ def test_a_missing_path_names_near_ones(put, tmp_path):
     put("other.bin", "x")
     message = error(str(tmp_path / "storis.txt"), kind=UsageError)
     assert f"Did you mean {tmp_path / 'stories.txt'}?" in message
-    assert f"{tmp_path} is there" in error(str(tmp_path / "qq" / "x.txt"), kind=UsageError)
-    assert "unknown kind of file" in error(str(tmp_path / "other.bin"), kind=UsageError)
+    assert f"{tmp_path} exists, but" in error(str(tmp_path / "qq" / "x.txt"), kind=UsageError)
+    assert "unknown file type" in error(str(tmp_path / "other.bin"), kind=UsageError)
 
 
 def test_paths_are_checked_before_anything_is_read(put, tmp_path):
@@ -282,6 +282,6 @@ def test_a_hub_name_without_a_connection_says_what_to_do(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
     message = error("someone/stories")
-    assert "someone/stories is no path here" in message and "--data-path" in message
+    assert "someone/stories is not a local path" in message and "--data-path" in message
     with pytest.raises(UsageError, match=r"stories does not exist.*OWNER/NAME"):
         texts("stories")

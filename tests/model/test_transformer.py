@@ -118,7 +118,7 @@ def test_a_full_cache_refuses() -> None:
     model, _ = random_pair(TINY)
     cache = KVCache(TINY, batch=1, max_length=4)
     logits_of(model, random_ids(1, 4), cache=cache)
-    with pytest.raises(ValueError, match="holds 4 positions, 5 are needed"):
+    with pytest.raises(ValueError, match="has 4 positions, but 5 are needed"):
         logits_of(model, random_ids(1, 1), cache=cache)
 
 

@@ -67,7 +67,7 @@ def test_more_layers_than_weights_are_refused_before_they_are_built(damaged, mon
     }
     manifest.write_text(json.dumps(facts))
     monkeypatch.setattr("xinslm.quantize.canonical.Transformer", lambda *_: pytest.fail("built"))
-    with pytest.raises(XinslmError, match="asks for 1,000,000,000,000 layers"):
+    with pytest.raises(XinslmError, match="has 1,000,000,000,000 layers"):
         load_quantized(folder)
 
 

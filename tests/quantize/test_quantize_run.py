@@ -257,7 +257,7 @@ def test_other_programs_do_not_take_it_for_a_model(gptq):
     for kind in (transformers.AutoModelForCausalLM, transformers.LlamaForCausalLM):
         with pytest.raises(OSError, match=r"no file named model\.safetensors"):
             kind.from_pretrained(gptq[0])
-    with pytest.raises(UsageError, match="is quantized; give the model"):
+    with pytest.raises(UsageError, match="is quantized; pass the model"):
         load_model(gptq[0])
     text = "The quick brown fox"
     ids = transformers.AutoTokenizer.from_pretrained(gptq[0])(text).input_ids
@@ -350,7 +350,7 @@ def test_a_model_without_its_own_tokenizer_is_refused_before_the_work(folders, t
     save_random_model(tmp_path / "model", vocab_size=300)  # its tokenizer has 320 ids
     seen = []
     with pytest.raises(
-        XinslmError, match="the tokenizer beside the model has 320 ids, the model only 300 rows"
+        XinslmError, match="the tokenizer has 320 ids, but the model's embedding only 300 rows"
     ):
         run(
             QuantizeConfig(tmp_path / "model", tmp_path / "out", folders / "data", method=method),
@@ -358,7 +358,7 @@ def test_a_model_without_its_own_tokenizer_is_refused_before_the_work(folders, t
         )
     for path in (tmp_path / "model").glob("*token*"):
         path.unlink()
-    with pytest.raises(XinslmError, match=r"there is no tokenizer\.json"):
+    with pytest.raises(XinslmError, match=r"it has no tokenizer\.json"):
         run(
             QuantizeConfig(tmp_path / "model", tmp_path / "out", folders / "data", method=method),
             seen.append,

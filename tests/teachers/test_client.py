@@ -133,14 +133,14 @@ def test_when_all_tries_fail_the_last_reason_is_told():
         client = Client(server.url, EndpointConfig(retries=2), pace=clock.pace(None, None))
         with pytest.raises(
             XinslmError,
-            match=r"POST .*/v1/x: the server says 502 no route \(3 tries in .*same command",
+            match=r"POST .*/v1/x: the server returned 502 no route \(3 attempts in .*same command",
         ):
             client.post("/x", {})
 
 
 def test_connection_that_is_refused_is_a_clear_error():
     client = Client("http://127.0.0.1:9", EndpointConfig(retries=1), pace=Clock().pace(None, None))
-    with pytest.raises(XinslmError, match=r"the connection failed .*2 tries"):
+    with pytest.raises(XinslmError, match=r"the connection failed .*2 attempts"):
         client.get("/models")
 
 
@@ -150,10 +150,10 @@ def test_refusals_are_not_tried_again_and_keys_are_never_shown():
         (401, {}, b'{"error": "wrong sk-secret"}'),
     ) as server:
         client = Client(server.url, EndpointConfig(), "sk-secret")
-        with pytest.raises(RefusedError, match=r"the server says 400 bad \*\*\*$"):
+        with pytest.raises(RefusedError, match=r"the server returned 400 bad \*\*\*$"):
             client.post("/x", {})
         with pytest.raises(
-            UsageError, match=r"401: wrong \*\*\*. Give the key with --endpoint.api-key-file"
+            UsageError, match=r"401: wrong \*\*\*. Pass the API key with --endpoint.api-key-file"
         ):
             client.post("/x", {})
         assert server.keys == ["Bearer sk-secret"] * 2
@@ -161,7 +161,7 @@ def test_refusals_are_not_tried_again_and_keys_are_never_shown():
 
 def test_a_key_that_no_header_can_hold_is_refused_and_not_shown():
     for key in ("sk-a\nsk-b", "sk-a sk-b", "sk-a\x00", "sk-ä", "  "):
-        with pytest.raises(UsageError, match="must hold one key and nothing else") as caught:
+        with pytest.raises(UsageError, match="must contain one key and nothing else") as caught:
             Client("http://localhost/v1", EndpointConfig(), key)
         assert "sk-" not in str(caught.value)
 
@@ -216,7 +216,7 @@ HEAD = b"HTTP/1.1 200 OK\r\n"
 def test_an_answer_that_drips_ends_at_the_deadline(head, piece, pause):
     with Bytes(head, piece, pause) as server:
         client = Client(server.url, EndpointConfig(retries=0, timeout_seconds=0.3))
-        with pytest.raises(XinslmError, match=r"no answer within 0.3 s \(one try"):
+        with pytest.raises(XinslmError, match=r"no response within 0.3 s \(1 attempt"):
             client.post("/x", {})
         assert server.sent < 400 * len(piece), "the client hung up before the server stopped"
 
@@ -235,7 +235,7 @@ def test_an_answer_that_drips_ends_at_the_deadline(head, piece, pause):
 def test_an_answer_that_does_not_end_is_not_kept_in_memory(head, piece):
     config = EndpointConfig(max_answer_megabytes=2, timeout_seconds=10)
     with Bytes(head, piece) as server:
-        with pytest.raises(XinslmError, match=r"more than 2 MB.*--endpoint.max-answer-megabytes"):
+        with pytest.raises(XinslmError, match=r"exceeds 2 MB.*--endpoint.max-answer-megabytes"):
             Client(server.url, config).post("/x", {})
         assert server.sent < 1e8
 
@@ -244,7 +244,7 @@ def test_answers_that_break_off_or_lie_about_their_size_are_tried_again():
     for head in (b"Content-Length: 9\r\n\r\n{}", b"Transfer-Encoding: chunked\r\n\r\n-5\r\n{}"):
         with Bytes(HEAD + head) as server:
             client = Client(server.url, EndpointConfig(retries=1), pace=Clock().pace(None, None))
-            with pytest.raises(XinslmError, match="2 tries"):
+            with pytest.raises(XinslmError, match="2 attempts"):
                 client.post("/x", {})
 
 

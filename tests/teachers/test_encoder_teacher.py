@@ -118,7 +118,7 @@ def test_broken_encoders_are_refused_by_name(tmp_path):
         open_encoder(folder)
     small = save_encoder(tmp_path / "small", vocab_size=100)
     with pytest.raises(
-        XinslmError, match="its input only 100 rows; the tokenizer belongs to another model"
+        XinslmError, match="its embedding only 100 rows; the tokenizer belongs to another model"
     ):
         open_encoder(small)
     bare = save_encoder(tmp_path / "bare")

@@ -200,7 +200,7 @@ def test_files_that_cannot_teach_are_refused_by_name(tmp_path):
     tokenizer = str(tmp_path / "model")
     with pytest.raises(
         UsageError,
-        match=r"other.gguf has no tokenizer in it; give the model's with --teacher-tokenizer-path",
+        match=r"other.gguf contains no tokenizer; pass the model's with --teacher-tokenizer-path",
     ):
         GgufTeacher(tmp_path / "other.gguf")
     with pytest.raises(UsageError, match=r"holds a rwkv6 model; .*Hugging Face folder"):
@@ -275,7 +275,7 @@ def test_more_blocks_than_the_file_can_hold_are_refused_before_they_are_built(
         lambda reader: (reader.fields["llama.block_count"].parts[-1], 10**6),
     )
     monkeypatch.setattr("xinslm.teachers.gguf.Transformer", lambda *_: pytest.fail("it was built"))
-    with pytest.raises(XinslmError, match=r"m.gguf asks for 1,000,000 layers, but .* hold \d+ w"):
+    with pytest.raises(XinslmError, match=r"m.gguf has 1,000,000 layers, but .* only \d+ w"):
         GgufTeacher(tmp_path / "m.gguf")
 
 
@@ -312,7 +312,7 @@ def test_unknown_split_rules_ask_for_the_tokenizer():
         "tokenizer.ggml.token_type": [1],
     }
     with pytest.raises(
-        UsageError, match=r"split rule 'tekken' is not known here.*--teacher-tokenizer-path"
+        UsageError, match=r"split rule 'tekken' is not supported.*--teacher-tokenizer-path"
     ):
         read_tokenizer(keys, "x.gguf")
     with pytest.raises(UsageError, match="tokenizer of kind 'bert'"):

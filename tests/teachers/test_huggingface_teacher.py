@@ -141,7 +141,7 @@ def test_more_layers_than_weights_are_refused_before_they_are_built(
     monkeypatch.setattr(
         transformers.AutoModelForCausalLM, "from_pretrained", lambda *_, **__: pytest.fail("built")
     )
-    with pytest.raises(XinslmError, match=r"asks for 1,000,000,000,000 layers, but .* hold \d+"):
+    with pytest.raises(XinslmError, match=r"has 1,000,000,000,000 layers, but .* only \d+"):
         open_teacher(str(tmp_path))
 
 

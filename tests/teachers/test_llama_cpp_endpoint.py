@@ -79,7 +79,7 @@ def test_it_is_told_apart_from_servers_that_score_given_text(served):
     teacher = EndpointTeacher(url, EndpointConfig(), tokenizer=str(folder))
     with pytest.raises(
         UsageError,
-        match=r"cannot score a given text \(it leaves prompt_logprobs unanswered\).*synthesize",
+        match=r"cannot score a given text \(it ignores prompt_logprobs\).*synthesize",
     ):
         teacher.require_scoring()
 

@@ -104,7 +104,7 @@ def test_template_that_rewrites_answers_is_refused(ours):
     # characters around the content survive this
     with_template(ours, upper).apply_chat_template(CHAT)
     hashed = "{% for m in messages %}{{ m.content | length }}{% endfor %}"
-    with pytest.raises(XinslmError, match="cannot tell which tokens"):
+    with pytest.raises(XinslmError, match="cannot find the assistant's tokens"):
         with_template(ours, hashed).apply_chat_template(CHAT)
 
 
@@ -128,7 +128,7 @@ def test_templates_that_do_not_end_are_stopped_with_a_message(ours, monkeypatch)
     calls = "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}"
     for template, message in (
         (loops, r"chat template was stopped: it runs for more than .* chat_template\.jinja"),
-        ("{{ 'a' * 10**10 }}", "chat template was stopped: it makes too much"),
+        ("{{ 'a' * 10**10 }}", "chat template was stopped: it produces too much"),
         (calls, "chat template fails on this conversation: RecursionError"),
         ("{{ range(10**9) }}", "chat template fails on this conversation: OverflowError"),
     ):

@@ -135,5 +135,5 @@ def test_another_tokenizer_keeps_what_its_files_say(ours, tmp_path):
 
 def test_a_start_outside_the_vocabulary_is_refused(ours, tmp_path):
     ours.save(tmp_path)
-    with pytest.raises(XinslmError, match=r"tokenizer\.json.*ids \[600\], of which one is unknown"):
+    with pytest.raises(XinslmError, match=r"tokenizer\.json.*ids \[600\], which are not all in"):
         load_tokenizer(edited(tmp_path, template(("<|pad|>", 600))))

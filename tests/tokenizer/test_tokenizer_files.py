@@ -158,7 +158,7 @@ def test_files_that_are_no_tokenizer(tmp_path, folder):
     with pytest.raises(XinslmError, match="does not exist"):
         load_tokenizer(tmp_path / "nowhere")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(XinslmError, match=r"there is no tokenizer\.json"):
+    with pytest.raises(XinslmError, match=r"it has no tokenizer\.json"):
         load_tokenizer(tmp_path / "empty")
     text = (folder / "tokenizer.json").read_bytes()
     bad = tmp_path / "tokenizer.json"
@@ -168,8 +168,8 @@ def test_files_that_are_no_tokenizer(tmp_path, folder):
         (pickle.dumps({"a": 1}), "is a pickle"),
         (b"\xff\xfe\x00binary", "not a JSON file"),
         (b"[1, 2]", "has no 'model'"),
-        (b'{"model": {"type": "BPE"}}', "not a sound tokenizer.json"),
-        (b'{"model": {"type": "BPE", "vocab": [], "merges": 3}}', "not a sound tokenizer.json"),
+        (b'{"model": {"type": "BPE"}}', "not a valid tokenizer.json"),
+        (b'{"model": {"type": "BPE", "vocab": [], "merges": 3}}', "not a valid tokenizer.json"),
     ]:
         bad.write_bytes(content)
         with pytest.raises(XinslmError, match=message):

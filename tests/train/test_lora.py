@@ -195,7 +195,7 @@ def test_an_adapter_of_another_base_is_refused(small, tmp_path):
     ):
         HuggingFaceTeacher(str(tmp_path / "shallow"), adapter=foreign)
     save_llama(tmp_path / "wide", small.tokenizer, intermediate_size=96)
-    with pytest.raises(XinslmError, match="cannot be put on teacher"):
+    with pytest.raises(XinslmError, match="cannot be applied to teacher"):
         HuggingFaceTeacher(str(tmp_path / "wide"), adapter=foreign)
 
 

@@ -1,1 +1,1 @@
-"""Raw corpora in, datasets of tokens out, and the fixed-shape batches that are made of them."""
+"""Reads raw corpora, writes datasets of tokens, and packs them into batches of fixed shape."""

@@ -1,11 +1,11 @@
-"""The dataset folder as the later stages see it: mapped token streams, document offsets, loss mask.
+"""The dataset folder as later stages read it: memory-mapped tokens, document offsets, loss mask.
 
 Layout (kind "dataset", version 1), for each of `train/` and `validation/`: `tokens.bin`
-(little-endian uint16, or uint32 for more than 65,536 ids; all documents one after another),
+(little-endian uint16, or uint32 for more than 65,536 ids; all documents concatenated),
 `mask.bin` (uint8, 1 = this token counts as a target), `documents.npy` (int64 offsets, n+1),
 `document_bytes.npy` (int64, UTF-8 bytes of each document's text), `document_sources.npy` (int64,
-the source of each document, a place in the manifest's `source_names`; it names no token and is no
-part of the fingerprint). `tokenizer/` holds the tokenizer, so that the folder stands alone.
+the source of each document, an index into the manifest's `source_names`; not part of the
+fingerprint). `tokenizer/` holds the tokenizer, so that the folder is self-contained.
 
     dataset = open_dataset(Path("data"))
     rows = PackedDataset(dataset.split("train"), row_length=512)
@@ -26,20 +26,18 @@ SOURCES = "document_sources.npy"
 
 @dataclass(frozen=True)
 class Split:
-    """The documents of one split, one after another."""
+    """The concatenated documents of one split."""
 
     tokens: np.ndarray
     """Token ids, uint16 or uint32, (tokens,)."""
     mask: np.ndarray
-    """1 where the token is a target that counts, uint8, (tokens,); never on a document's first
-    token.
-    """
+    """1 if the token is a target, uint8, (tokens,); a document's first token is never one."""
     documents: np.ndarray
     """Offsets of the documents in the stream, int64, (documents + 1,)."""
     document_bytes: np.ndarray
-    """UTF-8 bytes of each document's text, of a chat's answers only; int64, (documents,)."""
+    """UTF-8 bytes of each document's text, or of a chat's answers; int64, (documents,)."""
     vocab_size: int
-    """Number of ids of the tokenizer; all tokens are below it."""
+    """Number of ids of the tokenizer; all tokens are less than it."""
     name: str = ""
     """'train' or 'validation'."""
 
@@ -51,7 +49,7 @@ class Dataset:
     folder: Path
     manifest: dict[str, Any]
     fingerprint: str
-    """Names the tokens, not the folder: the same data prepared again, elsewhere, has the same
+    """Hash of the tokens, independent of the folder: preparing the same data again gives the same
     fingerprint.
     """
     tokenizer_fingerprint: str
@@ -75,21 +73,20 @@ class Dataset:
             ends == len(split.tokens) == len(split.mask) and count == len(split.document_bytes)
         ):
             raise XinslmError(
-                f"{folder}: its files do not belong together. Make the dataset anew with `xinslm "
-                "prepare`"
+                f"{folder}: its files do not belong together. Create the dataset again with "
+                "`xinslm prepare`"
             )
         return split
 
     def sources(self, name: str) -> np.ndarray:
-        """Source of each document of a split, an index into `source_names` of the manifest; int64,
-        (documents,).
+        """Return the source of each document of a split, an index into the manifest's
+        `source_names`; int64, (documents,).
         """
         path = self.folder / name / SOURCES
         if not path.is_file() or not isinstance(self.manifest.get("source_names"), list):
             raise UsageError(
-                f"{self.folder} does not say which source a document is from: it was prepared by "
-                "an older xinslm. "
-                f"Make it anew with `xinslm prepare`; caches of it still fit"
+                f"{self.folder} does not record the source of each document: an older xinslm "
+                "prepared it. Create it again with `xinslm prepare`; its caches remain valid"
             )
         sources: np.ndarray = np.load(path, allow_pickle=False)
         return sources
@@ -101,12 +98,12 @@ def _map(path: Path, dtype: np.dtype) -> np.ndarray:
 
 
 def open_dataset(folder: Path, check_hashes: bool = True) -> Dataset:
-    """Open a folder that `xinslm prepare` made, after checking that it is complete and intact."""
+    """Open a folder of `xinslm prepare`, after checking that it is complete and intact."""
     folder = Path(folder)
     manifest = read_manifest(folder, KIND, VERSION, "xinslm prepare", check_hashes=check_hashes)
     if damage := _damage(manifest):
         raise XinslmError(
-            f"{folder / MANIFEST}: {damage}. Make the dataset anew with `xinslm prepare`"
+            f"{folder / MANIFEST}: {damage}. Create the dataset again with `xinslm prepare`"
         )
     tokenizer = manifest["inputs"]["tokenizer"]
     hashes = {name: facts["sha256"] for name, facts in manifest["files"].items()}
@@ -121,22 +118,21 @@ def open_dataset(folder: Path, check_hashes: bool = True) -> Dataset:
 
 
 def _damage(manifest: dict[str, Any]) -> str | None:
-    """Say what a dataset's manifest lacks of what is read from it later."""
+    """Return what is wrong with a dataset's manifest; None if nothing."""
     inputs, splits, files = (manifest.get(key) for key in ("inputs", "splits", "files"))
     if not isinstance(inputs, dict) or not isinstance(inputs.get("tokenizer"), str):
         return "the tokenizer's fingerprint ('inputs.tokenizer') is missing"
     if not isinstance(splits, dict) or not all(
         isinstance(facts, dict) for facts in splits.values()
     ):
-        return "'splits' must hold an object for each split"
+        return "'splits' must contain an object for each split"
     if not isinstance(files, dict) or not all(
         isinstance(f, dict) and "sha256" in f for f in files.values()
     ):
-        return "'files' must hold the size and hash of each file"
+        return "'files' must contain the size and hash of each file"
     if type(manifest.get("vocab_size")) is not int or manifest["vocab_size"] < 1:
         return (
-            f"'vocab_size' is {manifest.get('vocab_size')!r}, but must be a whole number of at "
-            "least 1"
+            f"'vocab_size' is {manifest.get('vocab_size')!r}, but must be an integer of at least 1"
         )
     if manifest.get("dtype") not in ("uint16", "uint32"):
         return f"'dtype' is {manifest.get('dtype')!r}, but must be 'uint16' or 'uint32'"
@@ -147,10 +143,8 @@ def require_tokenizer(dataset: Dataset, fingerprint: str, what: str) -> None:
     """Raise UsageError unless `what` ('the model runs/a') uses the tokenizer of the dataset."""
     if fingerprint != dataset.tokenizer_fingerprint:
         raise UsageError(
-            f"the tokenizer of {what} ({fingerprint[:12]}) is not the one that {dataset.folder} "
-            "was made "
-            f"with ({dataset.tokenizer_fingerprint[:12]}): the same ids mean other text. Prepare "
-            "the data "
-            f"again with `xinslm prepare --tokenizer-path` of {what}, or use what belongs to "
-            f"{dataset.folder / 'tokenizer'}"
+            f"the tokenizer of {what} ({fingerprint[:12]}) is not that of {dataset.folder} "
+            f"({dataset.tokenizer_fingerprint[:12]}): the same ids mean different text. Prepare "
+            "the data again with `xinslm prepare` and --tokenizer-path set to the tokenizer of "
+            f"{what}, or use one that has the tokenizer {dataset.folder / 'tokenizer'}"
         )

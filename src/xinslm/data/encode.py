@@ -1,4 +1,4 @@
-"""Documents to token ids with a loss mask: what exactly a model sees of a text or of a chat."""
+"""Encodes documents: the token ids and the loss mask of a text or a chat."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,19 +18,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Encoded:
-    """One document as the dataset holds it."""
+    """One document as the dataset stores it."""
 
     tokens: np.ndarray
     mask: np.ndarray
-    """uint8, 1 = this token counts as a target; the first never does, for nothing predicts it."""
+    """uint8, 1 = this token is a target; the first never is, because nothing predicts it."""
     num_bytes: int
-    """UTF-8 bytes of the text that the targets stand for: of a chat, the answers."""
+    """UTF-8 bytes of the text of the targets: of a chat, the answers."""
 
 
 class Encoder:
-    """Encodes documents with one tokenizer; `document_end` names the token that closes a plain
-    text.
-    """
+    """Encodes documents with one tokenizer; `document_end` selects the last token of a text."""
 
     def __init__(
         self, tokenizer: "Tokenizer", document_end: DocumentEnd, train_on_prompts: bool
@@ -47,7 +45,7 @@ class Encoder:
         self._end = [] if last is None else [last]
 
     def __call__(self, documents: Sequence[Document]) -> list[Encoded]:
-        """Encode documents, plain texts in one batch."""
+        """Encode documents; plain texts are encoded in one batch."""
         texts = [document.text for document in documents if document.text is not None]
         ids, offsets = self.tokenizer.encode_batch(texts)
         plain = (ids[begin:end] for begin, end in pairwise(offsets))
@@ -65,12 +63,13 @@ class Encoder:
         return Encoded(tokens, mask, num_bytes)
 
     def can_cut(self, document: Document, encoded: Encoded) -> bool:
-        """Whether a document is a plain text of at least two tokens."""
+        """Return whether a document is a plain text of at least two tokens."""
         frame = len(self._start) + len(self._end)
         return document.text is not None and len(encoded.tokens) >= frame + 2
 
     def cut(self, encoded: Encoded, tail_tokens: int) -> tuple[Encoded, Encoded]:
-        """Cut a plain text into two that are framed as it is, the second of at most `tail_tokens`.
+        """Cut a plain text into two with the same start and end tokens, the second of at most
+        `tail_tokens`.
 
         The cut is at the first line end in the first quarter of the tail, else at a space.
         """
@@ -85,7 +84,9 @@ class Encoder:
         return head, self._plain(tail, tail_bytes)
 
     def _boundary(self, tokens: np.ndarray, first: int, last: int) -> int:
-        """The best place for a cut in `first`..`last`; never inside a character if it can."""
+        """Return the best index for a cut in `first`..`last`, inside a character only if
+        unavoidable.
+        """
         data = [self.tokenizer.token_bytes(int(token)) for token in tokens[first - 1 : last + 1]]
         pairs = list(enumerate(pairwise(data), start=first))
         for is_good in (
@@ -102,9 +103,8 @@ class Encoder:
         if self.tokenizer.chat_template is None:
             raise XinslmError(
                 f"{document.source} is a chat, but the tokenizer has no chat template. Put one "
-                "into the "
-                f"tokenizer's folder as chat_template.jinja, or use a tokenizer that has one "
-                f"(`xinslm tokenizer train` adds it)"
+                "into the tokenizer's folder as chat_template.jinja, or use a tokenizer that has "
+                "one (`xinslm tokenizer train` adds it)"
             )
         messages = [dict(message) for message in document.messages or ()]
         ids, targets = self.tokenizer.apply_chat_template(messages)
@@ -124,9 +124,10 @@ _FIRST_LINES, _LAST_LINES, _SCREEN_TOKENS = 12, 8, 2000
 
 
 def show(tokenizer: "Tokenizer", document: Document, encoded: Encoded) -> str:
-    """A document's tokens, '|' between them, in runs of equal mask: `-` is context, `+` is learnt.
+    """Format a document's tokens, separated by '|', in runs of equal mask: `-` is context, `+` are
+    targets.
 
-    Of a long document, the beginning and the end are shown: one screen.
+    A long document is shortened to one screen: its beginning and end.
     """
     targets = int(encoded.mask.sum())
     lines = [f"{document.source}: {len(encoded.tokens):,} tokens, {targets:,} of them targets"]
@@ -147,8 +148,8 @@ def show(tokenizer: "Tokenizer", document: Document, encoded: Encoded) -> str:
 def _lines(tokenizer: "Tokenizer", tokens: np.ndarray, mask: np.ndarray) -> list[str]:
     lines = []
     pairs = zip(mask.tolist(), tokens.tolist(), strict=True)
-    for learnt, run in groupby(pairs, key=lambda pair: pair[0]):
-        line = sign = "  + " if learnt else "  - "
+    for is_target, run in groupby(pairs, key=lambda pair: pair[0]):
+        line = sign = "  + " if is_target else "  - "
         for _, token in run:
             text = _visible(tokenizer.token_bytes(token)) + "|"
             if len(line) + len(text) > 110 and line != sign:
@@ -160,9 +161,7 @@ def _lines(tokenizer: "Tokenizer", tokens: np.ndarray, mask: np.ndarray) -> list
 
 
 def _visible(data: bytes) -> str:
-    """Make one token readable in a line: `·` is a space, `⏎` a line end, half a character is
-    escaped.
-    """
+    """Make one token readable: `·` is a space, `⏎` a line end; partial characters are escaped."""
     text = data.decode("utf-8", errors="backslashreplace")
     names = {" ": "·", "\n": "⏎", "\t": "→"}
     return "".join(names.get(c, c if c.isprintable() else f"\\x{ord(c):02x}") for c in text)

@@ -1,8 +1,8 @@
-"""The file formats that documents are read from: .txt, .json, .jsonl, .parquet, and gzip of these.
+"""Reads documents from files: .txt, .json, .jsonl, .parquet, and gzip of these.
 
-Files are read as bytes, so that line ends stay what they are, and every complaint names the file
-and the line (the byte, where the text itself is damaged). Only one document is in memory at a time,
-except that a JSON array or a text file that is one document is read whole.
+Files are read as bytes, so that line ends do not change. Every error names the file and the line,
+or the byte if the text is not UTF-8. One document is in memory at a time, but a JSON file is read
+completely.
 """
 
 import gzip
@@ -25,14 +25,14 @@ _BOM = b"\xef\xbb\xbf"
 
 
 def suffix(path: Path) -> str:
-    """Give the ending that says what a file holds, in lower case and without .gz."""
+    """Return the suffix that determines a file's format, in lower case and without .gz."""
     return Path(path.name.lower().removesuffix(".gz")).suffix
 
 
 def read_file(
     path: Path, split_documents: SplitDocuments, text_field: str | None
 ) -> Iterator[Document]:
-    """Read one file of a known ending; damage to it becomes an XinslmError that names it."""
+    """Read one file with a suffix of `SUFFIXES`; XinslmError names it if it is damaged."""
     try:
         with _open(path) as file:
             match suffix(path):
@@ -46,11 +46,11 @@ def read_file(
                     yield from _read_parquet(path, file, text_field)
     except EOFError:
         raise XinslmError(
-            f"{path}: the .gz file ends in the middle; copy or download it again"
+            f"{path}: the .gz file is incomplete; copy or download it again"
         ) from None
     except (gzip.BadGzipFile, zlib.error) as error:
         raise XinslmError(
-            f"{path}: not a sound .gz file ({error}); copy or download it again"
+            f"{path}: not a valid .gz file ({error}); copy or download it again"
         ) from None
     except (PermissionError, IsADirectoryError) as error:
         raise XinslmError(f"{path}: cannot be read ({error.strerror})") from None
@@ -63,9 +63,7 @@ def _open(path: Path) -> IO[bytes]:
 
 
 def _lines(path: Path, file: IO[bytes]) -> Iterator[tuple[int, int, bytes]]:
-    """Give (line number, byte offset, line with its end); a byte order mark is dropped, binary is
-    refused.
-    """
+    """Yield (line number, byte offset, line with its end); drop a byte order mark, refuse NUL."""
     offset = 0
     for number, line in enumerate(file, start=1):
         begin = offset
@@ -91,13 +89,13 @@ def _decode(path: Path, data: bytes, offset: int) -> str:
     except UnicodeDecodeError as error:
         raise XinslmError(
             f"{path}: byte {offset + error.start:,} (0x{data[error.start]:02x}) is not UTF-8. "
-            "Convert the "
-            f"file, for instance: iconv -f WINDOWS-1252 -t UTF-8 {path.name} > utf8{path.suffix}"
+            f"Convert the file, for example: iconv -f WINDOWS-1252 -t UTF-8 {path.name} > "
+            f"utf8{path.suffix}"
         ) from None
 
 
 def _read_text(path: Path, file: IO[bytes], how: SplitDocuments) -> Iterator[Document]:
-    """Cut a text file into documents; the line end before a cut belongs to the cut."""
+    """Split a text file into documents; the line end before a separator is part of it."""
     block: list[bytes] = []
     first, begin, cuts = 1, 0, 0
 
@@ -132,16 +130,14 @@ def _read_jsonl(path: Path, file: IO[bytes], text_field: str | None) -> Iterator
                 half = (
                     ""
                     if line.endswith(b"\n")
-                    else "; the line has no end, the file may be half-written"
+                    else "; the line has no end, the file may be incomplete"
                 )
                 raise XinslmError(f"{path}:{number}: not valid JSON ({reason}){half}") from None
             yield to_document(record, f"{path}:{number}", text_field)
 
 
 def _read_json(path: Path, file: IO[bytes], text_field: str | None) -> Iterator[Document]:
-    """Read an array of records, or records one after another; each is parsed when it is asked
-    for.
-    """
+    """Read an array or a sequence of records; each is parsed on demand."""
     text = "".join(_decode(path, line, offset) for _, offset, line in _lines(path, file))
     space = re.compile(r"[ \t\r\n]*")
     decoder = json.JSONDecoder()
@@ -166,7 +162,7 @@ def _read_json(path: Path, file: IO[bytes], text_field: str | None) -> Iterator[
             reason = getattr(error, "msg", "nested too deep")
             at = line + text.count("\n", counted, getattr(error, "pos", counted))
             raise XinslmError(
-                f"{path}:{at}: not valid JSON ({reason}); the file may be half-written"
+                f"{path}:{at}: not valid JSON ({reason}); the file may be incomplete"
             ) from None
         yield to_document(record, where, text_field)
         position = space.match(text, position).end()  # type: ignore[union-attr]
@@ -175,7 +171,7 @@ def _read_json(path: Path, file: IO[bytes], text_field: str | None) -> Iterator[
             at = line + text.count("\n", counted, position)
             raise XinslmError(
                 f"{path}:{at}: not valid JSON (no ',' or ']' after a record); the file may be "
-                "half-written"
+                "incomplete"
             )
         position += expect_value and in_array
 
@@ -194,5 +190,5 @@ def _read_parquet(path: Path, file: IO[bytes], text_field: str | None) -> Iterat
     except (pyarrow.ArrowException, OSError) as error:
         reason = str(error).splitlines()[0]
         raise XinslmError(
-            f"{path}: not a sound Parquet file ({reason}); copy or download it again"
+            f"{path}: not a valid Parquet file ({reason}); copy or download it again"
         ) from None

@@ -1,8 +1,8 @@
-"""Which documents, or which ends of long ones, are held back for validation.
+"""Selects the documents, or the ends of long ones, that are held out for validation.
 
-A document's own content and the seed decide, so that data added later moves no document to the
-other split, and copies of a document stay together. Few or long documents cannot give the share
-that was asked for in this way: then the ends of a few long ones are held back instead.
+The content of a document and the seed decide, so that adding data moves no document to the other
+split, and copies of a document stay in one split. If this does not give the requested share,
+because there are few or long documents, the ends of a few long ones are held out instead.
 """
 
 import hashlib
@@ -11,10 +11,10 @@ import math
 import numpy as np
 
 TOLERANCE = 0.5
-"""How far the share may be from the fraction asked for, relative to it."""
+"""Maximum relative deviation of the share from the requested fraction."""
 _MAX_CUT = 4
 _MIN_TOKENS = 256
-"""Shorter documents are not cut, if there are others: their ends say little."""
+"""Shorter documents are not cut if there are others: their ends are too short to evaluate on."""
 
 
 def draw_number(digest: bytes, seed: int) -> float:
@@ -24,7 +24,7 @@ def draw_number(digest: bytes, seed: int) -> float:
 
 
 def share_holds(held: int, total: int, fraction: float) -> bool:
-    """Whether `held` of `total` tokens is close enough to `fraction`."""
+    """Return whether `held` of `total` tokens is close enough to `fraction`."""
     return abs(held - fraction * total) <= TOLERANCE * fraction * total
 
 
@@ -35,11 +35,11 @@ def plan_holdout(
     fraction: float,
     limit: int | None = None,
 ) -> np.ndarray:
-    """Number of tokens at the end of each document to hold back, (documents,) int64.
+    """Return the number of tokens to hold out at the end of each document, (documents,) int64.
 
-    Documents with draws below `fraction` are held back if this gives about the share asked for, or
-    if there is no other way. `divisible` tells which documents can be cut; at most `limit` tokens
-    are held back then. Copies (documents of one draw) are treated alike.
+    Documents with draws below `fraction` are held out if their share is close enough to it, or if
+    nothing else is possible. Otherwise, documents for which `divisible` is true may be cut, and at
+    most `limit` tokens are held out. Copies (documents with equal draws) are treated equally.
     """
     total = int(lengths.sum())
     natural = np.where(draws < fraction, lengths, 0)
@@ -47,7 +47,7 @@ def plan_holdout(
     if 0 < held < total and share_holds(held, total, fraction):
         return natural
     wanted = fraction * total if limit is None else min(fraction * total, limit)
-    # from here on, one entry for each distinct text, in the order of their draws
+    # from here, one entry per distinct text, in the order of their draws
     _, first, group, copies = np.unique(
         draws, return_index=True, return_inverse=True, return_counts=True
     )
@@ -70,7 +70,7 @@ def plan_holdout(
 
 
 def _cut_long(sizes: np.ndarray, is_long: np.ndarray, wanted: float) -> np.ndarray:
-    """Spread `wanted` tokens over the ends of a few long documents: the first in order."""
+    """Distribute `wanted` tokens over the ends of the first few long documents."""
     tails = np.zeros_like(sizes)
     if not is_long.any():
         return tails

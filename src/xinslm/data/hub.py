@@ -1,8 +1,8 @@
-"""Records of Hugging Face datasets: a name on the Hub, or a folder that `save_to_disk` made.
+"""Reads records of Hugging Face datasets: a Hub name, or a folder written by `save_to_disk`.
 
-The `datasets` library owns the formats and the cache; a Hub dataset is streamed, so nothing is
-downloaded that is not read. What goes wrong there comes in many exception types, and becomes one
-message that says what to do.
+The `datasets` library handles the formats and the cache. A Hub dataset is streamed, so only the
+records that are read are downloaded. The library's many exception types become one message that
+says what to do.
 """
 
 from collections.abc import Iterable, Iterator
@@ -13,18 +13,18 @@ from xinslm.errors import UsageError, XinslmError
 
 
 def is_saved_dataset(path: Path) -> bool:
-    """Tell whether a folder was written by `Dataset.save_to_disk` or `DatasetDict.save_to_disk`."""
+    """Return whether `Dataset.save_to_disk` or `DatasetDict.save_to_disk` wrote a folder."""
     return (path / "dataset_dict.json").is_file() or (path / "state.json").is_file()
 
 
 def read_saved(folder: Path, split: str) -> Iterator[tuple[Any, str]]:
-    """Read a saved dataset (of a saved dict, the given split): records with 'folder:row'."""
+    """Yield records of a saved dataset (of a saved dict, the given split) with 'folder:row'."""
     import datasets
 
     try:
         data = datasets.load_from_disk(str(folder))
     except Exception as error:
-        raise XinslmError(f"{folder}: not a sound saved dataset ({_first_line(error)})") from None
+        raise XinslmError(f"{folder}: not a valid saved dataset ({_first_line(error)})") from None
     if isinstance(data, datasets.DatasetDict):
         if split not in data:
             splits = ", ".join(data)
@@ -36,7 +36,7 @@ def read_saved(folder: Path, split: str) -> Iterator[tuple[Any, str]]:
 
 
 def read_hub(name: str, configuration: str | None, split: str) -> Iterator[tuple[Any, str]]:
-    """Stream a dataset of the Hub: records with 'name:row'."""
+    """Stream records of a Hub dataset with 'name:row'."""
     import datasets
 
     try:
@@ -46,11 +46,10 @@ def read_hub(name: str, configuration: str | None, split: str) -> Iterator[tuple
         raise
     except Exception as error:
         raise XinslmError(
-            f"{name} is no path here, and the Hugging Face dataset of that name could not be read "
-            f"({type(error).__name__}: {_first_line(error)}). Check the spelling, --dataset-name, "
-            "--dataset-split and the connection; without one, give --data-path the files or a "
-            "folder that "
-            f"save_to_disk made"
+            f"{name} is not a local path, and the Hugging Face dataset of that name could not be "
+            f"read ({type(error).__name__}: {_first_line(error)}). Check the spelling, "
+            "--dataset-name, --dataset-split and the connection; without one, pass --data-path "
+            "the files or a folder written by save_to_disk"
         ) from None
 
 

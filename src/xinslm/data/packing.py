@@ -1,10 +1,10 @@
-"""Documents cut into sequences, sequences packed into rows of one fixed shape.
+"""Cuts documents into sequences and packs sequences into rows of one fixed length.
 
-Rows are filled by best-fit decreasing: the longest sequence first, each into the row it fills best.
-Rows with the same space left are interchangeable, so whole groups of equal lengths are placed at
-once: a million sequences take well under a second, and the outcome depends on the lengths alone.
-Segment numbers confine attention, positions restart in every sequence, and `stream` says where in
-the dataset each input stands: so the teacher's cache finds its entry.
+Packing is best-fit decreasing: the longest sequence first, each into the row with the least
+sufficient space. Rows with equal space are interchangeable, so all sequences of one length are
+placed at once: a million sequences take less than a second, and the result depends only on the
+lengths. Segment numbers restrict attention, positions restart in every sequence, and `stream` is
+the index of each input in the dataset, by which the teacher's cache finds its entry.
 """
 
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ from xinslm.data.dataset import Split
 from xinslm.errors import UsageError
 
 IGNORE = -100
-"""Label of a position that is no target, as `torch.nn.functional.cross_entropy` expects it."""
+"""Label of a position without target, as in `torch.nn.functional.cross_entropy`."""
 _Rows = dict[int, list[np.ndarray]]
 
 
@@ -25,15 +25,15 @@ class Batch:
     """Rows of packed sequences; all arrays are int64 of shape (rows, row_length)."""
 
     input_ids: np.ndarray
-    """Token of each position; 0 on pads."""
+    """Token of each position; 0 on padding."""
     labels: np.ndarray
-    """The next token of the document, -100 where it is masked, and on pads."""
+    """The next token of the document; -100 if it is masked, and on padding."""
     positions: np.ndarray
-    """Position inside the sequence, from 0; 0 on pads."""
+    """Position inside the sequence, from 0; 0 on padding."""
     segments: np.ndarray
-    """Number of the sequence inside its row, from 0; -1 on pads."""
+    """Number of the sequence inside its row, from 0; -1 on padding."""
     stream: np.ndarray
-    """Index of this input in the split's token stream; -1 on pads."""
+    """Index of this input in the split's token stream; -1 on padding."""
 
 
 def sequences(documents: np.ndarray, max_length: int) -> tuple[np.ndarray, np.ndarray]:
@@ -45,7 +45,7 @@ def sequences(documents: np.ndarray, max_length: int) -> tuple[np.ndarray, np.nd
     once.
     """
     if max_length < 1:
-        raise UsageError(f"a row must hold at least 1 token, not {max_length}")
+        raise UsageError(f"a row must have at least 1 token, not {max_length}")
     documents = np.asarray(documents, np.int64)
     inputs = np.maximum(np.diff(documents) - 1, 0)
     pieces = -(-inputs // max_length)
@@ -55,10 +55,11 @@ def sequences(documents: np.ndarray, max_length: int) -> tuple[np.ndarray, np.nd
 
 
 def pack(lengths: np.ndarray, row_length: int) -> tuple[np.ndarray, np.ndarray]:
-    """Distribute sequences over rows: (order, offsets), row r holds order[offsets[r]:offsets[r+1]].
+    """Distribute sequences over rows; return (order, offsets), row r is
+    order[offsets[r]:offsets[r+1]].
 
-    Both are int64. Within a row sequences keep their order; one longer than `row_length` is a
-    UsageError.
+    Both are int64. Sequences keep their order within a row. UsageError if one is longer than
+    `row_length`.
     """
     lengths = np.asarray(lengths, np.int64)
     if len(lengths) and (lengths.max() > row_length or lengths.min() < 1):
@@ -66,16 +67,15 @@ def pack(lengths: np.ndarray, row_length: int) -> tuple[np.ndarray, np.ndarray]:
         raise UsageError(f"a sequence of {wrong} tokens cannot be packed into rows of {row_length}")
     row_of = np.empty(len(lengths), np.int64)
     num_rows = 0
-    # open_rows[space] lists the rows with that much space left, as arrays that are joined when
-    # needed.
+    # open_rows[space]: rows with that much space left, as arrays that are joined on demand
     open_rows: _Rows = {}
     by_length = np.argsort(-lengths, kind="stable")
     bounds = np.flatnonzero(np.diff(lengths[by_length], prepend=-1, append=-1))
     for begin, end in pairwise(bounds):
         left = by_length[begin:end]
         length = int(lengths[left[0]])
-        # Filling a row only ever adds spaces below the one at hand, so the spaces of now are all
-        # that can count.
+        # Filling a row only adds spaces smaller than the current one, so the spaces that exist now
+        # suffice.
         for space in sorted(space for space in open_rows if space >= length):
             if len(left):
                 rows = np.concatenate(open_rows.pop(space))
@@ -97,9 +97,7 @@ def _fill(
     row_of: np.ndarray,
     open_rows: _Rows,
 ) -> np.ndarray:
-    """Put sequences of one length into rows of one space, each to the brim; return those without a
-    place.
-    """
+    """Fill rows of equal space with sequences of equal length; return the sequences left over."""
     each = space // length
     full = min(len(rows), len(left) // each)
     placed = full * each
@@ -120,16 +118,16 @@ def _append(open_rows: _Rows, space: int, rows: np.ndarray) -> None:
 
 
 def _ramps(lengths: np.ndarray) -> np.ndarray:
-    """Give 0..n-1 for every n of `lengths`, one after another."""
+    """Return the concatenation of 0..n-1 for every n of `lengths`."""
     return np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
 
 
 class PackedDataset:
-    """A split as rows of `row_length` tokens, each made when it is asked for.
+    """A split as rows of `row_length` tokens, each built on demand.
 
-    No sequence is longer than `max_length` (default: the row), the context a model needs. Documents
-    that fill little more than half a row leave much of it empty; rows of several times `max_length`
-    are full again.
+    No sequence is longer than `max_length` (default: `row_length`), the context a model needs. Rows
+    of several times `max_length` have less padding if documents are slightly longer than half of
+    it.
     """
 
     def __init__(self, split: Split, row_length: int, max_length: int | None = None) -> None:
@@ -144,11 +142,11 @@ class PackedDataset:
 
     @property
     def fill(self) -> float:
-        """Share of the positions that hold a token."""
+        """Fraction of the positions that are not padding."""
         return float(self._lengths.sum()) / max(len(self) * self.row_length, 1)
 
     def batch(self, indices: np.ndarray | list[int]) -> Batch:
-        """Make the rows of these indices."""
+        """Build the rows with these indices."""
         indices = np.asarray(indices, np.int64)
         counts = self._offsets[indices + 1] - self._offsets[indices]  # sequences in each row
         segment = _ramps(counts)

@@ -1,11 +1,10 @@
 """The stage `prepare`: raw text and chats in, a dataset folder out.
 
-    xinslm prepare --data-path stories.jsonl.gz --tokenizer-path runs/tokenizer --output-dir
-    runs/data
+    xinslm prepare --data-path stories.jsonl.gz --tokenizer-path runs/tokenizer --output-dir out
 
-A plain text becomes BOS (EOS where the tokenizer has no BOS), its tokens, and the closing token;
-all but the first count as targets. A chat becomes what the chat template makes of it; the answers
-count. Everything is streamed: memory holds one batch of documents and a hash of each.
+A plain text becomes BOS (EOS if the tokenizer has no BOS), its tokens, and the end token; all but
+the first are targets. A chat is rendered with the chat template; its answers are the targets.
+Documents are streamed: memory holds one batch of documents and a hash of each.
 """
 
 import hashlib
@@ -51,10 +50,10 @@ class PrepareResult:
     without_targets: int
     samples: tuple[str, ...]
     warning: str = ""
-    """Why the share held back is not the one asked for."""
+    """Why the held-out share is not the requested one."""
 
     def describe(self) -> str:
-        """Table of the splits, and the documents that were asked to be shown."""
+        """Return a table of the splits, after the documents that `show` requests."""
         columns = ("documents", "tokens", "targets", "bytes")
         lines = [
             *self.samples,
@@ -74,7 +73,7 @@ class PrepareResult:
 
 
 def run(config: PrepareConfig, on_progress: Listener = ignore) -> PrepareResult:
-    """Write the dataset folder `config.output_dir`, whole or not at all."""
+    """Write the dataset folder `config.output_dir` atomically."""
     from xinslm.tokenizer.load import load_tokenizer
 
     _check(config)
@@ -93,7 +92,7 @@ def _check(config: PrepareConfig) -> None:
 
 
 class _Stage:
-    """One run: the writers, the hashes of what was seen, and the counts."""
+    """One run: the writers, the hashes of the documents seen, and the counts."""
 
     def __init__(
         self, config: PrepareConfig, tokenizer: "Tokenizer", on_progress: Listener
@@ -159,7 +158,7 @@ class _Stage:
         config, options = self.config, ReadOptions.of(self.config, self._note)
         documents = read_documents(config.data_path, options)
         if config.validation_path:
-            # What is measured on comes first: a copy of it in the training data is then the
+            # Validation comes first: a copy in the training data is then dropped as the
             # duplicate.
             self._write(read_documents(config.validation_path, options), "validation")
             self._write(documents, "train")
@@ -169,7 +168,7 @@ class _Stage:
             self._write(documents, None)
 
     def _write(self, documents: Iterable[Document], split: str | None) -> None:
-        """Tokenize documents into one split, or each into the one its content draws."""
+        """Tokenize documents into one split, or each into the split of its draw."""
         for batch in _batches(self._new(documents)):
             for (document, digest), encoded in zip(
                 batch, self.encoder([d for d, _ in batch]), strict=True
@@ -188,7 +187,7 @@ class _Stage:
             self._report()
 
     def _new(self, documents: Iterable[Document]) -> Iterator[tuple[Document, bytes]]:
-        """Give the documents that were not seen before, with the hash of their content."""
+        """Yield the documents that were not seen before, with the hash of their content."""
         for document in documents:
             digest = hashlib.blake2b(document.content(), digest_size=16).digest()
             if not self.config.keep_duplicates:
@@ -209,9 +208,9 @@ class _Stage:
             self.samples.append(show(self.tokenizer, document, encoded))
 
     def _hold_share(self, folder: Path, files: ExitStack) -> str:
-        """Plan which tokens are held back and write the splits again if the draws said otherwise.
+        """Plan which tokens are held out; rewrite the splits if the draws differ from the plan.
 
-        Return a warning if the share cannot be the one asked for.
+        Return a warning if the share is not the requested one.
         """
         config = self.config
         lengths = np.concatenate([np.diff(writer.documents) for writer in self.writers.values()])
@@ -233,9 +232,9 @@ class _Stage:
         if share_holds(held, total, config.validation_fraction):
             return ""
         warning = (
-            f"validation holds {held / total:.1%} of the tokens, not "
+            f"validation has {held / total:.1%} of the tokens, not "
             f"{config.validation_fraction:.1%}: there are too few documents, or too few that can "
-            "be cut (chats are not). Add data or give --validation-path"
+            "be cut (chats are not). Add data or pass --validation-path"
         )
         self._note(warning)
         return warning
@@ -263,7 +262,7 @@ class _Stage:
         if cut:
             self._note(
                 f"few or long documents: the last {cut_tokens:,} tokens of {cut} of them are held "
-                "back for validation"
+                "out for validation"
             )
 
     def _enough(self) -> bool:
@@ -271,19 +270,18 @@ class _Stage:
         return limit is not None and self.writers["train"].num_tokens >= limit
 
     def _require(self) -> None:
-        """Raise unless there is something to train on, and as much as was asked for."""
+        """Raise XinslmError if there are no training tokens, or fewer than `max_tokens`."""
         train, limit = self.writers["train"].num_tokens, self.config.max_tokens
         if train == 0:
             raise XinslmError(
-                f"nothing is left to train on: {self.duplicates:,} documents were dropped as "
-                "duplicates, "
-                f"{self.without_targets:,} because they hold no answer. Give --data-path other data"
+                f"no training data is left: {self.duplicates:,} documents were dropped as "
+                f"duplicates, {self.without_targets:,} because they have no answer. Pass other "
+                "data to --data-path"
             )
         if limit is not None and train < limit:
             raise XinslmError(
-                f"--max-tokens asks for {limit:,} tokens to train on, but the data holds "
-                f"{train:,}. Ask for "
-                f"at most {train:,}, leave --max-tokens out, or add data"
+                f"--max-tokens is {limit:,}, but the data has only {train:,} training tokens. Set "
+                f"it to at most {train:,}, leave it out, or add data"
             )
 
     def _note(self, note: str) -> None:

@@ -1,10 +1,10 @@
-"""Raw corpora as a stream of documents: files, folders of files, and Hugging Face datasets.
+"""Reads raw corpora as a stream of documents: files, folders of files, Hugging Face datasets.
 
     for document in read_documents(["stories.jsonl.gz", "books/", "roneneldan/TinyStories"]):
         print(document.source, document.text or document.messages)
 
-A path that exists wins over a dataset of the same name; all paths are checked before the first is
-read.
+An existing path takes precedence over a dataset of the same name. All paths are checked before the
+first is read.
 """
 
 import difflib
@@ -23,18 +23,18 @@ from xinslm.errors import UsageError, XinslmError
 
 @dataclass(frozen=True)
 class ReadOptions:
-    """How to read; the fields are those of `PrepareConfig`."""
+    """Options for reading; the fields are those of `PrepareConfig`."""
 
     split_documents: SplitDocuments = "auto"
     text_field: str | None = None
     dataset_name: str | None = None
     dataset_split: str = "train"
     on_note: Callable[[str], None] = lambda note: None
-    """Is told what was left out, a sentence each."""
+    """Called with a sentence for each file that was skipped."""
 
     @classmethod
     def of(cls, config: PrepareConfig, on_note: Callable[[str], None]) -> "ReadOptions":
-        """Take the options that a configuration gives."""
+        """Return the options of a configuration."""
         return cls(
             config.split_documents,
             config.text_field,
@@ -47,14 +47,13 @@ class ReadOptions:
 def read_documents(paths: Iterable[str], options: ReadOptions | None = None) -> Iterator[Document]:
     """Read all documents of files, folders and Hugging Face datasets, in the order given.
 
-    Empty documents are left out; nothing but empty ones is an XinslmError. A missing path is a
-    UsageError.
+    Empty documents are skipped; XinslmError if all are empty. UsageError if a path is missing.
     """
     options = options or ReadOptions()
     paths = list(paths)
     if not paths:
         raise UsageError(
-            "no data given; name files, folders or Hugging Face datasets with --data-path"
+            "no data given; pass files, folders or Hugging Face datasets to --data-path"
         )
     sources = [_resolve(path) for path in paths]  # every path is checked before the first is read
     found = False
@@ -63,12 +62,12 @@ def read_documents(paths: Iterable[str], options: ReadOptions | None = None) -> 
             found = True
             yield document
     if not found:
-        raise XinslmError(f"{', '.join(paths)}: no text in there; every document is empty")
+        raise XinslmError(f"{', '.join(paths)}: there is no text; every document is empty")
 
 
 def _resolve(path: str) -> Path | str:
-    """Give the path that `path` names, or `path` itself where it names a dataset of the Hugging
-    Face Hub.
+    """Return the existing path that `path` names, or `path` itself if it is the name of a Hub
+    dataset.
     """
     here = Path(path).expanduser()
     if here.exists():
@@ -83,7 +82,7 @@ def _resolve(path: str) -> Path | str:
 
 
 def _near(path: Path) -> str:
-    """Name what stands beside a missing path and is spelt alike."""
+    """Suggest existing paths with names similar to a missing one."""
     parent = path.parent
     while not parent.exists():
         path, parent = parent, parent.parent
@@ -92,11 +91,11 @@ def _near(path: Path) -> str:
     )
     if near:
         return f" Did you mean {' or '.join(str(parent / name) for name in near)}?"
-    return f" {parent.resolve()} is there, but holds nothing of a similar name"
+    return f" {parent.resolve()} exists, but has no entry of a similar name"
 
 
 def _read_source(source: Path | str, options: ReadOptions) -> Iterator[Document]:
-    """Read what `_resolve` gave, without its empty documents; an empty file is noted."""
+    """Read a result of `_resolve` without empty documents; report an empty file as a note."""
     if isinstance(source, str):
         yield from _to_documents(
             read_hub(source, options.dataset_name, options.dataset_split), options
@@ -105,7 +104,8 @@ def _read_source(source: Path | str, options: ReadOptions) -> Iterator[Document]
         yield from _to_documents(read_saved(source, options.dataset_split), options)
     elif source.is_file() and suffix(source) not in SUFFIXES:
         raise UsageError(
-            f"{source}: unknown kind of file. Known endings: {ENDINGS}; rename it if it is one"
+            f"{source}: unknown file type. Known suffixes: {ENDINGS}; rename the file if it is "
+            "of one of these types"
         )
     else:
         for file in _files(source, options) if source.is_dir() else [source]:
@@ -128,7 +128,7 @@ def _nonempty(documents: Iterable[Document]) -> Iterator[Document]:
 
 
 def _files(folder: Path, options: ReadOptions) -> list[Path]:
-    """List the usable files below a folder, sorted; hidden ones are passed over."""
+    """List the usable files below a folder, sorted; hidden files are skipped."""
     below = [p for p in folder.rglob("*") if p.is_file()]
     files = sorted(
         p for p in below if not any(x.startswith(".") for x in p.relative_to(folder).parts)
@@ -137,10 +137,10 @@ def _files(folder: Path, options: ReadOptions) -> list[Path]:
     ignored = [str(file.relative_to(folder)) for file in files if suffix(file) not in SUFFIXES]
     if not usable:
         what = f"only {', '.join(ignored[:5])}" if ignored else "no file"
-        raise UsageError(f"{folder} holds {what}. Known endings: {ENDINGS}")
+        raise UsageError(f"{folder} contains {what}. Known suffixes: {ENDINGS}")
     if ignored:
         more = f" and {len(ignored) - 5:,} more" if len(ignored) > 5 else ""
         options.on_note(
-            f"{folder}: left out {', '.join(ignored[:5])}{more} (known endings: {ENDINGS})"
+            f"{folder}: skipped {', '.join(ignored[:5])}{more} (known suffixes: {ENDINGS})"
         )
     return usable

@@ -1,14 +1,14 @@
-"""What a record of a data file means: plain text, or a conversation whose answers are learnt.
+"""Converts records of data files to documents: plain text, or a chat whose answers are targets.
 
     {"text"}                             plain text (another key with `text_field`)
     {"messages": [{"role", "content"}]}  chat
-    {"conversations": [{"from", "value"}]}  chat, as ShareGPT writes it
-    {"instruction", "input", "output"}   Alpaca: one question, one answer; "input" may be missing or
-    empty
+    {"conversations": [{"from", "value"}]}  chat, ShareGPT's format
+    {"instruction", "input", "output"}   Alpaca: one question, one answer; "input" is
+                                         optional
     {"prompt", "response" | "completion"}  the same
     {"turns": ["..."]}                   MT-bench: its first question, without an answer
 
-A record that has several of these is read by the first that fits, chats before text.
+If a record matches several of these, the first is used; chats come before text.
 """
 
 import json
@@ -18,7 +18,7 @@ from typing import Any
 
 from xinslm.errors import XinslmError
 
-RECOGNISED = (
+SUPPORTED = (
     '{"text"}, {"messages": [{"role", "content"}]}, {"conversations": [{"from", "value"}]}, '
     '{"instruction", "input", "output"}, {"prompt", "response"}, {"prompt", "completion"} and '
     '{"turns"}'
@@ -46,22 +46,22 @@ class Document:
 
     @property
     def plain_text(self) -> str:
-        """The text, or what all the messages of a chat say, a line end between them."""
+        """The text, or the messages of a chat joined by line ends."""
         return "\n".join(m["content"] for m in self.messages) if self.messages else self.text or ""
 
     def content(self) -> bytes:
-        """Bytes that are equal exactly for equal documents."""
+        """Return bytes that are equal if and only if the documents are."""
         if self.text is not None:
             return b"text\n" + self.text.encode()
         return b"chat\n" + json.dumps(self.messages, sort_keys=True).encode()
 
 
 def to_document(record: Any, source: str, text_field: str | None = None) -> Document:
-    """Read one record; an XinslmError names `source` and what is wrong with it."""
+    """Convert one record; XinslmError names `source` and what is wrong with it."""
     if not isinstance(record, Mapping):
         raise XinslmError(
-            f"{source}: holds {_kind(record)}, but a record must be an object. Recognised are "
-            f"{RECOGNISED}"
+            f"{source}: found {_kind(record)}, but a record must be an object. Supported formats: "
+            f"{SUPPORTED}"
         )
     if text_field is not None:
         return Document(source, text=_string(record, text_field, source))
@@ -90,8 +90,8 @@ def to_document(record: Any, source: str, text_field: str | None = None) -> Docu
         return Document(source, text=_string(record, "text", source))
     keys = ", ".join(repr(str(key)) for key in list(record)[:12]) or "none"
     raise XinslmError(
-        f"{source}: nothing to learn found. Keys here: {keys}. Recognised are {RECOGNISED}; "
-        f"a text under another key is read with --text-field KEY"
+        f"{source}: unknown record format. Keys here: {keys}. Supported formats: {SUPPORTED}; "
+        "for text under another key, pass --text-field KEY"
     )
 
 
@@ -136,9 +136,8 @@ def _string(record: Mapping[str, Any], key: str, source: str) -> str:
         value.encode()
     except UnicodeEncodeError as error:
         raise XinslmError(
-            f"{source}: '{key}' holds half a surrogate pair (\\u{ord(value[error.start]):04x}) at "
-            "character "
-            f"{error.start}; it is no valid Unicode text"
+            f"{source}: '{key}' has half a surrogate pair (\\u{ord(value[error.start]):04x}) at "
+            f"character {error.start}; it is not valid Unicode text"
         ) from None
     return value
 

@@ -1,5 +1,4 @@
-"""The stage `tokenizer train`: text in, a tokenizer folder out; or a teacher's tokenizer in, a
-nested one out.
+"""The stage `tokenizer train`: learns a tokenizer from text, or nests one in a teacher's tokenizer.
 
 xinslm tokenizer train --data-path stories.jsonl.gz --vocab-size 4096 --output-dir runs/tokenizer
 xinslm tokenizer train --prefix-of TEACHER --vocab-size 2048 --output-dir runs/nested
@@ -31,11 +30,11 @@ class TrainResult:
     num_merges: int
     special_tokens: tuple[str, ...]
     bytes_per_token: float | None
-    """On the first 200,000 characters of the text; None where no text was given."""
+    """On the first 200,000 characters of the text; None if no text was given."""
     seconds: float
 
     def describe(self) -> str:
-        """Sizes, compression, and the folder."""
+        """Return sizes, compression and the folder as text."""
         ratio = (
             "not measured (no text)"
             if self.bytes_per_token is None
@@ -54,7 +53,7 @@ class TrainResult:
 
 
 def run(config: TrainConfig, on_progress: Listener = ignore) -> TrainResult:
-    """Learn or cut the tokenizer and write its folder."""
+    """Learn or nest the tokenizer and write its folder."""
     config.check()
     refuse_output_in(config.output_dir, config.data_path)
     refuse_existing(config.output_dir, config.force)
@@ -76,8 +75,8 @@ def run(config: TrainConfig, on_progress: Listener = ignore) -> TrainResult:
         inputs = {}
     if tokenizer.vocab_size < config.vocab_size:
         note = (
-            f"the text gives {tokenizer.vocab_size:,} ids, not the {config.vocab_size:,} asked "
-            "for: it is too small"
+            f"the vocabulary has {tokenizer.vocab_size:,} ids, not the requested "
+            f"{config.vocab_size:,}: the text is too small"
         )
         on_progress(Progress("learn merges", note=note))
     with new_folder(config.output_dir, config.force) as folder:
@@ -102,7 +101,7 @@ def run(config: TrainConfig, on_progress: Listener = ignore) -> TrainResult:
 
 
 class _Texts:
-    """The texts of some files, read once as a stream; keeps the first ones to measure on."""
+    """The texts of some files, read once as a stream; keeps the first ones as a sample."""
 
     def __init__(self, paths: Iterable[str]):
         self._paths = tuple(paths)
@@ -120,13 +119,13 @@ class _Texts:
             yield text
 
     def read_sample(self) -> None:
-        """Read only as much as is measured on."""
+        """Read only the sample."""
         for _ in self if self._paths else ():
             if self._left <= 0:
                 return
 
     def bytes_per_token(self, tokenizer: BPETokenizer) -> float | None:
-        """Measure how many bytes of text a token holds."""
+        """Return the bytes per token of the sample; None if it is empty."""
         ids, _ = tokenizer.encode_batch(self._sample)
         size = sum(len(text.encode("utf-8", "replace")) for text in self._sample)
         return size / len(ids) if len(ids) else None

@@ -1,7 +1,7 @@
 """Unigram entropy of a dataset: the loss of predicting each token by its frequency.
 
-Frequencies are those of the train split's targets, plus one for each id (Laplace), so that a token
-which only the validation split has does not cost infinitely much.
+Frequencies are those of the train split's targets plus one for each id (Laplace smoothing), so that
+tokens found only in the validation split have a finite loss.
 """
 
 from collections.abc import Iterable
@@ -17,9 +17,7 @@ _CHUNK = 1 << 22  # tokens read at once
 def measure_unigram_nats(
     folder: Path, splits: Iterable[str], dtype: np.dtype, vocab_size: int
 ) -> dict[str, float]:
-    """Nats per target token of each split in a dataset folder; a split without targets is left
-    out.
-    """
+    """Return nats per target token of each split of a dataset folder that has targets."""
     counts = {name: _count_targets(folder / name, dtype, vocab_size) for name in splits}
     frequency = counts["train"] + 1.0
     nats = np.log(frequency.sum()) - np.log(frequency)
@@ -27,7 +25,7 @@ def measure_unigram_nats(
 
 
 def unigram_nats(dataset: Dataset, split: str) -> float | None:
-    """Nats per target token, as `prepare` stored it or counted now; None without targets."""
+    """Return nats per target token, stored by `prepare` or computed now; None without targets."""
     manifest = dataset.manifest
     stored = manifest.get("unigram_nats")
     if stored is None:
@@ -38,7 +36,7 @@ def unigram_nats(dataset: Dataset, split: str) -> float | None:
 
 
 def unigram_bits_per_byte(dataset: Dataset, split: str) -> float | None:
-    """The same in bits per UTF-8 byte of the split's text, which compares across tokenizers."""
+    """Return the entropy in bits per UTF-8 byte of text, which is comparable across tokenizers."""
     nats, facts = unigram_nats(dataset, split), dataset.manifest["splits"][split]
     if nats is None or not facts["bytes"]:
         return None
@@ -46,7 +44,7 @@ def unigram_bits_per_byte(dataset: Dataset, split: str) -> float | None:
 
 
 def _count_targets(folder: Path, dtype: np.dtype, vocab_size: int) -> np.ndarray:
-    """How often each id is a target; int64, (vocab_size,)."""
+    """Count how often each id is a target; int64, (vocab_size,)."""
     counts = np.zeros(vocab_size, np.int64)
     with open(folder / "tokens.bin", "rb") as tokens, open(folder / "mask.bin", "rb") as mask:
         while len(kept := np.fromfile(mask, np.uint8, _CHUNK)):

@@ -1,6 +1,6 @@
-"""One split of a dataset folder, written as a stream.
+"""Writes one split of a dataset folder as a stream.
 
-Tokens and mask go to the disk as they come; only offsets stay in memory.
+Tokens and mask are written to disk immediately; only offsets stay in memory.
 """
 
 import io
@@ -47,7 +47,7 @@ class SplitWriter:
         return self.documents[-1]
 
     def append(self, tokens: np.ndarray, mask: np.ndarray, num_bytes: int, source: int = 0) -> None:
-        """Write one document: token ids, their mask (1 = target), the bytes of its text, the number
+        """Write one document: token ids, their mask (1 = target), the bytes of its text, the index
         of its source.
         """
         self._tokens.write(np.ascontiguousarray(tokens, self.dtype).tobytes())
@@ -58,7 +58,7 @@ class SplitWriter:
         self.targets += int(np.count_nonzero(mask))
 
     def read(self, index: int) -> tuple[np.ndarray, np.ndarray, int, int]:
-        """What `append` was given for a document; nothing can be appended afterwards."""
+        """Return the arguments of `append` for a document; nothing can be appended afterwards."""
         begin, end = self.documents[index], self.documents[index + 1]
         parts = []
         for file, dtype in ((self._tokens, self.dtype), (self._mask, np.dtype(np.uint8))):
@@ -67,7 +67,7 @@ class SplitWriter:
         return parts[0], parts[1], self.document_bytes[index], self.sources[index]
 
     def finish(self) -> dict[str, int]:
-        """Write the offsets and return the figures of the split for the manifest."""
+        """Write the offsets and return the split's counts for the manifest."""
         self._tokens.flush()
         self._mask.flush()
         _save(self.folder / "documents.npy", self.documents)
@@ -82,7 +82,7 @@ class SplitWriter:
 
 
 def _save(path: Path, values: list[int]) -> None:
-    """Write an int64 .npy file; np.save to a path would hide the reason of a failed write (a full
+    """Write an int64 .npy file; np.save to a path hides the reason of a failed write (a full
     disk).
     """
     buffer = io.BytesIO()

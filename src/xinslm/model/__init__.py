@@ -1,1 +1,1 @@
-"""The student: its shape, its weights on disk, the transformer itself."""
+"""The student model: its configuration, its files, and the transformer."""

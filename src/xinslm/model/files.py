@@ -1,7 +1,7 @@
 """Model folders in Hugging Face's layout: `config.json`, `model.safetensors` or its shards,
 tokenizer files.
 
-Weights are safetensors only; a pickle can run code when it is opened, so none ever is.
+Weights are safetensors only: opening a pickle can run code, so pickles are refused.
 """
 
 import os
@@ -22,15 +22,15 @@ from xinslm.model.transformer import Transformer
 
 WEIGHTS = "model.safetensors"
 QUANTIZED_WEIGHTS = "quantized.safetensors"
-"""Codes and scales that `xinslm quantize` wrote. Under the name `WEIGHTS`, transformers would load
-the folder with random weights; so it refuses it.
+"""Codes and scales that `xinslm quantize` writes. If they were named `WEIGHTS`, transformers would
+load the folder with random weights; with this name it refuses the folder.
 """
 HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.jinja"]
 
 
 def resolve_model(path: Path | str) -> Path:
-    """Find the model folder that `path` means: itself, a run's best checkpoint, or a Hub name,
-    downloaded.
+    """Find the model folder that `path` refers to: a model folder, a run's best checkpoint, or a
+    Hub name, which is downloaded.
     """
     folder = Path(path)
     for candidate in (folder, folder / "checkpoints" / "best", folder / "checkpoints" / "last"):
@@ -53,17 +53,16 @@ def resolve_model(path: Path | str) -> Path:
     # the hub client raises a dozen kinds: offline, no such repository, gated
     except Exception as error:
         raise UsageError(
-            f"there is no folder {path}, and the Hub did not give a model of that name: {error}"
+            f"there is no folder {path}, and the Hub returned no model of that name: {error}"
         ) from error
 
 
 def require_context(max_seq_length: int, context: int, who: str) -> None:
-    """Raise UsageError if `who` ("teacher X") reads fewer tokens than `max_seq_length`."""
+    """Raise UsageError if the context of `who` ("teacher X") is less than `max_seq_length`."""
     if max_seq_length > context:
         raise UsageError(
             f"max_seq_length is {max_seq_length}, but {who} has a context of {context} tokens: "
-            "pass --max-seq-length "
-            f"{context}"
+            f"pass --max-seq-length {context}"
         )
 
 
@@ -78,12 +77,12 @@ def load_config(folder: Path) -> ModelConfig:
 def require_layers(num_layers: int, num_tensors: int, where: str) -> None:
     """Raise XinslmError if `num_tensors` weights are fewer than one per layer.
 
-    To be called before the model is built: 10^12 layers without weights are built for ever.
+    Call it before the model is built: building 10^12 layers without weights would never end.
     """
     if num_tensors < num_layers:
         raise XinslmError(
-            f"{where} asks for {num_layers:,} layers, but the model's files hold {num_tensors:,} "
-            "weights in all. Copy the model again"
+            f"{where} has {num_layers:,} layers, but the model's files contain only "
+            f"{num_tensors:,} weights. Copy the model again"
         )
 
 
@@ -92,13 +91,13 @@ def require_weights(config: ModelConfig, num_tensors: int, num_bytes: int, where
     require_layers(config.num_hidden_layers, num_tensors, where)
     if config.num_parameters > 8 * num_bytes:  # no format takes less than a bit
         raise XinslmError(
-            f"{where} asks for {config.num_parameters:,} parameters, but the model's files hold "
+            f"{where} has {config.num_parameters:,} parameters, but the model's files contain "
             f"only {num_bytes:,} bytes. Copy the model again"
         )
 
 
 def count_tensors(folder: Path) -> int:
-    """Number of tensors in the safetensors files of a model folder."""
+    """Return the number of tensors in the safetensors files of a model folder."""
     total = 0
     for file in weight_files(folder):
         with open_tensors(file) as tensors:
@@ -107,7 +106,7 @@ def count_tensors(folder: Path) -> int:
 
 
 def is_own(folder: Path) -> bool:
-    """Whether our transformer can express the model of a folder; transformers runs all others."""
+    """Return whether our `Transformer` supports a folder's model; transformers runs all others."""
     try:
         load_config(folder)
     except UnsupportedModelError:
@@ -116,8 +115,8 @@ def is_own(folder: Path) -> bool:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """Safetensors files of a model folder, all shards; a folder that has only pickles is
-    refused.
+    """Return the safetensors files of a model folder, all shards; XinslmError if it has only
+    pickles.
     """
     folder = Path(folder)
     index = folder / f"{WEIGHTS}.index.json"
@@ -128,14 +127,14 @@ def weight_files(folder: Path) -> list[Path]:
             isinstance(name, str) for name in places.values()
         ):
             raise XinslmError(
-                f"{index}: must hold a 'weight_map' from weights to files. Copy the "
-                "whole model folder"
+                f"{index}: must contain a 'weight_map' from weights to files. Copy the complete "
+                "model folder"
             )
         files = [folder / name for name in sorted(set(places.values()))]
         for file in files:
             if not file.is_file():
                 raise XinslmError(
-                    f"{file} is missing; {index.name} lists it. Copy the whole model folder"
+                    f"{file} is missing; {index.name} lists it. Copy the complete model folder"
                 )
         return files
     if (folder / WEIGHTS).is_file():
@@ -146,16 +145,16 @@ def weight_files(folder: Path) -> list[Path]:
     if pickles:
         raise XinslmError(
             f"{folder} has its weights in {pickles[0]}, a pickle, which can run code when opened; "
-            f"xinslm reads only safetensors. Convert it where you trust it: "
-            f"load with transformers, then save_pretrained"
+            "xinslm reads only safetensors. If you trust the file, load it with transformers and "
+            "convert it with save_pretrained"
         )
     if (folder / QUANTIZED_WEIGHTS).is_file():
-        raise UsageError(f"{folder} is quantized; give the model that it was made from")
+        raise UsageError(f"{folder} is quantized; pass the model that it was made from")
     raise XinslmError(f"{folder} has no {WEIGHTS}")
 
 
 def read_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
-    """Give each weight of a model folder by name, one at a time, from a memory map."""
+    """Yield the name and tensor of each weight of a model folder, from a memory map."""
     for file in weight_files(folder):
         with open_tensors(file) as tensors:
             for name in tensors.keys():  # noqa: SIM118 - not a dict
@@ -163,19 +162,19 @@ def read_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
 
 
 def open_tensors(file: Path) -> safe_open:
-    """Open a safetensors file; an XinslmError says when it is damaged."""
+    """Open a safetensors file; XinslmError if it is damaged."""
     try:
         return safe_open(file, framework="pt")
     except (SafetensorError, OSError) as error:
         raise XinslmError(
-            f"{file} is not a whole safetensors file ({error}); copy or make it again"
+            f"{file} is not a complete safetensors file ({error}); copy or create it again"
         ) from None
 
 
 def load_model(
     folder: Path | str, dtype: torch.dtype = torch.float32, gradient_checkpointing: bool = False
 ) -> Transformer:
-    """Load a Llama or Mistral folder into the student's model, weights converted to `dtype`."""
+    """Load a Llama or Mistral folder as a `Transformer`, with weights of type `dtype`."""
     folder = resolve_model(folder)
     config = load_config(folder)
     num_bytes = sum(file.stat().st_size for file in weight_files(folder))
@@ -191,12 +190,12 @@ def load_model(
             continue
         if name not in expected:
             raise XinslmError(
-                f"{folder}: weight '{name}' has no place in a {config.to_hf()['model_type']} model"
+                f"{folder}: weight '{name}' is not part of a {config.to_hf()['model_type']} model"
             )
         if tensor.shape != expected[name]:
             raise XinslmError(
                 f"{folder}: weight '{name}' has shape {tuple(tensor.shape)}, "
-                f"config.json asks for {tuple(expected[name])}"
+                f"but config.json requires {tuple(expected[name])}"
             )
         loaded[name] = tensor.to(dtype)
     missing = sorted(expected.keys() - loaded.keys())
@@ -210,7 +209,7 @@ def load_model(
 
 
 def rebuild_buffers(model: Transformer) -> None:
-    """Compute the rotary frequencies of a model that was made on the meta device."""
+    """Compute the rotary frequencies of a model that was created on the meta device."""
     from xinslm.model.transformer import rotary_frequencies
 
     model.frequencies = rotary_frequencies(model.config)
@@ -219,7 +218,7 @@ def rebuild_buffers(model: Transformer) -> None:
 def save_model(model: Transformer, folder: Path, dtype: torch.dtype | None = None) -> None:
     """Write `config.json` and `model.safetensors` into `folder`; a tied head is written once.
 
-    `dtype` is the type on disk, by default the weights' own.
+    `dtype` is the type on disk, by default that of the weights.
     """
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {
@@ -242,17 +241,16 @@ def save_model(model: Transformer, folder: Path, dtype: torch.dtype | None = Non
 
 
 def model_fingerprint(folder: Path) -> str:
-    """Hash that names a model's weights and shape, whatever the folder is called."""
+    """Return a hash of a model's weights and configuration, independent of the folder's name."""
     folder = Path(folder)
     files = [folder / "config.json", *weight_files(folder)]
     return sha256_json([[os.path.basename(file), sha256_file(file)] for file in files])
 
 
 def check_vocabulary(rows: int, tokenizer: Any, name: str) -> None:
-    """Raise XinslmError if the tokenizer has ids that the model has no rows for."""
+    """Raise XinslmError if the tokenizer has more ids than the model's embedding has rows."""
     if tokenizer.vocab_size > rows:
         raise XinslmError(
-            f"{name}: the tokenizer beside the model has {tokenizer.vocab_size:,} ids, the model "
-            "only "
-            f"{rows:,} rows; the tokenizer belongs to another model"
+            f"{name}: the tokenizer has {tokenizer.vocab_size:,} ids, but the model's embedding "
+            f"only {rows:,} rows; the tokenizer belongs to another model"
         )

@@ -1,8 +1,8 @@
-"""Matrices stored in bfloat16 and multiplied in float32, for processors that have no fast bfloat16.
+"""Matrices stored in bfloat16 and multiplied in float32, for processors without fast bfloat16.
 
-A layer's float32 copy lives for one multiplication and is made again in the backward pass; of a
-whole model there is never one. The gradient is summed in float32 and rounded once. Where types
-agree, or autocast decides, nothing changes.
+A layer's float32 copy exists for one multiplication and is recomputed in the backward pass, so
+there is never a float32 copy of the complete model. The gradient is summed in float32 and rounded
+once. If the types are equal, or under autocast, the layers behave like PyTorch's.
 """
 
 from typing import Any
@@ -39,7 +39,7 @@ class _WideLinear(torch.autograd.Function):
 
 
 def embed(ids: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """Rows `ids` of `weight` in `dtype`: (...) -> (..., hidden)."""
+    """Return rows `ids` of `weight` in `dtype`: (...) -> (..., hidden)."""
     if weight.dtype == dtype:
         return F.embedding(ids, weight)
     result: Tensor = _WideEmbedding.apply(ids, weight, dtype)
@@ -56,16 +56,14 @@ class _WideEmbedding(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor, None]:
         (ids,) = ctx.saved_tensors
-        # a token's many gradients need its bits
+        # sums of many gradients need the precision of grad's dtype
         total = torch.zeros(ctx.shape, dtype=grad.dtype, device=grad.device)
         total.index_add_(0, ids.flatten(), grad.flatten(0, -2))
         return None, total.to(ctx.dtype), None
 
 
 def cast_matrices_to_bfloat16(model: nn.Module) -> None:
-    """Store a model's matrices in bfloat16, one after another; vectors stay float32, they are
-    few.
-    """
+    """Convert a model's matrices to bfloat16, one at a time; vectors stay float32."""
     for parameter in model.parameters():
         if parameter.dim() > 1:
             parameter.data = parameter.data.bfloat16()

@@ -1,9 +1,9 @@
 """The student: a LLaMA-style decoder in plain PyTorch, with Hugging Face's parameter names.
 
 RMSNorm before each half of a block, grouped-query attention, rotary positions, SwiGLU, tied
-embeddings, optional sliding window. The `state_dict` is the checkpoint format of transformers, so
-nothing is ever converted; logits equal theirs (`tests/model/test_transformer.py`). Shapes: B rows,
-T positions, H query heads, K key heads, D head width.
+embeddings, optional sliding window. The `state_dict` is the checkpoint format of transformers and
+needs no conversion; the logits are equal (`tests/model/test_transformer.py`). Shapes: B batch, T
+sequence length, H query heads, K key heads, D head dimension.
 
     model = Transformer(config)
     logits = model.logits(model.hidden(input_ids))      # (B, T) -> (B, T, vocabulary)
@@ -38,16 +38,12 @@ class RMSNorm(nn.Module):
 
 
 def _scaled(x: Tensor, by: Tensor) -> Tensor:
-    """Give x * by, written over x where autograd keeps nothing: fresh memory costs more than the
-    product.
-    """
+    """Return x * by, in place if autograd is off: allocating memory costs more than the product."""
     return x * by if torch.is_grad_enabled() or x.dtype != by.dtype else x.mul_(by)
 
 
 def rotary_frequencies(config: ModelConfig) -> Tensor:
-    """Radians a position for each of the head's D/2 pairs, float32, LLaMA-3's rescaling
-    included.
-    """
+    """Return radians per position of the head's D/2 pairs, float32, with LLaMA-3's rescaling."""
     exponents = torch.arange(0, config.head_dim, 2, dtype=torch.int64).float() / config.head_dim
     frequencies = 1.0 / (config.rope_theta**exponents)
     if config.rope_scaling is None:
@@ -61,7 +57,7 @@ def rotary_frequencies(config: ModelConfig) -> Tensor:
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn each pair (i, i + D/2) of a head by its position's angle; tables (B or 1, 1, T, D)."""
+    """Rotate each pair (i, i + D/2) of a head by its position's angle; tables (B or 1, 1, T, D)."""
     half = x.shape[-1] // 2
     turned = torch.cat((-x[..., half:], x[..., :half]), dim=-1)
     return x * cos + turned * sin
@@ -93,12 +89,10 @@ class KVCache:
         """Positions filled so far, the same for all rows."""
 
     def extend(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Store (B, K, T, D) behind the past, return both together; `length` moves after all
-        layers.
-        """
+        """Append (B, K, T, D), return all keys and values; `length` increases after all layers."""
         end = self.length + keys.shape[2]
         if end > self.keys.shape[3]:
-            raise ValueError(f"the cache holds {self.keys.shape[3]} positions, {end} are needed")
+            raise ValueError(f"the cache has {self.keys.shape[3]} positions, but {end} are needed")
         self.keys[layer, :, :, self.length : end] = keys
         self.values[layer, :, :, self.length : end] = values
         return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
@@ -122,7 +116,7 @@ class Attention(nn.Module):
     def forward(
         self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: KVCache | None
     ) -> Tensor:
-        """(B, T, hidden) -> (B, T, hidden); no mask means plain causal."""
+        """(B, T, hidden) -> (B, T, hidden); without a mask, causal."""
         b, t, _ = x.shape
         q = self.q_proj(x).view(b, t, -1, self.head_dim).transpose(1, 2)  # (B, H, T, D)
         k = self.k_proj(x).view(b, t, -1, self.head_dim).transpose(1, 2)  # (B, K, T, D)
@@ -158,7 +152,7 @@ class FeedForward(nn.Module):
 
 
 class Block(nn.Module):
-    """One decoder layer: attention, then feed-forward, each on the normalised residual stream."""
+    """One decoder layer: attention, then feed-forward, each on the normalized residual stream."""
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
@@ -176,7 +170,7 @@ class Block(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Embedding, blocks and final norm: what Hugging Face names `model`."""
+    """Embedding, blocks and final norm; `model` in Hugging Face's names."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -188,8 +182,8 @@ class Decoder(nn.Module):
 
 
 class Transformer(nn.Module):
-    """A causal language model; `gradient_checkpointing` trades a second forward pass for memory in
-    training.
+    """A causal language model; `gradient_checkpointing` saves training memory at the cost of a
+    second forward pass.
     """
 
     frequencies: Tensor
@@ -199,15 +193,16 @@ class Transformer(nn.Module):
         config.check()
         self.config, self.gradient_checkpointing = config, gradient_checkpointing
         self.compute_dtype: torch.dtype | None = None
-        """Type of the residual stream and of the products; None: the weights' own."""
+        """Type of the residual stream and of the products; None means that of the weights."""
         self.model = Decoder(config)
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.register_buffer("frequencies", rotary_frequencies(config), persistent=False)
 
     def initialise(self, generator: torch.Generator | None = None) -> None:
-        """Draw matrices from N(0, 0.02), the residual stream's writers sqrt(2 layers) smaller
-        (GPT-2); vectors 1.
+        """Draw matrices from N(0, 0.02) and set vectors to 1 (GPT-2).
+
+        Projections into the residual stream are smaller by sqrt(2 layers).
         """
         residual = 0.02 / math.sqrt(2 * self.config.num_hidden_layers)
         for name, weight in self.named_parameters():
@@ -221,7 +216,7 @@ class Transformer(nn.Module):
 
     @property
     def head_weight(self) -> Tensor:
-        """Output matrix (vocabulary, hidden): the embedding itself where tied."""
+        """Output matrix (vocabulary, hidden); the embedding if tied."""
         return (
             self.model.embed_tokens.weight
             if self.config.tie_word_embeddings
@@ -241,8 +236,8 @@ class Transformer(nn.Module):
     def mask(
         self, length: int, past: int, segments: Tensor | None, device: torch.device
     ) -> Tensor | None:
-        """What each query may see, (B or 1, 1, T, past + T) of bool; None where plain causal says
-        it all.
+        """Return the attention mask, bool (B or 1, 1, T, past + T); None if causal masking
+        suffices.
         """
         window = self.config.sliding_window
         if window is not None and past + length <= window:
@@ -268,13 +263,13 @@ class Transformer(nn.Module):
     ) -> Any:
         """Run the blocks and the final norm: ids (B, T) -> (B, T, hidden).
 
-        `positions` (B, T) restart at each document of a packed row, `segments` (B, T) number those
-        documents: attention never crosses them. With a `cache` the ids continue what it holds;
-        packed rows have none. With `layers`, numbers of blocks from 1, a pair is returned: that,
-        and what comes out of each of those blocks.
+        In a packed sequence, `positions` (B, T) restart at each document and `segments` (B, T)
+        number the documents, which attention does not cross. With a `cache`, the ids continue its
+        content; it cannot be used with `segments`. With `layers` (numbers of blocks from 1), return
+        a pair: the hidden states, and a list of the outputs of those blocks.
         """
         assert cache is None or segments is None, (
-            "packed rows are for training, a cache is for generation"
+            "packed sequences are for training, a cache is for generation"
         )
         past = cache.length if cache is not None else 0
         length = input_ids.shape[1]
@@ -283,7 +278,7 @@ class Transformer(nn.Module):
         mask = self.mask(length, past, segments, input_ids.device)
         weight = self.model.embed_tokens.weight
         x = embed(input_ids, weight, self.compute_dtype or weight.dtype)
-        # or attention makes and keeps one a block
+        # otherwise attention allocates and keeps a float mask per block
         if mask is not None and self.training and x.device.type == "cpu":
             mask = torch.zeros(mask.shape, dtype=x.dtype).masked_fill_(~mask, -torch.inf)
         cos, sin = self.rotary(positions, x.dtype)

@@ -1,10 +1,10 @@
-"""LoRA adapters on teachers: folders in peft's layout, safetensors only, tied to the weights they
-were trained on.
+"""LoRA adapters for teachers: folders in peft's layout, safetensors only, bound to the weights that
+they were trained on.
 
-An adapter made by `xinslm adapt` carries a manifest with the fingerprint of its base and fits no
-other; one made elsewhere must at least name every matrix of the teacher that it changes. In float32
-the adapter is added into the weights; in narrower types, where a small update would be rounded
-away, it stays beside them.
+An adapter of `xinslm adapt` has a manifest with the fingerprint of its base model and is refused
+for any other. For other adapters, the matrices must match those of the teacher. In float32 the
+adapter is merged into the weights; in narrower types it stays separate, because rounding would
+erase small updates.
 """
 
 from pathlib import Path
@@ -19,7 +19,7 @@ CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 
 def require_peft() -> ModuleType:
-    """Import peft; a UsageError says how to install it."""
+    """Import peft; UsageError with the install command if it is missing."""
     try:
         import peft
     except ImportError as error:
@@ -31,7 +31,7 @@ def require_peft() -> ModuleType:
 
 
 def adapter_hash(folder: Path) -> str:
-    """Hash of what an adapter computes: its weights and settings, not where its base lay."""
+    """Return a hash of an adapter's weights and settings, without the path of its base model."""
     settings = read_json(folder / CONFIG)
     meaning = {
         key: sorted(value)
@@ -44,7 +44,7 @@ def adapter_hash(folder: Path) -> str:
 
 
 def check_adapter(folder: Path, base: str, name: str) -> None:
-    """Raise an error unless `folder` holds a LoRA adapter that may belong to the teacher with
+    """Raise an error unless `folder` is a LoRA adapter that can belong to the teacher with
     fingerprint `base`.
     """
     if (folder / MANIFEST).is_file():
@@ -52,25 +52,23 @@ def check_adapter(folder: Path, base: str, name: str) -> None:
         if trained_on != base:
             raise UsageError(
                 f"adapter {folder} was trained on other weights than those of {name} "
-                f"(fingerprints {trained_on[:12]} "
-                f"and {base[:12]}). Give the teacher it was trained on, or run `{MADE_BY} {name}`"
+                f"(fingerprints {trained_on[:12]} and {base[:12]}). Pass the teacher it was "
+                f"trained on, or run `{MADE_BY} {name}`"
             )
     if not (folder / CONFIG).is_file():
         raise UsageError(
-            f"{folder} is not an adapter folder: it has no {CONFIG}. Make one with `{MADE_BY}`"
+            f"{folder} is not an adapter folder: it has no {CONFIG}. Create one with `{MADE_BY}`"
         )
     if not (folder / WEIGHTS).is_file():
         raise XinslmError(f"{folder} has no {WEIGHTS}; xinslm reads weights from safetensors only")
     settings = read_json(folder / CONFIG)
     kind = settings.get("peft_type") if isinstance(settings, dict) else None
     if kind != "LORA":
-        raise UsageError(f"{folder} is an adapter of kind {kind}; only LORA can be used")
+        raise UsageError(f"{folder} is an adapter of type {kind}; only LORA is supported")
 
 
 def apply_adapter(model: Any, folder: Path, name: str) -> Any:
-    """Put an adapter on a transformers model; the same class of model comes back, with the adapter
-    in it.
-    """
+    """Apply an adapter to a transformers model; return a model of the same class."""
     import torch
     from safetensors import SafetensorError, safe_open
 
@@ -81,13 +79,14 @@ def apply_adapter(model: Any, folder: Path, name: str) -> Any:
         adapted = peft.PeftModel.from_pretrained(model, str(folder))
     except (SafetensorError, OSError, ValueError, RuntimeError, KeyError) as error:
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise XinslmError(f"adapter {folder} cannot be put on teacher {name}: {first}") from error
+        raise XinslmError(
+            f"adapter {folder} cannot be applied to teacher {name}: {first}"
+        ) from error
     expected = set(peft.get_peft_model_state_dict(adapted, save_embedding_layers=False))
     if unknown := sorted(stored ^ expected):  # peft only warns
         raise XinslmError(
             f"adapter {folder} does not fit teacher {name}: {len(unknown)} of its matrices have "
-            "no counterpart, such "
-            f"as '{unknown[0]}'"
+            f"no counterpart, such as '{unknown[0]}'"
         )
     if next(model.parameters()).dtype == torch.float32:
         return adapted.merge_and_unload()

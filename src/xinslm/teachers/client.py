@@ -1,10 +1,9 @@
-"""JSON over HTTP to a server that is slow, limited and sometimes broken: pace, time-outs, retries
-with back-off.
+"""JSON over HTTP with rate limits, timeouts and retries with exponential backoff.
 
-Tried again: 408, 429 and 5xx answers, lost connections, time-outs, answers that end in the middle.
-The wait doubles from half a second to a minute, with jitter, so that requests in flight do not come
-back together; where the server's Retry-After says when, all requests wait for that. Standard
-library only; no proxy is taken from the environment.
+Retried: 408, 409, 425, 429 and 5xx responses, lost connections, timeouts, incomplete responses. The
+wait doubles from half a second to a minute, with jitter, so that concurrent requests do not retry
+at the same time. If the server sends Retry-After, all requests wait for it. Uses the standard
+library only; ignores proxy settings of the environment.
 """
 
 import email.utils
@@ -33,7 +32,7 @@ Result = TypeVar("Result")
 
 
 class RefusedError(XinslmError):
-    """The server answered, and said no for a reason that another try does not change."""
+    """The server refused the request for a reason that a retry does not change."""
 
     def __init__(self, message: str, status: int) -> None:
         super().__init__(message)
@@ -41,7 +40,7 @@ class RefusedError(XinslmError):
 
 
 class _PassingError(Exception):
-    """What another try may cure; `wait` is what the server asked for, in seconds."""
+    """An error that a retry may fix; `wait` is the server's Retry-After in seconds."""
 
     def __init__(self, reason: str, wait: float | None = None) -> None:
         super().__init__(reason)
@@ -49,13 +48,13 @@ class _PassingError(Exception):
 
 
 class _TooLongError(Exception):
-    """The server sent more bytes than an answer may have."""
+    """The server sent more bytes than a response may have."""
 
 
 class _BoundedReader(io.RawIOBase):
-    """Reads a connection until a moment of `time.monotonic()`, and at most so many bytes.
+    """Reads a connection until a deadline of `time.monotonic()`, and at most `most` bytes.
 
-    http.client's own timeout starts anew with each byte, and it skips any number of 100 Continue.
+    http.client's own timeout restarts with each byte, and it skips any number of 100 Continue.
     """
 
     def __init__(self, inner: Any, connection: socket.socket, until: float, most: int) -> None:
@@ -63,11 +62,11 @@ class _BoundedReader(io.RawIOBase):
         self._until, self._left = until, most
 
     def readable(self) -> bool:
-        """Always."""
+        """Return True."""
         return True
 
     def readinto(self, buffer: Any) -> int | None:
-        """Read what has arrived, or wait for it."""
+        """Read available bytes, or wait for some until the deadline."""
         seconds = self._until - time.monotonic()
         if seconds <= 0:
             raise TimeoutError
@@ -85,9 +84,7 @@ class _BoundedReader(io.RawIOBase):
 
 
 class Pace:
-    """Gives each request its moment, so that a minute holds no more requests and tokens than
-    allowed.
-    """
+    """Rate limiter: delays each request to stay within the requests and tokens per minute."""
 
     def __init__(
         self,
@@ -103,7 +100,7 @@ class Pace:
         self._next = 0.0
 
     def wait(self, tokens: int) -> None:
-        """Sleep until a request of so many tokens may go out."""
+        """Sleep until a request of `tokens` tokens may be sent."""
         with self._lock:
             now = self._clock()
             moment = max(now, self._next)
@@ -112,14 +109,14 @@ class Pace:
             self.sleep(moment - now)
 
     def hold(self, seconds: float) -> None:
-        """Let nothing go out for so long."""
+        """Delay all requests for `seconds`."""
         with self._lock:
             self._next = max(self._next, self._clock() + seconds)
 
 
 @dataclass(frozen=True)
 class _Place:
-    """A base URL taken apart."""
+    """A parsed base URL."""
 
     secure: bool
     host: str
@@ -128,7 +125,7 @@ class _Place:
 
 
 class Client:
-    """One server; may be used from many threads."""
+    """A client of one server; thread-safe."""
 
     def __init__(
         self, url: str, config: EndpointConfig, api_key: str | None = None, pace: Pace | None = None
@@ -141,18 +138,18 @@ class Client:
         self._pace = pace or Pace(config.requests_per_minute, config.tokens_per_minute)
 
     def get(self, path: str) -> Any:
-        """Parsed answer to GET; errors as in `post`."""
-        return self._patiently("GET", path, None, 0)
+        """Send GET and return the parsed response; errors as in `post`."""
+        return self._with_retries("GET", path, None, 0)
 
     def post(self, path: str, body: dict[str, Any], tokens: int = 0) -> Any:
-        """Parsed answer to POST of a JSON body that costs about so many tokens.
+        """POST a JSON body that costs about `tokens` tokens; return the parsed response.
 
-        RefusedError for an answer that no further try changes, UsageError for a wrong key,
-        XinslmError where all tries failed.
+        RefusedError if the server refuses and a retry would not help, UsageError for a wrong key,
+        XinslmError if all attempts fail.
         """
-        return self._patiently("POST", path, json.dumps(body).encode(), tokens)
+        return self._with_retries("POST", path, json.dumps(body).encode(), tokens)
 
-    def _patiently(self, method: str, path: str, body: bytes | None, tokens: int) -> Any:
+    def _with_retries(self, method: str, path: str, body: bytes | None, tokens: int) -> Any:
         began, wait = time.monotonic(), FIRST_WAIT_SECONDS
         for attempt in range(self._retries + 1):
             self._pace.wait(tokens)
@@ -166,11 +163,10 @@ class Client:
                 else:
                     self._pace.sleep(wait * random.uniform(0.5, 1.0))
                 wait = min(2 * wait, LONGEST_WAIT_SECONDS)
-        tries = "one try" if self._retries == 0 else f"{self._retries + 1} tries"
+        tries = "1 attempt" if self._retries == 0 else f"{self._retries + 1} attempts"
         raise XinslmError(
-            f"{method} {self.url}{path}: {reason} ({tries} in "
-            f"{time.monotonic() - began:.0f} s). "
-            f"What was finished is kept: see to the server and run the same command again"
+            f"{method} {self.url}{path}: {reason} ({tries} in {time.monotonic() - began:.0f} s). "
+            "Finished work is kept: check the server and run the same command again"
         )
 
     def _once(self, method: str, path: str, body: bytes | None) -> Any:
@@ -185,15 +181,15 @@ class Client:
             answer = self._receive(connection, until)
             content = self._scrub(_read(answer))
         except TimeoutError:
-            raise _PassingError(f"no answer within {self._timeout:g} s") from None
+            raise _PassingError(f"no response within {self._timeout:g} s") from None
         except http.client.IncompleteRead as error:
             raise _PassingError(
-                f"the answer ended after {len(error.partial):,} bytes, in the middle"
+                f"the response is incomplete: it ended after {len(error.partial):,} bytes"
             ) from None
         except _TooLongError:
             raise XinslmError(
-                f"{method} {self.url}{path}: the answer has more than {self._most / 1e6:,.6g} MB. "
-                "Ask for less, or raise --endpoint.max-answer-megabytes"
+                f"{method} {self.url}{path}: the response exceeds {self._most / 1e6:,.6g} MB. "
+                "Request less, or increase --endpoint.max-answer-megabytes"
             ) from None
         # ValueError: a chunk of negative size
         except (http.client.HTTPException, OSError, ValueError) as error:
@@ -205,28 +201,28 @@ class Client:
             connection.close()
         if answer.status in RETRIED or answer.status >= 500:
             wait = _retry_after(answer.headers.get("Retry-After"))
-            raise _PassingError(f"the server says {answer.status} {_reason(content)}", wait)
+            raise _PassingError(f"the server returned {answer.status} {_reason(content)}", wait)
         if answer.status in (401, 403):
             raise UsageError(
-                f"{self.url} says {answer.status}: {_reason(content)}. Give the key with "
+                f"{self.url} returned {answer.status}: {_reason(content)}. Pass the API key with "
                 "--endpoint.api-key-file FILE or --endpoint.api-key-env NAME"
             )
         if answer.status != 200:
             message = (
-                f"{method} {self.url}{path}: the server says {answer.status} {_reason(content)}"
+                f"{method} {self.url}{path}: the server returned {answer.status} {_reason(content)}"
             )
             raise RefusedError(message, answer.status)
         try:
             return json.loads(content)
         except ValueError:
             raise _PassingError(
-                f"the answer is not valid JSON; it begins with {content[:60]!r}"
+                f"the response is not valid JSON; it begins with {content[:60]!r}"
             ) from None
 
     def _receive(
         self, connection: http.client.HTTPConnection, until: float
     ) -> http.client.HTTPResponse:
-        """Status and headers; the body can be read until the same moment."""
+        """Receive status and headers; the body can be read until the same deadline."""
 
         def bounded(sock: socket.socket, *args: Any, **options: Any) -> http.client.HTTPResponse:
             answer = http.client.HTTPResponse(sock, *args, **options)
@@ -238,7 +234,7 @@ class Client:
         return connection.getresponse()
 
     def _scrub(self, content: bytes) -> bytes:
-        """Hide the key in an answer that repeats it, as it is and as JSON spells it."""
+        """Hide the API key in a response that contains it, plain or JSON-escaped."""
         for spelling in {self._key or "", json.dumps(self._key or "")[1:-1]} - {""}:
             content = content.replace(spelling.encode(), b"***")
         return content
@@ -247,9 +243,9 @@ class Client:
 def in_flight(
     work: Callable[[Item], Result], items: Iterable[Item], workers: int
 ) -> Iterator[tuple[Item, Result]]:
-    """Give (item, result) as they are done, `workers` at a time, in no order.
+    """Yield (item, result) in order of completion, `workers` at a time.
 
-    After an error nothing new is begun; what is under way is waited for and given, then the first
+    After an error, no new item starts; results of running items are still yielded, then the first
     error is raised.
     """
     pending = iter(list(items))
@@ -264,7 +260,7 @@ def in_flight(
                 break
             try:
                 done.put((item, work(item)))  # type: ignore[arg-type]
-            except BaseException as error:  # handed to the caller, whatever it is
+            except BaseException as error:  # any error is raised in the caller's thread
                 stopped.set()
                 done.put(error)
         done.put(None)
@@ -288,22 +284,24 @@ def in_flight(
 
 
 def read_key(text: str, where: str) -> str:
-    """The API key in `text`, without surrounding whitespace; `where` names its origin in errors."""
+    """Return the API key in `text`, without surrounding whitespace; `where` is its origin in
+    errors.
+    """
     key = text.strip()
     if not key or not all("!" <= char <= "~" for char in key):
         raise UsageError(
-            f"{where} must hold one key and nothing else: printable ASCII without spaces or line "
-            "breaks"
+            f"{where} must contain one key and nothing else: printable ASCII without spaces or "
+            "line breaks"
         )
     return key
 
 
 def _read(answer: http.client.HTTPResponse) -> bytes:
-    """The body, in pieces: one read would reserve memory for whatever size the server claims."""
+    """Read the body in chunks: one read would allocate any size that the server claims."""
     content = io.BytesIO()
     while piece := answer.read(CHUNK_BYTES):
         content.write(piece)
-    if answer.length:  # what Content-Length promised and did not come
+    if answer.length:  # bytes of Content-Length that did not arrive
         raise http.client.IncompleteRead(content.getvalue(), answer.length)
     return content.getvalue()
 
@@ -312,8 +310,8 @@ def refuse_password(url: str) -> None:
     """Raise UsageError if the address has a user name or password: addresses are stored."""
     if "@" in url:
         raise UsageError(
-            f"{hide_passwords(url)}: an endpoint's address must not hold a password. Leave it out "
-            "and give the API key with --endpoint.api-key-file or --endpoint.api-key-env"
+            f"{hide_passwords(url)}: an endpoint's address must not contain a password. Leave it "
+            "out and pass the API key with --endpoint.api-key-file or --endpoint.api-key-env"
         )
 
 
@@ -326,16 +324,14 @@ def _take_apart(url: str) -> _Place:
         parts, port = urlsplit(""), None
     if parts.scheme not in ("http", "https") or not parts.hostname or parts.query:
         raise UsageError(
-            f"{url.partition('?')[0]} is not the address of an endpoint; one looks "
-            "like http://localhost:8000/v1"
+            f"{url.partition('?')[0]} is not the address of an endpoint; an example is "
+            "http://localhost:8000/v1"
         )
     return _Place(parts.scheme == "https", parts.hostname, port, parts.path.rstrip("/") or "/v1")
 
 
 def _retry_after(value: str | None) -> float | None:
-    """Seconds that a Retry-After header asks for: a number, or a date (RFC 9110, section
-    10.2.3).
-    """
+    """Return the seconds of a Retry-After header: a number or a date (RFC 9110, section 10.2.3)."""
     if value is None:
         return None
     try:
@@ -349,13 +345,13 @@ def _retry_after(value: str | None) -> float | None:
 
 
 def _reason(content: bytes) -> str:
-    """What an error's body says, in at most 300 characters: OpenAI's form, FastAPI's, or plain
-    text.
+    """Return the message of an error's body in OpenAI's form, FastAPI's, or plain text, at most 300
+    characters.
     """
     try:
         body = json.loads(content)
     except ValueError:
-        return content[:300].decode("utf-8", "replace").strip() or "without a word"
+        return content[:300].decode("utf-8", "replace").strip() or "without a message"
     for key in ("error", "detail", "message"):
         if isinstance(body, dict) and key in body:
             body = body[key]

@@ -1,9 +1,9 @@
-"""T5 encoders as teachers: hidden states of a text, no next tokens.
+"""T5 encoders as teachers: hidden states of a text, without next-token distributions.
 
-A folder of transformers, with the tokenizer in it, or a diffusers folder such as FLUX's, whose text
-encoder stands in `text_encoder_2/` and its tokenizer in `tokenizer_2/`. Weights are safetensors
-only. Tokens are placed in the text by the offsets of the fast tokenizer, which survive what its
-normaliser does to spaces and to Unicode.
+The folder is a transformers model with its tokenizer, or a diffusers folder such as FLUX's, with
+the text encoder in `text_encoder_2/` and its tokenizer in `tokenizer_2/`. Weights are safetensors
+only. The offsets of the fast tokenizer locate the tokens in the text; they remain correct when its
+normalizer changes spaces and Unicode.
 """
 
 import hashlib
@@ -24,12 +24,12 @@ from xinslm.teachers.local import capture_hidden_states, load_pretrained
 CLASSES = {"t5": "T5EncoderModel", "mt5": "MT5EncoderModel", "umt5": "UMT5EncoderModel"}
 """Model type in config.json -> class of transformers that loads the encoder alone."""
 PARTS = ("text_encoder_2", "text_encoder", "text_encoder_3")
-"""Where diffusers folders have their text encoders."""
+"""Subfolders of text encoders in diffusers folders."""
 
 
 def find_encoder(name: str) -> Path | None:
-    """The folder of the encoder that `name` means, itself or inside a diffusers folder; None where
-    there is none.
+    """Return the encoder folder at `name`, or inside it if it is a diffusers folder; None if
+    neither exists.
     """
     for folder in (Path(name), *(Path(name) / part for part in PARTS)):
         if (folder / "config.json").is_file():
@@ -41,18 +41,20 @@ def find_encoder(name: str) -> Path | None:
 
 @dataclass(frozen=True)
 class Reading:
-    """Tokens of a text, and the bytes of it that each covers."""
+    """Tokens of a text, and the bytes that each covers."""
 
     ids: np.ndarray
     """(tokens,) int64."""
     begins: np.ndarray
     """First byte of each token, int64."""
     ends: np.ndarray
-    """Behind the last byte of each token, int64; never falls."""
+    """Index after the last byte of each token, int64; non-decreasing."""
 
 
 class EncoderTeacher:
-    """Gives hidden states of texts; attention goes both ways, so a state knows what follows it."""
+    """Computes hidden states of texts; attention is bidirectional, so a state depends on later
+    tokens.
+    """
 
     def __init__(
         self, name: str, folder: Path, dtype: str = "float32", device: torch.device | str = "cpu"
@@ -60,7 +62,7 @@ class EncoderTeacher:
         import transformers
 
         self.name, self.folder, self.device = name, folder, torch.device(device)
-        weight_files(folder)  # refuses pickles and says what is missing
+        weight_files(folder)  # refuses pickles and names missing files
         self.tokenizer = EncoderTokenizer(name, _tokenizer_folder(folder))
         cls = getattr(transformers, CLASSES[read_json(folder / "config.json")["model_type"]])
         model = load_pretrained(cls, folder, dtype, f"encoder {name}")
@@ -68,9 +70,8 @@ class EncoderTeacher:
         rows = model.get_input_embeddings().weight.shape[0]
         if rows < self.tokenizer.vocab_size:
             raise XinslmError(
-                f"encoder {name}: its tokenizer has {self.tokenizer.vocab_size} ids, its input "
-                f"only {rows} rows; the "
-                f"tokenizer belongs to another model"
+                f"encoder {name}: its tokenizer has {self.tokenizer.vocab_size} ids, but its "
+                f"embedding only {rows} rows; the tokenizer belongs to another model"
             )
         self.num_layers: int = model.config.num_layers
         self.hidden_size: int = model.config.d_model
@@ -78,28 +79,26 @@ class EncoderTeacher:
 
     @property
     def fingerprint(self) -> str:
-        """Hash of the weights and the shape."""
+        """Hash of the weights and the configuration."""
         return model_fingerprint(self.folder)
 
     @torch.no_grad()
     def hidden(self, sequences: list[np.ndarray], depths: Sequence[int]) -> list[Tensor]:
-        """What comes out of blocks `depths` (from 1), (total tokens, hidden_size) each, one
-        sequence behind the other.
+        """Return the outputs of blocks `depths` (from 1), (total tokens, hidden_size) each, with
+        the sequences concatenated.
 
-        The end token that the encoder was trained with is put behind each sequence, and its state
-        is left out.
+        The encoder was trained with an end token, which is appended to each sequence; its state is
+        dropped.
         """
         end = [] if self.tokenizer.end is None else [self.tokenizer.end]
         longest = max(len(s) for s in sequences) + len(end)
         batch = np.zeros((len(sequences), longest), dtype=np.int64)
         seen, real = np.zeros_like(batch), np.zeros(batch.shape, dtype=bool)
         for row, ids in enumerate(sequences):
-            whole = [*ids, *end]
-            batch[row, : len(whole)], seen[row, : len(whole)], real[row, : len(ids)] = (
-                whole,
-                1,
-                True,
-            )
+            extended = [*ids, *end]
+            batch[row, : len(extended)] = extended
+            seen[row, : len(extended)] = 1
+            real[row, : len(ids)] = True
         with capture_hidden_states(self.model, self.num_layers, depths, self.name) as outputs:
             self.model(
                 input_ids=torch.from_numpy(batch).to(self.device),
@@ -110,24 +109,22 @@ class EncoderTeacher:
 
 
 class EncoderTokenizer:
-    """The fast tokenizer of an encoder, for the places of its tokens in a text."""
+    """The fast tokenizer of an encoder, which locates its tokens in a text."""
 
     def __init__(self, name: str, folder: Path) -> None:
         import transformers
 
         try:
             self.fast: Any = transformers.AutoTokenizer.from_pretrained(folder)
-        except Exception as error:  # as many kinds as for models
+        except Exception as error:  # transformers raises many types
             first = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise XinslmError(
                 f"transformers cannot load the tokenizer of encoder {name} in {folder}: {first}"
             ) from error
         if not self.fast.is_fast:
             raise XinslmError(
-                f"the tokenizer of encoder {name} in {folder} does not tell which characters its "
-                "tokens cover: a "
-                "tokenizer.json is needed. Load it with transformers' AutoTokenizer and save it "
-                "again"
+                f"the tokenizer of encoder {name} in {folder} gives no character offsets: it needs "
+                "a tokenizer.json. Load it with transformers' AutoTokenizer and save it again"
             )
         self.vocab_size = len(self.fast)
         self.end: int | None = self.fast.eos_token_id
@@ -135,11 +132,11 @@ class EncoderTokenizer:
         self.max_length: int = limit if limit < 1 << 30 else 1 << 30
 
     def fingerprint(self) -> str:
-        """Hash of the definition."""
+        """Return a hash of the tokenizer's definition."""
         return hashlib.sha256(self.fast.backend_tokenizer.to_str().encode()).hexdigest()
 
     def read(self, texts: Sequence[str]) -> list[Reading]:
-        """Tokens of each text, without an end token."""
+        """Tokenize each text, without an end token."""
         encoded = self.fast(
             list(texts),
             add_special_tokens=False,
@@ -157,7 +154,7 @@ class EncoderTokenizer:
 
 
 def _in_bytes(text: str, ids: list[int], offsets: list[tuple[int, int]]) -> Reading:
-    """Turn offsets in characters into offsets in UTF-8 bytes."""
+    """Convert offsets in characters to offsets in UTF-8 bytes."""
     characters = np.frombuffer(text.encode("utf-32-le"), dtype="<u4")
     sizes = (
         1 + (characters >= 0x80).astype(np.int64) + (characters >= 0x800) + (characters >= 0x10000)
@@ -169,12 +166,12 @@ def _in_bytes(text: str, ids: list[int], offsets: list[tuple[int, int]]) -> Read
 
 
 def _tokenizer_folder(folder: Path) -> Path:
-    """Where an encoder's tokenizer is: in its folder, or beside it as diffusers puts it."""
-    beside = folder.resolve().parent / folder.resolve().name.replace("text_encoder", "tokenizer")
-    for place in (folder, beside):
+    """Return the folder of an encoder's tokenizer: its own, or its sibling (diffusers)."""
+    sibling = folder.resolve().parent / folder.resolve().name.replace("text_encoder", "tokenizer")
+    for place in (folder, sibling):
         if (place / "tokenizer.json").is_file() or any(place.glob("*.model")):
             return place
     raise XinslmError(
-        f"encoder {folder} has no tokenizer: neither {folder} nor {beside} holds a tokenizer.json "
-        "or a .model file"
+        f"encoder {folder} has no tokenizer: neither {folder} nor {sibling} contains a "
+        "tokenizer.json or a .model file"
     )

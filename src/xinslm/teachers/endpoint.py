@@ -1,13 +1,13 @@
-"""A teacher behind an OpenAI-compatible endpoint: what the server can do is tried out before any
-work is given to it.
+"""A teacher served by an OpenAI-compatible endpoint; the server's capabilities are tested before
+any work starts.
 
-vLLM scores a given text (`prompt_logprobs` on /v1/completions, token ids as the prompt). Others,
-llama.cpp among them, give the most likely tokens only beside text that they write themselves: good
-for `synthesize`, not for `cache`.
+vLLM scores a given text (`prompt_logprobs` on /v1/completions, token ids as the prompt). Other
+servers, such as llama.cpp, return log-probabilities only with text that they generate: enough for
+`synthesize`, not for `cache`.
 
     teacher = EndpointTeacher("http://localhost:8000/v1", EndpointConfig(),
     tokenizer="Qwen/Qwen3-8B")
-    teacher.require_scoring()     # says what to do where the server cannot
+    teacher.require_scoring()     # UsageError with alternatives if the server cannot score
 """
 
 from typing import Any
@@ -24,13 +24,13 @@ from xinslm.teachers.endpoint_config import EndpointConfig
 from xinslm.teachers.generate import prompt_ids
 
 SPARE = 4
-"""Further rivals asked for beside written text, since some may be no tokens of the student's."""
+"""Extra alternatives to request with generated text, since the student may lack some tokens."""
 MOST_RIVALS = 20
-"""What hosted models give at most beside written text."""
+"""Maximum number of alternatives that hosted models return with generated text."""
 
 
 def is_endpoint(name: str) -> bool:
-    """Whether a teacher's name is a URL; UsageError for one with a password in it."""
+    """Return whether a teacher's name is a URL; UsageError if the URL contains a password."""
     found = name.lower().startswith(("http://", "https://"))
     if found:
         refuse_password(name)
@@ -38,9 +38,9 @@ def is_endpoint(name: str) -> bool:
 
 
 class EndpointTeacher:
-    """Scores and writes text over HTTP; may be used from many threads.
+    """Scores and generates text over HTTP; thread-safe.
 
-    `top` is how many of the most likely tokens to ask for at each place.
+    `top` is the number of most likely tokens to request at each position.
     """
 
     def __init__(
@@ -58,13 +58,11 @@ class EndpointTeacher:
         self.max_length = _context(facts)
         self.tokenizer = _tokenizer(tokenizer, self.model)
         self.rivals = min(top + SPARE, max(MOST_RIVALS, top))
-        """How many of the most likely tokens to ask for beside written text; 0 asks for none."""
+        """Number of most likely tokens to request with generated text; 0 requests none."""
 
     @property
     def fingerprint(self) -> str:
-        """Hash of the model's name and tokenizer: what else decides its answers only the server
-        knows.
-        """
+        """Hash of the model's name and tokenizer; other properties are known only to the server."""
         return sha256_json(
             ["endpoint", self.model, self.tokenizer.fingerprint() if self.tokenizer else None]
         )
@@ -91,32 +89,27 @@ class EndpointTeacher:
             return wanted, models.get(wanted, {})
         if len(models) != 1:
             raise UsageError(
-                f"{self.client.url} has {len(models)} models; name one with --endpoint.model. It "
-                "has: "
-                f"{', '.join(list(models)[:20]) or 'none'}"
+                f"{self.client.url} has {len(models)} models; select one with --endpoint.model. "
+                f"It has: {', '.join(list(models)[:20]) or 'none'}"
             )
         return next(iter(models.items()))
 
     def require_scoring(self) -> None:
-        """Try to have a text of two tokens scored; UsageError, with the ways out, where the server
-        cannot.
-        """
-        reason = "it leaves prompt_logprobs unanswered"
+        """Request scores of two tokens; UsageError says what to do if the server has none."""
+        reason = "it ignores prompt_logprobs"
         try:
             answer = self.client.post("/completions", self._scoring([0, 0]), 3)
         except RefusedError as error:
             reason, answer = str(error), None
         if answer is None or not isinstance(first_choice(answer).get("prompt_logprobs"), list):
             raise UsageError(
-                f"{self.name} cannot score a given text ({reason}); only servers with vLLM's "
-                "prompt_logprobs can. Let "
-                "it write the text itself with `xinslm synthesize`, or cache from the model's "
-                "files: a Hugging Face "
-                f"folder or a .gguf"
+                f"{self.name} cannot score a given text ({reason}); this needs vLLM's "
+                "prompt_logprobs. Let it generate the text with `xinslm synthesize`, or cache from "
+                "the model's files: a Hugging Face folder or a .gguf"
             )
         if self.tokenizer is None:
             raise UsageError(
-                f"no tokenizer is found under the name {self.model}; give that of the endpoint's "
+                f"no tokenizer was found for {self.model}; pass the tokenizer of the endpoint's "
                 "model with --teacher-tokenizer-path"
             )
 
@@ -130,19 +123,19 @@ class EndpointTeacher:
         }
 
     def score(self, ids: np.ndarray) -> Scored:
-        """The `top` most likely tokens at each place of `ids` (N + 1,) behind the first, and the
-        token that came.
+        """Return the `top` most likely tokens at each position of `ids` (N + 1,) after the first,
+        and the label's log-probability.
         """
         answer = self.client.post("/completions", self._scoring(ids.tolist()), len(ids) + 1)
         return prompt_scores(first_choice(answer), ids, self.top, self.tokenizer)
 
     def gives_log_probs(self, prompt: Prompt) -> str | None:
-        """Let the server write one token after `prompt`; None if it says how likely that was, else
-        why it does not.
+        """Generate one token after `prompt`; return None if the server returns log-probabilities,
+        else the reason.
 
-        Servers that refuse so many rivals are asked for as many as are kept, then for none.
+        If the server refuses this many alternatives, `top` are requested, then none.
         """
-        reason = "it leaves logprobs unanswered"
+        reason = "it ignores logprobs"
         for rivals in dict.fromkeys((self.rivals, self.top, 0)):
             self.rivals = rivals
             try:
@@ -156,14 +149,14 @@ class EndpointTeacher:
                     isinstance(choice.get("logprobs"), dict)
                     or choice.get("finish_reason") == "stop"
                 )
-                # an answer that ended at once says nothing
+                # an answer without tokens has no log-probabilities
                 return None if self.rivals and given else reason
         return reason
 
     def write(
         self, prompt: Prompt, key: int, sampling: Sampling, max_new_tokens: int = 256
     ) -> Generation | None:
-        """Let the server continue a text or answer a chat; None where it refuses.
+        """Let the server continue a text or answer a chat; None if the model refuses.
 
         The server is told temperature, top_p and seed; the protocol has no top_k and min_p.
         """
@@ -176,16 +169,15 @@ class EndpointTeacher:
         )
         if fewest is not None and fewest < self.top:
             raise XinslmError(
-                f"{self.name} gives {fewest} log-probabilities at a place where {self.rivals} "
-                "were asked for and "
-                f"{self.top} are kept; take --top-k {fewest}"
+                f"{self.name} returned {fewest} log-probabilities at a position for which "
+                f"{self.rivals} were requested and {self.top} are kept; pass --top-k {fewest}"
             )
         return written
 
     def _continue(
         self, prompt: Prompt, key: int, sampling: Sampling, max_new_tokens: int
     ) -> dict[str, Any]:
-        """The choice that the server answers with."""
+        """Return the first choice of the server's response."""
         body: dict[str, Any] = {
             "model": self.model,
             "max_tokens": max_new_tokens,
@@ -195,8 +187,8 @@ class EndpointTeacher:
         }
         more: dict[str, Any]
         if isinstance(prompt, str):
-            # As ids, it begins with BOS whatever the server would add to a text, as a dataset's
-            # documents do.
+            # Ids start with BOS like a dataset's documents, independent of what the server adds to
+            # text.
             ids = prompt_ids(self.tokenizer, prompt) if self.tokenizer is not None else prompt
             path, more = "/completions", {"prompt": ids}
             asked: dict[str, Any] = {"logprobs": self.rivals}
@@ -224,16 +216,14 @@ def _key(config: EndpointConfig, given: str | None) -> str | None:
 
 
 def _context(facts: dict[str, Any]) -> int:
-    """Longest context as vLLM and llama.cpp tell it in their list of models; else no limit is
-    known.
-    """
+    """Return the context length from the model list of vLLM or llama.cpp; else a huge number."""
     meta = facts.get("meta")
     found = facts.get("max_model_len") or (meta.get("n_ctx") if isinstance(meta, dict) else None)
     return found if isinstance(found, int) and found > 0 else 1 << 30
 
 
 def _tokenizer(given: str | None, model: str) -> Any:
-    """The tokenizer that was given, else what the model's name leads to, else None."""
+    """Load the given tokenizer, else that of the model's name; None if there is none."""
     from xinslm.tokenizer.load import load_tokenizer
 
     if given is not None:

@@ -1,10 +1,10 @@
-"""What OpenAI-compatible servers answer, read and checked: nothing of it is trusted before it is.
+"""Parses and validates the responses of OpenAI-compatible servers.
 
-`prompt_logprobs` is vLLM's: for each token of the prompt, but the first, an object from token ids
-to `logprob`, `rank` and `decoded_token`, that holds the n most likely and the token that came, also
-where that is not among them. Generated text has `logprobs.content` (chat, and llama.cpp's
-completions) or the older lists `tokens`, `token_logprobs`, `top_logprobs` (completions). Minus
-infinity is written as -9999.
+`prompt_logprobs` is vLLM's: for each token of the prompt but the first, an object from token ids to
+`logprob`, `rank` and `decoded_token`. It contains the n most likely tokens, and the prompt's token
+if it is not one of them. Generated text has `logprobs.content` (chat, and llama.cpp's completions)
+or the older lists `tokens`, `token_logprobs`, `top_logprobs` (completions). Minus infinity is
+encoded as -9999.
 """
 
 import math
@@ -18,45 +18,45 @@ from xinslm.teachers.base import Generation
 from xinslm.tokenizer.alphabet import unspell
 
 SLACK = 1e-3
-"""How far above 0 rounding may lift a log-probability, and above 1 a sum of probabilities."""
+"""Tolerance for rounding: of log-probabilities above 0, and of sums of probabilities above 1."""
 
 
 @dataclass(frozen=True)
 class Scored:
-    """The n most likely tokens at each place of a given text, and the token that came; N places."""
+    """The n most likely tokens at each of N positions of a given text, and the labels."""
 
     ids: np.ndarray
     """(N, n) int64, most likely first."""
     log_probs: np.ndarray
     """(N, n) float64."""
     label_log_probs: np.ndarray
-    """(N,) float64, of the token that came."""
+    """(N,) float64, of the tokens of the text."""
 
 
 def first_choice(answer: Any) -> dict[str, Any]:
-    """The first of an answer's `choices`."""
+    """Return the first of a response's `choices`."""
     choices = answer.get("choices") if isinstance(answer, dict) else None
     if not isinstance(choices, list) or not choices or not isinstance(choices[0], dict):
         raise XinslmError(
-            "the answer has no 'choices'; the server does not speak OpenAI's protocol"
+            "the response has no 'choices'; the server does not implement OpenAI's API"
         )
     return choices[0]
 
 
 def prompt_scores(choice: dict[str, Any], ids: np.ndarray, count: int, tokenizer: Any) -> Scored:
-    """Read `prompt_logprobs` for the prompt `ids` (N + 1,): what was likely at each place behind
-    the first.
+    """Parse `prompt_logprobs` of the prompt `ids` (N + 1,): scores of each position after the
+    first.
 
-    XinslmError for other positions than were sent, fewer than `count` entries, another vocabulary,
-    and numbers that are no log-probabilities; it names the token.
+    XinslmError names the token if the positions differ from those sent, there are fewer than
+    `count` entries, the vocabulary is another, or numbers are not log-probabilities.
     """
     entries = choice.get("prompt_logprobs")
     if not isinstance(entries, list):
-        raise XinslmError("the answer has no 'prompt_logprobs'")
+        raise XinslmError("the response has no 'prompt_logprobs'")
     if len(entries) != len(ids):
         raise XinslmError(
-            f"the answer speaks of {len(entries)} tokens where {len(ids)} were sent: the server "
-            "cuts or adds tokens"
+            f"the response has {len(entries)} tokens, but {len(ids)} were sent: the server removes "
+            "or adds tokens"
         )
     n = len(ids) - 1
     top_ids, top = np.empty((n, count), np.int64), np.empty((n, count))
@@ -68,9 +68,9 @@ def prompt_scores(choice: dict[str, Any], ids: np.ndarray, count: int, tokenizer
             raise XinslmError(f"token {place + 1}: {error}") from None
         if len(likely) < count:
             raise XinslmError(
-                f"token {place + 1}: {len(likely)} log-probabilities came where {count} were "
-                "asked for; take a smaller "
-                f"--top-k, or let the server give more (vLLM: --max-logprobs)"
+                f"token {place + 1}: the response has {len(likely)} log-probabilities, but {count} "
+                "were requested; pass a smaller --top-k, or raise the server's limit (vLLM: "
+                "--max-logprobs)"
             )
         top_ids[place] = [token for token, _ in likely[:count]]
         top[place] = [value for _, value in likely[:count]]
@@ -80,10 +80,10 @@ def prompt_scores(choice: dict[str, Any], ids: np.ndarray, count: int, tokenizer
 
 
 def _place(entry: Any, label: int, tokenizer: Any) -> tuple[list[tuple[int, float]], float]:
-    """(id, log p) of one place, most likely first, and log p of the token that came.
+    """Return (id, log p) of one position, most likely first, and log p of the label.
 
-    Where that one is not among the n most likely it stands behind them, so the first n are what was
-    asked for.
+    A label that is not among the n most likely sorts after them, so the first n are the requested
+    ones.
     """
     if not isinstance(entry, dict) or not entry:
         raise XinslmError("it has no log-probabilities")
@@ -94,8 +94,8 @@ def _place(entry: Any, label: int, tokenizer: Any) -> tuple[list[tuple[int, floa
         if not 0 <= token < tokenizer.vocab_size:
             raise XinslmError(
                 f"token id {key!r} is not in the tokenizer's {tokenizer.vocab_size:,} ids: the "
-                "server's model has "
-                f"another vocabulary. Give its tokenizer with --teacher-tokenizer-path"
+                "server's model has another vocabulary. Pass its tokenizer with "
+                "--teacher-tokenizer-path"
             )
         value = number(facts.get("logprob") if isinstance(facts, dict) else facts)
         decoded = facts.get("decoded_token") if isinstance(facts, dict) else None
@@ -105,13 +105,13 @@ def _place(entry: Any, label: int, tokenizer: Any) -> tuple[list[tuple[int, floa
             own = value
         values.append((token, value))
     if own is None:
-        raise XinslmError(f"the token that was sent, {label}, is not among the answer's")
+        raise XinslmError(f"the response does not include the token that was sent, {label}")
     return sorted(values, key=lambda pair: -pair[1]), own
 
 
 def _require_same_token(token: int, decoded: str, tokenizer: Any) -> None:
-    """Compare what the server says a token is with what our tokenizer says; some versions write a
-    space as 'Ġ'.
+    """Compare the server's text of a token with our tokenizer's; some versions spell a space as
+    'Ġ'.
     """
     ours = tokenizer.token_bytes(token)
     if token in tokenizer.special_tokens.values() or not decoded or "\ufffd" in decoded:
@@ -127,16 +127,16 @@ def _require_same_token(token: int, decoded: str, tokenizer: Any) -> None:
     try:
         ours.decode()
     except UnicodeDecodeError:
-        return  # part of a character: servers write it in a dozen ways
+        return  # part of a character: servers spell it in many different forms
     raise XinslmError(
-        f"token id {token} is {decoded!r} to the server and {ours.decode()!r} to our tokenizer: "
-        "the vocabularies "
-        f"differ. Give the tokenizer of the server's model with --teacher-tokenizer-path"
+        f"token id {token} is {decoded!r} on the server and {ours.decode()!r} in our tokenizer: "
+        "the vocabularies differ. Pass the tokenizer of the server's model with "
+        "--teacher-tokenizer-path"
     )
 
 
 def number(value: Any) -> float:
-    """A log-probability: finite, or minus infinity, and not above 0."""
+    """Return `value` as a log-probability: finite or minus infinity, and at most 0."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise XinslmError(f"a log-probability is {value!r}, but must be a number")
     if math.isnan(value) or value > SLACK:
@@ -149,16 +149,15 @@ def _require_mass(sums: np.ndarray) -> None:
         place = int(sums.argmax()) + 1
         raise XinslmError(
             f"token {place}: the probabilities sum to {float(sums.max()):.3f}, more than 1; the "
-            "server may have "
-            f"applied a temperature (vLLM: leave --logprobs-mode at raw_logprobs)"
+            "server may have applied a temperature (vLLM: leave --logprobs-mode at raw_logprobs)"
         )
 
 
 def generation(choice: dict[str, Any], tokenizer: Any = None) -> Generation | None:
-    """Read a generated answer with its log-probabilities; None where the model refused to answer.
+    """Parse a generated answer with its log-probabilities; None if the model refused to answer.
 
-    llama.cpp tells tokens' ids, too: with the tokenizer they give the bytes of tokens that are half
-    a character.
+    llama.cpp also returns token ids; with the tokenizer they give the bytes of tokens that are part
+    of a character.
     """
     message = choice.get("message")
     text = message.get("content") if isinstance(message, dict) else choice.get("text")
@@ -175,7 +174,7 @@ def generation(choice: dict[str, Any], tokenizer: Any = None) -> Generation | No
 def _tokens(
     logprobs: Any, tokenizer: Any
 ) -> tuple[list[bytes], list[float], list[list[tuple[bytes, float]]]]:
-    """Bytes, log p and rivals of each token, from either form; nothing where there is none."""
+    """Return bytes, log p and alternatives of each token from either form; empty if missing."""
     if not isinstance(logprobs, dict):
         return [], [], []
     content = logprobs.get("content")
@@ -219,31 +218,29 @@ def _tokens(
 
 def _object(value: Any) -> dict[str, Any]:
     if not isinstance(value, dict):
-        raise XinslmError(f"'logprobs' holds {value!r:.60} where an object is due")
+        raise XinslmError(f"'logprobs' contains {value!r:.60}, but must contain an object")
     return value
 
 
 def _bytes(row: dict[str, Any], tokenizer: Any) -> bytes:
-    """A token's bytes, by its id where that is told and known; servers that give none give its
-    text.
-    """
+    """Return a token's bytes: by its id if the server sends one, else its bytes or text."""
     data, token = row.get("bytes"), row.get("id")
-    told = isinstance(data, list) and all(
+    has_bytes = isinstance(data, list) and all(
         isinstance(byte, int) and 0 <= byte < 256 for byte in data
     )
-    found = bytes(data or ()) if told else str(row.get("token", "")).encode("utf-8", "replace")
+    found = bytes(data or ()) if has_bytes else str(row.get("token", "")).encode("utf-8", "replace")
     if tokenizer is None or not isinstance(token, int):
         return found
     own: bytes = tokenizer.token_bytes(token) if 0 <= token < tokenizer.vocab_size else b"\xff"
     if found in (b"", own) or token in tokenizer.special_tokens.values():
         return own
-    # llama.cpp holds back half a character and tells it with the token that completes it.
+    # llama.cpp holds back part of a character and sends it with the token that completes it.
     if token < tokenizer.vocab_size and (
         found.endswith(own) or own.decode("utf-8", "ignore").encode() != own
     ):
         return found
     raise XinslmError(
-        f"token id {token} is {found!r} to the server and another to our tokenizer: the "
-        "vocabularies differ. Give the "
-        f"tokenizer of the server's model with --teacher-tokenizer-path"
+        f"token id {token} is {found!r} on the server and differs in our tokenizer: the "
+        "vocabularies differ. Pass the tokenizer of the server's model with "
+        "--teacher-tokenizer-path"
     )

@@ -1,8 +1,8 @@
-"""The tokenizer in a GGUF file's `tokenizer.ggml.*` keys, read back into one of ours.
+"""Reads the tokenizer in a GGUF file's `tokenizer.ggml.*` keys.
 
-"gpt2" is byte-level BPE with a split rule known by llama.cpp's name; "llama" is sentencepiece,
-whose scores give the merges. Other engines (WordPiece, Unigram, RWKV) and split rules are refused:
-their ids would come out wrong.
+"gpt2" is byte-level BPE with llama.cpp's name of the split rule; "llama" is sentencepiece, whose
+scores give the merges. Other kinds (WordPiece, Unigram, RWKV) and split rules are refused: their
+ids would be wrong.
 """
 
 from typing import Any
@@ -28,14 +28,12 @@ _ROLES = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_t
 
 
 def read_tokenizer(keys: dict[str, Any], where: str) -> Any:
-    """Make a tokenizer from a GGUF's keys; UsageError asks for --teacher-tokenizer-path if
-    that is impossible.
-    """
+    """Build the tokenizer from a GGUF's keys; UsageError names --teacher-tokenizer-path."""
     engine, tokens = keys.get("tokenizer.ggml.model"), keys.get("tokenizer.ggml.tokens")
     types = keys.get("tokenizer.ggml.token_type") or [int(TokenType.NORMAL)] * len(tokens or ())
     if not tokens or len(types) != len(tokens):
         raise UsageError(
-            f"{where} has no tokenizer in it; give the model's with --teacher-tokenizer-path"
+            f"{where} contains no tokenizer; pass the model's with --teacher-tokenizer-path"
         )
     named = {}
     for role, key in _ROLES.items():
@@ -51,15 +49,15 @@ def read_tokenizer(keys: dict[str, Any], where: str) -> Any:
     except (KeyError, ValueError, TypeError) as error:
         if isinstance(error, XinslmError):
             raise UsageError(
-                f"{where}: {error}. Give the model's own tokenizer with --teacher-tokenizer-path"
+                f"{where}: {error}. Pass the model's own tokenizer with --teacher-tokenizer-path"
             ) from None
         raise UsageError(
-            f"{where}: its tokenizer is damaged ({error!r}); give the model's with "
+            f"{where}: its tokenizer is damaged ({error!r}); pass the model's with "
             "--teacher-tokenizer-path"
         ) from None
     raise UsageError(
-        f"{where} has a tokenizer of kind {engine!r}, which is not read; give the model's with "
-        "--teacher-tokenizer-path"
+        f"{where} has a tokenizer of kind {engine!r}, which is not supported; pass the model's "
+        "with --teacher-tokenizer-path"
     )
 
 
@@ -72,7 +70,7 @@ def _byte_level(
 ) -> BPETokenizer:
     pre = keys.get("tokenizer.ggml.pre", "default")
     if pre not in _SPLITS:
-        raise XinslmError(f"its split rule '{pre}' is not known here ({', '.join(_SPLITS)} are)")
+        raise XinslmError(f"its split rule '{pre}' is not supported ({', '.join(_SPLITS)} are)")
     by_type: dict[int, dict[str, int]] = {kind: {} for kind in TokenType}
     for index, (token, kind) in enumerate(zip(tokens, types, strict=True)):
         by_type[kind][token] = index

@@ -1,7 +1,7 @@
-"""Tokenizers: our own byte-level BPE, any Hugging Face tokenizer behind the same interface, nested
-vocabularies.
+"""Tokenizers: our own byte-level BPE, any Hugging Face tokenizer with the same interface, and
+nested vocabularies.
 
-Names are loaded when they are used, so that the command line can read `config.py` alone.
+Names are imported on first use, so that the command line can import `config.py` alone.
 """
 
 from importlib import import_module

@@ -23,8 +23,8 @@ def _characters() -> dict[int, str]:
 BYTE_TO_CHAR: dict[int, str] = _characters()
 CHAR_TO_BYTE: dict[str, int] = {char: byte for byte, char in BYTE_TO_CHAR.items()}
 ALPHABET: list[str] = sorted(CHAR_TO_BYTE)
-"""The 256 characters in the order of their ids in a new vocabulary: by code point, which decides
-ties in training.
+"""The 256 characters in the order of their ids in a new vocabulary: by code point. This order
+breaks ties in training.
 """
 
 _TO_CHARS = [BYTE_TO_CHAR[byte] for byte in range(256)]
@@ -36,8 +36,8 @@ def spell(data: bytes) -> str:
 
 
 def unspell(token: str) -> bytes | None:
-    """Return the bytes that a vocabulary file's token stands for; None when it is not spelled byte
-    by byte.
+    """Return the bytes of a token as a vocabulary file spells it; None if it is not spelled byte by
+    byte.
     """
     try:
         return bytes(CHAR_TO_BYTE[char] for char in token)
@@ -52,7 +52,7 @@ class Split:
     name: str
     """llama.cpp's name of the rule."""
     pattern: str
-    """The regular expression; every character of a text is in exactly one match."""
+    """The regular expression; its matches partition any text."""
 
     @cached_property
     def regex(self) -> regex.Pattern[str]:

@@ -1,9 +1,9 @@
-"""The interface every tokenizer has, and what can be said through it alone: clean text, ids in
-bulk, live decoding.
+"""The tokenizer interface, and helpers that need nothing else: fingerprints, joined bytes,
+streaming decoding.
 
-Two classes implement it: `BPETokenizer` (ours, byte-level BPE) and `HFTokenizer` (any other Hugging
-Face tokenizer as it is). Both encode without BOS and EOS, and read special tokens in text as
-ordinary text unless asked.
+Two classes implement it: `BPETokenizer` (our byte-level BPE) and `HFTokenizer` (any other Hugging
+Face tokenizer). Both encode without BOS and EOS. Special tokens in a text are encoded as ordinary
+text unless `allowed_special` is set.
 """
 
 import codecs
@@ -29,16 +29,16 @@ class Tokenizer(Protocol):
     eos_id: int | None
     pad_id: int | None
     start_ids: list[int]
-    """What the tokenizer's files put in front of a text, often BOS or nothing; `encode` does not
-    add it.
+    """Ids that the tokenizer's files prepend to a text, often BOS or none; `encode` does not add
+    them.
     """
     chat_template: str | None
-    """Jinja template of a conversation; None where the tokenizer has none."""
+    """Jinja template of a conversation; None if the tokenizer has none."""
     strips_first_space: bool
     """Whether decoding drops one leading space, which sentencepiece adds when it encodes."""
 
     def encode(self, text: str, allowed_special: bool = False) -> list[int]:
-        """Turn text into ids, without BOS and EOS; control tokens in it count only with
+        """Turn text into ids, without BOS and EOS; control tokens in it become their ids only with
         `allowed_special`.
         """
         ...
@@ -62,8 +62,8 @@ class Tokenizer(Protocol):
     def apply_chat_template(
         self, messages: list[dict[str, str]], add_generation_prompt: bool = False
     ) -> tuple[list[int], list[int]]:
-        """Turn a conversation into ids and a loss mask: 1 on what the assistant says and its end
-        token, else 0.
+        """Turn a conversation into ids and a loss mask: 1 on the assistant's content and end token,
+        else 0.
         """
         ...
 
@@ -92,8 +92,8 @@ def check_id(token: int, vocab_size: int) -> None:
     """Raise XinslmError when a token id is outside the vocabulary."""
     if not 0 <= token < vocab_size:
         raise XinslmError(
-            f"token id {token} is not in 0..{vocab_size - 1}: these ids were made "
-            "with another tokenizer"
+            f"token id {token} is not in 0..{vocab_size - 1}: these ids were made with another "
+            "tokenizer"
         )
 
 
@@ -104,7 +104,7 @@ def join_bytes(tokenizer: Tokenizer, ids: Iterable[int], skip_special: bool) -> 
 
 
 def fingerprint(tokenizer: Tokenizer, split_rule: str) -> str:
-    """Hash what the ids mean: the bytes of each, which are control tokens, BOS / EOS / pad, and the
+    """Hash the meaning of the ids: the bytes of each, the control tokens, BOS / EOS / pad, and the
     split rule.
     """
     meaning = {
@@ -117,8 +117,7 @@ def fingerprint(tokenizer: Tokenizer, split_rule: str) -> str:
 
 
 class StreamDecoder:
-    """Turns ids into text as they come, holding back the bytes of a character that is not complete
-    yet.
+    """Turns ids into text as they arrive; bytes of an incomplete character wait for the rest.
 
     decoder = StreamDecoder(tokenizer)
     for token in tokens:
@@ -127,20 +126,18 @@ class StreamDecoder:
     """
 
     def __init__(self, tokenizer: Tokenizer, skip_special: bool = True, at_start: bool = True):
-        """`at_start` is whether the text begins here; False when it continues a prompt shown
-        before.
-        """
+        """`at_start` is False if the text continues a prompt that was already shown."""
         self._tokenizer = tokenizer
         self._skip = skip_special
         self._strip = tokenizer.strips_first_space and at_start
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
 
     def add(self, *tokens: int) -> str:
-        """Take tokens and return the text that they complete, possibly none."""
+        """Add tokens and return the text that they complete, which may be empty."""
         return self._text(join_bytes(self._tokenizer, tokens, self._skip), False)
 
     def finish(self) -> str:
-        """Return what is left of an incomplete character, as U+FFFD."""
+        """Return U+FFFD if the last character is incomplete, else nothing."""
         return self._text(b"", True)
 
     def _text(self, data: bytes, final: bool) -> str:

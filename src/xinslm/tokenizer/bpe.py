@@ -1,11 +1,11 @@
-"""`BPETokenizer`: byte-level BPE, trained, saved, loaded, encoded and decoded in plain Python.
+"""`BPETokenizer`: byte-level BPE in plain Python: train, save, load, encode, decode.
 
     tokenizer = BPETokenizer(vocab_size=30000)
     tokenizer.train(texts)
     tokenizer.save("my-tokenizer")
     ids = BPETokenizer.load("my-tokenizer").encode("Once upon a time")
 
-Merges and ids are those of Hugging Face `tokenizers`; the saved folder loads in
+Merges and ids are identical to those of Hugging Face `tokenizers`. The saved folder loads in
 `transformers.AutoTokenizer`.
 """
 
@@ -29,11 +29,11 @@ DEFAULT_SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|pad|
 
 
 class BPETokenizer:
-    """A byte-level BPE tokenizer; `vocab_size` is the total, special tokens included, which have
-    the last ids.
+    """A byte-level BPE tokenizer; `vocab_size` includes the special tokens, which have the last
+    ids.
 
-    Until it is trained it knows single bytes. Ids of ordinary text do not move when special tokens
-    are added.
+    Before training it has single bytes only. Adding special tokens does not change the ids of
+    ordinary text.
     """
 
     strips_first_space = False
@@ -46,14 +46,14 @@ class BPETokenizer:
         max_token_length: int | None = None,
         split: str = "llama-bpe",
     ):
-        """Ask for a vocabulary of `vocab_size`, to be filled by `train`.
+        """Set the target `vocab_size`, which `train` fills.
 
-        Pairs rarer than `min_frequency` are not merged (0, as in Hugging Face's trainer: no limit);
-        `max_token_length` is in bytes; `split` is 'llama-bpe', 'gpt-2' or 'qwen2'. The first
-        special token is BOS and EOS and begins each text, the last is the pad.
+        Pairs rarer than `min_frequency` are not merged (0 means no limit, as in Hugging Face's
+        trainer). `max_token_length` is in bytes; `split` is 'llama-bpe', 'gpt-2' or 'qwen2'. The
+        first special token is BOS and EOS and begins each text; the last is the pad token.
         """
         if split not in SPLITS:
-            raise UsageError(f"unknown split rule '{split}'; known are {', '.join(SPLITS)}")
+            raise UsageError(f"unknown split rule '{split}'; choose one of {', '.join(SPLITS)}")
         if len(set(special_tokens)) != len(special_tokens) or not all(special_tokens):
             raise UsageError("special tokens must differ from each other and not be empty")
         smallest = len(ALPHABET) + len(special_tokens)
@@ -72,7 +72,7 @@ class BPETokenizer:
         self._take(files.new_definition(list(ALPHABET), [], list(special_tokens), split))
 
     def _take(self, definition: files.Definition) -> None:
-        """Become the tokenizer that `definition` describes."""
+        """Set the state from a definition."""
         self.definition = definition
         self.split_name = definition.split
         self.merges = definition.merges
@@ -91,7 +91,7 @@ class BPETokenizer:
 
     @classmethod
     def of(cls, definition: files.Definition) -> Self:
-        """Make the tokenizer that a definition describes."""
+        """Build a tokenizer from a definition."""
         made = cls.__new__(cls)
         made._target, made._min_frequency, made._longest = definition.vocab_size, 0, None
         made._take(definition)
@@ -99,8 +99,8 @@ class BPETokenizer:
 
     @classmethod
     def load(cls, path: Path | str) -> Self:
-        """Read a folder or a tokenizer.json; XinslmError says what is not a byte-level BPE we know
-        about it.
+        """Read a folder or a tokenizer.json; UnsupportedTokenizerError if it is not a byte-level
+        BPE with a known split rule.
         """
         return cls.of(files.read(Path(path)))
 
@@ -108,7 +108,7 @@ class BPETokenizer:
     def prefix_of(
         cls, teacher: Any, vocab_size: int, special_tokens: Sequence[str] | None = None
     ) -> Self:
-        """Make the nested tokenizer of `vocab_size` that has the teacher's first merges (see
+        """Build the nested tokenizer of `vocab_size` from the teacher's first merges (see
         `nested.py`).
         """
         from xinslm.tokenizer.nested import prefix_definition
@@ -124,10 +124,10 @@ class BPETokenizer:
     def train(self, texts: Iterable[str], on_progress: Listener = ignore) -> None:
         """Learn the vocabulary from texts, which are read once and not kept.
 
-        When the texts have fewer pairs than asked for, the vocabulary is smaller than `vocab_size`.
+        If the texts have too few pairs, the vocabulary is smaller than `vocab_size`.
         """
         if isinstance(texts, str):
-            raise UsageError("train takes a list or stream of texts; put the one text into a list")
+            raise UsageError("train takes an iterable of texts, not one string; pass [text]")
         read = 0
 
         def on_text(characters: int) -> None:
@@ -212,7 +212,7 @@ class BPETokenizer:
         return table
 
     def merge_steps(self, piece: bytes) -> tuple[list[int], list[tuple[int, int]]]:
-        """Return a piece's byte ids and the merges that follow: the rank and the index of each."""
+        """Return a piece's byte ids and its merges in order: the rank and the index of each."""
         symbols = [token for byte in piece if (token := self._merger.bytes_to_id[byte]) is not None]
         return list(symbols), list(self._merger.steps(symbols))
 
@@ -227,8 +227,8 @@ class BPETokenizer:
     def apply_chat_template(
         self, messages: list[dict[str, str]], add_generation_prompt: bool = False
     ) -> tuple[list[int], list[int]]:
-        """Turn a conversation into ids and a loss mask: 1 on what the assistant says and its end
-        token, else 0.
+        """Turn a conversation into ids and a loss mask: 1 on the assistant's content and end token,
+        else 0.
         """
         special, template = list(self.special_tokens), self.chat_template
         names = self.definition.named_tokens
@@ -250,8 +250,8 @@ class BPETokenizer:
         return ids, spans
 
     def _spans(self, text: str, ids: list[int], start: int) -> list[tuple[int, int]]:
-        """Give the range of characters that each token of an ordinary text covers, wholly or in
-        part.
+        """Return the range of characters that each token of an ordinary text covers, fully or
+        partly.
         """
         sizes = np.array([0, *(len(self._bytes[token]) for token in ids)], np.int64)
         edges = np.cumsum(sizes)
@@ -271,8 +271,8 @@ class BPETokenizer:
 
 
 def _finder(tokens: dict[str, int]) -> regex.Pattern[str] | None:
-    """Return the pattern that finds tokens in text, the longest where several begin at one
-    place.
+    """Return the pattern that finds tokens in text, the longest if several begin at the same
+    index.
     """
     longest_first = sorted(tokens, key=len, reverse=True)
     return regex.compile("|".join(map(regex.escape, longest_first))) if tokens else None

@@ -1,9 +1,10 @@
-"""Conversations: render a chat template, encode it, and mark what the assistant says.
+"""Conversations: render a chat template, encode the text, and compute the loss mask of the
+assistant's content.
 
 Ids and mask equal those of transformers' `apply_chat_template(...,
-return_assistant_tokens_mask=True)`. Two things go further. A template without `{% generation %}`
-marks gets its mask by rendering with invisible characters around what the assistant says. And
-control tokens inside a message stay ordinary text, so that no message can fake a turn.
+return_assistant_tokens_mask=True)`, with two additions. If a template has no `{% generation %}`
+marks, the mask comes from rendering with invisible characters around the assistant's content.
+Control tokens inside a message are encoded as ordinary text, so that no message can fake a turn.
 """
 
 import json
@@ -32,22 +33,22 @@ CHATML = (
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
 """The template of our own tokenizers: `<|im_start|>role`, a line break, the content, `<|im_end|>`,
-a line break; BOS comes in front (`with_start`).
+a line break; BOS comes first (`with_start`).
 """
 
-# Noncharacters of Unicode: they can stand in no text that is meant for exchange.
+# Unicode noncharacters: no text meant for interchange contains them.
 _BEGIN, _END, _CONTROL = "\ufdd0", "\ufdd1", "\ufdd2"
 _MARKS = regex.compile(f"[{_BEGIN}{_END}]")
 
 Message = dict[str, str]
 EncodeWithSpans = Callable[[list[tuple[str, bool]]], tuple[list[int], list[tuple[int, int]]]]
-"""Encodes segments (text, whether it is a control token) and gives each token's range of characters
-in them all.
+"""Encodes segments (text, whether it is a control token) and returns the ids and each token's range
+of characters in the joined segments.
 """
 
 
 class _Generation(jinja2.ext.Extension):
-    """`{% generation %}...{% endgeneration %}`: puts marks around what it holds."""
+    """`{% generation %}...{% endgeneration %}`: puts marks around its content."""
 
     tags = {"generation"}  # noqa: RUF012 (jinja2 declares it so)
 
@@ -70,9 +71,7 @@ def _tojson(value: Any, ensure_ascii: bool = False, **options: Any) -> str:
 
 @lru_cache(maxsize=16)
 def _compile(template: str) -> jinja2.Template:
-    """Compile a template in a sandbox, with the settings and functions that transformers gives
-    it.
-    """
+    """Compile a template in a sandbox, with the settings and functions that transformers uses."""
     environment = LimitedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
     )
@@ -94,7 +93,7 @@ def _render(template: str, messages: list[Message], prompt: bool, special: dict[
         raise XinslmError(
             f"the tokenizer's chat template refuses this conversation: {error!s:.500}"
         ) from None
-    except Exception as error:  # the template is a program of someone else
+    except Exception as error:  # a template is third-party code
         raise XinslmError(
             f"the tokenizer's chat template fails on this conversation: {error!r:.500}"
         ) from None
@@ -126,9 +125,8 @@ def encode_chat(
     """
     if template is None:
         raise XinslmError(
-            "this tokenizer has no chat template. Put a chat_template.jinja beside its "
-            "tokenizer.json, or use plain "
-            "text instead of messages"
+            "this tokenizer has no chat template. Put a chat_template.jinja in the folder of its "
+            "tokenizer.json, or use plain text instead of messages"
         )
     _check(messages)
     tokens = sorted(control, key=len, reverse=True)
@@ -155,20 +153,20 @@ def encode_chat(
 
 
 def with_start(template: str, names: dict[str, str]) -> str:
-    """Let a template's conversations begin with BOS, unless they do already.
+    """Return a template whose conversations begin with BOS.
 
-    llama.cpp begins a chat like a text, whatever the template says; so both must begin alike.
+    llama.cpp begins a chat like any text, independent of the template, so both must begin alike.
     """
     try:
         text = _render(template, [{"role": "user", "content": "a"}], False, names)
-    except XinslmError:  # a template that needs other messages stays as it is
+    except XinslmError:  # a template that needs other messages remains unchanged
         return template
     return template if text.startswith(names["bos_token"]) else "{{ bos_token }}" + template
 
 
 def end_ids(tokenizer: Tokenizer) -> frozenset[int]:
-    """Tokens that end a text: EOS, BOS (llama2.c's models close with it), and what closes an
-    assistant's turn.
+    """Return the tokens that end a text: EOS, BOS (llama2.c's models end with it), and the end of
+    an assistant's turn.
     """
     ids = {tokenizer.eos_id, tokenizer.bos_id}
     if tokenizer.chat_template is not None:
@@ -188,7 +186,7 @@ def end_ids(tokenizer: Tokenizer) -> frozenset[int]:
 
 
 def _hide(content: str, finder: regex.Pattern[str], tokens: list[str]) -> str:
-    """Replace control tokens in a message by placeholders that are no control tokens."""
+    """Replace control tokens in a message by placeholders."""
     clean = regex.sub(f"[{_BEGIN}{_END}{_CONTROL}]", "\ufffd", content)
     return finder.sub(lambda match: f"{_CONTROL}{tokens.index(match[0])}{_CONTROL}", clean)
 
@@ -200,12 +198,12 @@ def _marked(
     names: dict[str, str],
     finder: regex.Pattern[str],
 ) -> str:
-    """Render with marks around what the assistant says and its end token."""
+    """Render with marks around the assistant's content and end token."""
     if regex.search(r"\{%-?\s*generation\s*-?%\}", template):
         return _render(template, messages, prompt, names)
     plain = _render(template, messages, prompt, names)
     said = sum(message["role"] == "assistant" for message in messages)
-    # Marks around all of the content; where the template trims it, around what it keeps.
+    # Marks around all of the content; if the template trims it, around the trimmed content.
     for pattern in (r"(?s)()^(.*)$()", r"(?s)^(\s*)(.*?)(\s*)$"):
         wrapped = [
             message
@@ -219,10 +217,9 @@ def _marked(
             break
     else:
         raise XinslmError(
-            "cannot tell which tokens the assistant says: the tokenizer's chat template changes "
-            "their content and has "
-            "no {% generation %} marks. Add these around the assistant's content and end token in "
-            "chat_template.jinja"
+            "cannot find the assistant's tokens: the tokenizer's chat template changes their "
+            "content and has no {% generation %} marks. Add these around the assistant's content "
+            "and end token in chat_template.jinja"
         )
     end = regex.escape(names.get("eos_token") or "") or r"(?!)"
     end_token = regex.compile(rf"{_END}(\s*{end}|{finder.pattern})")
@@ -230,7 +227,7 @@ def _marked(
 
 
 def _take_marks(marked: str) -> tuple[str, list[tuple[int, int]]]:
-    """Remove the marks; return the text and the ranges of characters that were between them."""
+    """Remove the marks; return the text and the ranges of characters between them."""
     parts = _MARKS.split(marked)
     edges = np.cumsum([len(part) for part in parts[:-1]], dtype=np.int64).tolist()
     return "".join(parts), list(zip(edges[::2], edges[1::2], strict=True))
@@ -239,9 +236,9 @@ def _take_marks(marked: str) -> tuple[str, list[tuple[int, int]]]:
 def _segments(
     text: str, finder: regex.Pattern[str], tokens: list[str]
 ) -> tuple[list[tuple[str, bool]], Callable[[int], int]]:
-    """Cut a rendered text at its control tokens and put back what `_hide` took out.
+    """Split a rendered text at its control tokens and restore what `_hide` replaced.
 
-    Also returns the function from an index in `text` to the index in the segments laid end to end.
+    Also return the function from an index in `text` to the index in the joined segments.
     """
     segments: list[tuple[str, bool]] = []
     before, after = [0], [0]

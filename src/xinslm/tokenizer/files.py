@@ -1,11 +1,11 @@
-"""The files of a byte-level BPE: tokenizer.json, tokenizer_config.json and chat_template.jinja,
-read and written.
+"""Reads and writes the files of a byte-level BPE: tokenizer.json, tokenizer_config.json and
+chat_template.jinja.
 
-What `read` accepts is exactly what this package encodes like Hugging Face does; anything else it
-refuses by name. tokenizer_config.json says `PreTrainedTokenizerFast`, the class name that every
-version of transformers and swift-transformers knows. `ignore_merges` is written as true for the
-LLaMA-3 split because llama.cpp sets it for `pre = llama-bpe`; a learned vocabulary gives the same
-ids either way (see learn.py).
+`read` accepts exactly what this package encodes like Hugging Face, and names the reason when it
+refuses a file. tokenizer_config.json contains `PreTrainedTokenizerFast`, the class name that every
+version of transformers and swift-transformers supports. `ignore_merges` is true for the LLaMA-3
+split because llama.cpp sets it for `pre = llama-bpe`; the ids of a learned vocabulary do not depend
+on it (see learn.py).
 """
 
 import json
@@ -25,21 +25,21 @@ NAMES = ("bos_token", "eos_token", "pad_token", "unk_token")
 
 
 class UnsupportedTokenizerError(XinslmError):
-    """The file is sound, but not a byte-level BPE with a known split rule."""
+    """The file is valid, but not a byte-level BPE with a known split rule."""
 
 
 @dataclass(frozen=True)
 class Definition:
-    """Everything that a byte-level BPE's files say."""
+    """The content of a byte-level BPE's files."""
 
     vocab: dict[str, int]
-    """Tokens, spelled in the byte alphabet, to ids; special tokens stand in it only where the file
-    has them there.
+    """Tokens, spelled in the byte alphabet, to ids; it contains special tokens only if the file's
+    vocabulary does.
     """
     merges: list[tuple[str, str]]
     special_tokens: dict[str, int]
     added_tokens: dict[str, int]
-    """Tokens that are found in any text before it is split, but that are no control tokens."""
+    """Tokens that any text is searched for before it is split, and that are not control tokens."""
     split: str
     ignore_merges: bool
     named_tokens: dict[str, str]
@@ -47,7 +47,7 @@ class Definition:
     chat_template: str | None = None
     normalizer: Literal["NFC"] | None = None
     post_processor: dict[str, Any] | None = None
-    """What is put around a text, for example BOS; `encode` does not apply it."""
+    """Adds tokens around a text, for example BOS; `encode` does not apply it."""
     config: dict[str, Any] = field(default_factory=dict)
     """Further entries of tokenizer_config.json that are kept: model_max_length."""
 
@@ -61,7 +61,7 @@ class Definition:
 
     @property
     def start_ids(self) -> list[int]:
-        """Return the ids that are put in front of a text."""
+        """Return the ids that are prepended to a text."""
         return start_ids(self.post_processor, self.vocab_size)
 
     def id_of(self, content: str) -> int | None:
@@ -168,10 +168,10 @@ def write(definition: Definition, folder: Path) -> None:
 def write_config(
     folder: Path, named: dict[str, str], template: str | None, more: Mapping[str, Any]
 ) -> None:
-    """Write tokenizer_config.json and chat_template.jinja; a template that stood there and is not
-    ours goes.
+    """Write tokenizer_config.json and chat_template.jinja; without a template, delete an existing
+    one.
     """
-    # transformers' own writer names a class that other programs do not know (TokenizersBackend).
+    # transformers' own writer names a class that other programs do not support (TokenizersBackend).
     fixed = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
     write_json(folder / CONFIG, {**fixed, **named, **more})
     if template is None:
@@ -192,14 +192,14 @@ def read(path: Path) -> Definition:
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         if isinstance(error, XinslmError):
             raise
-        raise XinslmError(f"{file}: not a sound tokenizer.json ({error!r})") from None
+        raise XinslmError(f"{file}: not a valid tokenizer.json ({error!r})") from None
     named, template, more = read_config(folder)
     return replace(definition, named_tokens=named, chat_template=template, config=more)
 
 
 def read_tokenizer_json(file: Path) -> dict[str, Any]:
-    """Read a tokenizer.json as it is, and refuse what would silently change texts: truncation and
-    padding.
+    """Read a tokenizer.json unchanged; refuse truncation and padding, which would silently change
+    texts.
     """
     if file.is_file():
         with open(file, "rb") as opened:
@@ -208,7 +208,7 @@ def read_tokenizer_json(file: Path) -> dict[str, Any]:
                     f"{file} is a pickle, which can run code; xinslm reads tokenizer.json only"
                 )
     elif file.parent.is_dir() and file.name == TOKENIZER:
-        raise XinslmError(f"{file.parent} holds no tokenizer: there is no {TOKENIZER} in it")
+        raise XinslmError(f"{file.parent} contains no tokenizer: it has no {TOKENIZER}")
     content = read_json(file)
     if not isinstance(content, dict) or not isinstance(content.get("model"), dict):
         raise XinslmError(f"{file}: not a tokenizer.json: it has no 'model'")
@@ -216,19 +216,18 @@ def read_tokenizer_json(file: Path) -> dict[str, Any]:
         if content.get(setting) is not None:
             raise XinslmError(
                 f'{file}: "{setting}" is set ({json.dumps(content[setting])}); it would silently '
-                "change every text "
-                f'that is encoded. Set "{setting}" to null in that file'
+                f'change every encoded text. Set "{setting}" to null in that file'
             )
     return content
 
 
 def read_config(folder: Path) -> tuple[dict[str, str], str | None, dict[str, Any]]:
-    """Read tokenizer_config.json and chat_template.jinja: named tokens, template, and what else is
-    kept.
+    """Read tokenizer_config.json and chat_template.jinja: named tokens, template, and other kept
+    entries.
     """
     config = read_json(folder / CONFIG) if (folder / CONFIG).is_file() else {}
     if not isinstance(config, dict):
-        raise XinslmError(f"{folder / CONFIG}: must be an object of keys and values")
+        raise XinslmError(f"{folder / CONFIG}: must be a JSON object")
     named = {}
     for name in NAMES:
         entry = config.get(name)
@@ -265,7 +264,7 @@ def _check_merges(vocab: dict[str, int], merges: list[tuple[str, str]], file: Pa
     for rank, (left, right) in enumerate(merges):
         if left not in vocab or right not in vocab or left + right not in vocab:
             raise XinslmError(
-                f"{file}: merge {rank} ({left!r}, {right!r}) has a token that the vocabulary lacks"
+                f"{file}: merge {rank} ({left!r}, {right!r}) has a token missing in the vocabulary"
             )
 
 
@@ -282,7 +281,7 @@ def _define(content: dict[str, Any], file: Path) -> Definition:
     _require(
         model.get("unk_token") is None or complete,
         file,
-        "its vocabulary lacks bytes and has an unknown token",
+        "its vocabulary has an unknown token and not all bytes",
     )
     _require(
         (content.get("decoder") or {}).get("type") == "ByteLevel",
@@ -290,9 +289,7 @@ def _define(content: dict[str, Any], file: Path) -> Definition:
         "its decoder is not ByteLevel",
     )
     normalizer = content.get("normalizer")
-    _require(
-        normalizer in (None, {"type": "NFC"}), file, "it normalizes text in another way than NFC"
-    )
+    _require(normalizer in (None, {"type": "NFC"}), file, "its normalizer is not NFC")
     added = content.get("added_tokens") or []
     following = max(vocab.values()) + 1
     for token in added:
@@ -304,7 +301,7 @@ def _define(content: dict[str, Any], file: Path) -> Definition:
             f"its token {token['content']!r} does not have the id {expected}",
         )
         strips = token.get("single_word") or token.get("lstrip") or token.get("rstrip")
-        _require(not strips, file, f"its token {token['content']!r} takes in the spaces around it")
+        _require(not strips, file, f"its token {token['content']!r} includes the spaces around it")
     _check_merges(vocab, merges, file)
     definition = Definition(
         vocab=vocab,
@@ -317,14 +314,16 @@ def _define(content: dict[str, Any], file: Path) -> Definition:
         normalizer="NFC" if normalizer else None,
         post_processor=content.get("post_processor"),
     )
-    _ = definition.start_ids  # checked here, so that a damaged post-processor names its file
+    _ = (
+        definition.start_ids
+    )  # checked here, so that the error of a bad post-processor names the file
     return definition
 
 
 def _require(met: bool, file: Path, reason: str) -> None:
     if not met:
         raise UnsupportedTokenizerError(
-            f"{file} is no byte-level BPE that BPETokenizer can be: {reason}"
+            f"{file} is not a byte-level BPE that BPETokenizer supports: {reason}"
         )
 
 

@@ -1,8 +1,8 @@
-"""`HFTokenizer`: any other Hugging Face tokenizer as it is, behind the same interface.
+"""`HFTokenizer`: any other Hugging Face tokenizer, unchanged, with the same interface.
 
-tokenizer.json is the definition and the `tokenizers` library its interpreter; a sentencepiece
-.model is translated to one (sentencepiece.py). Needed are a byte-level or a sentencepiece
-vocabulary, since every token must have bytes.
+The `tokenizers` library runs the tokenizer.json; a sentencepiece .model is converted to one first
+(sentencepiece.py). The vocabulary must be byte-level or sentencepiece, because every token must
+have bytes.
 """
 
 import json
@@ -48,8 +48,7 @@ class HFTokenizer:
         self._family = _family(content)
         if self._family is None:
             raise XinslmError(
-                f"{source}: tokens of this {content['model'].get('type')} tokenizer have no bytes "
-                "of their own; "
+                f"{source}: tokens of this {content['model'].get('type')} tokenizer have no bytes; "
                 "byte-level and sentencepiece tokenizers are supported"
             )
         self._vocab: dict[str, int] = self._backend.get_vocab(with_added_tokens=True)
@@ -77,8 +76,8 @@ class HFTokenizer:
             models = sorted(path.glob("*.model"))
             if len(models) != 1:
                 raise UsageError(
-                    f"{path} holds no {files.TOKENIZER} and {len(models)} .model files; exactly "
-                    "one is needed"
+                    f"{path} contains no {files.TOKENIZER} and {len(models)} .model files; it must "
+                    "contain exactly one"
                 )
             path = models[0]
         if path.suffix == ".model":
@@ -88,7 +87,7 @@ class HFTokenizer:
         return cls(files.read_tokenizer_json(file), named, template, str(file))
 
     def save(self, path: Path | str) -> None:
-        """Write the tokenizer.json as it was read, and our tokenizer_config.json and
+        """Write the unchanged tokenizer.json, and our tokenizer_config.json and
         chat_template.jinja.
         """
         text = json.dumps(self.definition_json, ensure_ascii=False, separators=(",", ":"))
@@ -147,8 +146,8 @@ class HFTokenizer:
     def apply_chat_template(
         self, messages: list[dict[str, str]], add_generation_prompt: bool = False
     ) -> tuple[list[int], list[int]]:
-        """Turn a conversation into ids and a loss mask: 1 on what the assistant says and its end
-        token, else 0.
+        """Turn a conversation into ids and a loss mask: 1 on the assistant's content and end token,
+        else 0.
         """
         return chat.encode_chat(
             self.chat_template,
@@ -162,8 +161,8 @@ class HFTokenizer:
     def _encode_segments(
         self, segments: list[tuple[str, bool]]
     ) -> tuple[list[int], list[tuple[int, int]]]:
-        """Encode in one go, so that spaces at control tokens are as in transformers, unless a
-        message holds one.
+        """Encode all segments in one call, so that spaces at control tokens are as in transformers;
+        one by one if a message contains a control token.
         """
         ordinary = [text for text, is_control in segments if not is_control]
         if not any(content in text for content in self.special_tokens for text in ordinary):
@@ -186,7 +185,7 @@ class HFTokenizer:
 
 
 def _family(content: dict[str, Any]) -> str | None:
-    """Return how tokens spell bytes: 'byte-level', 'sentencepiece', or None for another way."""
+    """Return how tokens spell bytes: 'byte-level', 'sentencepiece', or None if neither."""
     decoder = content.get("decoder") or {}
     steps = [decoder, *(decoder.get("decoders") or [])]
     if any(step.get("type") == "ByteLevel" for step in steps):

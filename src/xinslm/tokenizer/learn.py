@@ -1,11 +1,11 @@
-"""Learning the merges: count the distinct pieces of a text, then join the most frequent pair again
-and again.
+"""Learns the merges: counts the distinct pieces of a text, then repeatedly joins the most frequent
+pair.
 
 The result is identical to Hugging Face's `BpeTrainer` (Sennrich et al. 2016, byte-level): ties go
-to the smallest pair of ids. Counts are Python integers, which do not overflow where 32-bit ones do.
-Only distinct pieces are kept, never the text. A token's string has one derivation: whatever
-surrounds it, the merges before its own leave the same two parts in it. So no merge makes a string
-that exists, and `ignore_merges` changes nothing for a learned vocabulary.
+to the smallest pair of ids. Counts are Python integers and do not overflow as 32-bit ones do. Only
+distinct pieces are kept, not the text. A token's string has one derivation: in any context, the
+merges before its own leave the same two parts. So no merge produces a string that already exists,
+and `ignore_merges` does not change the ids of a learned vocabulary.
 """
 
 import heapq
@@ -32,8 +32,8 @@ def pieces_of(text: str, split: Split) -> Iterable[str]:
 def count_pieces(
     texts: Iterable[str], split: Split, on_text: Callable[[int], None]
 ) -> Counter[bytes]:
-    """Count the distinct pieces of all texts, as UTF-8; `on_text` is told the characters of each
-    text.
+    """Count the distinct pieces of all texts, as UTF-8; `on_text` receives the length of each text
+    in characters.
     """
     counts: Counter[str] = Counter()
     for text in texts:
@@ -49,14 +49,12 @@ def count_pieces(
 
 
 class MergeLearner:
-    """The state of learning: words as lists of ids, the count of each pair, and the words it occurs
-    in.
+    """The state of learning: pieces as lists of ids, the count of each pair, and the pieces that
+    contain it.
     """
 
     def __init__(self, pieces: Counter[bytes], min_frequency: int, max_token_length: int | None):
-        """`max_token_length` is in bytes; a pair that would make a longer token is never
-        counted.
-        """
+        """`max_token_length` is in bytes; pairs that would make a longer token are not counted."""
         self.tokens = list(ALPHABET)
         self.merges: list[tuple[str, str]] = []
         self._minimum = max(1, min_frequency)
@@ -85,13 +83,13 @@ class MergeLearner:
         )
 
     def run(self, num_tokens: int) -> Iterator[int]:
-        """Learn until the vocabulary has `num_tokens` tokens or no pair is left; give its size
+        """Learn until the vocabulary has `num_tokens` tokens or no pair is left; yield its size
         after each merge.
         """
         while len(self.tokens) < num_tokens and self._heap:
             negative, pair = heapq.heappop(self._heap)
             count = self._counts.get(pair, 0)
-            # later merges took occurrences away: put it back where it belongs
+            # later merges removed occurrences: reinsert the pair with its current count
             if count != -negative:
                 if count >= self._minimum:
                     heapq.heappush(self._heap, (-count, pair))
@@ -115,8 +113,8 @@ class MergeLearner:
                 heapq.heappush(self._heap, (-count, new))
 
     def _merge_word(self, index: int, pair: Pair, joined: int) -> set[Pair]:
-        """Merge a pair everywhere in one word, keep the counts true, and return the pairs that came
-        to be.
+        """Merge all occurrences of a pair in one piece, update the counts, and return the new
+        pairs.
         """
         word, frequency, counts = self._words[index], self._frequency[index], self._counts
         first, second = pair
@@ -141,9 +139,9 @@ class MergeLearner:
         return touched
 
     def _count_new(self, index: int, word: list[int], at: int) -> None:
-        neighbours = []
+        neighbors = []
         if at > 0:
-            neighbours.append((word[at - 1], word[at]))
+            neighbors.append((word[at - 1], word[at]))
         if at + 1 < len(word):
-            neighbours.append((word[at], word[at + 1]))
-        self._change(index, neighbours, 1)
+            neighbors.append((word[at], word[at + 1]))
+        self._change(index, neighbors, 1)

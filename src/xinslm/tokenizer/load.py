@@ -1,9 +1,8 @@
-"""Opening a tokenizer of any kind: ours where it is a byte-level BPE that we know, else the Hugging
-Face one.
+"""Loads any tokenizer: `BPETokenizer` if it is a byte-level BPE with a known split rule, else
+`HFTokenizer`.
 
-A path means a folder with a tokenizer (a model's, too), a tokenizer.json, a sentencepiece .model, a
-run folder (its best checkpoint), or a name on the Hub, of which only the tokenizer's files are
-downloaded.
+A path is a folder with a tokenizer (also a model's), a tokenizer.json, a sentencepiece .model, a
+run folder (its best checkpoint), or a Hub name, of which only the tokenizer's files are downloaded.
 """
 
 import re
@@ -27,7 +26,7 @@ _HUB_FILES = [
 
 
 def load_tokenizer(path: Path | str) -> Tokenizer:
-    """Load a tokenizer from a folder (of a model or a run, too), a file, or the Hub; see
+    """Load a tokenizer from a folder (also of a model or run), a file, or the Hub; see
     `resolve_tokenizer`.
     """
     path = resolve_tokenizer(path)
@@ -42,15 +41,15 @@ def load_tokenizer(path: Path | str) -> Tokenizer:
 
 
 def resolve_tokenizer(path: Path | str) -> Path:
-    """Find the file or folder that `path` means; UsageError where there is none and the Hub gives
-    none.
+    """Find the file or folder that `path` refers to; UsageError if neither this machine nor the Hub
+    has it.
     """
     folder = Path(path)
     for candidate in (folder, folder / "checkpoints" / "best", folder / "checkpoints" / "last"):
         if _holds_tokenizer(candidate):
             return candidate
     if folder.exists():
-        return folder  # the reader says what it lacks
+        return folder  # the reader names what is missing
     if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(path)):
         raise UsageError(
             f"{path} does not exist; a tokenizer is a folder with a {files.TOKENIZER} (a model's, "
@@ -64,12 +63,11 @@ def resolve_tokenizer(path: Path | str) -> Path:
     # the hub client raises a dozen kinds: offline, no such repository, gated
     except Exception as error:
         raise UsageError(
-            f"{path} does not exist here, and the Hub did not give a tokenizer of that name: "
-            f"{error}"
+            f"{path} does not exist here, and the Hub returned no tokenizer of that name: {error}"
         ) from error
     if not _holds_tokenizer(downloaded):
         raise UsageError(
-            f"{path} does not exist here, and what has that name on the Hub holds no tokenizer"
+            f"{path} does not exist here, and the Hub repository of that name has no tokenizer"
         )
     return downloaded
 

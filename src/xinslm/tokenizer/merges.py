@@ -2,9 +2,9 @@
 first.
 
 Words repeat (98 % of the pieces of unseen text were seen before), so a bounded table from piece to
-ids does nearly all the work and merging is only its miss path. That path scans a short piece again
-after every merge, which is fastest for words, and keeps a heap over a linked list for a long one,
-so that 100,000 equal letters are not quadratic.
+ids does nearly all the work, and merging runs only for pieces that it lacks. A short piece is
+rescanned after every merge, which is fastest for words. A long piece uses a heap over a linked
+list, so that 100,000 equal letters do not take quadratic time.
 """
 
 import heapq
@@ -30,20 +30,20 @@ class Merger:
     def __init__(self, vocab: dict[str, int], merges: list[tuple[str, str]], ignore_merges: bool):
         """`vocab` and `merges` are spelled as in tokenizer.json.
 
-        With `ignore_merges` a whole piece that is in the vocabulary is one token whatever the
-        merges say. Bytes that the vocabulary lacks are dropped, as Hugging Face does.
+        With `ignore_merges`, a piece in the vocabulary is one token, independent of the merges.
+        Bytes that the vocabulary lacks are dropped, as in Hugging Face.
         """
         self.bytes_to_id = [vocab.get(spell(bytes([byte]))) for byte in range(256)]
         self.ranks: dict[Pair, tuple[int, int]] = {
             (vocab[left], vocab[right]): (rank, vocab[left + right])
             for rank, (left, right) in enumerate(merges)
         }
-        self.whole = vocab if ignore_merges else {}
+        self.whole_pieces = vocab if ignore_merges else {}
 
     def encode(self, piece: bytes) -> list[int]:
         """Return the ids of one piece."""
-        if self.whole:
-            token = self.whole.get(spell(piece))
+        if self.whole_pieces:
+            token = self.whole_pieces.get(spell(piece))
             if token is not None:
                 return [token]
         symbols = [token for byte in piece if (token := self.bytes_to_id[byte]) is not None]
@@ -59,7 +59,7 @@ class Merger:
         return symbols
 
     def steps(self, symbols: list[int]) -> Iterator[tuple[int, int]]:
-        """Merge `symbols` in place, one merge at a time, giving the rank and the index of each."""
+        """Merge `symbols` in place, one merge at a time; yield the rank and the index of each."""
         get, none = self.ranks.get, (_NEVER, 0)
         found = [get(pair, none) for pair in itertools.pairwise(symbols)]
         while found:
@@ -76,9 +76,7 @@ class Merger:
             yield best[0], at
 
     def _merge_long(self, symbols: list[int]) -> list[int]:
-        """Merge with a heap of (rank, index): entries that later merges made stale are skipped when
-        they surface.
-        """
+        """Merge with a heap of (rank, index); entries that later merges made stale are skipped."""
         ranks, end = self.ranks, len(symbols)
         following = list(range(1, end + 1))
         previous = list(range(-1, end - 1))
@@ -108,10 +106,10 @@ class Merger:
 
 
 class PieceTable(dict[str, bytes]):
-    """Pieces and their ids, packed as in an array of uint16 or uint32; computes what it lacks,
+    """Pieces and their ids, packed as in an array of uint16 or uint32; computes missing entries and
     keeps a bounded number.
 
-    Packed ids make the encoding of a text one `b"".join` over its pieces.
+    Packed ids reduce the encoding of a text to one `b"".join` over its pieces.
     """
 
     def __init__(self, merger: Merger, vocab_size: int):

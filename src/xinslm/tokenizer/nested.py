@@ -1,9 +1,10 @@
-"""Nested tokenizers: a student whose vocabulary is the teacher's first merges.
+"""Nested tokenizers: the student's vocabulary is the teacher's first merges (merge-prefix
+vocabulary).
 
-Merges run in the order of their rank, so the student's tokens are the state of the teacher's run
-before its later merges: every boundary of the teacher is one of the student, and each teacher token
-is a fixed sequence of student tokens, whatever stands around it. A teacher's distribution then
-reads as one over student tokens by a table.
+Merges apply in the order of their rank, so the student's tokens are the teacher's state before its
+later merges. Every token boundary of the teacher is one of the student, and each teacher token is a
+fixed sequence of student tokens in any context. A table therefore converts a teacher's distribution
+to one over student tokens.
 """
 
 from collections.abc import Sequence
@@ -26,43 +27,23 @@ def prefix_definition(
     """Cut a teacher's vocabulary down to `vocab_size` ids: bytes, first merges, added tokens,
     special tokens last.
 
-    `special_tokens` chooses among the teacher's and may add new ones; None keeps all of the
+    `special_tokens` selects from the teacher's and may add new ones; None keeps all of the
     teacher's.
     """
     source = getattr(teacher, "definition", None)
     if not isinstance(source, Definition):
         raise UsageError(
-            f"cannot nest a tokenizer in a {type(teacher).__name__}: the teacher must be a "
-            "byte-level BPE with a known "
-            "split rule (LLaMA-3, GPT-2, Qwen2). Train a tokenizer, or let the student keep its "
-            "teacher's"
+            f"cannot nest a tokenizer in a {type(teacher).__name__}: the teacher must have a "
+            "byte-level BPE with a known split rule (LLaMA-3, GPT-2, Qwen2). Train a tokenizer, "
+            "or let the student keep the teacher's"
         )
     special = list(source.special_tokens) if special_tokens is None else list(special_tokens)
-    # Added tokens cut text before any merge, so a student without them would cross the teacher's
-    # boundaries.
-    wanted = vocab_size - len(special) - len(source.added_tokens)
-    present = sorted(
-        (char for char in ALPHABET if char in source.vocab), key=source.vocab.__getitem__
-    )
-    largest = len({left + right for left, right in source.merges}) + len(present)
-    if not len(present) <= wanted <= largest:
-        fixed = len(special) + len(source.added_tokens)
-        raise UsageError(
-            f"vocab_size is {vocab_size:,}, but a tokenizer nested in this teacher has "
-            f"{len(present) + fixed:,} to "
-            f"{largest + fixed:,} ids, {fixed} special tokens included"
-        )
-    vocab = {char: index for index, char in enumerate(present)}
-    merges: list[tuple[str, str]] = []
-    for left, right in source.merges:
-        if left + right not in vocab:
-            if len(vocab) == wanted:
-                break
-            vocab[left + right] = len(vocab)
-        merges.append((left, right))
+    # The teacher splits text at added tokens before any merge: a student without them would cross
+    # its boundaries.
+    vocab, merges = _first_merges(source, vocab_size, len(special) + len(source.added_tokens))
     added: dict[str, int] = {}
     first = len(vocab)
-    # one that merges make, too, has that id, as in Hugging Face
+    # an added token that merges also produce keeps that id, as in Hugging Face
     for content in source.added_tokens:
         added[content] = vocab.get(content, first)
         first += content not in vocab
@@ -86,11 +67,39 @@ def prefix_definition(
     )
 
 
-def prefix_pieces(student: "BPETokenizer", teacher: "BPETokenizer") -> list[tuple[int, ...]]:
-    """Return, for each teacher id, the student's ids of the same bytes under its merges.
+def _first_merges(
+    source: Definition, vocab_size: int, num_fixed: int
+) -> tuple[dict[str, int], list[tuple[str, str]]]:
+    """Return the bytes and first merges that fill `vocab_size` ids less `num_fixed` added and
+    special tokens.
+    """
+    wanted = vocab_size - num_fixed
+    present = sorted(
+        (char for char in ALPHABET if char in source.vocab), key=source.vocab.__getitem__
+    )
+    largest = len({left + right for left, right in source.merges}) + len(present)
+    if not len(present) <= wanted <= largest:
+        raise UsageError(
+            f"vocab_size is {vocab_size:,}, but a tokenizer nested in this teacher's can have "
+            f"{len(present) + num_fixed:,} to {largest + num_fixed:,} ids, of which {num_fixed} "
+            "are added or special tokens"
+        )
+    vocab = {char: index for index, char in enumerate(present)}
+    merges: list[tuple[str, str]] = []
+    for left, right in source.merges:
+        if left + right not in vocab:
+            if len(vocab) == wanted:
+                break
+            vocab[left + right] = len(vocab)
+        merges.append((left, right))
+    return vocab, merges
 
-    A special token maps to the student's of the same content, to () when it has none; so does an
-    unused id.
+
+def prefix_pieces(student: "BPETokenizer", teacher: "BPETokenizer") -> list[tuple[int, ...]]:
+    """Return, for each teacher id, the student's ids of the same bytes.
+
+    A special token maps to the student's special token of the same content. It maps to () if the
+    student has none, and so does an unused id.
     """
     named = student.added_tokens | student.special_tokens
     reserved = {

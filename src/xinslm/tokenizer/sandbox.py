@@ -1,9 +1,9 @@
-"""Jinja2 templates with limits: a template from a model folder must not hang or fill the memory.
+"""Jinja2 templates with limits: a template from a model folder must not hang or exhaust the memory.
 
-Jinja2's sandbox keeps a template from Python's internals, not from nested loops or `'a' * 10**10`.
-Here each loop iteration, call and filter checks a clock, and each value that can grow
-(joined, repeated, replaced, padded, nested) is bounded before it is made. A single step is
-therefore short, and the clock ends the rest; no thread or signal is needed.
+Jinja2's sandbox protects Python's internals, but allows nested loops and `'a' * 10**10`. Here each
+loop iteration, call and filter checks a deadline, and each value that can grow (joined, repeated,
+replaced, padded, nested) is bounded before it is computed. A single step is therefore short, and
+the deadline stops the rest without a thread or signal.
 
     environment = LimitedEnvironment()
     render(environment.compile_limited(source), {"messages": messages})
@@ -26,7 +26,7 @@ from jinja2.visitor import NodeTransformer
 MAX_SECONDS = 10.0
 MAX_CHARACTERS = 4_000_000
 MADE_BY_WRITTEN = 25
-"""How much more may be computed than written, in characters and list entries."""
+"""Maximum ratio of computed to written characters and list entries."""
 MAX_BITS = 4096
 """Longest integer that a template may compute."""
 
@@ -42,12 +42,12 @@ _REPEATS: dict[str, Callable[[str, tuple[Any, ...]], int]] = {
     "indent": lambda s, _: len(s.splitlines()) + 1,
     "replace": lambda s, args: max((s.count(str(arg)) for arg in args), default=0),
 }
-# Quadratic in time, or of no use in a chat.
+# Quadratic in time, or not useful in a chat.
 _REMOVED = ("striptags", "urlize", "pprint", "xmlattr", "wordwrap")
 
 
 class LimitError(jinja2.TemplateError):
-    """The template takes too long or makes too much."""
+    """The template takes too long or produces too much text."""
 
 
 class LimitedEnvironment(jinja2.sandbox.ImmutableSandboxedEnvironment):
@@ -56,7 +56,7 @@ class LimitedEnvironment(jinja2.sandbox.ImmutableSandboxedEnvironment):
     intercepted_binops = frozenset(["+", "*", "**", "%"])
 
     def __init__(self, **options: Any) -> None:
-        super().__init__(optimized=False, **options)  # folding constants would compute unchecked
+        super().__init__(optimized=False, **options)  # constant folding would bypass the limits
         del self.globals["lipsum"]
         for name in self.filters.keys() - set(_REMOVED):
             self.add_filter(name, self.filters[name])
@@ -64,7 +64,7 @@ class LimitedEnvironment(jinja2.sandbox.ImmutableSandboxedEnvironment):
         self.filters |= {"_each": _each, "_emit": _emit, "_bounded": _bounded}
 
     def add_filter(self, name: str, function: Callable[..., Any]) -> None:
-        """Let templates use a filter, within the limits."""
+        """Add a filter that respects the limits."""
         self.filters[name] = _limited(name, function)
 
     def compile_limited(self, source: str) -> jinja2.Template:
@@ -102,7 +102,7 @@ class LimitedEnvironment(jinja2.sandbox.ImmutableSandboxedEnvironment):
 def render(template: jinja2.Template, names: dict[str, Any]) -> str:
     """Render a template of a `LimitedEnvironment`; LimitError if it exceeds the limits.
 
-    The output may have MAX_CHARACTERS more than eight times what `names` hold.
+    The output may have eight times the size of `names` plus MAX_CHARACTERS.
     """
     _state.deadline, _state.written = time.monotonic() + MAX_SECONDS, 0
     _state.made = 0
@@ -112,7 +112,7 @@ def render(template: jinja2.Template, names: dict[str, Any]) -> str:
 
 
 class _Instrument(NodeTransformer):
-    """Put the counting filters around loops, outputs and what builds new values."""
+    """Wraps loops, outputs and expressions that build new values in the counting filters."""
 
     def visit_For(self, node: nodes.For) -> nodes.Node:
         self.generic_visit(node)
@@ -181,7 +181,7 @@ def _bounded(context: Any, value: Any) -> Any:
 
 
 def _limited(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-    """The filter `function`, with its result bounded before and after it is computed."""
+    """Return the filter `function` with its result bounded before and after it is computed."""
     place = 1 if hasattr(function, "jinja_pass_arg") else 0
 
     @functools.wraps(function)
@@ -210,7 +210,7 @@ def _limited(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
 def _foresee(
     name: str, subject: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[Any, ...]:
-    """Bound what a method or filter can make of `subject`; the arguments, iterators as lists."""
+    """Bound the result of a method or filter of `subject`; return its arguments."""
     if name == "join":
         args = (list(args[0]), *args[1:]) if args else args
         _require(_weigh(args) + len(subject) * sum(len(arg) for arg in args))
@@ -224,7 +224,7 @@ def _foresee(
 
 
 def _longest(value: Any) -> int:
-    """The largest number or length within arguments."""
+    """Return the largest number or length within arguments."""
     if isinstance(value, int):
         return abs(value)
     if isinstance(value, dict):
@@ -235,7 +235,7 @@ def _longest(value: Any) -> int:
 
 
 def _checked(result: Any) -> Any:
-    """A result, if it is not too large."""
+    """Return a result; LimitError if it is too large."""
     if isinstance(result, str | bytes | list | tuple | dict):
         _weigh(result)
         _state.made += len(result)
@@ -244,14 +244,14 @@ def _checked(result: Any) -> Any:
 
 
 def _weigh(value: Any, most: float | None = None) -> int:
-    """Roughly how many characters `value` has when it is written out; LimitError if too many."""
+    """Estimate the number of characters of `value` in text form; LimitError if too many."""
     total = _weight(value, {})
     _require(total, most)
     return total
 
 
 def _weight(value: Any, known: dict[int, int]) -> int:
-    """As `_weigh`; lists that occur repeatedly are counted each time, but visited once."""
+    """Like `_weigh`; repeated lists are counted each time, but visited once."""
     if isinstance(value, str | bytes):
         return len(value)
     if isinstance(value, Namespace):
@@ -267,7 +267,7 @@ def _weight(value: Any, known: dict[int, int]) -> int:
 
 def _require(characters: float, most: float | None = None) -> None:
     if characters > (_state.most if most is None else most):
-        raise LimitError("it makes too much text")
+        raise LimitError("it produces too much text")
 
 
 def _tick() -> None:

@@ -1,8 +1,7 @@
-"""Reading a sentencepiece BPE model (LLaMA-2's `tokenizer.model`) as a tokenizer.json.
+"""Converts a sentencepiece BPE model (LLaMA-2's `tokenizer.model`) to a tokenizer.json.
 
-The file is parsed by the sentencepiece library. Its BPE joins the pair whose joined piece has the
-best score, so the merges are all ways to cut each piece in two known ones, in the order of the
-scores.
+The sentencepiece library parses the file. Its BPE joins the pair whose joined piece has the best
+score, so the merges are all splits of each piece into two known ones, in the order of the scores.
 """
 
 from pathlib import Path
@@ -27,7 +26,7 @@ def translate(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
         )
     if normalizer.precompiled_charsmap:
         raise XinslmError(
-            f"{path}: this sentencepiece model rewrites text before it cuts it; convert it to "
+            f"{path}: this sentencepiece model normalizes text before it splits it; convert it to "
             "tokenizer.json first"
         )
     pieces = [(piece.piece, piece.type, piece.score) for piece in model.pieces]
@@ -53,8 +52,8 @@ def to_tokenizer_json(
     dummy_prefix: bool,
     single_spaces: bool,
 ) -> dict[str, Any]:
-    """Content of the tokenizer.json of a sentencepiece BPE: pieces in id order, with type (1 to 6)
-    and score.
+    """Return the tokenizer.json of a sentencepiece BPE; `pieces` are in id order, with type (1 to
+    6) and score.
     """
     vocab = {piece: index for index, (piece, _, _) in enumerate(pieces)}
     unknown = pieces[unknown_id][0]
@@ -108,10 +107,10 @@ def _parse(path: Path) -> Any:
     try:
         model.ParseFromString(path.read_bytes())
     except DecodeError:
-        raise XinslmError(f"{path}: not a sentencepiece model, or a half-written one") from None
+        raise XinslmError(f"{path}: not a sentencepiece model, or the file is incomplete") from None
     if not model.pieces:
         raise XinslmError(
-            f"{path}: a sentencepiece model without pieces; the file may be half-written"
+            f"{path}: a sentencepiece model without pieces; the file may be incomplete"
         )
     return model
 

@@ -1,8 +1,8 @@
-"""The stage `tokenizer show`: how a text is cut into tokens, and the merges that made each piece.
+"""The stage `tokenizer show`: the tokens of a text, and the merges of each piece.
 
     xinslm tokenizer show "Once upon a time" --tokenizer-path runs/tokenizer
 
-`run` gives the data, `describe()` plain text, `render()` the same in colour for a terminal.
+`run` returns the data, `describe()` plain text, `render()` the same in color for a terminal.
 """
 
 from collections.abc import Callable
@@ -18,7 +18,7 @@ from xinslm.tokenizer.load import load_tokenizer
 if TYPE_CHECKING:
     from rich.text import Text
 
-_COLOURS = (
+_COLORS = (
     "black on cyan",
     "black on yellow",
     "black on green",
@@ -31,7 +31,7 @@ _SELF_TAUGHT_IDS = 1_024
 
 @dataclass(frozen=True)
 class MergeStep:
-    """One merge: its rank (0 was learnt first), the two parts, and all tokens of the piece after
+    """One merge: its rank (0 was learned first), the two parts, and all tokens of the piece after
     it.
     """
 
@@ -43,12 +43,12 @@ class MergeStep:
 
 @dataclass(frozen=True)
 class PieceMerges:
-    """A piece of the text and how its tokens came to be."""
+    """A piece of the text and the merges that produced its tokens."""
 
     piece: str
     steps: tuple[MergeStep, ...]
-    whole: bool
-    """Whether the piece is one token by itself, whatever its merges give."""
+    is_one_token: bool
+    """Whether the piece is one token in the vocabulary, although its merges end in several."""
 
 
 @dataclass(frozen=True)
@@ -63,12 +63,12 @@ class ShowResult:
     pieces: tuple[PieceMerges, ...]
 
     def describe(self) -> str:
-        """Give tokens and merges as plain text."""
+        """Return tokens and merges as plain text."""
         return str(_layout(self, lambda token, _: f"[{token}]"))
 
     @property
     def headline(self) -> str:
-        """Say how many tokens, in one line."""
+        """Return the number of tokens in one line."""
         ratio = self.num_bytes / max(len(self.ids), 1)
         return (
             f"{len(self.ids):,} tokens for {self.num_bytes:,} bytes ({ratio:.2f} bytes per token); "
@@ -83,7 +83,7 @@ def run(config: ShowConfig, on_progress: Listener = ignore) -> ShowResult:
     if config.tokenizer_path is None:
         tokenizer = BPETokenizer(vocab_size=_SELF_TAUGHT_IDS, min_frequency=2)
         tokenizer.train([config.text], on_progress)
-        source = "learnt from the text itself"
+        source = "trained on this text"
     else:
         tokenizer = load_tokenizer(config.tokenizer_path)
         source = str(config.tokenizer_path)
@@ -119,7 +119,7 @@ def _follow(tokenizer: BPETokenizer, piece: str) -> PieceMerges:
 
 
 def visible(token: bytes) -> str:
-    """Spell a token so that it can be seen: spaces as dots, bytes that are no text as
+    """Return a token with visible characters only: spaces as dots, bytes that are not text as
     hexadecimal.
     """
     text = token.decode("utf-8", "backslashreplace").translate(_VISIBLE)
@@ -127,8 +127,8 @@ def visible(token: bytes) -> str:
 
 
 def render(result: ShowResult) -> "Text":
-    """Give tokens and merges in colour: neighbouring tokens on different grounds."""
-    return _layout(result, lambda token, index: (token, _COLOURS[index % len(_COLOURS)]))
+    """Return tokens and merges in color: adjacent tokens have different backgrounds."""
+    return _layout(result, lambda token, index: (token, _COLORS[index % len(_COLORS)]))
 
 
 def _layout(result: ShowResult, mark: Callable[[str, int], str | tuple[str, str]]) -> "Text":
@@ -143,7 +143,7 @@ def _layout(result: ShowResult, mark: Callable[[str, int], str | tuple[str, str]
         Text(result.headline),
     ]
     for piece in result.pieces:
-        note = "  (one token: the whole piece is in the vocabulary)" if piece.whole else ""
+        note = "  (one token: the piece is in the vocabulary)" if piece.is_one_token else ""
         lines += [Text(), Text(visible(piece.piece.encode("utf-8", "replace")) + note)]
         for step in piece.steps:
             merge = f"  {step.rank:>7,}  {visible(step.left)} + {visible(step.right)}"

@@ -1,8 +1,8 @@
-"""The start token: what a tokenizer puts in front of a text.
+"""The start token: the token that a tokenizer prepends to a text.
 
-The post-processor of tokenizer.json says it (a `TemplateProcessing`, as in LLaMA-3), so that
+It is in the post-processor of tokenizer.json (a `TemplateProcessing`, as in LLaMA-3), so that
 `AutoTokenizer`, an exported GGUF file and this package give the same ids for the same text.
-`encode` never adds it: whoever makes a prompt or a document does.
+`encode` does not add it; the code that builds a prompt or document does.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def start_processor(content: str, token: int) -> dict[str, Any]:
-    """Return the post-processor that puts one special token in front of a text."""
+    """Return the post-processor that prepends one special token to a text."""
     special = {"SpecialToken": {"id": content, "type_id": 0}}
     text = {"Sequence": {"id": "A", "type_id": 0}}
     second = {"Sequence": {"id": "B", "type_id": 1}}
@@ -25,7 +25,7 @@ def start_processor(content: str, token: int) -> dict[str, Any]:
 
 
 def start_ids(processor: dict[str, Any] | None, vocab_size: int) -> list[int]:
-    """Return the ids that a post-processor puts in front of a text; ValueError for unknown ids."""
+    """Return the ids that a post-processor prepends to a text; ValueError for unknown ids."""
     kind, ids = (processor or {}).get("type"), []
     if processor is None:
         return []
@@ -40,14 +40,16 @@ def start_ids(processor: dict[str, Any] | None, vocab_size: int) -> list[int]:
     elif kind in ("BertProcessing", "RobertaProcessing"):
         ids = [processor["cls"][1]]
     if any(not isinstance(token, int) or not 0 <= token < vocab_size for token in ids):
-        raise ValueError(f"its post-processor adds the ids {ids}, of which one is unknown")
+        raise ValueError(
+            f"its post-processor adds the ids {ids}, which are not all in the vocabulary"
+        )
     return ids
 
 
 def document_start(tokenizer: "Tokenizer") -> list[int]:
-    """Return what a document begins with: the tokenizer's start, else BOS, else EOS.
+    """Return the first ids of a document: the tokenizer's start ids, else BOS, else EOS.
 
-    Documents need one even if the tokenizer adds none, for it predicts their first token.
+    A document needs one even if the tokenizer adds none: its first token is predicted from it.
     """
     if tokenizer.start_ids:
         return list(tokenizer.start_ids)
