@@ -315,10 +315,9 @@ def test_choices_are_made_on_rows_that_nothing_was_fitted_to(workshop, tmp_path,
 def test_a_fit_that_is_worse_is_dropped(workshop, tmp_path, monkeypatch) -> None:
     from xinslm.prune import run as stage
 
-    def worse(teacher, thin, plain, *rest):
-        return stage.assemble(
-            plain.config, {name: 3 * tensor for name, tensor in plain.state_dict().items()}
-        )
+    def worse(teacher, cut, *rest):
+        weights = {name: 3 * tensor for name, tensor in cut.plain.state_dict().items()}
+        return stage.assemble(cut.plain.config, weights)
 
     monkeypatch.setattr(stage, "compensate", worse)
     result = run(workshop.config(tmp_path / "a", num_layers=2, layers="influence"))

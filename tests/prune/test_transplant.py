@@ -101,24 +101,15 @@ def test_the_fit_leaves_alone_what_needs_no_fit(untied) -> None:
     """A student that is its teacher stays it, whatever the gains; so does one cut from a
     subspace.
     """
-    same = transplant.compensate(
-        untied.model,
-        untied.model,
-        untied.model,
-        [0, 1],
-        None,
-        untied.passages,
-        0.01,
-        lambda layer: None,
-    )
+    uncut = transplant.CutModel(untied.model, untied.model, [0, 1], None)
+    same = transplant.compensate(untied.model, uncut, untied.passages, 0.01, lambda layer: None)
     torch.testing.assert_close(logits(same), logits(untied.model), rtol=1e-3, atol=1e-3)
     teacher = in_subspace(untied.model, rotation(64)[:, :40])
     found = measure(teacher, untied.passages, lambda layer: None)
     basis = transplant.principal_directions(found.stream, 40)
     plain = transplant.narrow(teacher, replace(teacher.config, hidden_size=40), basis, found)
-    fitted = transplant.compensate(
-        teacher, teacher, plain, [0, 1], basis, untied.passages, 0.01, lambda layer: None
-    )
+    cut = transplant.CutModel(teacher, plain, [0, 1], basis)
+    fitted = transplant.compensate(teacher, cut, untied.passages, 0.01, lambda layer: None)
     torch.testing.assert_close(logits(fitted), logits(teacher), rtol=1e-2, atol=1e-2)
 
 
@@ -156,9 +147,8 @@ def test_the_fit_brings_states_nearer_to_the_teachers(workshop) -> None:
         type(p)(p.ids[40:], p.labels[40:], p.positions[40:], p.segments[40:])
         for p in workshop.passages[:half]
     ]
-    fitted = transplant.compensate(
-        teacher, thin, plain, kept, basis, rows, 0.01, lambda layer: None
-    )
+    cut = transplant.CutModel(thin, plain, kept, basis)
+    fitted = transplant.compensate(teacher, cut, rows, 0.01, lambda layer: None)
 
     def error(student) -> float:
         total = 0.0

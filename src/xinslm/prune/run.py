@@ -46,7 +46,7 @@ from xinslm.prune.cuts import (
 from xinslm.prune.heads import Group, choose_heads, keep_heads
 from xinslm.prune.measure import Passage, Statistics, loss, measure, read_passages
 from xinslm.prune.shape import find_teacher, merged_heads, student_shape
-from xinslm.prune.transplant import compensate, narrow, principal_directions
+from xinslm.prune.transplant import CutModel, compensate, narrow, principal_directions
 from xinslm.tokenizer.load import load_tokenizer
 
 KIND, VERSION = "model", 1
@@ -218,11 +218,9 @@ class _Cutting:
         else:
             head = {} if student.tie_word_embeddings else {HEAD: thin.head_weight.clone()}
             plain = assemble(student, dict(thin.state_dict()) | head)
-        made = (
-            self._compensated(teacher, thin, plain, kept, basis)
-            if self.config.compensate
-            else plain
-        )
+        made = plain
+        if self.config.compensate:
+            made = self._compensated(teacher, CutModel(thin, plain, kept, basis))
         random = Transformer(student)
         random.initialise(torch.Generator().manual_seed(self.config.seed))
         self._report(
@@ -280,35 +278,20 @@ class _Cutting:
         self._report(f"{student.intermediate_size} of {shape.intermediate_size} neurons", thin)
         return thin
 
-    def _compensated(
-        self,
-        teacher: Transformer,
-        thin: Transformer,
-        plain: Transformer,
-        kept: list[int],
-        basis: torch.Tensor | None,
-    ) -> Transformer:
+    def _compensated(self, teacher: Transformer, cut: CutModel) -> Transformer:
         """Take the fitted student if it is better than the plain one on rows that neither was made
         from.
         """
-        fitted = compensate(
-            teacher,
-            thin,
-            plain,
-            kept,
-            basis,
-            self.text.calibration,
-            self.config.ridge,
-            self._progress("compensate", len(kept), "layers"),
-        )
-        before, after = loss(plain, self.text.search), loss(fitted, self.text.search)
+        progress = self._progress("compensate", len(cut.kept), "layers")
+        fitted = compensate(teacher, cut, self.text.calibration, self.config.ridge, progress)
+        before, after = loss(cut.plain, self.text.search), loss(fitted, self.text.search)
         self.facts["compensation"] = {"plain": before, "fitted": after}
         if not after < before:  # NaN, too
             self.notes.append(
                 f"the least-squares fit was dropped: {after:.4f} nats on search rows, "
                 f"{before:.4f} before"
             )
-            return plain
+            return cut.plain
         self._report("fitted to the teacher's activations", fitted)
         return fitted
 

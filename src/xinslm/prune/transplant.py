@@ -13,7 +13,8 @@ text changes little.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -134,159 +135,133 @@ class Fit:
         return torch.linalg.solve(left, right.T).T.to(prior)
 
 
+@dataclass(frozen=True)
+class CutModel:
+    """A pruned model before and after its width is cut."""
+
+    thin: Transformer
+    """The layers `kept` with the remaining heads and neurons, at the teacher's width."""
+    plain: Transformer
+    """The same after `narrow`; without a `basis`, the same model."""
+    kept: Sequence[int]
+    basis: Tensor | None
+
+
 def compensate(
     teacher: Transformer,
-    thin: Transformer,
-    plain: Transformer,
-    kept: Sequence[int],
-    basis: Tensor | None,
+    cut: CutModel,
     passages: Sequence[Passage],
     ridge: float,
     on_layer: Callable[[int], None],
 ) -> Transformer:
-    """Fit `plain` to the teacher's activations, layer by layer.
+    """Fit a copy of `cut.plain` to the teacher's activations, layer by layer."""
+    fitting = _Fitting(teacher, cut, passages, ridge)
+    ends = [*cut.kept[1:], teacher.config.num_hidden_layers]
+    fitting.advance_teacher(range(cut.kept[0]))
+    for index, (layer, end) in enumerate(zip(cut.kept, ends, strict=True)):
+        fitting.fit_block(index, layer, end)
+        on_layer(index + 1)
+    fitting.fit_head()
+    return fitting.student
 
-    `thin` is the model of the layers `kept` with their heads and neurons at the teacher's width,
-    `plain` the same after `narrow` (with no `basis`: the same model).
+
+class _Fitting:
+    """A student whose matrices are fitted in the order in which states pass through them.
+
+    `wide` and `states` hold the hidden states of teacher and student, one tensor a passage.
     """
-    student = assemble(
-        plain.config, {name: tensor.clone() for name, tensor in plain.state_dict().items()}
-    )
-    dimensions = thin.config.hidden_size
-    turn = torch.eye(dimensions) if basis is None else basis
-    turn = turn.to(plain.model.embed_tokens.weight)
-    wide = [teacher.model.embed_tokens(passage.ids) for passage in passages]
-    states = [student.model.embed_tokens(passage.ids) for passage in passages]
-    ends = [*kept[1:], teacher.config.num_hidden_layers]
-    for at in range(kept[0]):
-        wide = _through(teacher, at, passages, wide)
-    for index, (layer, end) in enumerate(zip(kept, ends, strict=True)):
-        block, origin, source = (
-            student.model.layers[index],
-            thin.model.layers[index],
-            teacher.model.layers[layer],
-        )
-        assert isinstance(block, Block) and isinstance(origin, Block) and isinstance(source, Block)
-        _fit_readers(
-            block,
-            origin,
-            "input_layernorm",
-            source.input_layernorm,
-            basis,
-            passages,
-            wide,
-            states,
-            ridge,
-        )
+
+    def __init__(
+        self, teacher: Transformer, cut: CutModel, passages: Sequence[Passage], ridge: float
+    ) -> None:
+        self.teacher, self.thin, self.basis = teacher, cut.thin, cut.basis
+        self.passages, self.ridge = passages, ridge
+        weights = {name: tensor.clone() for name, tensor in cut.plain.state_dict().items()}
+        self.student = assemble(cut.plain.config, weights)
+        turn = torch.eye(cut.thin.config.hidden_size) if cut.basis is None else cut.basis
+        self.turn = turn.to(weights[EMBEDDING])
+        self.wide = [teacher.model.embed_tokens(passage.ids) for passage in passages]
+        self.states = [self.student.model.embed_tokens(passage.ids) for passage in passages]
+
+    def advance_teacher(self, layers: Iterable[int]) -> None:
+        """Run the teacher's states through `layers`."""
+        for layer in layers:
+            block = _block(self.teacher, layer)
+            self.wide = [
+                advance(self.teacher, block, passage, x)[1]
+                for passage, x in zip(self.passages, self.wide, strict=True)
+            ]
+
+    def fit_block(self, index: int, layer: int, end: int) -> None:
+        """Fit the student's block `index` to the teacher's blocks from `layer` to before `end`."""
+        block, source = _block(self.student, index), _block(self.teacher, layer)
+        self._fit_readers(index, "input_layernorm", source.input_layernorm)
         middles, goals = [], []
-        for passage, x in zip(passages, wide, strict=True):
-            middle, goal = advance(teacher, source, passage, x)
+        for passage, x in zip(self.passages, self.wide, strict=True):
+            middle, goal = advance(self.teacher, source, passage, x)
             middles.append(middle)
             goals.append(goal)
-        for skipped in range(layer + 1, end):
-            goals = _through(teacher, skipped, passages, goals)
         outputs = [
-            mixed(student, block, block.input_layernorm(z), passage)
-            for passage, z in zip(passages, states, strict=True)
+            mixed(self.student, block, block.input_layernorm(z), passage)
+            for passage, z in zip(self.passages, self.states, strict=True)
         ]
-        states = _fit_writer(
-            block.self_attn.o_proj, outputs, turn, passages, middles, states, ridge
-        )
-        _fit_readers(
-            block,
-            origin,
-            "post_attention_layernorm",
-            source.post_attention_layernorm,
-            basis,
-            passages,
-            middles,
-            states,
-            ridge,
-        )
-        outputs = [neurons(block, block.post_attention_layernorm(z)) for z in states]
-        states = _fit_writer(block.mlp.down_proj, outputs, turn, passages, goals, states, ridge)
-        wide = goals
-        on_layer(index + 1)
-    if not student.config.tie_word_embeddings:
-        matrix = _reading(
-            teacher.model.norm, student.model.norm, basis, passages, wide, states, ridge
-        )
-        student.lm_head.weight.copy_(thin.head_weight @ matrix)
-    return student
+        self._fit_writer(block.self_attn.o_proj, outputs, middles)
+        self.wide = middles
+        self._fit_readers(index, "post_attention_layernorm", source.post_attention_layernorm)
+        self.wide = goals
+        self.advance_teacher(range(layer + 1, end))
+        outputs = [neurons(block, block.post_attention_layernorm(z)) for z in self.states]
+        self._fit_writer(block.mlp.down_proj, outputs, self.wide)
+
+    def fit_head(self) -> None:
+        """Fit an output head that is not the embedding."""
+        if not self.student.config.tie_word_embeddings:
+            matrix = self._reading(self.teacher.model.norm, self.student.model.norm)
+            self.student.lm_head.weight.copy_(self.thin.head_weight @ matrix)
+
+    def _reading(self, source: RMSNorm, norm: RMSNorm) -> Tensor:
+        """Fit the matrix (d, width) from the student's state to the teacher's normalized one."""
+        fit = Fit()
+        for passage, x, z in zip(self.passages, self.wide, self.states, strict=True):
+            fit.add(norm(z[passage.real]), source(x[passage.real]))
+        return fit.solve(self._reading_prior(source, norm), self.ridge)
+
+    def _reading_prior(self, source: RMSNorm, norm: RMSNorm) -> Tensor:
+        if self.basis is None:
+            return torch.eye(len(source.weight)).to(source.weight)
+        # `narrow` gives the narrow norm one number as its gain: `factor` absorbs it, and the wide
+        # norm's gain is part of the prior.
+        product = square = 0.0
+        for passage, x, z in zip(self.passages, self.wide, self.states, strict=True):
+            own = norm(z[passage.real])
+            product += float((unit(x[passage.real], source.eps) @ self.turn * own).sum())
+            square += float(own.pow(2).sum())
+        return source.weight[:, None] * self.turn * (product / square)
+
+    def _fit_readers(self, index: int, name: str, source: RMSNorm) -> None:
+        """Fit the matrices that read the norm `name` of the student's block `index`."""
+        block, origin = _block(self.student, index), _block(self.thin, index)
+        norm = block.get_submodule(name)
+        assert isinstance(norm, RMSNorm)
+        matrix = self._reading(source, norm)
+        for reader in READERS[name]:
+            weight = origin.get_parameter(f"{reader}.weight")
+            block.get_parameter(f"{reader}.weight").copy_(weight @ matrix)
+
+    def _fit_writer(
+        self, writer: torch.nn.Linear, outputs: list[Tensor], goals: list[Tensor]
+    ) -> None:
+        """Fit the matrix that adds `outputs` to the states so that they reach the goals; add
+        them.
+        """
+        fit = Fit()
+        for passage, x, goal, z in zip(self.passages, outputs, goals, self.states, strict=True):
+            fit.add(x[passage.real], goal[passage.real] @ self.turn - z[passage.real])
+        writer.weight.copy_(fit.solve(writer.weight, self.ridge))
+        self.states = [z + writer(x) for z, x in zip(self.states, outputs, strict=True)]
 
 
-def _through(
-    teacher: Transformer, layer: int, passages: Sequence[Passage], states: list[Tensor]
-) -> list[Tensor]:
-    block = teacher.model.layers[layer]
+def _block(model: Transformer, layer: int) -> Block:
+    block = model.model.layers[layer]
     assert isinstance(block, Block)
-    return [
-        advance(teacher, block, passage, x)[1] for passage, x in zip(passages, states, strict=True)
-    ]
-
-
-def _reading(
-    source: RMSNorm,
-    norm: RMSNorm,
-    basis: Tensor | None,
-    passages: Sequence[Passage],
-    wide: list[Tensor],
-    states: list[Tensor],
-    ridge: float,
-) -> Tensor:
-    """Fit the matrix (d, width) that gives the teacher's normalised state from the student's."""
-    fit = Fit()
-    for passage, x, z in zip(passages, wide, states, strict=True):
-        fit.add(norm(z[passage.real]), source(x[passage.real]))
-    if basis is None:
-        prior = torch.eye(len(source.weight)).to(source.weight)
-    else:
-        turn = basis.to(source.weight)
-        # The narrow norm's gain is one number, which `factor` takes up; the wide gain stands in the
-        # prior.
-        shares = [unit(x[p.real], source.eps) @ turn for p, x in zip(passages, wide, strict=True)]
-        own = [norm(z[p.real]) for p, z in zip(passages, states, strict=True)]
-        factor = sum(float((a * b).sum()) for a, b in zip(shares, own, strict=True)) / sum(
-            float(b.pow(2).sum()) for b in own
-        )
-        prior = source.weight[:, None] * turn * factor
-    return fit.solve(prior, ridge)
-
-
-def _fit_readers(
-    block: Block,
-    origin: Block,
-    name: str,
-    source: RMSNorm,
-    basis: Tensor | None,
-    passages: Sequence[Passage],
-    wide: list[Tensor],
-    states: list[Tensor],
-    ridge: float,
-) -> None:
-    norm = block.get_submodule(name)
-    assert isinstance(norm, RMSNorm)
-    matrix = _reading(source, norm, basis, passages, wide, states, ridge)
-    for reader in READERS[name]:
-        block.get_parameter(f"{reader}.weight").copy_(
-            origin.get_parameter(f"{reader}.weight") @ matrix
-        )
-
-
-def _fit_writer(
-    writer: torch.nn.Linear,
-    outputs: list[Tensor],
-    turn: Tensor,
-    passages: Sequence[Passage],
-    goals: list[Tensor],
-    states: list[Tensor],
-    ridge: float,
-) -> list[Tensor]:
-    """Fit the matrix that adds `outputs` to the states so that they come to the goals; return the
-    states after it.
-    """
-    fit = Fit()
-    for passage, x, goal, z in zip(passages, outputs, goals, states, strict=True):
-        fit.add(x[passage.real], goal[passage.real] @ turn - z[passage.real])
-    writer.weight.copy_(fit.solve(writer.weight, ridge))
-    return [z + writer(x) for z, x in zip(states, outputs, strict=True)]
+    return block

@@ -25,6 +25,22 @@ class Series:
     """A few measured points, drawn as dots on a strong line; otherwise a fine line."""
 
 
+@dataclass(frozen=True)
+class _Axes:
+    """Ends of both axes, in the units of the data."""
+
+    x: tuple[float, float]
+    y: tuple[float, float]
+    log_x: bool
+
+    def place(self, x: float, y: float) -> tuple[float, float]:
+        """Map a point of the data to the figure."""
+        a, b, c = (math.log10(v) if self.log_x else v for v in (x, *self.x))
+        low, high = self.y
+        across = LEFT + (a - b) / (c - b) * (WIDTH - LEFT - RIGHT)
+        return across, HEIGHT - BOTTOM - (y - low) / (high - low) * (HEIGHT - TOP - BOTTOM)
+
+
 def line_chart(
     series: Sequence[Series],
     x_label: str,
@@ -32,7 +48,7 @@ def line_chart(
     log_x: bool = False,
     from_zero: bool = False,
 ) -> str:
-    """Draw curves into one figure; '' if no curve has a finite point (at x > 0 where x is
+    """Draw curves into one figure; '' if no curve has a finite point (at x > 0 if x is
     logarithmic).
 
     `from_zero` lets the y axis begin at 0, as a rate's should.
@@ -41,62 +57,69 @@ def line_chart(
     curves = [(s, points if s.marked else _averaged(points)) for s, points in curves if points]
     if not curves:
         return ""
-    x_low, x_high = _spread([x for _, points in curves for x, _ in points], log_x)
+    x_range = _spread([x for _, points in curves for x, _ in points], log_x)
     low, high, cut = _y_range([[y for _, y in points] for _, points in curves], from_zero)
-    x_ticks = _log_ticks(x_low, x_high) if log_x else _ticks(x_low, x_high, 7)
-    y_ticks = _ticks(low, high, 5)
-
-    def place(x: float, y: float) -> tuple[float, float]:
-        a, b, c = (math.log10(v) if log_x else v for v in (x, x_low, x_high))
-        across = LEFT + (a - b) / (c - b) * (WIDTH - LEFT - RIGHT)
-        return across, HEIGHT - BOTTOM - (y - low) / (high - low) * (HEIGHT - TOP - BOTTOM)
-
+    axes = _Axes(x_range, (low, high), log_x)
+    base, inner = HEIGHT - BOTTOM, WIDTH - LEFT
     parts = [
         f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(y_label)} by '
-        f'{escape(x_label)}">'
+        f'{escape(x_label)}">',
+        *_grid(axes, x_label),
+        f'<svg x="{LEFT}" y="0" width="{inner}" height="{base}" viewBox="{LEFT} 0 {inner} {base}">',
+        *(_curve(s, points, axes) for s, points in curves),
+        "</svg></svg>",
     ]
-    for tick in y_ticks:
-        _, y = place(x_low, tick)
-        parts.append(
-            f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>'
-        )
-        parts.append(f'<text class="tick end" x="{LEFT - 8}" y="{y + 4:.1f}">{short(tick)}</text>')
-    for tick in x_ticks:
-        x, y = place(tick, low)
-        parts.append(
-            f'<line class="axis" x1="{x:.1f}" x2="{x:.1f}" y1="{y:.1f}" y2="{y + 4:.1f}"/>'
-        )
-        parts.append(f'<text class="tick mid" x="{x:.1f}" y="{y + 18:.1f}">{short(tick)}</text>')
-    base = HEIGHT - BOTTOM
-    parts.append(f'<line class="axis" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{base}" y2="{base}"/>')
-    middle = (LEFT + WIDTH - RIGHT) / 2
-    parts.append(f'<text class="label mid" x="{middle}" y="{HEIGHT - 6}">{escape(x_label)}</text>')
-    inner = WIDTH - LEFT
-    parts.append(
-        f'<svg x="{LEFT}" y="0" width="{inner}" height="{base}" viewBox="{LEFT} 0 {inner} {base}">'
+    legend = "".join(
+        f'<span class="key {_kind(s)} c{s.color}">{escape(s.name)} '
+        f"<b>{_exact(points[-1][1])}</b></span>"
+        for s, points in curves
     )
-    for s, points in curves:
-        path = " ".join(f"{x:.1f},{y:.1f}" for x, y in (place(*point) for point in points))
-        kind = "strong" if s.marked else "fine"
-        parts.append(f'<polyline class="{kind} c{s.color}" points="{path}"/>')
-        if s.marked or len(points) == 1:
-            for point in points:
-                x, y = place(*point)
-                hint = f"<title>{escape(s.name)}: {_exact(point[1])} at {short(point[0])}</title>"
-                parts.append(
-                    f'<circle class="c{s.color}" cx="{x:.1f}" cy="{y:.1f}" r="3">{hint}</circle>'
-                )
-    parts.append("</svg></svg>")
-    legend = ""
-    for s, points in curves:
-        kind = "strong" if s.marked else "fine"
-        last = f"<b>{_exact(points[-1][1])}</b>"
-        legend += f'<span class="key {kind} c{s.color}">{escape(s.name)} {last}</span>'
     note = " (the axis ends below the highest values)" if cut else ""
     caption = (
         f"<figcaption><strong>{escape(y_label)}</strong>{note}<div>{legend}</div></figcaption>"
     )
     return f"<figure>{caption}{''.join(parts)}</figure>"
+
+
+def _grid(axes: _Axes, x_label: str) -> list[str]:
+    """Grid lines, both axes with their ticks, the label of x."""
+    parts = []
+    for tick in _ticks(*axes.y, 5):
+        _, y = axes.place(axes.x[0], tick)
+        parts += [
+            f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>',
+            f'<text class="tick end" x="{LEFT - 8}" y="{y + 4:.1f}">{short(tick)}</text>',
+        ]
+    for tick in _log_ticks(*axes.x) if axes.log_x else _ticks(*axes.x, 7):
+        x, y = axes.place(tick, axes.y[0])
+        parts += [
+            f'<line class="axis" x1="{x:.1f}" x2="{x:.1f}" y1="{y:.1f}" y2="{y + 4:.1f}"/>',
+            f'<text class="tick mid" x="{x:.1f}" y="{y + 18:.1f}">{short(tick)}</text>',
+        ]
+    base, middle = HEIGHT - BOTTOM, (LEFT + WIDTH - RIGHT) / 2
+    return [
+        *parts,
+        f'<line class="axis" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{base}" y2="{base}"/>',
+        f'<text class="label mid" x="{middle}" y="{HEIGHT - 6}">{escape(x_label)}</text>',
+    ]
+
+
+def _curve(series: Series, points: Sequence[tuple[float, float]], axes: _Axes) -> str:
+    """One curve, with dots if it is marked or a single point."""
+    places = [axes.place(*point) for point in points]
+    path = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
+    parts = [f'<polyline class="{_kind(series)} c{series.color}" points="{path}"/>']
+    if series.marked or len(points) == 1:
+        for (x, y), point in zip(places, points, strict=True):
+            hint = f"<title>{escape(series.name)}: {_exact(point[1])} at {short(point[0])}</title>"
+            parts.append(
+                f'<circle class="c{series.color}" cx="{x:.1f}" cy="{y:.1f}" r="3">{hint}</circle>'
+            )
+    return "".join(parts)
+
+
+def _kind(series: Series) -> str:
+    return "strong" if series.marked else "fine"
 
 
 def short(value: float) -> str:
