@@ -48,7 +48,7 @@ def test_weights_and_states_are_those_of_a_built_model(
     )
     parts = step_memory(shape, config).parts
     assert parts["weights"] == sum(p.nbytes for p in model.parameters())
-    assert parts["optimiser's states"] == held
+    assert parts["optimizer states"] == held
 
 
 @pytest.mark.parametrize("kv_heads", [4, 2])

@@ -22,9 +22,9 @@ LOSS_ROWS = 256
 """Rows of logits that the fused head holds at once."""
 SMALLEST_IN_8_BITS = 4096
 PIECE = 1 << 16
-GAPS = 0.15
-"""Of the activations, freed and taken again in a step, where the allocator keeps them; thrice over
-micro-batches.
+FRAGMENTATION = 0.15
+"""Share of the activations that the allocator adds when it keeps freed blocks; three times that
+with gradient accumulation.
 """
 TARGET_BYTES = 400
 """Of a position's labels, teacher targets and their temporaries."""
@@ -97,71 +97,90 @@ def kept_by_block(shape: ModelConfig, tokens: int, width: int) -> int:
 
 
 def step_memory(shape: ModelConfig, config: PretrainConfig) -> Memory:
-    """Peak of an optimiser step of this model in this run."""
-    d, f, vocabulary = shape.hidden_size, shape.intermediate_size, shape.vocab_size
-    rows = config.micro_batch_size or config.batch_size
-    tokens, layers = rows * config.max_seq_length, shape.num_hidden_layers
-    width = 4 if config.compute_dtype == "float32" else 2
-    stored = 4 if config.param_dtype == "float32" else 2
+    """Peak of an optimizer step of this model in this run."""
     all_matrices, vectors = matrices(shape), num_vectors(shape)
-    numbers = sum(m.size * m.count for m in all_matrices)
-    weights = numbers * stored + 4 * vectors
-    moments = sum(m.count * state_bytes(m, config.optimizer) for m in all_matrices) + 8 * vectors
-    embedding = vocabulary * d
+    states = sum(m.count * state_bytes(m, config.optimizer) for m in all_matrices) + 8 * vectors
+    always = {"weights": _param_bytes(shape, config), "optimizer states": states}
+    moments = _moments(shape, config)
+    if config.gradient_checkpointing:
+        found = [Memory(moment, always | parts) for moment, parts in moments.items()]
+        return max(found, key=lambda memory: memory.peak)
+    names = dict.fromkeys(name for parts in moments.values() for name in parts)
+    most = {name: max(parts.get(name, 0) for parts in moments.values()) for name in names}
+    factor = 3 if _accumulates(config) else 1
+    gaps = round(FRAGMENTATION * factor * most["activations"])
+    return Memory("summed over a step", always | most | {"fragmentation": gaps})
 
+
+def _moments(shape: ModelConfig, config: PretrainConfig) -> dict[str, dict[str, int]]:
+    """Bytes of each part at the four moments of a step, without weights and optimizer states."""
+    d, stored = shape.hidden_size, _stored_bytes(config)
+    tokens = (config.micro_batch_size or config.batch_size) * config.max_seq_length
+    embedding, fused = shape.vocab_size * d, config.optimizer_in_backward
+    # the head's gradient in float32, and its copy if the weights are not
+    head = 4 * embedding + (stored == 2) * 4 * embedding
+    loss = tokens * (2 * 4 * d + TARGET_BYTES)
+    loss += 2 * 4 * min(LOSS_ROWS, tokens) * shape.vocab_size
+    head_gradient = embedding * stored
+    gradients = 0 if fused else _param_bytes(shape, config)
+    single = max(m.size for m in matrices(shape) if m.hidden) * (stored + 4)
+    begun = gradients if _accumulates(config) else head_gradient
+    at_loss, at_start, at_end = _activations(shape, config, tokens)
+    return {
+        "the loss": {
+            "gradients": gradients if _accumulates(config) else 0,
+            "activations": at_loss,
+            "head and loss": head + loss,
+        },
+        "the start of the backward pass": {
+            "gradients": begun + (single if fused else 0),
+            "activations": at_start,
+            "head and loss": 4 * tokens * d,
+        },
+        "the end of the backward pass": {
+            "gradients": gradients + embedding * (stored + 4) + (head_gradient if fused else 0),
+            "activations": at_end,
+            "head and loss": 0,
+        },
+        "the optimizer step": {
+            "gradients": gradients + (2 * head_gradient if fused else 0),
+            "activations": 0,
+            "head and loss": 0,
+            "optimizer temporaries": _temporary(matrices(shape), config),
+        },
+    }
+
+
+def _activations(shape: ModelConfig, config: PretrainConfig, tokens: int) -> tuple[int, int, int]:
+    """Bytes at the loss, at the start and at the end of the backward pass."""
+    d, f, layers = shape.hidden_size, shape.intermediate_size, shape.num_hidden_layers
+    width = 4 if config.compute_dtype == "float32" else 2
     block = kept_by_block(shape, tokens, width)
-    mask = rows * config.max_seq_length**2 * width
-    # gradients on their way through a block
+    mask = tokens * config.max_seq_length * width
+    # gradients inside a block
     passing = 4 * tokens * max(2 * d + 3 * f * width // 4, 4 * d)
-    # the copy that is multiplied
-    widened = 4 * (max(m.size for m in all_matrices) if stored == 2 else 0)
+    # the float32 copy of a bfloat16 matrix that is multiplied
+    widened = 4 * (max(m.size for m in matrices(shape)) if _stored_bytes(config) == 2 else 0)
     if config.gradient_checkpointing:
         kept, inside = (layers + 3) * 4 * tokens * d, block
     else:
         kept, inside = layers * block + 3 * 4 * tokens * d, 0
-    # the head's gradient, and its float32 copy
-    head = 4 * embedding + (stored == 2) * 4 * embedding
-    loss = tokens * (2 * 4 * d + TARGET_BYTES) + 2 * 4 * min(LOSS_ROWS, tokens) * vocabulary
-    head_gradient = embedding * stored
-    accumulating = rows < config.batch_size
-    gradients = 0 if config.optimizer_in_backward else numbers * stored + 4 * vectors
-    single = max(m.size for m in all_matrices if m.hidden) * (stored + 4)
-    begun = gradients if accumulating else head_gradient
-    temporary = _temporary(all_matrices, config)
+    return kept + mask, kept + inside + mask + passing + widened, block + mask + passing
 
-    moments_of_step = {
-        "the loss": {
-            "gradients": gradients if accumulating else 0,
-            "activations": kept + mask,
-            "head and loss": head + loss,
-        },
-        "the start of the backward pass": {
-            "gradients": begun + (single if config.optimizer_in_backward else 0),
-            "activations": kept + inside + mask + passing + widened,
-            "head and loss": 4 * tokens * d,
-        },
-        "the end of the backward pass": {
-            "gradients": gradients
-            + embedding * (stored + 4)
-            + (head_gradient if config.optimizer_in_backward else 0),
-            "activations": (inside or block) + mask + passing,
-            "head and loss": 0,
-        },
-        "the optimiser's step": {
-            "gradients": gradients + (2 * head_gradient if config.optimizer_in_backward else 0),
-            "activations": 0,
-            "head and loss": 0,
-            "optimiser's temporaries": temporary,
-        },
-    }
-    always = {"weights": weights, "optimiser's states": moments}
-    if config.gradient_checkpointing:
-        found = [Memory(moment, always | parts) for moment, parts in moments_of_step.items()]
-        return max(found, key=lambda memory: memory.peak)
-    names = dict.fromkeys(name for parts in moments_of_step.values() for name in parts)
-    most = {name: max(parts.get(name, 0) for parts in moments_of_step.values()) for name in names}
-    gaps = round(GAPS * (3 if accumulating else 1) * most["activations"])
-    return Memory("reached over a whole step", always | most | {"gaps between them": gaps})
+
+def _stored_bytes(config: PretrainConfig) -> int:
+    """Bytes of one number of a matrix."""
+    return 4 if config.param_dtype == "float32" else 2
+
+
+def _param_bytes(shape: ModelConfig, config: PretrainConfig) -> int:
+    """Bytes of all weights, and of all gradients."""
+    numbers = sum(m.size * m.count for m in matrices(shape))
+    return numbers * _stored_bytes(config) + 4 * num_vectors(shape)
+
+
+def _accumulates(config: PretrainConfig) -> bool:
+    return (config.micro_batch_size or config.batch_size) < config.batch_size
 
 
 def state_bytes(matrix: Matrix, optimizer: str) -> int:

@@ -212,7 +212,7 @@ def _teacher(config: PlanConfig) -> float:
 def _checkpoint(student: ModelConfig, config: PlanConfig) -> int:
     """Bytes of `last` and `best` together."""
     parts = step_memory(student, config).parts
-    return 2 * parts["weights"] + parts["optimiser's states"]
+    return 2 * parts["weights"] + parts["optimizer states"]
 
 
 def _advice(result: PlanResult) -> str:
