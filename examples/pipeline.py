@@ -14,7 +14,7 @@ def main(text: str, folder: str, steps: int = 300) -> None:
     training = {"data_path": data, "max_seq_length": 256, "max_steps": steps}
     small = {"hidden_size": 64, "num_layers": 2, "num_heads": 2, "num_kv_heads": 1}
     for config in (
-        xinslm.TrainConfig(data_path=(text,), output_dir=out / "tokenizer", vocab_size=512),
+        xinslm.TokenizerConfig(data_path=(text,), output_dir=out / "tokenizer", vocab_size=512),
         xinslm.PrepareConfig(data_path=(text,), tokenizer_path=out / "tokenizer", output_dir=data),
         xinslm.PretrainConfig(output_dir=out / "teacher", **training),
         xinslm.CacheConfig(str(out / "teacher"), data, out / "cache", max_seq_length=256),

@@ -22,7 +22,7 @@ from xinslm.data import train_tokenizer as tokenizer_train
 from xinslm.data.config import PrepareConfig
 from xinslm.demo.texts import stories
 from xinslm.distill.config import DistillConfig
-from xinslm.tokenizer.config import TrainConfig
+from xinslm.tokenizer.config import TokenizerConfig
 from xinslm.train.config import PretrainConfig
 
 SMALL = {
@@ -69,7 +69,9 @@ def world(tmp_path_factory) -> World:
     folder = tmp_path_factory.mktemp("world")
     text, tokenizer, data = folder / "text.jsonl", folder / "tokenizer", folder / "data"
     write_stories(text, 40_000, seed=1)
-    tokenizer_train.run(TrainConfig(data_path=(str(text),), output_dir=tokenizer, vocab_size=400))
+    tokenizer_train.run(
+        TokenizerConfig(data_path=(str(text),), output_dir=tokenizer, vocab_size=400)
+    )
     prepare.run(PrepareConfig(data_path=(str(text),), tokenizer_path=tokenizer, output_dir=data))
     run = folder / "teacher"
     train.run(

@@ -19,14 +19,14 @@ from xinslm.losses.config import LossConfig
 from xinslm.plan.config import PlanConfig
 from xinslm.quantize.config import QuantizeConfig
 from xinslm.ranges import Settings
-from xinslm.tokenizer.config import TrainConfig
+from xinslm.tokenizer.config import TokenizerConfig
 from xinslm.train import inputs
 from xinslm.train.config import PretrainConfig
 
 CLASSES = [command.load("config") for command in COMMANDS.values()]
 GIVEN = {DistillConfig: {"cache": Path("c")}, QuantizeConfig: {"data_path": Path("d")}}
 """What a class needs beyond its required fields."""
-GIVEN |= {PlanConfig: {"data_path": Path("d")}, TrainConfig: {"data_path": ("d",)}}
+GIVEN |= {PlanConfig: {"data_path": Path("d")}, TokenizerConfig: {"data_path": ("d",)}}
 
 
 def sections() -> dict[type, tuple[type, str]]:
@@ -211,7 +211,7 @@ def test_every_class_reports_all_its_errors_at_once(cls) -> None:
 def test_contradictions_are_reported_with_the_ranges() -> None:
     wrong = make(QuantizeConfig, bits=3, seed=-1, num_calibration_samples=0).errors()
     assert [error.split()[0] for error in wrong] == ["num_calibration_samples", "seed", "bits"]
-    wrong = make(TrainConfig, prefix_of=Path("t"), min_frequency=2, vocab_size=0).errors()
+    wrong = make(TokenizerConfig, prefix_of=Path("t"), min_frequency=2, vocab_size=0).errors()
     assert len(wrong) == 2 and "--min-frequency has no effect" in wrong[1]
     wrong = make(GenerateConfig, prompt="a", prompt_file=Path("b"), max_new_tokens=0).errors()
     assert len(wrong) == 2 and "not both" in wrong[1]

@@ -41,7 +41,7 @@ COMMANDS = {
     ),
     "tokenizer train": Command(
         "learn a byte-level BPE from text, or cut one out of a teacher's",
-        "tokenizer.config:TrainConfig",
+        "tokenizer.config:TokenizerConfig",
         "data.train_tokenizer:run",
         example="--data-path text/ --vocab-size 8192 -o tokenizer",
         most_used="data_path output_dir vocab_size prefix_of special_tokens",

@@ -15,7 +15,7 @@ from xinslm.data import prepare
 from xinslm.data import train_tokenizer as tokenizer_train
 from xinslm.data.config import PrepareConfig
 from xinslm.demo.texts import stories
-from xinslm.tokenizer.config import TrainConfig
+from xinslm.tokenizer.config import TokenizerConfig
 from xinslm.train.config import PretrainConfig
 
 SIZES = {
@@ -37,7 +37,9 @@ def healthy(tmp_path_factory):
     folder = tmp_path_factory.mktemp("healthy")
     text, tokenizer, data = folder / "text.jsonl", folder / "tokenizer", folder / "data"
     text.write_text("".join(json.dumps({"text": story}) + "\n" for story in stories(25_000, 1)))
-    tokenizer_train.run(TrainConfig(data_path=(str(text),), output_dir=tokenizer, vocab_size=400))
+    tokenizer_train.run(
+        TokenizerConfig(data_path=(str(text),), output_dir=tokenizer, vocab_size=400)
+    )
     prepare.run(PrepareConfig(data_path=(str(text),), tokenizer_path=tokenizer, output_dir=data))
     for name, steps in (("teacher", 150), ("student", 5)):
         train.run(

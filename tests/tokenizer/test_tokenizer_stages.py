@@ -14,7 +14,7 @@ from xinslm.data.config import PrepareConfig
 from xinslm.errors import UsageError, XinslmError
 from xinslm.files import read_manifest
 from xinslm.tokenizer import BPETokenizer, load_tokenizer, show
-from xinslm.tokenizer.config import ShowConfig, TrainConfig
+from xinslm.tokenizer.config import ShowConfig, TokenizerConfig
 
 
 @pytest.fixture
@@ -32,7 +32,7 @@ def text_file(tmp_path, prose):
 
 
 def test_train_writes_a_tokenizer_folder(tmp_path, text_file, prose):
-    config = TrainConfig(tmp_path / "out", (str(text_file),), vocab_size=600)
+    config = TokenizerConfig(tmp_path / "out", (str(text_file),), vocab_size=600)
     notes = []
     result = train.run(config, notes.append)
     manifest = read_manifest(config.output_dir, "tokenizer", 1, "xinslm tokenizer train")
@@ -55,32 +55,32 @@ def test_train_writes_a_tokenizer_folder(tmp_path, text_file, prose):
 
 
 def test_nothing_is_overwritten_without_force(tmp_path, text_file):
-    config = TrainConfig(tmp_path / "out", (str(text_file),), vocab_size=300)
+    config = TokenizerConfig(tmp_path / "out", (str(text_file),), vocab_size=300)
     train.run(config)
     before = (tmp_path / "out/tokenizer.json").read_bytes()
     with pytest.raises(UsageError, match="--force"):
-        train.run(TrainConfig(tmp_path / "out", (str(text_file),), vocab_size=310))
+        train.run(TokenizerConfig(tmp_path / "out", (str(text_file),), vocab_size=310))
     assert (tmp_path / "out/tokenizer.json").read_bytes() == before
-    train.run(TrainConfig(tmp_path / "out", (str(text_file),), vocab_size=310, force=True))
+    train.run(TokenizerConfig(tmp_path / "out", (str(text_file),), vocab_size=310, force=True))
     assert BPETokenizer.load(tmp_path / "out").vocab_size == 310
 
 
 def test_failure_leaves_nothing(tmp_path, text_file):
     text_file.write_text('{"text": "fine"}\nnot json\n')
     with pytest.raises(XinslmError, match=r"text\.jsonl:2"):
-        train.run(TrainConfig(tmp_path / "out", (str(text_file),), vocab_size=300))
+        train.run(TokenizerConfig(tmp_path / "out", (str(text_file),), vocab_size=300))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["text.jsonl"]
 
 
 def test_small_text_is_noted(tmp_path, text_file):
     notes = []
-    train.run(TrainConfig(tmp_path / "out", (str(text_file),), vocab_size=90_000), notes.append)
+    train.run(TokenizerConfig(tmp_path / "out", (str(text_file),), vocab_size=90_000), notes.append)
     assert any("the text is too small" in note.note for note in notes)
 
 
 def test_nested_from_a_teacher(tmp_path, text_file):
-    train.run(TrainConfig(tmp_path / "teacher", (str(text_file),), vocab_size=600))
-    config = TrainConfig(
+    train.run(TokenizerConfig(tmp_path / "teacher", (str(text_file),), vocab_size=600))
+    config = TokenizerConfig(
         tmp_path / "out", (str(text_file),), vocab_size=400, prefix_of=tmp_path / "teacher"
     )
     result = train.run(config)
@@ -91,20 +91,20 @@ def test_nested_from_a_teacher(tmp_path, text_file):
     }
     assert result.bytes_per_token is not None and result.bytes_per_token > 1
     silent = train.run(
-        TrainConfig(tmp_path / "bare", vocab_size=400, prefix_of=tmp_path / "teacher")
+        TokenizerConfig(tmp_path / "bare", vocab_size=400, prefix_of=tmp_path / "teacher")
     )
     assert silent.bytes_per_token is None and "not measured" in silent.describe()
 
 
 def test_options_without_effect_or_text_are_refused(tmp_path):
     with pytest.raises(UsageError, match="--data-path, or --prefix-of"):
-        train.run(TrainConfig(tmp_path / "out"))
+        train.run(TokenizerConfig(tmp_path / "out"))
     with pytest.raises(UsageError, match="--min-frequency has no effect"):
-        train.run(TrainConfig(tmp_path / "out", prefix_of=tmp_path, min_frequency=3))
+        train.run(TokenizerConfig(tmp_path / "out", prefix_of=tmp_path, min_frequency=3))
 
 
 def test_show_follows_the_merges(tmp_path, text_file):
-    train.run(TrainConfig(tmp_path / "out", (str(text_file),), vocab_size=600))
+    train.run(TokenizerConfig(tmp_path / "out", (str(text_file),), vocab_size=600))
     tokenizer = BPETokenizer.load(tmp_path / "out")
     text = "zebra thing é🙂\n<|im_end|>"
     result = show.run(ShowConfig(text, tmp_path / "out"))
@@ -162,7 +162,7 @@ def test_bytes_that_are_no_text_are_visible():
 def run_folder(tmp_path, text_file):
     """A run folder: only its checkpoints hold a tokenizer."""
     best = tmp_path / "run" / "checkpoints" / "best"
-    train.run(TrainConfig(best, (str(text_file),), vocab_size=400))
+    train.run(TokenizerConfig(best, (str(text_file),), vocab_size=400))
     return tmp_path / "run"
 
 
@@ -170,7 +170,7 @@ def test_a_run_folder_means_its_best_checkpoint(run_folder, tmp_path, text_file)
     own = load_tokenizer(run_folder / "checkpoints" / "best")
     assert load_tokenizer(run_folder).fingerprint() == own.fingerprint()
     assert show.run(ShowConfig("a thing", run_folder)).ids == tuple(own.encode("a thing"))
-    train.run(TrainConfig(tmp_path / "nested", vocab_size=300, prefix_of=run_folder))
+    train.run(TokenizerConfig(tmp_path / "nested", vocab_size=300, prefix_of=run_folder))
     assert load_tokenizer(tmp_path / "nested").vocab_size == 300
     prepare.run(PrepareConfig((str(text_file),), run_folder, tmp_path / "data"))
     assert load_tokenizer(tmp_path / "data" / "tokenizer").fingerprint() == own.fingerprint()

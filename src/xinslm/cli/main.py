@@ -17,7 +17,7 @@ from xinslm import __version__
 from xinslm.cli.terminal import say
 from xinslm.cli.threads import FreeCores
 from xinslm.commands import COMMANDS, Command
-from xinslm.errors import UsageError, XinslmError
+from xinslm.errors import Interrupted, UsageError, XinslmError
 
 SEE_HELP = "See `xinslm --help`."
 
@@ -178,7 +178,7 @@ def _described(error: BaseException) -> tuple[str, int]:
     if isinstance(error, UsageError):
         return f"error: {text}", 2
     if isinstance(error, XinslmError):
-        return f"error: {text}", 130 if type(error).__name__ == "Interrupted" else 1
+        return f"error: {text}", 130 if isinstance(error, Interrupted) else 1
     if isinstance(error, OSError):
         where = f" ({error.filename})" if error.filename else ""
         return f"error: {error.strerror or text}{where}", 1

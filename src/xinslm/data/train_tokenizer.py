@@ -14,7 +14,7 @@ from xinslm.files import write_manifest
 from xinslm.folders import new_folder, refuse_existing, refuse_inside, refuse_output_in
 from xinslm.progress import Listener, Progress, ignore
 from xinslm.tokenizer.bpe import DEFAULT_SPECIAL_TOKENS, BPETokenizer
-from xinslm.tokenizer.config import TrainConfig
+from xinslm.tokenizer.config import TokenizerConfig
 from xinslm.tokenizer.load import load_tokenizer
 
 KIND, VERSION = "tokenizer", 1
@@ -52,7 +52,7 @@ class TrainResult:
         )
 
 
-def run(config: TrainConfig, on_progress: Listener = ignore) -> TrainResult:
+def run(config: TokenizerConfig, on_progress: Listener = ignore) -> TrainResult:
     """Learn or nest the tokenizer and write its folder."""
     config.check()
     refuse_output_in(config.output_dir, config.data_path)

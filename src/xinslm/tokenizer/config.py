@@ -13,7 +13,7 @@ _SHOW = {"num_pieces": Range(0)}
 
 
 @dataclass(frozen=True)
-class TrainConfig(Settings):
+class TokenizerConfig(Settings):
     """Learn a byte-level BPE tokenizer from text, or cut a nested one out of a teacher's."""
 
     output_dir: Annotated[Path, tyro.conf.arg(aliases=["-o"])]
@@ -54,7 +54,7 @@ class TrainConfig(Settings):
                 f"--{name.replace('_', '-')} has no effect with --prefix-of: the merges are the "
                 "teacher's. Leave it out"
                 for name in ("min_frequency", "max_token_length")
-                if getattr(self, name) != getattr(TrainConfig, name)
+                if getattr(self, name) != getattr(TokenizerConfig, name)
             ]
         return wrong
 

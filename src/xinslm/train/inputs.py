@@ -12,7 +12,7 @@ from xinslm.errors import UsageError
 from xinslm.files import MANIFEST
 from xinslm.model.config import PRESETS, ModelConfig
 from xinslm.progress import Listener
-from xinslm.tokenizer.config import TrainConfig
+from xinslm.tokenizer.config import TokenizerConfig
 from xinslm.train.config import PretrainConfig
 
 VOCAB_SIZE = 8192
@@ -42,7 +42,9 @@ def find_dataset(config: PretrainConfig, on_progress: Listener) -> Dataset:
         if not (tokenizer / MANIFEST).is_file():
             vocab_size = VOCAB_SIZE if config.vocab_size is None else config.vocab_size
             train_tokenizer.run(
-                TrainConfig(data_path=(str(path),), output_dir=tokenizer, vocab_size=vocab_size),
+                TokenizerConfig(
+                    data_path=(str(path),), output_dir=tokenizer, vocab_size=vocab_size
+                ),
                 on_progress,
             )
     prepare.run(
