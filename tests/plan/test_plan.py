@@ -189,7 +189,7 @@ def test_a_plan_says_what_fits_and_what_would(monkeypatch) -> None:
         del words[2:4]
     again = plan_run.run(tyro.cli(PlanConfig, args=[*words, "--vocab-size", "32000", *wanted]))
     assert again.advice == "fits in 12 GiB" and again.needed <= 12 * GIB
-    assert "whatever is set" in planned(preset="1b", memory=1.0).advice
+    assert "with any setting" in planned(preset="1b", memory=1.0).advice
     text = result.describe()
     assert "1,018,123,776 parameters" in text and "H100" in text and "fits" in text
 

@@ -1,14 +1,14 @@
 """Peak memory of a training step, part by part, from the shape of the model and the settings of the
 run.
 
-Counted is what autograd keeps of a block, tensor by tensor (`kept_by_block`), what the backward
-pass adds, weights, moments and gradients, and the fused head. The peak is the largest of four
-moments of a step: the loss, while all activations are kept; the start of the backward pass; its
-end, at the embedding; the optimiser. That holds where freed memory is given back, as it is with
-`gradient_checkpointing`; elsewhere what one moment frees is still there at the next, and the parts
-add up with gaps between them. Not counted are the interpreter with its libraries (`RUNTIME_GIB`)
-and the mapped dataset and cache, which the system can drop at any time.
-`benchmarks/plan_accuracy.py` compares with measured peaks.
+The sum includes what autograd keeps of a block, tensor by tensor (`kept_by_block`), what the
+backward pass adds, weights, optimizer states and gradients, and the fused head. A step has four
+candidates for the peak: the loss, when all activations are kept; the start of the backward pass;
+its end, at the embedding; the optimizer step. With `gradient_checkpointing` the peak is the largest
+of them. Without it the allocator keeps what was freed, so the largest size of each part is added,
+plus fragmentation. The interpreter with its libraries (`RUNTIME_GIB`) and the mapped dataset and
+cache, which the system can drop at any time, are not included. `benchmarks/plan_accuracy.py`
+compares with measured peaks.
 """
 
 from dataclasses import dataclass
@@ -27,25 +27,25 @@ FRAGMENTATION = 0.15
 with gradient accumulation.
 """
 TARGET_BYTES = 400
-"""Of a position's labels, teacher targets and their temporaries."""
+"""Labels, teacher targets and their temporaries of one position."""
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes at the moment of the peak; the parts add up to the whole."""
+    """Bytes of each part at the peak."""
 
     moment: str
     parts: dict[str, int]
 
     @property
     def peak(self) -> int:
-        """Bytes above those of the idle interpreter."""
+        """Total bytes, without the idle interpreter."""
         return sum(self.parts.values())
 
 
 @dataclass(frozen=True)
 class Matrix:
-    """Kind of a trained tensor, its size, how many there are of it."""
+    """A kind of trained matrix: its size, and how many the model has."""
 
     rows: int
     columns: int
@@ -54,7 +54,7 @@ class Matrix:
 
     @property
     def size(self) -> int:
-        """Numbers in one of them."""
+        """Parameters in one of them."""
         return self.rows * self.columns
 
 
@@ -74,17 +74,17 @@ def matrices(shape: ModelConfig) -> list[Matrix]:
 
 
 def num_vectors(shape: ModelConfig) -> int:
-    """Trained numbers outside the matrices: the norms'."""
+    """Trained parameters of the norms."""
     return (2 * shape.num_hidden_layers + 1) * shape.hidden_size
 
 
 def kept_by_block(shape: ModelConfig, tokens: int, width: int) -> int:
-    """Bytes autograd keeps of one block for `tokens` positions, in a residual stream of 4 bytes a
-    number.
+    """Bytes that autograd keeps of one block for `tokens` positions, with a float32 residual
+    stream.
 
-    width: bytes of a number that a matrix product reads or gives, 2 under autocast. Norms keep
-    their input, the normalised input and what the products read of it; attention q, k, v and its
-    output; SwiGLU four times its width.
+    width: bytes per element of the inputs and outputs of matrix products, 2 under autocast. Norms
+    keep their input, the normalized input and its copy for the products; attention keeps q, k, v
+    and its output; SwiGLU keeps four times its width.
     """
     d, f = shape.hidden_size, shape.intermediate_size
     query, shared = (
@@ -169,7 +169,7 @@ def _activations(shape: ModelConfig, config: PretrainConfig, tokens: int) -> tup
 
 
 def _stored_bytes(config: PretrainConfig) -> int:
-    """Bytes of one number of a matrix."""
+    """Bytes of one parameter of a matrix."""
     return 4 if config.param_dtype == "float32" else 2
 
 
@@ -184,7 +184,7 @@ def _accumulates(config: PretrainConfig) -> bool:
 
 
 def state_bytes(matrix: Matrix, optimizer: str) -> int:
-    """Bytes of the optimiser's states of one matrix between steps."""
+    """Bytes of the optimizer states of one matrix between steps."""
     if optimizer == "muon" and matrix.hidden:
         return 4 * matrix.size
     if optimizer == "adamw8bit" and matrix.size >= SMALLEST_IN_8_BITS:
@@ -193,7 +193,7 @@ def state_bytes(matrix: Matrix, optimizer: str) -> int:
 
 
 def _temporary(all_matrices: list[Matrix], config: PretrainConfig) -> int:
-    """Bytes that the optimiser needs while it steps; Muon holds seven copies of a matrix."""
+    """Temporary bytes of the optimizer step; Muon holds seven copies of a matrix."""
     if config.optimizer == "muon":
         return 7 * 4 * max(m.size for m in all_matrices if m.hidden)
     return 16 * 4 * PIECE

@@ -1,4 +1,4 @@
-"""The stage `plan`: what a run of `distill` or `pretrain` needs, before anything starts.
+"""The stage `plan`: estimate what a run of `distill` or `pretrain` needs, without starting it.
 
 xinslm plan --config configs/distillation_config.yaml --data-path data --memory 16
 """
@@ -30,12 +30,12 @@ SAVERS: tuple[tuple[str, dict[str, Any]], ...] = (
     ),
     ("--param-dtype bfloat16", {"param_dtype": "bfloat16"}),
 )
-"""What saves memory, what costs least first."""
+"""Settings that save memory, the cheapest first."""
 
 
 @dataclass(frozen=True)
 class Stage:
-    """A stage's operations, and what it writes."""
+    """A stage's operations, and the bytes it writes."""
 
     name: str
     operations: float
@@ -45,14 +45,14 @@ class Stage:
 
 @dataclass(frozen=True)
 class PlanResult:
-    """What a run will need."""
+    """Memory, time and storage of a run."""
 
     config: PlanConfig
     shape: ModelConfig
     tokens: int
     memory: Memory
     other_models: dict[str, int]
-    """Bytes of what is in memory besides the student: a live teacher."""
+    """Bytes of other models in memory: a live teacher."""
     stages: tuple[Stage, ...]
     devices: tuple[Device, ...]
     advice: str
@@ -60,7 +60,7 @@ class PlanResult:
 
     @property
     def needed(self) -> int:
-        """Bytes of the whole process at its peak."""
+        """Bytes of the process at its peak."""
         return self.memory.peak + sum(self.other_models.values()) + int(RUNTIME_GIB * GIB)
 
     def describe(self) -> str:
@@ -81,7 +81,7 @@ class PlanResult:
         }
         lines += [f"  {name:<24}{size / GIB:8.2f} GiB" for name, size in parts.items() if size]
         lines += [f"  {self.advice}"] if self.advice else []
-        lines += ["", f"  {'stage':<10}{'operations':>12}{'a token':>12}{'writes':>12}"]
+        lines += ["", f"  {'stage':<10}{'operations':>12}{'per token':>12}{'writes':>12}"]
         lines += [
             "  "
             f"{stage.name:<10}{stage.operations:>12.2e}"
@@ -106,7 +106,7 @@ class PlanResult:
             price = (
                 ""
                 if config.hourly_price is None
-                else f"  {sum(seconds) / 3600 * config.hourly_price:,.2f} in all"
+                else f"  {sum(seconds) / 3600 * config.hourly_price:,.2f} total"
             )
             times = "".join(f"{_time(s):>12}" for s in seconds)
             lines.append(f"  {device.name:<{width}}{times}{device.share:9.0%}{fits:>6}{price}")
@@ -114,8 +114,8 @@ class PlanResult:
 
 
 def run(config: PlanConfig, on_progress: Listener = ignore) -> PlanResult:
-    """Work out memory, time and storage. Raises UsageError where it is not said what to train
-    on.
+    """Estimate memory, time and storage. Raises UsageError if the amount of training is not
+    given.
     """
     config.check()
     vocabulary, tokens, notes = _data(config)
@@ -128,8 +128,8 @@ def run(config: PlanConfig, on_progress: Listener = ignore) -> PlanResult:
     if numbers and config.cache is None and config.teacher is not None:
         other_models["live teacher"] = round(numbers * (4 if dtype == "float32" else 2))
         notes += (
-            "the teacher is in memory beside the student; a cache (`xinslm cache`) spares "
-            "that, and its time",
+            "the teacher is in memory together with the student; a cache (`xinslm cache`) saves "
+            "that memory, and the teacher's time",
         )
     if numbers:
         entry = CacheFormat(
@@ -155,7 +155,7 @@ def run(config: PlanConfig, on_progress: Listener = ignore) -> PlanResult:
 
 
 class _Vocabulary:
-    """What `shape` asks of a tokenizer."""
+    """The part of a tokenizer that `shape` needs."""
 
     bos_id = eos_id = pad_id = None
 
@@ -164,7 +164,7 @@ class _Vocabulary:
 
 
 def _data(config: PlanConfig) -> tuple[int, int, tuple[str, ...]]:
-    """Vocabulary and training tokens."""
+    """Vocabulary size, training tokens and notes."""
     if config.data_path is not None and (config.data_path / MANIFEST).is_file():
         from xinslm.data.dataset import open_dataset
 
@@ -173,8 +173,7 @@ def _data(config: PlanConfig) -> tuple[int, int, tuple[str, ...]]:
     if config.data_path is not None:
         raise UsageError(
             f"{config.data_path} is not a dataset folder: make one with `xinslm prepare`, or give "
-            "--tokens and "
-            f"--vocab-size"
+            "--tokens and --vocab-size"
         )
     size = config.vocab_size
     if size is None and config.tokenizer_path is not None:
@@ -184,14 +183,14 @@ def _data(config: PlanConfig) -> tuple[int, int, tuple[str, ...]]:
     assumed = (
         ()
         if size is not None
-        else ("a vocabulary of 32,000 is assumed; --vocab-size or --data-path says it",)
+        else ("a vocabulary of 32,000 is assumed; set it with --vocab-size or --data-path",)
     )
     tokens = config.tokens or (config.max_steps or 0) * config.batch_size * config.max_seq_length
     return size or 32_000, tokens, assumed
 
 
 def _teacher(config: PlanConfig) -> float:
-    """Parameters of the teacher, 0 where none is known."""
+    """Parameters of the teacher, 0 if unknown."""
     if config.teacher_parameters is not None:
         return config.teacher_parameters * 1e9
     if config.teacher is None or not Path(config.teacher).exists():
@@ -216,11 +215,11 @@ def _checkpoint(student: ModelConfig, config: PlanConfig) -> int:
 
 
 def _advice(result: PlanResult) -> str:
-    """Whether it fits, and what would make it."""
+    """Say if the run fits and, if not, which settings would make it fit."""
     if result.config.memory is None:
         return ""
-    there = result.config.memory * GIB
-    if result.needed <= there:
+    available = result.config.memory * GIB
+    if result.needed <= available:
         return f"fits in {result.config.memory:g} GiB"
     other_models = result.needed - result.memory.peak
     for count in range(1, len(SAVERS) + 1):
@@ -236,14 +235,14 @@ def _advice(result: PlanResult) -> str:
             if PlanConfig.errors(config):
                 continue
             peak = step_memory(result.shape, config).peak + other_models
-            if peak <= there:
+            if peak <= available:
                 flags = " ".join(flag for flag, _ in chosen)
                 return (
                     f"does not fit in {result.config.memory:g} GiB; with {flags} it needs "
                     f"{peak / GIB:.2f} GiB"
                 )
     return (
-        f"does not fit in {result.config.memory:g} GiB, whatever is set: take a smaller model or "
+        f"does not fit in {result.config.memory:g} GiB with any setting: use a smaller model or "
         "shorter rows"
     )
 

@@ -1,10 +1,10 @@
 """Floating-point operations of each stage, and the time they take on named devices.
 
-A multiplication with an addition counts as two operations. A token costs a forward pass twice its
-matrices' numbers (the head's included), plus attention over half the row; the backward pass costs
-twice the forward one, checkpointing one more forward pass through the blocks. The devices' figures
-are the makers' published dense peaks; what share of a peak a training step reaches is an assumption
-that stands beside it.
+A multiplication and an addition count as two operations. A forward pass costs two operations per
+token and parameter of the matrices (including the head), plus attention over half the row. The
+backward pass costs twice the forward pass, gradient checkpointing one more forward pass through the
+blocks. The devices' numbers are the vendors' published dense peaks; the share of the peak that
+training reaches is an assumption, printed in the table.
 """
 
 import time
@@ -23,15 +23,15 @@ class Device:
 
     name: str
     float32: float
-    """Peak in float32, 10^12 operations a second."""
+    """Peak in float32, 10^12 operations per second."""
     bfloat16: float
-    """Peak of bfloat16 products."""
+    """Peak of bfloat16 matrix products, in the same unit."""
     share: float
-    """Part of the peak that training is taken to reach."""
+    """Assumed share of the peak that training reaches."""
     memory_gib: float | None = None
 
     def seconds(self, operations: float, dtype: str) -> float:
-        """Time for so many operations."""
+        """Time for this number of operations."""
         peak = self.float32 if dtype == "float32" else self.bfloat16
         return operations / (peak * 1e12 * self.share)
 
@@ -46,7 +46,7 @@ DEVICES = (
 
 
 def forward_operations(shape: ModelConfig, length: int) -> tuple[float, float]:
-    """Operations a token of a forward pass: of the blocks, of the head."""
+    """Operations per token of a forward pass: of the blocks, and of the head."""
     hidden = sum(m.size * m.count for m in matrices(shape) if m.hidden)
     seen = min(length, shape.sliding_window or length) / 2
     attention = shape.num_hidden_layers * 4 * seen * shape.num_attention_heads * shape.head_dim
@@ -54,7 +54,7 @@ def forward_operations(shape: ModelConfig, length: int) -> tuple[float, float]:
 
 
 def training_operations(shape: ModelConfig, config: PretrainConfig) -> float:
-    """Operations a token of training, the optimiser's matrix products included."""
+    """Operations per token of training, including the optimizer's matrix products."""
     blocks, head = forward_operations(shape, config.max_seq_length)
     total = 3 * (blocks + head) + (blocks if config.gradient_checkpointing else 0)
     if config.optimizer == "muon":
@@ -72,7 +72,7 @@ def training_operations(shape: ModelConfig, config: PretrainConfig) -> float:
 
 
 def measure_here(dtype: str = "float32") -> Device:
-    """This machine: its rate at products of a training step's size, measured in about a second."""
+    """Measure this machine on matrix products of a training step's size, in about a second."""
     import torch
 
     kind = torch.float32 if dtype == "float32" else torch.bfloat16
@@ -87,8 +87,8 @@ def measure_here(dtype: str = "float32") -> Device:
         torch.randn(512, 1024, device=device, dtype=kind),
         torch.randn(1024, 1024, device=device, dtype=kind),
     )
-    best, ends = float("inf"), time.perf_counter() + 0.7
-    while time.perf_counter() < ends:
+    best, end = float("inf"), time.perf_counter() + 0.7
+    while time.perf_counter() < end:
         began = time.perf_counter()
         product = left @ right
         product[0, 0].item()
