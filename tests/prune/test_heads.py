@@ -185,6 +185,6 @@ def test_counts_that_cannot_be_cut_are_refused(untied, tmp_path) -> None:
     shape = replace(shape, num_attention_heads=12, hidden_size=72, num_key_value_heads=4)
     config = replace(config, num_heads=12, num_kv_heads=3)
     with pytest.raises(
-        UsageError, match="2 of the teacher's key-value heads would have to become one"
+        UsageError, match="2 of the teacher's key-value heads would be merged into one"
     ):
         student_shape(config, shape, 320)

@@ -245,7 +245,9 @@ def test_other_architectures_are_refused_by_name(workshop, tmp_path) -> None:
         tmp_path / "qwen"
     )
     save_tokenizer(tmp_path / "qwen")
-    with pytest.raises(XinslmError, match=r"'qwen2'.*no place for other parts, such as the biases"):
+    with pytest.raises(
+        XinslmError, match=r"'qwen2'.*no counterpart for other parts, such as the biases"
+    ):
         run(workshop.config(tmp_path / "s", teacher=str(tmp_path / "qwen")))
     assert not (tmp_path / "s").exists()
 

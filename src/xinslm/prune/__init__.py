@@ -1,3 +1,3 @@
-"""A student that starts with part of its teacher's skill: layers, width, heads and vocabulary cut
-by measurement.
+"""Initialize a student from its teacher: prune layers, width, heads and vocabulary by measured
+importance.
 """

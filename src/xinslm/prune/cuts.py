@@ -1,9 +1,9 @@
-"""Cuts that leave the width alone: which layers, neurons and vocabulary rows stay. What is not cut
-is shared.
+"""Pruning of layers, neurons and vocabulary rows. Weights that are not cut are shared with the
+teacher.
 
-Layers go one by one, each time the one whose absence costs the least loss on calibration text, or
-all at once those of the smallest block influence (ShortGPT, arXiv:2403.03853). Neurons stay by the
-mean square of what they add to the residual stream.
+Layers are removed one by one, each time the one whose removal costs the least loss on calibration
+text, or all at once those with the smallest block influence (ShortGPT, arXiv:2403.03853). Neurons
+are ranked by the mean square of their contribution to the residual stream.
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ EMBEDDING, HEAD, NORM = "model.embed_tokens.weight", "lm_head.weight", "model.no
 
 
 def assemble(config: ModelConfig, weights: Weights) -> Transformer:
-    """A model around weights, which it does not copy."""
+    """Build a model on weights without copying them."""
     with torch.device("meta"):
         model = Transformer(config)
     model.load_state_dict(weights, assign=True)
@@ -32,7 +32,7 @@ def assemble(config: ModelConfig, weights: Weights) -> Transformer:
 
 
 def keep_layers(config: ModelConfig, weights: Weights, kept: Sequence[int]) -> Transformer:
-    """The model of the layers `kept` alone, in that order."""
+    """Build the model that has only the layers `kept`, in that order."""
     cut = {name: tensor for name, tensor in weights.items() if not name.startswith("model.layers.")}
     for index, layer in enumerate(kept):
         prefix = f"model.layers.{layer}."
@@ -48,8 +48,8 @@ def choose_layers(
     score: Callable[[Transformer], float],
     on_layer: Callable[[int], None],
 ) -> list[int]:
-    """Remove layers one at a time, always the one without which `score` stays lowest, until `count`
-    are left.
+    """Remove layers one at a time, always the one whose removal gives the lowest `score`, until
+    `count` are left.
     """
     kept = list(range(teacher.config.num_hidden_layers))
     weights = teacher.state_dict()
@@ -61,22 +61,23 @@ def choose_layers(
 
 
 def choose_by_influence(influence: Sequence[float], count: int) -> list[int]:
-    """The `count` layers of the largest influence, in their order."""
+    """Return the `count` layers with the largest influence, in their order."""
     return sorted(
         sorted(range(len(influence)), key=lambda layer: (-influence[layer], layer))[:count]
     )
 
 
 def choose_neurons(squares: Tensor, down: Tensor, count: int) -> Tensor:
-    """Indices of the `count` neurons that add most to the stream: activation squares (f,), output
-    matrix (d, f).
+    """Return the indices of the `count` neurons that add most to the residual stream.
+
+    squares: activation squares (f,). down: output matrix (d, f).
     """
     added = squares * down.cpu().double().pow(2).sum(0)
     return added.argsort(descending=True, stable=True)[:count].sort().values
 
 
 def keep_neurons(layer: Weights, kept: Tensor) -> Weights:
-    """One layer's feed-forward with the neurons `kept` alone."""
+    """Return one layer's feed-forward with only the neurons `kept`."""
     kept = kept.to(layer["mlp.down_proj.weight"].device)
     return {
         "mlp.gate_proj.weight": layer["mlp.gate_proj.weight"][kept],
@@ -86,10 +87,10 @@ def keep_neurons(layer: Weights, kept: Tensor) -> Weights:
 
 
 def vocabulary_rows(student: Any, teacher: Any, where: str) -> list[int]:
-    """The teacher's id of each of the student's: the same bytes, or the same special token by
-    content or role.
+    """Map each token id of the student to the teacher's: the token with the same bytes, or the
+    special token with the same content or role.
 
-    Raises UsageError where the student's vocabulary is not nested in the teacher's.
+    Raises UsageError if the student's vocabulary is not nested in the teacher's.
     """
     from xinslm.alignment.nested import is_nested
 
@@ -98,10 +99,8 @@ def vocabulary_rows(student: Any, teacher: Any, where: str) -> list[int]:
     if not is_nested(student, teacher):
         raise UsageError(
             f"the tokenizer of {where} is neither the teacher's nor nested in it, so the "
-            "teacher's embedding has no "
-            "rows for its tokens. Make one with `xinslm tokenizer train --prefix-of TEACHER`, "
-            "and prepare the data "
-            f"with it"
+            "teacher's embedding has no rows for its tokens. Make one with `xinslm tokenizer "
+            "train --prefix-of TEACHER`, and prepare the data with it"
         )
     theirs = {teacher.token_bytes(token): token for token in reversed(range(teacher.vocab_size))}
     theirs.update({content.encode(): token for content, token in teacher.special_tokens.items()})
@@ -120,17 +119,17 @@ def vocabulary_rows(student: Any, teacher: Any, where: str) -> list[int]:
         if row is None:
             name = special.get(token, repr(student.token_bytes(token)))
             raise UsageError(
-                f"the tokenizer of {where} has the token {name}, which the teacher's has not; "
-                "make it with "
-                f"`xinslm tokenizer train --prefix-of TEACHER` and the teacher's special tokens"
+                f"the tokenizer of {where} has the token {name}, which the teacher's does not "
+                "have; make it with `xinslm tokenizer train --prefix-of TEACHER` and the teacher's "
+                "special tokens"
             )
         rows.append(row)
     return rows
 
 
 def keep_vocabulary(teacher: Transformer, rows: Sequence[int], ids: dict[str, Any]) -> Transformer:
-    """The teacher reading and writing only the tokens `rows`, renumbered; `ids` are its special
-    ones.
+    """Cut the teacher's vocabulary to the tokens `rows`, renumbered; `ids` are its special
+    tokens.
     """
     config = dataclasses.replace(teacher.config, vocab_size=len(rows), **ids)
     weights = dict(teacher.state_dict())

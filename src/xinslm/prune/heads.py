@@ -1,12 +1,14 @@
-"""Fewer query heads, and fewer key-value heads under those that stay.
+"""Pruning of query heads, and merging of their key-value heads.
 
-Query heads stay by the mean square of what they add to the residual stream. Where their key-value
-heads outnumber the student's, groups of those become one. What the rotary embedding leaves free
-decides how: a key may be turned and scaled pair by pair of channels, the query heads taking the
-inverse, so that one key stands for a group best along the strongest direction of each pair's
-complex products; values have no such tie, and any basis of the head's width may be taken: the
-group's strongest directions. Both are exact where the group's heads agree. Mean pooling
-(arXiv:2305.13245, section 2.1) adds up heads whose bases have nothing to do with each other.
+Query heads are ranked by the mean square of their contribution to the residual stream. If the
+remaining ones have more key-value heads than the student, groups of key-value heads are merged:
+
+- Keys: the rotary embedding allows a rotation and a scale for each pair of channels, and the query
+  heads take the inverse. The merged key is the strongest direction of each pair's complex products.
+- Values: any basis of the head's width is allowed; the group's strongest directions are taken.
+
+Both are exact if the heads of the group agree. Mean pooling (arXiv:2305.13245, section 2.1) adds
+heads whose bases are unrelated.
 """
 
 from dataclasses import dataclass
@@ -22,8 +24,8 @@ from xinslm.prune.shape import merged_heads
 
 @dataclass(frozen=True)
 class Group:
-    """One key-value head of the student: the teacher's that it is made of, and the query heads that
-    read it.
+    """One key-value head of the student: the teacher's heads that are merged into it, and the
+    query heads that read it.
     """
 
     key_values: tuple[int, ...]
@@ -31,7 +33,7 @@ class Group:
 
 
 def head_importance(layer: Weights, heads: Tensor) -> Tensor:
-    """Sum of squares that each query head adds to the stream, (heads,)."""
+    """Sum of squares that each query head adds to the residual stream, (heads,)."""
     count, width, _ = heads.shape
     output = layer["self_attn.o_proj.weight"].cpu().double().view(-1, count, width)  # (d, H, D)
     return torch.einsum("dhi,hij,dhj->h", output, heads, output)
@@ -40,15 +42,15 @@ def head_importance(layer: Weights, heads: Tensor) -> Tensor:
 def choose_heads(
     teacher: ModelConfig, student: ModelConfig, layer: Weights, found: LayerStatistics
 ) -> list[Group]:
-    """Which query heads stay, and on which key-value heads, most important first within what the
-    shape allows.
+    """Choose the most important query heads that the shape allows, and group their key-value
+    heads.
     """
     importance = head_importance(layer, found.heads)
     shared = teacher.num_attention_heads // teacher.num_key_value_heads
     wanted = student.num_attention_heads // student.num_key_value_heads
     merged = merged_heads(teacher, student)
     by_group = importance.view(-1, shared)
-    # Of merged heads all or nearly all queries stay; of a lone one the best.
+    # Merged heads keep all or nearly all their queries; a single head keeps its best.
     best = by_group.sort(descending=True).values[:, : -(-wanted // merged)].sum(1)
     kept = (
         best.argsort(descending=True, stable=True)[: merged * student.num_key_value_heads]
@@ -68,8 +70,8 @@ def choose_heads(
 def _alike(
     kept: list[int], size: int, layer: Weights, inputs: Tensor, width: int
 ) -> list[list[int]]:
-    """Put heads into groups of `size`: each time the first left and those whose merger with it
-    keeps the most.
+    """Put heads into groups of `size`: the first remaining head and those that lose least when
+    merged with it.
     """
     left, groups = list(kept), []
     keys, values = (
@@ -93,7 +95,7 @@ def _alike(
 
 
 def keep_heads(layer: Weights, groups: list[Group], inputs: Tensor, width: int) -> Weights:
-    """One layer's attention with the heads of `groups` alone, their key-value heads merged."""
+    """Return one layer's attention with only the heads of `groups`, key-value heads merged."""
     names = ("q_proj", "k_proj", "v_proj", "o_proj")
     q, k, v = (_per_head(layer[f"self_attn.{name}.weight"], width) for name in names[:3])
     o = _per_head(layer["self_attn.o_proj.weight"].T, width)  # (H, D, d)
@@ -128,7 +130,7 @@ def _per_head(weight: Tensor, width: int) -> Tensor:
 
 
 def _complex(heads: Tensor) -> Tensor:
-    """(..., D, d) -> (..., D/2, d): the pairs (i, i + D/2) that the rotary embedding turns, as
+    """(..., D, d) -> (..., D/2, d): the pairs (i, i + D/2) that the rotary embedding rotates, as
     complex numbers.
     """
     half = heads.shape[-2] // 2
@@ -140,10 +142,10 @@ def _real(pairs: Tensor) -> Tensor:
 
 
 def _merge_keys(keys: Tensor, inputs: Tensor, sizes: Tensor) -> tuple[Tensor, Tensor, float]:
-    """One key head (D, d) for m of them (m, D, d), the factors (m, D/2) that give each back, the
-    share kept.
+    """Merge m key heads (m, D, d): return one head (D, d), the factors (m, D/2) that reconstruct
+    each, and the share of the sum of squares kept.
 
-    `sizes` (D/2, m) weigh each head's pairs: by the squares of the queries that read them.
+    `sizes` (D/2, m) weight each head's pairs: the squares of the queries that read them.
     """
     weight = sizes.clamp_min(1e-12 * sizes.max().clamp_min(1e-300)).sqrt()
     scaled = _complex(keys).transpose(0, 1) * weight[:, :, None]  # (D/2, m, d)
@@ -157,8 +159,8 @@ def _merge_keys(keys: Tensor, inputs: Tensor, sizes: Tensor) -> tuple[Tensor, Te
 
 
 def _merge_values(values: Tensor, inputs: Tensor, sizes: Tensor) -> tuple[Tensor, Tensor, float]:
-    """One value head (D, d) for m of them (m, D, d), the matrices (m, D, D) that give each back,
-    the share kept.
+    """Merge m value heads (m, D, d): return one head (D, d), the matrices (m, D, D) that
+    reconstruct each, and the share of the sum of squares kept.
     """
     count, width, _ = values.shape
     weight = sizes.clamp_min(1e-12 * sizes.max().clamp_min(1e-300)).sqrt()[:, None, None]

@@ -1,8 +1,8 @@
 """Calibration text, the loss on it, and one pass through the teacher that measures what each part
-does.
+contributes.
 
-Sums of products are taken in float32 on the device and kept in float64 on the CPU; pads never
-enter.
+Sums of products are computed in float32 on the device and kept in float64 on the CPU, without
+padding.
 """
 
 from collections.abc import Callable, Sequence
@@ -32,7 +32,7 @@ class Passage:
 
     @property
     def real(self) -> Tensor:
-        """Where no pad stands."""
+        """Positions that are not padding."""
         return self.segments >= 0
 
 
@@ -52,7 +52,7 @@ def read_passages(
 
 
 def loss(model: Transformer, passages: Sequence[Passage]) -> float:
-    """Cross-entropy in nats a target token."""
+    """Cross-entropy in nats per target token."""
     total, count = 0.0, 0
     rows = max(1, _CHUNK_LOGITS // model.config.vocab_size)
     for passage in passages:
@@ -72,7 +72,7 @@ def unit(x: Tensor, eps: float) -> Tensor:
 
 
 def mixed(model: Transformer, block: Block, normed: Tensor, passage: Passage) -> Tensor:
-    """What the heads of `block` pass to its output matrix: (rows, length, heads * head_dim)."""
+    """Input of the attention's output projection: (rows, length, heads * head_dim)."""
     caught: list[Tensor] = []
     hook = block.self_attn.o_proj.register_forward_pre_hook(
         lambda _, inputs: caught.append(inputs[0])
@@ -87,12 +87,12 @@ def mixed(model: Transformer, block: Block, normed: Tensor, passage: Passage) ->
 
 
 def neurons(block: Block, normed: Tensor) -> Tensor:
-    """What the feed-forward of `block` passes to its output matrix."""
+    """Input of the feed-forward's output projection."""
     return F.silu(block.mlp.gate_proj(normed)) * block.mlp.up_proj(normed)
 
 
 def advance(model: Transformer, block: Block, passage: Passage, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Run one block on states: those after its attention, those after its feed-forward."""
+    """Run one block on states; return those after its attention and after its feed-forward."""
     middle = x + block.self_attn.o_proj(mixed(model, block, block.input_layernorm(x), passage))
     return middle, middle + block.mlp(block.post_attention_layernorm(middle))
 
@@ -104,15 +104,13 @@ def products(a: Tensor, b: Tensor) -> Tensor:
 
 @dataclass
 class LayerStatistics:
-    """What calibration text does in one layer; sums over tokens, float64."""
+    """Statistics of calibration text in one layer; sums over tokens, float64."""
 
     influence: float
-    """Mean of 1 - cos(input, output): how far the layer turns the residual stream (ShortGPT,
-    arXiv:2403.03853).
-    """
+    """Block influence, the mean of 1 - cos(input, output) (ShortGPT, arXiv:2403.03853)."""
     inputs: Tensor
-    """Products of the normalised input of the attention, gain included, (hidden, hidden); (0, 0) if
-    not asked for.
+    """Products of the normalized input of the attention, gain included, (hidden, hidden); (0, 0) if
+    not requested.
     """
     heads: Tensor
     """Products of each head's output, (heads, head_dim, head_dim)."""
@@ -122,17 +120,17 @@ class LayerStatistics:
 
 @dataclass
 class Statistics:
-    """What calibration text does in a model."""
+    """Statistics of calibration text in a model."""
 
     layers: list[LayerStatistics]
     stream: Tensor
-    """Products of the residual stream, each token scaled to mean square 1, over all places where a
-    norm reads it.
+    """Products of the residual stream, each token scaled to mean square 1, summed over the
+    inputs of all norms.
     """
     final: Tensor
-    """The same of the last place, before the output head."""
+    """The same for the last norm, before the output head."""
     ids: Tensor
-    """How often each token was read, (vocabulary,)."""
+    """Count of each input token, (vocabulary,)."""
 
 
 def measure(
@@ -141,8 +139,8 @@ def measure(
     on_layer: Callable[[int], None],
     with_inputs: bool = True,
 ) -> Statistics:
-    """Pass calibration text through `model`, layer by layer; only merging key-value heads needs the
-    inputs.
+    """Run calibration text through `model`, layer by layer; only merging key-value heads needs
+    `with_inputs`.
     """
     config, eps = model.config, model.config.rms_norm_eps
     d = config.hidden_size

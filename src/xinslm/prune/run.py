@@ -1,11 +1,11 @@
-"""`xinslm prune`: a teacher in, a smaller model that has part of its skill out.
+"""`xinslm prune`: make a smaller model from the weights of a teacher.
 
     xinslm prune TEACHER --data-path data --output-dir student0 --num-layers 4 --hidden-size 192
     xinslm distill --data-path data --cache cache --init-from student0 --output-dir runs/student
 
-Vocabulary, layers, heads and neurons are cut first, at the teacher's width, then the width; at last
-what is left is fitted to the teacher's activations. The table says what each of it cost or gave, in
-nats a token on validation text.
+Vocabulary, layers, heads and neurons are cut first, at the teacher's width, then the width. Finally
+the remaining weights are fitted to the teacher's activations. The table shows the loss after each
+step, in nats per token on validation text.
 """
 
 import math
@@ -54,11 +54,11 @@ KIND, VERSION = "model", 1
 
 @dataclass(frozen=True)
 class PruneResult:
-    """What was cut."""
+    """The pruned model, and the loss after each step."""
 
     folder: Path
     losses: tuple[tuple[str, int, float], ...]
-    """By step: what it is, parameters, validation loss in nats a token."""
+    """For each step: name, parameters, validation loss in nats per token."""
     notes: tuple[str, ...] = ()
 
     def describe(self) -> str:
@@ -75,10 +75,10 @@ class PruneResult:
 
 
 def run(config: PruneConfig, on_progress: Listener = ignore) -> PruneResult:
-    """Cut a student out of a teacher and write it as a model folder.
+    """Prune a teacher and write the student as a model folder.
 
-    UsageError where shape, tokenizer or folders do not fit each other, XinslmError for a teacher of
-    another kind.
+    Raises UsageError if shape, tokenizer or folders do not match, XinslmError if such a teacher
+    cannot be pruned.
     """
     config.check()
     refuse_existing(config.output_dir, config.force)
@@ -92,8 +92,7 @@ def run(config: PruneConfig, on_progress: Listener = ignore) -> PruneResult:
     if theirs.vocab_size > shape.vocab_size:
         raise XinslmError(
             f"{folder}: its tokenizer has {theirs.vocab_size} ids, its embedding only "
-            f"{shape.vocab_size} rows; the "
-            f"tokenizer belongs to another model"
+            f"{shape.vocab_size} rows; the tokenizer belongs to another model"
         )
     rows = vocabulary_rows(tokenizer, theirs, str(dataset.folder))
     device = pick_device(config.device)
@@ -120,7 +119,7 @@ def run(config: PruneConfig, on_progress: Listener = ignore) -> PruneResult:
 
 @dataclass(frozen=True)
 class _Text:
-    """Rows to measure activations on, to choose by, to report on; no row is in two of them."""
+    """Disjoint rows: for activations, for choices, and for the reported losses."""
 
     calibration: list[Passage]
     search: list[Passage]
@@ -144,8 +143,8 @@ class _Text:
         if count < 2:
             raise UsageError(
                 f"{dataset.folder} has {count} rows of {length} tokens to train on, but at least "
-                "2 are needed, to "
-                f"measure on and to choose by: give more text, or a smaller --max-seq-length"
+                "2 are needed, one to measure on and one to choose by: use more text, or a smaller "
+                "--max-seq-length"
             )
         searched = min(config.num_search_samples, max(1, count // 4))
         order = np.random.default_rng(config.seed).permutation(count)
@@ -159,8 +158,8 @@ class _Text:
         number = 0 if held_out is None else len(PackedDataset(held_out, length))
         if held_out is None or number == 0:
             note = (
-                "there is no validation split: losses are of the rows of the train split that "
-                "choices were made on"
+                "there is no validation split: losses are measured on the rows of the train "
+                "split that choices were made on"
             )
             baseline = unigram_nats(dataset, "train")
             return _Text(calibration, search, search, baseline, (note,))
@@ -170,12 +169,12 @@ class _Text:
 
 
 class _Between(ModelConfig):
-    """A shape on the way: heads that do not divide the teacher's width may well divide the
+    """An intermediate shape: heads that do not divide the teacher's width may divide the
     student's.
     """
 
     def check(self) -> None:
-        """Take it."""
+        """Accept any shape."""
 
 
 class _Cutting:
@@ -279,14 +278,14 @@ class _Cutting:
         return thin
 
     def _compensated(self, teacher: Transformer, cut: CutModel) -> Transformer:
-        """Take the fitted student if it is better than the plain one on rows that neither was made
-        from.
+        """Return the fitted student if it is better than the plain one on rows that neither was
+        fitted to.
         """
         progress = self._progress("compensate", len(cut.kept), "layers")
         fitted = compensate(teacher, cut, self.text.calibration, self.config.ridge, progress)
         before, after = loss(cut.plain, self.text.search), loss(fitted, self.text.search)
         self.facts["compensation"] = {"plain": before, "fitted": after}
-        if not after < before:  # NaN, too
+        if not after < before:  # also if it is NaN
             self.notes.append(
                 f"the least-squares fit was dropped: {after:.4f} nats on search rows, "
                 f"{before:.4f} before"
@@ -303,7 +302,7 @@ class _Cutting:
                 "are damaged"
             )
         warning = uninformed(name, value, self.text.baseline, "nats per token")
-        if warning and not self.losses:  # the first is the teacher
+        if warning and not self.losses:  # the first is the teacher's
             self.notes.append(warning)
             self.on_progress(Progress("prune", note=warning))
         self.losses.append((name, model.config.num_parameters, value))

@@ -1,4 +1,4 @@
-"""What is cut from what: the teacher opened and checked, and the student's shape beside it."""
+"""Check that the teacher can be pruned, and derive the student's shape from it."""
 
 import dataclasses
 from pathlib import Path
@@ -12,11 +12,11 @@ from xinslm.prune.config import PruneConfig
 
 
 def find_teacher(name: str) -> tuple[Path, ModelConfig]:
-    """Find the teacher's folder and read its shape; what cannot be cut is refused by name."""
+    """Find the teacher's folder and read its shape; raise if such a model cannot be pruned."""
     if name.lower().endswith(".gguf"):
         raise UsageError(
-            f"{name} is a GGUF file; a student is cut from safetensors: give the "
-            "folder it was made from"
+            f"{name} is a GGUF file, but pruning needs safetensors: give the folder it was made "
+            "from"
         )
     folder = resolve_model(name)
     manifest = read_json(folder / MANIFEST) if (folder / MANIFEST).is_file() else None
@@ -26,17 +26,15 @@ def find_teacher(name: str) -> tuple[Path, ModelConfig]:
         return folder, load_config(folder)
     except UnsupportedModelError as error:
         raise XinslmError(
-            f"{error}. A student is cut only from models whose weights are the student's own "
-            "kind, Llama and Mistral: "
-            "it has no place for other parts, such as the biases of Qwen2 or the query and key "
-            "norms of Qwen3. "
-            f"As a teacher (`xinslm cache`) the model serves all the same"
+            f"{error}. Only Llama and Mistral models can be pruned: the student has no "
+            "counterpart for other parts, such as the biases of Qwen2 or the query and key norms "
+            "of Qwen3. The model can still be a teacher (`xinslm cache`)"
         ) from None
 
 
 def student_shape(config: PruneConfig, teacher: ModelConfig, vocab_size: int) -> ModelConfig:
-    """The teacher's shape with the sizes of `config` and the vocabulary; UsageError lists what
-    cannot be cut.
+    """Return the teacher's shape with the sizes of `config` and the vocabulary; UsageError lists
+    all sizes that cannot be cut.
     """
     given: dict[str, Any] = {
         "num_hidden_layers": config.num_layers,
@@ -53,23 +51,20 @@ def student_shape(config: PruneConfig, teacher: ModelConfig, vocab_size: int) ->
     student = dataclasses.replace(teacher, vocab_size=vocab_size, **given)
     wrong = [
         f"{name} is {getattr(student, name)}, but the teacher has only {getattr(teacher, name)}: "
-        "a student is cut out "
-        f"of its teacher and cannot be larger"
+        "a pruned model cannot be larger than its teacher"
         for name in given
         if name != "tie_word_embeddings" and getattr(student, name) > getattr(teacher, name)
     ]
     if config.head_dim not in (None, teacher.head_dim):
         wrong.append(
             f"head_dim is {config.head_dim}, but must stay the teacher's {teacher.head_dim}: each "
-            "pair of a head's "
-            "channels turns at its own rotary frequency, and another width has other "
-            "frequencies. Take fewer heads"
+            "pair of a head's channels has its own rotary frequency, and another width has other "
+            "frequencies. Use fewer heads"
         )
     if student.tie_word_embeddings and not teacher.tie_word_embeddings:
         wrong.append(
             "tie_word_embeddings is true, but the teacher's output head is not its embedding, and "
-            "one matrix cannot "
-            "start as both"
+            "one matrix cannot start as both"
         )
     if wrong:
         raise UsageError("\n".join(wrong))
@@ -78,19 +73,16 @@ def student_shape(config: PruneConfig, teacher: ModelConfig, vocab_size: int) ->
     if merged * student.num_key_value_heads > teacher.num_key_value_heads:
         raise UsageError(
             f"{student.num_attention_heads} query heads on {student.num_key_value_heads} "
-            "key-value heads cannot be cut "
-            f"from {teacher.num_attention_heads} on {teacher.num_key_value_heads}: {merged} of "
-            "the teacher's key-value "
-            "heads would have to become one, and there are not enough. Take a num_kv_heads that "
-            "divides "
+            "key-value heads cannot be cut from "
+            f"{teacher.num_attention_heads} on {teacher.num_key_value_heads}: {merged} of "
+            "the teacher's key-value heads would be merged into one, and there are not enough. "
+            "Use a num_kv_heads that divides "
             f"{teacher.num_key_value_heads}, or fewer num_heads"
         )
     return student
 
 
 def merged_heads(teacher: ModelConfig, student: ModelConfig) -> int:
-    """How many of the teacher's key-value heads become one so that the student's query heads all
-    come from them.
-    """
+    """How many of the teacher's key-value heads are merged into each of the student's."""
     group = teacher.num_attention_heads // teacher.num_key_value_heads
     return -(-student.num_attention_heads // (student.num_key_value_heads * group))

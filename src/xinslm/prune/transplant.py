@@ -1,14 +1,14 @@
-"""A narrower residual stream, and weights fitted to what the cuts have left.
+"""Cut the width of the residual stream, and fit the remaining weights to the teacher's activations.
 
-RMSNorm without its gain commutes with rotations (SliceGPT, arXiv:2401.15024, section 3), so the
-stream may be turned to its principal directions, of which the first hold most of it, and the gains
-folded into the matrices that follow. One rotation serves all layers: a LLaMA's skip connections
-have no matrix in which two could meet.
+RMSNorm without its gain commutes with rotations (SliceGPT, arXiv:2401.15024, section 3). The
+residual stream is rotated to its principal directions, the first ones are kept, and the gains are
+folded into the matrices that follow. All layers share one rotation, because LLaMA's skip
+connections have no matrix that could change from one to another.
 
-Each matrix is then fitted by least squares to the teacher's activations, in the order in which
-states pass: those that read a norm, to give from the student's state what they gave from the
-teacher's; those that write to the stream, to bring the student's state to where the teacher's is,
-dropped layers behind them included. The fit is pulled towards the plainly cut weights, so little
+Then each matrix is fitted by least squares to the teacher's activations, in forward order. Matrices
+that read a norm learn to give from the student's state what they gave from the teacher's. Matrices
+that write to the residual stream learn to bring the student's state to the teacher's, after any
+dropped layers that follow. The fit is regularized towards the cut weights, so a small amount of
 text changes little.
 """
 
@@ -32,16 +32,16 @@ WRITERS = ("self_attn.o_proj", "mlp.down_proj")
 
 
 def principal_directions(stream: Tensor, width: int) -> Tensor:
-    """The `width` directions that hold most of products (d, d): orthonormal columns (d, width),
+    """Return the `width` leading eigenvectors of products (d, d): orthonormal columns (d, width),
     float64.
     """
     return torch.linalg.eigh(stream).eigenvectors.flip(1)[:, :width]
 
 
 def norm_factor(products_of_stream: Tensor, basis: Tensor) -> float:
-    """What a norm over the narrow state must be multiplied by to give the wide norm's image.
+    """Return the factor that corrects a norm of the narrow state.
 
-    The divisor of RMSNorm is the mean square over fewer channels, which hold most of the sum of
+    RMSNorm then divides by the mean square over fewer channels, which hold most of the sum of
     squares.
     """
     wide = products_of_stream.trace() / len(products_of_stream)
@@ -52,8 +52,8 @@ def norm_factor(products_of_stream: Tensor, basis: Tensor) -> float:
 def narrow(
     thin: Transformer, student: ModelConfig, basis: Tensor, statistics: Statistics
 ) -> Transformer:
-    """`thin` in the coordinates of `basis` (d, width), gains folded into the matrices behind
-    them.
+    """Return `thin` in the coordinates of `basis` (d, width), gains folded into the matrices that
+    follow them.
     """
     factor = norm_factor(statistics.stream, basis)
     source = thin.state_dict()
@@ -77,8 +77,8 @@ def narrow(
     gain = source[NORM]
     factor = norm_factor(statistics.final, basis)
     if student.tie_word_embeddings:
-        # The gain is not diagonal in the new coordinates; its diagonal stays, and the embedding
-        # gives way a little.
+        # The gain is not diagonal in the new coordinates: keep its diagonal, and fit the
+        # embedding to the rest.
         diagonal = (basis.pow(2) * gain.cpu().double()[:, None]).sum(0)
         weights[NORM] = (diagonal * factor).to(like)
         weights[EMBEDDING] = _tied_embedding(
@@ -98,10 +98,10 @@ def _scale(gain: Tensor) -> float:
 def _tied_embedding(
     embedding: Tensor, gain: Tensor, basis: Tensor, diagonal: Tensor, statistics: Statistics
 ) -> Tensor:
-    """One matrix for reading and writing, by least squares: near the turned embedding, and near the
-    teacher's logits.
+    """Fit one matrix as embedding and output head by least squares: to the rotated embedding and
+    to the teacher's logits.
 
-    Per unit of state, an error in what is read weighs half of one in what is written.
+    Per unit of state, an error of the embedding has half the weight of one of the logits.
     """
     rows = embedding.cpu().double()
     final = statistics.final / statistics.ids.sum()
@@ -113,14 +113,14 @@ def _tied_embedding(
 
 
 class Fit:
-    """Ridge regression by sums of products: a matrix W with W x near t, pulled towards a prior."""
+    """Ridge regression of W x = t from sums of products, regularized towards a prior W."""
 
     def __init__(self) -> None:
         self._inputs: Tensor | float = 0.0
         self._targets: Tensor | float = 0.0
 
     def add(self, x: Tensor, t: Tensor) -> None:
-        """Take inputs (N, p) and targets (N, q)."""
+        """Add inputs (N, p) and targets (N, q)."""
         self._inputs = self._inputs + products(x, x)
         self._targets = self._targets + products(t, x)
 
