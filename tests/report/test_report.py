@@ -208,8 +208,8 @@ def test_a_half_written_last_line_is_passed_over_and_said(folder: Path) -> None:
     [
         ("{", "not valid JSON"),
         ("[1]", "must be an object"),
-        ('{"loss": 1.0}', "whole number 'step'"),
-        ('{"step": 1.5}', "whole number 'step'"),
+        ('{"loss": 1.0}', "integer 'step'"),
+        ('{"step": 1.5}', "integer 'step'"),
         ('{"step": 3, "loss": "high"}', "'loss' must be a number"),
     ],
 )
@@ -304,7 +304,7 @@ def test_compared_runs_stand_beside_it(folder: Path, tmp_path: Path) -> None:
         "| student (a) | 1.2500 | +0.25 | 5.0x smaller |" in markdown
         and "| student (b) | 1.6000 | +0.60 | 5.0x smaller |" in markdown
     )
-    assert "b training" in text and "optimiser step" in text
+    assert "b training" in text and "optimizer step" in text
     assert page.tags.count("polyline") == 7  # ce: 2 + 1 validation; kd: 1 + 1; speed: 2
     tables = summary(read_run(folder), [read_run(other)])
     assert len(tables) == 2 and "Bits vs. teacher" not in tables[1].head, (
@@ -416,7 +416,7 @@ def test_a_speed_from_a_shared_machine_is_left_out(folder: Path) -> None:
     for content in (text, markdown):
         assert "7,654" not in content and "4,321" not in content and "shared" in content
         assert "9,000" in content, "the teacher was measured alone"
-        assert "other processes took more than a tenth" in content
+        assert "other processes used more than a tenth" in content
     assert page.tags.count("figure") == 2, "no curve of the speed"
 
 

@@ -1,1 +1,1 @@
-"""A run folder turned into one readable page."""
+"""Report of a run folder as HTML and Markdown."""

@@ -1,8 +1,8 @@
-"""What a student gave up against its teacher, and what it gained over training without one.
+"""Compare a student with its teacher, and with a student trained without a teacher.
 
-Bits per byte is a logarithm, so its ratio is no share of anything. Reported are the difference to
-the teacher, the ratio of file sizes, and the share of the gap between the student trained without a
-teacher and the teacher that distillation closed.
+Bits per byte is a logarithm, so a ratio of two values has no meaning. The report gives the
+difference to the teacher, the ratio of file sizes, and the share of the gap between the undistilled
+student and the teacher that distillation closed.
 """
 
 from collections.abc import Sequence
@@ -16,17 +16,17 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Headline:
-    """One student in the figures that a reader looks for first."""
+    """The main metrics of one student."""
 
     name: str
     bits_per_byte: str
     meaning: tuple[str, ...]
-    """Phrases: size and loss against the teacher, the share of the gap."""
+    """Phrases: size and loss compared with the teacher, the share of the gap closed."""
 
 
 def headlines(run: RunData, others: Sequence[RunData]) -> list[Headline]:
-    """The first three students of a run's own evaluation, on the text the teacher was measured
-    on.
+    """Return the first three students of a run's own evaluation, on the teacher's evaluation
+    text.
     """
     teacher = find_teacher(run, run.evaluation)
     data = (teacher or next(iter(run.evaluation), {})).get("data")
@@ -49,14 +49,14 @@ def headlines(run: RunData, others: Sequence[RunData]) -> list[Headline]:
 
 
 def find_teacher(run: RunData, rows: Sequence[Row]) -> Row | None:
-    """Find the row called 'teacher...', or that of the model that the run learned from."""
+    """Find the row named 'teacher...', or that of the run's teacher."""
     named = [row for row in rows if str(row["name"]).lower().startswith("teacher")]
     same = [row for row in rows if row.get("model") and row["model"] == run.config.get("teacher")]
     return next(iter(named + same), None)
 
 
 def find_undistilled(rows: Sequence[Row], teacher: Row | None) -> Row | None:
-    """Find the row called 'undistilled...', or that of a model which `xinslm pretrain` made."""
+    """Find the row named 'undistilled...', or that of a model made by `xinslm pretrain`."""
     others = [row for row in rows if row is not teacher]
     named = [row for row in others if str(row["name"]).lower().startswith("undistilled")]
     pretrained = [row for row in others if row.get("trained_by") == "pretrain"]
@@ -64,7 +64,7 @@ def find_undistilled(rows: Sequence[Row], teacher: Row | None) -> Row | None:
 
 
 def lost(row: Row, teacher: Row) -> str:
-    """'+0.39 bits per byte': what the row loses against the teacher."""
+    """'+0.39 bits per byte': the difference to the teacher."""
     return f"{difference(row, teacher)} bits per byte"
 
 
@@ -86,7 +86,7 @@ def smaller(row: Row, teacher: Row) -> str:
 
 
 def gap_closed(row: Row, teacher: Row | None, undistilled: Row | None) -> str:
-    """'62 %' of the way from the undistilled student to the teacher; '' if there is no gap."""
+    """'62 %' of the gap between undistilled student and teacher; '' if there is no gap."""
     if teacher is None or undistilled is None or row is teacher or row is undistilled:
         return ""
     gap = undistilled["bits_per_byte"] - teacher["bits_per_byte"]

@@ -13,7 +13,7 @@ from xinslm.report.tables import Table, files, summary, training
 
 
 def render(run: RunData, others: Sequence[RunData]) -> str:
-    """Write the report of `run`, with the figures of `others` beside it."""
+    """Write the report of `run`, with the metrics of `others` for comparison."""
     parts = [f"# {_inline(run.name)}"]
     parts += [f"> {_inline(r.name)}: {_inline(note)}" for r in [run, *others] for note in r.notes]
     parts += [
@@ -50,11 +50,11 @@ def _table(table: Table) -> str:
 
 
 def _inline(text: str) -> str:
-    """Keep a text from being read as Markdown or HTML; entities work in every dialect."""
+    """Escape a text for Markdown and HTML; entities work in every dialect."""
     marked = re.sub(r"([\\`*_\[\]|#])", r"\\\1", " ".join(text.split()))
     return escape(printable(marked), quote=False)
 
 
 def _preformatted(text: str) -> str:
-    """Put a text into a block that it cannot end, whichever Markdown dialect reads it."""
+    """Wrap a text in a block that it cannot end in any Markdown dialect."""
     return f"<pre>\n{escape(printable(text), quote=False)}\n</pre>"

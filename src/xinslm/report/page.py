@@ -1,4 +1,4 @@
-"""The report as one HTML page without scripts or outside resources; every text is escaped."""
+"""The report as one HTML page without scripts or external resources; every text is escaped."""
 
 from collections.abc import Sequence
 from html import escape
@@ -12,7 +12,7 @@ from xinslm.report.tables import Table, files, size, summary, timed, training
 
 
 def render(run: RunData, others: Sequence[RunData], x: str, log_x: bool) -> str:
-    """Write the page of `run`, with the curves and figures of `others` beside it."""
+    """Write the page of `run`, with the curves and metrics of `others` for comparison."""
     runs = [run, *others]
     command = f"<pre class=command>{escape(run.command)}</pre>" if run.command else ""
     parts = [_header(run, others), _tiles(run, others)]
@@ -41,7 +41,7 @@ def _header(run: RunData, others: Sequence[RunData]) -> str:
 
 
 def _tiles(run: RunData, others: Sequence[RunData]) -> str:
-    """The few figures that a reader looks for first."""
+    """The main metrics as tiles."""
     tiles = [
         (line.name, line.bits_per_byte, "bits per byte", "; ".join(line.meaning))
         for line in headlines(run, others)
@@ -59,7 +59,7 @@ def _tiles(run: RunData, others: Sequence[RunData]) -> str:
 
 
 def _section(title: str, content: str) -> str:
-    """A section, left out where there is nothing to put into it."""
+    """A section; '' if it has no content."""
     return f"<section><h2>{title}</h2>{content}</section>\n" if content else ""
 
 
@@ -90,13 +90,13 @@ def _points(lines: Sequence[dict[str, Any]], x: str, y: str) -> list[tuple[float
 
 def _curves(runs: Sequence[RunData], x: str, log_x: bool) -> str:
     """Draw cross-entropy, divergence from the teacher and speed, each for all runs that have it."""
-    x_label = "target tokens" if x == "tokens" else "optimiser step"
+    x_label = "target tokens" if x == "tokens" else "optimizer step"
     charts = []
     for title, measured, validated in (
         ("Cross-entropy, nats per token", "ce", "validation_ce"),
         ("Divergence from the teacher, nats per token", "kd", "validation_kd"),
-        ("Hidden states against the teacher's: relative error, or 1 - CKA", "hidden", None),
-        ("Contrast of hidden states (InfoNCE), nats", "contrast", None),
+        ("Hidden states compared with the teacher's: relative error, or 1 - CKA", "hidden", None),
+        ("Contrastive loss on hidden states (InfoNCE), nats", "contrast", None),
         ("Target tokens per second", "tokens_per_second", None),
     ):
         series = []
@@ -119,7 +119,7 @@ def _curves(runs: Sequence[RunData], x: str, log_x: bool) -> str:
 
 
 def _samples(runs: Sequence[RunData]) -> str:
-    """Put what the models wrote to the same prompt side by side."""
+    """Show the samples of all models, grouped by prompt."""
     prompts: dict[str, list[tuple[str, dict[str, Any]]]] = {}
     several = sum(bool(run.samples) for run in runs) > 1
     for run in runs:

@@ -1,7 +1,7 @@
-"""What a run folder holds, as far as it is there; training never knows that a report exists.
+"""Read the files of a run folder; all are optional.
 
-A run that was killed may have left half a last line in metrics.jsonl: it is passed over with a
-note. A run that was resumed may have written steps twice: the later ones count.
+A killed run can leave a half-written last line in metrics.jsonl: it is skipped with a note. A
+resumed run can write a step twice: the later line counts.
 """
 
 import json
@@ -27,20 +27,20 @@ class RunData:
     config_text: str = ""
     config: dict[str, Any] = field(default_factory=dict)
     training: list[dict[str, Any]] = field(default_factory=list)
-    """Lines of metrics.jsonl with a loss, by rising step."""
+    """Lines of metrics.jsonl with a loss, in order of steps."""
     validation: list[dict[str, Any]] = field(default_factory=list)
-    """Lines of metrics.jsonl with a validation_ce, by rising step."""
+    """Lines of metrics.jsonl with a validation_ce, in order of steps."""
     evaluation: list[dict[str, Any]] = field(default_factory=list)
     samples: list[dict[str, Any]] = field(default_factory=list)
     files: list[dict[str, Any]] = field(default_factory=list)
     about: dict[str, Any] = field(default_factory=dict)
-    """run.json: date, machine and warnings of the training."""
+    """run.json: date, machine and warnings of the training run."""
     notes: list[str] = field(default_factory=list)
-    """What a reader should know about the folder, a sentence each."""
+    """Warnings about the folder, one sentence each."""
 
     @property
     def command(self) -> str | None:
-        """The command that does this run again, into another folder."""
+        """The command that repeats this run in another folder."""
         made_by = re.search(r"Run it again with: (xinslm [\w ]+?) --config", self.config_text)
         if made_by is None:
             return None
@@ -49,7 +49,7 @@ class RunData:
 
 
 def read_run(folder: Path) -> RunData:
-    """Read a run folder; UsageError if there is nothing of a run in it, XinslmError for a broken
+    """Read a run folder. Raises UsageError if it has no file of a run, XinslmError for a broken
     file.
     """
     if not folder.is_dir():
@@ -112,7 +112,7 @@ def _read_metrics(run: RunData, path: Path) -> None:
         try:
             values = json.loads(line)
         except ValueError:
-            if number == len(lines):  # it has no line end, so its writer did not come to the end
+            if number == len(lines):  # no line end: the writer was interrupted
                 run.notes.append(f"The last line of {path.name} is half-written and was left out.")
                 continue
             raise XinslmError(
@@ -120,7 +120,7 @@ def _read_metrics(run: RunData, path: Path) -> None:
             ) from None
         if not isinstance(values, dict) or not isinstance(values.get("step"), int):
             raise XinslmError(
-                f"{path}:{number}: a line of metrics must be an object with a whole number 'step'"
+                f"{path}:{number}: a line of metrics must be an object with an integer 'step'"
             )
         wrong = [
             k
@@ -141,7 +141,7 @@ def _read_metrics(run: RunData, path: Path) -> None:
 
 
 def _checked(folder: Path, table: Any, numbers: tuple[str, ...]) -> list[dict[str, Any]]:
-    """Read a table whose rows must have the given numbers, all above 0."""
+    """Read a table whose rows must have the given numbers, each above 0."""
     rows = read_rows(folder, table)
     for row in rows:
         for key in numbers:

@@ -1,4 +1,4 @@
-"""The stage `xinslm report`: run files in, one page out. Nothing that trains or measures calls it.
+"""The stage `xinslm report`: write a report from the files of a run.
 
 xinslm report runs/student --compare runs/undistilled
 """
@@ -16,15 +16,15 @@ from xinslm.report.read import read_run
 
 @dataclass(frozen=True)
 class Result:
-    """Where the report is."""
+    """Paths of the report."""
 
     html: Path
     markdown: Path
     notes: tuple[str, ...]
-    """What was left out, and why."""
+    """Warnings about the run folders."""
 
     def describe(self) -> str:
-        """A few aligned lines for the terminal."""
+        """Aligned lines for the terminal."""
         lines = [f"report    {self.html}", f"markdown  {self.markdown}"]
         return "\n".join([*lines, *(f"note      {note}" for note in self.notes)])
 

@@ -1,11 +1,10 @@
-"""The page's style: system fonts, aligned figures, colours that follow the reader's light or dark
-setting.
+"""CSS of the page: system fonts, tabular numbers, light and dark color schemes.
 
-The series colours are Okabe and Ito's, which colour-blind readers can tell apart.
+The series colors are Okabe and Ito's, which color-blind readers can tell apart.
 """
 
 NUM_COLORS = 6
-"""Of series: the variables --c0 and following."""
+"""Number of series colors: the variables --c0 and following."""
 
 CSS = """
 :root { --paper: #fff; --ink: #1c2024; --soft: #60646c; --rule: #e3e5e8; --panel: #f6f7f8; --warn: #a34400;

@@ -1,5 +1,5 @@
-"""Line charts as inline SVG: round ticks, a legend, values on hover; the page's CSS has the
-colours.
+"""Line charts as inline SVG: round ticks, a legend, values on hover. The page's CSS has the
+colors.
 """
 
 import math
@@ -10,7 +10,7 @@ from html import escape
 WIDTH, HEIGHT = 760, 320
 LEFT, RIGHT, TOP, BOTTOM = 58, 14, 12, 44
 MOST_POINTS = 320
-"""A longer curve is averaged over stretches of equal length."""
+"""A longer curve is averaged over intervals of equal length."""
 
 
 @dataclass(frozen=True)
@@ -20,14 +20,14 @@ class Series:
     name: str
     points: Sequence[tuple[float, float]]
     color: int
-    """Index of the page's colours: a run."""
+    """Index of the page's color, one for each run."""
     marked: bool = False
-    """A few measured points, drawn as dots on a strong line; otherwise a fine line."""
+    """Draw a thick line with dots, for a few measured points; otherwise a thin line."""
 
 
 @dataclass(frozen=True)
 class _Axes:
-    """Ends of both axes, in the units of the data."""
+    """Limits of both axes, in the units of the data."""
 
     x: tuple[float, float]
     y: tuple[float, float]
@@ -51,7 +51,7 @@ def line_chart(
     """Draw curves into one figure; '' if no curve has a finite point (at x > 0 if x is
     logarithmic).
 
-    `from_zero` lets the y axis begin at 0, as a rate's should.
+    `from_zero` starts the y axis at 0.
     """
     curves = [(s, _finite(s.points, log_x)) for s in series]
     curves = [(s, points if s.marked else _averaged(points)) for s, points in curves if points]
@@ -123,7 +123,7 @@ def _kind(series: Series) -> str:
 
 
 def short(value: float) -> str:
-    """Write a number for an axis: 0.05, 2.5, 300, 40k, 1.5M."""
+    """Format a number for an axis: 0.05, 2.5, 300, 40k, 1.5M."""
     for size, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
         if abs(value) >= size * (10 if unit == "k" else 1):
             return f"{value / size:.10g}{unit}"
@@ -147,7 +147,7 @@ def _averaged(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
 
 
 def _spread(values: Sequence[float], log: bool) -> tuple[float, float]:
-    """Smallest and largest value, apart even where they are equal."""
+    """Smallest and largest value, made different if they are equal."""
     low, high = min(values), max(values)
     if low < high:
         return low, high
@@ -155,8 +155,8 @@ def _spread(values: Sequence[float], log: bool) -> tuple[float, float]:
 
 
 def _y_range(curves: Sequence[Sequence[float]], from_zero: bool) -> tuple[float, float, bool]:
-    """Ends of the axis, and whether it cuts off a steep start or spikes, which would flatten the
-    rest.
+    """Return the limits of the axis, and whether they cut off a steep start or spikes, which would
+    flatten the rest.
     """
     low, high = _spread([y for ys in curves for y in ys], False)
     if from_zero and low >= 0:
@@ -170,12 +170,12 @@ def _y_range(curves: Sequence[Sequence[float]], from_zero: bool) -> tuple[float,
 
 
 def _usual(values: Sequence[float]) -> float:
-    """The value that 5 % are above."""
+    """The 95th percentile."""
     return sorted(values)[math.ceil(0.95 * (len(values) - 1))]
 
 
 def _ticks(low: float, high: float, count: int) -> list[float]:
-    """Round numbers between low and high, about `count` of them."""
+    """About `count` round numbers between low and high."""
     raw = (high - low) / count
     power = 10.0 ** math.floor(math.log10(raw))
     step = next(m * power for m in (1, 2, 2.5, 5, 10) if m * power >= raw * 0.999)

@@ -1,4 +1,4 @@
-"""The figures of a report as tables, the same for HTML and Markdown."""
+"""The metrics of a report as tables, the same for HTML and Markdown."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,8 +17,8 @@ from xinslm.report.read import RunData
 
 DASH = "–"
 SHARED = (
-    "Shared: other processes took more than a tenth of the machine's CPU time, so the speed is "
-    "left out."
+    "Shared: other processes used more than a tenth of the machine's CPU time, so the speed is "
+    "not reported."
 )
 
 
@@ -32,13 +32,11 @@ class Table:
     rows: Sequence[Sequence[str]]
     note: str = ""
     left: Sequence[int] = (0,)
-    """Columns of text."""
+    """Left-aligned columns."""
 
 
 def summary(run: RunData, others: Sequence[RunData]) -> list[Table]:
-    """One table for each text that models were measured on: the runs' evaluation rows beside each
-    other.
-    """
+    """Return one table for each evaluation text, with the evaluation rows of all runs."""
     found = [(r, row) for r in [run, *others] for row in r.evaluation]
     texts = dict.fromkeys((row.get("data"), row.get("documents")) for _, row in found)
     return [
@@ -77,7 +75,7 @@ def _summary(run: RunData, found: list[tuple[RunData, Row]]) -> Table:
     kept = [i for i in range(len(head)) if i not in dropped]
     notes = [_data(every[0]), "Perplexity is per token, so it compares within one tokenizer only."]
     if gap and undistilled is not None:
-        notes.append(f"Gap closed: the share of the way from {undistilled['name']} to the teacher.")
+        notes.append(f"Gap closed: 100 % is the teacher, 0 % is {undistilled['name']}.")
     notes += _where("Measured", every)
     notes += [SHARED] * any(map(shared, every))
     table = [[cells[i] for i in kept] for cells in rows]
@@ -90,7 +88,7 @@ def _data(row: Row) -> str:
 
 
 def _where(verb: str, rows: Sequence[Row]) -> list[str]:
-    """Sentences on when and on which machine rows were made."""
+    """Sentences with the date and the machine of rows."""
     days: dict[str, set[str]] = {}
     for row in rows:
         if row.get("machine"):
@@ -101,7 +99,7 @@ def _where(verb: str, rows: Sequence[Row]) -> list[str]:
 
 
 def shared(row: Row) -> bool:
-    """Whether other processes took so much of the machine that a speed says nothing."""
+    """Whether other processes used too much of the machine to report a speed."""
     return is_shared(row.get("other_load"))
 
 
@@ -113,12 +111,12 @@ def timed(run: RunData) -> list[Row]:
 
 
 def training(runs: Sequence[RunData]) -> Table | None:
-    """What each run's training came to."""
+    """The training results of each run."""
     rows = [cells for run in runs if (cells := _trained(run))]
     head = ["Run", "Steps", "Target tokens", "Last CE", "Best validation", "Last validation"]
     notes = [
-        "CE is the cross-entropy against the text in nats per token; tokens/s is the median over "
-        "the steps."
+        "CE is the hard-label cross-entropy in nats per token; tokens/s is the median over the "
+        "steps."
     ]
     notes += [SHARED] * any("shared" in cells for cells in rows)
     notes += _where("Trained", [run.about for run in runs])
@@ -126,7 +124,7 @@ def training(runs: Sequence[RunData]) -> Table | None:
 
 
 def _trained(run: RunData) -> list[str] | None:
-    """A run's line of the training table; None if nothing of it was logged."""
+    """A run's row of the training table; None if it has no metrics."""
     measured = [row["validation_ce"] for row in run.validation if row["validation_ce"] is not None]
     if not run.training and not measured:
         return None
@@ -147,7 +145,7 @@ def _trained(run: RunData) -> list[str] | None:
 
 
 def files(run: RunData) -> Table | None:
-    """The files that were made from the run."""
+    """The files made from the run."""
     rows = []
     for row in run.files:
         bits = row.get("bits_per_weight")
@@ -157,7 +155,7 @@ def files(run: RunData) -> Table | None:
 
 
 def size(value: Any) -> str:
-    """Write a number of bytes with three digits that count: 950 B, 12.3 kB, 4.56 MB."""
+    """Format a number of bytes with three significant digits: 950 B, 12.3 kB, 4.56 MB."""
     if not isinstance(value, int | float):
         return DASH
     for unit, one in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
