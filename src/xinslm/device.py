@@ -9,7 +9,7 @@ from xinslm.errors import UsageError
 
 
 def pick_device(name: str) -> torch.device:
-    """'auto' takes cuda, then mps, then cpu; a device that is asked for by name must be there."""
+    """'auto' takes cuda, then mps, then cpu; a device that is requested by name must be there."""
     available = {
         "cuda": torch.cuda.is_available(),
         "mps": torch.backends.mps.is_available(),
@@ -30,7 +30,7 @@ def return_freed_memory() -> None:
 
     It would keep blocks of up to 32 MiB and leave gaps between them: twice the memory where
     activations are recomputed. The price is fresh pages for each tensor, but not for the
-    optimiser's pieces, which are smaller. Elsewhere than on Linux with glibc nothing happens.
+    optimizer's pieces, which are smaller. Elsewhere than on Linux with glibc nothing happens.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is not None:

@@ -12,10 +12,10 @@ _PASSWORD = re.compile(r"(?i)\b([a-z][a-z0-9+.-]*:/{1,2})\S*@")
 
 
 def printable(text: str) -> str:
-    """Write control characters and lone surrogates as escapes; tabs and line feeds stay."""
+    """Write control characters and lone surrogates as escapes; tabs and line feeds are kept."""
     return _CONTROLS.sub(lambda match: ascii(match[0])[1:-1], text)
 
 
 def hide_passwords(text: str) -> str:
-    """Replace what stands before the host in URLs: 'http://user:pw@host' -> 'http://***@host'."""
+    """Hide the credentials in URLs: 'http://user:pw@host' -> 'http://***@host'."""
     return _PASSWORD.sub(r"\1***@", text)

@@ -167,8 +167,7 @@ def read_manifest(
     if manifest["version"] != version:
         raise XinslmError(
             f"{folder} has {kind} format version {manifest['version']}, this xinslm reads version "
-            f"{version}. "
-            f"Make it again with `{made_by}`"
+            f"{version}. Make it again with `{made_by}`"
         )
     for name, facts in manifest["files"].items():
         file = Path(folder) / name
@@ -179,8 +178,7 @@ def read_manifest(
         if file.stat().st_size != facts["bytes"]:
             raise XinslmError(
                 f"{file} has {file.stat().st_size:,} bytes, the manifest says {facts['bytes']:,}: "
-                "it is damaged or "
-                f"half-copied. Copy it again, or {remedy}"
+                f"it is damaged or half-copied. Copy it again, or {remedy}"
             )
     if check_hashes and (damaged := damaged_files(folder, manifest)):
         raise XinslmError(

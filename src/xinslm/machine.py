@@ -50,7 +50,9 @@ def _cpu() -> str:
 
 
 def is_shared(load: Any) -> bool:
-    """Whether other processes took so much CPU time that a speed says nothing; unknown: no."""
+    """Whether other processes used so much CPU time that a speed is not meaningful; False if
+    unknown.
+    """
     return isinstance(load, int | float) and load > MAX_OTHER_LOAD
 
 
@@ -62,7 +64,7 @@ class _Reading:
     own: float
     """Of this process and its finished children."""
     busy: float = 0.0
-    """Of all cores of the machine; 0 where the system does not say."""
+    """Of all cores of the machine; 0 if the system does not say."""
     total: float = 0.0
     """The same, idle time included."""
 

@@ -1,4 +1,4 @@
-"""How a stage tells what it is doing without printing: it calls a listener with `Progress` values.
+"""Progress of a stage without printing: the stage calls a listener with `Progress` values.
 
 The command line passes a listener that draws a live bar or plain lines; tests pass a list's
 `append`.
@@ -17,7 +17,7 @@ class Progress:
     done: float = 0
     """How much of `total` is done."""
     total: float | None = None
-    """How much there is to do in all; None where that is not known."""
+    """Total amount of work; None if unknown."""
     unit: str = ""
     """What `done` counts: 'steps', 'tokens', 'layers'."""
     values: Mapping[str, float | str] = field(default_factory=dict)

@@ -21,13 +21,13 @@ def require_run(folder: Path) -> None:
     if not (folder / "config.yaml").is_file() and not (folder / "metrics.jsonl").is_file():
         what = "has neither config.yaml nor metrics.jsonl" if folder.is_dir() else "does not exist"
         raise UsageError(
-            f"--run {folder} is not a run folder: it {what}. Give what `xinslm "
-            "distill` or pretrain wrote"
+            f"--run {folder} is not a run folder: it {what}. Give what `xinslm distill` or "
+            "pretrain wrote"
         )
 
 
 def read_rows(folder: Path, table: Table) -> list[dict[str, Any]]:
-    """Read a table's rows; none where there is no such file yet."""
+    """Read a table's rows; none if there is no such file yet."""
     path = folder / table
     if not path.is_file():
         return []
