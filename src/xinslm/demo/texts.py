@@ -12,7 +12,7 @@ import random
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
-from xinslm.demo import adventures, everyday
+from xinslm.demo import adventures, everyday, school
 from xinslm.demo.instructions import instruction
 from xinslm.demo.scene import Scene
 from xinslm.files import new_file
@@ -34,9 +34,9 @@ PLOTS: tuple[Callable[[Scene], list[str]], ...] = (
     everyday.birthday,
     everyday.brave,
     everyday.shopping,
-    everyday.lesson,
-    everyday.towers,
-    everyday.chores,
+    school.lesson,
+    school.towers,
+    school.chores,
 )
 
 

@@ -170,16 +170,11 @@ def _open(config: OnPolicyConfig) -> _Inputs:
 
 def _require_teacher(config: OnPolicyConfig, tokenizer: Any) -> None:
     """Raise UsageError before the first round instead of after its texts."""
-    from xinslm.alignment.nested import is_nested
-
-    theirs = teacher_tokenizer(config.teacher)
-    if theirs.fingerprint() != tokenizer.fingerprint() and not is_nested(tokenizer, theirs):
+    if teacher_tokenizer(config.teacher).fingerprint() != tokenizer.fingerprint():
         raise UsageError(
-            f"teacher {config.teacher} and student {config.student} have different tokenizers, "
-            "and the student's is "
-            "not a merge prefix of the teacher's: the teacher cannot score the student's tokens. "
-            "Use `xinslm distill` "
-            f"with a cache"
+            f"teacher {config.teacher} and student {config.student} have different tokenizers. A "
+            "student also writes tokens that its tokenizer would not choose for the text, so the "
+            "teacher cannot score them. Use `xinslm distill` with a cache"
         )
 
 

@@ -37,9 +37,7 @@ class OnPolicyConfig(TrainingConfig):
     student: Path
     """Student to start from: a model folder, a run folder (its best checkpoint), or a Hub name."""
     teacher: str
-    """Teacher: a model folder, a Hub name or a GGUF file with the student's tokenizer, or one whose
-    merge prefix it is.
-    """
+    """Teacher: a model folder, a Hub name or a GGUF file, with the student's tokenizer."""
     prompts: Path
     """Dataset folder made by `xinslm prepare`. The prompt is the masked part before a chat's first
     answer, or the beginning of a plain text.
