@@ -287,7 +287,8 @@ def test_a_run_learns_to_match_and_exports_a_llama_alone(world, cache, tmp_path)
     assert last.resolve() == best.resolve() or not (best / "auxiliary.safetensors").exists()
     page = report.run(ReportConfig(run)).html.read_text()
     assert (
-        "Hidden states against the teacher&#x27;s" in page and "Contrast of hidden states" in page
+        "Hidden states compared with the teacher&#x27;s" in page
+        and "Contrastive loss on hidden states" in page
     )
 
 

@@ -87,7 +87,7 @@ def test_rows_that_pad_the_vocabulary_are_cut_off(tmp_path: Path) -> None:
 
 def test_a_tokenizer_with_more_ids_than_the_model_is_refused(tmp_path: Path) -> None:
     save_random_model(tmp_path, vocabulary=300, vocab_size=290)
-    with pytest.raises(XinslmError, match="has 300 ids, the model only 290 rows"):
+    with pytest.raises(XinslmError, match="has 300 ids, but the model's embedding only 290 rows"):
         TorchEngine.load(tmp_path, "cpu")
 
 
