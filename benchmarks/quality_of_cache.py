@@ -4,7 +4,7 @@ tokens, paired seeds.
     python benchmarks/quality_of_cache.py --data ../shared/data --work /tmp/core
 
 Teacher stories5M, student of 1.4M parameters. For each seed every variant starts from the same
-weights and sees the same rows; only the teacher's word differs: none (cross-entropy), the whole
+weights and sees the same rows; only the teacher targets differ: none (cross-entropy), the whole
 distribution (live), the cache at several sizes, and the peers' scheme (the k largest probabilities,
 renormalised, against the student's whole softmax). The share is (CE - variant) / (CE - full) of the
 validation loss. Finished runs are not repeated.
@@ -180,7 +180,7 @@ def main() -> None:
         f"{args.optimizer}\n"
     )
     print(
-        "| teacher's word | bytes a position | validation nats | share of the gain, seed by seed "
+        "| teacher targets | bytes a position | validation nats | share of the gain, seed by seed "
         "| mean share |\n|---|---|---|---|---|"
     )
     table = {}

@@ -62,7 +62,7 @@ SWITCHED_OFF: dict[str, tuple[Any, str, Callable[..., Tensor]]] = {
     "act_order": (gptq, "rounding_order", lambda diagonal: torch.arange(len(diagonal))),
     "bf16_exact": (grids, "storable", _half),
 }
-"""What stands in for a step of the product when a variant leaves it out."""
+"""What replaces a step of the product in a variant without it."""
 
 
 @contextlib.contextmanager

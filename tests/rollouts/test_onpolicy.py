@@ -450,7 +450,7 @@ def test_contrast_weighs_the_students_answers_more_and_more(
     [
         (
             {"teacher": "http://localhost:1/v1"},
-            "is an endpoint, which says nothing about tokens that the student chose",
+            "is an endpoint, which cannot score the tokens that the student wrote",
         ),
         ({"max_new_tokens": 64}, "leaves no room for a prompt"),
         ({"mix_data": "d"}, "mix_data and mix_cache belong together"),

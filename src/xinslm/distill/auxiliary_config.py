@@ -1,4 +1,4 @@
-"""Configuration of the losses on hidden states, which stand beside the head's in `distill`."""
+"""Settings of the losses on hidden states, which `distill` adds to the loss on logits."""
 
 from dataclasses import dataclass
 from typing import Literal

@@ -145,8 +145,8 @@ def _open(config: OnPolicyConfig) -> _Inputs:
     dataset = open_dataset(config.prompts)
     if is_endpoint(config.teacher):
         raise UsageError(
-            f"{config.teacher} is an endpoint, which says nothing about tokens that "
-            "the student chose"
+            f"{config.teacher} is an endpoint, which cannot score the tokens that the student "
+            "wrote: give a model folder, a Hub name or a GGUF file"
         )
     student = resolve_model(config.student)
     tokenizer = load_tokenizer(student)

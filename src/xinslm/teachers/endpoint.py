@@ -158,7 +158,7 @@ class EndpointTeacher:
     ) -> Generation | None:
         """Let the server continue a text or answer a chat; None if the model refuses.
 
-        The server is told temperature, top_p and seed; the protocol has no top_k and min_p.
+        The request has temperature, top_p and seed; the protocol has no top_k and min_p.
         """
         choice = self._continue(prompt, key, sampling, max_new_tokens)
         written = generation(choice, self.tokenizer)

@@ -2,8 +2,8 @@
 
 An `Objective` gives micro-batches and their loss. The loss is divided by the target tokens of the
 optimizer step, however it is split into micro-batches. The batches of a step follow from the seed
-and the step, so a continued run repeats the uninterrupted one bit for bit on one machine's CPU.
-Ctrl-C ends the run after the current step, with a checkpoint.
+and the step, so a continued run repeats the uninterrupted one bit for bit on one machine's CPU
+with the same number of threads. Ctrl-C ends the run after the current step, with a checkpoint.
 """
 
 import math
