@@ -37,6 +37,18 @@ CONFIGURATIONS: dict[str, dict] = {
         "max_seq_length": 512,
         "gradient_checkpointing": True,
     },
+    "10m 8x512 bfloat16": {
+        "preset": "10m",
+        "batch_size": 8,
+        "max_seq_length": 512,
+        "compute_dtype": "bfloat16",
+    },
+    "135m 2x256 bfloat16": {
+        "preset": "135m",
+        "batch_size": 2,
+        "max_seq_length": 256,
+        "compute_dtype": "bfloat16",
+    },
     "10m 4x256": {"preset": "10m", "batch_size": 4, "max_seq_length": 256},
     "10m 4x384 muon": {
         "preset": "10m",
@@ -132,7 +144,7 @@ rebuild_buffers(model)
 model.initialise(torch.Generator().manual_seed(0))
 if config.param_dtype == "bfloat16":
     cast_matrices_to_bfloat16(model)
-    model.compute_dtype = torch.float32
+model.compute_dtype = getattr(torch, config.compute_dtype)
 trainer = packed_trainer(model, config, Source(PackedDataset(split, length), None, LossConfig(1.0, 0.0)), 2)
 for number in range(2):
     trainer.step(number)
@@ -140,16 +152,21 @@ print(json.dumps([before, resident("VmHWM")]))
 """
 
 
+def with_dtype(settings: dict) -> dict:
+    """The settings, with the type of products that they name or float32."""
+    return {"compute_dtype": "float32", **settings}
+
+
 def planned(settings: dict) -> int:
     """Bytes of the formula's peak."""
-    config = PretrainConfig(data_path="d", output_dir="o", **settings)
+    config = PretrainConfig(data_path="d", output_dir="o", **with_dtype(settings))
     shape = ModelConfig(vocab_size=VOCABULARY, **vars(PRESETS[config.preset]))
     return step_memory(shape, config).peak
 
 
 def measured(settings: dict) -> int:
     """Bytes above the idle process that two steps took at most."""
-    command = [sys.executable, "-c", STEPS, json.dumps(settings), str(VOCABULARY)]
+    command = [sys.executable, "-c", STEPS, json.dumps(with_dtype(settings)), str(VOCABULARY)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         sys.exit(done.stderr)

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 import training as train
+import xinslm.precision
 from xinslm.cache import score
 from xinslm.cache.config import CacheConfig
 from xinslm.data import prepare
@@ -24,6 +25,9 @@ from xinslm.demo.texts import stories
 from xinslm.distill.config import DistillConfig
 from xinslm.tokenizer.config import TokenizerConfig
 from xinslm.train.config import PretrainConfig
+
+# `auto` means float32 in the suite, whatever the processor: results are compared with float32 ones
+xinslm.precision.has_fast_bfloat16 = lambda device: False
 
 SMALL = {
     "hidden_size": 32,
@@ -36,6 +40,8 @@ SMALL = {
     "logging_steps": 1,
     "device": "cpu",
 }
+# subprocesses have the fixed type, too
+STEPS = {"max_steps": 8, "eval_steps": 4, "save_steps": 3, "compute_dtype": "float32"}
 
 
 @dataclass(frozen=True)
@@ -49,13 +55,13 @@ class World:
     settings = SMALL
 
     def distill(self, output_dir: Path, **changes) -> DistillConfig:
-        settings = {**SMALL, "max_steps": 8, "eval_steps": 4, "save_steps": 3, **changes}
+        settings = {**STEPS, **SMALL, **changes}
         if "teacher" not in settings:
             settings.setdefault("cache", self.cache)
         return DistillConfig(data_path=self.data, output_dir=output_dir, **settings)
 
     def pretrain(self, output_dir: Path, **changes) -> PretrainConfig:
-        settings = {**SMALL, "max_steps": 8, "eval_steps": 4, "save_steps": 3, **changes}
+        settings = {**STEPS, **SMALL, **changes}
         return PretrainConfig(data_path=self.data, output_dir=output_dir, **settings)
 
 

@@ -9,6 +9,9 @@ from xinslm.train.loop import Trainer
 from xinslm.train.packed import PackedObjective
 from xinslm.train.row_sampler import RowSampler, Source
 
+MEASURED = ("seconds", "tokens_per_second", "utilization", "other_load")
+"""Fields of metrics.jsonl that differ between equal runs."""
+
 
 def run(config, on_progress=ignore):
     stage = distill if isinstance(config, DistillConfig) else pretrain

@@ -13,6 +13,7 @@ from xinslm.errors import UsageError
 
 Device = Literal["auto", "cpu", "cuda", "mps"]
 Dtype = Literal["float32", "bfloat16", "float16"]
+ComputeDtype = Literal["auto", "float32", "bfloat16"]
 
 
 class Range(NamedTuple):

@@ -294,10 +294,7 @@ def test_a_run_learns_to_match_and_exports_a_llama_alone(world, cache, tmp_path)
 
 def metrics(run):
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [
-        {k: v for k, v in line.items() if k not in ("seconds", "tokens_per_second", "other_load")}
-        for line in lines
-    ]
+    return [{k: v for k, v in line.items() if k not in train.MEASURED} for line in lines]
 
 
 @pytest.mark.parametrize(("at_step", "live"), [(5, False), (4, True)])

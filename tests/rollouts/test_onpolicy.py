@@ -60,6 +60,7 @@ def make(world, student):
     def configure(output_dir, **changes) -> OnPolicyConfig:
         settings = {
             **SMALL,
+            "compute_dtype": "float32",
             "student": student,
             "teacher": str(world.teacher),
             "prompts": world.data,
@@ -82,10 +83,7 @@ def weights(run):
 
 def metrics(run):
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [
-        {k: v for k, v in line.items() if k not in ("seconds", "tokens_per_second", "other_load")}
-        for line in lines
-    ]
+    return [{k: v for k, v in line.items() if k not in train.MEASURED} for line in lines]
 
 
 def rounds(run):

@@ -50,10 +50,7 @@ def weights(run, which="last"):
 
 def metrics(run):
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [
-        {k: v for k, v in line.items() if k not in ("seconds", "tokens_per_second", "other_load")}
-        for line in lines
-    ]
+    return [{k: v for k, v in line.items() if k not in train.MEASURED} for line in lines]
 
 
 def assert_same_run(a, b):

@@ -5,9 +5,10 @@
 CE is hard-label cross-entropy. KD is one of five divergences from a teacher: sparse, from a cache
 (`SparseTargets`), dense, live (`DenseTargets`), or over buckets of tokens (`BucketTargets`).
 Sparse targets are not renormalized: the mass outside the top k is a bucket of its own. At positions
-without teacher targets CE has the weight alpha + beta. A chunk's (rows, vocabulary) logits become
-their gradient in place, so there is no graph and no second copy; the gradient of the LM head is
-summed in float32. A pure function for any training loop:
+without teacher targets CE has the weight alpha + beta. The logits of `PIECE_ROWS` positions, few
+enough to stay in the processor's cache, become their gradient in place, so there is no graph and no
+second copy; a chunk of them is multiplied at once, and the gradient of the LM head is summed in
+float32. A pure function for any training loop:
 
     states = model.model(input_ids).last_hidden_state
     rows, labels, _ = next_tokens(states, input_ids_with_minus_100)
@@ -20,6 +21,7 @@ summed in float32. A pure function for any training loop:
 scale to `hidden`.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -30,6 +32,13 @@ from xinslm.losses.chunk import chunk_loss
 from xinslm.losses.config import LossConfig
 from xinslm.losses.inplace import widest
 from xinslm.losses.targets import BucketTargets, Targets
+
+PIECE_ROWS = 128
+"""Positions whose logits are computed at a time."""
+CHUNK_ROWS, NARROW_CHUNK_ROWS = 256, 1024
+"""Default of `HeadOptions.chunk_rows` in float32, where products add to the head's gradient in
+place, and in bfloat16 or float16, where each product is a matrix of its own to add.
+"""
 
 
 @dataclass(frozen=True)
@@ -67,8 +76,10 @@ class HeadOptions:
     """(V,); receives a gradient."""
     softcap: float | None = None
     """c of logits c * tanh(x / c), as in Gemma 2."""
-    chunk_rows: int = 256
-    """Positions whose logits exist at the same time."""
+    chunk_rows: int | None = None
+    """Positions whose logit gradients are kept until they are multiplied; by default 256, and 1024
+    if `hidden` is bfloat16 or float16.
+    """
 
 
 def fused_loss(
@@ -139,28 +150,14 @@ class _FusedHead(torch.autograd.Function):
         grad_weight = torch.zeros_like(weight, dtype=exact) if wants_weight else None
         grad_bias = torch.zeros_like(bias, dtype=exact) if bias is not None and wants_bias else None
         sums = torch.zeros(2, dtype=widest(hidden), device=hidden.device)
-        total, step = hidden.shape[0], work.head.chunk_rows
-        buffer = torch.empty(min(step, total), len(weight), dtype=exact, device=hidden.device)
-        for start in range(0, total, step):
-            rows = slice(start, min(start + step, total))
-            z = buffer[: rows.stop - rows.start]  # (rows, V); becomes the gradient
-            if hidden.dtype == exact:
-                torch.mm(hidden[rows], matrix.t(), out=z)
-            else:
-                z.copy_(torch.mm(hidden[rows], matrix.t()))
-            if bias is not None:
-                z.add_(bias)
-            sums += _chunk_(z, rows, work)
-            if grad_bias is not None:
-                grad_bias += z.sum(dim=0)
-            g = z.to(hidden.dtype)
+        for rows, g in _logit_gradients(hidden, matrix, bias, work, sums, grad_bias):
             if grad_hidden is not None:
                 torch.mm(g, matrix, out=grad_hidden[rows])
             if grad_weight is not None:
                 if g.dtype == exact:
                     grad_weight.addmm_(g.t(), hidden[rows])
                 else:
-                    grad_weight += torch.mm(g.t(), hidden[rows]).to(exact)
+                    grad_weight += torch.mm(g.t(), hidden[rows])
         alpha, beta = work.config.alpha, work.config.beta
         loss = ((alpha * sums[0] + beta * sums[1]) / work.count).to(exact)
         ctx.grads = (
@@ -186,7 +183,45 @@ class _FusedHead(torch.autograd.Function):
         return *grads, None
 
 
-def _chunk_(z: Tensor, rows: slice, work: _Work) -> Tensor:
+def _logit_gradients(
+    hidden: Tensor,
+    matrix: Tensor,
+    bias: Tensor | None,
+    work: _Work,
+    sums: Tensor,
+    grad_bias: Tensor | None,
+) -> Iterator[tuple[slice, Tensor]]:
+    """Yield chunks of rows and the gradient of their logits, (rows, V) in hidden's dtype, valid
+    until the next one.
+
+    Adds the loss terms to `sums` (2,) and the bias's gradient to `grad_bias`.
+    """
+    exact = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    is_exact, total = hidden.dtype == exact, hidden.shape[0]
+    chunk = work.head.chunk_rows or (CHUNK_ROWS if is_exact else NARROW_CHUNK_ROWS)
+    shape = (min(chunk, total), len(matrix))
+    gradients = torch.empty(shape, dtype=hidden.dtype, device=hidden.device)
+    wide = gradients if is_exact else gradients.new_empty((PIECE_ROWS, shape[1]), dtype=exact)
+    for start in range(0, total, chunk):
+        end = min(start + chunk, total)
+        for at in range(start, end, PIECE_ROWS):
+            rows = slice(at, min(at + PIECE_ROWS, end))
+            kept = gradients[rows.start - start : rows.stop - start]
+            z = kept if is_exact else wide[: len(kept)]  # becomes the gradient
+            torch.mm(hidden[rows], matrix.t(), out=kept)
+            if not is_exact:
+                z.copy_(kept)
+            if bias is not None:
+                z.add_(bias)
+            sums += _piece_(z, rows, work)
+            if grad_bias is not None:
+                grad_bias += z.sum(dim=0)
+            if not is_exact:
+                kept.copy_(z)
+        yield slice(start, end), gradients[: end - start]
+
+
+def _piece_(z: Tensor, rows: slice, work: _Work) -> Tensor:
     """Replace logits (rows, V) by their gradient; return the sums of both loss terms, (2,)."""
     slope, softcap = None, work.head.softcap
     if softcap is not None:

@@ -1,8 +1,13 @@
-"""Matrices stored in bfloat16 and multiplied in float32, for processors without fast bfloat16.
+"""Matrices whose stored type differs from the type they are multiplied in.
 
-A layer's float32 copy exists for one multiplication and is recomputed in the backward pass, so
-there is never a float32 copy of the complete model. The gradient is summed in float32 and rounded
-once. If the types are equal, or under autocast, the layers behave like PyTorch's.
+- Stored in bfloat16, multiplied in float32, for processors without fast bfloat16 products: a
+  layer's float32 copy exists for one multiplication and is recomputed in the backward pass.
+- Stored in float32, multiplied in bfloat16 (mixed precision, Micikevicius et al.,
+  arXiv:1710.03740): a layer's bfloat16 copy is made once and kept until `forget_copies`, so it
+  serves all micro-batches of an optimizer step.
+
+Gradients have the weight's type and are rounded once. If the types are equal, or under autocast,
+the layers behave like PyTorch's.
 """
 
 from typing import Any
@@ -15,12 +20,43 @@ from torch import Tensor, nn
 class Linear(nn.Linear):
     """A linear layer without bias that computes in its input's type."""
 
+    _copy: Tensor | None = None
+
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out), in x's dtype."""
-        if x.dtype == self.weight.dtype or torch.is_autocast_enabled(x.device.type):
-            return F.linear(x, self.weight)
-        result: Tensor = _WideLinear.apply(x, self.weight)
+        weight = self.weight
+        if x.dtype == weight.dtype or torch.is_autocast_enabled(x.device.type):
+            return F.linear(x, weight)
+        if x.dtype.itemsize >= weight.dtype.itemsize:
+            result: Tensor = _WideLinear.apply(x, weight)
+            return result
+        if self._copy is None:
+            self._copy = weight.detach().to(x.dtype)
+        result = _NarrowLinear.apply(x, weight, self._copy)
         return result
+
+
+def forget_copies(model: nn.Module) -> None:
+    """Drop the narrow copies of weights that have changed, or will."""
+    for module in model.modules():
+        if isinstance(module, Linear):
+            module._copy = None
+
+
+class _NarrowLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, copy: Tensor) -> Tensor:
+        ctx.save_for_backward(x, copy)
+        ctx.dtype = weight.dtype
+        return F.linear(x, copy)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        x, copy = ctx.saved_tensors
+        wants_x, wants_weight = ctx.needs_input_grad[:2]
+        grad_x = grad @ copy if wants_x else None
+        grad_weight = grad.flatten(0, -2).t() @ x.flatten(0, -2) if wants_weight else None
+        return grad_x, None if grad_weight is None else grad_weight.to(ctx.dtype), None
 
 
 class _WideLinear(torch.autograd.Function):
@@ -56,9 +92,9 @@ class _WideEmbedding(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor, None]:
         (ids,) = ctx.saved_tensors
-        # sums of many gradients need the precision of grad's dtype
-        total = torch.zeros(ctx.shape, dtype=grad.dtype, device=grad.device)
-        total.index_add_(0, ids.flatten(), grad.flatten(0, -2))
+        # sums of many gradients need float32
+        total = torch.zeros(ctx.shape, dtype=torch.float32, device=grad.device)
+        total.index_add_(0, ids.flatten(), grad.flatten(0, -2).float())
         return None, total.to(ctx.dtype), None
 
 

@@ -32,9 +32,29 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., size) -> (..., size), in x's dtype."""
+        result: Tensor = _Normalize.apply(x, self.weight, self.eps)
+        return result
+
+
+class _Normalize(torch.autograd.Function):
+    """Keeps its input and one number a row; autograd would keep three tensors of x's size."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         wide = x.float()
-        wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
-        return _scaled(wide.to(x.dtype), self.weight)
+        scale = wide.square().mean(-1, keepdim=True).add_(eps).rsqrt_()  # (..., 1)
+        ctx.save_for_backward(x, weight, scale)
+        return (wide * scale).to(x.dtype).mul_(weight)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        x, weight, scale = ctx.saved_tensors
+        unit, grad = x.float() * scale, grad.float()
+        product = grad * unit
+        grad_weight = product.flatten(0, -2).sum(0).to(weight.dtype)
+        along = product.mul_(weight).mean(-1, keepdim=True)
+        grad_x = (grad * weight).sub_(unit.mul_(along)).mul_(scale)
+        return grad_x.to(x.dtype), grad_weight, None
 
 
 def _scaled(x: Tensor, by: Tensor) -> Tensor:

@@ -13,13 +13,12 @@ compares with measured peaks.
 
 from dataclasses import dataclass
 
+from xinslm.losses.fused import CHUNK_ROWS, NARROW_CHUNK_ROWS, PIECE_ROWS
 from xinslm.model.config import ModelConfig
 from xinslm.train.config import PretrainConfig
 
 RUNTIME_GIB = 0.5
 """Python, PyTorch and transformers, loaded and idle."""
-LOSS_ROWS = 256
-"""Rows of logits that the fused head holds at once."""
 SMALLEST_IN_8_BITS = 4096
 PIECE = 1 << 16
 FRAGMENTATION = 0.15
@@ -79,19 +78,18 @@ def num_vectors(shape: ModelConfig) -> int:
 
 
 def kept_by_block(shape: ModelConfig, tokens: int, width: int) -> int:
-    """Bytes that autograd keeps of one block for `tokens` positions, with a float32 residual
-    stream.
+    """Bytes that autograd keeps of one block for `tokens` positions.
 
-    width: bytes per element of the inputs and outputs of matrix products, 2 under autocast. Norms
-    keep their input, the normalized input and its copy for the products; attention keeps q, k, v
-    and its output; SwiGLU keeps four times its width.
+    width: bytes per element of the activations. Norms keep their input, one float32 number and, for
+    the products, their output; attention keeps q, k, v and its output; SwiGLU keeps four times its
+    width.
     """
     d, f = shape.hidden_size, shape.intermediate_size
     query, shared = (
         shape.num_attention_heads * shape.head_dim,
         shape.num_key_value_heads * shape.head_dim,
     )
-    norms = 2 * (2 * 4 * d + width * d + 4)
+    norms = 2 * (2 * width * d + 4)
     attention = width * (2 * query + 2 * shared) + 4 * shape.num_attention_heads
     return tokens * (norms + attention + width * 4 * f)
 
@@ -101,6 +99,9 @@ def step_memory(shape: ModelConfig, config: PretrainConfig) -> Memory:
     all_matrices, vectors = matrices(shape), num_vectors(shape)
     states = sum(m.count * state_bytes(m, config.optimizer) for m in all_matrices) + 8 * vectors
     always = {"weights": _param_bytes(shape, config), "optimizer states": states}
+    if _width(config) < _stored_bytes(config):
+        copies = 2 * sum(m.size * m.count for m in all_matrices if m.hidden)
+        always["bfloat16 copies of the weights"] = copies
     moments = _moments(shape, config)
     if config.gradient_checkpointing:
         found = [Memory(moment, always | parts) for moment, parts in moments.items()]
@@ -117,10 +118,13 @@ def _moments(shape: ModelConfig, config: PretrainConfig) -> dict[str, dict[str, 
     d, stored = shape.hidden_size, _stored_bytes(config)
     tokens = (config.micro_batch_size or config.batch_size) * config.max_seq_length
     embedding, fused = shape.vocab_size * d, config.optimizer_in_backward
-    # the head's gradient in float32, and its copy if the weights are not
-    head = 4 * embedding + (stored == 2) * 4 * embedding
-    loss = tokens * (2 * 4 * d + TARGET_BYTES)
-    loss += 2 * 4 * min(LOSS_ROWS, tokens) * shape.vocab_size
+    width = _width(config)
+    # the head's gradient in float32, the head in the type of the products, and a product of that
+    # type where it cannot be added in place
+    head = 4 * embedding + (stored != width) * width * embedding + (width == 2) * 2 * embedding
+    chunk = min(CHUNK_ROWS if width == 4 else NARROW_CHUNK_ROWS, tokens)
+    loss = tokens * (2 * width * d + TARGET_BYTES)
+    loss += (width * chunk + 4 * PIECE_ROWS) * shape.vocab_size
     head_gradient = embedding * stored
     gradients = 0 if fused else _param_bytes(shape, config)
     single = max(m.size for m in matrices(shape) if m.hidden) * (stored + 4)
@@ -135,7 +139,7 @@ def _moments(shape: ModelConfig, config: PretrainConfig) -> dict[str, dict[str, 
         "the start of the backward pass": {
             "gradients": begun + (single if fused else 0),
             "activations": at_start,
-            "head and loss": 4 * tokens * d,
+            "head and loss": width * tokens * d,
         },
         "the end of the backward pass": {
             "gradients": gradients + embedding * (stored + 4) + (head_gradient if fused else 0),
@@ -154,18 +158,24 @@ def _moments(shape: ModelConfig, config: PretrainConfig) -> dict[str, dict[str, 
 def _activations(shape: ModelConfig, config: PretrainConfig, tokens: int) -> tuple[int, int, int]:
     """Bytes at the loss, at the start and at the end of the backward pass."""
     d, f, layers = shape.hidden_size, shape.intermediate_size, shape.num_hidden_layers
-    width = 4 if config.compute_dtype == "float32" else 2
+    width = _width(config)
     block = kept_by_block(shape, tokens, width)
     mask = tokens * config.max_seq_length * width
     # gradients inside a block
-    passing = 4 * tokens * max(2 * d + 3 * f * width // 4, 4 * d)
+    passing = tokens * max(width * (2 * d + 3 * f), 3 * 4 * d)
     # the float32 copy of a bfloat16 matrix that is multiplied
-    widened = 4 * (max(m.size for m in matrices(shape)) if _stored_bytes(config) == 2 else 0)
+    is_widened = _stored_bytes(config) < width
+    widened = 4 * max(m.size for m in matrices(shape)) if is_widened else 0
     if config.gradient_checkpointing:
-        kept, inside = (layers + 3) * 4 * tokens * d, block
+        kept, inside = (layers + 3) * width * tokens * d, block
     else:
-        kept, inside = layers * block + 3 * 4 * tokens * d, 0
+        kept, inside = layers * block + 3 * width * tokens * d, 0
     return kept + mask, kept + inside + mask + passing + widened, block + mask + passing
+
+
+def _width(config: PretrainConfig) -> int:
+    """Bytes of one activation."""
+    return 4 if config.compute_dtype == "float32" else 2
 
 
 def _stored_bytes(config: PretrainConfig) -> int:

@@ -10,12 +10,14 @@ from typing import Any
 
 from xinslm.cache.config import default_top_k
 from xinslm.cache.entries import CacheFormat
+from xinslm.device import pick_device
 from xinslm.errors import UsageError
 from xinslm.files import MANIFEST
 from xinslm.model.config import ModelConfig
 from xinslm.plan.config import PlanConfig
 from xinslm.plan.memory import RUNTIME_GIB, Memory, step_memory
 from xinslm.plan.work import DEVICES, Device, measure_here, training_operations
+from xinslm.precision import compute_dtype
 from xinslm.progress import Listener, ignore
 from xinslm.train.inputs import shape
 
@@ -120,6 +122,9 @@ def run(config: PlanConfig, on_progress: Listener = ignore) -> PlanResult:
     config.check()
     vocabulary, tokens, notes = _data(config)
     student = shape(config, _Vocabulary(vocabulary))
+    resolved = compute_dtype(config.compute_dtype, pick_device(config.device))
+    products: Any = str(resolved).removeprefix("torch.")
+    config = replace(config, compute_dtype=products)
     trained = round(tokens * config.num_epochs)
     if config.max_steps is not None:
         trained = config.max_steps * config.batch_size * config.max_seq_length
@@ -137,8 +142,8 @@ def run(config: PlanConfig, on_progress: Listener = ignore) -> PlanResult:
         ).dtype.itemsize
         stages.append(Stage("cache", 2.0 * numbers * tokens, dtype, tokens * entry))
     written = _checkpoint(student, config)
-    products = "bfloat16" if config.compute_dtype == "bfloat16" else "float32"
-    stages.append(Stage("train", training_operations(student, config) * trained, products, written))
+    operations = training_operations(student, config) * trained
+    stages.append(Stage("train", operations, config.compute_dtype, written))
     needed = step_memory(student, config)
     result = PlanResult(
         config,
@@ -147,7 +152,7 @@ def run(config: PlanConfig, on_progress: Listener = ignore) -> PlanResult:
         needed,
         other_models,
         tuple(stages),
-        (measure_here(products), *DEVICES),
+        (measure_here(config.compute_dtype), *DEVICES),
         "",
         notes,
     )

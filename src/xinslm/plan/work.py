@@ -1,20 +1,25 @@
 """Floating-point operations of each stage, and the time they take on named devices.
 
-A multiplication and an addition count as two operations. A forward pass costs two operations per
-token and parameter of the matrices (including the head), plus attention over half the row. The
-backward pass costs twice the forward pass, gradient checkpointing one more forward pass through the
-blocks. The devices' numbers are the vendors' published dense peaks; the share of the peak that
-training reaches is an assumption, printed in the table.
+`model.operations` counts the forward and the backward pass; gradient checkpointing costs one more
+forward pass through the blocks. The devices' numbers are the vendors' published dense peaks; the
+share of the peak that training reaches is an assumption, printed in the table.
 """
 
-import time
 from dataclasses import dataclass
 
+import torch
+
+from xinslm.device import pick_device
+from xinslm.model import operations
 from xinslm.model.config import ModelConfig
+from xinslm.model.operations import forward_operations
 from xinslm.plan.memory import matrices
+from xinslm.precision import product_rate
 from xinslm.train.config import PretrainConfig
 
 NEWTON_SCHULZ_STEPS = 5
+SHARE_HERE = {"float32": 0.7, "bfloat16": 0.2}
+"""Share of the measured peak that training reached where it was measured (docs/results.md)."""
 
 
 @dataclass(frozen=True)
@@ -45,18 +50,11 @@ DEVICES = (
 )
 
 
-def forward_operations(shape: ModelConfig, length: int) -> tuple[float, float]:
-    """Operations per token of a forward pass: of the blocks, and of the head."""
-    hidden = sum(m.size * m.count for m in matrices(shape) if m.hidden)
-    seen = min(length, shape.sliding_window or length) / 2
-    attention = shape.num_hidden_layers * 4 * seen * shape.num_attention_heads * shape.head_dim
-    return 2.0 * hidden + attention, 2.0 * shape.vocab_size * shape.hidden_size
-
-
 def training_operations(shape: ModelConfig, config: PretrainConfig) -> float:
     """Operations per token of training, including the optimizer's matrix products."""
-    blocks, head = forward_operations(shape, config.max_seq_length)
-    total = 3 * (blocks + head) + (blocks if config.gradient_checkpointing else 0)
+    blocks, _ = forward_operations(shape, config.max_seq_length)
+    total = operations.training_operations(shape, config.max_seq_length)
+    total += blocks if config.gradient_checkpointing else 0
     if config.optimizer == "muon":
         step = 0.0
         for m in matrices(shape):
@@ -72,28 +70,12 @@ def training_operations(shape: ModelConfig, config: PretrainConfig) -> float:
 
 
 def measure_here(dtype: str = "float32") -> Device:
-    """Measure this machine on matrix products of a training step's size, in about a second."""
-    import torch
-
-    kind = torch.float32 if dtype == "float32" else torch.bfloat16
-    device = (
-        "cuda"
-        if torch.cuda.is_available()
-        else "mps"
-        if torch.backends.mps.is_available()
-        else "cpu"
-    )
-    left, right = (
-        torch.randn(512, 1024, device=device, dtype=kind),
-        torch.randn(1024, 1024, device=device, dtype=kind),
-    )
-    best, end = float("inf"), time.perf_counter() + 0.7
-    while time.perf_counter() < end:
-        began = time.perf_counter()
-        product = left @ right
-        product[0, 0].item()
-        best = min(best, time.perf_counter() - began)
-    rate = 2 * 512 * 1024 * 1024 / best / 1e12
+    """Measure this machine's peak on matrix products."""
+    device = pick_device("auto").type
+    rate = product_rate(getattr(torch, dtype), device) / 1e12
     return Device(
-        f"this machine ({device}, {torch.get_num_threads()} threads, measured)", rate, rate, 0.7
+        f"this machine ({device}, {torch.get_num_threads()} threads, measured)",
+        rate,
+        rate,
+        SHARE_HERE[dtype],
     )

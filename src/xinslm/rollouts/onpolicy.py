@@ -55,7 +55,7 @@ from xinslm.train.loop import Trainer, learning_rate, train
 from xinslm.train.packed import PackedObjective, validation_data
 from xinslm.train.recorder import RunRecorder, resume
 from xinslm.train.row_sampler import RowSampler, Source, indices_of_step
-from xinslm.train.run import claim_run, note_facts, write_model
+from xinslm.train.run import begun_dtype, claim_run, note_facts, write_model
 
 ROUND = "round.json"
 PATHS = ("student", "teacher", "prompts", "mix_data", "mix_cache")
@@ -108,7 +108,9 @@ def run(config: OnPolicyConfig, on_progress: Listener = ignore) -> OnPolicyResul
     with locked(config.output_dir):
         with claim_run(config, "onpolicy", PATHS):
             inputs = _open(config)
-            note_facts(config.output_dir, _fingerprints(inputs), inputs.device)
+            dtype = str(begun_dtype(config, inputs.device)).removeprefix("torch.")
+            facts = {**_fingerprints(inputs), "compute_dtype": dtype}
+            note_facts(config.output_dir, facts, inputs.device)
             if _is_done(inputs, config.rounds - 1):
                 raise UsageError(
                     f"{config.output_dir} already holds this run, finished. Choose another "
@@ -214,7 +216,7 @@ def _write(inputs: _Inputs, number: int, folder: Path, on_progress: Listener) ->
     config, prompts = inputs.config, inputs.prompts
     student = last_checkpoint(config.output_dir) or resolve_model(config.student)
     model = (
-        load_transformer(student, getattr(torch, config.compute_dtype))
+        load_transformer(student, begun_dtype(config, inputs.device))
         .to(inputs.device)
         .requires_grad_(False)
     )
@@ -293,6 +295,7 @@ def _learn(inputs: _Inputs, number: int, on_progress: Listener) -> TrainingState
         resolve_model(config.student), gradient_checkpointing=config.gradient_checkpointing
     )
     model = model.to(inputs.device)
+    model.compute_dtype = begun_dtype(config, inputs.device)
     held_out = validation_data(inputs.dataset, config.max_seq_length)
     validation = None if held_out is None else (held_out, None)
     objective = PackedObjective(model, config, plan, inputs.device, validation)

@@ -6,7 +6,17 @@ from typing import Annotated, Literal
 
 import tyro
 
-from xinslm.ranges import CONTEXT, POSITIVE, SEED, SHARE, Device, Range, Settings, range_errors
+from xinslm.ranges import (
+    CONTEXT,
+    POSITIVE,
+    SEED,
+    SHARE,
+    ComputeDtype,
+    Device,
+    Range,
+    Settings,
+    range_errors,
+)
 
 _SIZES = (
     "vocab_size",
@@ -77,8 +87,10 @@ class TrainingConfig(Settings):
     """Steps between checkpoints; there is one at the end and on Ctrl-C in any case."""
     logging_steps: int | None = None
     """Steps between lines of metrics.jsonl; a 50th of the run and at most 10, if not given."""
-    compute_dtype: Literal["float32", "bfloat16"] = "float32"
-    """Number type of the forward pass's products."""
+    compute_dtype: ComputeDtype = "auto"
+    """Number type of activations and matrix products; the weights and their updates stay in
+    param_dtype. auto: bfloat16 where the processor multiplies it faster.
+    """
     device: Device = "auto"
     """Where to train; auto takes cuda, then mps, then cpu."""
     gradient_checkpointing: bool = False

@@ -95,6 +95,17 @@ class MicroBatch(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class Operations:
+    """What a step costs, to compare with what the device can do."""
+
+    per_step: float
+    """Floating-point operations of a forward and a backward pass over all positions."""
+    dtype: torch.dtype
+    """Type of the matrix products."""
+    device: str
+
+
 class Objective(Protocol):
     """A model and the data it is trained on: gives micro-batches and their loss."""
 
@@ -106,6 +117,11 @@ class Objective(Protocol):
     @property
     def auxiliary(self) -> AuxiliaryLoss | None:
         """Losses on hidden states, if any."""
+        ...
+
+    @property
+    def operations(self) -> Operations | None:
+        """Work of a step; None if it is not counted."""
         ...
 
     @property

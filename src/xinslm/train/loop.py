@@ -20,6 +20,7 @@ import numpy as np
 import torch
 
 from xinslm.errors import Interrupted, XinslmError
+from xinslm.model.param_dtype import forget_copies
 from xinslm.train.checkpoint import TrainingState
 from xinslm.train.config import TrainingConfig
 from xinslm.train.interfaces import Metrics, Objective
@@ -113,6 +114,7 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         objective.model.train()
+        forget_copies(objective.model)
         self.optimizer.zero_grad(set_to_none=True)
         if objective.auxiliary is not None:
             objective.auxiliary.zero_grad()
@@ -161,6 +163,7 @@ class Trainer:
     def validate(self) -> Validation:
         """Score the held-out data."""
         self.objective.model.eval()
+        forget_copies(self.objective.model)
         ce = kd = 0.0
         count = 0
         has_teacher = False

@@ -35,7 +35,7 @@ from xinslm.progress import Listener, ignore
 from xinslm.teachers.adapter import KIND, VERSION, WEIGHTS, require_peft
 from xinslm.teachers.huggingface import HuggingFaceTeacher
 from xinslm.train.checkpoint import CHECKPOINTS, TrainingState
-from xinslm.train.interfaces import AuxiliaryLoss, Metrics
+from xinslm.train.interfaces import AuxiliaryLoss, Metrics, Operations
 from xinslm.train.loop import Trainer, train
 from xinslm.train.lora_config import AdaptConfig
 from xinslm.train.padded import PaddedBatch, PaddedSequences
@@ -81,7 +81,7 @@ def run(config: AdaptConfig, on_progress: Listener = ignore) -> AdaptResult:
         with claim_run(config, "adapt", ("teacher", "data_path")):
             teacher = HuggingFaceTeacher(
                 config.teacher,
-                config.compute_dtype,
+                config.compute_dtype if config.compute_dtype != "auto" else "float32",
                 pick_device(config.device),
                 config.revision,
                 config.trust_remote_code,
@@ -182,6 +182,7 @@ class LoraObjective:
     ) -> None:
         self.teacher, self.data, self.config = teacher, data, config
         self.auxiliary: AuxiliaryLoss | None = None
+        self.operations: Operations | None = None
 
     @property
     def model(self) -> nn.Module:

@@ -3,7 +3,6 @@ forward pass, the fused loss.
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,9 +14,10 @@ from xinslm.data.dataset import Dataset
 from xinslm.data.packing import Batch, PackedDataset
 from xinslm.losses.config import LossConfig
 from xinslm.losses.fused import LossMetrics, fused_loss
+from xinslm.model.operations import training_operations
 from xinslm.model.transformer import Transformer
 from xinslm.train.config import PretrainConfig, TrainingConfig
-from xinslm.train.interfaces import AuxiliaryLoss, Metrics, TargetSource
+from xinslm.train.interfaces import AuxiliaryLoss, Metrics, Operations, TargetSource
 from xinslm.train.loop import Trainer
 from xinslm.train.row_sampler import RowSampler, Source
 
@@ -64,6 +64,14 @@ class PackedObjective:
         self._forward: Callable[..., Any] = torch.compile(model.hidden) if compile else model.hidden
 
     @property
+    def operations(self) -> Operations:
+        """Work of a step of full rows."""
+        config, dtype = self.config, self.model.compute_dtype or self.model.head_weight.dtype
+        of_token = training_operations(self.model.config, config.max_seq_length)
+        per_step = config.batch_size * config.max_seq_length * of_token
+        return Operations(per_step, dtype, self.device.type)
+
+    @property
     def has_held_out(self) -> bool:
         """Whether there is data to validate on."""
         return self._validation is not None
@@ -108,13 +116,12 @@ class PackedObjective:
         auxiliary = self.auxiliary if step is not None else None
         depths = () if auxiliary is None or step is None else auxiliary.depths(step)
         batch = micro.batch
-        with self._precision():
-            hidden = self._forward(
-                self._tensor(batch.input_ids),
-                self._tensor(batch.positions),
-                self._tensor(batch.segments),
-                layers=depths,
-            )
+        hidden = self._forward(
+            self._tensor(batch.input_ids),
+            self._tensor(batch.positions),
+            self._tensor(batch.segments),
+            layers=depths,
+        )
         extra: Tensor | float = 0.0
         terms: Metrics = {}
         if depths and auxiliary is not None and step is not None:
@@ -122,8 +129,6 @@ class PackedObjective:
             extra, terms = auxiliary.loss(layers, batch, micro.chosen, step, normaliser)
         where = self._tensor(micro.chosen)
         hidden = hidden.reshape(-1, hidden.shape[-1])[where]
-        if self.config.compute_dtype == "bfloat16":
-            hidden = hidden.bfloat16()
         labels = self._tensor(batch.labels.ravel())[where]
         source = micro.source.targets
         targets = None if source is None else source.targets(batch, micro.chosen, self.device)
@@ -138,11 +143,6 @@ class PackedObjective:
         offsets = micro.source.rows.split.documents
         found: np.ndarray = np.searchsorted(offsets, stream[stream >= 0], side="right") - 1
         return found
-
-    def _precision(self) -> AbstractContextManager[Any]:
-        if self.config.compute_dtype == "float32":
-            return nullcontext()
-        return torch.autocast(self.device.type, torch.bfloat16)
 
     def _tensor(self, array: np.ndarray) -> Tensor:
         return torch.from_numpy(array).to(self.device)

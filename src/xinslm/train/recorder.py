@@ -14,6 +14,7 @@ from torch import Tensor
 
 from xinslm.files import write_text
 from xinslm.machine import OtherLoad
+from xinslm.precision import product_rate
 from xinslm.progress import Listener, Progress
 from xinslm.train.checkpoint import (
     TrainingState,
@@ -95,9 +96,9 @@ class RunRecorder:
         """Log every `logging_steps` steps, the first and the last."""
         if step.step % self.every and step.step not in (1, self.total):
             return
-        seconds = state.seconds - self.since.seconds
-        speed = (state.tokens - self.since.tokens) / max(seconds, 1e-9)
-        self.since = state
+        since, self.since = self.since, state
+        seconds = state.seconds - since.seconds
+        speed = (state.tokens - since.tokens) / max(seconds, 1e-9)
         kd = {"kd": step.kd} if self.with_kd else {}
         self._write(
             {
@@ -110,6 +111,7 @@ class RunRecorder:
                 "lr": step.learning_rate,
                 "grad_norm": step.grad_norm,
                 "tokens_per_second": speed,
+                "utilization": self.utilization(state.step - since.step, seconds),
                 "seconds": state.seconds,
                 "other_load": self.other_load.share(),
             }
@@ -123,6 +125,15 @@ class RunRecorder:
             "tokens/s": speed,
         }
         self.on_progress(Progress(self.stage, step.step, self.total, "steps", values))
+
+    def utilization(self, steps: int, seconds: float) -> float | None:
+        """Operations of the model in some steps by those that the device could do in this time
+        (MFU, PaLM, arXiv:2204.02311); None if they are not counted.
+        """
+        work = self.trainer.objective.operations
+        if work is None or seconds <= 0:
+            return None
+        return steps * work.per_step / seconds / product_rate(work.dtype, work.device)
 
     def validation(self, result: Validation, state: TrainingState) -> None:
         """Log a validation."""

@@ -37,6 +37,7 @@ from xinslm.model.files import (
 )
 from xinslm.model.param_dtype import cast_matrices_to_bfloat16
 from xinslm.model.transformer import Transformer
+from xinslm.precision import compute_dtype
 from xinslm.progress import Listener, Progress, ignore
 from xinslm.tokenizer.load import load_tokenizer
 from xinslm.train.checkpoint import TrainingState, last_checkpoint
@@ -164,7 +165,7 @@ def _set_up(
     model = _make_model(config, dataset, tokenizer)
     if config.param_dtype == "bfloat16":
         cast_matrices_to_bfloat16(model)
-        model.compute_dtype = torch.float32
+    model.compute_dtype = begun_dtype(config, device)
     model = model.to(device)
     make = supervision.make_auxiliary_loss
     held_out = validation_data(dataset, config.max_seq_length)
@@ -183,6 +184,7 @@ def _set_up(
         "total_steps": total_steps,
         "parameters": model.config.num_parameters,
         "inputs": inputs,
+        "compute_dtype": str(model.compute_dtype).removeprefix("torch."),
     }
     note_facts(config.output_dir, facts, device, supervision.warnings)
     return _Setup(
@@ -244,6 +246,14 @@ def claim_run(config: TrainingConfig, command: str, paths: tuple[str, ...]) -> I
             if not continued and not (folder / "data" / MANIFEST).is_file():
                 _remove_made(folder)
             raise
+
+
+def begun_dtype(config: TrainingConfig, device: torch.device) -> torch.dtype:
+    """Type of the run's products: of a run that has begun, the one it began with."""
+    name: str = config.compute_dtype
+    if name == "auto" and last_checkpoint(config.output_dir) is not None:
+        name = read_json(config.output_dir / RUN).get("compute_dtype", name)
+    return compute_dtype(name, device)
 
 
 def _remove_made(folder: Path) -> None:
