@@ -81,7 +81,7 @@ def test_dashes_are_underscores_and_later_files_win(tmp_path):
             "c.yaml:1: unknown key 'zzz'. Known keys: path, rate, steps, on, names, inner",
         ),
         ("\nrate: fast\n", "c.yaml:2: 'rate' is 'fast', but must be a number"),
-        ("steps: 1.5\n", "c.yaml:1: 'steps' is '1.5', but must be a whole number"),
+        ("steps: 1.5\n", "c.yaml:1: 'steps' is '1.5', but must be an integer"),
         ("on: yes\n", "c.yaml:1: 'on' is 'yes', but must be true or false"),
         ("inner:\n  mode: c\n", "c.yaml:2: 'inner.mode' is 'c', but must be one of a, b"),
         ("names: x\n", "c.yaml:1: 'names' must be a list"),

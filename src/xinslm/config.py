@@ -165,7 +165,7 @@ def to_number(kind: type, text: str) -> Any:
     try:
         return kind(text)
     except ValueError:
-        what = "a whole number" if kind is int else "a number"
+        what = "an integer" if kind is int else "a number"
         raise ValueError(f"is '{text}', but must be {what}") from None
 
 

@@ -147,7 +147,7 @@ def said_of(aligner, ids, seed, sharpness):
 
 @pytest.mark.parametrize("student", KINDS)
 @pytest.mark.parametrize("teacher", KINDS)
-def test_any_two_tokenizers_give_sound_records(student, teacher):
+def test_any_two_tokenizers_give_valid_entries(student, teacher):
     student, teacher = KINDS[student](), KINDS[teacher]()
     text = f"{texts()[0][:160]}  <s> naïve 😀 東京\n\n  the end"
     ids = np.array([student.bos_id, *student.encode(text), student.eos_id])
@@ -188,7 +188,7 @@ def test_any_two_tokenizers_give_sound_records(student, teacher):
             assert torch.isfinite(loss) and torch.isfinite(hidden.grad).all()
 
 
-def test_a_teachers_unknown_token_says_nothing():
+def test_a_teachers_unknown_token_has_no_mass():
     student, teacher = byte_level(400), characters()
     aligner = BytePrefixAligner(student, teacher, "eos", documents(student, 8))
     ids = np.array([student.bos_id, *student.encode("the cat")])
@@ -325,7 +325,7 @@ def test_bytes_of_a_token_have_the_models_likelihood(world, grouped):
     assert checked > 10
 
 
-def test_records_keep_what_levels_need_and_the_likeliest():
+def test_entries_keep_what_levels_need_and_the_most_likely():
     buckets = [(i, i + 1, 0, False, 0.01 * i) for i in range(1, 9)] + [
         (20, 30, 0, True, 0.001),
         (20, 21, 1, False, 0.5),

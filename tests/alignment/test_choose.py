@@ -82,7 +82,7 @@ def test_ways_that_do_not_lead_are_refused_with_reasons(world, other, tmp_path, 
     assert not (tmp_path / "c").exists()
 
 
-def test_auto_takes_the_first_way_that_leads(world, tmp_path):
+def test_auto_takes_the_first_possible_alignment(world, tmp_path):
     nested = dataset(world, tmp_path, BPETokenizer.prefix_of(load_tokenizer(world.teacher), 300))
     assert cached(world, nested, tmp_path / "nested").alignment == "nested"
     assert Cache(world.cache).manifest["alignment"]["kind"] == "same"

@@ -33,7 +33,7 @@ def test_record_sizes_are_the_documented_ones():
     assert CacheFormat(32768, default_top_k(None, 0), 0, 2.0).dtype.itemsize == 40
 
 
-def test_head_tail_and_normaliser_survive_within_the_codes_precision():
+def test_top_k_tail_and_normaliser_survive_within_the_codes_precision():
     probs, labels, positions = distributions()
     fmt = CacheFormat(300, 8, 4, 2.0)
     targets = decode(encode(probs, labels, positions, fmt, seed=1), fmt)
@@ -50,7 +50,7 @@ def test_head_tail_and_normaliser_survive_within_the_codes_precision():
     assert bool(targets.valid_mask.all()) and bool(targets.has_tail_samples.all())
 
 
-def test_draws_are_from_the_tail_and_distributed_as_it():
+def test_tail_samples_are_distributed_as_the_tail():
     probs = distributions(rows=1)[0].expand(20000, -1)
     fmt = CacheFormat(300, 8, 4, 1.0)
     labels, positions = torch.zeros(20000, dtype=torch.long), torch.arange(20000)
@@ -94,7 +94,7 @@ def test_bits_round_trip():
     assert np.array_equal(unpack_bits(pack_bits(values, 3), 13, 3), values)
 
 
-def test_mass_of_unknown_tokens_goes_to_the_tail_without_draws():
+def test_mass_of_unknown_tokens_goes_to_the_tail_without_samples():
     probs, labels, positions = distributions()
     fmt = CacheFormat(300, 8, 4, 1.0)
     targets = decode(encode(0.7 * probs, labels, positions, fmt, seed=0), fmt)

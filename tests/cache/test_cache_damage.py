@@ -46,10 +46,10 @@ def copy(world, tmp_path):
     return shutil.copytree(world.cache, tmp_path / "copy")
 
 
-def test_a_whole_cache_passes_and_tells_how_far_it_is(copy):
-    told = []
-    Cache(copy).verify(told.append)
-    assert told[-1].done == told[-1].total > 0 and len(told) == len(list(copy.glob("*/*.bin")))
+def test_an_intact_cache_passes_and_seen_its_progress(copy):
+    seen = []
+    Cache(copy).verify(seen.append)
+    assert seen[-1].done == seen[-1].total > 0 and len(seen) == len(list(copy.glob("*/*.bin")))
 
 
 def test_one_flipped_bit_stops_training_before_it_begins(world, copy, tmp_path):

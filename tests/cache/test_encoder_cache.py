@@ -14,7 +14,7 @@ from small_encoders import save_encoder
 from xinslm.cache import score
 from xinslm.cache.config import CacheConfig
 from xinslm.cache.encoder_scorer import match_ends
-from xinslm.cache.entries import Cache, gather
+from xinslm.cache.entries import Cache
 from xinslm.cache.projected_states import (
     CachedHiddenStates,
     decode_projected_states,
@@ -89,7 +89,7 @@ def ends_of(teacher, text):
     return encoded["input_ids"], found
 
 
-def test_projected_states_are_the_encoders_states_at_common_ends_and_records_are_silent(
+def test_projected_states_are_the_encoders_states_at_common_ends_and_entries_are_uncovered(
     world, encoder, cache
 ):
     teacher = EncoderTeacher(str(encoder), find_encoder(str(encoder)))
@@ -115,9 +115,7 @@ def test_projected_states_are_the_encoders_states_at_common_ends_and_records_are
         at = 0
         for place in range(len(ids)):
             at += len(student.token_bytes(ids[place])) if 0 < place < len(ids) - 1 else 0
-            found, valid = decode_projected_states(
-                gather(source.maps, source.starts, np.array([start + place]))
-            )
+            found, valid = decode_projected_states(source.entries(np.array([start + place])))
             assert bool(valid[0]) == (0 < place < len(ids) - 1 and at in ends), (document, place)
             if bool(valid[0]):
                 assert float((found[0, 0] - expected[ends[at]]).abs().max()) < 0.03
@@ -195,11 +193,11 @@ def test_training_from_an_encoder_is_cross_entropy_and_hidden_states(
     first = lines[0]
     matched = first["loss"] - first["ce"] - 0.05 * first["contrast"]
     assert matched == pytest.approx(0.5 * share * first["hidden"], rel=0.15), (
-        "silent positions count as targets"
+        "uncovered positions count as targets"
     )
 
 
-def test_an_encoder_beside_a_language_model(world, encoder, cache, tmp_path):
+def test_an_encoder_as_auxiliary_teacher(world, encoder, cache, tmp_path):
     train.run(
         world.distill(tmp_path / "run", hidden_states=cache, max_steps=3, hidden=HiddenConfig(0.5))
     )

@@ -69,7 +69,7 @@ def shards(folder):
     }
 
 
-def test_records_are_exact_in_the_head_and_have_one_bucket_for_the_tail(small, tmp_path):
+def test_entries_are_exact_in_the_top_k_and_have_one_bucket_for_the_tail(small, tmp_path):
     with FakeVllm(small.teacher) as server:
         result = score.run(config(small, server.url, tmp_path / "c"))
         assert {body["prompt_logprobs"] for _, body in server.bodies} == {6}
@@ -282,7 +282,7 @@ def test_half_a_line_of_the_journal_is_dropped_before_the_next_is_written(tmp_pa
     assert path.read_bytes() == b'{"document": 1}\n'
 
 
-def test_damaged_records_in_the_journal_are_asked_for_again(small, tmp_path, whole):
+def test_damaged_entries_in_the_journal_are_requested_again(small, tmp_path, whole):
     with FakeVllm(small.teacher, break_at(9, "close")) as server, pytest.raises(XinslmError):
         score.run(
             config(
@@ -336,12 +336,12 @@ def test_requests_are_in_flight_together(small, tmp_path):
         assert 2 <= server.most_at_once <= 4
 
 
-def test_servers_that_cannot_score_are_told_apart_when_opened(small, tmp_path):
-    def silent(answer):
+def test_servers_that_cannot_score_are_recognized_when_opened(small, tmp_path):
+    def without_log_probs(answer):
         answer["choices"][0].pop("prompt_logprobs", None)
 
     for mischief, reason in (
-        (silent, "ignores prompt_logprobs"),
+        (without_log_probs, "ignores prompt_logprobs"),
         (
             (400, {}, {"error": {"message": "Unknown parameter: 'prompt_logprobs'"}}),
             "Unknown parameter",

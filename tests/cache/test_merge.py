@@ -19,7 +19,7 @@ from xinslm.cache.config import CacheConfig
 from xinslm.cache.entries import PLAN, Cache, CacheFormat, decode, encode, pack_entries
 from xinslm.cache.merge import MergeScorer
 from xinslm.cache.merge_config import MergeConfig
-from xinslm.cache.mixture import Part, mix
+from xinslm.cache.mixture import Masses, mix
 from xinslm.data import prepare
 from xinslm.data.config import PrepareConfig
 from xinslm.data.dataset import open_dataset
@@ -33,16 +33,16 @@ from xinslm.tokenizer.load import load_tokenizer
 VOCAB = 40
 
 
-def random_parts(seed, rows, sizes, without_draws=()):
+def random_parts(seed, rows, sizes, without_samples=()):
     rng = np.random.default_rng(seed)
     weights = rng.dirichlet(np.ones(len(sizes)), rows)
     parts = []
     for k, (top_k, tail_samples) in enumerate(sizes):
         masses = rng.dirichlet(np.ones(top_k + 1), rows) * weights[:, [k]]
-        has = np.full(rows, k not in without_draws)
+        has = np.full(rows, k not in without_samples)
         ids = np.stack([rng.permutation(VOCAB)[:top_k] for _ in range(rows)])
         parts.append(
-            Part(
+            Masses(
                 ids,
                 masses[:, :top_k],
                 masses[:, top_k],
@@ -54,7 +54,7 @@ def random_parts(seed, rows, sizes, without_draws=()):
 
 
 def dense(part):
-    """All that a part or a mixture says, as (N, VOCAB)."""
+    """The full distribution of a part or a mixture, (N, VOCAB)."""
     out = np.zeros((len(part.tail), VOCAB))
     rows = np.arange(len(part.tail))[:, None]
     np.add.at(out, (rows, part.top_k_ids), part.top_k_mass)
@@ -78,7 +78,7 @@ def test_the_expectation_over_the_uniform_numbers_is_the_weighted_sum(seed, size
     for low in range(0, 2000, 250):
         us = grid[low : low + 250]
         many = [
-            Part(
+            Masses(
                 *(
                     np.tile(getattr(p, f.name), (250, *[1] * (getattr(p, f.name).ndim - 1)))
                     for f in dataclasses.fields(p)
@@ -94,16 +94,16 @@ def test_the_expectation_over_the_uniform_numbers_is_the_weighted_sum(seed, size
     np.testing.assert_allclose(mixture.top_k_mass.sum(1) + mixture.tail, 1.0, atol=1e-12)
 
 
-def test_the_new_head_is_chosen_without_the_draws_and_takes_what_they_add():
+def test_the_new_top_k_is_chosen_without_the_samples_and_takes_what_they_add():
     ids = np.array([[1, 2], [1, 2]])
-    both = Part(
+    both = Masses(
         ids,
         np.array([[0.3, 0.1]] * 2),
         np.array([0.1, 0.1]),
         np.array([[5, 5], [6, 2]]),
         np.ones(2, bool),
     )
-    other = Part(
+    other = Masses(
         np.array([[3, 4]] * 2),
         np.array([[0.2, 0.15]] * 2),
         np.array([0.15, 0.15]),
@@ -116,8 +116,8 @@ def test_the_new_head_is_chosen_without_the_draws_and_takes_what_they_add():
     np.testing.assert_allclose(mixture.tail, [0.5, 0.5 - 0.15 / 2])
 
 
-def test_a_tail_of_which_one_teacher_knows_nothing_has_no_draws():
-    parts = random_parts(0, 6, [(4, 3), (4, 3)], without_draws=(1,))
+def test_a_tail_that_one_teacher_has_no_samples_of_has_no_samples():
+    parts = random_parts(0, 6, [(4, 3), (4, 3)], without_samples=(1,))
     mixture = mix(parts, np.full(6, 0.5), 4, 3)
     assert not mixture.has_tail_samples.any()
     np.testing.assert_allclose(mixture.top_k_mass.sum(1) + mixture.tail, 1.0)
@@ -133,7 +133,7 @@ def gradient(z, labels, targets, config):
     return z
 
 
-def test_the_average_gradient_from_merged_records_is_the_dense_one_of_the_mixture():
+def test_the_average_gradient_from_merged_entries_is_the_dense_one_of_the_mixture():
     """Through codes, tail samples, merging and the loss, where tail samples fall on top-k tokens
     too.
     """
@@ -165,9 +165,7 @@ def test_the_average_gradient_from_merged_records_is_the_dense_one_of_the_mixtur
 
 
 def test_uniform_numbers_of_a_merge_are_neither_those_of_a_cache_nor_of_another_merge():
-    """The draws that are drawn from again came from such numbers: with the same ones the estimate
-    is biased.
-    """
+    """Tail samples came from such numbers; sampled again with the same ones, they are biased."""
     seeds = {merge._stream(seed, depth) for seed in range(50) for depth in range(1, 5)}
     assert len(seeds) == 200 and min(seeds) >= 2**31
 
@@ -457,7 +455,7 @@ def test_caches_that_do_not_fit_are_refused_by_name(world, second, domains, tmp_
     assert not (tmp_path / "m").exists() and Cache(world.cache)
 
 
-def test_records_made_from_parts_read_back_as_they_were():
+def test_entries_made_from_parts_read_back_as_they_were():
     fmt = CacheFormat(100_000, 2, 1, 1.0)
     ids = torch.tensor([[99_999, 5, 70_000]])
     entries = pack_entries(

@@ -64,7 +64,7 @@ def test_projection_keeps_lengths_on_average_and_is_always_the_same():
     )
 
 
-def test_a_sketch_forgets_the_length_of_a_state():
+def test_a_projection_forgets_the_length_of_a_state():
     fmt = HiddenStateFormat((1, 2), 2, 96)
     x = draw(10, 96)
     torch.testing.assert_close(
@@ -169,7 +169,7 @@ def test_entries_do_not_change_where_projected_states_are_kept(world, with_hidde
         assert sha256_file(path) == sha256_file(with_hidden_states / path.relative_to(world.cache))
 
 
-def test_positions_inside_a_nested_teachers_token_have_no_sketch(world, tmp_path):
+def test_positions_inside_a_nested_teachers_token_have_no_projected_state(world, tmp_path):
     from xinslm.data import prepare
     from xinslm.data.config import PrepareConfig
     from xinslm.tokenizer.bpe import BPETokenizer
@@ -244,7 +244,7 @@ def test_damaged_and_missing_projected_states_are_refused(world, with_hidden_sta
     (folder / "manifest.json").write_text(
         json.dumps({**manifest, "hidden_states": {**manifest["hidden_states"], "width": 32}})
     )
-    with pytest.raises(XinslmError, match="projected hidden states of 68 bytes"):
+    with pytest.raises(XinslmError, match="entries of 68 bytes"):
         CachedHiddenStates(Cache(folder), "train")
     (folder / "manifest.json").write_text(
         json.dumps({**manifest, "hidden_states": {"depths": [1]}})

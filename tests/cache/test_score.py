@@ -13,8 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from xinslm.alignment.nested import NestedProjection, is_nested
-from xinslm.alignment.projection import number_prefixes
+from xinslm.alignment.nested import NestedProjection, is_nested, number_prefixes
 from xinslm.cache import score
 from xinslm.cache.config import CacheConfig
 from xinslm.cache.entries import PLAN, Cache
@@ -46,7 +45,7 @@ def shards(folder):
     }
 
 
-def test_records_are_the_teachers_distributions(world):
+def test_entries_are_the_teachers_distributions(world):
     split = open_dataset(world.data).split("train")
     model = load_model(world.teacher)
     cache = Cache(world.cache).split("train")

@@ -72,8 +72,8 @@ def test_unknown_flag_is_refused_with_a_suggestion(capsys):
 @pytest.mark.parametrize(
     ("flag", "word", "message"),
     [
-        ("batch-size", "8.5", "is '8.5', but must be a whole number"),
-        ("max-steps", "1e3", "is '1e3', but must be a whole number"),
+        ("batch-size", "8.5", "is '8.5', but must be an integer"),
+        ("max-steps", "1e3", "is '1e3', but must be an integer"),
         ("learning-rate", "fast", "is 'fast', but must be a number"),
     ],
 )

@@ -58,7 +58,7 @@ def test_copies_are_treated_alike(lengths, copies):
 
 
 @pytest.mark.parametrize("fraction", [0.02, 0.1])
-def test_many_short_documents_are_held_back_by_their_own_draws(fraction):
+def test_many_short_documents_are_held_out_by_their_own_numbers(fraction):
     """So data that is added later moves none of them."""
     lengths, draws = np.full(20_000, 200), draws_of(20_000)
     tails = plan_holdout(lengths, draws, np.ones(20_000, bool), fraction)

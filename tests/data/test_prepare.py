@@ -114,7 +114,7 @@ def test_a_shown_document_fits_a_screen(make, length):
     lines = shown.splitlines()
     assert len(lines) <= 24 and max(map(len, lines[1:])) < 120
     assert lines[0].endswith(f"{4 * length + 9:,} tokens, {4 * length + 8:,} of them targets")
-    assert lines[2].startswith("  + a|·|b|⏎|") and lines[-1].endswith("|t|h|e|·|e|n|d|<eos>")
+    assert lines[2].startswith("  + a|·|b|↵|") and lines[-1].endswith("|t|h|e|·|e|n|d|<eos>")
     assert ("  ..." in lines) == (length > 200)
 
 

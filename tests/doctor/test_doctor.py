@@ -125,7 +125,7 @@ def test_a_missing_shard_and_a_damaged_dataset(healthy, cache, tmp_path):
 
 
 @pytest.mark.parametrize("shift", [1, -1])
-def test_records_shifted_by_one(healthy, cache, shift):
+def test_entries_shifted_by_one(healthy, cache, shift):
     rewrite(cache, lambda entries: np.roll(entries, shift))
     result = examine(healthy, cache=cache, student=None)
     assert {"alignment", "teacher agreement"} <= set(result.failed), result.describe()
@@ -153,7 +153,7 @@ def test_a_cache_of_another_teacher_that_claims_to_be_of_this_one(healthy, cache
     assert "teacher agreement" in examine(healthy, cache=cache, student=None).failed
 
 
-def test_records_that_are_not_finite_or_not_there(healthy, cache):
+def test_entries_that_are_not_finite_or_missing(healthy, cache):
     def spoil(entries):
         entries = entries.copy()
         entries["log_tail"][::9] = np.nan
@@ -173,7 +173,7 @@ def test_records_that_are_not_finite_or_not_there(healthy, cache):
     assert examine(healthy, cache=cache, teacher=None, student=None).failed == ["entries"]
 
 
-def test_a_head_too_small_without_draws(healthy, tmp_path):
+def test_a_top_k_too_small_without_tail_samples(healthy, tmp_path):
     from xinslm.cache import score
     from xinslm.cache.config import CacheConfig
 
@@ -191,7 +191,7 @@ def test_a_head_too_small_without_draws(healthy, tmp_path):
     only(examine(healthy, cache=tmp_path / "c", teacher=None, student=None), "tail")
 
 
-def test_a_teacher_that_knows_nothing(healthy, tmp_path):
+def test_a_teacher_no_better_than_token_frequencies(healthy, tmp_path):
     model = load_model(healthy.teacher)
     with torch.no_grad():
         model.model.norm.weight.mul_(-1)
@@ -292,7 +292,7 @@ def test_one_divergence_that_is_wrong(healthy, wrong_gradient, divergence):
     only(examine(healthy, teacher=None), "other divergences")
 
 
-def test_a_teacher_term_that_is_not_zero_for_the_students_own_words(healthy, wrong_gradient):
+def test_a_kl_term_that_is_not_zero_for_equal_distributions(healthy, wrong_gradient):
     wrong_gradient(lambda hidden, weight, config: (hidden + 1e-3 * (config.alpha == 0), weight))
     assert "student as teacher" in examine(healthy, teacher=None).failed
 
@@ -319,7 +319,7 @@ def test_each_micro_batch_divided_by_its_own_tokens(healthy, monkeypatch):
         labels = torch.from_numpy(batch.labels).reshape(-1)
         states = hidden.reshape(-1, hidden.shape[-1])[labels >= 0]
         config = fused.LossConfig(alpha=1.0, beta=0.0)
-        return fused.fused_loss(states, model.head_weight, labels[labels >= 0], None, config)[0], 0
+        return fused.fused_loss(states, model.head_weight, labels[labels >= 0], None, config)[0]
 
     monkeypatch.setattr(rows, "_loss", own)
     assert examine(healthy, teacher=None).failed == ["accumulation"]

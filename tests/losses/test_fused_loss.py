@@ -126,7 +126,7 @@ def test_what_does_not_fit_together_is_refused(changes, message):
         fused_loss(hidden, weight, labels, sparsify(teacher), config)
 
 
-def test_draws_count_by_default_where_they_can():
+def test_tail_samples_count_by_default_where_they_can():
     weights = {
         (divergence, mode): LossConfig(
             divergence=divergence, temperature=2.0, temperature_mode=mode

@@ -200,9 +200,9 @@ def test_expected_sparse_gradient_is_the_full_vocabulary_one():
     config = LossConfig(0.0, 1.0, 1.0, "decoupled", 1.0)
     exact = student.clone()
     chunk_loss(exact, labels[:4], teacher, config)
-    draws = student.repeat(repeats, 1)
-    chunk_loss(draws, labels[:4].repeat(repeats), sparsify(teacher.repeat(repeats, 1)), config)
-    bias = (draws.view(repeats, 4, VOCAB).mean(0) - exact).abs().max()
+    repeated = student.repeat(repeats, 1)
+    chunk_loss(repeated, labels[:4].repeat(repeats), sparsify(teacher.repeat(repeats, 1)), config)
+    bias = (repeated.view(repeats, 4, VOCAB).mean(0) - exact).abs().max()
     one_bucket = student.clone()
     chunk_loss(
         one_bucket, labels[:4], sparsify(teacher), dataclasses.replace(config, tail_weight=0.0)
@@ -250,7 +250,7 @@ def test_vocabulary_rows_without_mass_do_not_change_the_loss(divergence):
 @pytest.mark.parametrize(
     ("divergence", "mode", "temperature"), sorted({row[:3] for row in DIVERGENCE_SETTINGS})
 )
-def test_where_the_teacher_is_silent_the_text_has_the_whole_weight(divergence, mode, temperature):
+def test_at_uncovered_positions_the_hard_label_has_the_full_weight(divergence, mode, temperature):
     """With alpha alone, 0.1 by default, a position without a teacher would be all but lost."""
     hidden, weight, labels, teacher = problem()
     uncovered = torch.arange(ROWS) % 3 == 0
@@ -258,11 +258,11 @@ def test_where_the_teacher_is_silent_the_text_has_the_whole_weight(divergence, m
     config = LossConfig(0.4, 0.6, temperature, mode, None, divergence)
 
     def parts(h, w):
-        told, count = (
+        of_covered, count = (
             fused_loss(h[~uncovered], w, labels[~uncovered], sparse[~uncovered], config, ROWS)[0],
             int(uncovered.sum()),
         )
-        return told + F.cross_entropy(h[uncovered] @ w.t(), labels[uncovered]) * count / ROWS
+        return of_covered + F.cross_entropy(h[uncovered] @ w.t(), labels[uncovered]) * count / ROWS
 
     ours = grads(lambda h, w: fused_loss(h, w, labels, sparse, config)[0], hidden, weight)
     assert_same(ours, grads(parts, hidden, weight))
@@ -300,16 +300,16 @@ def test_where_the_tail_is_unknown_the_text_is_its_draw(temperature, tail_weight
         inside = tail - log_q.gather(1, labels[:, None])[:, 0]
         stands_in = outside & unknown
         rest = dataclasses.replace(sparse, has_tail_samples=torch.ones(ROWS, dtype=torch.bool))
-        with_draws = fused_loss(h[known], w, labels[known], rest[known], config, ROWS)[0]
+        with_samples = fused_loss(h[known], w, labels[known], rest[known], config, ROWS)[0]
         bucket = dataclasses.replace(config, tail_weight=0.0)
         without = fused_loss(h[~known], w, labels[~known], rest[~known], bucket, ROWS)[0]
-        return with_draws + without + 0.7 * tail_weight * inside[stands_in].sum() / ROWS
+        return with_samples + without + 0.7 * tail_weight * inside[stands_in].sum() / ROWS
 
     ours = grads(lambda h, w: fused_loss(h, w, labels, sparse, config)[0], hidden, weight)
     assert_same(ours, grads(expected, hidden, weight))
 
 
-def test_without_draws_the_tail_is_one_bucket():
+def test_without_tail_samples_the_tail_is_one_bucket():
     """No tail samples must not leave half an estimate: the gradient of a softmax sums to zero in
     each row.
     """
@@ -325,7 +325,7 @@ def test_without_draws_the_tail_is_one_bucket():
 
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)
-def test_head_and_tail_do_not_collapse_in_training(divergence):
+def test_top_k_and_tail_do_not_collapse_in_training(divergence):
     """200 steps bring and keep the student's mass on the teacher's head where it belongs, from afar
     and from near.
 
@@ -341,13 +341,13 @@ def test_head_and_tail_do_not_collapse_in_training(divergence):
             chunk_loss(gradient, torch.zeros(6, dtype=torch.long), sparse, config)
             # jsd is at most log 2, its slopes are small
             z -= (4.0 if divergence == "jsd" else 1.0) * gradient
-        student_head = z.softmax(1).gather(1, sparse.top_k_ids).sum(1)
-        torch.testing.assert_close(student_head, 1 - sparse.log_tail.exp(), atol=0.05, rtol=0)
+        student_top_k = z.softmax(1).gather(1, sparse.top_k_ids).sum(1)
+        torch.testing.assert_close(student_top_k, 1 - sparse.log_tail.exp(), atol=0.05, rtol=0)
 
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 def test_a_tail_the_student_overrates_is_pushed_down(divergence):
-    """The sign of the tail's gradient: a student with more mass outside the head than the teacher
+    """The sign of the tail's gradient: a student with more mass outside the top k than the teacher
     must lose it.
     """
     _, _, labels, teacher = problem(rows=6)

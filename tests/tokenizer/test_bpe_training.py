@@ -112,7 +112,7 @@ def test_longest_token_is_in_bytes():
     assert trained(texts, 500, max_token_length=1000).merges == free.merges
 
 
-def test_progress_is_told(prose):
+def test_progress_is_reported(prose):
     seen = []
     BPETokenizer(vocab_size=800).train(prose, seen.append)
     merges = [p for p in seen if p.stage == "learn merges"]

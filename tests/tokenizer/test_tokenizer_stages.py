@@ -90,10 +90,10 @@ def test_nested_from_a_teacher(tmp_path, text_file):
         "teacher": teacher.fingerprint()
     }
     assert result.bytes_per_token is not None and result.bytes_per_token > 1
-    silent = train.run(
+    unmeasured = train.run(
         TokenizerConfig(tmp_path / "bare", vocab_size=400, prefix_of=tmp_path / "teacher")
     )
-    assert silent.bytes_per_token is None and "not measured" in silent.describe()
+    assert unmeasured.bytes_per_token is None and "not measured" in unmeasured.describe()
 
 
 def test_options_without_effect_or_text_are_refused(tmp_path):

@@ -38,27 +38,18 @@ Bucket = tuple[int, int, int, bool, float]
 
 
 def prediction_dtype(candidates: int) -> np.dtype[Any]:
-    """A teacher's prediction for the place of one of its tokens: its most likely tokens, most
-    likely first, and the probability of the token in the text.
-    """
-    return np.dtype(
-        [
-            ("top_ids", "<i4", (candidates,)),
-            ("top_probs", "<f4", (candidates,)),
-            ("label_prob", "<f8"),
-        ]
-    )
+    """A teacher's most likely tokens at a place, and the probability of the text's token."""
+    fields = [("top_ids", "<i4", (candidates,)), ("top_probs", "<f4", (candidates,))]
+    return np.dtype([*fields, ("label_prob", "<f8")])
 
 
 def byte_order(tokenizer: Any) -> np.ndarray:
     """A tokenizer's tokens by their bytes, control tokens last; int64 (vocabulary,)."""
     control = set(tokenizer.special_tokens.values())
-    spelled = [
-        b"" if i in control else tokenizer.token_bytes(i) for i in range(tokenizer.vocab_size)
-    ]
-    return np.array(
-        sorted(range(len(spelled)), key=lambda i: (not spelled[i], spelled[i], i)), dtype=np.int64
-    )
+    pieces = map(tokenizer.token_bytes, range(tokenizer.vocab_size))
+    spelled = [b"" if i in control else piece for i, piece in enumerate(pieces)]
+    order = sorted(range(len(spelled)), key=lambda i: (not spelled[i], spelled[i], i))
+    return np.array(order, dtype=np.int64)
 
 
 class BytePrefixAligner(SpanAligner):
@@ -78,10 +69,8 @@ class BytePrefixAligner(SpanAligner):
         self._prefixes = {b[:size] for b in self._sorted for size in range(1, len(b) + 1)}
         self.to_student = {theirs: ours for ours, theirs in reversed(self.specials.items())}
         self.teacher_control = set(teacher.special_tokens.values())
-        closing = {teacher.bos_id, teacher.eos_id}
-        self.control_without_text = (
-            {teacher.pad_id, teacher.special_tokens.get("<unk>")} - closing - {None}
-        )
+        without_text = {teacher.pad_id, teacher.special_tokens.get("<unk>")}
+        self.control_without_text = without_text - {teacher.bos_id, teacher.eos_id, None}
         """The teacher's control tokens without text: pad and unknown."""
         self._counts: dict[bytes, dict[int, int]] = {}
         for ids in sample:
@@ -89,9 +78,7 @@ class BytePrefixAligner(SpanAligner):
         self._shares: dict[bytes, list[tuple[int, Range, float]]] = {}
 
     def _count(self, ids: np.ndarray) -> None:
-        """Note for each beginning of a token in this document how long the token was, 0 for as long
-        or longer.
-        """
+        """Note for each beginning of a token how long the token was, 0 for as long or longer."""
         pieces = [b"" if i in self.control else self.student.bytes[i] for i in ids.tolist()]
         text = b"".join(pieces)
         begin = 0
@@ -120,9 +107,7 @@ class BytePrefixAligner(SpanAligner):
         return low, bisect_left(self._sorted, piece + b"\0", lo=low)
 
     def shares(self, x: bytes) -> list[tuple[int, Range, float]]:
-        """Where the mass of the texts that begin with x goes: lengths of x that count, ranges,
-        shares summing to 1.
-        """
+        """Where the mass of texts that begin with x goes: lengths of x, ranges, shares (sum 1)."""
         if x not in self._shares:
             if len(self._shares) > 1 << 20:
                 self._shares.clear()
@@ -141,9 +126,7 @@ class BytePrefixAligner(SpanAligner):
         return [*found, (len(x), self.range_of(x), longer / total)] if longer else found
 
     def _first_piece(self, x: bytes) -> bytes:
-        """The student's token that a text begins with, if it begins with x and that is all one
-        knows.
-        """
+        """The student's token that a text begins with, of which only the beginning x is known."""
         try:
             ids = self.student.encode_inner([x.decode()])[0]
         except UnicodeDecodeError:
@@ -161,8 +144,7 @@ class BytePrefixAligner(SpanAligner):
         predictions: np.ndarray,
         report: Callable[[int], None] | None = None,
     ) -> tuple[list[list[Bucket]], np.ndarray]:
-        """Buckets of each token of a document but the first; empty where the teacher does not cover
-        it.
+        """Buckets of each token of a document but the first; none if the teacher does not cover it.
 
         ids: the student's. predictions: (teacher tokens,) `prediction_dtype`. `report` takes the
         number of tokens done. Also returns log p of each token's bytes where teacher tokens spell
@@ -202,15 +184,10 @@ class BytePrefixAligner(SpanAligner):
         predictions: np.ndarray,
         buckets: list[Bucket],
     ) -> float:
-        """Follow the teacher's tokens through the label, a level each; return log p of the label's
-        bytes or NaN.
-        """
+        """Append a level's buckets for each teacher token in the label; return its log p or NaN."""
         spelled = b"" if label in self.control else self.student.bytes[label]
-        level = _Level(
-            self,
-            b"" if before in self.control else self.student.bytes[before],
-            (0, len(self.order)),
-        )
+        piece = b"" if before in self.control else self.student.bytes[before]
+        level = _Level(self, piece, (0, len(self.order)))
         log_p, label_log_probs = 0.0, np.nan
         for at in range(first, len(pair.teacher_ids)):
             label_prob = float(predictions["label_prob"][at])
@@ -227,12 +204,8 @@ class BytePrefixAligner(SpanAligner):
             log_p += float(np.log(p))
             if x == spelled and (piece or not spelled):
                 label_log_probs = log_p
-            if (
-                not piece
-                or len(x) > len(spelled)
-                or _size(self.range_of(x)) <= 1
-                or level.number == LEVELS
-            ):
+            is_decided = len(x) > len(spelled) or _size(self.range_of(x)) <= 1
+            if not piece or is_decided or level.number == LEVELS:
                 break
             level.go_on(x, buckets)
         level.close(buckets)
@@ -275,11 +248,8 @@ class _Level:
         if place != self.place:  # else nothing was to be decided
             self.close(buckets, place, x)
             self.number += 1
-        further = [
-            (text, mass)
-            for text, mass in self.texts
-            if isinstance(text, bytes) and text.startswith(x)
-        ]
+        longer = ((text, mass) for text, mass in self.texts if isinstance(text, bytes))
+        further = [(text, mass) for text, mass in longer if text.startswith(x)]
         total = sum(mass for _, mass in further)
         self.texts = [(text, mass / total) for text, mass in further if text != x]
         self.scale = sum(mass for text, mass in further if text == x) / total
@@ -288,9 +258,7 @@ class _Level:
     def close(
         self, buckets: list[Bucket], onward: Range | None = None, x: bytes | None = None
     ) -> None:
-        """Append this level's buckets; the next level's set is `onward`, the tokens that begin with
-        x.
-        """
+        """Append this level's buckets; `onward` holds the tokens that begin with x."""
         masses: dict[Range, float] = {}
         total = self.unlisted
         for text, mass in self.texts:
@@ -310,20 +278,16 @@ class _Level:
             ours = owner.to_student.get(text)
             if self.spelled:  # the text ends there, and the student's token with it
                 return [(owner.alone(self.spelled), mass)]
-            return (
-                []
-                if ours is None
-                else [((int(owner.place[ours]), int(owner.place[ours]) + 1), mass)]
-            )
+            if ours is None:
+                return []
+            place = int(owner.place[ours])
+            return [((place, place + 1), mass)]
         if self.before:
             mass *= owner.cut_share(self.before, text)
         if onward is not None and text.startswith(onward):
             text = onward
-        return [
-            (place, mass * share)
-            for size, place, share in owner.shares(text)
-            if size >= len(self.spelled)
-        ]
+        least, shares = len(self.spelled), owner.shares(text)
+        return [(place, mass * share) for size, place, share in shares if size >= least]
 
 
 def _size(place: Range) -> int:

@@ -58,8 +58,7 @@ def choose_alignment(
         f"the tokens of teacher {teacher.name} cannot be mapped to those of dataset "
         f"{dataset.folder} with --alignment {wish}:\n  {listed}\nPrepare the dataset with the "
         f"teacher's own tokenizer (`xinslm prepare --tokenizer-path {teacher.name}`), with one "
-        "that "
-        f"is nested in it (`xinslm tokenizer train --prefix-of {teacher.name}`), or leave "
+        f"that is nested in it (`xinslm tokenizer train --prefix-of {teacher.name}`), or leave "
         "--alignment out"
     )
 

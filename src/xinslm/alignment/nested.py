@@ -6,18 +6,32 @@ of the teacher, each split into fixed pieces. At a teacher boundary the next stu
 first piece of the next teacher token: its distribution is an exact push-forward, a sum over teacher
 tokens. Inside a teacher token, after pieces s, it is the same sum over the teacher tokens whose
 pieces begin with s, renormalised; where a teacher token is s itself and ends there, what follows is
-not known, and that mass is left out (the cache keeps it in the tail).
+not known, and that mass is left out (the cache keeps it in the tail). The sums are tables with one
+entry per teacher token, concatenated; number 0 is the boundary, each other number one s.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
-from xinslm.alignment.projection import Pieces, Tables, number_prefixes
+from xinslm.alignment.spans import map_specials
 from xinslm.errors import XinslmError
 from xinslm.tokenizer.nested import prefix_pieces
+
+Pieces = tuple[int, ...]
+
+
+def number_prefixes(sequences: Iterable[Pieces]) -> dict[Pieces, int]:
+    """Number the proper prefixes of piece sequences, from 1; the empty one is 0."""
+    numbers: dict[Pieces, int] = {(): 0}
+    for pieces in sequences:
+        for size in range(1, len(pieces)):
+            numbers.setdefault(pieces[:size], len(numbers))
+    return numbers
 
 
 @dataclass(frozen=True)
@@ -27,9 +41,7 @@ class NestedAlignment:
     teacher_ids: np.ndarray
     """Teacher's tokens of the same text."""
     rows: np.ndarray
-    """For each student token but the first: the teacher position whose distribution covers it;
-    never falls.
-    """
+    """For each student token but the first, the teacher position that covers it; never falls."""
     prefixes: np.ndarray
     """For each of those: the number of the pieces of the covered teacher token that have come
     already; 0 at a teacher boundary, -1 where the teacher's distribution does not cover the
@@ -37,9 +49,7 @@ class NestedAlignment:
 
 
 class NestedProjection:
-    """Maps teacher distributions (N, teacher vocabulary) to student ones (N, student
-    vocabulary).
-    """
+    """Maps teacher distributions (N, teacher ids) to student ones (N, student ids)."""
 
     kind = "nested"
 
@@ -49,45 +59,58 @@ class NestedProjection:
         self.specials = map_specials(student, teacher)
         for ours, theirs in self.specials.items():
             self.pieces[theirs] = (ours,)
-        numbers, nowhere = number_prefixes(self.pieces), student.vocab_size
+        numbers = number_prefixes(self.pieces)
+        self._nowhere = student.vocab_size  # column of the mass that is left out
         entries = [
-            (numbers[pieces[:size]], token, pieces[size] if size < len(pieces) else nowhere)
+            (numbers[pieces[:size]], token, pieces[size] if size < len(pieces) else self._nowhere)
             for token, pieces in enumerate(self.pieces)
             for size in range(1, len(pieces) + 1)
             if pieces[:size] in numbers
         ]
-        self.tables = Tables(
-            nowhere, np.array([p[0] if p else nowhere for p in self.pieces]), entries
-        )
+        table = np.array(sorted(entries), dtype=np.int64).reshape(-1, 3)
+        starts = np.searchsorted(table[:, 0], np.arange(len(numbers) + 1))
+        self._first = torch.tensor([p[0] if p else self._nowhere for p in self.pieces])
+        self._starts = torch.from_numpy(starts)
+        self._tokens, self._columns = torch.from_numpy(table[:, 1:].T.copy())
         self._counts = np.array([len(p) for p in self.pieces], dtype=np.int64)
         self._offsets = np.cumsum(self._counts) - self._counts
         self._pieces = np.array([piece for p in self.pieces for piece in p], dtype=np.int64)
-        self._numbers = np.array(
-            [numbers[p[:size]] for p in self.pieces for size in range(len(p))], dtype=np.int64
-        )
+        numbered = [numbers[p[:size]] for p in self.pieces for size in range(len(p))]
+        self._numbers = np.array(numbered, dtype=np.int64)
 
     def __call__(self, probs: Tensor, prefixes: np.ndarray) -> Tensor:
-        """Push teacher probabilities (N, teacher vocabulary) forward, each after the pieces number
-        `prefixes[n]`.
-        """
-        return self.tables(probs, prefixes)
+        """Push (N, teacher ids) forward to (N, student ids), row n by the table `prefixes[n]`."""
+        device, which = probs.device, torch.as_tensor(prefixes, dtype=torch.int64)
+        out = probs.new_zeros(len(which), self._nowhere + 1)
+        out.index_add_(1, self._first.to(device), probs)
+        inside = torch.nonzero(which > 0)[:, 0]
+        if len(inside):
+            table = which[inside]
+            sizes = self._starts[table + 1] - self._starts[table]
+            rows = torch.repeat_interleave(torch.arange(len(inside)), sizes)
+            shifts = self._starts[table] - sizes.cumsum(0) + sizes
+            entry = torch.arange(len(rows)) + torch.repeat_interleave(shifts, sizes)
+            row = inside[rows].to(device)
+            mass = probs[row, self._tokens[entry].to(device)]
+            total = probs.new_zeros(len(which)).index_add_(0, row, mass).clamp_min_(1e-30)
+            out[inside.to(device)] = 0.0
+            place = row * out.shape[1] + self._columns[entry].to(device)
+            out.view(-1).index_add_(0, place, mass / total[row])
+        return out[:, : self._nowhere]
 
     def align(self, ids: np.ndarray) -> NestedAlignment:
         """Encode a document with the teacher's tokenizer and match the two tokenizations."""
         ids = ids.astype(np.int64)
-        teacher_ids = np.concatenate(
-            [np.zeros(0, np.int64), *map(self._encode, self._runs(ids))]
-        ).astype(np.int64)
+        encoded = map(self._encode, self._runs(ids))
+        teacher_ids = np.concatenate([np.zeros(0, np.int64), *encoded]).astype(np.int64)
         counts = self._counts[teacher_ids]
-        ends = np.cumsum(counts)
-        places = np.arange(counts.sum()) + np.repeat(
-            self._offsets[teacher_ids] - ends + counts, counts
-        )
+        shifts = self._offsets[teacher_ids] - np.cumsum(counts) + counts
+        places = np.arange(counts.sum()) + np.repeat(shifts, counts)
         if not np.array_equal(self._pieces[places], ids):
             raise XinslmError(
-                "a document's student tokens are not the pieces of its teacher tokens; the text "
-                "may hold bytes that "
-                f"are not UTF-8. It begins with {self.student.decode(ids[:20].tolist())!r}"
+                "a document's student tokens are not the pieces of its teacher tokens; its text "
+                "may hold bytes that are not UTF-8. "
+                f"It begins with {self.student.decode(ids[:20].tolist())!r}"
             )
         rows = np.repeat(np.arange(len(teacher_ids)), counts) - 1
         return NestedAlignment(teacher_ids, rows[1:], self._numbers[places][1:])
@@ -108,25 +131,8 @@ class NestedProjection:
                 raise XinslmError(
                     f"the teacher's tokenizer has no special token for the student's {name!r}"
                 )
-        return [
-            run
-            for run in np.split(ids, np.unique([*places, *(places + 1)]).astype(int))
-            if len(run)
-        ]
-
-
-def map_specials(student: Any, teacher: Any) -> dict[int, int]:
-    """Student's special ids -> the teacher's, by content, else by role."""
-    table = {
-        i: teacher.special_tokens[name]
-        for name, i in student.special_tokens.items()
-        if name in teacher.special_tokens
-    }
-    for role in ("bos_id", "eos_id", "pad_id"):
-        ours, theirs = getattr(student, role), getattr(teacher, role)
-        if ours is not None and theirs is not None:
-            table.setdefault(ours, theirs)
-    return table
+        cuts = np.unique([*places, *(places + 1)]).astype(int)
+        return [run for run in np.split(ids, cuts) if len(run)]
 
 
 def is_nested(student: Any, teacher: Any) -> bool:

@@ -20,6 +20,7 @@ import numpy as np
 from tokenizers import Tokenizer as Backend
 
 from xinslm.errors import XinslmError
+from xinslm.files import read_json
 
 
 class ByteReader:
@@ -27,9 +28,7 @@ class ByteReader:
 
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
-        self.bytes: list[bytes] = [
-            tokenizer.token_bytes(token) for token in range(tokenizer.vocab_size)
-        ]
+        self.bytes: list[bytes] = list(map(tokenizer.token_bytes, range(tokenizer.vocab_size)))
         self.lengths = np.array([len(b) for b in self.bytes], dtype=np.int64)
 
     @cached_property
@@ -37,27 +36,18 @@ class ByteReader:
         """Its tokenizer.json."""
         with tempfile.TemporaryDirectory() as folder:
             self.tokenizer.save(Path(folder))
-            content: dict[str, Any] = json.loads(
-                (Path(folder) / "tokenizer.json").read_text(encoding="utf-8")
-            )
-        return content
+            return dict(read_json(Path(folder) / "tokenizer.json"))
 
     @cached_property
     def _backend(self) -> Backend:
-        made = Backend.from_str(json.dumps(self.definition))
-        made.encode_special_tokens = True
-        return made
+        return _literal(self.definition)
 
     @cached_property
     def _inner(self) -> Backend:
-        made = Backend.from_str(json.dumps(_without_beginning(self.definition)))
-        made.encode_special_tokens = True
-        return made
+        return _literal(_without_beginning(self.definition))
 
     def encode_inner(self, texts: list[str]) -> list[list[int]]:
-        """Encode pieces of text as they would be in the middle of one: nothing is put in front of
-        them.
-        """
+        """Encode texts as if each were in the middle of one: nothing is put in front of them."""
         return [e.ids for e in self._inner.encode_batch_fast(texts, add_special_tokens=False)]
 
     def read(self, text: str) -> tuple[np.ndarray, np.ndarray, bool]:
@@ -96,6 +86,13 @@ class ByteReader:
         return ids, ends, bool(spaced)
 
 
+def _literal(definition: dict[str, Any]) -> Backend:
+    """A tokenizer that reads control tokens as text."""
+    made = Backend.from_str(json.dumps(definition))
+    made.encode_special_tokens = True
+    return made
+
+
 def _shared(spans: np.ndarray) -> list[tuple[int, int]]:
     """Runs (first, last) of tokens that report the same characters."""
     same = np.flatnonzero((spans[1:] == spans[:-1]).all(axis=1))
@@ -113,30 +110,17 @@ def _without_beginning(definition: dict[str, Any]) -> dict[str, Any]:
     changed = json.loads(json.dumps(definition))
     normalizer = changed.get("normalizer") or {}
     steps = normalizer.get("normalizers", [normalizer] if normalizer else [])
-    kept = [s for s in steps if s["type"] not in ("Prepend", "Strip") and not _at_the_ends(s)]
+    kept = [step for step in steps if step["type"] not in ("Prepend", "Strip")]
+    kept = [step for step in kept if "\\A" not in str(step.get("pattern"))]  # start of the text
     changed["normalizer"] = {"type": "Sequence", "normalizers": kept} if kept else None
-    for step in _steps(changed.get("pre_tokenizer")):
+    pre_tokenizer = changed.get("pre_tokenizer") or {}
+    for step in pre_tokenizer.get("pretokenizers", [pre_tokenizer] if pre_tokenizer else []):
         if step["type"] == "Metaspace":
             step["prepend_scheme"] = "never"
             step.pop("add_prefix_space", None)
         elif "add_prefix_space" in step:
             step["add_prefix_space"] = False
     return changed
-
-
-def _at_the_ends(step: dict[str, Any]) -> bool:
-    pattern = step.get("pattern")
-    return (
-        step["type"] == "Replace"
-        and isinstance(pattern, dict)
-        and "\\A" in pattern.get("Regex", "")
-    )
-
-
-def _steps(pre_tokenizer: dict[str, Any] | None) -> list[dict[str, Any]]:
-    if not pre_tokenizer:
-        return []
-    return list(pre_tokenizer.get("pretokenizers", [pre_tokenizer]))
 
 
 @dataclass(frozen=True)
@@ -161,11 +145,11 @@ class SpanAligner:
     """Cuts documents of a student's tokens as a teacher does."""
 
     def __init__(self, student: Any, teacher: Any, document_end: str = "eos") -> None:
-        """`document_end` is the dataset's: which token closes a text if the student's BOS and
-        EOS are one.
-        """
+        """`document_end` is the dataset's; it matters if the student's BOS and EOS are one."""
         self.student, self.teacher = ByteReader(student), ByteReader(teacher)
-        self.first, self.specials = _roles(student, teacher, document_end)
+        bos, eos = teacher.bos_id, teacher.eos_id
+        self.first: int | None = eos if bos is None else bos
+        self.specials = map_specials(student, teacher, document_end)
         self.control = set(student.special_tokens.values())
         self._control = np.array(sorted(self.control), dtype=np.int64)
 
@@ -179,12 +163,10 @@ class SpanAligner:
         foreign = np.zeros(len(ids), dtype=bool)
         student_spaced = np.zeros(len(ids), dtype=bool)
         places = np.flatnonzero(np.isin(ids, self._control))
-        mapped = [
-            int(p) for p in places if int(ids[p]) in self.specials and not (opened and p == 0)
-        ]
-        foreign[
-            [p for p in places if int(ids[p]) not in self.specials and not (opened and p == 0)]
-        ] = True
+        places = places[int(opened) :]
+        has_other = np.isin(ids[places], list(self.specials))
+        mapped = places[has_other].tolist()
+        foreign[places[~has_other]] = True
         cuts = sorted({int(opened), *mapped, *(p + 1 for p in mapped), len(ids)})
         for begin, end in pairwise(cuts):
             if begin in mapped:
@@ -213,14 +195,11 @@ class SpanAligner:
         )
 
     def _text(self, ids: np.ndarray, foreign: np.ndarray) -> tuple[np.ndarray, str, bool]:
-        """Bytes of each token of a run, the run's text, and whether its first token holds a space
-        that it drops.
-        """
+        """Sizes of a run's tokens, its text, and whether the first token drops a space."""
         sizes = self.student.lengths[ids].copy()
         data = b"".join([self.student.bytes[i] for i in ids.tolist()])
-        has_space = (
-            self.student.tokenizer.strips_first_space and data[:1] == b" " and not foreign[0]
-        )
+        strips = self.student.tokenizer.strips_first_space
+        has_space = strips and data[:1] == b" " and not foreign[0]
         if has_space:
             sizes[0] -= 1
             data = data[1:]
@@ -237,20 +216,19 @@ def _starts(sizes: list[np.ndarray], begin: int) -> np.ndarray:
     return np.cumsum(np.concatenate([np.array([begin], dtype=np.int64), *sizes]))
 
 
-def _roles(student: Any, teacher: Any, document_end: str) -> tuple[int | None, dict[int, int]]:
-    """The teacher's token that opens a document, and the teacher's tokens for the student's control
-    tokens.
+def map_specials(student: Any, teacher: Any, document_end: str = "bos") -> dict[int, int]:
+    """Student's special ids -> the teacher's, by content, else by role.
+
+    `document_end` is the role of a token that is both BOS and EOS.
     """
     table = {
         i: teacher.special_tokens[name]
         for name, i in student.special_tokens.items()
         if name in teacher.special_tokens
     }
-    roles = (
-        ("bos_id", "eos_id", "pad_id") if document_end == "bos" else ("eos_id", "bos_id", "pad_id")
-    )
-    for role in roles:
+    ends = ("bos_id", "eos_id") if document_end == "bos" else ("eos_id", "bos_id")
+    for role in (*ends, "pad_id"):
         ours, theirs = getattr(student, role), getattr(teacher, role)
         if ours is not None and theirs is not None:
             table.setdefault(ours, theirs)
-    return teacher.bos_id if teacher.bos_id is not None else teacher.eos_id, table
+    return table

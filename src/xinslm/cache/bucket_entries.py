@@ -45,51 +45,37 @@ def code(p: np.ndarray) -> np.ndarray:
 def bucket_entries(
     found: list[list[Bucket]], label_log_probs: np.ndarray, counts: np.ndarray, dtype: np.dtype[Any]
 ) -> np.ndarray:
-    """Entries of one document, one per token: entry i describes token i + 1; entries of positions
-    that are not targets stay empty.
+    """Entries of one document: entry i describes token i + 1, if that is a target.
 
     Buckets that the next level divides are kept first, then the most likely ones. A level is left
     out if the bucket that it divides is.
     """
     entries = np.zeros(len(found) + 1, dtype=dtype)
     most = entries["begins"].shape[1]
-    shape = (len(entries), most)
-    begins, ends, levels, probs = (
-        np.zeros(shape, kind) for kind in (np.int64, np.int64, np.uint8, np.float64)
-    )
+    probs = np.zeros((len(entries), most))
     for number, buckets in enumerate(found):
         if not buckets or not counts[number]:
             continue
         entries["flags"][number] = VALID
         divided = sorted((bucket for bucket in buckets if bucket[3]), key=lambda bucket: bucket[2])
         last = divided[most][2] if len(divided) > most else LEVELS
-        others = sorted(
-            (bucket for bucket in buckets if not bucket[3] and bucket[2] <= last),
-            key=lambda bucket: -bucket[4],
-        )
+        others = [bucket for bucket in buckets if not bucket[3] and bucket[2] <= last]
+        others.sort(key=lambda bucket: -bucket[4])
         kept = [*divided[:most], *others][:most]
         for column, (begin, end, level, onward, p) in enumerate(kept):
-            begins[number, column], ends[number, column], probs[number, column] = begin, end, p
-            levels[number, column] = level | (ONWARD if onward else 0)
-    entries["begins"], entries["ends"], entries["levels"], entries["codes"] = (
-        begins,
-        ends,
-        levels,
-        code(probs),
-    )
+            entries["begins"][number, column], entries["ends"][number, column] = begin, end
+            entries["levels"][number, column] = level | (ONWARD if onward else 0)
+            probs[number, column] = p
+    entries["codes"] = code(probs)
     entries["log_label"][:-1] = np.where(np.isfinite(label_log_probs), label_log_probs, FP16_FLOOR)
     return entries
 
 
 def decode_buckets(entries: np.ndarray, order: torch.Tensor) -> BucketTargets:
-    """Convert N entries to tensors for the loss; masses of a level sum to at most 1.
-
-    order: the `byte_order` of the student's tokenizer.
-    """
+    """Convert N entries for the loss, masses of a level summing to <= 1. order: `byte_order`."""
     begins, ends = entries["begins"].astype(np.int64), entries["ends"].astype(np.int64)
-    probs = np.exp(-LARGEST_NEGATIVE_LOG * (entries["codes"].astype(np.float32) / 255) ** 2) * (
-        ends > begins
-    )
+    probs = np.exp(-LARGEST_NEGATIVE_LOG * (entries["codes"].astype(np.float32) / 255) ** 2)
+    probs *= ends > begins
     levels = (entries["levels"] & ~np.uint8(ONWARD)).astype(np.int64)
     # rounded codes may sum to more than 1
     for level in range(int(levels.max(initial=0)) + 1):

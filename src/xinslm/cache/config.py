@@ -63,24 +63,19 @@ class CacheConfig(Settings):
     """Tokens sampled from the rest of the distribution; 0 for a loss that cannot use them (see
     `xinslm distill --help`, loss.tail-weight). Endpoints give none."""
     temperature: float = 2.0
-    """Temperature whose normaliser is stored, for a loss with temperature_mode full. Endpoints give
-    it for 1 alone.
-    """
+    """Temperature of the stored normaliser, for temperature_mode full; with an endpoint, 1."""
     alignment: Alignment = "auto"
     """How teacher tokens map to student tokens if the tokenizers differ: nested (the student's
     vocabulary is a merge prefix of the teacher's) sums probabilities exactly, byte_prefix keeps the
     mass of tokens that begin with the same bytes; auto takes the first that is possible."""
     hidden_state_depths: tuple[float, ...] = ()
-    """Depths whose hidden states to keep, as shares of the teacher's layers: 0.5 1.0
-    for instance.
-    """
+    """Depths whose hidden states to keep, as shares of the teacher's layers: 0.5 1.0."""
     hidden_state_width: int = 64
     """Bytes of a projected hidden state, at each depth; two more are its scale."""
     max_seq_length: int = 512
     """Longest context in tokens the teacher sees; use the student's."""
     batch_tokens: int = 8192
-    """Tokens per forward pass of the teacher; an interruption loses at most a minute and one
-    pass."""
+    """Tokens per forward pass of the teacher."""
     shard_positions: int = 1 << 18
     """Approximate number of positions in a shard file."""
     dtype: Dtype = "float32"
@@ -94,17 +89,13 @@ class CacheConfig(Settings):
     trust_remote_code: bool = False
     """Run Python code that the teacher's repository brings."""
     teacher_tokenizer_path: str | None = None
-    """Tokenizer of an endpoint's model, or one for a GGUF file instead of its own: a folder, a file
-    or a Hub name.
-    """
+    """Tokenizer of an endpoint's model or for a GGUF file: a folder, a file or a Hub name."""
     endpoint: EndpointConfig = field(default_factory=EndpointConfig)
     """For a teacher that is a URL."""
     seed: int = 0
     """Seed of the tail samples."""
     repair: bool = False
-    """Rebuild only the damaged and missing files of a finished cache; pass the options it was made
-    with.
-    """
+    """Rebuild only damaged and missing files of a finished cache; pass its other options too."""
     force: bool = False
     """Replace what is in the output folder."""
 

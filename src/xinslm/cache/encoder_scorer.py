@@ -53,9 +53,8 @@ class EncoderScorer:
         start, end = int(split.documents[first]), int(split.documents[last])
         tokens = np.asarray(split.tokens[start:end]).astype(np.int64)
         is_target = np.asarray(split.mask[start:end]) != 0
-        theirs, offsets, rows = self._align(
-            tokens, np.asarray(split.documents[first : last + 1]) - start
-        )
+        documents = np.asarray(split.documents[first : last + 1]) - start
+        theirs, offsets, rows = self._align(tokens, documents)
         # the last token of a document predicts nothing
         wanted = np.flatnonzero((rows[:-1] >= 0) & is_target[1:])
         rows = rows[wanted]
@@ -95,9 +94,7 @@ class EncoderScorer:
     def _align(
         self, tokens: np.ndarray, documents: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """The encoder's tokens, their offsets by document, and for each student token the index of
-        the encoder's token that ends with it, or -1.
-        """
+        """The encoder's tokens, their offsets by document, its token per student token (or -1)."""
         controls = np.flatnonzero(self.is_control[tokens])
         bounds = np.unique(np.concatenate([documents, controls, controls + 1]))
         runs = [(a, b) for a, b in pairwise(bounds) if not self.is_control[tokens[a]]]
@@ -123,8 +120,7 @@ class EncoderScorer:
 
 
 def match_ends(ends: np.ndarray, reading: Reading) -> np.ndarray:
-    """For tokens that end at the bytes `ends` of a text: the token of `reading` that ends there, or
-    -1.
+    """For each of the bytes `ends` of a text, the token of `reading` that ends there, or -1.
 
     If several end there (pieces of one character), the last is taken. A token that the next one
     overlaps does not count.

@@ -41,17 +41,14 @@ def endpoint_format(vocab_size: int, top_k: int) -> CacheFormat:
 def top_k_entries(
     ids: np.ndarray, log_probs: np.ndarray, label_log_probs: np.ndarray, fmt: CacheFormat
 ) -> np.ndarray:
-    """Entries without tail samples: ids (N, h) int64 and their log-probabilities, log p of the
-    labels (N,).
-    """
+    """Entries without tail samples: ids and log p (N, h), log p of the labels (N,)."""
     probs = torch.from_numpy(np.exp(log_probs))
     tail = 1 - probs.sum(dim=1)
     tail = torch.where(tail < 1e-6, 0.0, tail)  # servers round; a smaller rest is not mass
     none = torch.zeros(len(ids), dtype=torch.bool)
     zeros = torch.zeros(len(ids))
-    return pack_entries(
-        torch.from_numpy(ids), probs, tail, none, zeros, torch.from_numpy(label_log_probs), fmt
-    )
+    labels = torch.from_numpy(label_log_probs)
+    return pack_entries(torch.from_numpy(ids), probs, tail, none, zeros, labels, fmt)
 
 
 class EndpointScorer:

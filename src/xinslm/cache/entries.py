@@ -50,18 +50,17 @@ class CacheFormat:
     @cached_property
     def dtype(self) -> np.dtype[Any]:
         """Packed little-endian entry; `high` holds the bits of ids beyond 16."""
+        ids = self.top_k + self.tail_samples
         fields: list[Any] = [
             ("log_tail", "<f2"),
             ("log_z", "<f2"),
             ("log_label", "<f2"),
             ("flags", "u1"),
-            ("ids", "<u2", (self.top_k + self.tail_samples,)),
+            ("ids", "<u2", (ids,)),
             ("codes", "u1", (self.top_k,)),
         ]
         if self.high_bits:
-            fields.append(
-                ("high", "u1", (-(-self.high_bits * (self.top_k + self.tail_samples) // 8),))
-            )
+            fields.append(("high", "u1", (-(-self.high_bits * ids // 8),)))
         return np.dtype(fields)
 
     @property
@@ -73,10 +72,9 @@ class CacheFormat:
 def position_uniforms(positions: Tensor, seed: int) -> Tensor:
     """A uniform float64 in [0, 1) for each stream position (N,) int64, from splitmix64."""
     with np.errstate(over="ignore"):
-        x = positions.cpu().numpy().astype(np.uint64) + np.uint64(seed % 2**32) * np.uint64(
-            0x9E3779B97F4A7C15
-        )
-        x = (x + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
+        golden = np.uint64(0x9E3779B97F4A7C15)
+        x = positions.cpu().numpy().astype(np.uint64) + np.uint64(seed % 2**32) * golden
+        x = (x + np.uint64(1)) * golden
         x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
         x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
         x ^= x >> np.uint64(31)
@@ -109,19 +107,16 @@ def encode(
     unknown = torch.where(unknown < 1e-5, 0.0, unknown)
     if top_k_ids is None:
         top_k_ids = blocked_topk(probs, fmt.top_k)[1]
-    points = position_uniforms(positions, seed)[:, None] + torch.arange(
-        fmt.tail_samples, device=probs.device
-    )
+    steps = torch.arange(fmt.tail_samples, device=probs.device)
+    points = position_uniforms(positions, seed)[:, None] + steps
     drawn, known = sample_tail(probs, top_k_ids, points / max(fmt.tail_samples, 1))
 
     top_k_probs = probs.gather(1, top_k_ids)
     # tokens of probability 0 get a share of the unknown mass
     share = (unknown / probs.shape[1])[:, None]
     spread = (top_k_probs == 0) & (share > 0)
-    top_k_probs, unknown = (
-        torch.where(spread, share, top_k_probs),
-        unknown - spread.sum(dim=1) * share[:, 0],
-    )
+    top_k_probs = torch.where(spread, share, top_k_probs)
+    unknown = unknown - spread.sum(dim=1) * share[:, 0]
     return pack_entries(
         torch.cat((top_k_ids, drawn), dim=1),
         top_k_probs,
@@ -149,9 +144,8 @@ def pack_entries(
     entries["log_label"] = _half(log_label)
     entries["flags"] = (VALID + HAS_TAIL_SAMPLES * has_tail_samples.to(torch.uint8)).cpu().numpy()
     negative_log = (-top_k_probs.log()).clamp(0, LARGEST_NEGATIVE_LOG)
-    entries["codes"] = (
-        (255 * (negative_log / LARGEST_NEGATIVE_LOG).sqrt()).round().to(torch.uint8).cpu().numpy()
-    )
+    codes = (255 * (negative_log / LARGEST_NEGATIVE_LOG).sqrt()).round()
+    entries["codes"] = codes.to(torch.uint8).cpu().numpy()
     numbers = ids.cpu().numpy()
     entries["ids"] = (numbers & 0xFFFF).astype(np.uint16)
     if fmt.high_bits:
@@ -208,9 +202,8 @@ def pack_bits(values: np.ndarray, bits: int) -> np.ndarray:
 
 def unpack_bits(packed: np.ndarray, count: int, bits: int) -> np.ndarray:
     """Inverse of `pack_bits`: (N, bytes) -> (N, count) int64."""
-    planes = np.unpackbits(packed, axis=1, count=count * bits, bitorder="little").reshape(
-        len(packed), count, bits
-    )
+    planes = np.unpackbits(packed, axis=1, count=count * bits, bitorder="little")
+    planes = planes.reshape(len(packed), count, bits)
     return (planes.astype(np.int64) << np.arange(bits)).sum(axis=2)
 
 
@@ -234,16 +227,6 @@ def decode(entries: np.ndarray, fmt: CacheFormat) -> SparseTargets:
     )
 
 
-def gather(maps: list[Any], starts: np.ndarray, positions: np.ndarray) -> np.ndarray:
-    """Items at stream positions (N,) int64, from the mapped shards, which begin at `starts`."""
-    items = np.empty(len(positions), dtype=maps[0].dtype)
-    shard_of = np.searchsorted(starts, positions, side="right") - 1
-    for shard in np.unique(shard_of):
-        here = shard_of == shard
-        items[here] = maps[shard][positions[here] - starts[shard]]
-    return items
-
-
 class CacheSplit:
     """Entries of one split, memory-mapped and looked up by stream position."""
 
@@ -254,16 +237,31 @@ class CacheSplit:
         dtype: np.dtype[Any],
         decode: Decode | None = None,
     ) -> None:
+        """XinslmError if a file does not hold the number of entries that the manifest tells."""
         self.decode = decode
         self.starts = np.array([shard["start"] for shard in shards], dtype=np.int64)
-        self.maps = [np.memmap(folder / shard["file"], dtype=dtype, mode="r") for shard in shards]
+        self.maps = []
+        for shard in shards:
+            path, size = folder / shard["file"], shard["positions"] * dtype.itemsize
+            if not path.is_file() or path.stat().st_size != size:
+                raise XinslmError(
+                    f"{path} is missing or does not hold {shard['positions']:,} entries of "
+                    f"{dtype.itemsize} bytes, as in the manifest: the cache is damaged. Copy it "
+                    "or make it again"
+                )
+            self.maps.append(np.memmap(path, dtype=dtype, mode="r"))
 
     def __len__(self) -> int:
         return sum(map(len, self.maps))
 
     def entries(self, positions: np.ndarray) -> np.ndarray:
         """Entries at stream positions (N,) int64."""
-        return gather(self.maps, self.starts, positions)
+        items = np.empty(len(positions), dtype=self.maps[0].dtype)
+        shard_of = np.searchsorted(self.starts, positions, side="right") - 1
+        for shard in np.unique(shard_of):
+            here = shard_of == shard
+            items[here] = self.maps[shard][positions[here] - self.starts[shard]]
+        return items
 
     def targets(self, positions: np.ndarray) -> SparseTargets | BucketTargets:
         """Distributions at stream positions (N,) int64."""
@@ -326,30 +324,25 @@ class Cache:
 
     def require_dataset(self, fingerprint: str, folder: Path) -> None:
         """Raise UsageError unless the cache was made from the dataset with this fingerprint."""
-        if self.manifest["inputs"]["dataset"] != fingerprint:
+        ours = self.manifest["inputs"]["dataset"]
+        if ours != fingerprint:
             raise UsageError(
                 f"cache {self.folder} was made from another dataset than {folder}: from "
-                f"{self.manifest['dataset_path']} (fingerprints "
-                f"{self.manifest['inputs']['dataset'][:12]} and "
+                f"{self.manifest['dataset_path']} (fingerprints {ours[:12]} and "
                 f"{fingerprint[:12]}). Pass the dataset that was cached, or run `{MADE_BY}` on "
                 "this one"
             )
 
     def require_teacher(self, fingerprint: str, name: str) -> None:
         """Raise UsageError unless the teacher with this fingerprint made the cache."""
-        if self.manifest["inputs"]["teacher"] != fingerprint:
+        config, ours = self.manifest["config"], self.manifest["inputs"]["teacher"]
+        if ours != fingerprint:
+            adapter = f" with adapter {config['adapter']}" if config.get("adapter") else ""
             raise UsageError(
                 f"cache {self.folder} was made by another teacher, or another revision of it, "
-                f"than {name}: by "
-                f"{self.manifest['config']['teacher']}{_with_adapter(self.manifest)} (fingerprints "
-                f"{self.manifest['inputs']['teacher'][:12]} and {fingerprint[:12]}). Pass the "
-                f"cache of this teacher, or run `{MADE_BY}` with it"
+                f"than {name}: by {config['teacher']}{adapter} (fingerprints {ours[:12]} and "
+                f"{fingerprint[:12]}). Pass the cache of this teacher, or run `{MADE_BY}` with it"
             )
-
-
-def _with_adapter(manifest: dict[str, Any]) -> str:
-    adapter = manifest["config"].get("adapter")
-    return f" with adapter {adapter}" if adapter else ""
 
 
 def suffix(array: str) -> str:

@@ -11,7 +11,6 @@ import os
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -21,9 +20,7 @@ SAVE_SECONDS = 20.0
 
 
 class Journal:
-    """`with Journal(path) as journal:` reads the entries of an earlier run, drops an incomplete
-    last line, and appends after it.
-    """
+    """Reads the entries of an earlier run, drops an incomplete last line, appends after it."""
 
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -43,12 +40,7 @@ class Journal:
     def __enter__(self) -> "Journal":
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
         self._file.close()
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
@@ -57,9 +49,8 @@ class Journal:
 
     def append(self, *entries: dict[str, Any]) -> None:
         """Write entries to the disk."""
-        self._file.write(
-            b"".join(json.dumps(entry, ensure_ascii=False).encode() + b"\n" for entry in entries)
-        )
+        lines = [json.dumps(entry, ensure_ascii=False).encode() + b"\n" for entry in entries]
+        self._file.write(b"".join(lines))
         self._file.flush()
         os.fsync(self._file.fileno())
 
@@ -72,7 +63,8 @@ class ShardJournal:
 
     def __init__(self, path: Path | None, save_seconds: float | None = None) -> None:
         """Without a path nothing is kept; `save_seconds` is `SAVE_SECONDS` by default."""
-        self._path, self._journal = path, None if path is None else _reopened(path)
+        self._path = path
+        self._journal = None if path is None or not path.is_file() else Journal(path)
         self._pending: list[dict[str, Any]] = []
         self._save_seconds = SAVE_SECONDS if save_seconds is None else save_seconds
         self._saved = time.monotonic()
@@ -81,21 +73,14 @@ class ShardJournal:
     def __enter__(self) -> "ShardJournal":
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
         if kind is not None:
             self._save()
         if self._journal is not None:
-            self._journal.__exit__(kind, error, trace)
+            self._journal.__exit__(kind)
 
     def restore(self, step: int | str, places: Any, arrays: Mapping[str, np.ndarray]) -> bool:
-        """Fill `places` of the arrays as an earlier run did; False if it did not, or if its entry
-        is damaged.
-        """
+        """Fill `places` of the arrays as an earlier run did; False if its entry is not intact."""
         entry, results = self._found.get(step, {}), {}
         for name, array in arrays.items():
             try:
@@ -111,10 +96,8 @@ class ShardJournal:
 
     def keep(self, step: int | str, places: Any, arrays: Mapping[str, np.ndarray]) -> None:
         """Keep `places` of the arrays as the result of a step."""
-        results = {
-            name: base64.b64encode(array[places].tobytes()).decode()
-            for name, array in arrays.items()
-        }
+        kept = {name: base64.b64encode(array[places].tobytes()) for name, array in arrays.items()}
+        results = {name: data.decode() for name, data in kept.items()}
         self._pending.append({"step": step, **results})
         if time.monotonic() - self._saved >= self._save_seconds:
             self._save()
@@ -124,10 +107,6 @@ class ShardJournal:
             self._journal = self._journal or Journal(self._path)
             self._journal.append(*self._pending)
         self._pending, self._saved = [], time.monotonic()
-
-
-def _reopened(path: Path) -> Journal | None:
-    return Journal(path) if path.is_file() else None
 
 
 def _parse(line: bytes) -> dict[str, Any] | None:

@@ -7,7 +7,6 @@ Everything that depends on the kind is a method here; other modules ask the obje
 """
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ import torch
 
 from xinslm.alignment.byte_prefix import byte_order
 from xinslm.cache.bucket_entries import bucket_dtype, decode_buckets
-from xinslm.cache.entries import FP16_FLOOR, VALID, Cache, CacheSplit, Decode, decode
+from xinslm.cache.entries import FP16_FLOOR, Cache, CacheSplit, Decode, decode
 from xinslm.data.packing import Batch
 from xinslm.errors import UsageError
 from xinslm.losses.config import LossConfig
@@ -36,29 +35,12 @@ class CachedTargets:
         return self.split.targets(batch.stream.ravel()[chosen]).to(device)
 
 
-@dataclass(frozen=True)
-class Summary:
-    """Numbers of all splits of a cache."""
-
-    positions: int
-    """Covered positions."""
-    stream_bytes: int
-    teacher_nats: float
-    """Mean of -log p of the labels, where it is known."""
-    tail_mass: float
-    """Mean mass outside the top k."""
-
-
 class EntryKind(ABC):
     """Layout of a cache's entries, and how they are read."""
 
-    def __init__(self, cache: Cache) -> None:
-        self.cache, self.format = cache, cache.format
-
-    @property
-    @abstractmethod
-    def dtype(self) -> np.dtype[Any]:
-        """Packed entry of one position."""
+    def __init__(self, cache: Cache, dtype: np.dtype[Any]) -> None:
+        """`dtype` is the packed entry of one position."""
+        self.cache, self.format, self.dtype = cache, cache.format, dtype
 
     @abstractmethod
     def decoder(self, tokenizer: Path) -> Decode:
@@ -86,30 +68,9 @@ class EntryKind(ABC):
         opened = self.splits(self.decoder(tokenizer))
         return {name: CachedTargets(split) for name, split in opened.items()}
 
-    def summary(self) -> Summary:
-        """Count and average the entries of all splits."""
-        positions = size = known = 0
-        nats = tail = 0.0
-        for shard in (shard for split in self.splits().values() for shard in split.maps):
-            valid = shard[(shard["flags"] & VALID) != 0]
-            labels = known_log_labels(valid)
-            size, positions, known = (
-                size + shard.nbytes,
-                positions + len(valid),
-                known + len(labels),
-            )
-            nats -= float(labels.sum())
-            tail += float(self.tail_masses(valid).sum(dtype=np.float64))
-        return Summary(positions, size, nats / max(known, 1), tail / max(positions, 1))
-
 
 class SparseEntries(EntryKind):
     """Top k, tail mass and tail samples over single tokens (see `entries`)."""
-
-    @property
-    def dtype(self) -> np.dtype[Any]:
-        """Packed entry of one position."""
-        return self.format.dtype
 
     def decoder(self, tokenizer: Path) -> Decode:
         """Token ids are the dataset's, so the tokenizer is not needed."""
@@ -134,11 +95,6 @@ class SparseEntries(EntryKind):
 class BucketEntries(EntryKind):
     """Masses of buckets of tokens (see `bucket_entries`)."""
 
-    @property
-    def dtype(self) -> np.dtype[Any]:
-        """Packed entry of one position."""
-        return bucket_dtype(self.format.vocab_size, self.format.top_k)
-
     def decoder(self, tokenizer: Path) -> Decode:
         """Buckets are ranges in the byte order of the tokenizer's vocabulary."""
         order = torch.from_numpy(byte_order(load_tokenizer(tokenizer)))
@@ -159,7 +115,10 @@ class BucketEntries(EntryKind):
 
 def kind_of(cache: Cache) -> EntryKind:
     """The kind of a cache's entries."""
-    return SparseEntries(cache) if cache.over_tokens else BucketEntries(cache)
+    fmt = cache.format
+    if cache.over_tokens:
+        return SparseEntries(cache, fmt.dtype)
+    return BucketEntries(cache, bucket_dtype(fmt.vocab_size, fmt.top_k))
 
 
 def known_log_labels(entries: np.ndarray) -> np.ndarray:

@@ -24,16 +24,15 @@ from xinslm.cache.entries import (
     Cache,
     CacheFormat,
     decode,
-    gather,
     pack_entries,
     position_uniforms,
 )
 from xinslm.cache.merge_config import MergeConfig
 from xinslm.cache.merge_weights import document_weights
-from xinslm.cache.mixture import Part, mix
+from xinslm.cache.mixture import Masses, mix
 from xinslm.cache.projected_states import HIDDEN_STATES
 from xinslm.cache.scorers import ENTRIES
-from xinslm.cache.write import CacheResult, write_cache
+from xinslm.cache.write import PLACES, CacheResult, write_cache
 from xinslm.config import to_dict
 from xinslm.data.dataset import Dataset, Split, open_dataset
 from xinslm.errors import UsageError
@@ -65,11 +64,8 @@ def run(config: MergeConfig, on_progress: Listener = ignore) -> CacheResult:
     lengths = {cache.manifest["config"]["max_seq_length"] for cache in caches}
     if len(lengths) > 1:
         listed = ", ".join(f"{length}" for length in sorted(lengths))
-        on_progress(
-            Progress(
-                "merge", note=f"the teachers saw contexts of different lengths: {listed} tokens"
-            )
-        )
+        note = f"the teachers saw contexts of different lengths: {listed} tokens"
+        on_progress(Progress("merge", note=note))
     weights = {
         name: document_weights(config.weights, config.domain_weights, len(caches), dataset, name)
         for name in dataset.manifest["splits"]
@@ -97,17 +93,13 @@ def run(config: MergeConfig, on_progress: Listener = ignore) -> CacheResult:
 
 
 def _stream(seed: int, depth: int) -> int:
-    """Seed of the uniform numbers: no cache was scored with it, and no cache of another depth was
-    merged with it.
-    """
+    """Seed of the uniform numbers, another one than of any cache that is merged."""
     digest = hashlib.sha256(f"merge {depth} {seed}".encode()).digest()
     return (1 << 31) | int.from_bytes(digest[:4], "little") >> 1
 
 
 def _require_fit(caches: list[Cache], dataset: Dataset, on_progress: Listener) -> None:
-    """Raise UsageError unless all caches are of the dataset and its vocabulary, XinslmError where
-    one is damaged.
-    """
+    """Raise UsageError unless all caches fit the dataset, XinslmError if one is damaged."""
     for cache in caches:
         cache.require_dataset(dataset.fingerprint, dataset.folder)
         cache.verify(on_progress)
@@ -121,8 +113,7 @@ def _require_fit(caches: list[Cache], dataset: Dataset, on_progress: Listener) -
         if cache.format.vocab_size != dataset.manifest["vocab_size"]:
             raise UsageError(
                 f"cache {cache.folder} has {cache.format.vocab_size:,} token ids, dataset "
-                f"{dataset.folder} "
-                f"{dataset.manifest['vocab_size']:,}: they do not belong together"
+                f"{dataset.folder} {dataset.manifest['vocab_size']:,}: they do not belong together"
             )
         for name in dataset.manifest["splits"]:
             if cache.split(name) is None and len(dataset.split(name).tokens):
@@ -138,26 +129,21 @@ def _format(config: MergeConfig, caches: list[Cache]) -> CacheFormat:
         folder = next(cache.folder for cache in caches if cache.format.top_k == smallest)
         raise UsageError(
             f"top_k is {top_k}, but cache {folder} knows only {smallest} tokens at each position "
-            "exactly: "
-            f"pass --top-k {smallest} or less"
+            f"exactly: pass --top-k {smallest} or less"
         )
-    tail_samples = (
-        max(cache.format.tail_samples for cache in caches)
-        if config.tail_samples is None
-        else config.tail_samples
-    )
+    tail_samples = config.tail_samples
+    if tail_samples is None:
+        tail_samples = max(cache.format.tail_samples for cache in caches)
     return CacheFormat(caches[0].format.vocab_size, top_k, tail_samples, 1.0)
 
 
 def _describe(config: MergeConfig) -> str:
     weights = config.weights or (1.0,) * len(config.caches)
-    shares = " + ".join(
-        f"{w / sum(weights):.4g} x {c}" for w, c in zip(weights, config.caches, strict=True)
-    )
+    parts = zip(weights, config.caches, strict=True)
+    shares = " + ".join(f"{w / sum(weights):.4g} x {cache}" for w, cache in parts)
     by_domain = f", by source with {config.domain_weights}" if config.domain_weights else ""
-    by_token = (
-        f", by token with tau {config.token_temperature:g}" if config.token_temperature else ""
-    )
+    tau = config.token_temperature
+    by_token = f", by token with tau {tau:g}" if tau else ""
     return f"merge of {shares}{by_domain}{by_token}"
 
 
@@ -169,12 +155,8 @@ def _plan(
     scorer: "MergeScorer",
     depth: int,
 ) -> dict[str, Any]:
-    settings = {
-        key: value
-        for key, value in to_dict(config).items()
-        if key
-        not in ("force", "repair", "output_dir", "data_path", "caches", "weights", "domain_weights")
-    }
+    inputs = ("caches", "weights", "domain_weights")
+    settings = {k: v for k, v in to_dict(config).items() if k not in (*PLACES, *inputs)}
     settings["weights"] = {
         name: hashlib.sha256(np.ascontiguousarray(table).tobytes()).hexdigest()
         for name, table in weights.items()
@@ -221,9 +203,7 @@ class MergeScorer:
         for low in range(start, end, BLOCK):
             positions = np.arange(low, min(low + BLOCK, end))
             document = np.searchsorted(split.documents, positions, side="right") - 1
-            stored = [
-                (gather(s.maps, s.starts, positions), fmt) for s, fmt in opened if s is not None
-            ]
+            stored = [(s.entries(positions), fmt) for s, fmt in opened if s is not None]
             self._mix(stored, self.weights[split.name][document], positions, out[low - start :])
             report(int(positions[-1]) + 1 - start)
         return {ENTRIES: out}
@@ -238,14 +218,12 @@ class MergeScorer:
         """Write the mixture of some positions' entries into the first places of `out`."""
         decoded = [decode(entries, fmt) for entries, fmt in stored]
         valid = np.stack([targets.valid_mask.numpy() for targets in decoded], axis=1)
-        log_label = np.stack(
-            [entries["log_label"].astype(np.float64) for entries, _ in stored], axis=1
-        )
+        log_label = np.stack([x["log_label"].astype(np.float64) for x, _ in stored], axis=1)
         weights = _position_weights(prior * valid, log_label, self.token_temperature)
         rows = np.flatnonzero(weights.sum(axis=1) > 0)
         weights = weights[rows]
         parts = [
-            Part(
+            Masses(
                 targets.top_k_ids.numpy()[rows],
                 weights[:, [k]] * np.exp(targets.top_k_log_probs.numpy()[rows].astype(np.float64)),
                 weights[:, k] * np.exp(targets.log_tail.numpy()[rows].astype(np.float64)),
@@ -271,9 +249,7 @@ class MergeScorer:
 
 
 def _position_weights(prior: np.ndarray, log_label: np.ndarray, tau: float | None) -> np.ndarray:
-    """Weights (N, caches) that sum to 1, or to 0 where no cache counts; with tau, prior *
-    p(label)^(1/tau).
-    """
+    """Weights (N, caches) that sum to 1 or 0; with tau, prior * p(label)^(1/tau)."""
     counts = prior > 0
     if tau is not None:
         score = np.where(counts, log_label / tau, -np.inf)

@@ -19,9 +19,7 @@ _MERGE = {
 
 @dataclass(frozen=True)
 class MergeConfig(Settings):
-    """Merge the caches of several teachers, made from one dataset, into one cache of their weighted
-    mixture.
-    """
+    """Merge caches that several teachers made of one dataset: their weighted mixture."""
 
     caches: Annotated[tuple[Path, ...], tyro.conf.Positional]
     """Cache folders to merge, two or more, all made from one dataset."""
@@ -32,17 +30,11 @@ class MergeConfig(Settings):
     weights: tuple[float, ...] = ()
     """Weight of each cache, in their order; only ratios count. All the same, if not given."""
     domain_weights: Path | None = None
-    """YAML file with weights by source: a file's name or pattern ('code*.jsonl') to a list with a
-    weight a cache.
-    """
+    """YAML file: a source's name or pattern ('code*.jsonl') to a list with a weight per cache."""
     token_temperature: float | None = None
-    """tau: weights each teacher at each token by p(token)^(1/tau) as well; small values trust the
-    best one alone.
-    """
+    """tau: also weights teachers by p(token)^(1/tau) at each token; small: the best alone."""
     top_k: int | None = None
-    """Tokens kept exactly at each position; by default, and at most, the smallest top k of the
-    caches.
-    """
+    """Tokens kept exactly; by default, and at most, the smallest top k of the caches."""
     tail_samples: int | None = None
     """Tokens sampled from the tail of the mixture; by default the largest number of the caches."""
     shard_positions: int = 1 << 18
@@ -50,9 +42,7 @@ class MergeConfig(Settings):
     seed: int = 0
     """Seed of the tail samples."""
     repair: bool = False
-    """Rebuild only the damaged and missing files of a finished cache; pass the options it was made
-    with.
-    """
+    """Rebuild only damaged and missing files of a finished cache; pass its other options too."""
     force: bool = False
     """Replace what is in the output folder."""
 

@@ -29,9 +29,7 @@ def document_weights(
     dataset: Dataset,
     split: str,
 ) -> np.ndarray:
-    """Weight of each of `count` caches in each document of a split, (documents, count) float64,
-    rows summing to 1.
-    """
+    """Weights of the caches in each document, (documents, count) float64; rows sum to 1."""
     general = weights or (1.0,) * count
     if domain_weights is None:
         documents = len(dataset.split(split).document_bytes)
@@ -45,9 +43,7 @@ def document_weights(
 
 
 def read_table(path: Path, count: int) -> Table:
-    """Read a YAML file of patterns and weights, `count` of them each; a UsageError lists what is
-    wrong.
-    """
+    """Read a YAML file of patterns with `count` weights each."""
     try:
         content: Any = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -60,10 +56,8 @@ def read_table(path: Path, count: int) -> Table:
         )
     wrong, table = [], {}
     for name, row in content.items():
-        numbers = isinstance(row, list) and all(
-            isinstance(x, int | float) and not isinstance(x, bool) for x in row
-        )
-        if not numbers:
+        kinds = {type(x) for x in row} if isinstance(row, list) else {None}
+        if not kinds <= {int, float}:
             wrong.append(f"{path}: the weights of '{name}' must be a list of numbers, not {row!r}")
             continue
         wrong += weight_errors(tuple(row), count, f"{path}: the weights of '{name}'")

@@ -17,41 +17,23 @@ NEGLIGIBLE = 1e-5
 
 
 @dataclass(frozen=True)
-class Part:
-    """One distribution of each of N rows, times its weight there."""
+class Masses:
+    """Masses over tokens in each of N rows: a part times its weight there, or their sum."""
 
     top_k_ids: np.ndarray
     """(N, h) int64, distinct in a row."""
     top_k_mass: np.ndarray
-    """(N, h) float64: weight times probability."""
+    """(N, h) float64."""
     tail: np.ndarray
-    """(N,) float64: weight times the mass outside the top k."""
+    """(N,) float64: the mass outside the top k."""
     tail_ids: np.ndarray
-    """(N, n) int64."""
+    """(N, n) int64: tail samples."""
     has_tail_samples: np.ndarray
-    """(N,) bool: whether the tail samples represent the tail; if not, only its mass is known.
-    """
+    """(N,) bool: whether tail samples represent the tail; else only its mass is known."""
 
 
-@dataclass(frozen=True)
-class Mixture:
-    """The sum of the parts."""
-
-    top_k_ids: np.ndarray
-    """(N, top_k) int64."""
-    top_k_mass: np.ndarray
-    """(N, top_k) float64."""
-    tail: np.ndarray
-    """(N,) float64."""
-    tail_ids: np.ndarray
-    """(N, tail samples) int64."""
-    has_tail_samples: np.ndarray
-    """(N,) bool."""
-
-
-def mix(parts: Sequence[Part], uniforms: np.ndarray, top_k: int, tail_samples: int) -> Mixture:
-    """Add up parts of N rows; uniforms (N,) in [0, 1), independent of those the parts were drawn
-    with.
+def mix(parts: Sequence[Masses], uniforms: np.ndarray, top_k: int, tail_samples: int) -> Masses:
+    """Add up parts; uniforms (N,) in [0, 1) are independent of those they were drawn with.
 
     `top_k` is at most the smallest top k of the parts.
     """
@@ -61,10 +43,9 @@ def mix(parts: Sequence[Part], uniforms: np.ndarray, top_k: int, tail_samples: i
     np.put_along_axis(rest, order, 0.0, axis=1)
     cumulative = rest.cumsum(axis=1)
     drawn_from = cumulative[:, -1]
-    unknown = sum(
-        (np.where(part.has_tail_samples, 0.0, part.tail) for part in parts), np.zeros(len(ids))
-    )
-    return Mixture(
+    unsampled = [np.where(part.has_tail_samples, 0.0, part.tail) for part in parts]
+    unknown = np.sum(unsampled, axis=0)
+    return Masses(
         np.take_along_axis(ids, order, axis=1),
         np.take_along_axis(weights, order, axis=1),
         drawn_from + unknown,
@@ -73,25 +54,19 @@ def mix(parts: Sequence[Part], uniforms: np.ndarray, top_k: int, tail_samples: i
     )
 
 
-def _by_token(parts: Sequence[Part]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Atoms of all parts, each row sorted by token: ids, exact share and total weight, all (N,
-    atoms).
+def _by_token(parts: Sequence[Masses]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Atoms (N, atoms) of all parts sorted by token: ids, exact share and total weight.
 
     The first of several atoms of a token has the sum; the others have weight 0 and exact share -1.
     """
     num_top_k = sum(part.top_k_mass.shape[1] for part in parts)
-    ids = np.concatenate(
-        [part.top_k_ids for part in parts] + [part.tail_ids for part in parts], axis=1
-    )
-    weight = np.zeros(ids.shape)
-    weight[:, :num_top_k] = np.concatenate([part.top_k_mass for part in parts], axis=1)
-    at = num_top_k
-    for part in parts:
-        count = part.tail_ids.shape[1]
-        weight[:, at : at + count] = np.where(
-            part.has_tail_samples, part.tail / max(count, 1), 0.0
-        )[:, None]
-        at += count
+    ids = np.hstack([part.top_k_ids for part in parts] + [part.tail_ids for part in parts])
+    shares = [
+        np.repeat(np.where(part.has_tail_samples, part.tail / max(n, 1), 0.0)[:, None], n, axis=1)
+        for part in parts
+        for n in [part.tail_ids.shape[1]]
+    ]
+    weight = np.hstack([part.top_k_mass for part in parts] + shares)
     bits = ids.shape[1].bit_length()
     keys = np.sort(ids << bits | np.arange(ids.shape[1]), axis=1)
     ids, column = keys >> bits, keys & ((1 << bits) - 1)
@@ -109,9 +84,8 @@ def _by_token(parts: Sequence[Part]) -> tuple[np.ndarray, np.ndarray, np.ndarray
 
 def _systematic(cumulative: np.ndarray, uniforms: np.ndarray, tail_samples: int) -> np.ndarray:
     """Columns (N, tail samples) at evenly spaced points of rows' cumulative weights (N, atoms)."""
-    points = (
-        (uniforms[:, None] + np.arange(tail_samples)) / max(tail_samples, 1) * cumulative[:, -1:]
-    )
+    points = (uniforms[:, None] + np.arange(tail_samples)) / max(tail_samples, 1)
+    points = points * cumulative[:, -1:]
     columns = (cumulative[:, None, :] <= points[:, :, None]).sum(axis=2)
     last = (cumulative < cumulative[:, -1:]).sum(axis=1)  # rounding must not pass the last mass
     return np.minimum(columns, np.minimum(last, cumulative.shape[1] - 1)[:, None])

@@ -11,7 +11,7 @@ token does.
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import Any, Protocol
 
@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from xinslm.cache.entries import Cache, gather, suffix
+from xinslm.cache.entries import Cache, CacheSplit, suffix
 from xinslm.data.packing import Batch
 from xinslm.errors import UsageError, XinslmError
 
@@ -63,36 +63,24 @@ class HiddenStateFormat:
         alone: bool = False,
     ) -> "HiddenStateFormat":
         """Format for relative depths; those that fall on one block are kept once."""
-        return cls(
-            tuple(sorted({depth_at(s, num_layers) for s in shares})),
-            num_layers,
-            hidden_size,
-            width,
-            alone,
-        )
+        depths = sorted({depth_at(share, num_layers) for share in shares})
+        return cls(tuple(depths), num_layers, hidden_size, width, alone)
 
     @cached_property
     def dtype(self) -> np.dtype[Any]:
         """Packed entry of one position."""
-        return np.dtype(
-            [
-                ("scales", "<f2", (len(self.depths),)),
-                ("codes", "i1", (len(self.depths), self.width)),
-            ]
-        )
+        depths = len(self.depths)
+        return np.dtype([("scales", "<f2", (depths,)), ("codes", "i1", (depths, self.width))])
 
     def column(self, share: float, source: str) -> int:
-        """Which of the projected hidden states is of relative depth `share`; UsageError where none
-        is.
-        """
+        """Column of relative depth `share`; UsageError if there is none."""
         depth = depth_at(share, self.num_layers)
         if depth not in self.depths:
             have = ", ".join(f"{d / self.num_layers:.3g}" for d in self.depths)
             raise UsageError(
                 f"{source} has no projected hidden states of relative depth {share} (block "
-                f"{depth} of "
-                f"{self.num_layers}), only of "
-                f"{have}. Choose among those, or make the cache with --hidden-state-depths {share}"
+                f"{depth} of {self.num_layers}), only of {have}. Choose among those, or make the "
+                f"cache with --hidden-state-depths {share}"
             )
         return self.depths.index(depth)
 
@@ -110,36 +98,26 @@ def rms_normalise(x: Tensor) -> Tensor:
 
 
 def project_states(states: Sequence[Tensor], fmt: HiddenStateFormat) -> Tensor:
-    """Hidden states (N, hidden_size) of each depth -> projected hidden states (depths, N, width)
-    float32.
-    """
+    """Hidden states (N, hidden_size) per depth -> projected (depths, N, width) float32."""
     matrix = projection_matrix(fmt.width, fmt.hidden_size).to(states[0].device)
     return torch.stack([rms_normalise(x.float()) @ matrix.t() for x in states])
 
 
 def encode_projected_states(projected_states: Tensor, fmt: HiddenStateFormat) -> np.ndarray:
-    """Projected hidden states (depths, N, width) -> N entries; no number moves by more than half
-    its scale.
-
-    Raises FloatingPointError where one is not finite.
-    """
+    """(depths, N, width) -> N entries; FloatingPointError if a number is not finite."""
     if not bool(torch.isfinite(projected_states).all()):
         raise FloatingPointError("hidden states are not finite")
     x = projected_states.transpose(0, 1).float().cpu()  # (N, depths, width)
     scales = (x.abs().amax(dim=2) / LARGEST_CODE).half()
     entries = np.zeros(x.shape[0], dtype=fmt.dtype)
     entries["scales"] = scales.numpy()
-    codes = (
-        (x / scales.float().clamp_min(1e-30)[:, :, None]).round().clamp(-LARGEST_CODE, LARGEST_CODE)
-    )
-    entries["codes"] = codes.to(torch.int8).numpy()
+    codes = (x / scales.float().clamp_min(1e-30)[:, :, None]).round()
+    entries["codes"] = codes.clamp(-LARGEST_CODE, LARGEST_CODE).to(torch.int8).numpy()
     return entries
 
 
 def decode_projected_states(entries: np.ndarray) -> tuple[Tensor, Tensor]:
-    """N entries -> projected hidden states (depths, N, width) float32, and which positions have
-    any, (N,) bool.
-    """
+    """N entries -> projected hidden states (depths, N, width) float32, validity (N,) bool."""
     scales = torch.from_numpy(entries["scales"].astype(np.float32))
     codes = torch.from_numpy(entries["codes"].astype(np.float32))
     return (codes * scales[:, :, None]).transpose(0, 1), (scales > 0).all(dim=1)
@@ -155,27 +133,21 @@ class HiddenStateSource(Protocol):
     def projected_states(
         self, batch: Batch, chosen: np.ndarray, device: torch.device
     ) -> tuple[Tensor, Tensor]:
-        """Projected hidden states (depths, N, width) float32 and validity (N,) bool of the N flat
-        positions `chosen`.
-        """
+        """States (depths, N, width) float32 and validity (N,) of the flat positions `chosen`."""
         ...
 
 
-class CachedHiddenStates:
+class CachedHiddenStates(CacheSplit):
     """The array `hidden_states` of one split of a cache, shards mapped into memory."""
 
     def __init__(self, cache: Cache, split: str) -> None:
-        """Raise UsageError if the cache has no projected hidden states, XinslmError if their files
-        do not fit its manifest.
-        """
+        """UsageError if the cache has no hidden states, XinslmError if they are damaged."""
         facts = cache.manifest.get(HIDDEN_STATES)
         if facts is None:
             raise UsageError(
                 f"cache {cache.folder} has no projected hidden states, which hidden.weight and "
-                "contrast.weight need. "
-                "Make it with `xinslm cache --hidden-state-depths 0.5 1.0`, or give a live "
-                "--teacher "
-                "in its place"
+                "contrast.weight need. Make it with `xinslm cache --hidden-state-depths 0.5 1.0`, "
+                "or give a live --teacher in its place"
             )
         cache.check()
         self.name = f"cache {cache.folder}"
@@ -185,31 +157,18 @@ class CachedHiddenStates:
             raise XinslmError(
                 f"{cache.folder}: 'hidden_states' in its manifest is damaged; make the cache again"
             ) from None
-        shards = cache.manifest["shards"][split]
-        self.starts = np.array([shard["start"] for shard in shards], dtype=np.int64)
-        self.maps = []
-        for shard in shards:
-            path = cache.folder / (
-                shard["file"].removesuffix(suffix("entries")) + suffix(HIDDEN_STATES)
-            )
-            if (
-                not path.is_file()
-                or path.stat().st_size != shard["positions"] * self.format.dtype.itemsize
-            ):
-                raise XinslmError(
-                    f"{path} is missing or does not hold {shard['positions']:,} projected hidden "
-                    f"states of {self.format.dtype.itemsize} bytes, as in the manifest: the cache "
-                    "is damaged. Copy it or make it again"
-                )
-            self.maps.append(np.memmap(path, dtype=self.format.dtype, mode="r"))
+        shards = [
+            {**shard, "file": shard["file"].removesuffix(suffix("entries")) + suffix(HIDDEN_STATES)}
+            for shard in cache.manifest["shards"][split]
+        ]
+        super().__init__(cache.folder, shards, self.format.dtype)
 
     def projected_states(
         self, batch: Batch, chosen: np.ndarray, device: torch.device
     ) -> tuple[Tensor, Tensor]:
         """Look up `chosen` positions."""
-        found, valid = decode_projected_states(
-            gather(self.maps, self.starts, batch.stream.ravel()[chosen])
-        )
+        entries = self.entries(batch.stream.ravel()[chosen])
+        found, valid = decode_projected_states(entries)
         return found.to(device), valid.to(device)
 
     def count(self) -> int:
@@ -224,15 +183,7 @@ class HiddenStateWriter:
         self.format, self.entries = fmt, entries
 
     def put(self, states: Sequence[Tensor], rows: np.ndarray, places: np.ndarray) -> None:
-        """Project row `rows[i]` of each depth's states (tokens, hidden_size) for place `places[i]`
-        of the shard.
-        """
+        """Project row `rows[i]` of the states (tokens, hidden_size) for place `places[i]`."""
         index = torch.from_numpy(rows).to(states[0].device)
-        self.entries[places] = encode_projected_states(
-            project_states([x[index] for x in states], self.format), self.format
-        )
-
-
-def facts(fmt: HiddenStateFormat) -> dict[str, Any]:
-    """Description of projected hidden states in a cache's manifest."""
-    return {**asdict(fmt), "depths": list(fmt.depths)}
+        projected = project_states([x[index] for x in states], self.format)
+        self.entries[places] = encode_projected_states(projected, self.format)

@@ -14,15 +14,12 @@ BLOCKS, BLOCK = 64, 1 << 14
 def teacher_warning(cache: Cache, dataset: Dataset) -> str | None:
     """A warning if the teacher is no better than token frequencies on the training text."""
     name = f"teacher {cache.manifest['config']['teacher']}"
-    return uninformed(
-        name, teacher_nats(cache), unigram_nats(dataset, "train"), "nats per target token"
-    )
+    baseline = unigram_nats(dataset, "train")
+    return uninformed(name, teacher_nats(cache), baseline, "nats per target token")
 
 
 def teacher_nats(cache: Cache) -> float | None:
-    """The teacher's nats per target token of the train split, from at most a million entries; None
-    if the cache does not hold them.
-    """
+    """The teacher's nats per train target, from at most a million entries; None if unknown."""
     split = kind_of(cache).splits().get("train")
     if split is None:
         return None

@@ -6,16 +6,7 @@ from typing import Any
 from xinslm.cache.entries import KIND, PLAN, VERSION
 from xinslm.errors import UsageError
 from xinslm.files import MANIFEST, damaged_files, read_json, write_json
-
-
-def differing(found: dict[str, Any], plan: dict[str, Any], groups: tuple[str, ...]) -> list[str]:
-    """Keys whose values in `found` differ from the plan's, in the given groups."""
-    return [
-        key
-        for group in groups
-        for key in plan[group]
-        if found.get(group, {}).get(key) != plan[group][key]
-    ]
+from xinslm.folders import differing_keys
 
 
 def reopen(folder: Path, plan: dict[str, Any]) -> None:
@@ -30,14 +21,15 @@ def reopen(folder: Path, plan: dict[str, Any]) -> None:
         )
     if manifest.get("version") != VERSION or "settings" not in manifest:
         raise UsageError(
-            f"{folder} was made by another version of xinslm; replace it with "
-            "--force instead of --repair"
+            f"{folder} was made by another version of xinslm; replace it with --force instead of "
+            "--repair"
         )
-    if other := differing(manifest, plan, ("format", "settings", "inputs")):
+    groups = ("format", "settings", "inputs")
+    if other := differing_keys(*({name: x.get(name) for name in groups} for x in (manifest, plan))):
+        named = ", ".join(key.rpartition(".")[2] for key in other)
         raise UsageError(
-            f"{folder} was made with another {', '.join(other)}: its files would not belong "
-            "together. Repair it with "
-            f"the command that made it, or replace it with --force"
+            f"{folder} was made with another {named}: its files would not belong together. Repair "
+            "it with the command that made it, or replace it with --force"
         )
     damaged = damaged_files(folder, manifest)
     if not damaged:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from xinslm.data.dataset import Dataset, Split
 from xinslm.errors import XinslmError
+from xinslm.tokenizer.base import id_dtype
 from xinslm.topk import blocked_topk
 
 FILE = "support.npy"
@@ -60,16 +61,11 @@ def read_support(dataset: Dataset) -> Support | None:
 
 def write_support(folder: Path, ids: np.ndarray, vocab_size: int) -> None:
     """Write (targets, s) ids into a split's folder."""
-    np.save(
-        folder / FILE,
-        ids.astype(np.uint16 if vocab_size <= 1 << 16 else np.uint32),
-        allow_pickle=False,
-    )
+    np.save(folder / FILE, ids.astype(id_dtype(vocab_size)), allow_pickle=False)
 
 
 def top_k_ids(probs: Tensor, support: Tensor, labels: Tensor, top_k: int) -> Tensor:
-    """Distinct ids of the top k, (N, top_k) int64: the support, the label, the teacher's most
-    likely.
+    """Distinct ids (N, top_k) int64: the support, the label, the teacher's most likely.
 
     probs: (N, V), the teacher's. support: (N, s) distinct ids, s < top_k <= V. labels: (N,).
     """

@@ -15,13 +15,8 @@ import numpy as np
 
 from xinslm.cache.config import CacheConfig
 from xinslm.cache.entries import KIND, PLAN, VALID, VERSION, Cache, CacheFormat, suffix
-from xinslm.cache.kinds import Summary, kind_of
-from xinslm.cache.projected_states import (
-    HIDDEN_STATES,
-    CachedHiddenStates,
-    HiddenStateFormat,
-    facts,
-)
+from xinslm.cache.kinds import kind_of, known_log_labels
+from xinslm.cache.projected_states import HIDDEN_STATES, CachedHiddenStates, HiddenStateFormat
 from xinslm.cache.quality import teacher_warning
 from xinslm.cache.repair import reopen
 from xinslm.cache.scorers import ENTRIES, Scorer, cut_documents
@@ -34,24 +29,23 @@ from xinslm.teachers.base import DenseTeacher
 from xinslm.teachers.encoder import EncoderTeacher
 from xinslm.teachers.endpoint import EndpointTeacher
 
-PLACES = (
-    "force",
-    "repair",
-    "output_dir",
-    "data_path",
-    "teacher",
-    "teacher_tokenizer_path",
-    "endpoint",
-    "adapter",
-)
+_WHERE = ("output_dir", "data_path", "teacher", "teacher_tokenizer_path")
+PLACES = ("force", "repair", *_WHERE, "endpoint", "adapter")
 """Settings that do not change the result: locations and access."""
 
 
 @dataclass(frozen=True)
-class CacheResult(Summary):
+class CacheResult:
     """What `cache` made."""
 
     folder: Path
+    positions: int
+    """Covered positions."""
+    stream_bytes: int
+    teacher_nats: float
+    """Mean of -log p of the labels, where it is known."""
+    tail_mass: float
+    """Mean mass outside the top k."""
     entry_bytes: int
     seconds: float
     hidden_state_positions: int = 0
@@ -68,10 +62,7 @@ class CacheResult(Summary):
         """Lines for the terminal."""
         lines = [f"cache       {self.folder}"]
         if self.alignment != "same":
-            lines.append(
-                f"alignment   {self.alignment}; {self.share:.1%} of the targets are covered by "
-                "the teacher"
-            )
+            lines.append(f"alignment   {self.alignment}; covers {self.share:.1%} of the targets")
         if self.positions:
             lines += [
                 f"positions   {self.positions:,} scored of "
@@ -128,7 +119,7 @@ def cache_plan(
             "teacher_tokenizer": teacher.tokenizer.fingerprint(),
         },
         "alignment": {"kind": alignment},
-        **({} if projected_states is None else {HIDDEN_STATES: facts(projected_states)}),
+        **({} if projected_states is None else {HIDDEN_STATES: asdict(projected_states)}),
     }
 
 
@@ -156,9 +147,8 @@ def _write(config: CacheConfig, dataset: Dataset, scorer: Scorer, on_progress: L
         for number, (first, last) in enumerate(cuts):
             start, end = int(split.documents[first]), int(split.documents[last])
             stem = f"{split.name}/{number:05d}"
-            listed[split.name].append(
-                {"file": stem + suffix(ENTRIES), "start": start, "positions": end - start}
-            )
+            file = stem + suffix(ENTRIES)
+            listed[split.name].append({"file": file, "start": start, "positions": end - start})
 
             def report(positions: int, base: int = done) -> None:
                 on_progress(Progress("cache", base + positions, total, "tokens"))
@@ -206,14 +196,15 @@ def _finish(
     plan = read_json(folder / PLAN)
     assert isinstance(plan, dict)
     rows = [row for of_split in listed.values() for row in of_split]
-    kept = {
-        f"{row['file'].removesuffix(suffix(ENTRIES))}{suffix(array)}"
-        for row in rows
-        for array in scorer.arrays
-    }
+    stems = [row["file"].removesuffix(suffix(ENTRIES)) for row in rows]
+    kept = {f"{stem}{suffix(array)}" for stem in stems for array in scorer.arrays}
     for file in folder.glob("*/*"):
         if file.is_file() and file.relative_to(folder).as_posix() not in kept:
             file.unlink()
+    covered = 0
+    for row in rows:
+        entries = np.memmap(folder / row["file"], dtype=scorer.arrays[ENTRIES], mode="r")
+        covered += int(np.count_nonzero(entries["flags"] & VALID))
     content = {
         "format": plan["format"],
         "settings": plan["settings"],
@@ -223,7 +214,7 @@ def _finish(
         "alignment": plan.get("alignment", {"kind": "same"})
         | {
             "targets": sum(dataset.manifest["splits"][name]["targets"] for name in listed),
-            "covered": sum(_covered(folder / row["file"], scorer) for row in rows),
+            "covered": covered,
         },
     }
     if HIDDEN_STATES in plan:
@@ -232,22 +223,28 @@ def _finish(
     (folder / PLAN).unlink()
 
 
-def _covered(file: Path, scorer: Scorer) -> int:
-    """Covered positions of one shard."""
-    entries = np.memmap(file, dtype=scorer.arrays[ENTRIES], mode="r")
-    return int(np.count_nonzero(entries["flags"] & VALID))
-
-
 def _summarise(cache: Cache, seconds: float) -> CacheResult:
     kind, alignment = kind_of(cache), cache.manifest["alignment"]
+    shards = [shard for split in kind.splits().values() for shard in split.maps]
+    positions = known = 0
+    nats = tail = 0.0
+    for shard in shards:
+        valid = shard[(shard["flags"] & VALID) != 0]
+        labels = known_log_labels(valid)
+        positions, known = positions + len(valid), known + len(labels)
+        nats -= float(labels.sum())
+        tail += float(kind.tail_masses(valid).sum(dtype=np.float64))
     hidden_state_positions = hidden_state_bytes = 0
     if HIDDEN_STATES in cache.manifest:
         arrays = [CachedHiddenStates(cache, name) for name in cache.manifest["shards"]]
         hidden_state_positions = sum(array.count() for array in arrays)
         hidden_state_bytes = arrays[0].format.dtype.itemsize
     return CacheResult(
-        **vars(kind.summary()),
         folder=cache.folder,
+        positions=positions,
+        stream_bytes=sum(shard.nbytes for shard in shards),
+        teacher_nats=nats / max(known, 1),
+        tail_mass=tail / max(positions, 1),
         entry_bytes=kind.dtype.itemsize,
         seconds=seconds,
         hidden_state_positions=hidden_state_positions,

@@ -4,7 +4,7 @@ not a terminal.
 
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 from xinslm.cli.terminal import message, say
@@ -13,9 +13,9 @@ from xinslm.progress import Listener, Progress
 SECONDS_BETWEEN_LINES = 5.0
 
 
-def figures(progress: Progress) -> str:
+def figures(values: Mapping[str, float | str]) -> str:
     """'loss 2.31  tokens/s 8,120'."""
-    return "  ".join(f"{name} {_number(value)}" for name, value in progress.values.items())
+    return "  ".join(f"{name} {_number(value)}" for name, value in values.items())
 
 
 def _number(value: float | str) -> str:
@@ -37,24 +37,17 @@ class PlainLines:
         """Take one report."""
         now = time.monotonic()
         if progress.stage != self.stage:
-            self.stage, self.began, self.printed, self.first_done = (
-                progress.stage,
-                now,
-                now,
-                progress.done,
-            )
+            self.stage, self.first_done = progress.stage, progress.done
+            self.began = self.printed = now
         if progress.note:
             say(f"{progress.stage}: {progress.note}")
             return
         finished = progress.total is not None and progress.done >= progress.total
-        if (
-            not finished
-            and "validation" not in progress.values
-            and now - self.printed < SECONDS_BETWEEN_LINES
-        ):
+        is_due = now - self.printed >= SECONDS_BETWEEN_LINES
+        if not (finished or is_due or "validation" in progress.values):
             return
         self.printed = now
-        say(f"{progress.stage}  {self._place(progress, now)}  {figures(progress)}".rstrip())
+        say(f"{progress.stage}  {self._place(progress, now)}  {figures(progress.values)}".rstrip())
 
     def _place(self, progress: Progress, now: float) -> str:
         if progress.total is None:
@@ -73,7 +66,7 @@ def listener() -> Iterator[Listener]:
         yield PlainLines()
         return
     from rich.markup import escape
-    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeRemainingColumn
     from rich.progress import Progress as Bars
 
     columns = (
@@ -85,28 +78,23 @@ def listener() -> Iterator[Listener]:
         TextColumn("{task.fields[figures]}", markup=False),
     )
     with Bars(*columns) as bars:
-        tasks: dict[str, tuple[object, dict[str, float | str]]] = {}
+        tasks: dict[str, tuple[TaskID, dict[str, float | str]]] = {}
 
         def listen(progress: Progress) -> None:
             if progress.note:
-                bars.console.print(
-                    f"[yellow]{progress.stage}:[/] {escape(message(progress.note))}",
-                    highlight=False,
-                )
+                note = f"[yellow]{progress.stage}:[/] {escape(message(progress.note))}"
+                bars.console.print(note, highlight=False)
             if progress.stage not in tasks:
-                tasks[progress.stage] = (
-                    bars.add_task(progress.stage, total=None, unit="", figures=""),
-                    {},
-                )
+                task = bars.add_task(progress.stage, total=None, unit="", figures="")
+                tasks[progress.stage] = task, {}
             task, values = tasks[progress.stage]
             values.update(progress.values)
-            shown = Progress(progress.stage, values=values)
             bars.update(
-                task,  # type: ignore[arg-type]
+                task,
                 completed=int(progress.done),
                 total=None if progress.total is None else int(progress.total),
                 unit=progress.unit,
-                figures=figures(shown),
+                figures=figures(values),
             )
 
         yield listen

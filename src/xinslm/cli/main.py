@@ -82,9 +82,7 @@ def _require_output(config: Any) -> None:
 
 
 def _secrets(config: Any) -> dict[str, str]:
-    """The API key that a configuration names by its environment variable; it stays out of what is
-    written down.
-    """
+    """The API key in the environment variable that a configuration names."""
     name = getattr(getattr(config, "endpoint", None), "api_key_env", None)
     if name is None:
         return {}
@@ -128,19 +126,15 @@ def _take_config_files(words: list[str]) -> tuple[list[Path], list[str]]:
 def _overview() -> str:
     width = max(map(len, COMMANDS))
     lines = [f"  {name:<{width}}  {command.summary}" for name, command in COMMANDS.items()]
-    return "\n".join(
-        [
-            f"xinslm {__version__}: large open language models in, small ones that run on a "
-            "laptop out.",
-            "",
-            "  xinslm COMMAND [--config FILE.yaml] [flags]      `xinslm COMMAND --help` lists a "
-            "command's flags",
-            "",
-            *lines,
-            "",
-            "  --debug after a command shows the traceback of an error.",
-        ]
-    )
+    about = "large open language models in, small ones that run on a laptop out"
+    commands = "\n".join(lines)
+    return f"""xinslm {__version__}: {about}.
+
+  xinslm COMMAND [--config FILE.yaml] [flags]      `xinslm COMMAND --help` lists a command's flags
+
+{commands}
+
+  --debug after a command shows the traceback of an error."""
 
 
 def _unknown(words: list[str]) -> str:
@@ -148,16 +142,11 @@ def _unknown(words: list[str]) -> str:
 
     groups = sorted(name for name in COMMANDS if name.startswith(f"{words[0]} "))
     if groups:
-        return (
-            f"'{words[0]}' needs one of: {', '.join(name.split()[1] for name in groups)}. "
-            f"{SEE_HELP}"
-        )
+        names = ", ".join(name.split()[1] for name in groups)
+        return f"'{words[0]}' needs one of: {names}. {SEE_HELP}"
     near = difflib.get_close_matches(words[0], [name.split()[0] for name in COMMANDS], n=1)
-    return (
-        f"unknown command '{words[0]}'."
-        + (f" Did you mean '{near[0]}'?" if near else "")
-        + f" {SEE_HELP}"
-    )
+    hint = f" Did you mean '{near[0]}'?" if near else ""
+    return f"unknown command '{words[0]}'.{hint} {SEE_HELP}"
 
 
 def _explain(error: BaseException) -> int:

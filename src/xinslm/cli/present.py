@@ -13,9 +13,7 @@ Entry = Callable[[Sequence[str]], int]
 
 
 def stream_text(run: Callable[..., Any], config: Any, command: Entry) -> None:
-    """Print a continuation as it comes, then its figures on the error stream, so that the text can
-    be piped.
-    """
+    """Print a continuation as it comes, and its figures on the error stream."""
     result = run(config, on_text=write)
     print()
     say(result.describe(), sys.stderr)

@@ -22,9 +22,7 @@ SECONDS_BETWEEN_CHECKS = 1.0
 
 
 def seconds_of_others() -> float | None:
-    """Processor seconds that other processes have used on this process's cores; None if the system
-    does not tell.
-    """
+    """Processor seconds of other processes on this one's cores; None if not on Linux."""
     try:
         names = {f"cpu{core}" for core in os.sched_getaffinity(0)}
         rows = [line.split() for line in Path("/proc/stat").read_text().splitlines()]

@@ -21,9 +21,7 @@ _PREPARE = {
 
 @dataclass(frozen=True)
 class PrepareConfig(Settings):
-    """Turn raw text and conversations into a dataset of tokens with a loss mask and a validation
-    split.
-    """
+    """Turn text and chats into a dataset of tokens with a loss mask and a validation split."""
 
     data_path: tuple[str, ...]
     """Files (.txt .json .jsonl .parquet, also .gz), folders of them, Hugging Face datasets
@@ -40,19 +38,13 @@ class PrepareConfig(Settings):
     validation_path: tuple[str, ...] = ()
     """Files, folders or datasets to measure on, instead of a share of the data."""
     document_end: DocumentEnd = "eos"
-    """Token that closes a plain text (llama2.c models close with BOS); chats close as their
-    template says.
-    """
+    """Token that closes a plain text (llama2.c: BOS); chats close as their template says."""
     max_tokens: int | None = None
-    """Stop at the first document that brings the training split to this many tokens; fewer is an
-    error.
-    """
+    """Stop when the training split has this many tokens; fewer is an error."""
     keep_duplicates: bool = False
     """Keep documents that are exactly equal to an earlier one."""
     split_documents: SplitDocuments = "auto"
-    """What is one document of a .txt file; auto: the parts between lines of <|endoftext|>, else the
-    file.
-    """
+    """What is a document of a .txt file; auto: what <|endoftext|> lines separate, else the file."""
     text_field: str | None = None
     """Key or column that holds the text, where it is not called 'text'."""
     dataset_name: str | None = None

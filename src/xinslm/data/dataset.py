@@ -49,9 +49,7 @@ class Dataset:
     folder: Path
     manifest: dict[str, Any]
     fingerprint: str
-    """Hash of the tokens, independent of the folder: preparing the same data again gives the same
-    fingerprint.
-    """
+    """Hash of the tokens: the same data prepared again, anywhere, has the same fingerprint."""
     tokenizer_fingerprint: str
 
     def split(self, name: str) -> Split:
@@ -79,9 +77,7 @@ class Dataset:
         return split
 
     def sources(self, name: str) -> np.ndarray:
-        """Return the source of each document of a split, an index into the manifest's
-        `source_names`; int64, (documents,).
-        """
+        """Return each document's index in the manifest's `source_names`; int64 (documents,)."""
         path = self.folder / name / SOURCES
         if not path.is_file() or not isinstance(self.manifest.get("source_names"), list):
             raise UsageError(
@@ -112,9 +108,8 @@ def open_dataset(folder: Path, check_hashes: bool = True) -> Dataset:
         for name, hash in hashes.items()
         if name.startswith(("train/", "validation/")) and not name.endswith(SOURCES)
     }
-    return Dataset(
-        folder, manifest, sha256_json({"files": contents, "tokenizer": tokenizer}), tokenizer
-    )
+    fingerprint = sha256_json({"files": contents, "tokenizer": tokenizer})
+    return Dataset(folder, manifest, fingerprint, tokenizer)
 
 
 def _damage(manifest: dict[str, Any]) -> str | None:

@@ -10,6 +10,7 @@ import numpy as np
 from xinslm.data.config import DocumentEnd
 from xinslm.data.records import Document
 from xinslm.errors import UsageError, XinslmError
+from xinslm.tokenizer.show import visible
 from xinslm.tokenizer.start import document_start
 
 if TYPE_CHECKING:
@@ -68,8 +69,7 @@ class Encoder:
         return document.text is not None and len(encoded.tokens) >= frame + 2
 
     def cut(self, encoded: Encoded, tail_tokens: int) -> tuple[Encoded, Encoded]:
-        """Cut a plain text into two with the same start and end tokens, the second of at most
-        `tail_tokens`.
+        """Cut a plain text into two documents, the second of at most `tail_tokens`.
 
         The cut is at the first line end in the first quarter of the tail, else at a space.
         """
@@ -84,9 +84,7 @@ class Encoder:
         return head, self._plain(tail, tail_bytes)
 
     def _boundary(self, tokens: np.ndarray, first: int, last: int) -> int:
-        """Return the best index for a cut in `first`..`last`, inside a character only if
-        unavoidable.
-        """
+        """Return the best index for a cut in `first`..`last`, if possible between characters."""
         data = [self.tokenizer.token_bytes(int(token)) for token in tokens[first - 1 : last + 1]]
         pairs = list(enumerate(pairwise(data), start=first))
         for is_good in (
@@ -108,40 +106,28 @@ class Encoder:
             )
         messages = [dict(message) for message in document.messages or ()]
         ids, targets = self.tokenizer.apply_chat_template(messages)
-        mask = (
-            np.ones(len(ids), np.uint8) if self.train_on_prompts else np.asarray(targets, np.uint8)
-        )
+        mask, counted = np.asarray(targets, np.uint8), {"assistant"}
+        if self.train_on_prompts:
+            mask, counted = np.ones(len(ids), np.uint8), {message["role"] for message in messages}
         mask[:1] = 0
-        counted = [
-            m["content"] for m in messages if self.train_on_prompts or m["role"] == "assistant"
-        ]
-        return Encoded(
-            np.asarray(ids, np.int64), mask, sum(len(content.encode()) for content in counted)
-        )
+        num_bytes = sum(len(m["content"].encode()) for m in messages if m["role"] in counted)
+        return Encoded(np.asarray(ids, np.int64), mask, num_bytes)
 
 
 _FIRST_LINES, _LAST_LINES, _SCREEN_TOKENS = 12, 8, 2000
 
 
 def show(tokenizer: "Tokenizer", document: Document, encoded: Encoded) -> str:
-    """Format a document's tokens, separated by '|', in runs of equal mask: `-` is context, `+` are
-    targets.
-
-    A long document is shortened to one screen: its beginning and end.
-    """
+    """Format a document's tokens on one screen, in runs: `-` is context, `+` are targets."""
     targets = int(encoded.mask.sum())
     lines = [f"{document.source}: {len(encoded.tokens):,} tokens, {targets:,} of them targets"]
-    if len(encoded.tokens) > 2 * _SCREEN_TOKENS:
-        first, last = (
-            _lines(tokenizer, encoded.tokens[part], encoded.mask[part])
-            for part in (slice(_SCREEN_TOKENS), slice(-_SCREEN_TOKENS, None))
-        )
+    is_long = len(encoded.tokens) > 2 * _SCREEN_TOKENS
+    parts = [slice(_SCREEN_TOKENS), slice(-_SCREEN_TOKENS, None)] if is_long else [slice(None)]
+    rows = [_lines(tokenizer, encoded.tokens[part], encoded.mask[part]) for part in parts]
+    if not is_long and len(rows[0]) <= _FIRST_LINES + _LAST_LINES:
+        lines += rows[0]
     else:
-        first = last = _lines(tokenizer, encoded.tokens, encoded.mask)
-    if first is last and len(first) <= _FIRST_LINES + _LAST_LINES:
-        lines += first
-    else:
-        lines += [*first[:_FIRST_LINES], "  ...", *last[-_LAST_LINES:]]
+        lines += [*rows[0][:_FIRST_LINES], "  ...", *rows[-1][-_LAST_LINES:]]
     return "\n".join(lines) + "\n"
 
 
@@ -151,17 +137,10 @@ def _lines(tokenizer: "Tokenizer", tokens: np.ndarray, mask: np.ndarray) -> list
     for is_target, run in groupby(pairs, key=lambda pair: pair[0]):
         line = sign = "  + " if is_target else "  - "
         for _, token in run:
-            text = _visible(tokenizer.token_bytes(token)) + "|"
+            text = visible(tokenizer.token_bytes(token)) + "|"
             if len(line) + len(text) > 110 and line != sign:
                 lines.append(line)
                 line = sign
             line += text
         lines.append(line.removesuffix("|"))
     return lines
-
-
-def _visible(data: bytes) -> str:
-    """Make one token readable: `·` is a space, `⏎` a line end; partial characters are escaped."""
-    text = data.decode("utf-8", errors="backslashreplace")
-    names = {" ": "·", "\n": "⏎", "\t": "→"}
-    return "".join(names.get(c, c if c.isprintable() else f"\\x{ord(c):02x}") for c in text)

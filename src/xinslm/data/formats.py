@@ -57,9 +57,8 @@ def read_file(
 
 
 def _open(path: Path) -> IO[bytes]:
-    return (
-        cast(IO[bytes], gzip.open(path)) if path.name.lower().endswith(".gz") else open(path, "rb")
-    )
+    is_gzip = path.name.lower().endswith(".gz")
+    return cast(IO[bytes], gzip.open(path)) if is_gzip else open(path, "rb")
 
 
 def _lines(path: Path, file: IO[bytes]) -> Iterator[tuple[int, int, bytes]]:
@@ -127,11 +126,7 @@ def _read_jsonl(path: Path, file: IO[bytes], text_field: str | None) -> Iterator
                 record = json.loads(text)
             except (ValueError, RecursionError) as error:
                 reason = getattr(error, "msg", "nested too deep")
-                half = (
-                    ""
-                    if line.endswith(b"\n")
-                    else "; the line has no end, the file may be incomplete"
-                )
+                half = "" if line.endswith(b"\n") else "; the file may be incomplete"
                 raise XinslmError(f"{path}:{number}: not valid JSON ({reason}){half}") from None
             yield to_document(record, f"{path}:{number}", text_field)
 

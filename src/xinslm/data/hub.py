@@ -5,7 +5,7 @@ records that are read are downloaded. The library's many exception types become 
 says what to do.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,7 @@ def read_saved(folder: Path, split: str) -> Iterator[tuple[Any, str]]:
                 f"{folder} has no split '{split}'; choose with --dataset-split: {splits}"
             )
         data = data[split]
-    yield from _numbered(data, str(folder))
+    yield from ((record, f"{folder}:{row}") for row, record in enumerate(data, start=1))
 
 
 def read_hub(name: str, configuration: str | None, split: str) -> Iterator[tuple[Any, str]]:
@@ -41,7 +41,7 @@ def read_hub(name: str, configuration: str | None, split: str) -> Iterator[tuple
 
     try:
         data = datasets.load_dataset(name, configuration, split=split, streaming=True)
-        yield from _numbered(data, name)
+        yield from ((record, f"{name}:{row}") for row, record in enumerate(data, start=1))
     except XinslmError:
         raise
     except Exception as error:
@@ -51,11 +51,6 @@ def read_hub(name: str, configuration: str | None, split: str) -> Iterator[tuple
             "--dataset-name, --dataset-split and the connection; without one, pass --data-path "
             "the files or a folder written by save_to_disk"
         ) from None
-
-
-def _numbered(records: Iterable[Any], name: str) -> Iterator[tuple[Any, str]]:
-    for row, record in enumerate(records, start=1):
-        yield record, f"{name}:{row}"
 
 
 def _first_line(error: Exception) -> str:

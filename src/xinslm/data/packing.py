@@ -37,8 +37,7 @@ class Batch:
 
 
 def sequences(documents: np.ndarray, max_length: int) -> tuple[np.ndarray, np.ndarray]:
-    """Cut documents into pieces of at most `max_length` inputs; return starts and lengths, both
-    int64.
+    """Cut documents into pieces of at most `max_length` inputs; return starts and lengths, int64.
 
     `documents` holds offsets into the token stream, (n+1,). A document of n tokens has n-1 inputs
     (its last token predicts nothing); pieces do not overlap: each token but the first is a target
@@ -55,8 +54,7 @@ def sequences(documents: np.ndarray, max_length: int) -> tuple[np.ndarray, np.nd
 
 
 def pack(lengths: np.ndarray, row_length: int) -> tuple[np.ndarray, np.ndarray]:
-    """Distribute sequences over rows; return (order, offsets), row r is
-    order[offsets[r]:offsets[r+1]].
+    """Distribute sequences over rows: row r is order[offsets[r]:offsets[r+1]], both int64.
 
     Both are int64. Sequences keep their order within a row. UsageError if one is longer than
     `row_length`.

@@ -16,7 +16,6 @@ from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -33,9 +32,7 @@ from xinslm.errors import XinslmError
 from xinslm.files import write_manifest
 from xinslm.folders import new_folder, refuse_existing, refuse_inside, refuse_output_in
 from xinslm.progress import Listener, Progress, ignore
-
-if TYPE_CHECKING:
-    from xinslm.tokenizer.base import Tokenizer
+from xinslm.tokenizer.base import Tokenizer, id_dtype
 
 _BATCH_CHARACTERS, _BATCH_DOCUMENTS = 1 << 20, 1024
 
@@ -55,15 +52,12 @@ class PrepareResult:
     def describe(self) -> str:
         """Return a table of the splits, after the documents that `show` requests."""
         columns = ("documents", "tokens", "targets", "bytes")
-        lines = [
-            *self.samples,
-            " " * 10 + "".join(f"{column:>16}" for column in columns) + "    bytes/target",
-        ]
+        heads = "".join(f"{column:>16}" for column in columns)
+        lines = [*self.samples, f"{'':10}{heads}    bytes/target"]
         for name, split in self.splits.items():
             ratio = split["bytes"] / max(split["targets"], 1)
-            lines.append(
-                f"{name:10}" + "".join(f"{split[c]:16,}" for c in columns) + f"{ratio:16.2f}"
-            )
+            counts = "".join(f"{split[column]:16,}" for column in columns)
+            lines.append(f"{name:10}{counts}{ratio:16.2f}")
         lines.append(f"exact duplicates dropped: {self.duplicates_dropped:,}")
         if self.without_targets:
             lines.append(f"documents without an answer dropped: {self.without_targets:,}")
@@ -76,31 +70,23 @@ def run(config: PrepareConfig, on_progress: Listener = ignore) -> PrepareResult:
     """Write the dataset folder `config.output_dir` atomically."""
     from xinslm.tokenizer.load import load_tokenizer
 
-    _check(config)
-    if config.force:
-        refuse_inside(
-            config.output_dir, (*config.data_path, *config.validation_path, config.tokenizer_path)
-        )
-    tokenizer = load_tokenizer(config.tokenizer_path)
-    return _Stage(config, tokenizer, on_progress).run()
-
-
-def _check(config: PrepareConfig) -> None:
     config.check()
-    refuse_output_in(config.output_dir, (*config.data_path, *config.validation_path))
+    inputs = (*config.data_path, *config.validation_path)
+    refuse_output_in(config.output_dir, inputs)
     refuse_existing(config.output_dir, config.force)
+    if config.force:
+        refuse_inside(config.output_dir, (*inputs, config.tokenizer_path))
+    return _Stage(config, load_tokenizer(config.tokenizer_path), on_progress).run()
 
 
 class _Stage:
     """One run: the writers, the hashes of the documents seen, and the counts."""
 
-    def __init__(
-        self, config: PrepareConfig, tokenizer: "Tokenizer", on_progress: Listener
-    ) -> None:
+    def __init__(self, config: PrepareConfig, tokenizer: Tokenizer, on_progress: Listener) -> None:
         self.config, self.tokenizer, self.on_progress = config, tokenizer, on_progress
         self.encoder = Encoder(tokenizer, config.document_end, config.train_on_prompts)
         self.seen: set[bytes] = set()
-        self.dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32)
+        self.dtype = np.dtype(id_dtype(tokenizer.vocab_size))
         # of each document of a split: its draw, and whether it can be cut
         self.draws = {"train": array("d"), "validation": array("d")}
         self.divisible = {"train": bytearray(), "validation": bytearray()}
@@ -138,14 +124,8 @@ class _Stage:
                 source_names=list(self.numbers),
                 without_targets_dropped=self.without_targets,
             )
-        return PrepareResult(
-            config.output_dir,
-            splits,
-            self.duplicates,
-            self.without_targets,
-            tuple(self.samples),
-            warning,
-        )
+        dropped = self.duplicates, self.without_targets
+        return PrepareResult(config.output_dir, splits, *dropped, tuple(self.samples), warning)
 
     def _open(self, folder: Path, files: ExitStack) -> None:
         self.writers = {
@@ -155,17 +135,17 @@ class _Stage:
 
     def _fill(self) -> None:
         """Read all data into the two splits."""
-        config, options = self.config, ReadOptions.of(self.config, self._note)
+        config = self.config
+        names = ("split_documents", "text_field", "dataset_name", "dataset_split")
+        options = ReadOptions(**{n: getattr(config, n) for n in names}, on_note=self._note)
         documents = read_documents(config.data_path, options)
         if config.validation_path:
             # Validation comes first: a copy in the training data is then dropped as the
             # duplicate.
             self._write(read_documents(config.validation_path, options), "validation")
             self._write(documents, "train")
-        elif config.validation_fraction == 0:
-            self._write(documents, "train")
         else:
-            self._write(documents, None)
+            self._write(documents, "train" if config.validation_fraction == 0 else None)
 
     def _write(self, documents: Iterable[Document], split: str | None) -> None:
         """Tokenize documents into one split, or each into the split of its draw."""
@@ -177,11 +157,11 @@ class _Stage:
                     self.without_targets += 1
                     continue
                 draw = draw_number(digest, self.config.seed)
-                target = split or (
-                    "validation" if draw < self.config.validation_fraction else "train"
-                )
+                is_held = draw < self.config.validation_fraction
+                target = split or ("validation" if is_held else "train")
                 self._append(target, document, encoded, draw)
-                if self._enough() and target == "train":
+                limit = self.config.max_tokens
+                if target == "train" and limit and self.writers["train"].num_tokens >= limit:
                     self._report()
                     return
             self._report()
@@ -208,22 +188,19 @@ class _Stage:
             self.samples.append(show(self.tokenizer, document, encoded))
 
     def _hold_share(self, folder: Path, files: ExitStack) -> str:
-        """Plan which tokens are held out; rewrite the splits if the draws differ from the plan.
-
-        Return a warning if the share is not the requested one.
-        """
+        """Hold the planned tokens out; return a warning if the share is not the requested one."""
         config = self.config
         lengths = np.concatenate([np.diff(writer.documents) for writer in self.writers.values()])
         total = int(lengths.sum())
         if config.validation_path or config.validation_fraction == 0 or total == 0:
             return ""
-        spare = None if config.max_tokens is None else total - config.max_tokens
+        limit = config.max_tokens
         tails = plan_holdout(
             lengths,
             np.concatenate([np.asarray(draws) for draws in self.draws.values()]),
             np.concatenate([np.frombuffer(flags, bool) for flags in self.divisible.values()]),
             config.validation_fraction,
-            spare if spare is not None and spare >= 0 else None,
+            total - limit if limit is not None and limit <= total else None,
         )
         drawn = np.repeat([False, True], [len(writer) for writer in self.writers.values()])
         if not np.array_equal(tails, np.where(drawn, lengths, 0)):
@@ -265,10 +242,6 @@ class _Stage:
                 "out for validation"
             )
 
-    def _enough(self) -> bool:
-        limit = self.config.max_tokens
-        return limit is not None and self.writers["train"].num_tokens >= limit
-
     def _require(self) -> None:
         """Raise XinslmError if there are no training tokens, or fewer than `max_tokens`."""
         train, limit = self.writers["train"].num_tokens, self.config.max_tokens
@@ -289,17 +262,10 @@ class _Stage:
 
     def _report(self) -> None:
         tokens = sum(writer.num_tokens for writer in self.writers.values())
-        self.on_progress(
-            Progress(
-                "prepare",
-                done=sum(len(writer) for writer in self.writers.values()),
-                unit="documents",
-                values={
-                    "tokens": tokens,
-                    "tokens/s": tokens / max(time.monotonic() - self.started, 1e-9),
-                },
-            )
-        )
+        documents = sum(map(len, self.writers.values()))
+        speed = tokens / max(time.monotonic() - self.started, 1e-9)
+        values = {"tokens": tokens, "tokens/s": speed}
+        self.on_progress(Progress("prepare", documents, unit="documents", values=values))
 
 
 def _batches(documents: Iterable[tuple[Document, bytes]]) -> Iterator[list[tuple[Document, bytes]]]:

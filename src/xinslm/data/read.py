@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from xinslm.data.config import PrepareConfig, SplitDocuments
+from xinslm.data.config import SplitDocuments
 from xinslm.data.formats import ENDINGS, SUFFIXES, read_file, suffix
 from xinslm.data.hub import is_saved_dataset, read_hub, read_saved
 from xinslm.data.records import Document, to_document
@@ -31,17 +31,6 @@ class ReadOptions:
     dataset_split: str = "train"
     on_note: Callable[[str], None] = lambda note: None
     """Called with a sentence for each file that was skipped."""
-
-    @classmethod
-    def of(cls, config: PrepareConfig, on_note: Callable[[str], None]) -> "ReadOptions":
-        """Return the options of a configuration."""
-        return cls(
-            config.split_documents,
-            config.text_field,
-            config.dataset_name,
-            config.dataset_split,
-            on_note,
-        )
 
 
 def read_documents(paths: Iterable[str], options: ReadOptions | None = None) -> Iterator[Document]:
@@ -66,9 +55,7 @@ def read_documents(paths: Iterable[str], options: ReadOptions | None = None) -> 
 
 
 def _resolve(path: str) -> Path | str:
-    """Return the existing path that `path` names, or `path` itself if it is the name of a Hub
-    dataset.
-    """
+    """Return the existing path that `path` names, or `path` if it is a Hub dataset's name."""
     here = Path(path).expanduser()
     if here.exists():
         return here
@@ -86,9 +73,8 @@ def _near(path: Path) -> str:
     parent = path.parent
     while not parent.exists():
         path, parent = parent, parent.parent
-    near = difflib.get_close_matches(
-        path.name, sorted(entry.name for entry in parent.iterdir()), n=3
-    )
+    names = sorted(entry.name for entry in parent.iterdir())
+    near = difflib.get_close_matches(path.name, names, n=3)
     if near:
         return f" Did you mean {' or '.join(str(parent / name) for name in near)}?"
     return f" {parent.resolve()} exists, but has no entry of a similar name"
@@ -97,9 +83,8 @@ def _near(path: Path) -> str:
 def _read_source(source: Path | str, options: ReadOptions) -> Iterator[Document]:
     """Read a result of `_resolve` without empty documents; report an empty file as a note."""
     if isinstance(source, str):
-        yield from _to_documents(
-            read_hub(source, options.dataset_name, options.dataset_split), options
-        )
+        records = read_hub(source, options.dataset_name, options.dataset_split)
+        yield from _to_documents(records, options)
     elif is_saved_dataset(source):
         yield from _to_documents(read_saved(source, options.dataset_split), options)
     elif source.is_file() and suffix(source) not in SUFFIXES:
@@ -129,10 +114,8 @@ def _nonempty(documents: Iterable[Document]) -> Iterator[Document]:
 
 def _files(folder: Path, options: ReadOptions) -> list[Path]:
     """List the usable files below a folder, sorted; hidden files are skipped."""
-    below = [p for p in folder.rglob("*") if p.is_file()]
-    files = sorted(
-        p for p in below if not any(x.startswith(".") for x in p.relative_to(folder).parts)
-    )
+    below = {p: p.relative_to(folder) for p in folder.rglob("*") if p.is_file()}
+    files = sorted(p for p, name in below.items() if not any(x[0] == "." for x in name.parts))
     usable = [file for file in files if suffix(file) in SUFFIXES]
     ignored = [str(file.relative_to(folder)) for file in files if suffix(file) not in SUFFIXES]
     if not usable:
@@ -140,7 +123,6 @@ def _files(folder: Path, options: ReadOptions) -> list[Path]:
         raise UsageError(f"{folder} contains {what}. Known suffixes: {ENDINGS}")
     if ignored:
         more = f" and {len(ignored) - 5:,} more" if len(ignored) > 5 else ""
-        options.on_note(
-            f"{folder}: skipped {', '.join(ignored[:5])}{more} (known suffixes: {ENDINGS})"
-        )
+        names = ", ".join(ignored[:5]) + more
+        options.on_note(f"{folder}: skipped {names} (known suffixes: {ENDINGS})")
     return usable

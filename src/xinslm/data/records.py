@@ -68,9 +68,8 @@ def to_document(record: Any, source: str, text_field: str | None = None) -> Docu
     if "messages" in record:
         return Document(source, messages=_messages(record["messages"], "messages", source))
     if "conversations" in record:
-        return Document(
-            source, messages=_messages(record["conversations"], "conversations", source)
-        )
+        messages = _messages(record["conversations"], "conversations", source)
+        return Document(source, messages=messages)
     if "instruction" in record and "output" in record:
         question = _string(record, "instruction", source)
         if record.get("input"):
@@ -79,13 +78,11 @@ def to_document(record: Any, source: str, text_field: str | None = None) -> Docu
     if "prompt" in record:
         for key in ("response", "completion"):
             if key in record:
-                return _exchange(
-                    _string(record, "prompt", source), _string(record, key, source), source
-                )
+                question = _string(record, "prompt", source)
+                return _exchange(question, _string(record, key, source), source)
     if "turns" in record:
-        return Document(
-            source, messages=({"role": "user", "content": _first_turn(record, source)},)
-        )
+        question = _first_turn(record, source)
+        return Document(source, messages=({"role": "user", "content": question},))
     if "text" in record:
         return Document(source, text=_string(record, "text", source))
     keys = ", ".join(repr(str(key)) for key in list(record)[:12]) or "none"
@@ -103,10 +100,8 @@ def _first_turn(record: Mapping[str, Any], source: str) -> str:
 
 
 def _exchange(question: str, answer: str, source: str) -> Document:
-    return Document(
-        source,
-        messages=({"role": "user", "content": question}, {"role": "assistant", "content": answer}),
-    )
+    messages = {"role": "user", "content": question}, {"role": "assistant", "content": answer}
+    return Document(source, messages=messages)
 
 
 def _messages(value: Any, key: str, source: str) -> tuple[dict[str, str], ...]:
@@ -143,15 +138,8 @@ def _string(record: Mapping[str, Any], key: str, source: str) -> str:
 
 
 def _kind(value: Any) -> str:
-    names = {
-        type(None): "null",
-        bool: "true or false",
-        int: "a number",
-        float: "a number",
-        str: "a string",
-    }
+    names = {type(None): "null", bool: "true or false", int: "a number", float: "a number"}
     if isinstance(value, list):
         return "a list" if value else "an empty list"
-    return names.get(
-        type(value), "an object" if isinstance(value, Mapping) else type(value).__name__
-    )
+    other = "an object" if isinstance(value, Mapping) else type(value).__name__
+    return names.get(type(value), "a string" if isinstance(value, str) else other)

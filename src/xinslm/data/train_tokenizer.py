@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from xinslm.config import to_dict
+from xinslm.data.read import read_documents
 from xinslm.files import write_manifest
 from xinslm.folders import new_folder, refuse_existing, refuse_inside, refuse_output_in
 from xinslm.progress import Listener, Progress, ignore
@@ -35,11 +36,7 @@ class TrainResult:
 
     def describe(self) -> str:
         """Return sizes, compression and the folder as text."""
-        ratio = (
-            "not measured (no text)"
-            if self.bytes_per_token is None
-            else f"{self.bytes_per_token:.3f}"
-        )
+        ratio = f"{self.bytes_per_token:.3f}" if self.bytes_per_token else "not measured (no text)"
         return "\n".join(
             (
                 f"vocabulary       {self.vocab_size:,} ids",
@@ -60,12 +57,14 @@ def run(config: TokenizerConfig, on_progress: Listener = ignore) -> TrainResult:
     if config.force:
         refuse_inside(config.output_dir, (*config.data_path, config.prefix_of))
     started = time.perf_counter()
-    texts = _Texts(config.data_path)
+    sample: list[str] = []
+    texts = _texts(config.data_path, sample) if config.data_path else iter(())
     if config.prefix_of is not None:
         teacher = load_tokenizer(config.prefix_of)
         tokenizer = BPETokenizer.prefix_of(teacher, config.vocab_size, config.special_tokens)
         inputs = {"teacher": teacher.fingerprint()}
-        texts.read_sample()
+        while sum(map(len, sample)) < _SAMPLE_CHARACTERS and next(texts, None) is not None:
+            pass
     else:
         special = DEFAULT_SPECIAL_TOKENS if config.special_tokens is None else config.special_tokens
         tokenizer = BPETokenizer(
@@ -95,37 +94,22 @@ def run(config: TokenizerConfig, on_progress: Listener = ignore) -> TrainResult:
         vocab_size=tokenizer.vocab_size,
         num_merges=len(tokenizer.merges),
         special_tokens=tuple(tokenizer.special_tokens),
-        bytes_per_token=texts.bytes_per_token(tokenizer),
+        bytes_per_token=_bytes_per_token(tokenizer, sample),
         seconds=time.perf_counter() - started,
     )
 
 
-class _Texts:
-    """The texts of some files, read once as a stream; keeps the first ones as a sample."""
+def _texts(paths: Iterable[str], sample: list[str]) -> Iterator[str]:
+    """Read texts as a stream; the first 200,000 characters also go into `sample`."""
+    left = _SAMPLE_CHARACTERS
+    for document in read_documents(paths):
+        if left > 0:
+            sample.append(document.plain_text[:left])
+            left -= len(sample[-1])
+        yield document.plain_text
 
-    def __init__(self, paths: Iterable[str]):
-        self._paths = tuple(paths)
-        self._sample: list[str] = []
-        self._left = _SAMPLE_CHARACTERS
 
-    def __iter__(self) -> Iterator[str]:
-        from xinslm.data.read import read_documents
-
-        for document in read_documents(self._paths):
-            text = document.plain_text
-            if self._left > 0:
-                self._sample.append(text[: self._left])
-                self._left -= len(self._sample[-1])
-            yield text
-
-    def read_sample(self) -> None:
-        """Read only the sample."""
-        for _ in self if self._paths else ():
-            if self._left <= 0:
-                return
-
-    def bytes_per_token(self, tokenizer: BPETokenizer) -> float | None:
-        """Return the bytes per token of the sample; None if it is empty."""
-        ids, _ = tokenizer.encode_batch(self._sample)
-        size = sum(len(text.encode("utf-8", "replace")) for text in self._sample)
-        return size / len(ids) if len(ids) else None
+def _bytes_per_token(tokenizer: BPETokenizer, sample: list[str]) -> float | None:
+    ids, _ = tokenizer.encode_batch(sample)
+    size = sum(len(text.encode("utf-8", "replace")) for text in sample)
+    return size / len(ids) if len(ids) else None

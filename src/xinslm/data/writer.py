@@ -5,7 +5,6 @@ Tokens and mask are written to disk immediately; only offsets stay in memory.
 
 import io
 from pathlib import Path
-from types import TracebackType
 
 import numpy as np
 
@@ -27,12 +26,7 @@ class SplitWriter:
     def __enter__(self) -> "SplitWriter":
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
         try:
             self._tokens.close()
         finally:
@@ -47,9 +41,7 @@ class SplitWriter:
         return self.documents[-1]
 
     def append(self, tokens: np.ndarray, mask: np.ndarray, num_bytes: int, source: int = 0) -> None:
-        """Write one document: token ids, their mask (1 = target), the bytes of its text, the index
-        of its source.
-        """
+        """Write one document: ids, mask (1 = target), bytes of its text, index of its source."""
         self._tokens.write(np.ascontiguousarray(tokens, self.dtype).tobytes())
         self._mask.write(np.ascontiguousarray(mask, np.uint8).tobytes())
         self.documents.append(self.documents[-1] + len(tokens))
@@ -82,9 +74,7 @@ class SplitWriter:
 
 
 def _save(path: Path, values: list[int]) -> None:
-    """Write an int64 .npy file; np.save to a path hides the reason of a failed write (a full
-    disk).
-    """
+    """Write an int64 .npy file; np.save to a path would hide that the disk is full."""
     buffer = io.BytesIO()
     np.save(buffer, np.asarray(values, np.int64), allow_pickle=False)
     path.write_bytes(buffer.getvalue())

@@ -23,17 +23,13 @@ class Check:
     def line(self, width: int) -> str:
         """'ok       alignment   99.8 % ...'."""
         first, *rest = self.detail.splitlines() or [""]
-        indent = " " * (width + 11)
-        return "\n".join(
-            [f"{self.status:<8} {self.name:<{width}}  {first}", *(indent + line for line in rest)]
-        )
+        lines = [f"{self.status:<8} {self.name:<{width}}  {first}"]
+        return "\n".join([*lines, *(" " * (width + 11) + line for line in rest)])
 
 
 @dataclass
 class Examination:
-    """Checks made so far; a check is a function that returns what it measured, or raises
-    `XinslmError` or `Skipped`.
-    """
+    """Checks made so far. A check returns what it measured, or raises XinslmError or Skipped."""
 
     on_progress: Listener = ignore
     checks: list[Check] = field(default_factory=list)

@@ -15,9 +15,7 @@ _DOCTOR = {
 
 @dataclass(frozen=True)
 class DoctorConfig(Settings):
-    """Check data, cache, teacher and student, and this machine's arithmetic on them, before a long
-    run.
-    """
+    """Check data, cache, teacher, student and this machine's arithmetic before a long run."""
 
     data_path: Path
     """Dataset folder made by `xinslm prepare`."""

@@ -20,8 +20,7 @@ def dense_loss(
     targets: SparseTargets | None,
     config: LossConfig,
 ) -> Tensor:
-    """Mean over N positions of alpha * CE + beta * KD; forward_kl in mode decoupled, up to a
-    constant, others at T=1.
+    """Mean of alpha * CE + beta * KD; forward_kl: mode decoupled, up to a constant; others: T=1.
 
     hidden (N, d), weight (V, d), both float64 with gradients; the result is a float64 scalar.
     """
@@ -29,19 +28,13 @@ def dense_loss(
     ce = -log_q.gather(1, labels[:, None]).mean()
     if targets is None:
         return ce
-    each = [
-        _position(log_q[n], int(labels[n]), targets[slice(n, n + 1)], config)
-        for n in range(len(labels))
-    ]
+    rows = [slice(n, n + 1) for n in range(len(labels))]
+    each = [_position(log_q[n], int(labels[n]), targets[row], config) for n, row in enumerate(rows)]
     return config.alpha * ce + config.beta * torch.stack(each).mean()
 
 
 def _position(log_q: Tensor, label: int, target: SparseTargets, config: LossConfig) -> Tensor:
-    """KD of one position: KL over {top-k tokens, tail}, T inside the top k, and the sampled part of
-    the tail.
-
-    Uncovered positions have hard-label cross-entropy.
-    """
+    """KD of one position: over {top-k tokens, tail}, T inside the top k, and the sampled tail."""
     if not bool(target.valid_mask[0]):
         return -log_q[label]
     t, ids, log_p = config.temperature, target.top_k_ids[0], target.top_k_log_probs[0].double()
@@ -51,10 +44,8 @@ def _position(log_q: Tensor, label: int, target: SparseTargets, config: LossConf
     log_q_top_k, log_q_tail = log_q[ids].logsumexp(0), log_q[outside].logsumexp(0)
     inside_p, inside_q = torch.log_softmax(log_p / t, 0), torch.log_softmax(log_q[ids] / t, 0)
     if config.divergence != "forward_kl":
-        p, q = (
-            torch.cat((log_p.exp(), p_tail[None])),
-            torch.cat((log_q[ids].exp(), log_q_tail.exp()[None])),
-        )
+        p = torch.cat((log_p.exp(), p_tail[None]))
+        q = torch.cat((log_q[ids].exp(), log_q_tail.exp()[None]))
         return _divergence(p.clamp_min(math.exp(LEAST_SPARSE_LOG_P)), q, config)
     split = p_top_k * (p_top_k.log() - log_q_top_k)
     if p_tail > 0:

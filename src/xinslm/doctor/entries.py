@@ -48,10 +48,8 @@ def check_entries(examination: Examination, cache: Cache, dataset: Dataset) -> N
 
 def _sound(stored: np.ndarray, valid: np.ndarray, counts: np.ndarray) -> str:
     """Numbers are finite, and most targets have an entry."""
-    bad = sum(
-        int((~np.isfinite(stored[name][valid])).sum())
-        for name in ("log_tail", "log_label", "log_z")
-    )
+    numbers = (stored[name][valid] for name in ("log_tail", "log_label", "log_z"))
+    bad = sum(int((~np.isfinite(values)).sum()) for values in numbers)
     share = float(valid[counts].mean()) if counts.any() else 0.0
     return require(
         bad == 0 and share >= COVERED,
@@ -96,11 +94,8 @@ def _alignment(
 
 def _tail(cache: Cache, stored: np.ndarray) -> str:
     """The teacher's mass outside the top k, and whether tail samples represent it."""
-    mass = (
-        float(np.exp(decode(stored, cache.format).log_tail.numpy()).mean(dtype=np.float64))
-        if len(stored)
-        else 0.0
-    )
+    tail = decode(stored, cache.format).log_tail.numpy()
+    mass = float(np.exp(tail).mean(dtype=np.float64)) if len(tail) else 0.0
     detail = (
         f"{mass:.1%} of the teacher's mass outside {cache.format.top_k} tokens, "
         f"{cache.format.tail_samples} tail samples"
@@ -130,11 +125,7 @@ def teacher_quality(nats: float | None, dataset: Dataset) -> str:
 def ask_again(
     teacher: Any, dataset: Dataset, settings: dict[str, Any], fmt: Any, documents: int, seed: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Score a few documents of the train split; return the covered positions and their
-    entries, (N,) each.
-
-    `settings` are those of the cache they are compared with.
-    """
+    """Score a few train documents with a cache's settings; return covered positions, entries."""
     from xinslm.cache.support import read_support
 
     split = dataset.split("train")
@@ -157,9 +148,8 @@ def ask_again(
     parts, places = [], []
     for document in np.sort(chosen):
         first, last = int(split.documents[document]), int(split.documents[document + 1])
-        entries = scorer.shard(split, int(document), int(document) + 1, None, lambda tokens: None)[
-            ENTRIES
-        ]
+        number = int(document)
+        entries = scorer.shard(split, number, number + 1, None, lambda tokens: None)[ENTRIES]
         parts.append(entries)
         places.append(np.arange(first, last))
     entries, positions = np.concatenate(parts), np.concatenate(places)
@@ -189,14 +179,11 @@ def agreement(cache: Cache, positions: np.ndarray, fresh: np.ndarray) -> str:
         f"{OVERLAP:.0%}), one position off "
         f"{shifted[0]:.1%}; log p of the text differs by {nats:.4f} nats (at most {NATS:g})"
     )
-    advice = (
-        "Another teacher, revision, adapter or number type made the cache: cache this teacher again"
-    )
+    advice = "Another teacher, revision, adapter or dtype made the cache: cache this teacher again"
     if shifted[0] > overlaps[0]:
         advice = f"The entries are shifted by {shifted[1]:+d}: make the cache again"
-    return require(
-        overlaps[0] >= OVERLAP and nats <= NATS and overlaps[0] > shifted[0], detail, advice
-    )
+    agrees = overlaps[0] >= OVERLAP and nats <= NATS and overlaps[0] > shifted[0]
+    return require(agrees, detail, advice)
 
 
 def _overlap(a: SparseTargets, b: SparseTargets) -> float:

@@ -14,12 +14,11 @@ from xinslm.losses.fused import fused_loss
 from xinslm.losses.targets import DenseTargets, SparseTargets
 
 TOLERANCE, SLOPE_TOLERANCE = 1e-3, 0.05
+LABELS_ALONE = LossConfig(alpha=1.0, beta=0.0)
 HALVED = LossConfig(alpha=0.5, beta=0.5)
 AT_TWO = LossConfig(alpha=0.0, beta=1.0, temperature=2.0)
 OTHERS: tuple[Divergence, ...] = ("reverse_kl", "jsd", "skew_kl", "skew_reverse_kl")
-REPORT = (
-    "Do not train on this machine with this build of PyTorch; please report it with your versions"
-)
+REPORT = "Do not train here with this build of PyTorch; please report it with your versions"
 
 
 @dataclass(frozen=True)
@@ -39,15 +38,11 @@ class Positions:
 
 def check_losses(examination: Examination, at: Positions, seed: int) -> None:
     """Compare values and gradients, and try what temperature and agreement do."""
-    examination.make(
-        "fused cross-entropy", lambda: _compare(at, None, LossConfig(alpha=1.0, beta=0.0))
-    )
+    examination.make("fused cross-entropy", lambda: _compare(at, None, LABELS_ALONE))
     examination.make("fused distillation", lambda: _compare(at, at.targets, HALVED))
     examination.make("fused distillation, T=2", lambda: _compare(at, at.targets, AT_TWO))
-    examination.make(
-        "other divergences",
-        lambda: _compare(at, at.targets, *(LossConfig(0.5, 0.5, divergence=d) for d in OTHERS)),
-    )
+    others = [LossConfig(0.5, 0.5, divergence=divergence) for divergence in OTHERS]
+    examination.make("other divergences", lambda: _compare(at, at.targets, *others))
     examination.make("temperature", lambda: _temperature(at, seed))
     examination.make("student as teacher", lambda: _own_teacher(at))
 
@@ -65,9 +60,8 @@ def _fused(
 
 def relative(found: Tensor, expected: Tensor) -> float:
     """Largest difference as a share of the largest number; NaN counts as infinite."""
-    difference = (
-        found.double() - expected.double()
-    ).abs().max() / expected.double().abs().max().clamp_min(1e-12)
+    expected = expected.double()
+    difference = (found - expected).abs().max() / expected.abs().max().clamp_min(1e-12)
     return float(difference) if bool(torch.isfinite(difference)) else float("inf")
 
 
@@ -96,9 +90,8 @@ def _temperature(at: Positions, seed: int) -> str:
     """T has an effect, and the gradient at T=2 is the slope of the loss."""
     at_one, *_ = _fused(at, at.targets, LossConfig(alpha=0.0, beta=1.0))
     at_two, gradient, _ = _fused(at, at.targets, AT_TWO)
-    direction = torch.randn(at.hidden.shape, generator=torch.Generator().manual_seed(seed)).to(
-        at.hidden
-    )
+    generator = torch.Generator().manual_seed(seed)
+    direction = torch.randn(at.hidden.shape, generator=generator).to(at.hidden)
     # a slope that is not 0
     direction = direction / direction.norm() + gradient / gradient.norm().clamp_min(1e-30)
     step = 3e-3 * float(at.hidden.norm()) / float(direction.norm())
@@ -108,18 +101,15 @@ def _temperature(at: Positions, seed: int) -> str:
         ].kd
         for sign in (1, -1)
     ]
-    slope, expected = (
-        (values[0] - values[1]) / (2 * step * len(at.labels)),
-        float((gradient * direction).sum()),
-    )
+    slope = (values[0] - values[1]) / (2 * step * len(at.labels))
+    expected = float((gradient * direction).sum())
     off = abs(slope / expected - 1) if expected else float("inf")
     # with one top-k token T has no effect
     has_effect = at_one != at_two or at.targets.top_k_ids.shape[1] < 2
     return require(
         off <= SLOPE_TOLERANCE and has_effect,
         f"loss {at_one:.4f} at T=1, {at_two:.4f} at T=2; gradient off finite differences by "
-        f"{off:.2%} "
-        f"(at most {SLOPE_TOLERANCE:.0%})",
+        f"{off:.2%} (at most {SLOPE_TOLERANCE:.0%})",
         REPORT,
     )
 
@@ -128,10 +118,7 @@ def _own_teacher(at: Positions) -> str:
     """If teacher and student are equal, there is nothing to learn."""
     targets = DenseTargets(lambda rows: at.hidden[rows] @ at.weight.T)
     _, gradient, _ = _fused(at, targets, LossConfig(alpha=0.0, beta=1.0))
-    _, usual, _ = _fused(at, None, LossConfig(alpha=1.0, beta=0.0))
+    _, usual, _ = _fused(at, None, LABELS_ALONE)
     share = float(gradient.abs().max() / usual.abs().max().clamp_min(1e-30))
-    return require(
-        share <= TOLERANCE,
-        f"gradient {share:.1e} of cross-entropy's (at most {TOLERANCE:g})",
-        REPORT,
-    )
+    detail = f"gradient {share:.1e} of cross-entropy's (at most {TOLERANCE:g})"
+    return require(share <= TOLERANCE, detail, REPORT)

@@ -12,6 +12,7 @@ from xinslm.losses.fused import fused_loss
 from xinslm.model.transformer import Transformer
 
 TOLERANCE = 1e-3
+LIMIT = f"at most {TOLERANCE:g}"
 PADS = 7
 
 
@@ -44,18 +45,14 @@ def _packing(model: Transformer, batch: Batch, packed: Tensor) -> str:
         last = int(batch.segments[row].max())
         for segment in {0, last, last // 2}:
             inside = batch.segments[row] == segment
-            alone = model.hidden(
-                torch.from_numpy(batch.input_ids[row][inside])[None].to(packed.device)
-            )[0]
+            ids = torch.from_numpy(batch.input_ids[row][inside])
+            alone = model.hidden(ids[None].to(packed.device))[0]
             together = packed[row, torch.from_numpy(inside).to(packed.device)]
             worst = max(worst, relative(model.logits(together), model.logits(alone)))
             count += 1
     if not len(shared):
         raise Skipped("no row holds more than one document")
-    detail = (
-        f"logits in packed rows differ from {count} documents alone by {worst:.1e} (at most "
-        f"{TOLERANCE:g})"
-    )
+    detail = f"logits in packed rows differ from {count} documents alone by {worst:.1e} ({LIMIT})"
     return require(worst <= TOLERANCE, detail, REPORT)
 
 
@@ -81,33 +78,23 @@ def _pads(model: Transformer, batch: Batch, packed: Tensor) -> str:
     states = hidden_states(model, wide)
     real = torch.from_numpy(batch.segments >= 0).to(packed.device)
     off = relative(states[:, : packed.shape[1]][real], packed[real])
-    losses = [
-        _loss(model, hidden, of, 1.0)[0].item() for hidden, of in ((packed, batch), (states, wide))
-    ]
+    pairs = (packed, batch), (states, wide)
+    losses = [_loss(model, hidden, rows, 1.0).item() for hidden, rows in pairs]
     change = abs(losses[1] / losses[0] - 1) if losses[0] else float("inf")
-    detail = (
-        f"{PADS} more pads change hidden states by {off:.1e}, the loss by {change:.1e} (at most "
-        f"{TOLERANCE:g})"
-    )
+    detail = f"{PADS} more pads change states by {off:.1e}, the loss by {change:.1e} ({LIMIT})"
     return require(off <= TOLERANCE and change <= TOLERANCE, detail, REPORT)
 
 
-def _loss(
-    model: Transformer, hidden: Tensor, batch: Batch, normaliser: float
-) -> tuple[Tensor, int]:
+def _loss(model: Transformer, hidden: Tensor, batch: Batch, normaliser: float) -> Tensor:
     labels = torch.from_numpy(batch.labels).to(hidden.device).reshape(-1)
     chosen = labels >= 0
     rows = hidden.reshape(-1, hidden.shape[-1])[chosen]
     config = LossConfig(alpha=1.0, beta=0.0)
-    return fused_loss(rows, model.head_weight, labels[chosen], None, config, normaliser)[0], int(
-        chosen.sum()
-    )
+    return fused_loss(rows, model.head_weight, labels[chosen], None, config, normaliser)[0]
 
 
 def _accumulation(model: Transformer, batch: Batch) -> str:
-    """The gradient of a step is the same in 1, 2 and 4 micro-batches of unequal numbers of
-    targets.
-    """
+    """The gradient of a step is the same in 1, 2 and 4 micro-batches of unequal size."""
     count = float((batch.labels >= 0).sum())
     block = dict(model.model.layers[0].named_parameters())
     wanted = [model.head_weight, *block.values()]
@@ -116,17 +103,12 @@ def _accumulation(model: Transformer, batch: Batch) -> str:
     for weight in wanted:
         weight.requires_grad_(True)
     try:
-        whole, half, quarter = (
-            _gradient(model, batch, parts, count, wanted) for parts in (1, 2, 4)
-        )
+        each = [_gradient(model, batch, parts, count, wanted) for parts in (1, 2, 4)]
     finally:
         for weight, flag in zip(model.parameters(), before, strict=True):
             weight.requires_grad_(flag)
-    of_half, of_quarter = _worst(half, whole), _worst(quarter, whole)
-    detail = (
-        f"gradient differs by {of_half:.1e} in 2 parts, {of_quarter:.1e} in 4 (at most "
-        f"{TOLERANCE:g})"
-    )
+    of_half, of_quarter = _worst(each[1], each[0]), _worst(each[2], each[0])
+    detail = f"gradient differs by {of_half:.1e} in 2 parts, {of_quarter:.1e} in 4 ({LIMIT})"
     return require(max(of_half, of_quarter) <= TOLERANCE, detail, REPORT)
 
 
@@ -143,7 +125,7 @@ def _gradient(
         part = Batch(*(getattr(batch, name)[rows] for name in batch.__dataclass_fields__))
         if not (part.labels >= 0).any():
             continue
-        loss, _ = _loss(model, hidden_states(model, part), part, count)
+        loss = _loss(model, hidden_states(model, part), part, count)
         for sum_, grad in zip(total, torch.autograd.grad(loss, wanted), strict=True):
             sum_ += grad
     return total

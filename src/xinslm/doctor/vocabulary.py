@@ -13,11 +13,8 @@ from xinslm.doctor.checks import require
 
 def dataset_vocabulary(dataset: Dataset, tokenizer: Any) -> str:
     """The dataset's tokenizer is the one it was made with, and knows all tokens."""
-    largest = max(
-        int(tokens.max())
-        for name in dataset.manifest["splits"]
-        if len(tokens := dataset.split(name).tokens)
-    )
+    splits = (dataset.split(name).tokens for name in dataset.manifest["splits"])
+    largest = max(int(tokens.max()) for tokens in splits if len(tokens))
     own = tokenizer.fingerprint() == dataset.tokenizer_fingerprint
     return require(
         own and largest < tokenizer.vocab_size,
@@ -28,9 +25,7 @@ def dataset_vocabulary(dataset: Dataset, tokenizer: Any) -> str:
 
 
 def same_vocabulary(tokenizer: Any, other: Any, rows: int, what: str) -> str:
-    """Ids of `other` mean the bytes they mean to the dataset's tokenizer, and the output has `rows`
-    for them all.
-    """
+    """Ids mean the same bytes to `other`, and the model has an output row for each."""
     ids = np.arange(min(tokenizer.vocab_size, other.vocab_size))
     differing = [int(i) for i in ids if tokenizer.token_bytes(int(i)) != other.token_bytes(int(i))]
     detail = (
@@ -43,21 +38,14 @@ def same_vocabulary(tokenizer: Any, other: Any, rows: int, what: str) -> str:
             f"; {len(differing):,} ids mean other bytes, the first is {first}: "
             f"{tokenizer.token_bytes(first)!r} and {other.token_bytes(first)!r}"
         )
-    fits = (
-        not differing and other.vocab_size == tokenizer.vocab_size and rows >= tokenizer.vocab_size
-    )
+    fits = not differing and other.vocab_size == tokenizer.vocab_size <= rows
     return require(fits, detail, f"Prepare the data with the {what}'s tokenizer")
 
 
 def teacher_vocabulary(tokenizer: Any, teacher: Any, cached: str | None) -> str:
-    """The teacher has the dataset's tokenizer, one that it is a prefix of, or the one that was
-    `cached` by bytes.
-    """
+    """The teacher's tokenizer is the dataset's, one that nests it, or the `cached` one."""
     if cached is not None and cached == teacher.tokenizer.fingerprint() != tokenizer.fingerprint():
-        return (
-            f"another tokenizer, of {teacher.vocab_size:,} ids, the one that the cache was made "
-            "with"
-        )
+        return f"another tokenizer, of {teacher.vocab_size:,} ids, which the cache was made with"
     if tokenizer.fingerprint() != teacher.tokenizer.fingerprint() and is_nested(
         tokenizer, teacher.tokenizer
     ):

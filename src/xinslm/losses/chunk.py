@@ -8,13 +8,13 @@ and student:
 
     R [log Q - mean of log q_j over the tail samples]
 
-It is never negative and makes the expected gradient that of the full vocabulary. If the tail's
-inside is unknown (another tokenizer, an endpoint's few log-probabilities), the label is the only
-sample: log Q - log q_label, if the label is in the tail. Temperature (Hinton et al. 2015,
-arXiv:1503.02531) with T^2 in value and gradient; `decoupled` is the chain rule with T inside the
-top k only.
+It is never negative and makes the expected gradient that of the full vocabulary. If the
+distribution inside the tail is unknown (another tokenizer, an endpoint's few log-probabilities),
+the label is the only sample: log Q - log q_label, if the label is in the tail. Temperature (Hinton
+et al. 2015, arXiv:1503.02531) with T^2 in value and gradient; `decoupled` is the chain rule with T
+inside the top k only.
 
-At positions without teacher targets KD is the hard-label cross-entropy.
+At uncovered positions KD is the hard-label cross-entropy.
 """
 
 import torch
@@ -170,22 +170,22 @@ def _sparse(
         )
     ce = log_total - at_label
     num_samples, lam = at_samples.shape[1], config.effective_tail_weight
-    by_text = lam * (
+    label_weight = lam * (
         s.unknown_tail[:, None] & (s.top_k_ids != labels[:, None]).all(dim=1, keepdim=True)
     ).to(z.dtype)
-    kd = kd + by_text * (log_q_tail + ce)
-    tail_factor = tail_factor + by_text / q_tail
+    kd = kd + label_weight * (log_q_tail + ce)
+    tail_factor = tail_factor + label_weight / q_tail
     if num_samples and lam:
-        by_samples = (
+        sample_weight = (
             lam * s.has_tail_samples[:, None].to(z.dtype) * s.log_tail.to(z.dtype).exp()[:, None]
         )
-        kd = kd + by_samples * (log_q_tail - (at_samples - log_total).mean(dim=1, keepdim=True))
-        tail_factor = tail_factor + by_samples / q_tail
+        kd = kd + sample_weight * (log_q_tail - (at_samples - log_total).mean(dim=1, keepdim=True))
+        tail_factor = tail_factor + sample_weight / q_tail
     z.mul_(alpha + beta * tail_factor)
     z.scatter_(1, s.top_k_ids, alpha * q_top_k + beta * top_k_grad)
     if num_samples and lam:
-        z.scatter_add_(1, s.tail_ids, (-beta * by_samples / num_samples).expand(-1, num_samples))
-    add_at_labels_(z, labels, -alpha - beta * by_text)
+        z.scatter_add_(1, s.tail_ids, (-beta * sample_weight / num_samples).expand(-1, num_samples))
+    add_at_labels_(z, labels, -alpha - beta * label_weight)
     return ce.sum(dtype=widest(z)), torch.where(s.valid_mask[:, None], kd, ce).sum(dtype=widest(z))
 
 

@@ -21,9 +21,7 @@ _PLAN = {
 
 @dataclass(frozen=True, kw_only=True)
 class PlanConfig(DistillConfig):
-    """Memory, time, storage and cost of a run of `distill` or `pretrain` with the same settings;
-    nothing is run.
-    """
+    """Memory, time, storage and cost of `distill` or `pretrain` with the same settings."""
 
     data_path: Path | None = None  # type: ignore[assignment]
     """Dataset folder, for its vocabulary and size; without one give --vocab-size and --tokens."""
@@ -38,9 +36,7 @@ class PlanConfig(DistillConfig):
     hourly_price: float | None = None
     """Price of a machine's hour, in any currency, for the cost of each stage."""
     top_k: int | None = None
-    """Most likely tokens a cache keeps at each position; by default 4, or 11 where there are no
-    tail samples.
-    """
+    """Most likely tokens that a cache keeps per position; 4 by default, 11 without tail samples."""
     tail_samples: int = 10
     """Drawn tokens a cache keeps at each position."""
 

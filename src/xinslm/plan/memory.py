@@ -57,13 +57,15 @@ class Matrix:
         return self.rows * self.columns
 
 
+def _widths(shape: ModelConfig) -> tuple[int, int]:
+    """Sizes of all queries of a token, and of all its keys."""
+    return shape.num_attention_heads * shape.head_dim, shape.num_key_value_heads * shape.head_dim
+
+
 def matrices(shape: ModelConfig) -> list[Matrix]:
     """All trained matrices of a model."""
     d, f, layers = shape.hidden_size, shape.intermediate_size, shape.num_hidden_layers
-    query, shared = (
-        shape.num_attention_heads * shape.head_dim,
-        shape.num_key_value_heads * shape.head_dim,
-    )
+    query, shared = _widths(shape)
     return [
         Matrix(shape.vocab_size, d, 1 if shape.tie_word_embeddings else 2, hidden=False),
         Matrix(query, d, 2 * layers, hidden=True),
@@ -85,10 +87,7 @@ def kept_by_block(shape: ModelConfig, tokens: int, width: int) -> int:
     width.
     """
     d, f = shape.hidden_size, shape.intermediate_size
-    query, shared = (
-        shape.num_attention_heads * shape.head_dim,
-        shape.num_key_value_heads * shape.head_dim,
-    )
+    query, shared = _widths(shape)
     norms = 2 * (2 * width * d + 4)
     attention = width * (2 * query + 2 * shared) + 4 * shape.num_attention_heads
     return tokens * (norms + attention + width * 4 * f)

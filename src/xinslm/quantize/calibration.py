@@ -26,8 +26,7 @@ _TOKENS_A_BATCH = 2048
 def read_rows(
     data: Path, tokenizer: str, config: ModelConfig, num_rows: int, length: int, seed: int
 ) -> tuple[list[Batch], str]:
-    """Draw `num_rows` packed rows of `length` tokens from the train split, in batches of about
-    2,048 tokens.
+    """Draw `num_rows` packed rows of `length` tokens, in batches of about 2,048 tokens.
 
     Returns the batches and the dataset's fingerprint. `tokenizer` is the fingerprint of the model's
     own; a dataset with another tokenizer or with too few rows is a UsageError.
@@ -83,10 +82,8 @@ class Calibration:
 
     def advance(self, block: Block, half: nn.Module) -> None:
         """Add the output of a half of `block`, attention or feed-forward, to the states."""
-        for index, batch in enumerate(self._batches):
-            self._states[index] = self._states[index] + self._run(
-                block, half, batch, self._states[index]
-            )
+        for index, (batch, states) in enumerate(zip(self._batches, self._states, strict=True)):
+            self._states[index] = states + self._run(block, half, batch, states)
 
     def _run(self, block: Block, half: nn.Module, batch: Batch, states: Tensor) -> Tensor:
         """Output of one half of `Block.forward`; with halves, nothing is computed twice."""

@@ -24,9 +24,7 @@ class QuantizeConfig(Settings):
     bits: int = 4
     """Bits per weight of the linear layers, 4 or 8; embedding and LM head always have 8 bits."""
     method: Literal["gptq", "rtn"] = "gptq"
-    """gptq feeds rounding errors forward (needs --data-path), rtn rounds to nearest; 8 bits always
-    round.
-    """
+    """gptq feeds rounding errors forward (needs --data-path); rtn, and 8 bits, only round."""
     num_calibration_samples: int = 128
     """Number of packed rows of the train split that calibrate GPTQ."""
     max_seq_length: int | None = None

@@ -51,9 +51,7 @@ class Factor:
     upper: Tensor
     """Upper Cholesky factor of the damped inverse Hessian, float32, in `order`."""
     importance: Tensor
-    """1 / diag(H^-1), float32 (columns,): the cost of an error in a column after the other columns
-    compensate for it.
-    """
+    """1 / diag(H^-1), float32 (columns,): cost of an error that later columns compensate."""
     damping: float
     """Fraction of the mean diagonal that was added to make the Hessian invertible."""
 
@@ -114,9 +112,7 @@ def round_to_nearest(weight: Tensor) -> QuantizedLinear:
 
 
 def quantize_weight(weight: Tensor, factor: Factor | None) -> QuantizedLinear:
-    """Quantize float32 weights (rows, columns) with GPTQ, or round to nearest if that has the
-    smaller layer loss.
-    """
+    """Quantize (rows, columns) with GPTQ, or round to nearest if that has the smaller loss."""
     nearest = round_to_nearest(weight)
     if factor is None:
         return nearest
@@ -130,9 +126,7 @@ def quantize_weight(weight: Tensor, factor: Factor | None) -> QuantizedLinear:
 
 
 def feed_back_errors(weight: Tensor, scales: Tensor, factor: Factor) -> Tensor:
-    """Choose int8 codes (rows, columns) for fixed scales: all rows at once, updates in blocks of
-    128 columns.
-    """
+    """Choose int8 codes (rows, columns) for fixed scales, in blocks of 128 columns."""
     order, upper = factor.order, factor.upper
     work = weight.T[order].contiguous()  # (columns, rows): a column's weights lie together
     groups, codes = scales.T[order // BLOCK], torch.empty_like(work, dtype=torch.int8)
@@ -152,8 +146,6 @@ def feed_back_errors(weight: Tensor, scales: Tensor, factor: Factor) -> Tensor:
 
 
 def layer_loss(weight: Tensor, quantized: Tensor, hessian: Tensor) -> float:
-    """Mean squared output error per token, tr((W - Q) H (W - Q)^T), of float32 (rows, columns)
-    weights.
-    """
+    """Mean squared output error per token, tr((W - Q) H (W - Q)^T)."""
     error = weight - quantized
     return float(((error @ hessian) * error).sum(dtype=torch.float64))

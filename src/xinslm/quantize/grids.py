@@ -58,13 +58,8 @@ def storable(scales: Tensor) -> Tensor:
 def encode(weight: Tensor, scales: Tensor, grid: Grid) -> Tensor:
     """Nearest int8 codes (rows, columns) of weights for stored scales (rows, columns / 32)."""
     blocks = weight.unflatten(-1, (-1, BLOCK))
-    return (
-        (blocks / scales[..., None])
-        .round_()
-        .clamp_(grid.lowest, grid.highest)
-        .to(torch.int8)
-        .flatten(-2)
-    )
+    codes = (blocks / scales[..., None]).round_().clamp_(grid.lowest, grid.highest)
+    return codes.to(torch.int8).flatten(-2)
 
 
 def decode(codes: Tensor, scales: Tensor) -> Tensor:
@@ -84,9 +79,8 @@ def fit_scales(weight: Tensor, grid: Grid, importance: Tensor | None = None) -> 
     shape = (weight.shape[0], weight.shape[1] // BLOCK)
     if grid is Q8_0:
         return storable(extreme.abs() / 127).view(shape)
-    weights = (
-        torch.ones(shape[1], BLOCK) if importance is None else importance.float().view(-1, BLOCK)
-    )
+    weights = torch.ones(weight.shape[1]) if importance is None else importance.float()
+    weights = weights.view(-1, BLOCK)
     best = torch.empty(len(blocks))
     for start in range(0, len(blocks), _CHUNK_BLOCKS):  # a chunk fits the CPU cache
         rows = torch.arange(start, min(start + _CHUNK_BLOCKS, len(blocks)))
@@ -134,14 +128,8 @@ def check_range(weight: Tensor, grid: Grid) -> RangeReport:
     if bool((largest > steps * LARGEST_SCALE).any()):
         return RangeReport(False, 0)
     small = (largest < steps * SMALLEST_SCALE) & (largest > 0)
-    energy = (
-        blocks[small]
-        .double()
-        .square()
-        .sum(dim=1)
-        .clamp(max=BLOCK * (SMALLEST_SCALE / 2) ** 2)
-        .sum()
-    )
+    energy = blocks[small].double().square().sum(dim=1)
+    energy = energy.clamp(max=BLOCK * (SMALLEST_SCALE / 2) ** 2).sum()
     return RangeReport(bool(energy <= 1e-3 * blocks.double().square().sum()), int(small.sum()))
 
 

@@ -6,7 +6,6 @@ each tensor as it comes, and writes the header at the end; the format allows spa
 
 import json
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -61,8 +60,7 @@ class WeightReader:
 
 
 class SafetensorsWriter:
-    """Write a safetensors file tensor by tensor: `with SafetensorsWriter(path, names) as out:
-    out.add(...)`.
+    """Write a safetensors file: `with SafetensorsWriter(path, names) as out: out.add(...)`.
 
     `room_for` lists names, at least as many and as long as will be added; it sizes the header.
     """
@@ -80,9 +78,7 @@ class SafetensorsWriter:
         return self
 
     def add(self, name: str, tensor: Tensor) -> None:
-        """Write a tensor; tensors of odd size (not a multiple of 8 bytes) are written last, so that
-        all are aligned.
-        """
+        """Write a tensor; sizes that are no multiple of 8 bytes come last, for alignment."""
         if tensor.numel() * tensor.element_size() % 8:
             self._late.append((name, tensor.clone()))
         else:
@@ -90,32 +86,21 @@ class SafetensorsWriter:
 
     def _write(self, name: str, tensor: Tensor) -> None:
         data = tensor.contiguous().numpy()
-        offsets = [self._position, self._position + data.nbytes]
-        self._header[name] = {
-            "dtype": _NAMES[tensor.dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": offsets,
-        }
+        end = self._position + data.nbytes
+        facts = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape)}
+        self._header[name] = facts | {"data_offsets": [self._position, end]}
         self._file.write(data.data)
-        self._position = offsets[1]
+        self._position = end
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
         try:
             if kind is None:
                 for name, tensor in sorted(self._late, key=lambda item: -item[1].element_size()):
                     self._write(name, tensor)
                 header = json.dumps(self._header, separators=(",", ":")).encode()
-                assert len(header) <= self._header_bytes, (
-                    "more or longer names than room was left for"
-                )
+                assert len(header) <= self._header_bytes, "more or longer names than `room_for`"
                 self._file.seek(0)
-                self._file.write(
-                    self._header_bytes.to_bytes(8, "little") + header.ljust(self._header_bytes)
-                )
+                self._file.write(self._header_bytes.to_bytes(8, "little"))
+                self._file.write(header.ljust(self._header_bytes))
         finally:
             self._file.close()

@@ -36,9 +36,7 @@ def spell(data: bytes) -> str:
 
 
 def unspell(token: str) -> bytes | None:
-    """Return the bytes of a token as a vocabulary file spells it; None if it is not spelled byte by
-    byte.
-    """
+    """Return the bytes of a token as `spell` writes them; None if it is spelled otherwise."""
     try:
         return bytes(CHAR_TO_BYTE[char] for char in token)
     except KeyError:

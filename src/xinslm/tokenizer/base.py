@@ -2,8 +2,8 @@
 streaming decoding.
 
 Two classes implement it: `BPETokenizer` (our byte-level BPE) and `HFTokenizer` (any other Hugging
-Face tokenizer). Both encode without BOS and EOS. Special tokens in a text are encoded as ordinary
-text unless `allowed_special` is set.
+Face tokenizer), which inherit what they have in common. Both encode without BOS and EOS. Special
+tokens in a text are encoded as ordinary text unless `allowed_special` is set.
 """
 
 import codecs
@@ -29,43 +29,57 @@ class Tokenizer(Protocol):
     eos_id: int | None
     pad_id: int | None
     start_ids: list[int]
-    """Ids that the tokenizer's files prepend to a text, often BOS or none; `encode` does not add
-    them.
-    """
+    """Ids that the tokenizer's files prepend to a text (`encode` does not): often BOS, or none."""
     chat_template: str | None
     """Jinja template of a conversation; None if the tokenizer has none."""
+    named_tokens: dict[str, str]
+    """'bos_token', 'eos_token', 'pad_token', 'unk_token': their contents."""
     strips_first_space: bool
     """Whether decoding drops one leading space, which sentencepiece adds when it encodes."""
 
     def encode(self, text: str, allowed_special: bool = False) -> list[int]:
-        """Turn text into ids, without BOS and EOS; control tokens in it become their ids only with
-        `allowed_special`.
-        """
+        """Turn text into ids; control tokens in it become their ids only with `allowed_special`."""
         ...
 
     def encode_batch(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        """Encode texts into flat ids (uint16 when vocab_size <= 65,536, else uint32) and int64
-        offsets (n + 1).
+        """Encode texts into flat ids (type: `id_dtype`) and int64 offsets (n + 1)."""
+        ...
+
+    @property
+    def bytes_of_tokens(self) -> list[bytes]:
+        """The bytes of each id: of a special token its content's UTF-8, of an unused id none."""
+        ...
+
+    def encode_segments(
+        self, segments: list[tuple[str, bool]]
+    ) -> tuple[list[int], list[tuple[int, int]]]:
+        """Encode segments (text, whether it is a control token) of a chat.
+
+        Return the ids and the range of characters of each in the joined segments.
         """
         ...
 
     def decode(self, ids: Sequence[int], skip_special: bool = False) -> str:
         """Turn ids into text; bytes that are not UTF-8 become U+FFFD."""
-        ...
+        text = join_bytes(self, ids, skip_special).decode("utf-8", "replace")
+        return text.removeprefix(" ") if self.strips_first_space else text
 
     def token_bytes(self, token: int) -> bytes:
-        """Return the bytes of one token; of a special token, its content's UTF-8; of an unused id,
-        nothing.
-        """
-        ...
+        """Return a token's bytes; XinslmError if it is not in the vocabulary."""
+        if not 0 <= token < self.vocab_size:
+            raise XinslmError(
+                f"token id {token} is not in 0..{self.vocab_size - 1}: these ids were made with "
+                "another tokenizer"
+            )
+        return self.bytes_of_tokens[token]
 
     def apply_chat_template(
         self, messages: list[dict[str, str]], add_generation_prompt: bool = False
     ) -> tuple[list[int], list[int]]:
-        """Turn a conversation into ids and a loss mask: 1 on the assistant's content and end token,
-        else 0.
-        """
-        ...
+        """Turn a chat into ids and a loss mask: 1 on the assistant's content and end token."""
+        from xinslm.tokenizer.chat import encode_chat  # which needs this module
+
+        return encode_chat(self, messages, add_generation_prompt)
 
     def fingerprint(self) -> str:
         """Return a hash that two tokenizers share if and only if the same ids mean the same."""
@@ -77,24 +91,13 @@ class Tokenizer(Protocol):
 
 
 def clean_surrogates(text: str) -> str:
-    """Replace lone surrogates, which UTF-8 cannot hold, with U+FFFD; a split pair becomes its
-    character.
-    """
+    """Replace lone surrogates by U+FFFD, because UTF-8 cannot hold them; join split pairs."""
     return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
 
 
 def id_dtype(vocab_size: int) -> type[np.uint16] | type[np.uint32]:
     """Return the narrowest type that holds the ids of a vocabulary."""
     return np.uint16 if vocab_size <= 65_536 else np.uint32
-
-
-def check_id(token: int, vocab_size: int) -> None:
-    """Raise XinslmError when a token id is outside the vocabulary."""
-    if not 0 <= token < vocab_size:
-        raise XinslmError(
-            f"token id {token} is not in 0..{vocab_size - 1}: these ids were made with another "
-            "tokenizer"
-        )
 
 
 def join_bytes(tokenizer: Tokenizer, ids: Iterable[int], skip_special: bool) -> bytes:
@@ -104,9 +107,7 @@ def join_bytes(tokenizer: Tokenizer, ids: Iterable[int], skip_special: bool) -> 
 
 
 def fingerprint(tokenizer: Tokenizer, split_rule: str) -> str:
-    """Hash the meaning of the ids: the bytes of each, the control tokens, BOS / EOS / pad, and the
-    split rule.
-    """
+    """Hash what ids mean: their bytes, control tokens, BOS / EOS / pad, and the split rule."""
     meaning = {
         "bytes": [tokenizer.token_bytes(token).hex() for token in range(tokenizer.vocab_size)],
         "special": sorted(tokenizer.special_tokens.values()),

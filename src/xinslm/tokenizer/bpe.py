@@ -20,7 +20,7 @@ import regex
 
 from xinslm.errors import UsageError, XinslmError
 from xinslm.progress import Listener, Progress, ignore
-from xinslm.tokenizer import base, chat, files
+from xinslm.tokenizer import base, files
 from xinslm.tokenizer.alphabet import ALPHABET, SPLITS, unspell
 from xinslm.tokenizer.learn import MergeLearner, count_pieces, pieces_of
 from xinslm.tokenizer.merges import Merger, PieceTable
@@ -28,9 +28,8 @@ from xinslm.tokenizer.merges import Merger, PieceTable
 DEFAULT_SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|pad|>")
 
 
-class BPETokenizer:
-    """A byte-level BPE tokenizer; `vocab_size` includes the special tokens, which have the last
-    ids.
+class BPETokenizer(base.Tokenizer):
+    """A byte-level BPE tokenizer; special tokens have the last ids and count in `vocab_size`.
 
     Before training it has single bytes only. Adding special tokens does not change the ids of
     ordinary text.
@@ -64,11 +63,8 @@ class BPETokenizer:
             )
         if max_token_length is not None and max_token_length < 2:
             raise UsageError("max_token_length must be at least 2 bytes")
-        self._target, self._min_frequency, self._longest = (
-            vocab_size,
-            min_frequency,
-            max_token_length,
-        )
+        self._target = vocab_size
+        self._min_frequency, self._longest = min_frequency, max_token_length
         self._take(files.new_definition(list(ALPHABET), [], list(special_tokens), split))
 
     def _take(self, definition: files.Definition) -> None:
@@ -79,6 +75,7 @@ class BPETokenizer:
         self.special_tokens = definition.special_tokens
         self.added_tokens = definition.added_tokens
         self.chat_template = definition.chat_template
+        self.named_tokens = definition.named_tokens
         self.bos_id, self.eos_id, self.pad_id = definition.roles()
         self.start_ids = definition.start_ids
         self.vocab_size = definition.vocab_size
@@ -87,7 +84,7 @@ class BPETokenizer:
         self._table = PieceTable(self._merger, self.vocab_size)
         self._plain_finder = _finder(self.added_tokens)
         self._all_finder = _finder(self.added_tokens | self.special_tokens)
-        vars(self).pop("_bytes", None)
+        vars(self).pop("bytes_of_tokens", None)
 
     @classmethod
     def of(cls, definition: files.Definition) -> Self:
@@ -99,33 +96,24 @@ class BPETokenizer:
 
     @classmethod
     def load(cls, path: Path | str) -> Self:
-        """Read a folder or a tokenizer.json; UnsupportedTokenizerError if it is not a byte-level
-        BPE with a known split rule.
-        """
+        """Read a folder or a tokenizer.json; UnsupportedTokenizerError for other tokenizers."""
         return cls.of(files.read(Path(path)))
 
     @classmethod
     def prefix_of(
         cls, teacher: Any, vocab_size: int, special_tokens: Sequence[str] | None = None
     ) -> Self:
-        """Build the nested tokenizer of `vocab_size` from the teacher's first merges (see
-        `nested.py`).
-        """
+        """Build the nested tokenizer of `vocab_size` ids from the teacher's first merges."""
         from xinslm.tokenizer.nested import prefix_definition
 
         return cls.of(prefix_definition(teacher, vocab_size, special_tokens))
 
     def save(self, path: Path | str) -> None:
-        """Write tokenizer.json, tokenizer_config.json and chat_template.jinja into folder
-        `path`.
-        """
+        """Write the tokenizer's files into folder `path`."""
         files.write(self.definition, Path(path))
 
     def train(self, texts: Iterable[str], on_progress: Listener = ignore) -> None:
-        """Learn the vocabulary from texts, which are read once and not kept.
-
-        If the texts have too few pairs, the vocabulary is smaller than `vocab_size`.
-        """
+        """Learn up to `vocab_size` tokens from texts, which are read once and not kept."""
         if isinstance(texts, str):
             raise UsageError("train takes an iterable of texts, not one string; pass [text]")
         read = 0
@@ -145,27 +133,23 @@ class BPETokenizer:
         step = max(1, wanted // 100)
         for size in learner.run(wanted):
             if size % step == 0 or size == wanted:
-                on_progress(
-                    Progress("learn merges", size - len(ALPHABET), wanted - len(ALPHABET), "merges")
-                )
+                done, total = size - len(ALPHABET), wanted - len(ALPHABET)
+                on_progress(Progress("learn merges", done, total, "merges"))
         definition = files.new_definition(learner.tokens, learner.merges, special, self.split_name)
         self._take(definition)
 
     def encode(self, text: str, allowed_special: bool = False) -> list[int]:
         """Turn text into ids; with `allowed_special` control tokens in it become their ids."""
-        ids: list[int] = np.frombuffer(
-            self._pack(text, allowed_special), self._table.dtype
-        ).tolist()
-        return ids
+        packed = self._pack(text, allowed_special)
+        return list(np.frombuffer(packed, self._table.dtype).tolist())
 
     def encode_batch(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         """Encode texts into flat ids and offsets: text i is `ids[offsets[i]:offsets[i + 1]]`."""
         packed = [self._pack(text, False) for text in texts]
         offsets = np.zeros(len(packed) + 1, np.int64)
         np.cumsum([len(data) for data in packed], out=offsets[1:])
-        return np.frombuffer(
-            b"".join(packed), self._table.dtype
-        ), offsets // self._table.dtype.itemsize
+        dtype = self._table.dtype
+        return np.frombuffer(b"".join(packed), dtype), offsets // dtype.itemsize
 
     def _pack(self, text: str, allowed_special: bool) -> bytes:
         """Encode into the bytes of an id array."""
@@ -192,17 +176,9 @@ class BPETokenizer:
         token = self.special_tokens.get(content)
         return self.added_tokens[content] if token is None else token
 
-    def decode(self, ids: Sequence[int], skip_special: bool = False) -> str:
-        """Turn ids into text; bytes that are not UTF-8 become U+FFFD."""
-        return base.join_bytes(self, ids, skip_special).decode("utf-8", "replace")
-
-    def token_bytes(self, token: int) -> bytes:
-        """Return the bytes of one token; of a special token, its content's UTF-8."""
-        base.check_id(token, self.vocab_size)
-        return self._bytes[token]
-
     @cached_property
-    def _bytes(self) -> list[bytes]:
+    def bytes_of_tokens(self) -> list[bytes]:
+        """The bytes of each id."""
         table = [b""] * self.vocab_size
         for token, index in self.definition.vocab.items():
             spelled = unspell(token)
@@ -224,21 +200,10 @@ class BPETokenizer:
         """Cut text into the pieces that merges never cross."""
         return list(pieces_of(text, self._split))
 
-    def apply_chat_template(
-        self, messages: list[dict[str, str]], add_generation_prompt: bool = False
-    ) -> tuple[list[int], list[int]]:
-        """Turn a conversation into ids and a loss mask: 1 on the assistant's content and end token,
-        else 0.
-        """
-        special, template = list(self.special_tokens), self.chat_template
-        names = self.definition.named_tokens
-        return chat.encode_chat(
-            template, messages, add_generation_prompt, names, special, self._encode_segments
-        )
-
-    def _encode_segments(
+    def encode_segments(
         self, segments: list[tuple[str, bool]]
     ) -> tuple[list[int], list[tuple[int, int]]]:
+        """Encode the segments of a chat; return ids and ranges of characters."""
         ids: list[int] = []
         spans: list[tuple[int, int]] = []
         start = 0
@@ -250,19 +215,15 @@ class BPETokenizer:
         return ids, spans
 
     def _spans(self, text: str, ids: list[int], start: int) -> list[tuple[int, int]]:
-        """Return the range of characters that each token of an ordinary text covers, fully or
-        partly.
-        """
-        sizes = np.array([0, *(len(self._bytes[token]) for token in ids)], np.int64)
+        """Return the range of characters that each token of a text covers, fully or partly."""
+        sizes = np.array([0, *(len(self.bytes_of_tokens[token]) for token in ids)], np.int64)
         edges = np.cumsum(sizes)
         lengths = [len(char.encode("utf-8", "replace")) for char in text]
         owner = np.repeat(np.arange(len(text)), lengths)
         first = np.minimum(edges[:-1], len(owner) - 1)
         last = np.minimum(edges[1:] - 1, len(owner) - 1)
-        return [
-            (start + int(a), start + int(b) + 1)
-            for a, b in zip(owner[first], owner[last], strict=True)
-        ]
+        pairs = zip(owner[first].tolist(), owner[last].tolist(), strict=True)
+        return [(start + a, start + b + 1) for a, b in pairs]
 
     def fingerprint(self) -> str:
         """Return a hash that two tokenizers share if and only if the same ids mean the same."""
@@ -271,8 +232,6 @@ class BPETokenizer:
 
 
 def _finder(tokens: dict[str, int]) -> regex.Pattern[str] | None:
-    """Return the pattern that finds tokens in text, the longest if several begin at the same
-    index.
-    """
+    """Return the pattern that finds tokens in text, the longest first."""
     longest_first = sorted(tokens, key=len, reverse=True)
     return regex.compile("|".join(map(regex.escape, longest_first))) if tokens else None

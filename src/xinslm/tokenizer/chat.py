@@ -8,7 +8,7 @@ Control tokens inside a message are encoded as ordinary text, so that no message
 """
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from datetime import datetime
 from functools import lru_cache
 from typing import Any
@@ -41,10 +41,6 @@ _BEGIN, _END, _CONTROL = "\ufdd0", "\ufdd1", "\ufdd2"
 _MARKS = regex.compile(f"[{_BEGIN}{_END}]")
 
 Message = dict[str, str]
-EncodeWithSpans = Callable[[list[tuple[str, bool]]], tuple[list[int], list[tuple[int, int]]]]
-"""Encodes segments (text, whether it is a control token) and returns the ids and each token's range
-of characters in the joined segments.
-"""
 
 
 class _Generation(jinja2.ext.Extension):
@@ -85,18 +81,14 @@ def _render(template: str, messages: list[Message], prompt: bool, special: dict[
     try:
         names = {"messages": messages, "add_generation_prompt": prompt, **special}
         return render(_compile(template), names)
-    except LimitError as error:
-        raise XinslmError(
-            f"the tokenizer's chat template was stopped: {error}. Look at its chat_template.jinja"
-        ) from None
-    except jinja2.TemplateError as error:
-        raise XinslmError(
-            f"the tokenizer's chat template refuses this conversation: {error!s:.500}"
-        ) from None
     except Exception as error:  # a template is third-party code
-        raise XinslmError(
-            f"the tokenizer's chat template fails on this conversation: {error!r:.500}"
-        ) from None
+        if isinstance(error, LimitError):
+            what = f"was stopped: {error}. Look at its chat_template.jinja"
+        elif isinstance(error, jinja2.TemplateError):
+            what = f"refuses this conversation: {error!s:.500}"
+        else:
+            what = f"fails on this conversation: {error!r:.500}"
+        raise XinslmError(f"the tokenizer's chat template {what}") from None
 
 
 def _check(messages: list[Message]) -> None:
@@ -111,25 +103,17 @@ def _check(messages: list[Message]) -> None:
 
 
 def encode_chat(
-    template: str | None,
-    messages: list[Message],
-    add_generation_prompt: bool,
-    names: dict[str, str],
-    control: Sequence[str],
-    encode: EncodeWithSpans,
+    tokenizer: Tokenizer, messages: list[Message], add_generation_prompt: bool
 ) -> tuple[list[int], list[int]]:
-    """Turn a conversation into ids and a loss mask of the same length.
-
-    `names` are the template's variables ('bos_token'), `control` the contents of the special
-    tokens.
-    """
+    """Turn a conversation into ids and a loss mask of the same length."""
+    template, names = tokenizer.chat_template, tokenizer.named_tokens
     if template is None:
         raise XinslmError(
             "this tokenizer has no chat template. Put a chat_template.jinja in the folder of its "
             "tokenizer.json, or use plain text instead of messages"
         )
     _check(messages)
-    tokens = sorted(control, key=len, reverse=True)
+    tokens = sorted(tokenizer.special_tokens, key=len, reverse=True)
     finder = regex.compile("|".join(map(regex.escape, tokens)) or r"(?!)")
     hidden = [
         {
@@ -141,12 +125,9 @@ def encode_chat(
     marked = _marked(template, hidden, add_generation_prompt, names, finder)
     text, ranges = _take_marks(clean_surrogates(marked))
     segments, moved = _segments(text, finder, tokens)
-    ids, spans = encode(segments)
+    ids, spans = tokenizer.encode_segments(segments)
     mask = np.zeros(len(ids), np.int64)
-    starts, ends = (
-        np.array([s for s, _ in spans], np.int64),
-        np.array([e for _, e in spans], np.int64),
-    )
+    starts, ends = np.array(spans, np.int64).reshape(-1, 2).T
     for begin, end in ranges:
         mask[(starts < moved(end)) & (ends > moved(begin))] = 1
     return ids, mask.tolist()
@@ -165,23 +146,13 @@ def with_start(template: str, names: dict[str, str]) -> str:
 
 
 def end_ids(tokenizer: Tokenizer) -> frozenset[int]:
-    """Return the tokens that end a text: EOS, BOS (llama2.c's models end with it), and the end of
-    an assistant's turn.
-    """
+    """Return the tokens that end a text or turn: EOS, BOS (in llama2.c), the assistant's last."""
     ids = {tokenizer.eos_id, tokenizer.bos_id}
     if tokenizer.chat_template is not None:
         turn = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
         tokens, mask = tokenizer.apply_chat_template(turn)
-        last = next(
-            (
-                token
-                for token, counts in zip(reversed(tokens), reversed(mask), strict=True)
-                if counts
-            ),
-            None,
-        )
-        if last in tokenizer.special_tokens.values():
-            ids.add(last)
+        answer = [token for token, counts in zip(tokens, mask, strict=True) if counts]
+        ids |= set(answer[-1:]) & set(tokenizer.special_tokens.values())
     return frozenset(id for id in ids if id is not None)
 
 

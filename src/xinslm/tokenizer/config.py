@@ -25,19 +25,14 @@ class TokenizerConfig(Settings):
     vocab_size: int = 30_000
     """Number of ids in all, special tokens included."""
     min_frequency: int = 0
-    """Do not merge pairs that occur less often than this in the text; 0 is no limit, as in Hugging
-    Face's trainer.
-    """
+    """Least number of times that a pair must occur in the text to be merged; 0 is no limit."""
     max_token_length: int | None = None
-    """Longest token in bytes; 16 to 32 keeps long runs of spaces and rulers out of the
-    vocabulary.
-    """
+    """Longest token in bytes; 16 to 32 keeps long runs of spaces out of the vocabulary."""
     special_tokens: tuple[str, ...] | None = None
     """Control tokens; the first ends texts, the last pads. Left out: <|endoftext|> <|im_start|>
     <|im_end|> <|pad|>, or the teacher's."""
     prefix_of: Path | None = None
-    """Take the first merges of this tokenizer (its folder, a model or run folder, or a Hub name)
-    instead of learning from text."""
+    """Take the first merges of this tokenizer (a folder, a model, a run, or a Hub name)."""
     force: bool = False
     """Replace the output folder if it already holds something."""
 
@@ -66,8 +61,7 @@ class ShowConfig(Settings):
     text: Annotated[str, tyro.conf.Positional]
     """The text."""
     tokenizer_path: Path | None = None
-    """Folder of the tokenizer, a model or run folder, or a Hub name. Without one, a tokenizer is
-    learnt from the text itself."""
+    """Tokenizer, model or run folder, or Hub name; without one, it is learned from the text."""
     num_pieces: int = 8
     """How many different pieces of the text have their merges shown."""
     allow_special: bool = False

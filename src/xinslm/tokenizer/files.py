@@ -33,9 +33,7 @@ class Definition:
     """The content of a byte-level BPE's files."""
 
     vocab: dict[str, int]
-    """Tokens, spelled in the byte alphabet, to ids; it contains special tokens only if the file's
-    vocabulary does.
-    """
+    """Tokens in the byte alphabet, to ids; special tokens only if the file has them here."""
     merges: list[tuple[str, str]]
     special_tokens: dict[str, int]
     added_tokens: dict[str, int]
@@ -54,32 +52,23 @@ class Definition:
     @property
     def vocab_size(self) -> int:
         """Number of ids, unused ones included."""
-        return (
-            max([*self.vocab.values(), *self.special_tokens.values(), *self.added_tokens.values()])
-            + 1
-        )
+        return 1 + max((self.vocab | self.special_tokens | self.added_tokens).values())
 
     @property
     def start_ids(self) -> list[int]:
         """Return the ids that are prepended to a text."""
         return start_ids(self.post_processor, self.vocab_size)
 
-    def id_of(self, content: str) -> int | None:
-        """Return the id of a token by its spelling or content."""
-        return (self.vocab | self.added_tokens | self.special_tokens).get(content)
-
     def roles(self) -> list[int | None]:
         """Return the ids of BOS, EOS and pad."""
-        contents = (self.named_tokens.get(name) for name in NAMES[:3])
-        return [None if content is None else self.id_of(content) for content in contents]
+        ids = self.vocab | self.added_tokens | self.special_tokens
+        return [ids.get(self.named_tokens.get(name, "")) for name in NAMES[:3]]
 
 
 def new_definition(
     tokens: list[str], merges: list[tuple[str, str]], special: list[str], split: str
 ) -> Definition:
-    """Define a vocabulary: tokens in id order, then the special tokens, of which the first begins
-    and ends texts.
-    """
+    """Define a new vocabulary: `tokens` in id order, then `special`, whose first is BOS and EOS."""
     return Definition(
         vocab={token: index for index, token in enumerate(tokens)},
         merges=merges,
@@ -95,11 +84,9 @@ def new_definition(
 
 def default_names(special: list[str]) -> dict[str, str]:
     """Return the roles of new special tokens: the first begins and ends texts, the last pads."""
-    return (
-        {"bos_token": special[0], "eos_token": special[0], "pad_token": special[-1]}
-        if special
-        else {}
-    )
+    if not special:
+        return {}
+    return {"bos_token": special[0], "eos_token": special[0], "pad_token": special[-1]}
 
 
 def default_template(special: list[str]) -> str | None:
@@ -111,41 +98,39 @@ def default_template(special: list[str]) -> str | None:
 
 def write(definition: Definition, folder: Path) -> None:
     """Write a tokenizer's files into a folder, each atomically."""
-    added = [(content, index, True) for content, index in definition.special_tokens.items()]
-    added += [(content, index, False) for content, index in definition.added_tokens.items()]
-    byte_level = {
-        "type": "ByteLevel",
-        "add_prefix_space": False,
-        "trim_offsets": True,
-        "use_regex": False,
-    }
+    added = [(index, content, True) for content, index in definition.special_tokens.items()]
+    added += [(index, content, False) for content, index in definition.added_tokens.items()]
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
+    byte_level["use_regex"] = False
     rule = {"Regex": SPLITS[definition.split].pattern}
-    content = {
+    split = {"type": "Split", "pattern": rule, "behavior": "Isolated", "invert": False}
+    steps = {
+        "normalizer": {"type": definition.normalizer} if definition.normalizer else None,
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, byte_level]},
+        "post_processor": definition.post_processor,
+        "decoder": byte_level,
+    }
+    model = {"ignore_merges": definition.ignore_merges, "vocab": definition.vocab}
+    content = tokenizer_json(added, steps, model | {"merges": definition.merges})
+    text = json.dumps(content, ensure_ascii=False, separators=(",", ":"))
+    write_text(folder / TOKENIZER, text + "\n")
+    write_config(folder, definition.named_tokens, definition.chat_template, definition.config)
+
+
+def tokenizer_json(
+    added: list[tuple[int, str, bool]], steps: dict[str, Any], model: dict[str, Any]
+) -> dict[str, Any]:
+    """Return a BPE's tokenizer.json; `added`: id, content, and whether it is a control token."""
+    plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+    return {
         "version": "1.0",
         "truncation": None,
         "padding": None,
         "added_tokens": [
-            {
-                "id": index,
-                "content": content,
-                "single_word": False,
-                "lstrip": False,
-                "rstrip": False,
-                "normalized": False,
-                "special": special,
-            }
-            for content, index, special in sorted(added, key=lambda entry: entry[1])
+            {"id": index, "content": content, **plain, "special": special}
+            for index, content, special in sorted(added)
         ],
-        "normalizer": {"type": definition.normalizer} if definition.normalizer else None,
-        "pre_tokenizer": {
-            "type": "Sequence",
-            "pretokenizers": [
-                {"type": "Split", "pattern": rule, "behavior": "Isolated", "invert": False},
-                byte_level,
-            ],
-        },
-        "post_processor": definition.post_processor,
-        "decoder": byte_level,
+        **steps,
         "model": {
             "type": "BPE",
             "dropout": None,
@@ -154,23 +139,16 @@ def write(definition: Definition, folder: Path) -> None:
             "end_of_word_suffix": None,
             "fuse_unk": False,
             "byte_fallback": False,
-            "ignore_merges": definition.ignore_merges,
-            "vocab": definition.vocab,
-            "merges": definition.merges,
+            "ignore_merges": False,
+            **model,
         },
     }
-    write_text(
-        folder / TOKENIZER, json.dumps(content, ensure_ascii=False, separators=(",", ":")) + "\n"
-    )
-    write_config(folder, definition.named_tokens, definition.chat_template, definition.config)
 
 
 def write_config(
     folder: Path, named: dict[str, str], template: str | None, more: Mapping[str, Any]
 ) -> None:
-    """Write tokenizer_config.json and chat_template.jinja; without a template, delete an existing
-    one.
-    """
+    """Write tokenizer_config.json and, if there is a template, chat_template.jinja."""
     # transformers' own writer names a class that other programs do not support (TokenizersBackend).
     fixed = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
     write_json(folder / CONFIG, {**fixed, **named, **more})
@@ -189,18 +167,20 @@ def read(path: Path) -> Definition:
     content = read_tokenizer_json(file)
     try:
         definition = _define(content, file)
+    except UnsupportedTokenizerError as error:
+        raise UnsupportedTokenizerError(
+            f"{file} is not a byte-level BPE that BPETokenizer supports: {error}"
+        ) from None
+    except XinslmError:
+        raise
     except (KeyError, TypeError, AttributeError, ValueError) as error:
-        if isinstance(error, XinslmError):
-            raise
         raise XinslmError(f"{file}: not a valid tokenizer.json ({error!r})") from None
     named, template, more = read_config(folder)
     return replace(definition, named_tokens=named, chat_template=template, config=more)
 
 
 def read_tokenizer_json(file: Path) -> dict[str, Any]:
-    """Read a tokenizer.json unchanged; refuse truncation and padding, which would silently change
-    texts.
-    """
+    """Read a tokenizer.json; refuse truncation and padding, which would silently change texts."""
     if file.is_file():
         with open(file, "rb") as opened:
             if opened.read(1) == b"\x80":
@@ -222,9 +202,7 @@ def read_tokenizer_json(file: Path) -> dict[str, Any]:
 
 
 def read_config(folder: Path) -> tuple[dict[str, str], str | None, dict[str, Any]]:
-    """Read tokenizer_config.json and chat_template.jinja: named tokens, template, and other kept
-    entries.
-    """
+    """Read the named tokens, the chat template and the other kept entries of a folder."""
     config = read_json(folder / CONFIG) if (folder / CONFIG).is_file() else {}
     if not isinstance(config, dict):
         raise XinslmError(f"{folder / CONFIG}: must be a JSON object")
@@ -236,9 +214,7 @@ def read_config(folder: Path) -> tuple[dict[str, str], str | None, dict[str, Any
             named[name] = content
     template = config.get("chat_template")
     if isinstance(template, list):
-        template = next(
-            (entry["template"] for entry in template if entry.get("name") == "default"), None
-        )
+        template = {entry.get("name"): entry["template"] for entry in template}.get("default")
     if (folder / TEMPLATE).is_file():
         template = (folder / TEMPLATE).read_bytes().decode("utf-8", "replace")
     return named, template, {key: config[key] for key in ("model_max_length",) if key in config}
@@ -270,38 +246,28 @@ def _check_merges(vocab: dict[str, int], merges: list[tuple[str, str]], file: Pa
 
 def _define(content: dict[str, Any], file: Path) -> Definition:
     model = content["model"]
-    _require(model.get("type", "BPE") == "BPE", file, f"its model is {model.get('type')}, not BPE")
+    _require(model.get("type", "BPE") == "BPE", f"its model is {model.get('type')}, not BPE")
     vocab: dict[str, int] = model["vocab"]
     merges = [_pair(entry) for entry in model["merges"]]
     split = _split_name(content.get("pre_tokenizer"))
-    _require(split is not None, file, "it does not split text like LLaMA-3, GPT-2 or Qwen2")
+    _require(split is not None, "it does not split text like LLaMA-3, GPT-2 or Qwen2")
     for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback"):
-        _require(not model.get(key), file, f"its model has {key}")
-    complete = all(char in vocab for char in ALPHABET)
-    _require(
-        model.get("unk_token") is None or complete,
-        file,
-        "its vocabulary has an unknown token and not all bytes",
-    )
-    _require(
-        (content.get("decoder") or {}).get("type") == "ByteLevel",
-        file,
-        "its decoder is not ByteLevel",
-    )
+        _require(not model.get(key), f"its model has {key}")
+    known = model.get("unk_token") is None or all(char in vocab for char in ALPHABET)
+    _require(known, "its vocabulary has an unknown token and not all bytes")
+    decoder = (content.get("decoder") or {}).get("type")
+    _require(decoder == "ByteLevel", "its decoder is not ByteLevel")
     normalizer = content.get("normalizer")
-    _require(normalizer in (None, {"type": "NFC"}), file, "its normalizer is not NFC")
+    _require(normalizer in (None, {"type": "NFC"}), "its normalizer is not NFC")
     added = content.get("added_tokens") or []
     following = max(vocab.values()) + 1
     for token in added:
         expected = vocab.get(token["content"], following)
         following += token["content"] not in vocab
-        _require(
-            token["id"] == expected,
-            file,
-            f"its token {token['content']!r} does not have the id {expected}",
-        )
+        name = f"its token {token['content']!r}"
+        _require(token["id"] == expected, f"{name} does not have the id {expected}")
         strips = token.get("single_word") or token.get("lstrip") or token.get("rstrip")
-        _require(not strips, file, f"its token {token['content']!r} includes the spaces around it")
+        _require(not strips, f"{name} includes the spaces around it")
     _check_merges(vocab, merges, file)
     definition = Definition(
         vocab=vocab,
@@ -314,17 +280,13 @@ def _define(content: dict[str, Any], file: Path) -> Definition:
         normalizer="NFC" if normalizer else None,
         post_processor=content.get("post_processor"),
     )
-    _ = (
-        definition.start_ids
-    )  # checked here, so that the error of a bad post-processor names the file
+    _ = definition.start_ids  # so that the error of a bad post-processor names the file
     return definition
 
 
-def _require(met: bool, file: Path, reason: str) -> None:
+def _require(met: bool, reason: str) -> None:
     if not met:
-        raise UnsupportedTokenizerError(
-            f"{file} is not a byte-level BPE that BPETokenizer supports: {reason}"
-        )
+        raise UnsupportedTokenizerError(reason)
 
 
 def _split_name(pre_tokenizer: dict[str, Any] | None) -> str | None:
@@ -336,12 +298,9 @@ def _split_name(pre_tokenizer: dict[str, Any] | None) -> str | None:
     if len(steps) == 1:
         return "gpt-2" if last.get("use_regex", True) else None
     first = steps[0]
-    plain = (
-        first.get("behavior") == "Isolated"
-        and not first.get("invert")
-        and not last.get("use_regex", True)
-    )
-    if len(steps) != 2 or first.get("type") != "Split" or not plain:
+    if len(steps) != 2 or first.get("invert") or last.get("use_regex", True):
+        return None
+    if (first.get("type"), first.get("behavior")) != ("Split", "Isolated"):
         return None
     pattern = first["pattern"].get("Regex")
     return next((split.name for split in SPLITS.values() if split.pattern == pattern), None)

@@ -17,7 +17,7 @@ from tokenizers import Tokenizer as Backend
 
 from xinslm.errors import UsageError, XinslmError
 from xinslm.files import write_text
-from xinslm.tokenizer import base, chat, files, sentencepiece
+from xinslm.tokenizer import base, files, sentencepiece
 from xinslm.tokenizer.alphabet import unspell
 from xinslm.tokenizer.start import start_ids
 
@@ -25,7 +25,7 @@ _BATCH_TEXTS = 1024
 _BYTE = regex.compile(r"<0x([0-9A-F]{2})>")
 
 
-class HFTokenizer:
+class HFTokenizer(base.Tokenizer):
     """A tokenizer.json that the `tokenizers` library runs."""
 
     def __init__(
@@ -54,13 +54,10 @@ class HFTokenizer:
         self._vocab: dict[str, int] = self._backend.get_vocab(with_added_tokens=True)
         self.vocab_size = max(self._vocab.values()) + 1
         added = self._backend.get_added_tokens_decoder()
-        self.special_tokens = {
-            token.content: index for index, token in added.items() if token.special
-        }
+        self.special_tokens = {token.content: id for id, token in added.items() if token.special}
         self._added = {index: token.content for index, token in added.items()}
-        self.bos_id, self.eos_id, self.pad_id = (
-            self._vocab.get(named_tokens.get(name, "")) for name in files.NAMES[:3]
-        )
+        roles = (self._vocab.get(named_tokens.get(name, "")) for name in files.NAMES[:3])
+        self.bos_id, self.eos_id, self.pad_id = roles
         try:
             self.start_ids = start_ids(content.get("post_processor"), self.vocab_size)
         except ValueError as error:
@@ -87,9 +84,7 @@ class HFTokenizer:
         return cls(files.read_tokenizer_json(file), named, template, str(file))
 
     def save(self, path: Path | str) -> None:
-        """Write the unchanged tokenizer.json, and our tokenizer_config.json and
-        chat_template.jinja.
-        """
+        """Write the unchanged tokenizer.json, our tokenizer_config.json, and the chat template."""
         text = json.dumps(self.definition_json, ensure_ascii=False, separators=(",", ":"))
         write_text(Path(path) / files.TOKENIZER, text + "\n")
         files.write_config(Path(path), self.named_tokens, self.chat_template, {})
@@ -97,35 +92,24 @@ class HFTokenizer:
     def encode(self, text: str, allowed_special: bool = False) -> list[int]:
         """Turn text into ids; with `allowed_special` control tokens in it become their ids."""
         self._backend.encode_special_tokens = not allowed_special
-        ids: list[int] = self._backend.encode(_clean(text), add_special_tokens=False).ids
-        return ids
+        clean = base.clean_surrogates(text)
+        return list(self._backend.encode(clean, add_special_tokens=False).ids)
 
     def encode_batch(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         """Encode texts into flat ids and offsets: text i is `ids[offsets[i]:offsets[i + 1]]`."""
         self._backend.encode_special_tokens = True
-        parts: list[np.ndarray] = []
+        parts, dtype = list[np.ndarray](), base.id_dtype(self.vocab_size)
         for start in range(0, len(texts), _BATCH_TEXTS):
-            batch = [_clean(text) for text in texts[start : start + _BATCH_TEXTS]]
+            batch = [base.clean_surrogates(text) for text in texts[start : start + _BATCH_TEXTS]]
             encodings = self._backend.encode_batch_fast(batch, add_special_tokens=False)
-            parts += [
-                np.array(encoding.ids, base.id_dtype(self.vocab_size)) for encoding in encodings
-            ]
+            parts += [np.array(encoding.ids, dtype) for encoding in encodings]
         offsets = np.zeros(len(texts) + 1, np.int64)
         np.cumsum([len(part) for part in parts], out=offsets[1:])
-        return np.concatenate([np.zeros(0, base.id_dtype(self.vocab_size)), *parts]), offsets
-
-    def decode(self, ids: Sequence[int], skip_special: bool = False) -> str:
-        """Turn ids into text; bytes that are not UTF-8 become U+FFFD."""
-        text = base.join_bytes(self, ids, skip_special).decode("utf-8", "replace")
-        return text.removeprefix(" ") if self.strips_first_space else text
-
-    def token_bytes(self, token: int) -> bytes:
-        """Return the bytes of one token; of a special token, its content's UTF-8."""
-        base.check_id(token, self.vocab_size)
-        return self._bytes[token]
+        return np.concatenate([np.zeros(0, dtype), *parts]), offsets
 
     @cached_property
-    def _bytes(self) -> list[bytes]:
+    def bytes_of_tokens(self) -> list[bytes]:
+        """The bytes of each id."""
         table = [b""] * self.vocab_size
         for content, index in self._vocab.items():
             if index in self._added:
@@ -143,27 +127,10 @@ class HFTokenizer:
         ids = self._backend.encode("x", add_special_tokens=False).ids
         return base.join_bytes(self, ids, False) == b" x" and self._backend.decode(ids) == "x"
 
-    def apply_chat_template(
-        self, messages: list[dict[str, str]], add_generation_prompt: bool = False
-    ) -> tuple[list[int], list[int]]:
-        """Turn a conversation into ids and a loss mask: 1 on the assistant's content and end token,
-        else 0.
-        """
-        return chat.encode_chat(
-            self.chat_template,
-            messages,
-            add_generation_prompt,
-            self.named_tokens,
-            list(self.special_tokens),
-            self._encode_segments,
-        )
-
-    def _encode_segments(
+    def encode_segments(
         self, segments: list[tuple[str, bool]]
     ) -> tuple[list[int], list[tuple[int, int]]]:
-        """Encode all segments in one call, so that spaces at control tokens are as in transformers;
-        one by one if a message contains a control token.
-        """
+        """Encode in one call, as transformers does, unless a message holds a control token."""
         ordinary = [text for text, is_control in segments if not is_control]
         if not any(content in text for content in self.special_tokens for text in ordinary):
             segments = [("".join(text for text, _ in segments), True)]
@@ -196,11 +163,3 @@ def _family(content: dict[str, Any]) -> str | None:
         for step in steps
     )
     return "sentencepiece" if replaces else None
-
-
-def _clean(text: str) -> str:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return base.clean_surrogates(text)
-    return text

@@ -32,9 +32,7 @@ def pieces_of(text: str, split: Split) -> Iterable[str]:
 def count_pieces(
     texts: Iterable[str], split: Split, on_text: Callable[[int], None]
 ) -> Counter[bytes]:
-    """Count the distinct pieces of all texts, as UTF-8; `on_text` receives the length of each text
-    in characters.
-    """
+    """Count distinct pieces, as UTF-8; `on_text` receives each text's length in characters."""
     counts: Counter[str] = Counter()
     for text in texts:
         counts.update(pieces_of(text, split))
@@ -49,9 +47,7 @@ def count_pieces(
 
 
 class MergeLearner:
-    """The state of learning: pieces as lists of ids, the count of each pair, and the pieces that
-    contain it.
-    """
+    """Pieces as lists of ids, the count of each pair, and the pieces that contain it."""
 
     def __init__(self, pieces: Counter[bytes], min_frequency: int, max_token_length: int | None):
         """`max_token_length` is in bytes; pairs that would make a longer token are not counted."""
@@ -65,27 +61,22 @@ class MergeLearner:
         self._counts: defaultdict[Pair, int] = defaultdict(int)
         self._where: defaultdict[Pair, set[int]] = defaultdict(set)
         for index, word in enumerate(self._words):
-            self._change(index, itertools.pairwise(word), 1)
+            self._change(index, itertools.pairwise(word))
         self._heap = [(-count, pair) for pair, count in self._counts.items()]
         heapq.heapify(self._heap)
 
-    def _change(self, index: int, pairs: Iterable[Pair], sign: int) -> None:
-        amount = sign * self._frequency[index]
+    def _change(self, index: int, pairs: Iterable[Pair]) -> None:
         for pair in pairs:
             if self._fits(pair):
-                self._counts[pair] += amount
+                self._counts[pair] += self._frequency[index]
                 self._where[pair].add(index)
 
     def _fits(self, pair: Pair) -> bool:
-        return (
-            self._longest is None
-            or len(self.tokens[pair[0]]) + len(self.tokens[pair[1]]) <= self._longest
-        )
+        length = len(self.tokens[pair[0]]) + len(self.tokens[pair[1]])
+        return self._longest is None or length <= self._longest
 
     def run(self, num_tokens: int) -> Iterator[int]:
-        """Learn until the vocabulary has `num_tokens` tokens or no pair is left; yield its size
-        after each merge.
-        """
+        """Learn until there are `num_tokens` tokens or no pair is left; yield each new size."""
         while len(self.tokens) < num_tokens and self._heap:
             negative, pair = heapq.heappop(self._heap)
             count = self._counts.get(pair, 0)
@@ -113,9 +104,7 @@ class MergeLearner:
                 heapq.heappush(self._heap, (-count, new))
 
     def _merge_word(self, index: int, pair: Pair, joined: int) -> set[Pair]:
-        """Merge all occurrences of a pair in one piece, update the counts, and return the new
-        pairs.
-        """
+        """Merge all occurrences of a pair in one piece and return the pairs that are new."""
         word, frequency, counts = self._words[index], self._frequency[index], self._counts
         first, second = pair
         touched: set[Pair] = set()
@@ -134,14 +123,6 @@ class MergeLearner:
                 touched.add((joined, after))
             word[at : at + 2] = [joined]
             last -= 1
-            self._count_new(index, word, at)
+            self._change(index, itertools.pairwise(word[max(at - 1, 0) : at + 2]))
             at += 1
         return touched
-
-    def _count_new(self, index: int, word: list[int], at: int) -> None:
-        neighbors = []
-        if at > 0:
-            neighbors.append((word[at - 1], word[at]))
-        if at + 1 < len(word):
-            neighbors.append((word[at], word[at + 1]))
-        self._change(index, neighbors, 1)

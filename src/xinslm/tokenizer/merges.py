@@ -47,13 +47,8 @@ class Merger:
             if token is not None:
                 return [token]
         symbols = [token for byte in piece if (token := self.bytes_to_id[byte]) is not None]
-        return (
-            self._merge_long(symbols)
-            if len(symbols) > _LONG_SYMBOLS
-            else self._merge_short(symbols)
-        )
-
-    def _merge_short(self, symbols: list[int]) -> list[int]:
+        if len(symbols) > _LONG_SYMBOLS:
+            return self._merge_long(symbols)
         for _ in self.steps(symbols):
             pass
         return symbols
@@ -80,11 +75,8 @@ class Merger:
         ranks, end = self.ranks, len(symbols)
         following = list(range(1, end + 1))
         previous = list(range(-1, end - 1))
-        heap = [
-            (ranks[pair][0], at, pair)
-            for at, pair in enumerate(itertools.pairwise(symbols))
-            if pair in ranks
-        ]
+        pairs = enumerate(itertools.pairwise(symbols))
+        heap = [(ranks[pair][0], at, pair) for at, pair in pairs if pair in ranks]
         heapq.heapify(heap)
         while heap:
             _, at, pair = heapq.heappop(heap)
@@ -106,8 +98,7 @@ class Merger:
 
 
 class PieceTable(dict[str, bytes]):
-    """Pieces and their ids, packed as in an array of uint16 or uint32; computes missing entries and
-    keeps a bounded number.
+    """Pieces to packed arrays of ids; computes what is missing and keeps a bounded number.
 
     Packed ids reduce the encoding of a text to one `b"".join` over its pieces.
     """

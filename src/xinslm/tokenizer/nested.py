@@ -24,8 +24,7 @@ if TYPE_CHECKING:
 def prefix_definition(
     teacher: Any, vocab_size: int, special_tokens: Sequence[str] | None
 ) -> Definition:
-    """Cut a teacher's vocabulary down to `vocab_size` ids: bytes, first merges, added tokens,
-    special tokens last.
+    """Cut a teacher's vocabulary down to `vocab_size` ids; the special tokens are the last.
 
     `special_tokens` selects from the teacher's and may add new ones; None keeps all of the
     teacher's.
@@ -70,13 +69,9 @@ def prefix_definition(
 def _first_merges(
     source: Definition, vocab_size: int, num_fixed: int
 ) -> tuple[dict[str, int], list[tuple[str, str]]]:
-    """Return the bytes and first merges that fill `vocab_size` ids less `num_fixed` added and
-    special tokens.
-    """
+    """Return the bytes and first merges that leave room for `num_fixed` other tokens."""
     wanted = vocab_size - num_fixed
-    present = sorted(
-        (char for char in ALPHABET if char in source.vocab), key=source.vocab.__getitem__
-    )
+    present = sorted(filter(source.vocab.__contains__, ALPHABET), key=source.vocab.__getitem__)
     largest = len({left + right for left, right in source.merges}) + len(present)
     if not len(present) <= wanted <= largest:
         raise UsageError(
@@ -102,13 +97,12 @@ def prefix_pieces(student: "BPETokenizer", teacher: "BPETokenizer") -> list[tupl
     student has none, and so does an unused id.
     """
     named = student.added_tokens | student.special_tokens
-    reserved = {
-        index: content for content, index in (teacher.added_tokens | teacher.special_tokens).items()
-    }
+    reserved = teacher.added_tokens | teacher.special_tokens
+    content_of = {token: content for content, token in reserved.items()}
     pieces: list[tuple[int, ...]] = []
     for token in range(teacher.vocab_size):
-        if token in reserved:
-            same = named.get(reserved[token])
+        if token in content_of:
+            same = named.get(content_of[token])
             pieces.append(() if same is None else (same,))
         else:
             pieces.append(tuple(student.encode_piece(teacher.token_bytes(token))))

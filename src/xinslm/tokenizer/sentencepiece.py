@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from xinslm.errors import UsageError, XinslmError
+from xinslm.tokenizer.files import tokenizer_json
 from xinslm.tokenizer.start import start_processor
 
 _NORMAL, _UNKNOWN, _CONTROL, _USER, _UNUSED, _BYTE = 1, 2, 3, 4, 5, 6
@@ -15,9 +16,7 @@ _BPE = 2
 
 
 def translate(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
-    """Return the tokenizer.json content for a .model file, and its BOS, EOS, pad and unknown tokens
-    by name.
-    """
+    """Return a .model file's tokenizer.json, and its BOS, EOS, pad and unknown tokens by name."""
     model = _parse(path)
     trainer, normalizer = model.trainer_spec, model.normalizer_spec
     if trainer.model_type != _BPE:
@@ -52,45 +51,27 @@ def to_tokenizer_json(
     dummy_prefix: bool,
     single_spaces: bool,
 ) -> dict[str, Any]:
-    """Return the tokenizer.json of a sentencepiece BPE; `pieces` are in id order, with type (1 to
-    6) and score.
-    """
+    """Return the tokenizer.json of `pieces`: text, type (1 to 6) and score, in id order."""
     vocab = {piece: index for index, (piece, _, _) in enumerate(pieces)}
-    unknown = pieces[unknown_id][0]
-    return {
-        "version": "1.0",
-        "truncation": None,
-        "padding": None,
-        "added_tokens": [
-            {
-                "id": index,
-                "content": piece,
-                "single_word": False,
-                "lstrip": False,
-                "rstrip": False,
-                "normalized": False,
-                "special": kind in (_UNKNOWN, _CONTROL),
-            }
-            for index, (piece, kind, _) in enumerate(pieces)
-            if kind in (_UNKNOWN, _CONTROL, _USER)
-        ],
+    added = [
+        (index, piece, kind != _USER)
+        for index, (piece, kind, _) in enumerate(pieces)
+        if kind in (_UNKNOWN, _CONTROL, _USER)
+    ]
+    steps = {
         "normalizer": _normalizer(dummy_prefix, single_spaces),
         "pre_tokenizer": None,
         "post_processor": None,
         "decoder": _decoder(dummy_prefix),
-        "model": {
-            "type": "BPE",
-            "dropout": None,
-            "unk_token": unknown,
-            "continuing_subword_prefix": None,
-            "end_of_word_suffix": None,
-            "fuse_unk": True,
-            "byte_fallback": byte_fallback,
-            "ignore_merges": False,
-            "vocab": vocab,
-            "merges": _merges(pieces, vocab),
-        },
     }
+    model = {
+        "unk_token": pieces[unknown_id][0],
+        "fuse_unk": True,
+        "byte_fallback": byte_fallback,
+        "vocab": vocab,
+        "merges": _merges(pieces, vocab),
+    }
+    return tokenizer_json(added, steps, model)
 
 
 def _parse(path: Path) -> Any:

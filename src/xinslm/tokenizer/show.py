@@ -18,22 +18,14 @@ from xinslm.tokenizer.load import load_tokenizer
 if TYPE_CHECKING:
     from rich.text import Text
 
-_COLORS = (
-    "black on cyan",
-    "black on yellow",
-    "black on green",
-    "black on magenta",
-    "black on white",
-)
+_COLORS = [f"black on {color}" for color in ("cyan", "yellow", "green", "magenta", "white")]
 _VISIBLE = str.maketrans({" ": "·", "\n": "↵", "\t": "⇥", "\r": "␍"})
 _SELF_TAUGHT_IDS = 1_024
 
 
 @dataclass(frozen=True)
 class MergeStep:
-    """One merge: its rank (0 was learned first), the two parts, and all tokens of the piece after
-    it.
-    """
+    """One merge: its rank, the two parts, and all tokens of the piece after it."""
 
     rank: int
     left: bytes
@@ -90,9 +82,7 @@ def run(config: ShowConfig, on_progress: Listener = ignore) -> ShowResult:
     ids = tokenizer.encode(config.text, allowed_special=config.allow_special)
     pieces: list[PieceMerges] = []
     if isinstance(tokenizer, BPETokenizer):
-        different = dict.fromkeys(
-            piece for piece in tokenizer.pieces(config.text) if len(piece.encode()) > 1
-        )
+        different = dict.fromkeys(p for p in tokenizer.pieces(config.text) if len(p.encode()) > 1)
         pieces = [_follow(tokenizer, piece) for piece in list(different)[: config.num_pieces]]
     return ShowResult(
         source=source,
@@ -113,15 +103,12 @@ def _follow(tokenizer: BPETokenizer, piece: str) -> PieceMerges:
         left, right = tokens[at], tokens[at + 1]
         tokens[at : at + 2] = [left + right]
         steps.append(MergeStep(rank, left, right, tuple(tokens)))
-    return PieceMerges(
-        piece, tuple(steps), len(tokens) > 1 and len(tokenizer.encode_piece(data)) == 1
-    )
+    is_one_token = len(tokens) > 1 and len(tokenizer.encode_piece(data)) == 1
+    return PieceMerges(piece, tuple(steps), is_one_token)
 
 
 def visible(token: bytes) -> str:
-    """Return a token with visible characters only: spaces as dots, bytes that are not text as
-    hexadecimal.
-    """
+    """Return a token with visible characters: spaces as dots, what is not text as hexadecimal."""
     text = token.decode("utf-8", "backslashreplace").translate(_VISIBLE)
     return "".join(char if char.isprintable() else f"\\x{ord(char):02x}" for char in text)
 
