@@ -23,8 +23,7 @@ from test_export_gguf import round_inputs_to_int8, unpermute
 
 from llama_cpp import LlamaCpp
 from xinslm.data.dataset import open_dataset
-from xinslm.model.files import load_config
-from xinslm.quantize.canonical import dequantized_tensors, load_quantized
+from xinslm.model.files import load_config, load_model, read_tensors
 from xinslm.tokenizer.load import load_tokenizer
 
 TEXT = """The café's 1,234 guests weren't sure: "Is it 12345678 or 3.14159?" they'd asked -- twice!\r\n
@@ -56,7 +55,7 @@ def differing_weights(gguf: Path, folder: Path) -> tuple[int, int]:
     }
     written = {t.name: quants.dequantize(t.data, t.tensor_type) for t in GGUFReader(gguf).tensors}
     differing = total = 0
-    for name, weight in dequantized_tensors(folder):
+    for name, weight in read_tensors(folder):
         stem = name.removesuffix(".weight")
         if ".layers." in stem:
             _, _, layer, part = stem.split(".", 3)
@@ -74,7 +73,7 @@ def log_probabilities(gguf: Path, folder: Path, prompts: list[list[int]]) -> lis
     """Mean KL and largest difference of log-probability: PyTorch as it is, then with int8
     inputs.
     """
-    models = [load_quantized(folder), round_inputs_to_int8(load_quantized(folder))]
+    models = [load_model(folder), round_inputs_to_int8(load_model(folder))]
     vocab_size = models[0].config.vocab_size
     divergence: list[list[float]] = [[], []]
     largest = [0.0, 0.0]

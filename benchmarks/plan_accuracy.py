@@ -139,7 +139,7 @@ shape = ModelConfig(vocab_size=vocabulary, **vars(PRESETS[config.preset]), max_p
 with torch.device("meta"):
     model = Transformer(shape, config.gradient_checkpointing)
 model.to_empty(device="cpu")
-from xinslm.model.files import rebuild_buffers
+from xinslm.model.source import rebuild_buffers
 rebuild_buffers(model)
 model.initialise(torch.Generator().manual_seed(0))
 if config.param_dtype == "bfloat16":

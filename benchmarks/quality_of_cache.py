@@ -30,6 +30,7 @@ from xinslm.data.packing import Batch, PackedDataset
 from xinslm.distill.target_sources import LiveTargets
 from xinslm.losses.config import LossConfig
 from xinslm.losses.targets import DenseTargets
+from xinslm.model.files import open_model
 from xinslm.model.transformer import Transformer
 from xinslm.teachers.huggingface import HuggingFaceTeacher
 from xinslm.tokenizer.load import load_tokenizer
@@ -96,7 +97,7 @@ def one(args: argparse.Namespace, variant: str, seed: int) -> None:
             Cache(args.work / f"cache-{variant}".replace(" ", "-")).split("train")
         )
     else:
-        teacher = HuggingFaceTeacher(str(teacher_folder))
+        teacher = HuggingFaceTeacher(open_model(teacher_folder))
         source = (
             LiveTargets(teacher)
             if variant == "full"

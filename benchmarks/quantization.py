@@ -27,15 +27,14 @@ from torch import Tensor
 
 from xinslm.data.dataset import open_dataset
 from xinslm.data.packing import Batch, PackedDataset
-from xinslm.model.files import load_config, load_model, resolve_model
+from xinslm.model import grids
+from xinslm.model.files import load_model, open_model
+from xinslm.model.grids import Q4_0, decode, encode, fit_scales
 from xinslm.model.transformer import Transformer
-from xinslm.quantize import gptq, grids
+from xinslm.quantize import gptq
 from xinslm.quantize.calibration import read_rows
-from xinslm.quantize.canonical import load_quantized
-from xinslm.quantize.grids import Q4_0, decode, encode, fit_scales
 from xinslm.quantize.pipeline import Quantization
 from xinslm.quantize.run import write_folder
-from xinslm.quantize.stream import WeightReader
 from xinslm.tokenizer.load import load_tokenizer
 
 ROWS_A_BATCH = 4
@@ -88,8 +87,8 @@ def main() -> None:
         "--only", default="", help="measure only variants whose name holds this text"
     )
     options = parser.parse_args()
-    source = resolve_model(options.model)
-    config = load_config(source)
+    source = open_model(options.model)
+    config = source.config
     length = min(config.max_position_embeddings, 512)
     split = open_dataset(options.data).split("validation")
     rows = PackedDataset(split, length)
@@ -98,10 +97,14 @@ def main() -> None:
         for i in range(0, len(rows), ROWS_A_BATCH)
     ]
     num_bytes = int(split.document_bytes.sum())
-    fingerprint = load_tokenizer(source).fingerprint()
-    original = load_model(source)
+    fingerprint = load_tokenizer(options.model).fingerprint()
+    original = source.transformer()
     report(
-        original, original, batches, num_bytes, {"variant": "not quantized", "model": source.name}
+        original,
+        original,
+        batches,
+        num_bytes,
+        {"variant": "not quantized", "model": source.path.name},
     )
     report_scale_precision(original)
     for name, bits, calibrates, off in VARIANTS:
@@ -116,8 +119,8 @@ def main() -> None:
                 )
             with tempfile.TemporaryDirectory() as folder, torch.no_grad(), without(*off):
                 start = time.perf_counter()
-                work = Quantization(config, WeightReader(source), bits, calibration)
-                write_folder(work, source, Path(folder), {}, {}, "benchmark")
+                work = Quantization(source, bits, calibration)
+                write_folder(work, load_tokenizer(options.model), Path(folder), {}, {}, "benchmark")
                 seconds = time.perf_counter() - start
                 facts = {
                     "variant": name,
@@ -126,7 +129,7 @@ def main() -> None:
                 }
                 report(
                     original,
-                    load_quantized(Path(folder)),
+                    load_model(Path(folder)),
                     batches,
                     num_bytes,
                     facts | {"quantize_seconds": round(seconds, 1)},

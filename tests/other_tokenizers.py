@@ -14,6 +14,7 @@ from xinslm.data.config import PrepareConfig
 from xinslm.demo.texts import stories
 from xinslm.tokenizer.bpe import BPETokenizer
 from xinslm.tokenizer.hf import HFTokenizer
+from xinslm.tokenizer.start import start_processor
 
 _NAMES = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<unk>"}
 
@@ -55,6 +56,7 @@ def metaspace(
         "decoders": [back, {"type": "ByteFallback"}, {"type": "Fuse"}, *strip],
     }
     content["model"]["byte_fallback"] = byte_fallback
+    content["post_processor"] = start_processor("<s>", content["model"]["vocab"]["<s>"])
     return HFTokenizer(content, _NAMES, None, "made")
 
 

@@ -146,6 +146,13 @@ COMMANDS = {
         example="student --data-path data -o student-4bit",
         most_used="model data_path output_dir bits method",
     ),
+    "import": Command(
+        "write a GGUF file as a Hugging Face folder",
+        "export.config:ImportConfig",
+        "export.folder:run",
+        example="SmolLM2.Q4_1.gguf -o smollm2",
+        most_used="model output_dir dtype tokenizer_path force",
+    ),
     "export gguf": Command(
         "write a GGUF file for llama.cpp",
         "export.config:GgufConfig",

@@ -39,7 +39,7 @@ from xinslm.losses import fused_loss
 from xinslm.losses.config import LossConfig
 from xinslm.model.files import load_model
 from xinslm.teachers.open import open_teacher
-from xinslm.teachers.own import LlamaTeacher
+from xinslm.teachers.own import OwnTeacher
 from xinslm.tokenizer.hf import HFTokenizer
 from xinslm.tokenizer.load import load_tokenizer
 
@@ -400,19 +400,19 @@ def test_a_teacher_that_is_not_finite_is_named_and_what_is_done_is_kept(
     grouped, tmp_path, monkeypatch
 ):
     _, _, _, config = grouped
-    real, calls = LlamaTeacher.logits, []
+    real, calls = OwnTeacher.logits, []
 
     def broken(self, states):
         calls.append(1)
         return real(self, states) * (torch.nan if len(calls) > 20 else 1.0)
 
     settings = replace(config, output_dir=tmp_path / "c", shard_positions=300)
-    monkeypatch.setattr(LlamaTeacher, "logits", broken)
+    monkeypatch.setattr(OwnTeacher, "logits", broken)
     with pytest.raises(
         XinslmError, match=r"the probability of a token is not finite.*finished work is kept"
     ):
         score.run(settings)
     kept = len(list((tmp_path / "c").glob("*/*.bin")))
     assert kept > 0 and not (tmp_path / "c" / "manifest.json").exists()
-    monkeypatch.setattr(LlamaTeacher, "logits", real)
+    monkeypatch.setattr(OwnTeacher, "logits", real)
     assert score.run(settings).positions > 0

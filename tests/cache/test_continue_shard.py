@@ -16,7 +16,7 @@ from xinslm.cache import journal, score
 from xinslm.cache.config import CacheConfig
 from xinslm.cache.journal import ShardJournal
 from xinslm.files import sha256_file
-from xinslm.teachers.own import LlamaTeacher
+from xinslm.teachers.own import OwnTeacher
 
 KILLED_AT = 5
 
@@ -25,13 +25,13 @@ KILLED_AT = 5
 def calls(monkeypatch):
     """Tokens of each forward pass of a teacher."""
     sizes = []
-    real = LlamaTeacher.states
+    real = OwnTeacher.states
 
     def counted(self, texts):
         sizes.append(sum(map(len, texts)))
         return real(self, texts)
 
-    monkeypatch.setattr(LlamaTeacher, "states", counted)
+    monkeypatch.setattr(OwnTeacher, "states", counted)
     return sizes
 
 
@@ -73,15 +73,15 @@ torch.set_num_threads(1)
 from xinslm.cache import journal, score
 from xinslm.cache.config import CacheConfig
 from xinslm.teachers.endpoint_config import EndpointConfig
-from xinslm.teachers.own import LlamaTeacher
+from xinslm.teachers.own import OwnTeacher
 journal.SAVE_SECONDS = 0.0
-real, calls = LlamaTeacher.states, []
+real, calls = OwnTeacher.states, []
 def states(self, *given):
     calls.append(1)
     if len(calls) == {KILLED_AT}:
         os.kill(os.getpid(), signal.SIGKILL)
     return real(self, *given)
-LlamaTeacher.states = states
+OwnTeacher.states = states
 score.run({killed!r})
 """
     done = subprocess.run([sys.executable, "-c", code], check=False)
@@ -96,17 +96,17 @@ score.run({killed!r})
 
 def test_ctrl_c_keeps_what_is_finished_at_once(world, tmp_path, calls, monkeypatch):
     config = replace(settings("sparse", world, tmp_path), output_dir=tmp_path / "c")
-    real = LlamaTeacher.logits
+    real = OwnTeacher.logits
 
     def interrupted(self, states):
         if len(calls) == KILLED_AT:
             raise KeyboardInterrupt
         return real(self, states)
 
-    monkeypatch.setattr(LlamaTeacher, "logits", interrupted)
+    monkeypatch.setattr(OwnTeacher, "logits", interrupted)
     with pytest.raises(KeyboardInterrupt):
         score.run(config)
-    monkeypatch.setattr(LlamaTeacher, "logits", real)
+    monkeypatch.setattr(OwnTeacher, "logits", real)
     calls.clear()
     score.run(config)
     continued = list(calls)

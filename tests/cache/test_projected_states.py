@@ -26,6 +26,7 @@ from xinslm.data.packing import PackedDataset
 from xinslm.distill.target_sources import LiveTargets
 from xinslm.errors import UsageError, XinslmError
 from xinslm.files import sha256_file
+from xinslm.model.files import open_model
 from xinslm.teachers.huggingface import HuggingFaceTeacher
 
 CPU = torch.device("cpu")
@@ -117,7 +118,7 @@ def test_cached_projected_states_are_the_live_ones_and_both_those_of_transformer
     rows = PackedDataset(open_dataset(world.data).split("train"), 64)
     batch = rows.batch([0, 3, 11])
     chosen = np.flatnonzero(batch.labels.ravel() >= 0)
-    live = LiveTargets(HuggingFaceTeacher(str(world.teacher)), (0.5, 1.0))
+    live = LiveTargets(HuggingFaceTeacher(open_model(world.teacher)), (0.5, 1.0))
     cached = CachedHiddenStates(Cache(with_hidden_states), "train")
     assert cached.format == live.format == HiddenStateFormat((1, 2), 2, 48)
     (a, all_valid), (b, valid) = (
@@ -145,7 +146,7 @@ def test_cached_projected_states_are_the_live_ones_and_both_those_of_transformer
 
 
 def test_one_forward_pass_of_a_live_teacher_serves_states_and_logits(world, monkeypatch):
-    teacher = HuggingFaceTeacher(str(world.teacher))
+    teacher = HuggingFaceTeacher(open_model(world.teacher))
     rows = PackedDataset(open_dataset(world.data).split("train"), 64)
     batch, other = rows.batch([0, 3]), rows.batch([1, 2])
     chosen, calls = np.flatnonzero(batch.labels.ravel() >= 0), []
@@ -196,7 +197,7 @@ def test_positions_inside_a_nested_teachers_token_have_no_projected_state(world,
         )
     )
     split, source = open_dataset(data).split("train"), CachedHiddenStates(Cache(folder), "train")
-    model = HuggingFaceTeacher(str(world.teacher))
+    model = HuggingFaceTeacher(open_model(world.teacher))
     inside = 0
     for document in (1, 4):
         start, end = (int(x) for x in split.documents[document : document + 2])

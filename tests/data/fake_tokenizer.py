@@ -11,8 +11,8 @@ class ByteTokenizer:
     def __init__(self, bos=True, eos=True, vocab_size=259, chat=True):
         self.vocab_size = vocab_size
         self.bos_id = 256 if bos else None
-        self.start_ids: list[int] = []
         self.eos_id = 257 if eos else None
+        self.start_ids = [id for id in (self.bos_id, self.eos_id) if id is not None][:1]
         self.pad_id = 258
         self.special_tokens = {"<bos>": 256, "<eos>": 257, "<pad>": 258}
         self.chat_template = "{{ messages }}" if chat else None

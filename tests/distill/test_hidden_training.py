@@ -28,7 +28,7 @@ from xinslm.distill.auxiliary_config import ContrastConfig, HiddenConfig
 from xinslm.distill.config import DistillConfig
 from xinslm.distill.target_sources import LiveTargets
 from xinslm.errors import UsageError, XinslmError
-from xinslm.model.files import load_config, load_model
+from xinslm.model.files import load_config, load_model, open_model
 from xinslm.model.transformer import Transformer
 from xinslm.report import run as report
 from xinslm.report.config import ReportConfig
@@ -66,7 +66,7 @@ def trainer(world, cache, micro=None, live=False, **changes):
     targets = hidden = None
     if live:
         targets = hidden = LiveTargets(
-            HuggingFaceTeacher(str(world.teacher)), config.hidden_depths()
+            HuggingFaceTeacher(open_model(world.teacher)), config.hidden_depths()
         )
     else:
         targets, hidden = (

@@ -20,7 +20,7 @@ from small_models import make_config, save_random_model
 from xinslm.errors import UsageError, XinslmError
 from xinslm.export.config import GgufConfig
 from xinslm.export.gguf import run
-from xinslm.quantize.canonical import dequantized_tensors, load_quantized
+from xinslm.model.files import load_model, read_tensors
 from xinslm.quantize.config import QuantizeConfig
 from xinslm.quantize.run import run as quantize
 
@@ -106,7 +106,7 @@ def test_not_one_weight_differs(four_bits):
     root, _ = four_bits
     written = tensors_of(root / "q4.gguf")
     names = {"q": ("self_attn.q_proj", 4), "k": ("self_attn.k_proj", 2)}
-    for name, weight in dequantized_tensors(root / "q4"):
+    for name, weight in read_tensors(root / "q4"):
         layer = name.split(".")[2] if ".layers." in name else None
         found = None
         for short, (long, heads) in names.items():
@@ -190,8 +190,8 @@ def test_four_bit_probabilities_differ_by_int8_activations_alone(tmp_path, chang
     quantize(QuantizeConfig(tmp_path / "model", tmp_path / "q4", method="rtn"))
     run(GgufConfig(tmp_path / "q4", tmp_path / "m.gguf"))
     exact, rounded = (
-        load_quantized(tmp_path / "q4"),
-        round_inputs_to_int8(load_quantized(tmp_path / "q4")),
+        load_model(tmp_path / "q4"),
+        round_inputs_to_int8(load_model(tmp_path / "q4")),
     )
     noise, rest = [], []
     with LlamaCpp(tmp_path / "m.gguf") as llama:
@@ -271,8 +271,6 @@ def test_sliding_window_caps_the_context_and_says_so(tmp_path, monkeypatch):
 
 def test_bad_requests(four_bits, tmp_path):
     root, _ = four_bits
-    with pytest.raises(UsageError, match="is quantized and is written as it is"):
-        run(GgufConfig(root / "q4", tmp_path / "m.gguf", outtype="f16"))
     with pytest.raises(UsageError, match=r"exists.*--force"):
         run(GgufConfig(root / "q4", root / "q4.gguf"))
     with pytest.raises(UsageError, match="is a folder; name a file"):

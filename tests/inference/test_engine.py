@@ -105,14 +105,14 @@ def test_the_context_is_a_limit_with_both_numbers(folder: Path) -> None:
 
 
 def test_a_quantized_folder_runs_with_its_own_weights(tmp_path: Path) -> None:
-    from xinslm.quantize.canonical import dequantized_tensors
+    from xinslm.model.files import read_tensors
     from xinslm.quantize.config import QuantizeConfig
     from xinslm.quantize.run import run as quantize
 
     save_random_model(tmp_path / "model")
     quantize(QuantizeConfig(model=tmp_path / "model", output_dir=tmp_path / "q", method="rtn"))
     model = load_model(tmp_path / "model")
-    model.load_state_dict(dict(dequantized_tensors(tmp_path / "q")))
+    model.load_state_dict(dict(read_tensors(tmp_path / "q")))
     save_model(model, tmp_path / "plain")
     save_tokenizer(tmp_path / "plain")
     four_bit, plain = (TorchEngine.load(tmp_path / name, "cpu") for name in ("q", "plain"))

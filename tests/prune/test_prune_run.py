@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config, Qwen2
 from small_models import make_config, save_dataset, save_random_model, save_tokenizer, tree_hash
 from xinslm.cli.main import main
 from xinslm.errors import UsageError, XinslmError
-from xinslm.model.files import load_model, model_fingerprint
+from xinslm.model.files import load_model, open_model
 from xinslm.prune.run import run
 from xinslm.tokenizer import BPETokenizer
 from xinslm.tokenizer.load import load_tokenizer
@@ -114,8 +114,9 @@ def test_manifest_and_table_say_what_was_done(workshop, tmp_path) -> None:
     heard: list = []
     result = run(workshop.config(tmp_path / "s", **SHAPES["tied"]), heard.append)
     manifest = json.loads((tmp_path / "s" / "manifest.json").read_text())
-    assert manifest["kind"] == "model" and manifest["inputs"]["teacher"] == model_fingerprint(
-        workshop.teacher
+    assert (
+        manifest["kind"] == "model"
+        and manifest["inputs"]["teacher"] == open_model(workshop.teacher).fingerprint
     )
     assert len(manifest["influence"]) == 3 and len(manifest["layers"]) == 2
     assert [len(layer) for layer in manifest["neurons"]] == [64, 64]
@@ -220,7 +221,7 @@ def test_a_dataset_without_validation_is_reported_on_search_rows(workshop, tmp_p
         ({"max_seq_length": 500}, "the teacher reads at most 128"),
         ({"num_layers": 0}, "num_layers is 0, but must be at least 1"),
         ({"teacher": "nowhere/at/all"}, "there is no model at"),
-        ({"teacher": "model.gguf"}, "is a GGUF file"),
+        ({"teacher": "model.gguf"}, "there is no file model.gguf"),
     ],
 )
 def test_what_cannot_be_cut_is_refused(workshop, tmp_path, changes, message) -> None:

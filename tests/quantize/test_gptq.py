@@ -5,6 +5,7 @@ made to break it.
 import pytest
 import torch
 
+from xinslm.model.grids import Q4_0, decode, encode, fit_scales
 from xinslm.quantize import gptq
 from xinslm.quantize.gptq import (
     Hessian,
@@ -14,7 +15,6 @@ from xinslm.quantize.gptq import (
     quantize_weight,
     round_to_nearest,
 )
-from xinslm.quantize.grids import Q4_0, decode, encode, fit_scales
 
 
 def correlated_inputs(tokens, columns, seed=0):

@@ -25,12 +25,12 @@ from xinslm.export.config import GgufConfig
 from xinslm.export.gguf import run as export_gguf
 from xinslm.files import read_json
 from xinslm.losses.config import LossConfig
-from xinslm.model.files import load_model, resolve_model
+from xinslm.model.files import load_model, open_model
 from xinslm.model.transformer import Transformer
 from xinslm.rollouts import onpolicy
 from xinslm.rollouts.onpolicy_config import OnPolicyConfig
 from xinslm.teachers.huggingface import HuggingFaceTeacher
-from xinslm.teachers.own import LlamaTeacher
+from xinslm.teachers.own import OwnTeacher
 
 SMALL = {
     "rounds": 2,
@@ -123,7 +123,7 @@ def test_texts_are_prompts_and_what_the_student_wrote(world, finished):
         "other texts each time"
     )
     tokens, offsets = _texts(rounds(run)[0])
-    first = AutoModelForCausalLM.from_pretrained(resolve_model(make_student(run)))
+    first = AutoModelForCausalLM.from_pretrained(open_model(make_student(run)).path)
     support = np.load(rounds(run)[0] / "data" / "train" / "support.npy")
     with torch.no_grad():
         logits = first(
@@ -156,7 +156,7 @@ def test_records_hold_the_teacher_where_the_student_has_its_mass(world, finished
     cache = Cache(folder / "cache")
     assert (cache.format.top_k, cache.format.tail_samples) == (8 + 1 + 4, 0)
     support = read_support(open_dataset(folder / "data"))
-    teacher = HuggingFaceTeacher(str(world.teacher))
+    teacher = HuggingFaceTeacher(open_model(world.teacher))
     at = 0
     for a, b in zip(split.documents[:12], split.documents[1:13], strict=True):
         tokens = np.asarray(split.tokens[a:b]).astype(np.int64)
@@ -257,7 +257,7 @@ def test_student_comes_nearer_to_its_teacher(make, tmp_path):
     assert fresh[2] < 0.8 * fresh[0]
     from transformers import AutoModelForCausalLM
 
-    best = resolve_model(run)
+    best = open_model(run).path
     assert (
         best == run
         and (run / "checkpoints" / "best").resolve() == (run / "checkpoints" / "last").resolve()
@@ -290,7 +290,7 @@ def test_teacher_and_student_are_never_in_memory_together(make, tmp_path, monkey
 
     loads = []
     before = {id(x) for x in alive(Transformer)}  # other tests' fixtures
-    real_teacher, real_model = LlamaTeacher.__init__, Transformer.__init__
+    real_teacher, real_model = OwnTeacher.__init__, Transformer.__init__
 
     def teacher(self, *args, **settings):
         real_teacher(self, *args, **settings)
@@ -301,7 +301,7 @@ def test_teacher_and_student_are_never_in_memory_together(make, tmp_path, monkey
         loads.append("student")
         real_model(self, *args, **settings)
 
-    monkeypatch.setattr(LlamaTeacher, "__init__", teacher)
+    monkeypatch.setattr(OwnTeacher, "__init__", teacher)
     monkeypatch.setattr(Transformer, "__init__", model)
     onpolicy.run(make(tmp_path / "run", completions=8, max_new_tokens=6))
     assert loads == ["student", "teacher", "student"] * 2

@@ -48,7 +48,7 @@ def test_hidden_states_are_those_of_transformers_whatever_shares_the_batch(
     assert (teacher.num_layers, teacher.hidden_size) == (3, 24)
     sequences = [np.arange(5, 30), np.arange(40, 47), np.array([9])]
     found = teacher.hidden(sequences, (1, 3))
-    reference = CONFIGS[kind][1].from_pretrained(teacher.folder).eval()
+    reference = CONFIGS[kind][1].from_pretrained(teacher.source.path).eval()
     at = 0
     for ids in sequences:
         with torch.no_grad():

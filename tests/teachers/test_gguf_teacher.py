@@ -15,13 +15,13 @@ from small_models import TEXT, save_random_model
 from xinslm.errors import UsageError, XinslmError
 from xinslm.export.config import GgufConfig
 from xinslm.export.gguf import run as export
-from xinslm.quantize.canonical import load_quantized
+from xinslm.model.files import load_model
 from xinslm.quantize.config import QuantizeConfig
 from xinslm.quantize.run import run as quantize
 from xinslm.sampling import UNFILTERED, Sampling
-from xinslm.teachers.gguf import GgufTeacher
-from xinslm.teachers.gguf_vocabulary import read_tokenizer
 from xinslm.teachers.open import TeacherOptions, open_teacher
+from xinslm.teachers.own import OwnTeacher
+from xinslm.tokenizer.gguf import read_tokenizer
 from xinslm.tokenizer.load import load_tokenizer
 
 LLAMA3_SCALING = {
@@ -62,7 +62,7 @@ def test_logits_are_those_of_the_model_that_was_exported(tmp_path, changes, dtyp
             if weight.dim() == 2:
                 weight.data = weight.data.to(kind).float()
     teacher = open_teacher(str(tmp_path / "m.gguf"))
-    assert isinstance(teacher, GgufTeacher) and (teacher.vocab_size, teacher.max_length) == (
+    assert isinstance(teacher, OwnTeacher) and (teacher.vocab_size, teacher.max_length) == (
         320,
         128,
     )
@@ -79,9 +79,9 @@ def test_quantized_files_are_the_quantized_model(tmp_path, bits):
     quantize(QuantizeConfig(tmp_path / "model", tmp_path / "q", method="rtn", bits=bits))
     export(GgufConfig(tmp_path / "q", tmp_path / "m.gguf"))
     assert {t.tensor_type.name for t in GGUFReader(tmp_path / "m.gguf").tensors} >= {f"Q{bits}_0"}
-    teacher = GgufTeacher(tmp_path / "m.gguf")
+    teacher = open_teacher(str(tmp_path / "m.gguf"))
     ids = prompt(30)
-    expected = logits_of(load_quantized(tmp_path / "q"), ids)
+    expected = logits_of(load_model(tmp_path / "q"), ids)
     torch.testing.assert_close(
         teacher.logits(teacher.states([ids])), expected, atol=2e-5, rtol=1e-5
     )
@@ -90,7 +90,7 @@ def test_quantized_files_are_the_quantized_model(tmp_path, bits):
 def test_real_model_against_llama_cpp_on_the_same_file(shared_data, tmp_path):
     """llama.cpp is the independent reader: its log-probabilities and ids on the same file."""
     export(GgufConfig(shared_data / "models" / "stories260K", tmp_path / "m.gguf", outtype="f32"))
-    teacher = GgufTeacher(tmp_path / "m.gguf")
+    teacher = open_teacher(str(tmp_path / "m.gguf"))
     text = "Once upon a time, there was a little girl named Lily. She liked to play outside"
     ids = np.array([teacher.tokenizer.bos_id, *teacher.tokenizer.encode(text)])
     ours = teacher.logits(teacher.states([ids])).double().log_softmax(1)[-1].numpy()
@@ -107,7 +107,7 @@ def test_real_model_against_llama_cpp_on_the_same_file(shared_data, tmp_path):
 def test_byte_level_tokenizer_comes_back_as_it_was(tmp_path):
     save_random_model(tmp_path / "model")
     export(GgufConfig(tmp_path / "model", tmp_path / "m.gguf"))
-    ours, original = GgufTeacher(tmp_path / "m.gguf").tokenizer, load_tokenizer(tmp_path / "model")
+    ours, original = load_tokenizer(tmp_path / "m.gguf"), load_tokenizer(tmp_path / "model")
     assert ours.fingerprint() == original.fingerprint()
     assert (
         ours.encode(TEXT) == original.encode(TEXT) and ours.chat_template == original.chat_template
@@ -120,8 +120,7 @@ def test_byte_level_tokenizer_comes_back_as_it_was(tmp_path):
 def test_llama_cpps_own_vocabularies_and_test_vectors(shared_data, name):
     """Files and ids that llama.cpp's repository carries: other people wrote them."""
     file = shared_data / "tokenizers" / f"ggml-vocab-{name}.gguf"
-    keys = {key: field.contents() for key, field in GGUFReader(file).fields.items()}
-    tokenizer = read_tokenizer(keys, str(file))
+    tokenizer = load_tokenizer(file)
     texts = (
         file.with_name(file.name + ".inp").read_bytes().decode().split("\n__ggml_vocab_test__\n")
     )
@@ -137,12 +136,12 @@ def test_llama_cpps_own_vocabularies_and_test_vectors(shared_data, name):
 def test_writing_is_the_models_greedy_choice_whatever_shares_the_batch(tmp_path):
     model = save_random_model(tmp_path / "model")
     export(GgufConfig(tmp_path / "model", tmp_path / "m.gguf", outtype="f32"))
-    teacher = GgufTeacher(tmp_path / "m.gguf")
+    teacher = open_teacher(str(tmp_path / "m.gguf"))
     prompts = ["The quick brown fox", "It", "Numbers: 0 1 22 333 and naïve"]
     found = teacher.generate(prompts, [0, 1, 2], Sampling(temperature=0), 20)
     ends = {teacher.tokenizer.bos_id, teacher.tokenizer.eos_id}
     for text, written in zip(prompts, found, strict=True):
-        ids = [teacher.tokenizer.bos_id, *teacher.tokenizer.encode(text)]
+        ids = teacher.tokenizer.encode(text)
         expected, values, ended = [], [], False
         while len(expected) < 20 and not ended:
             log_p = logits_of(model, np.array(ids + expected))[-1].log_softmax(0)
@@ -198,31 +197,24 @@ def test_files_that_cannot_teach_are_refused_by_name(tmp_path):
     foreign(tmp_path / "other.gguf", "rwkv6")
     save_random_model(tmp_path / "model")
     tokenizer = str(tmp_path / "model")
-    with pytest.raises(
-        UsageError,
-        match=r"other.gguf contains no tokenizer; pass the model's with --teacher-tokenizer-path",
-    ):
-        GgufTeacher(tmp_path / "other.gguf")
+    with pytest.raises(UsageError, match=r"contains no tokenizer.*--teacher-tokenizer-path"):
+        load_tokenizer(tmp_path / "other.gguf")
     with pytest.raises(UsageError, match=r"holds a rwkv6 model; .*Hugging Face folder"):
-        GgufTeacher(tmp_path / "other.gguf", tokenizer=tokenizer)
+        open_teacher(str(tmp_path / "other.gguf"), TeacherOptions(tokenizer=tokenizer))
     foreign(tmp_path / "moe.gguf", "llama", expert_count=4)
     with pytest.raises(UsageError, match="mixture-of-experts"):
-        GgufTeacher(tmp_path / "moe.gguf", tokenizer=tokenizer)
+        open_teacher(str(tmp_path / "moe.gguf"), TeacherOptions(tokenizer=tokenizer))
     foreign(tmp_path / "bare.gguf", "llama")
     with pytest.raises(XinslmError, match=r"key 'llama.attention.head_count' is missing"):
-        GgufTeacher(tmp_path / "bare.gguf", tokenizer=tokenizer)
+        open_teacher(str(tmp_path / "bare.gguf"), TeacherOptions(tokenizer=tokenizer))
     with pytest.raises(UsageError, match="there is no file"):
         open_teacher("nowhere.gguf")
-    with pytest.raises(
-        UsageError, match="--teacher-tokenizer-path is for endpoints and GGUF files"
-    ):
-        open_teacher(tokenizer, TeacherOptions(tokenizer=tokenizer))
     export(GgufConfig(tmp_path / "model", tmp_path / "m.gguf"))
     data = (tmp_path / "m.gguf").read_bytes()
     for size in (3, 100, len(data) // 2):
         (tmp_path / "cut.gguf").write_bytes(data[:size])
         with pytest.raises(XinslmError, match="not a whole GGUF file"):
-            GgufTeacher(tmp_path / "cut.gguf")
+            open_teacher(str(tmp_path / "cut.gguf"))
 
 
 def rewrite(path, edit):
@@ -256,13 +248,13 @@ def rewrite(path, edit):
 def test_tensors_that_overlap_or_leave_the_file_are_refused(tmp_path, place, message):
     save_random_model(tmp_path / "model")
     export(GgufConfig(tmp_path / "model", tmp_path / "m.gguf", outtype="f32"))
-    GgufTeacher(tmp_path / "m.gguf")
+    open_teacher(str(tmp_path / "m.gguf"))
     rewrite(
         tmp_path / "m.gguf",
         lambda reader: (reader.tensors[3].field.parts[5], int(place(reader))),
     )
     with pytest.raises(XinslmError, match=message):
-        GgufTeacher(tmp_path / "m.gguf")
+        open_teacher(str(tmp_path / "m.gguf"))
 
 
 def test_more_blocks_than_the_file_can_hold_are_refused_before_they_are_built(
@@ -274,9 +266,9 @@ def test_more_blocks_than_the_file_can_hold_are_refused_before_they_are_built(
         tmp_path / "m.gguf",
         lambda reader: (reader.fields["llama.block_count"].parts[-1], 10**6),
     )
-    monkeypatch.setattr("xinslm.teachers.gguf.Transformer", lambda *_: pytest.fail("it was built"))
+    monkeypatch.setattr("xinslm.model.source.Transformer", lambda *_: pytest.fail("it was built"))
     with pytest.raises(XinslmError, match=r"m.gguf has 1,000,000 layers, but .* only \d+ w"):
-        GgufTeacher(tmp_path / "m.gguf")
+        open_teacher(str(tmp_path / "m.gguf"))
 
 
 def test_a_missing_weight_is_named(tmp_path):
@@ -300,7 +292,7 @@ def test_a_missing_weight_is_named(tmp_path):
         XinslmError,
         match=r"1 weights are missing, the first is 'model.layers.1.mlp.up_proj.weight'",
     ):
-        GgufTeacher(tmp_path / "less.gguf", tokenizer=str(tmp_path / "model"))
+        open_teacher(str(tmp_path / "less.gguf"), TeacherOptions(tokenizer=str(tmp_path / "model")))
     shutil.rmtree(tmp_path / "model")
 
 

@@ -10,11 +10,12 @@ import torch
 import transformers
 
 from xinslm.errors import UsageError, XinslmError
+from xinslm.model.files import open_model
 from xinslm.sampling import UNFILTERED, Sampling
 from xinslm.teachers.generate import prompt_ids
 from xinslm.teachers.huggingface import HuggingFaceTeacher
 from xinslm.teachers.open import TeacherOptions, open_teacher
-from xinslm.teachers.own import LlamaTeacher
+from xinslm.teachers.own import OwnTeacher
 from xinslm.tokenizer.bpe import BPETokenizer
 from xinslm.tokenizer.chat import end_ids
 
@@ -86,7 +87,7 @@ def saved(tmp_path):
 @pytest.mark.parametrize("name", MODELS)
 def test_logits_are_those_of_transformers(name, tmp_path, saved):
     model = saved(name)
-    teacher = HuggingFaceTeacher(str(tmp_path))
+    teacher = HuggingFaceTeacher(open_model(tmp_path))
     sequences = [np.arange(5, 25), np.arange(9, 16)]
     found = teacher.logits(teacher.states(sequences))
     with torch.no_grad():
@@ -97,7 +98,7 @@ def test_logits_are_those_of_transformers(name, tmp_path, saved):
 @pytest.mark.parametrize("name", ["Llama", "Qwen3", "DeepseekV3"])
 def test_teacher_is_in_eval_mode_and_scores_twice_alike(name, tmp_path, saved):
     saved(name, attention_dropout=0.5)
-    teacher = HuggingFaceTeacher(str(tmp_path))
+    teacher = HuggingFaceTeacher(open_model(tmp_path))
     assert teacher.model.config.attention_dropout == 0.5
     assert not any(module.training for module in teacher.model.modules())
     assert not any(weight.requires_grad for weight in teacher.model.parameters())
@@ -111,7 +112,7 @@ def test_writing_is_transformers_own_greedy_text(name, tmp_path, saved):
     alone.
     """
     model = saved(name)
-    teacher = HuggingFaceTeacher(str(tmp_path))
+    teacher = HuggingFaceTeacher(open_model(tmp_path))
     prompts = ["a few words", "some", "and then some more words from"]
     written = teacher.generate(prompts, [0, 1, 2], Sampling(temperature=0), 12)
     for prompt, found in zip(prompts, written, strict=True):
@@ -147,7 +148,7 @@ def test_more_layers_than_weights_are_refused_before_they_are_built(
 
 def test_a_prompt_beyond_the_context_is_refused(tmp_path, saved):
     saved("Llama")
-    teacher = HuggingFaceTeacher(str(tmp_path))
+    teacher = HuggingFaceTeacher(open_model(tmp_path))
     with pytest.raises(
         UsageError, match=r"a prompt has \d+ tokens, the context of teacher .* is 128"
     ):
@@ -159,7 +160,7 @@ def test_the_real_model_continues_as_llama2c_does(shared_data):
     folder = shared_data / "models" / "stories260K"
     expected = json.loads((folder / "expected_greedy.json").read_text())
     text = expected["expected"]
-    teacher = HuggingFaceTeacher(str(folder))
+    teacher = HuggingFaceTeacher(open_model(folder))
     written = teacher.generate([""], [0], Sampling(temperature=0), 100)[0]
     assert len(written.text) > 100 and text.strip().startswith(written.text.strip())
 
@@ -168,8 +169,8 @@ def test_the_real_model_continues_as_llama2c_does(shared_data):
 def test_only_llama_and_mistral_run_in_our_transformer(name, tmp_path, saved):
     """Whichever runs it, logits, hidden states and fingerprint are transformers' own."""
     model = saved(name)
-    teacher, theirs = open_teacher(str(tmp_path)), HuggingFaceTeacher(str(tmp_path))
-    assert isinstance(teacher, LlamaTeacher) == (name in ("Llama", "Mistral"))
+    teacher, theirs = open_teacher(str(tmp_path)), HuggingFaceTeacher(open_model(tmp_path))
+    assert isinstance(teacher, OwnTeacher) == (name in ("Llama", "Mistral"))
     assert teacher.fingerprint == theirs.fingerprint and teacher.max_length == theirs.max_length
     sequences = [np.arange(5, 25), np.arange(9, 16)]
     with torch.no_grad():

@@ -13,6 +13,7 @@ from llama_cpp import LlamaCpp
 from xinslm.errors import UsageError
 from xinslm.export.config import GgufConfig
 from xinslm.export.gguf import run as export
+from xinslm.model.files import open_model
 from xinslm.sampling import UNFILTERED
 from xinslm.teachers.endpoint import EndpointTeacher
 from xinslm.teachers.endpoint_config import EndpointConfig
@@ -53,7 +54,7 @@ def test_text_and_log_probabilities_are_transformers(served, prompt, temperature
     assert teacher.max_length == 512
     assert teacher.gives_log_probs(prompt) is None
     written = teacher.write(prompt, 7, replace(UNFILTERED, temperature=temperature), 12)
-    reference = HuggingFaceTeacher(str(folder))
+    reference = HuggingFaceTeacher(open_model(folder))
     ids = prompt_ids(reference.tokenizer, prompt)
     new = tokens_of(written, reference.tokenizer)
     assert len(new) > 3 or written.finished

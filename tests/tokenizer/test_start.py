@@ -9,6 +9,7 @@ from xinslm.data.encode import Encoder
 from xinslm.data.records import Document
 from xinslm.errors import XinslmError
 from xinslm.inference.generate import prompt_ids
+from xinslm.teachers.generate import prompt_ids as teacher_prompt_ids
 from xinslm.tokenizer import BPETokenizer, load_tokenizer
 
 CHAT = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes"}]
@@ -102,7 +103,7 @@ def test_a_nested_tokenizer_begins_as_its_documents_do(prose, tmp_path, named):
 
 
 def test_another_tokenizer_keeps_what_its_files_say(ours, tmp_path):
-    """Its documents still begin with BOS: something must predict their first token."""
+    """Documents, prompts of both generators and `AutoTokenizer` begin alike."""
     ours.save(tmp_path)
     end = ours.special_tokens["<|im_end|>"]
     one, two = ("<|im_end|>", end), ("<|pad|>", ours.pad_id)
@@ -124,10 +125,12 @@ def test_another_tokenizer_keeps_what_its_files_say(ours, tmp_path):
         assert tokenizer.start_ids == start == backend.encode("a").ids[: len(start)]
         assert prompt_ids(tokenizer, "a", chat=False) == [*start, *ours.encode("a")]
         assert prompt_ids(tokenizer, "", chat=False) == (start or [ours.bos_id])
-        (document,) = Encoder(tokenizer, "eos", False)([Document("d", text="a")])
-        first = start or [ours.bos_id]
-        assert document.tokens.tolist() == [*first, *ours.encode("a"), ours.eos_id]
-        assert document.mask.tolist() == [0] * len(first) + [1, 1]
+        (twice,) = Encoder(tokenizer, "eos", False)([Document("d", text="a a")])
+        text = [*start, *ours.encode("a a")]
+        assert twice.tokens.tolist() == [*text, ours.eos_id]
+        unseen = len(start) or 1  # nothing predicts the first token of a text without a start
+        assert twice.mask.tolist() == [0] * unseen + [1] * (len(text) + 1 - unseen)
+        assert teacher_prompt_ids(tokenizer, "a a") == text
         tokenizer.save(tmp_path / "again")
         assert load_tokenizer(tmp_path / "again").start_ids == start
         assert tokenizer.fingerprint() == ours.fingerprint()

@@ -9,8 +9,8 @@ from safetensors.torch import load_file
 
 import training as train
 from xinslm.errors import UsageError
-from xinslm.model.files import load_model, model_fingerprint, resolve_model
-from xinslm.tokenizer.load import load_tokenizer, resolve_tokenizer
+from xinslm.model.files import load_model, open_model
+from xinslm.tokenizer.load import load_tokenizer
 from xinslm.train import best as publishing
 from xinslm.train import checkpoint
 
@@ -52,8 +52,8 @@ def test_transformers_and_xinslm_find_the_best_model_at_the_top(run):
     assert weights(run) == weights(best) != weights(run / "checkpoints" / "last")
     assert names(run) >= MODEL and not names(run) & {OPTIMIZER, checkpoint.STATE}
     assert OPTIMIZER in names(run / "checkpoints" / "last") and OPTIMIZER not in names(best)
-    assert resolve_model(run) == resolve_tokenizer(run) == run
-    assert model_fingerprint(run) == model_fingerprint(best)
+    assert open_model(run).path == run
+    assert open_model(run).fingerprint == open_model(best).fingerprint
     theirs, ours = transformers.AutoModelForCausalLM.from_pretrained(run), load_model(run)
     tokenizer = transformers.AutoTokenizer.from_pretrained(run)
     ids = tokenizer("Once upon a time", return_tensors="pt").input_ids
@@ -70,7 +70,7 @@ def test_a_copy_is_a_model_also_without_its_checkpoints(world, run, tmp_path, li
     shutil.copytree(run, copy, symlinks=links)
     shutil.rmtree(copy / "checkpoints")
     assert weights(copy) == weights(run)
-    assert resolve_model(copy) == copy and load_model(copy) is not None
+    assert open_model(copy).path == copy and load_model(copy) is not None
 
 
 def interrupted(world, run, monkeypatch, save):
@@ -95,7 +95,7 @@ def test_a_stop_before_the_top_is_replaced_is_made_good(world, tmp_path, monkeyp
     interrupted(world, folder, monkeypatch, save)
     best = folder / "checkpoints" / "best"
     if save > 1:
-        assert weights(resolve_model(folder)) != weights(best), "one older, but whole"
+        assert weights(open_model(folder).path) != weights(best), "one older, but whole"
         load_model(folder)
     train.run(world.distill(folder))
     train.run(world.distill(tmp_path / "whole"))
@@ -118,7 +118,7 @@ def test_a_stop_between_two_files_never_leaves_half_a_model(world, run, tmp_path
         monkeypatch.setattr(publishing, "link_or_copy", stop)
         with pytest.raises(SystemExit):
             publishing.publish(source, folder, ())
-        assert resolve_model(folder) == folder / "checkpoints" / "best"
+        assert open_model(folder).path == folder / "checkpoints" / "best"
 
 
 def refuse(*args, **kwargs):

@@ -24,6 +24,7 @@ from xinslm.data.config import PrepareConfig
 from xinslm.data.dataset import open_dataset
 from xinslm.demo.texts import stories
 from xinslm.errors import UsageError, XinslmError
+from xinslm.model.files import open_model
 from xinslm.teachers.huggingface import HuggingFaceTeacher
 from xinslm.tokenizer.bpe import BPETokenizer
 from xinslm.train import lora as adapt
@@ -122,28 +123,30 @@ def test_the_first_loss_is_transformers_own(small):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_logits_with_the_adapter_are_those_of_pefts_merged_model(small, dtype):
-    teacher = HuggingFaceTeacher(str(small.base), dtype, adapter=small.adapter)
+    teacher = HuggingFaceTeacher(open_model(small.base), dtype, adapter=small.adapter)
     base = transformers.AutoModelForCausalLM.from_pretrained(small.base, dtype=torch.float32)
     merged = peft.PeftModel.from_pretrained(base, small.adapter).merge_and_unload().eval()
     ids = np.arange(5, 45)
     found = teacher.logits(teacher.states([ids]))
-    plain = HuggingFaceTeacher(str(small.base)).logits
+    plain = HuggingFaceTeacher(open_model(small.base)).logits
     with torch.no_grad():
         expected = merged(torch.from_numpy(ids)[None]).logits[0, :, :300]
     tolerance = 1e-5 if dtype == "float32" else 0.1
     torch.testing.assert_close(found, expected, atol=tolerance, rtol=tolerance)
-    without = HuggingFaceTeacher(str(small.base))
+    without = HuggingFaceTeacher(open_model(small.base))
     assert (plain(without.states([ids])) - expected).abs().max() > 0.5, "the adapter does something"
 
 
 def test_the_fingerprint_tells_adapters_apart_but_not_places(small, tmp_path):
-    plain = HuggingFaceTeacher(str(small.base)).fingerprint
-    adapted = HuggingFaceTeacher(str(small.base), adapter=small.adapter).fingerprint
+    plain = HuggingFaceTeacher(open_model(small.base)).fingerprint
+    adapted = HuggingFaceTeacher(open_model(small.base), adapter=small.adapter).fingerprint
     shutil.copytree(small.adapter, tmp_path / "elsewhere")
     shutil.copytree(small.base, tmp_path / "base")
-    moved = HuggingFaceTeacher(str(tmp_path / "base"), adapter=tmp_path / "elsewhere").fingerprint
+    moved = HuggingFaceTeacher(
+        open_model(tmp_path / "base"), adapter=tmp_path / "elsewhere"
+    ).fingerprint
     adapt.run(settings(small.folder, tmp_path / "other", seed=1, max_steps=2))
-    other = HuggingFaceTeacher(str(small.base), adapter=tmp_path / "other").fingerprint
+    other = HuggingFaceTeacher(open_model(small.base), adapter=tmp_path / "other").fingerprint
     assert adapted == moved and len({plain, adapted, other}) == 3
 
 
@@ -184,30 +187,30 @@ def test_an_adapter_of_another_base_is_refused(small, tmp_path):
     with pytest.raises(
         UsageError, match=r"adapter .* was trained on other weights than those of .*other"
     ):
-        HuggingFaceTeacher(str(tmp_path / "other"), adapter=small.adapter)
+        HuggingFaceTeacher(open_model(tmp_path / "other"), adapter=small.adapter)
     foreign = tmp_path / "foreign"  # made elsewhere: no manifest to tell
     shutil.copytree(small.adapter, foreign)
     (foreign / "manifest.json").unlink()
-    assert HuggingFaceTeacher(str(small.base), adapter=foreign).fingerprint
+    assert HuggingFaceTeacher(open_model(small.base), adapter=foreign).fingerprint
     save_llama(tmp_path / "shallow", small.tokenizer, num_hidden_layers=1)
     with pytest.raises(
         XinslmError, match=r"does not fit teacher .*: 14 of its matrices have no counterpart"
     ):
-        HuggingFaceTeacher(str(tmp_path / "shallow"), adapter=foreign)
+        HuggingFaceTeacher(open_model(tmp_path / "shallow"), adapter=foreign)
     save_llama(tmp_path / "wide", small.tokenizer, intermediate_size=96)
     with pytest.raises(XinslmError, match="cannot be applied to teacher"):
-        HuggingFaceTeacher(str(tmp_path / "wide"), adapter=foreign)
+        HuggingFaceTeacher(open_model(tmp_path / "wide"), adapter=foreign)
 
 
 def test_folders_that_are_no_adapters(small, tmp_path):
     with pytest.raises(UsageError, match="is not an adapter folder"):
-        HuggingFaceTeacher(str(small.base), adapter=tmp_path)
+        HuggingFaceTeacher(open_model(small.base), adapter=tmp_path)
     shutil.copytree(small.adapter, tmp_path / "p")
     (tmp_path / "p" / "manifest.json").unlink()
     (tmp_path / "p" / "adapter_model.safetensors").rename(tmp_path / "p" / "adapter_model.bin")
     with pytest.raises(XinslmError, match="safetensors only"):
-        HuggingFaceTeacher(str(small.base), adapter=tmp_path / "p")
-    with pytest.raises(UsageError, match="--adapter is for Hugging Face models"):
+        HuggingFaceTeacher(open_model(small.base), adapter=tmp_path / "p")
+    with pytest.raises(UsageError, match="--adapter is for models"):
         score.run(
             cache(small, tmp_path / "c").__class__(
                 "http://localhost:1/v1",
@@ -224,12 +227,12 @@ def test_an_adapted_head_learns_too(small, tmp_path):
         settings(small.folder, tmp_path / "head", target_modules=("lm_head",), max_steps=6)
     )
     assert result.after < result.before - 0.02
-    teacher = HuggingFaceTeacher(str(small.base), adapter=tmp_path / "head")
+    teacher = HuggingFaceTeacher(open_model(small.base), adapter=tmp_path / "head")
     assert (teacher.logits(teacher.states([np.arange(9)])) - plain_logits(small)).abs().max() > 0.01
 
 
 def plain_logits(small):
-    teacher = HuggingFaceTeacher(str(small.base))
+    teacher = HuggingFaceTeacher(open_model(small.base))
     return teacher.logits(teacher.states([np.arange(9)]))
 
 

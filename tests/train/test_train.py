@@ -32,7 +32,7 @@ from xinslm.distill.target_sources import LiveTargets
 from xinslm.errors import UsageError, XinslmError
 from xinslm.losses.config import LossConfig
 from xinslm.model.config import ModelConfig
-from xinslm.model.files import load_config, load_model, save_model
+from xinslm.model.files import load_config, load_model, open_model, save_model
 from xinslm.model.transformer import Transformer
 from xinslm.teachers.huggingface import HuggingFaceTeacher
 from xinslm.tokenizer.load import load_tokenizer
@@ -124,7 +124,7 @@ def test_cache_records_follow_their_rows(world):
 def test_live_teacher_sees_each_document_alone(world):
     from transformers import AutoModelForCausalLM
 
-    teacher = HuggingFaceTeacher(str(world.teacher))
+    teacher = HuggingFaceTeacher(open_model(world.teacher))
     dataset = open_dataset(world.data)
     rows = PackedDataset(dataset.split("train"), 64)
     batch = rows.batch([0, 7])

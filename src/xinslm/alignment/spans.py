@@ -147,8 +147,7 @@ class SpanAligner:
     def __init__(self, student: Any, teacher: Any, document_end: str = "eos") -> None:
         """`document_end` is the dataset's; it matters if the student's BOS and EOS are one."""
         self.student, self.teacher = ByteReader(student), ByteReader(teacher)
-        bos, eos = teacher.bos_id, teacher.eos_id
-        self.first: int | None = eos if bos is None else bos
+        self.first: int | None = teacher.start_ids[0] if teacher.start_ids else None
         self.specials = map_specials(student, teacher, document_end)
         self.control = set(student.special_tokens.values())
         self._control = np.array(sorted(self.control), dtype=np.int64)

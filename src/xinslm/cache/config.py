@@ -49,7 +49,7 @@ class CacheConfig(Settings):
     """Score a dataset with a teacher, once, into a sparse cache."""
 
     teacher: Annotated[str, tyro.conf.Positional]
-    """Teacher: a model folder or Hub name (any Hugging Face causal language model), a .gguf file,
+    """Teacher: any causal model (a model, run or quantized folder, a GGUF file, a Hub name),
     or the URL of an OpenAI-compatible endpoint that scores given text (vLLM); an encoder's folder
     with --hidden-state-depths."""
     data_path: Path
@@ -89,7 +89,7 @@ class CacheConfig(Settings):
     trust_remote_code: bool = False
     """Run Python code that the teacher's repository brings."""
     teacher_tokenizer_path: str | None = None
-    """Tokenizer of an endpoint's model or for a GGUF file: a folder, a file or a Hub name."""
+    """Tokenizer of an endpoint's model, or one instead of the model's own."""
     endpoint: EndpointConfig = field(default_factory=EndpointConfig)
     """For a teacher that is a URL."""
     seed: int = 0

@@ -28,7 +28,7 @@ class PrepareConfig(Settings):
     (OWNER/NAME).
     """
     tokenizer_path: Path
-    """Folder of the tokenizer, a model or run folder (its best checkpoint), or a Hub name."""
+    """Folder of the tokenizer, any model (also a GGUF file), or a Hub name."""
     output_dir: Annotated[Path, tyro.conf.arg(aliases=["-o"])]
     """Folder to write the dataset to."""
     validation_fraction: float = 0.05

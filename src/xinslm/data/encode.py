@@ -11,7 +11,6 @@ from xinslm.data.config import DocumentEnd
 from xinslm.data.records import Document
 from xinslm.errors import UsageError, XinslmError
 from xinslm.tokenizer.show import visible
-from xinslm.tokenizer.start import document_start
 
 if TYPE_CHECKING:
     from xinslm.tokenizer.base import Tokenizer
@@ -25,7 +24,7 @@ class Encoded:
     mask: np.ndarray
     """uint8, 1 = this token is a target; the first never is, because nothing predicts it."""
     num_bytes: int
-    """UTF-8 bytes of the text of the targets: of a chat, the answers."""
+    """UTF-8 bytes of the text; of a chat, of the answers."""
 
 
 class Encoder:
@@ -42,7 +41,7 @@ class Encoder:
                 f"--document-end {document_end}: the tokenizer has no {document_end.upper()} "
                 "token; choose another"
             )
-        self._start = document_start(tokenizer)
+        self._start = list(tokenizer.start_ids)
         self._end = [] if last is None else [last]
 
     def __call__(self, documents: Sequence[Document]) -> list[Encoded]:

@@ -16,7 +16,7 @@ class DistillConfig(PretrainConfig):
     cache: Path | None = None
     """Cache folder made by `xinslm cache` from the same dataset."""
     teacher: str | None = None
-    """Without a cache: live teacher, a model folder or Hub name with the dataset's tokenizer. With
+    """Without a cache: live teacher, any model with the dataset's tokenizer. With
     one: the teacher that the cache must be of."""
     use_mock: bool = False
     """Train a small stand-in teacher on the data first and learn from it, to try the pipeline

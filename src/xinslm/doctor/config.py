@@ -22,11 +22,11 @@ class DoctorConfig(Settings):
     cache: Path | None = None
     """Cache folder to check."""
     teacher: str | None = None
-    """Teacher to ask again about a few documents: a model folder or a Hub name."""
+    """Teacher to ask again about a few documents: any model."""
     adapter: Path | None = None
     """LoRA adapter that the teacher is used with."""
     student: Path | None = None
-    """Student to compute with, a run or model folder; a small random one if not given."""
+    """Student to compute with, any model; a small random one if not given."""
     documents: int = 8
     """Documents that the teacher scores again."""
     positions: int = 128

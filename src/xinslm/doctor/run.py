@@ -30,7 +30,7 @@ from xinslm.errors import UsageError, XinslmError
 from xinslm.files import damaged_files
 from xinslm.losses.targets import SparseTargets
 from xinslm.model.config import ModelConfig
-from xinslm.model.files import load_model, resolve_model
+from xinslm.model.files import load_model
 from xinslm.model.transformer import Transformer
 from xinslm.progress import Listener, ignore
 from xinslm.tokenizer.load import load_tokenizer
@@ -274,7 +274,7 @@ def _sound_student(
         return require(not bad, detail, "Go back to an earlier checkpoint")
 
     def vocabulary() -> str:
-        theirs = load_tokenizer(resolve_model(folder))
+        theirs = load_tokenizer(folder)
         return same_vocabulary(tokenizer, theirs, loaded[0].config.vocab_size, "student")
 
     sound = examination.make("student weights", weights)

@@ -16,9 +16,7 @@ class EvaluateConfig(Settings):
     """Measure how well a model predicts text: bits per byte and perplexity."""
 
     model: Annotated[Path, tyro.conf.Positional]
-    """Model folder, run folder (its best checkpoint), 4-bit folder or Hub name; any causal
-    model.
-    """
+    """Any causal model: a model, run or quantized folder, a GGUF file, or a Hub name."""
     data_path: tuple[str, ...]
     """Dataset folder made by `xinslm prepare`, or raw files (.txt .json .jsonl .parquet, also
     .gz).

@@ -15,7 +15,7 @@ import numpy as np
 from xinslm.errors import UsageError, XinslmError
 from xinslm.evaluate.perplexity import Item
 from xinslm.files import MANIFEST
-from xinslm.tokenizer.start import document_start
+from xinslm.tokenizer.start import prefix_ids
 
 if TYPE_CHECKING:
     from xinslm.data.dataset import Dataset
@@ -27,7 +27,7 @@ def read_items(
     data: tuple[str, ...], split: str, tokenizer: "Tokenizer", max_documents: int | None
 ) -> list[Item]:
     """Read and encode the documents; UsageError if there are fewer than `max_documents`."""
-    if not document_start(tokenizer):
+    if not prefix_ids(tokenizer):
         raise UsageError(
             "the model's tokenizer has neither a BOS nor an EOS token to predict a text's first "
             "token from"
@@ -78,8 +78,14 @@ def _encode(documents: Iterable["Document"], tokenizer: "Tokenizer") -> Iterator
 def _item(
     source: str, tokens: np.ndarray, mask: np.ndarray, num_bytes: int, tokenizer: "Tokenizer"
 ) -> Item:
-    """Mark the scored tokens, and drop the tokens after the last of them."""
+    """Mark the scored tokens, and drop the tokens after the last of them.
+
+    The first token of a text whose tokenizer adds no start token is predicted from the prefix.
+    """
     special = np.fromiter(tokenizer.special_tokens.values(), np.int64)
+    if not tokenizer.start_ids and len(tokens) and mask[1:].all() and tokens[0] not in special:
+        tokens = np.concatenate([prefix_ids(tokenizer), tokens])
+        mask = np.ones(len(tokens), np.uint8)
     scored = (mask > 0) & ~np.isin(tokens, special)
     scored[:1] = False
     end = int(scored.nonzero()[0][-1]) + 1 if scored.any() else 1
@@ -116,7 +122,7 @@ def _texts(dataset: "Dataset", split: str, tokenizer: "Tokenizer") -> Iterator["
     from xinslm.data.records import Document
 
     special = np.fromiter(tokenizer.special_tokens.values(), np.int64)
-    start = len(document_start(tokenizer))
+    start = len(tokenizer.start_ids)
     for source, tokens, mask, num_bytes in _stored(dataset, split):
         ids = tokens[start:]
         if len(ids) and ids[-1] in (tokenizer.eos_id, tokenizer.bos_id):

@@ -1,4 +1,4 @@
-"""Options of `xinslm export`."""
+"""Options of `xinslm export` and `xinslm import`."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,14 +14,28 @@ class GgufConfig(Settings):
     """Write a model as one GGUF file for llama.cpp, Ollama and LM Studio."""
 
     model: Annotated[Path, tyro.conf.Positional]
-    """Quantized folder, model folder, run folder (its best checkpoint) or Hub name."""
+    """Any model: a model, run or quantized folder, a GGUF file, or a Hub name."""
     output_path: Annotated[Path, tyro.conf.arg(aliases=["-o"])]
     """File to write; by convention its name ends in .gguf."""
     outtype: Literal["f32", "f16", "bf16"] | None = None
-    """Type of the matrices of an unquantized model, by default f16; a quantized one keeps its
-    own.
-    """
+    """Type of the matrices, by default f16; a quantized folder keeps its own."""
     run: Path | None = None
     """Run folder whose report lists the file."""
     force: bool = False
     """Replace the file if it exists."""
+
+
+@dataclass(frozen=True)
+class ImportConfig(Settings):
+    """Write a GGUF file, or any other model, as an ordinary Hugging Face folder."""
+
+    model: Annotated[Path, tyro.conf.Positional]
+    """GGUF file, or any other model: a model, run or quantized folder, or a Hub name."""
+    output_dir: Annotated[Path, tyro.conf.arg(aliases=["-o"])]
+    """Folder to write: config.json, model.safetensors, tokenizer and chat template."""
+    dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
+    """Type of the stored weights; auto takes the narrowest that holds each of them exactly."""
+    tokenizer_path: Path | None = None
+    """Tokenizer to use instead of the model's own."""
+    force: bool = False
+    """Replace the output folder if it already holds something."""

@@ -24,12 +24,12 @@ from xinslm.export.config import GgufConfig
 from xinslm.export.vocabulary import read_vocabulary
 from xinslm.files import new_file
 from xinslm.model.config import ModelConfig
-from xinslm.model.files import load_config, resolve_model
-from xinslm.model.transformer import Transformer, rotary_frequencies
+from xinslm.model.files import open_model
+from xinslm.model.grids import BLOCK, GRIDS
+from xinslm.model.quantized import QuantizedSource
+from xinslm.model.source import ModelSource, weight_shapes
+from xinslm.model.transformer import rotary_frequencies
 from xinslm.progress import Listener, Progress, ignore
-from xinslm.quantize.canonical import QuantizedModel, is_quantized, open_quantized
-from xinslm.quantize.grids import BLOCK, GRIDS
-from xinslm.quantize.stream import WeightReader
 from xinslm.runs import add_row, require_run
 
 _NAMES = {
@@ -100,7 +100,7 @@ class Result:
 
 
 def run(config: GgufConfig, on_progress: Listener = ignore) -> Result:
-    """Write a GGUF file of a quantized folder, bit for bit, or of a plain model folder."""
+    """Write a GGUF file of a quantized folder, bit for bit, or of any other model."""
     if config.output_path.is_dir():
         raise UsageError(
             f"--output-path {config.output_path} is a folder; name a file, such as model.gguf in it"
@@ -112,21 +112,16 @@ def run(config: GgufConfig, on_progress: Listener = ignore) -> Result:
         )
     if config.run is not None:
         require_run(config.run)
-    source = resolve_model(config.model)
-    quantized = open_quantized(source) if is_quantized(source) else None
-    if quantized is not None and config.outtype is not None:
-        raise UsageError(
-            f"{source} is quantized and is written as it is: leave --outtype {config.outtype} out"
-        )
-    model = load_config(source)
+    source = open_model(config.model)
+    model = source.config
     entries = _rope_factors(model)
-    if quantized is not None:
-        entries += list(_stored(quantized))
-        file_type = "q4_0" if quantized.manifest["bits"] == 4 else "q8_0"
+    if isinstance(source, QuantizedSource) and config.outtype is None:
+        entries += list(_stored(source))
+        file_type = "q4_0" if source.manifest["bits"] == 4 else "q8_0"
     else:
         file_type = config.outtype or "f16"
-        entries += list(_plain(WeightReader(source), model, file_type))
-    vocabulary = read_vocabulary(source, model)
+        entries += list(_plain(source, file_type))
+    vocabulary = read_vocabulary(source.path, model)
     context, notes = _context(model)
     with new_file(config.output_path) as partial:
         writer = GGUFWriter(None, "llama")
@@ -199,14 +194,14 @@ def _write_tensors(
     on_progress(Progress("export", len(entries), len(entries), "tensors"))
 
 
-def _stored(model: QuantizedModel) -> Iterator[Entry]:
+def _stored(model: QuantizedSource) -> Iterator[Entry]:
     """Entries of a quantized folder: blocks are copied."""
     for name, kind in model.formats.items():
 
         def load(name: str = name) -> np.ndarray:
-            return _for_rotary(model.read(name).ggml_rows(), name, model.config)
+            return _for_rotary(model.stored(name).ggml_rows(), name, model.config)
 
-        shape, dtype = model.shapes[name], np.dtype(np.float16 if kind == "f16" else np.float32)
+        shape, dtype = model.shape_of(name), np.dtype(np.float16 if kind == "f16" else np.float32)
         if kind in GRIDS:
             shape, dtype = (
                 (shape[0], shape[1] // BLOCK * GRIDS[kind].block_bytes),
@@ -215,21 +210,17 @@ def _stored(model: QuantizedModel) -> Iterator[Entry]:
         yield Entry(gguf_name(name), GGMLQuantizationType[kind.upper()], shape, dtype, load)
 
 
-def _plain(reader: WeightReader, model: ModelConfig, dtype: str) -> Iterator[Entry]:
-    """Entries of a plain model folder: matrices in `dtype`, norms in float32."""
-    reader.require(model)
-    with torch.device("meta"):
-        shapes = {
-            name: tuple(weight.shape) for name, weight in Transformer(model).state_dict().items()
-        }
-    for name, shape in shapes.items():
+def _plain(source: ModelSource, dtype: str) -> Iterator[Entry]:
+    """Entries of any model: matrices in `dtype`, norms in float32."""
+    source.require()
+    for name, shape in weight_shapes(source.config).items():
         kind = "f32" if len(shape) == 1 else dtype
 
         def load(name: str = name, shape: tuple[int, ...] = shape, kind: str = kind) -> np.ndarray:
-            return _for_rotary(_convert(reader.read(name, shape), kind, name), name, model)
+            return _for_rotary(_convert(source.rows(name, shape), kind, name), name, source.config)
 
-        if name not in reader:
-            raise XinslmError(f"{reader.folder}: weight '{name}' is missing")
+        if name not in source.names:
+            raise XinslmError(f"{source.path}: weight '{name}' is missing")
         entry = Entry(
             gguf_name(name), GGMLQuantizationType[kind.upper()], shape, np.dtype(np.float32), load
         )

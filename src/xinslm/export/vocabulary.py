@@ -20,7 +20,7 @@ from xinslm.tokenizer.base import Tokenizer
 from xinslm.tokenizer.load import load_tokenizer
 
 _BYTE = re.compile("<0x[0-9A-F]{2}>")
-_IGNORES_MERGES = {"llama-bpe": True, "gpt-2": False, "qwen2": False}
+_IGNORES_MERGES = {"llama-bpe": True, "gpt-2": False, "qwen2": False, "smollm": False}
 """Split rules by llama.cpp's name: whether a word that is in the vocabulary skips the merges."""
 
 

@@ -17,9 +17,7 @@ class GenerateConfig(Sampling):
     """Continue a text with a model."""
 
     model: Annotated[Path, tyro.conf.Positional]
-    """Model folder, run folder (its best checkpoint), 4-bit folder of `xinslm quantize`, or a Hub
-    name.
-    """
+    """A model, run or quantized folder, a GGUF file, or a Hub name."""
     prompt: str = ""
     """Text to continue; without one the model starts a document."""
     prompt_file: Path | None = None
@@ -54,9 +52,7 @@ class ChatConfig(Sampling):
     """Talk with a model in the terminal."""
 
     model: Annotated[Path, tyro.conf.Positional]
-    """Model folder, run folder (its best checkpoint), 4-bit folder of `xinslm quantize`, or a Hub
-    name.
-    """
+    """A model, run or quantized folder, a GGUF file, or a Hub name."""
     system: str | None = None
     """System message that opens the conversation."""
     max_new_tokens: int = 512

@@ -16,7 +16,7 @@ from xinslm.inference.config import GenerateConfig
 from xinslm.inference.engine import Engine
 from xinslm.sampling import Sampling
 from xinslm.tokenizer.chat import end_ids
-from xinslm.tokenizer.start import document_start
+from xinslm.tokenizer.start import text_ids
 
 if TYPE_CHECKING:
     from xinslm.tokenizer.base import Tokenizer
@@ -227,16 +227,13 @@ def run(config: GenerateConfig, on_text: Callable[[str], None] = lambda text: No
 
 
 def prompt_ids(tokenizer: "Tokenizer", prompt: str, chat: bool) -> list[int]:
-    """Encode a prompt after the tokenizer's start tokens, or as a user message of a chat.
-
-    An empty prompt starts like a document, even if the tokenizer adds nothing before a text.
-    """
+    """Encode a prompt after the tokenizer's start tokens, or as a user message of a chat."""
     if chat:
         require_chat_template(tokenizer, "Leave out --chat")
         return tokenizer.apply_chat_template(
             [{"role": "user", "content": prompt}], add_generation_prompt=True
         )[0]
-    ids = [*tokenizer.start_ids, *tokenizer.encode(prompt)] or document_start(tokenizer)
+    ids = text_ids(tokenizer, prompt)
     if not ids:
         raise UsageError(
             "the prompt is empty, and the tokenizer has no BOS or EOS token to start "

@@ -1,8 +1,7 @@
-"""The reference engine: the student in PyTorch with a key-value cache, from any folder that xinslm
-writes.
+"""The reference engine: a model in PyTorch with a key-value cache.
 
-The weights of a 4-bit folder are dequantized on loading: results are those of the 4-bit model,
-memory and speed are those of the unquantized one.
+Quantized weights are dequantized on loading: results are those of the quantized model, memory and
+speed are those of the unquantized one.
 """
 
 from collections.abc import Sequence
@@ -14,20 +13,13 @@ import torch
 
 from xinslm.errors import UsageError
 from xinslm.inference.engine import common_prefix
-from xinslm.model.files import check_vocabulary, load_model, resolve_model
+from xinslm.model.files import check_vocabulary, load_model
 from xinslm.model.transformer import KVCache, Transformer
-from xinslm.quantize.canonical import is_quantized, load_quantized
 
 if TYPE_CHECKING:
     from xinslm.tokenizer.base import Tokenizer
 
 FIRST_CACHE_TOKENS = 256
-
-
-def load_transformer(path: Path | str, dtype: torch.dtype = torch.float32) -> Transformer:
-    """Load the student from a model, run or canonical 4-bit folder, or a Hub name."""
-    folder = resolve_model(path)
-    return load_quantized(folder, dtype) if is_quantized(folder) else load_model(folder, dtype)
 
 
 class TorchEngine:
@@ -67,13 +59,13 @@ class TorchEngine:
         dtype: str = "float32",
         context_length: int | None = None,
     ) -> "TorchEngine":
-        """Load a model, run or 4-bit folder, or a Hub name, with its tokenizer."""
+        """Load a model of any kind with its tokenizer."""
         from xinslm.device import pick_device
         from xinslm.tokenizer.load import load_tokenizer
 
         place = pick_device(device)
-        model = load_transformer(path, getattr(torch, dtype))
-        return cls(model, load_tokenizer(resolve_model(path)), str(path), place, context_length)
+        model = load_model(path, getattr(torch, dtype))
+        return cls(model, load_tokenizer(path), str(path), place, context_length)
 
     @property
     def position(self) -> int:

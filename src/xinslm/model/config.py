@@ -12,6 +12,9 @@ from typing import Any, NoReturn
 from xinslm.errors import UsageError, XinslmError
 from xinslm.ranges import POSITIVE, Settings
 
+MAX_POSITIONS = 2**24
+"""Most positions of a model; float32 holds every integer up to here."""
+
 
 class UnsupportedModelError(XinslmError):
     """The config.json is sound, but of a model that this package's own transformer cannot
@@ -89,6 +92,11 @@ class ModelConfig(Settings):
         if self.head_dim < 2 or self.head_dim % 2:
             wrong.append(
                 f"head_dim is {self.head_dim}, but the rotary embedding needs an even number"
+            )
+        if self.max_position_embeddings > MAX_POSITIONS:
+            wrong.append(
+                f"max_position_embeddings is {self.max_position_embeddings:,}, but must be at most "
+                f"{MAX_POSITIONS:,}: positions are computed in float32, which has no more integers"
             )
         if self.sliding_window is not None and self.sliding_window < 1:
             wrong.append(f"sliding_window is {self.sliding_window}, but must be at least 1")

@@ -200,17 +200,9 @@ def _teacher(config: PlanConfig) -> float:
         return config.teacher_parameters * 1e9
     if config.teacher is None or not Path(config.teacher).exists():
         return 0.0
-    from xinslm.model.files import open_tensors, resolve_model, weight_files
+    from xinslm.model.files import open_model
 
-    total = 0
-    for file in weight_files(resolve_model(config.teacher)):
-        with open_tensors(file) as tensors:
-            for name in tensors.keys():  # noqa: SIM118 - not a dict
-                size = 1
-                for extent in tensors.get_slice(name).get_shape():
-                    size *= extent
-                total += size
-    return float(total)
+    return float(open_model(config.teacher).num_weights)
 
 
 def _checkpoint(student: ModelConfig, config: PlanConfig) -> int:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from xinslm.errors import UsageError
 from xinslm.model.config import ModelConfig
-from xinslm.model.files import rebuild_buffers
+from xinslm.model.source import rebuild_buffers
 from xinslm.model.transformer import Transformer
 
 Weights = dict[str, Tensor]

@@ -27,7 +27,7 @@ from xinslm.errors import UsageError, XinslmError
 from xinslm.files import write_manifest
 from xinslm.folders import new_folder, refuse_existing, refuse_inside
 from xinslm.model.config import ModelConfig
-from xinslm.model.files import load_model, model_fingerprint, save_model
+from xinslm.model.files import save_model
 from xinslm.model.transformer import Transformer
 from xinslm.progress import Listener, Progress, ignore
 from xinslm.prune.config import PruneConfig
@@ -84,20 +84,20 @@ def run(config: PruneConfig, on_progress: Listener = ignore) -> PruneResult:
     refuse_existing(config.output_dir, config.force)
     if config.force:
         refuse_inside(config.output_dir, (config.teacher, config.data_path))
-    folder, shape = find_teacher(config.teacher)
+    source, shape = find_teacher(config.teacher)
     dataset = open_dataset(config.data_path)
     tokenizer = load_tokenizer(dataset.folder / "tokenizer")
     student = student_shape(config, shape, tokenizer.vocab_size)
-    theirs = load_tokenizer(folder)
+    theirs = load_tokenizer(config.teacher)
     if theirs.vocab_size > shape.vocab_size:
         raise XinslmError(
-            f"{folder}: its tokenizer has {theirs.vocab_size} ids, its embedding only "
+            f"{config.teacher}: its tokenizer has {theirs.vocab_size} ids, its embedding only "
             f"{shape.vocab_size} rows; the tokenizer belongs to another model"
         )
     rows = vocabulary_rows(tokenizer, theirs, str(dataset.folder))
     device = pick_device(config.device)
     text = _Text.read(config, dataset, shape, device)
-    teacher = load_model(folder).to(device).requires_grad_(False)
+    teacher = source.transformer().to(device).requires_grad_(False)
     ids: dict[str, Any] = {}
     name = "teacher"
     if rows != list(range(theirs.vocab_size)):
@@ -112,7 +112,7 @@ def run(config: PruneConfig, on_progress: Listener = ignore) -> PruneResult:
         with new_folder(config.output_dir, config.force) as partial:
             save_model(made, partial)
             tokenizer.save(partial)
-            inputs = {"teacher": model_fingerprint(folder), "dataset": dataset.fingerprint}
+            inputs = {"teacher": source.fingerprint, "dataset": dataset.fingerprint}
             write_manifest(partial, KIND, VERSION, to_dict(config), inputs, **content)
     return PruneResult(config.output_dir, tuple(work.losses), (*text.notes, *work.notes))
 

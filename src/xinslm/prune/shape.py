@@ -1,29 +1,20 @@
 """Check that the teacher can be pruned, and derive the student's shape from it."""
 
 import dataclasses
-from pathlib import Path
 from typing import Any
 
 from xinslm.errors import UsageError, XinslmError
-from xinslm.files import MANIFEST, read_json
 from xinslm.model.config import ModelConfig, UnsupportedModelError
-from xinslm.model.files import load_config, resolve_model
+from xinslm.model.files import open_model
+from xinslm.model.source import ModelSource
 from xinslm.prune.config import PruneConfig
 
 
-def find_teacher(name: str) -> tuple[Path, ModelConfig]:
-    """Find the teacher's folder and read its shape; raise if such a model cannot be pruned."""
-    if name.lower().endswith(".gguf"):
-        raise UsageError(
-            f"{name} is a GGUF file, but pruning needs safetensors: give the folder it was made "
-            "from"
-        )
-    folder = resolve_model(name)
-    manifest = read_json(folder / MANIFEST) if (folder / MANIFEST).is_file() else None
-    if isinstance(manifest, dict) and manifest.get("kind") == "quantized":
-        raise UsageError(f"{folder} is quantized; give the model folder it was made from")
+def find_teacher(name: str) -> tuple[ModelSource, ModelConfig]:
+    """Open the teacher and read its shape; raise if such a model cannot be pruned."""
+    source = open_model(name)
     try:
-        return folder, load_config(folder)
+        return source, source.config
     except UnsupportedModelError as error:
         raise XinslmError(
             f"{error}. Only Llama and Mistral models can be pruned: the student has no "

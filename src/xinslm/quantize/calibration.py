@@ -16,7 +16,7 @@ from xinslm.data.dataset import open_dataset, require_tokenizer
 from xinslm.data.packing import Batch, PackedDataset
 from xinslm.errors import UsageError
 from xinslm.model.config import ModelConfig
-from xinslm.model.files import rebuild_buffers
+from xinslm.model.source import rebuild_buffers
 from xinslm.model.transformer import Block, Transformer
 from xinslm.quantize.gptq import Hessian
 

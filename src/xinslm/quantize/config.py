@@ -16,7 +16,7 @@ class QuantizeConfig(Settings):
     """Turn a model's weights into 4-bit or 8-bit codes with one fp16 scale per 32 weights."""
 
     model: Annotated[Path, tyro.conf.Positional]
-    """Model folder, run folder (its best checkpoint) or Hub name to quantize."""
+    """Model to quantize: a model or run folder, a GGUF file, or a Hub name."""
     output_dir: Annotated[Path, tyro.conf.arg(aliases=["-o"])]
     """Folder to write: codes, scales, config and tokenizer."""
     data_path: Path | None = None

@@ -15,7 +15,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from xinslm.quantize.grids import BLOCK, Q4_0, decode, encode, fit_scales
+from xinslm.model.grids import BLOCK, Q4_0, decode, encode, fit_scales
 
 DAMPING_LADDER = (0.01, 0.02, 0.05, 0.1)
 _CHUNK_ROWS = 2048

@@ -14,13 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from xinslm.data.packing import Batch
-from xinslm.model.config import ModelConfig
-from xinslm.model.files import QUANTIZED_WEIGHTS
-from xinslm.model.transformer import Block, Transformer
-from xinslm.progress import Listener, Progress, ignore
-from xinslm.quantize.calibration import Calibration
-from xinslm.quantize.gptq import Factor, QuantizedLinear, factorise, quantize_weight
-from xinslm.quantize.grids import (
+from xinslm.model.grids import (
     BLOCK,
     Q4_0,
     Q8_0,
@@ -31,7 +25,12 @@ from xinslm.quantize.grids import (
     fit_scales,
     pack_nibbles,
 )
-from xinslm.quantize.stream import SafetensorsWriter, WeightReader
+from xinslm.model.safetensors_writer import SafetensorsWriter
+from xinslm.model.source import QUANTIZED_WEIGHTS, ModelSource, weight_shapes
+from xinslm.model.transformer import Block
+from xinslm.progress import Listener, Progress, ignore
+from xinslm.quantize.calibration import Calibration
+from xinslm.quantize.gptq import Factor, QuantizedLinear, factorise, quantize_weight
 
 LINEARS = {
     "self_attn": (("q_proj", "k_proj", "v_proj"), ("o_proj",)),
@@ -42,27 +41,23 @@ _TABLE_ROWS = 8192
 
 
 class Quantization:
-    """One run: reads weights from `reader`, quantizes them, writes `quantized.safetensors`.
+    """One run: reads weights from `source`, quantizes them, writes `quantized.safetensors`.
 
     `batches` are the calibration rows; without any, weights are rounded to nearest.
     """
 
     def __init__(
         self,
-        model: ModelConfig,
-        reader: WeightReader,
+        source: ModelSource,
         bits: int,
         batches: list[Batch],
         on_progress: Listener = ignore,
     ) -> None:
-        self.model, self.reader, self.on_progress = model, reader, on_progress
+        self.model, self.source, self.on_progress = source.config, source, on_progress
         self.grid = Q4_0 if bits == 4 else Q8_0
         self.batches = batches
-        reader.require(model)
-        with torch.device("meta"):
-            self.shapes = {
-                name: tuple(w.shape) for name, w in Transformer(model).state_dict().items()
-            }
+        source.require()
+        self.shapes = weight_shapes(self.model)
         self.formats: dict[str, str] = {}
         """Format by weight name without '.weight'."""
         self.losses: dict[str, dict[str, Any]] = {}
@@ -94,7 +89,7 @@ class Quantization:
                 self._layer(layer)
             self._plain(
                 "model.norm.weight",
-                self.reader.read("model.norm.weight", self.shapes["model.norm.weight"]),
+                self.source.rows("model.norm.weight", self.shapes["model.norm.weight"]),
             )
             if not self.model.tie_word_embeddings:
                 self._table("lm_head.weight")
@@ -107,7 +102,7 @@ class Quantization:
         with torch.device("meta"):
             block = Block(self.model, index)
         weights = {
-            name.removeprefix(prefix): self.reader.read(name, self.shapes[name]) for name in names
+            name.removeprefix(prefix): self.source.rows(name, self.shapes[name]) for name in names
         }
         block.load_state_dict(weights, assign=True)
         for stem in ("input_layernorm", "post_attention_layernorm"):
@@ -160,17 +155,15 @@ class Quantization:
         shape, stem = self.shapes[name], name.removesuffix(".weight")
         starts = range(0, shape[0], _TABLE_ROWS)
         parts = [(start, min(start + _TABLE_ROWS, shape[0])) for start in starts]
-        if not all(
-            self._fits(stem, self.reader.read_rows(name, shape, *part), Q8_0) for part in parts
-        ):
-            kept = self._half(name, self.reader.read(name, shape))
+        if not all(self._fits(stem, self.source.rows(name, shape, *part), Q8_0) for part in parts):
+            kept = self._half(name, self.source.rows(name, shape))
             return lambda ids: kept[ids]
         codes, scales = (
             torch.empty(shape, dtype=torch.int8),
             torch.empty(shape[0], shape[1] // BLOCK),
         )
         for start, stop in parts:
-            weight = self.reader.read_rows(name, shape, start, stop)
+            weight = self.source.rows(name, shape, start, stop)
             scales[start:stop] = fit_scales(weight, Q8_0)
             codes[start:stop] = encode(weight, scales[start:stop], Q8_0)
         self._coded(stem, Q8_0, codes, scales)

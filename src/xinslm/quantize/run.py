@@ -5,7 +5,6 @@ run(QuantizeConfig(model=Path("model"), output_dir=Path("model-4bit"), data_path
 """
 
 import math
-import shutil
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,35 +18,16 @@ from xinslm.errors import UsageError
 from xinslm.files import write_manifest
 from xinslm.folders import new_folder, refuse_existing, refuse_inside
 from xinslm.model.config import ModelConfig
-from xinslm.model.files import (
-    QUANTIZED_WEIGHTS,
-    check_vocabulary,
-    load_config,
-    model_fingerprint,
-    resolve_model,
-)
+from xinslm.model.files import check_vocabulary, open_model
+from xinslm.model.grids import GRIDS, Q4_0
+from xinslm.model.quantized import KIND, VERSION
+from xinslm.model.source import QUANTIZED_WEIGHTS
 from xinslm.progress import Listener, ignore
 from xinslm.quantize.calibration import read_rows
-from xinslm.quantize.canonical import KIND, VERSION, is_quantized
 from xinslm.quantize.config import QuantizeConfig
-from xinslm.quantize.grids import GRIDS, Q4_0
 from xinslm.quantize.pipeline import Quantization
-from xinslm.quantize.stream import WeightReader
 from xinslm.runs import add_row, require_run
 from xinslm.tokenizer.load import load_tokenizer
-
-_COPIED = (
-    "config.json",
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-    "tokenizer.model",
-    "vocab.json",
-    "merges.txt",
-)
 
 
 @dataclass(frozen=True)
@@ -93,21 +73,20 @@ def run(config: QuantizeConfig, on_progress: Listener = ignore) -> Result:
         refuse_inside(config.output_dir, (config.model, config.data_path))
     if config.run is not None:
         require_run(config.run)
-    source = resolve_model(config.model)
-    if is_quantized(source):
-        raise UsageError(f"{source} is quantized already; quantize the model that it was made from")
-    model = load_config(source)
+    source = open_model(config.model)
     # for rounding alone, too: no later stage has a use for a folder without one
-    tokenizer = load_tokenizer(source)
-    check_vocabulary(model.vocab_size, tokenizer, str(source))
-    inputs = {"model": model_fingerprint(source)}
+    tokenizer = load_tokenizer(config.model)
+    check_vocabulary(source.config.vocab_size, tokenizer, str(source.path))
+    inputs = {"model": source.fingerprint}
     batches: list[Batch] = []
     if config.calibrates:
-        batches, inputs["dataset"] = _calibration_rows(config, tokenizer.fingerprint(), model)
-    work = Quantization(model, WeightReader(source), config.bits, batches, on_progress)
+        batches, inputs["dataset"] = _calibration_rows(
+            config, tokenizer.fingerprint(), source.config
+        )
+    work = Quantization(source, config.bits, batches, on_progress)
     method = "gptq" if config.calibrates else "rtn"
     with torch.no_grad(), new_folder(config.output_dir, config.force) as folder:
-        write_folder(work, source, folder, to_dict(config), inputs, method)
+        write_folder(work, tokenizer, folder, to_dict(config), inputs, method)
     result = _result(work, config.output_dir)
     if config.run is not None:
         row = {"name": f"quantized {result.folder.name}", "path": str(result.folder)}
@@ -118,17 +97,16 @@ def run(config: QuantizeConfig, on_progress: Listener = ignore) -> Result:
 
 def write_folder(
     work: Quantization,
-    source: Path,
+    tokenizer: Any,
     folder: Path,
     config: dict[str, Any],
     inputs: dict[str, str],
     method: str,
 ) -> None:
-    """Quantize into an empty `folder`: weights, the source's config and tokenizer, manifest."""
+    """Quantize into an empty `folder`: weights, config and tokenizer, manifest."""
     work.write(folder)
-    for name in _COPIED:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, folder / name)
+    work.source.save_config(folder)
+    tokenizer.save(folder)
     content: dict[str, Any] = {
         "method": method,
         "formats": work.formats,
@@ -173,7 +151,7 @@ def _result(work: Quantization, folder: Path) -> Result:
         {kind: (tensors[kind], weights[kind]) for kind in tensors},
         sum(bits[kind] * count for kind, count in weights.items()) / sum(weights.values()),
         (folder / QUANTIZED_WEIGHTS).stat().st_size,
-        work.reader.bytes,
+        work.source.weight_bytes,
         math.exp(sum(map(math.log, ratios)) / len(ratios)) if ratios else None,
         tuple(work.notes),
     )

@@ -34,20 +34,12 @@ from xinslm.errors import UsageError
 from xinslm.files import MANIFEST, manifest_fingerprint, read_json, write_json
 from xinslm.folders import locked, remove_partials
 from xinslm.inference.batch import BatchOptions, generate_batch
-from xinslm.inference.torch_engine import load_transformer
-from xinslm.model.files import (
-    load_config,
-    load_model,
-    model_fingerprint,
-    read_tensors,
-    require_context,
-    resolve_model,
-)
+from xinslm.model.files import load_model, open_model, read_tensors, require_context
 from xinslm.progress import Listener, Progress, ignore
 from xinslm.rollouts.onpolicy_config import OnPolicyConfig
 from xinslm.rollouts.student_texts import Prompts, find_prompts, write_texts
 from xinslm.teachers.endpoint import is_endpoint
-from xinslm.teachers.open import teacher_fingerprint, teacher_tokenizer
+from xinslm.teachers.open import teacher_fingerprint
 from xinslm.tokenizer.chat import end_ids
 from xinslm.tokenizer.load import load_tokenizer
 from xinslm.train.checkpoint import CHECKPOINTS, TrainingState, last_checkpoint, read_state
@@ -150,12 +142,12 @@ def _open(config: OnPolicyConfig) -> _Inputs:
             f"{config.teacher} is an endpoint, which cannot score the tokens that the student "
             "wrote: give a model folder, a Hub name or a GGUF file"
         )
-    student = resolve_model(config.student)
-    tokenizer = load_tokenizer(student)
+    student = open_model(config.student)
+    tokenizer = load_tokenizer(config.student)
     require_tokenizer(dataset, tokenizer.fingerprint(), f"student {config.student}")
     require_context(
         config.max_seq_length,
-        load_config(student).max_position_embeddings,
+        student.config.max_position_embeddings,
         f"student {config.student}",
     )
     _require_teacher(config, tokenizer)
@@ -172,7 +164,8 @@ def _open(config: OnPolicyConfig) -> _Inputs:
 
 def _require_teacher(config: OnPolicyConfig, tokenizer: Any) -> None:
     """Raise UsageError before the first round instead of after its texts."""
-    if teacher_tokenizer(config.teacher).fingerprint() != tokenizer.fingerprint():
+    teacher = load_tokenizer(open_model(config.teacher).path)
+    if teacher.fingerprint() != tokenizer.fingerprint():
         raise UsageError(
             f"teacher {config.teacher} and student {config.student} have different tokenizers. A "
             "student also writes tokens that its tokenizer would not choose for the text, so the "
@@ -183,15 +176,15 @@ def _require_teacher(config: OnPolicyConfig, tokenizer: Any) -> None:
 def _fingerprints(inputs: _Inputs) -> dict[str, Any]:
     """The inputs that determine the run besides its settings."""
     config = inputs.config
-    student = resolve_model(config.student)
+    student = open_model(config.student)
     fingerprints = {
-        "student": model_fingerprint(student),
+        "student": student.fingerprint,
         "teacher": teacher_fingerprint(config.teacher),
         "prompts": inputs.dataset.fingerprint,
     }
     if config.mix_cache is not None:
         fingerprints["mix_cache"] = manifest_fingerprint(config.mix_cache)
-    return {"parameters": load_config(student).num_parameters, "inputs": fingerprints}
+    return {"parameters": student.config.num_parameters, "inputs": fingerprints}
 
 
 def _steps(folder: Path) -> tuple[int, int] | None:
@@ -214,9 +207,9 @@ def _write(inputs: _Inputs, number: int, folder: Path, on_progress: Listener) ->
     if (folder / MANIFEST).is_file():
         return
     config, prompts = inputs.config, inputs.prompts
-    student = last_checkpoint(config.output_dir) or resolve_model(config.student)
+    student = last_checkpoint(config.output_dir) or config.student
     model = (
-        load_transformer(student, begun_dtype(config, inputs.device))
+        load_model(student, begun_dtype(config, inputs.device))
         .to(inputs.device)
         .requires_grad_(False)
     )
@@ -243,7 +236,7 @@ def _write(inputs: _Inputs, number: int, folder: Path, on_progress: Listener) ->
         tell,
     )
     made_from = {
-        "student": model_fingerprint(student.resolve()),
+        "student": open_model(student).fingerprint,
         "prompts": inputs.dataset.fingerprint,
     }
     settings = {
@@ -291,9 +284,7 @@ def _learn(inputs: _Inputs, number: int, on_progress: Listener) -> TrainingState
         sources[0] = replace(sources[0], weight=_ramp(config, number, first, steps))
     seed = (config.seed + 0x9E3779B1 * (number + 1)) % (1 << 31)
     plan = RowSampler(sources, config.batch_size, steps, seed, first, balanced=config.contrast)
-    model = load_model(
-        resolve_model(config.student), gradient_checkpointing=config.gradient_checkpointing
-    )
+    model = load_model(config.student, gradient_checkpointing=config.gradient_checkpointing)
     model = model.to(inputs.device)
     model.compute_dtype = begun_dtype(config, inputs.device)
     held_out = validation_data(inputs.dataset, config.max_seq_length)

@@ -35,9 +35,9 @@ class OnPolicyConfig(TrainingConfig):
     """Train a student, in rounds, on texts that it generates and a teacher scores."""
 
     student: Path
-    """Student to start from: a model folder, a run folder (its best checkpoint), or a Hub name."""
+    """Student to start from: any LLaMA or Mistral model, also a quantized folder or a GGUF file."""
     teacher: str
-    """Teacher: a model folder, a Hub name or a GGUF file, with the student's tokenizer."""
+    """Teacher: any model with the student's tokenizer."""
     prompts: Path
     """Dataset folder made by `xinslm prepare`. The prompt is the masked part before a chat's first
     answer, or the beginning of a plain text.

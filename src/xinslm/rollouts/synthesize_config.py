@@ -32,7 +32,7 @@ class SynthesizeConfig(Settings):
     """
 
     teacher: Annotated[str, tyro.conf.Positional]
-    """Teacher: a model folder or Hub name (any Hugging Face causal language model), a .gguf file,
+    """Teacher: any causal model (a model, run or quantized folder, a GGUF file, a Hub name),
     or the URL of an OpenAI-compatible endpoint (vLLM, llama.cpp, hosted models)."""
     prompts: Path
     """File of prompts: .jsonl, .json or .parquet with records as `prepare` reads them, answers
@@ -60,9 +60,7 @@ class SynthesizeConfig(Settings):
     here.
     """
     teacher_tokenizer_path: str | None = None
-    """Tokenizer of an endpoint's model, or one for a GGUF file instead of its own: a folder, a file
-    or a Hub name.
-    """
+    """Tokenizer of an endpoint's model, or one instead of the model's own."""
     document_end: DocumentEnd = "eos"
     """Token that ends a plain text; chats end as their template says."""
     validation_fraction: float = 0.05

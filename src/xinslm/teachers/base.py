@@ -6,7 +6,6 @@ at a time, so that callers never hold (positions, vocabulary).
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -27,7 +26,6 @@ class DenseTeacher(Protocol):
     max_length: int
     """Longest context in tokens."""
     device: torch.device
-    folder: Path
 
     @property
     def fingerprint(self) -> str:

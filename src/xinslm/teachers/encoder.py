@@ -18,7 +18,7 @@ from torch import Tensor
 
 from xinslm.errors import XinslmError
 from xinslm.files import read_json
-from xinslm.model.files import model_fingerprint, weight_files
+from xinslm.model.files import open_model
 from xinslm.teachers.local import capture_hidden_states, load_pretrained
 
 CLASSES = {"t5": "T5EncoderModel", "mt5": "MT5EncoderModel", "umt5": "UMT5EncoderModel"}
@@ -61,11 +61,12 @@ class EncoderTeacher:
     ) -> None:
         import transformers
 
-        self.name, self.folder, self.device = name, folder, torch.device(device)
-        weight_files(folder)  # refuses pickles and names missing files
+        self.name, self.device = name, torch.device(device)
+        self.source = open_model(folder)
+        self.source.require()  # refuses pickles and names missing files
         self.tokenizer = EncoderTokenizer(name, _tokenizer_folder(folder))
-        cls = getattr(transformers, CLASSES[read_json(folder / "config.json")["model_type"]])
-        model = load_pretrained(cls, folder, dtype, f"encoder {name}")
+        cls = getattr(transformers, CLASSES[self.source.settings["model_type"]])
+        model = load_pretrained(cls, self.source, dtype, f"encoder {name}")
         self.model: Any = model.to(self.device).eval().requires_grad_(False)
         rows = model.get_input_embeddings().weight.shape[0]
         if rows < self.tokenizer.vocab_size:
@@ -80,7 +81,7 @@ class EncoderTeacher:
     @property
     def fingerprint(self) -> str:
         """Hash of the weights and the configuration."""
-        return model_fingerprint(self.folder)
+        return self.source.fingerprint
 
     @torch.no_grad()
     def hidden(self, sequences: list[np.ndarray], depths: Sequence[int]) -> list[Tensor]:

@@ -19,7 +19,7 @@ from xinslm.sampling import Sampling
 from xinslm.teachers.base import Generation, Prompt
 from xinslm.tokenizer.base import StreamDecoder
 from xinslm.tokenizer.chat import end_ids
-from xinslm.tokenizer.start import document_start
+from xinslm.tokenizer.start import text_ids
 
 Step = Callable[[np.ndarray], Tensor]
 """Takes one token per row, (B,) int64; returns the next logits, (B, V) float32."""
@@ -38,12 +38,12 @@ class Writer(Protocol):
 
 
 def prompt_ids(tokenizer: Any, prompt: Prompt) -> list[int]:
-    """Ids of a text after the document start, or of a chat up to the start of the answer."""
+    """Ids of a text after its start token, or of a chat up to the start of the answer."""
     if not isinstance(prompt, str):
         messages = [dict(message) for message in prompt]
         ids: list[int] = tokenizer.apply_chat_template(messages, add_generation_prompt=True)[0]
         return ids
-    ids = document_start(tokenizer) + tokenizer.encode(prompt)
+    ids = text_ids(tokenizer, prompt)
     if not ids:
         raise UsageError(
             "a prompt is empty, and the tokenizer has no BOS or EOS token to start from"

@@ -1,4 +1,4 @@
-"""A Hugging Face causal language model as teacher: a local folder or a Hub name, any architecture.
+"""A causal language model in transformers as teacher, any architecture.
 
 `hidden` and `logits` are apart so that a caller can apply the head to a few rows at a time and
 never holds (positions, vocabulary). Models that do more after the head (soft caps, scales) are
@@ -15,11 +15,12 @@ import torch
 from torch import Tensor
 
 from xinslm.errors import UsageError, XinslmError
-from xinslm.files import MANIFEST, read_json, sha256_json
-from xinslm.model.files import model_fingerprint, resolve_model
+from xinslm.files import sha256_json
+from xinslm.model.source import ModelSource
 from xinslm.teachers.adapter import adapter_hash, apply_adapter, check_adapter, require_peft
 from xinslm.teachers.generate import Step
 from xinslm.teachers.local import LocalTeacher, load_pretrained
+from xinslm.tokenizer.load import load_tokenizer
 
 
 class HuggingFaceTeacher(LocalTeacher):
@@ -30,37 +31,34 @@ class HuggingFaceTeacher(LocalTeacher):
 
     def __init__(
         self,
-        name: str,
+        source: ModelSource,
         dtype: str = "float32",
         device: torch.device | str = "cpu",
-        revision: str | None = None,
         trust_remote_code: bool = False,
         adapter: Path | None = None,
+        tokenizer: str | None = None,
     ) -> None:
+        """Load the model, apply `adapter`; `tokenizer` names the one that replaces its own."""
         from transformers import AutoModelForCausalLM
 
-        from xinslm.tokenizer.load import load_tokenizer
-
-        self.name = name
-        self.folder = local_folder(name, revision)
-        self.tokenizer = load_tokenizer(self.folder)
+        self.source, self.name = source, source.name
+        self.tokenizer = load_tokenizer(source.path if tokenizer is None else tokenizer)
         self.vocab_size = self.tokenizer.vocab_size
         self.device = torch.device(device)
         self.adapter = adapter
         if adapter is not None:
             require_peft()
-            check_adapter(adapter, model_fingerprint(self.folder), name)
-        refuse_quantized(self.folder)
-        self._require_rows(_configured_rows(self.folder))
+            check_adapter(adapter, source.fingerprint, self.name)
+        self._require_rows(_configured_rows(source.settings))
         model = load_pretrained(
             AutoModelForCausalLM,
-            self.folder,
+            source,
             dtype,
-            f"teacher {name}",
+            f"teacher {self.name}",
             trust_remote_code=trust_remote_code,
         )
         if adapter is not None:
-            model = apply_adapter(model, adapter, name)
+            model = apply_adapter(model, adapter, self.name)
         self.model = model.to(self.device).eval().requires_grad_(False)
         self.max_length = getattr(self.model.config, "max_position_embeddings", None) or 1 << 30
         head = self.model.get_output_embeddings()
@@ -73,7 +71,7 @@ class HuggingFaceTeacher(LocalTeacher):
     @property
     def fingerprint(self) -> str:
         """Hash of weights, shape and adapter."""
-        base = model_fingerprint(self.folder)
+        base = self.source.fingerprint
         return base if self.adapter is None else sha256_json([base, adapter_hash(self.adapter)])
 
     @property
@@ -152,41 +150,10 @@ class HuggingFaceTeacher(LocalTeacher):
         return step(ids), lambda tokens: step(tokens[:, None])
 
 
-def refuse_quantized(folder: Path) -> None:
-    """Raise UsageError for a folder that `xinslm quantize` made."""
-    manifest = read_json(folder / MANIFEST) if (folder / MANIFEST).is_file() else None
-    if isinstance(manifest, dict) and manifest.get("kind") == "quantized":
-        raise UsageError(
-            f"{folder} is quantized; a teacher must be a model folder. Give the one "
-            "it was made from"
-        )
-
-
-def _configured_rows(folder: Path) -> int | None:
+def _configured_rows(settings: dict[str, Any]) -> int | None:
     """Vocabulary size in config.json, if it is there."""
-    settings = read_json(folder / "config.json")
-    if not isinstance(settings, dict):
-        raise XinslmError(f"{folder / 'config.json'}: must hold an object")
     inner = settings.get("text_config")
     rows = settings.get("vocab_size") or (
         inner.get("vocab_size") if isinstance(inner, dict) else None
     )
     return rows if isinstance(rows, int) else None
-
-
-def local_folder(name: str, revision: str | None) -> Path:
-    """Folder of a teacher's name; a model on the Hub is downloaded at `revision`."""
-    if revision is not None and "/" in name and not Path(name).exists():
-        import huggingface_hub
-
-        from xinslm.model.files import HUB_FILES
-
-        try:
-            return Path(
-                huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=HUB_FILES)
-            )
-        except Exception as error:
-            raise UsageError(
-                f"the Hub did not give {name} at revision {revision}: {error}"
-            ) from error
-    return resolve_model(name)

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,8 +9,7 @@ import torch
 from torch import Tensor
 
 from xinslm.errors import UsageError, XinslmError
-from xinslm.files import read_json
-from xinslm.model.files import count_tensors, require_layers
+from xinslm.model.source import ModelSource
 from xinslm.sampling import Sampling
 from xinslm.teachers.base import Generation, Prompt
 from xinslm.teachers.generate import Step, write
@@ -59,24 +57,22 @@ def capture_hidden_states(
             handle.remove()
 
 
-_LAYER_COUNTS = {"num_hidden_layers", "num_layers", "num_decoder_layers", "n_layer", "n_layers"}
-
-
-def load_pretrained(cls: Any, folder: Path, dtype: str, who: str, **options: Any) -> Any:
-    """Load a transformers model from safetensors; XinslmError, naming `who`, if it fails or a
-    weight is missing.
+def load_pretrained(cls: Any, source: ModelSource, dtype: str, who: str, **options: Any) -> Any:
+    """Load a model with a class of transformers; XinslmError, naming `who`, if it fails or a weight
+    is missing.
     """
+    import transformers
     from transformers.utils import logging
 
-    _require_layers(folder)
+    source.require()
     logging.disable_progress_bar()
+    arguments = source.pretrained_arguments()
+    if "config" in arguments:  # an Auto class needs a folder to choose from
+        cls = getattr(transformers, source.settings["architectures"][0])
+        options = {}
     try:
         model, report = cls.from_pretrained(
-            folder,
-            dtype=getattr(torch, dtype),
-            use_safetensors=True,
-            output_loading_info=True,
-            **options,
+            dtype=getattr(torch, dtype), output_loading_info=True, **arguments, **options
         )
     # transformers, safetensors and huggingface_hub raise a dozen kinds for bad folders
     except Exception as error:
@@ -88,16 +84,6 @@ def load_pretrained(cls: Any, folder: Path, dtype: str, who: str, **options: Any
             f"{who}: {len(lacking)} weights are missing or misshapen, such as '{lacking[0]}'"
         )
     return model
-
-
-def _require_layers(folder: Path) -> None:
-    """Compare the layer counts in config.json, also of parts of a model, with the weights."""
-    settings, num_tensors = read_json(folder / "config.json"), count_tensors(folder)
-    parts = [settings, *settings.values()] if isinstance(settings, dict) else []
-    for part in parts:
-        for key in _LAYER_COUNTS & part.keys() if isinstance(part, dict) else ():
-            if isinstance(part[key], int):
-                require_layers(part[key], num_tensors, f"{folder}/config.json")
 
 
 class LocalTeacher:

@@ -1,17 +1,18 @@
-"""Teachers in our transformer: they score padded batches and generate with a key-value cache."""
+"""Teachers in our transformer: they score padded batches and generate with a key-value cache.
 
-from functools import cached_property
-from pathlib import Path
-from typing import Any
+Results equal those of transformers within float32 rounding, without importing it.
+"""
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from xinslm.model.files import check_vocabulary, load_model, model_fingerprint
-from xinslm.model.transformer import KVCache, Transformer
+from xinslm.model.files import check_vocabulary
+from xinslm.model.source import ModelSource
+from xinslm.model.transformer import KVCache
 from xinslm.teachers.generate import Step
 from xinslm.teachers.local import LocalTeacher
+from xinslm.tokenizer.load import load_tokenizer
 
 
 class OwnTeacher(LocalTeacher):
@@ -21,24 +22,26 @@ class OwnTeacher(LocalTeacher):
 
     def __init__(
         self,
-        name: str,
-        folder: Path,
-        model: Transformer,
-        tokenizer: Any,
+        source: ModelSource,
+        dtype: str = "float32",
         device: torch.device | str = "cpu",
+        tokenizer: str | None = None,
     ) -> None:
-        check_vocabulary(model.config.vocab_size, tokenizer, name)
-        self.name, self.folder, self.tokenizer = name, folder, tokenizer
-        self.vocab_size: int = tokenizer.vocab_size
+        """Load the model; `tokenizer` names the one that replaces its own."""
+        self.source, self.name = source, source.name
+        self.tokenizer = load_tokenizer(source.path if tokenizer is None else tokenizer)
+        model = source.transformer(getattr(torch, dtype))
+        check_vocabulary(model.config.vocab_size, self.tokenizer, self.name)
+        self.vocab_size: int = self.tokenizer.vocab_size
         self.num_layers, self.hidden_size = model.config.num_hidden_layers, model.config.hidden_size
         self.max_length = model.config.max_position_embeddings
         self.device = torch.device(device)
         self.model = model.to(self.device).eval().requires_grad_(False)
 
-    @cached_property
+    @property
     def fingerprint(self) -> str:
         """Hash of the weights and the shape."""
-        return model_fingerprint(self.folder)
+        return self.source.fingerprint
 
     @torch.no_grad()
     def states(self, sequences: list[np.ndarray]) -> Tensor:
@@ -69,18 +72,3 @@ class OwnTeacher(LocalTeacher):
             return self.logits(hidden[:, -1])
 
         return step(ids), lambda tokens: step(tokens[:, None])
-
-
-class LlamaTeacher(OwnTeacher):
-    """A LLaMA or Mistral folder: results equal to transformers within float32 rounding, without
-    importing it.
-    """
-
-    def __init__(
-        self, name: str, folder: Path, dtype: str = "float32", device: torch.device | str = "cpu"
-    ) -> None:
-        from xinslm.tokenizer.load import load_tokenizer
-
-        super().__init__(
-            name, folder, load_model(folder, getattr(torch, dtype)), load_tokenizer(folder), device
-        )

@@ -63,14 +63,17 @@ _LLAMA3 = (
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 
+_GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+_BEFORE_DIGIT = r"\s+(?=\p{N})|\s+(?!"
+
 SPLITS: dict[str, Split] = {
     split.name: split
     for split in (
         Split("llama-bpe", _LLAMA3),
-        Split(
-            "gpt-2", r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-        ),
+        Split("gpt-2", _GPT2),
         Split("qwen2", _LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")),
+        # GPT-2's between single digits, so that the spaces before a digit stay together
+        Split("smollm", _GPT2.replace(r" ?\p{N}+", r"\p{N}").replace(r"\s+(?!", _BEFORE_DIGIT)),
     )
 }
-"""Known rules by name: LLaMA-3's (the default), GPT-2's, Qwen2's."""
+"""Known rules by name: LLaMA-3's (the default), GPT-2's, Qwen2's, SmolLM's."""

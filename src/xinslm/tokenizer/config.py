@@ -32,7 +32,7 @@ class TokenizerConfig(Settings):
     """Control tokens; the first ends texts, the last pads. Left out: <|endoftext|> <|im_start|>
     <|im_end|> <|pad|>, or the teacher's."""
     prefix_of: Path | None = None
-    """Take the first merges of this tokenizer (a folder, a model, a run, or a Hub name)."""
+    """Take the first merges of this tokenizer (its folder, any model, or a Hub name)."""
     force: bool = False
     """Replace the output folder if it already holds something."""
 
@@ -61,7 +61,9 @@ class ShowConfig(Settings):
     text: Annotated[str, tyro.conf.Positional]
     """The text."""
     tokenizer_path: Path | None = None
-    """Tokenizer, model or run folder, or Hub name; without one, it is learned from the text."""
+    """Its folder, any model (also a GGUF file), or a Hub name; without one, it is learned from the
+    text.
+    """
     num_pieces: int = 8
     """How many different pieces of the text have their merges shown."""
     allow_special: bool = False

@@ -21,6 +21,7 @@ from xinslm.tokenizer.chat import CHATML, with_start
 from xinslm.tokenizer.start import start_ids, start_processor
 
 TOKENIZER, CONFIG, TEMPLATE = "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"
+_DIGITS = {"type": "Digits", "individual_digits": True}
 NAMES = ("bos_token", "eos_token", "pad_token", "unk_token")
 
 
@@ -102,11 +103,12 @@ def write(definition: Definition, folder: Path) -> None:
     added += [(index, content, False) for content, index in definition.added_tokens.items()]
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
     byte_level["use_regex"] = False
-    rule = {"Regex": SPLITS[definition.split].pattern}
-    split = {"type": "Split", "pattern": rule, "behavior": "Isolated", "invert": False}
     steps = {
         "normalizer": {"type": definition.normalizer} if definition.normalizer else None,
-        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, byte_level]},
+        "pre_tokenizer": {
+            "type": "Sequence",
+            "pretokenizers": _pre_tokenizers(definition.split, byte_level),
+        },
         "post_processor": definition.post_processor,
         "decoder": byte_level,
     }
@@ -143,6 +145,16 @@ def tokenizer_json(
             **model,
         },
     }
+
+
+def _pre_tokenizers(split: str, byte_level: dict[str, Any]) -> list[dict[str, Any]]:
+    if split == "smollm":  # as its authors write it
+        return [_DIGITS, {**byte_level, "use_regex": True}]
+    rule = {"Regex": SPLITS[split].pattern}
+    return [
+        {"type": "Split", "pattern": rule, "behavior": "Isolated", "invert": False},
+        byte_level,
+    ]
 
 
 def write_config(
@@ -250,7 +262,7 @@ def _define(content: dict[str, Any], file: Path) -> Definition:
     vocab: dict[str, int] = model["vocab"]
     merges = [_pair(entry) for entry in model["merges"]]
     split = _split_name(content.get("pre_tokenizer"))
-    _require(split is not None, "it does not split text like LLaMA-3, GPT-2 or Qwen2")
+    _require(split is not None, "it does not split text like LLaMA-3, GPT-2, Qwen2 or SmolLM")
     for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback"):
         _require(not model.get(key), f"its model has {key}")
     known = model.get("unk_token") is None or all(char in vocab for char in ALPHABET)
@@ -298,6 +310,8 @@ def _split_name(pre_tokenizer: dict[str, Any] | None) -> str | None:
     if len(steps) == 1:
         return "gpt-2" if last.get("use_regex", True) else None
     first = steps[0]
+    if len(steps) == 2 and first == _DIGITS and last.get("use_regex", True):
+        return "smollm"
     if len(steps) != 2 or first.get("invert") or last.get("use_regex", True):
         return None
     if (first.get("type"), first.get("behavior")) != ("Split", "Isolated"):

@@ -1,14 +1,15 @@
 """Loads any tokenizer: `BPETokenizer` if it is a byte-level BPE with a known split rule, else
 `HFTokenizer`.
 
-A path is a folder with a tokenizer (also a model's), a tokenizer.json, a sentencepiece .model, a
-run folder (its best checkpoint), or a Hub name, of which only the tokenizer's files are downloaded.
+A name is a folder with a tokenizer (also a model's), a tokenizer.json, a sentencepiece .model, a
+GGUF file, a run folder (its best checkpoint), or a Hub name, of which only the tokenizer's files
+are downloaded.
 """
 
-import re
 from pathlib import Path
 
-from xinslm.errors import UsageError
+from xinslm.gguf_file import GgufFile, is_gguf
+from xinslm.places import find
 from xinslm.tokenizer import files
 from xinslm.tokenizer.base import Tokenizer
 from xinslm.tokenizer.bpe import BPETokenizer
@@ -25,11 +26,14 @@ _HUB_FILES = [
 ]
 
 
-def load_tokenizer(path: Path | str) -> Tokenizer:
-    """Load a tokenizer from a folder (also of a model or run), a file, or the Hub; see
-    `resolve_tokenizer`.
-    """
-    path = resolve_tokenizer(path)
+def load_tokenizer(name: Path | str) -> Tokenizer:
+    """Load the tokenizer that `name` refers to; no other code asks what kind it is."""
+    path = Path(name)
+    if is_gguf(path):
+        from xinslm.tokenizer.gguf import read_tokenizer
+
+        return read_tokenizer(GgufFile(path).keys, str(path))
+    path = find(name, "tokenizer", _holds_tokenizer, _HUB_FILES)
     if not _is_sentencepiece(path):
         try:
             return BPETokenizer.load(path)
@@ -38,38 +42,6 @@ def load_tokenizer(path: Path | str) -> Tokenizer:
     from xinslm.tokenizer.hf import HFTokenizer
 
     return HFTokenizer.load(path)
-
-
-def resolve_tokenizer(path: Path | str) -> Path:
-    """Find the file or folder that `path` refers to; UsageError if neither this machine nor the Hub
-    has it.
-    """
-    folder = Path(path)
-    for candidate in (folder, folder / "checkpoints" / "best", folder / "checkpoints" / "last"):
-        if _holds_tokenizer(candidate):
-            return candidate
-    if folder.exists():
-        return folder  # the reader names what is missing
-    if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(path)):
-        raise UsageError(
-            f"{path} does not exist; a tokenizer is a folder with a {files.TOKENIZER} (a model's, "
-            "or a run folder), a .model file, or a Hub name with its owner, OWNER/NAME, such as "
-            "openai-community/gpt2"
-        )
-    import huggingface_hub
-
-    try:
-        downloaded = Path(huggingface_hub.snapshot_download(str(path), allow_patterns=_HUB_FILES))
-    # the hub client raises a dozen kinds: offline, no such repository, gated
-    except Exception as error:
-        raise UsageError(
-            f"{path} does not exist here, and the Hub returned no tokenizer of that name: {error}"
-        ) from error
-    if not _holds_tokenizer(downloaded):
-        raise UsageError(
-            f"{path} does not exist here, and the Hub repository of that name has no tokenizer"
-        )
-    return downloaded
 
 
 def _holds_tokenizer(path: Path) -> bool:

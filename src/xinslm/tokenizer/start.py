@@ -1,8 +1,11 @@
 """The start token: the token that a tokenizer prepends to a text.
 
 It is in the post-processor of tokenizer.json (a `TemplateProcessing`, as in LLaMA-3), so that
-`AutoTokenizer`, an exported GGUF file and this package give the same ids for the same text.
-`encode` does not add it; the code that builds a prompt or document does.
+`AutoTokenizer`, an exported GGUF file and this package give the same ids for the same text, in
+training, scoring and generation alike. A tokenizer that adds nothing (SmolLM2, Qwen) has documents
+that begin with their first token, which no position predicts: its BOS, if it has one, may mean
+something else, such as the start of a chat's turn. `encode` does not add the start token; the code
+that builds a prompt or document does.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -46,12 +49,17 @@ def start_ids(processor: dict[str, Any] | None, vocab_size: int) -> list[int]:
     return ids
 
 
-def document_start(tokenizer: "Tokenizer") -> list[int]:
-    """Return the first ids of a document: the tokenizer's start ids, else BOS, else EOS.
+def text_ids(tokenizer: "Tokenizer", text: str) -> list[int]:
+    """Encode the beginning of a text as `AutoTokenizer` does: start ids, then tokens.
 
-    A document needs one even if the tokenizer adds none: its first token is predicted from it.
+    An empty text has no token to continue; it begins with `prefix_ids`.
     """
-    if tokenizer.start_ids:
-        return list(tokenizer.start_ids)
+    return [*tokenizer.start_ids, *tokenizer.encode(text)] or prefix_ids(tokenizer)
+
+
+def prefix_ids(tokenizer: "Tokenizer") -> list[int]:
+    """Return what a text's first token is predicted from: the start ids, else BOS, else EOS (as in
+    lm-evaluation-harness).
+    """
     first = tokenizer.bos_id if tokenizer.bos_id is not None else tokenizer.eos_id
-    return [] if first is None else [first]
+    return list(tokenizer.start_ids) or ([] if first is None else [first])

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from xinslm.errors import XinslmError
 from xinslm.files import damaged_files, read_json, sha256_file, sync_folder, write_json
 from xinslm.folders import new_folder
-from xinslm.model.files import open_tensors
+from xinslm.model.source import open_tensors
 from xinslm.train.best import link_or_copy, publish
 from xinslm.train.interfaces import AuxiliaryLoss
 from xinslm.train.optimizers import Optimizer

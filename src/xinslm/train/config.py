@@ -123,11 +123,11 @@ class PretrainConfig(TrainingConfig):
     folder.
     """
     tokenizer_path: Path | None = None
-    """Tokenizer for raw text: its folder, a model or run folder, or a Hub name; without one, one is
+    """Tokenizer for raw text: its folder, any model, or a Hub name; without one, one is
     trained on it.
     """
     init_from: Path | None = None
-    """Model folder whose weights to start from; its shape is used."""
+    """Model whose weights to start from; its shape is used."""
     preset: Literal["1m", "10m", "135m", "360m", "1b"] = "1m"
     """Shape of the model, by parameters; other options change single sizes of it."""
     vocab_size: int | None = None

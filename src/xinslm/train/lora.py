@@ -30,7 +30,7 @@ from xinslm.files import MANIFEST, write_manifest
 from xinslm.folders import locked
 from xinslm.losses.config import LossConfig
 from xinslm.losses.fused import HeadOptions, LossMetrics, fused_loss
-from xinslm.model.files import require_context
+from xinslm.model.files import open_model, require_context
 from xinslm.progress import Listener, ignore
 from xinslm.teachers.adapter import KIND, VERSION, WEIGHTS, require_peft
 from xinslm.teachers.huggingface import HuggingFaceTeacher
@@ -80,10 +80,9 @@ def run(config: AdaptConfig, on_progress: Listener = ignore) -> AdaptResult:
     with locked(config.output_dir):
         with claim_run(config, "adapt", ("teacher", "data_path")):
             teacher = HuggingFaceTeacher(
-                config.teacher,
+                open_model(config.teacher, config.revision),
                 config.compute_dtype if config.compute_dtype != "auto" else "float32",
                 pick_device(config.device),
-                config.revision,
                 config.trust_remote_code,
             )
             require_tokenizer(dataset, teacher.tokenizer.fingerprint(), f"teacher {config.teacher}")

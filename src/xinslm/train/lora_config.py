@@ -23,7 +23,7 @@ class AdaptConfig(TrainingConfig):
     """Fit a teacher to the text at hand with a LoRA adapter, before it is cached."""
 
     teacher: Annotated[str, tyro.conf.Positional]
-    """Teacher: a model folder or a Hub name; any Hugging Face causal language model."""
+    """Teacher: any causal model, also a quantized folder or a GGUF file."""
     data_path: Path
     """Dataset folder made by `xinslm prepare` with the teacher's own tokenizer."""
     output_dir: Annotated[Path, tyro.conf.arg(aliases=["-o"])]

@@ -25,17 +25,9 @@ from xinslm.errors import UsageError
 from xinslm.files import MANIFEST, read_json, write_json, write_text
 from xinslm.folders import Plan, claim, differing_keys, locked, refuse_output_in
 from xinslm.machine import environment
-from xinslm.model.files import (
-    load_config,
-    load_model,
-    model_fingerprint,
-    read_tensors,
-    rebuild_buffers,
-    require_context,
-    resolve_model,
-    save_model,
-)
+from xinslm.model.files import open_model, read_tensors, require_context, save_model
 from xinslm.model.param_dtype import cast_matrices_to_bfloat16
+from xinslm.model.source import rebuild_buffers
 from xinslm.model.transformer import Transformer
 from xinslm.precision import compute_dtype
 from xinslm.progress import Listener, Progress, ignore
@@ -179,7 +171,7 @@ def _set_up(
     )
     inputs = {"dataset": dataset.fingerprint, **dict(supervision.inputs)}
     if config.init_from is not None:
-        inputs["init_from"] = model_fingerprint(resolve_model(config.init_from))
+        inputs["init_from"] = open_model(config.init_from).fingerprint
     facts = {
         "total_steps": total_steps,
         "parameters": model.config.num_parameters,
@@ -301,7 +293,7 @@ def _make_model(config: PretrainConfig, dataset: Dataset, tokenizer: Any) -> Tra
         rebuild_buffers(model)
         model.initialise(torch.Generator().manual_seed(config.seed))
         return model
-    folder = resolve_model(config.init_from)
+    source = open_model(config.init_from)
     fixed = (
         "hidden_size",
         "num_layers",
@@ -313,12 +305,12 @@ def _make_model(config: PretrainConfig, dataset: Dataset, tokenizer: Any) -> Tra
     )
     if given := [name for name in fixed if getattr(config, name) is not None]:
         raise UsageError(f"init_from fixes the model's shape: drop {', '.join(given)}")
-    if load_tokenizer(folder).fingerprint() != dataset.tokenizer_fingerprint:
+    if load_tokenizer(config.init_from).fingerprint() != dataset.tokenizer_fingerprint:
         raise UsageError(
-            f"model {folder} and dataset {dataset.folder} have different tokenizers; prepare the "
-            "data with the model's"
+            f"model {source.path} and dataset {dataset.folder} have different tokenizers; prepare "
+            "the data with the model's"
         )
     require_context(
-        config.max_seq_length, load_config(folder).max_position_embeddings, f"model {folder}"
+        config.max_seq_length, source.config.max_position_embeddings, f"model {source.path}"
     )
-    return load_model(folder, gradient_checkpointing=config.gradient_checkpointing)
+    return source.transformer(gradient_checkpointing=config.gradient_checkpointing)

@@ -1,4 +1,4 @@
-"""The canonical quantized folder: int4 or int8 codes and one fp16 scale per 32 weights, in
+"""The folder of `xinslm quantize`: int4 or int8 codes and one fp16 scale per 32 weights, in
 `quantized.safetensors`, a name that no other program takes for a model's weights.
 
 Each runtime's format is transcribed from this one without rounding again. For a weight
@@ -7,7 +7,6 @@ nibble order, or int8 (rows, columns)) and `NAME.scales` (float16 (rows, columns
 weights whose rows are not a multiple of 32, are stored unquantized.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,16 +17,15 @@ from torch import Tensor
 
 from xinslm.errors import XinslmError
 from xinslm.files import MANIFEST, read_json, read_manifest
-from xinslm.model.config import ModelConfig
-from xinslm.model.files import (
+from xinslm.model.grids import BLOCK, GRIDS, Q4_0, decode, to_ggml, unpack_nibbles
+from xinslm.model.source import (
+    CONFIG,
     QUANTIZED_WEIGHTS,
-    load_config,
+    FolderSource,
+    ModelSource,
     open_tensors,
-    rebuild_buffers,
-    require_weights,
+    weight_shapes,
 )
-from xinslm.model.transformer import Transformer
-from xinslm.quantize.grids import BLOCK, GRIDS, Q4_0, decode, to_ggml, unpack_nibbles
 
 KIND, VERSION = "quantized", 2
 _MADE_BY = "xinslm quantize"
@@ -60,46 +58,65 @@ class StoredWeight:
         return self.data.numpy() if self.scales is None else to_ggml(self.data, self.scales)
 
 
-class QuantizedModel:
-    """An open quantized folder; weights are read on demand."""
+class QuantizedSource(FolderSource):
+    """A quantized folder; weights are read on demand, dequantized by `tensor`."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = Path(folder)
-        self.manifest: dict[str, Any] = read_manifest(self.folder, KIND, VERSION, _MADE_BY)
-        self.config: ModelConfig = load_config(self.folder)
+    kind = "quantized"
+
+    def __init__(self, name: str, path: Path) -> None:
+        super().__init__(name, path)
+        self.manifest: dict[str, Any] = read_manifest(self.path, KIND, VERSION, _MADE_BY)
         formats = self.manifest.get("formats")
         if not isinstance(formats, dict) or self.manifest.get("bits") not in (4, 8):
             raise XinslmError(
-                f"{self.folder / MANIFEST}: 'formats' or 'bits' is missing or "
+                f"{self.path / MANIFEST}: 'formats' or 'bits' is missing or "
                 f"damaged; run `{_MADE_BY}`"
             )
         self.formats: dict[str, str] = {f"{name}.weight": kind for name, kind in formats.items()}
         """Format of every weight, by its Hugging Face parameter name."""
-        self._path = self.folder / QUANTIZED_WEIGHTS
+        self._path = self.path / QUANTIZED_WEIGHTS
         self._file = open_tensors(self._path)
-        num_bytes = self._path.stat().st_size
-        require_weights(self.config, len(formats), num_bytes, f"{self.folder}/config.json")
-        with torch.device("meta"):
-            self.shapes = {
-                name: tuple(w.shape) for name, w in Transformer(self.config).state_dict().items()
-            }
-        if self.formats.keys() != self.shapes.keys():
-            odd = sorted(self.formats.keys() ^ self.shapes.keys())
+        self.require()
+        self._shapes = weight_shapes(self.config)
+        if self.formats.keys() != self._shapes.keys():
+            odd = sorted(self.formats.keys() ^ self._shapes.keys())
             raise XinslmError(
-                f"{folder}: weight '{odd[0]}' is in only one of config.json and {MANIFEST}"
+                f"{self.path}: weight '{odd[0]}' is in only one of config.json and {MANIFEST}"
             )
 
-    def read(self, name: str) -> StoredWeight:
-        """Read one weight by its Hugging Face name; XinslmError if it is damaged."""
-        kind, shape, stem = self.formats[name], self.shapes[name], name.removesuffix(".weight")
+    @property
+    def files(self) -> list[Path]:  # type: ignore[override]
+        """config.json and the codes and scales."""
+        return [self.path / CONFIG, self.path / QUANTIZED_WEIGHTS]
+
+    @property
+    def names(self) -> list[str]:  # type: ignore[override]
+        """Hugging Face's names of the weights."""
+        return list(self.formats)
+
+    def shape_of(self, name: str) -> tuple[int, ...]:
+        """Return the shape of one dequantized weight."""
+        return self._shapes[name]
+
+    def tensor(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
+        """Dequantize one weight, or its rows [start, stop), to float32."""
+        return self.stored(name).dequantize()[start:stop]
+
+    def pretrained_arguments(self) -> dict[str, Any]:
+        """Return the arguments with which `from_pretrained` of transformers' class loads this."""
+        return ModelSource.pretrained_arguments(self)
+
+    def stored(self, name: str) -> StoredWeight:
+        """Read one weight as it is stored; XinslmError if it is damaged."""
+        kind, shape, stem = self.formats[name], self._shapes[name], name.removesuffix(".weight")
         if not isinstance(kind, str):
             raise XinslmError(
-                f"{self.folder / MANIFEST}: the format of '{stem}' is {kind!r}, which is no name"
+                f"{self.path / MANIFEST}: the format of '{stem}' is {kind!r}, which is no name"
             )
         if kind in _PLAIN:
             return StoredWeight(kind, shape, self._tensor(name, _PLAIN[kind], shape), None)
         if kind not in GRIDS:
-            raise XinslmError(f"{self.folder / MANIFEST}: '{stem}' has the unknown format '{kind}'")
+            raise XinslmError(f"{self.path / MANIFEST}: '{stem}' has the unknown format '{kind}'")
         scales = self._tensor(f"{stem}.scales", torch.float16, (shape[0], shape[1] // BLOCK))
         if not torch.isfinite(scales).all():
             raise XinslmError(
@@ -128,25 +145,3 @@ def is_quantized(folder: Path) -> bool:
     path = Path(folder) / MANIFEST
     manifest = read_json(path) if path.is_file() else None
     return isinstance(manifest, dict) and manifest.get("kind") == KIND
-
-
-def open_quantized(folder: Path) -> QuantizedModel:
-    """Open a folder of `xinslm quantize`; UsageError if it is none, XinslmError if damaged."""
-    return QuantizedModel(folder)
-
-
-def dequantized_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
-    """Yield each weight by its Hugging Face name in float32, one at a time."""
-    model = open_quantized(folder)
-    for name in model.formats:
-        yield name, model.read(name).dequantize()
-
-
-def load_quantized(folder: Path, dtype: torch.dtype = torch.float32) -> Transformer:
-    """Load a quantized folder into the PyTorch model, its weights dequantized to `dtype`."""
-    weights = {name: weight.to(dtype) for name, weight in dequantized_tensors(folder)}
-    with torch.device("meta"):
-        model = Transformer(load_config(folder))
-    model.load_state_dict(weights, assign=True)
-    rebuild_buffers(model)
-    return model.eval()

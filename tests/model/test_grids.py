@@ -8,8 +8,8 @@ from gguf import GGMLQuantizationType
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from xinslm.quantize import grids
-from xinslm.quantize.grids import (
+from xinslm.model import grids
+from xinslm.model.grids import (
     Q4_0,
     Q8_0,
     SMALLEST_SCALE,

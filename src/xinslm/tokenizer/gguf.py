@@ -11,54 +11,55 @@ from gguf import TokenType
 
 from xinslm.errors import UsageError, XinslmError
 from xinslm.tokenizer import sentencepiece
+from xinslm.tokenizer.base import Tokenizer
 from xinslm.tokenizer.bpe import BPETokenizer
 from xinslm.tokenizer.files import Definition
 from xinslm.tokenizer.hf import HFTokenizer
 from xinslm.tokenizer.start import start_processor
 
-_SPLITS = {
-    "llama-bpe": "llama-bpe",
-    "llama-v3": "llama-bpe",
-    "llama3": "llama-bpe",
-    "gpt-2": "gpt-2",
-    "qwen2": "qwen2",
-    "deepseek-r1-qwen": "qwen2",
+_SAME_SPLIT = {
+    "llama-bpe": "llama-bpe llama-v3 llama3 falcon3 pixtral lfm2",
+    "gpt-2": "gpt-2 phi-2 mpt jina-v2-code gigachat",
+    "qwen2": "qwen2 deepseek-r1-qwen stablelm2 megrez",
+    "smollm": "smollm starcoder refact command-r codeshell exaone",
 }
+"""llama.cpp's names for each split rule, verified against llama.cpp itself."""
+_SPLITS = {name: split for split, names in _SAME_SPLIT.items() for name in names.split()}
 _ROLES = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
 
 
-def read_tokenizer(keys: dict[str, Any], where: str) -> Any:
-    """Build the tokenizer from a GGUF's keys; UsageError names --teacher-tokenizer-path."""
+def read_tokenizer(keys: dict[str, Any], where: str) -> Tokenizer:
+    """Build the tokenizer from a GGUF's keys; UsageError names the options that replace it."""
+    try:
+        return _read(keys, where)
+    except XinslmError as error:
+        problem = str(error)
+    except (KeyError, ValueError, TypeError, IndexError) as error:
+        problem = f"its tokenizer is damaged ({error!r})"
+    raise UsageError(
+        f"{where}: {problem}. Pass the model's tokenizer with --teacher-tokenizer-path, or make "
+        "a folder with it: xinslm import FILE --tokenizer-path TOKENIZER -o FOLDER"
+    )
+
+
+def _read(keys: dict[str, Any], where: str) -> Tokenizer:
     engine, tokens = keys.get("tokenizer.ggml.model"), keys.get("tokenizer.ggml.tokens")
-    types = keys.get("tokenizer.ggml.token_type") or [int(TokenType.NORMAL)] * len(tokens or ())
-    if not tokens or len(types) != len(tokens):
-        raise UsageError(
-            f"{where} contains no tokenizer; pass the model's with --teacher-tokenizer-path"
-        )
+    if not tokens:
+        raise XinslmError("it contains no tokenizer")
+    types = keys.get("tokenizer.ggml.token_type") or [int(TokenType.NORMAL)] * len(tokens)
+    if len(types) != len(tokens):
+        raise XinslmError(f"its tokenizer has {len(tokens):,} tokens, but {len(types):,} types")
     named = {}
     for role, key in _ROLES.items():
         token = keys.get(f"tokenizer.ggml.{key}_token_id")
         if token is not None and 0 <= int(token) < len(tokens):
             named[role] = tokens[int(token)]
     template = keys.get("tokenizer.chat_template")
-    try:
-        if engine == "gpt2":
-            return _byte_level(keys, tokens, types, named, template)
-        if engine == "llama":
-            return _sentencepiece(keys, tokens, types, named, template, where)
-    except (KeyError, ValueError, TypeError) as error:
-        if isinstance(error, XinslmError):
-            raise UsageError(
-                f"{where}: {error}. Pass the model's own tokenizer with --teacher-tokenizer-path"
-            ) from None
-        raise UsageError(
-            f"{where}: its tokenizer is damaged ({error!r}); pass the model's with "
-            "--teacher-tokenizer-path"
-        ) from None
-    raise UsageError(
-        f"{where} has a tokenizer of kind {engine!r}, which is not supported; pass the model's "
-        "with --teacher-tokenizer-path"
-    )
+    if engine == "gpt2":
+        return _byte_level(keys, tokens, types, named, template)
+    if engine == "llama":
+        return _sentencepiece(keys, tokens, types, named, template, where)
+    raise XinslmError(f"it has a tokenizer of kind {engine!r}, which is not supported")
 
 
 def _byte_level(
@@ -75,13 +76,17 @@ def _byte_level(
     for index, (token, kind) in enumerate(zip(tokens, types, strict=True)):
         by_type[kind][token] = index
     vocab = by_type[TokenType.NORMAL]
+    last = max(vocab.values(), default=-1)
+    # tokenizer.json numbers tokens outside its vocabulary after those in it
+    inner = by_type[TokenType.CONTROL] | by_type[TokenType.USER_DEFINED]
+    inner = {token: index for token, index in inner.items() if index < last}
     merges = []
     for merge in keys.get("tokenizer.ggml.merges") or []:
         left, right = merge.split(" ")
         if left in vocab and right in vocab and left + right in vocab:
             merges.append((left, right))
     definition = Definition(
-        vocab=vocab,
+        vocab=vocab | inner,
         merges=merges,
         special_tokens=by_type[TokenType.CONTROL],
         added_tokens=by_type[TokenType.USER_DEFINED],
@@ -89,7 +94,7 @@ def _byte_level(
         ignore_merges=_SPLITS[pre] == "llama-bpe",
         named_tokens=named,
         chat_template=template,
-        post_processor=_start(keys, named, tokens, pre in ("llama-bpe", "llama-v3", "llama3")),
+        post_processor=_start(keys, named, tokens, _SPLITS[pre] == "llama-bpe"),
     )
     return BPETokenizer.of(definition)
 

@@ -1,4 +1,4 @@
-"""The canonical folder: what is written is what is read, by us and by the safetensors library;
+"""The quantized folder: what is written is what is read, by us and by the safetensors library;
 damage is named.
 """
 
@@ -11,20 +11,16 @@ from safetensors.torch import load_file, save_file
 
 from small_models import save_random_model
 from xinslm.errors import UsageError, XinslmError
-from xinslm.quantize.canonical import (
-    dequantized_tensors,
-    is_quantized,
-    load_quantized,
-    open_quantized,
-)
+from xinslm.model.files import load_model, open_model, read_tensors
+from xinslm.model.quantized import is_quantized
+from xinslm.model.safetensors_writer import SafetensorsWriter
 from xinslm.quantize.config import QuantizeConfig
 from xinslm.quantize.run import run
-from xinslm.quantize.stream import SafetensorsWriter
 
 
 @pytest.fixture(scope="module")
 def quantized(tmp_path_factory):
-    root = tmp_path_factory.mktemp("canonical")
+    root = tmp_path_factory.mktemp("quantized")
     save_random_model(root / "model", tie_word_embeddings=False)
     run(QuantizeConfig(root / "model", root / "q4", method="rtn"))
     return root / "q4"
@@ -66,9 +62,9 @@ def test_more_layers_than_weights_are_refused_before_they_are_built(damaged, mon
         "sha256": hashlib.sha256(config.read_bytes()).hexdigest(),
     }
     manifest.write_text(json.dumps(facts))
-    monkeypatch.setattr("xinslm.quantize.canonical.Transformer", lambda *_: pytest.fail("built"))
+    monkeypatch.setattr("xinslm.model.source.Transformer", lambda *_: pytest.fail("built"))
     with pytest.raises(XinslmError, match="has 1,000,000,000,000 layers"):
-        load_quantized(folder)
+        load_model(folder)
 
 
 def test_stored_shapes_and_types_are_the_documented_ones(quantized):
@@ -92,7 +88,7 @@ def test_dequantized_by_hand(quantized):
     """The formula of the format, written out for one weight: scale times (nibble - 8)."""
     tensors = load_file(quantized / "quantized.safetensors")
     name = "model.layers.0.self_attn.k_proj"
-    weight = dict(dequantized_tensors(quantized))[f"{name}.weight"]
+    weight = dict(read_tensors(quantized))[f"{name}.weight"]
     codes, scales = tensors[f"{name}.codes"], tensors[f"{name}.scales"]
     for row, column in ((0, 0), (3, 15), (3, 16), (31, 33), (31, 63)):
         block, place = divmod(column, 32)
@@ -102,32 +98,32 @@ def test_dequantized_by_hand(quantized):
 
 
 def test_loads_into_the_model(quantized):
-    model = load_quantized(quantized)
-    weights = dict(dequantized_tensors(quantized))
+    model = load_model(quantized)
+    weights = dict(read_tensors(quantized))
     assert weights.keys() == model.state_dict().keys()
     assert all(torch.equal(weight, weights[name]) for name, weight in model.state_dict().items())
     assert torch.isfinite(model.logits(model.hidden(torch.tensor([[1, 2, 3]])))).all()
-    assert load_quantized(quantized, torch.bfloat16).lm_head.weight.dtype == torch.bfloat16
+    assert load_model(quantized, torch.bfloat16).lm_head.weight.dtype == torch.bfloat16
 
 
 def test_bfloat16_keeps_the_scales(quantized):
     """Scales have 8 significant bits, so only the product is rounded: at most 2^-8 of each
     weight.
     """
-    exact, short = load_quantized(quantized), load_quantized(quantized, torch.bfloat16)
+    exact, short = load_model(quantized), load_model(quantized, torch.bfloat16)
     for name, weight in exact.state_dict().items():
         if "proj" in name:
             difference = (short.state_dict()[name].float() - weight).abs()
             assert (difference <= weight.abs() * 2**-8).all()
-            scales = open_quantized(quantized).read(name).scales
+            scales = open_model(quantized).stored(name).scales
             assert torch.equal(scales.bfloat16().float(), scales.float())
 
 
 def test_who_is_quantized(quantized, tmp_path):
     assert is_quantized(quantized)
     assert not is_quantized(tmp_path)
-    with pytest.raises(UsageError, match="is not a quantized folder"):
-        open_quantized(tmp_path)
+    with pytest.raises(UsageError, match="is not a model folder"):
+        open_model(tmp_path)
 
 
 def test_missing_tensor_wrong_type_wrong_shape_and_bad_scales_are_named(damaged):
@@ -141,7 +137,7 @@ def test_missing_tensor_wrong_type_wrong_shape_and_bad_scales_are_named(damaged)
         tensors["lm_head.scales"][3, 1] = torch.inf
         del tensors["model.norm.weight"]
 
-    model = open_quantized(damaged(change))
+    model = open_model(damaged(change))
     for weight, what in (
         (f"{name}.weight", "is torch.int16"),
         ("model.layers.0.mlp.up_proj.weight", r"\(95, 32\)"),
@@ -149,7 +145,7 @@ def test_missing_tensor_wrong_type_wrong_shape_and_bad_scales_are_named(damaged)
         ("model.norm.weight", "has no 'model.norm.weight'"),
     ):
         with pytest.raises(XinslmError, match=what):
-            model.read(weight)
+            model.stored(weight)
 
 
 def test_truncated_file_is_refused(damaged):
@@ -157,7 +153,7 @@ def test_truncated_file_is_refused(damaged):
     file = folder / "quantized.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
     with pytest.raises(XinslmError, match="damaged or"):
-        open_quantized(folder)
+        open_model(folder)
 
 
 def test_the_streamed_file_is_a_proper_safetensors_file(tmp_path):
@@ -197,4 +193,4 @@ def test_a_manifest_with_damaged_entries_is_named(damaged, changes):
         changes = {"formats": {**manifest["formats"], **changes["formats"]}}
     (folder / "manifest.json").write_text(json.dumps({**manifest, **changes}))
     with pytest.raises(XinslmError, match=r"manifest\.json"):
-        list(dequantized_tensors(folder))
+        list(read_tensors(folder))

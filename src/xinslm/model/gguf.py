@@ -1,0 +1,197 @@
+"""A GGUF file as a model: the very weights that llama.cpp multiplies with, by Hugging Face's names.
+
+The `gguf` package, llama.cpp's own, dequantizes. Query and key rows go back from llama.cpp's order
+(neighbouring pairs) to Hugging Face's. What differs from llama.cpp's results is its rounding of
+activations to 8 bits, which is not done here.
+"""
+
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from xinslm.errors import UsageError, XinslmError
+from xinslm.files import sha256_file
+from xinslm.gguf_file import GgufFile
+from xinslm.model.config import ModelConfig
+from xinslm.model.gguf_families import FAMILIES, Family, shared_settings
+from xinslm.model.source import ModelSource
+from xinslm.model.transformer import rotary_frequencies
+
+_ROPE_FACTORS = "rope_freqs.weight"
+_ROLES = {"bos": "bos", "eos": "eos", "pad": "padding"}
+
+
+class GgufSource(ModelSource):
+    """A GGUF file of one of `FAMILIES`."""
+
+    kind = "gguf"
+
+    def __init__(self, name: str, path: Path) -> None:
+        super().__init__(name, path)
+        self.where = str(path)
+        self.files = [path]
+        self._file = GgufFile(path)
+        architecture = self._file.keys.get("general.architecture")
+        experts = self._file.keys.get(f"{architecture}.expert_count")
+        if architecture not in FAMILIES or experts:
+            kind = f"mixture-of-experts {architecture}" if experts else architecture
+            raise UsageError(
+                f"{path} holds a {kind} model; GGUF files are read of the architectures "
+                f"{', '.join(FAMILIES)} (llama is also Mistral and alike). Give the model's "
+                "Hugging Face folder instead"
+            )
+        self._architecture: str = architecture
+        self._family: Family = FAMILIES[architecture]
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Hash of the file."""
+        return sha256_file(self.path)
+
+    @cached_property
+    def settings(self) -> dict[str, Any]:  # type: ignore[override]
+        """The content that config.json would have."""
+        keys, missing = self._file.keys, object()
+
+        def get(key: str, default: Any = missing) -> Any:
+            value = keys.get(f"{self._architecture}.{key}", default)
+            if value is missing:
+                raise XinslmError(
+                    f"{self.path}: key '{self._architecture}.{key}' is missing; the file is no "
+                    f"sound {self._architecture} model"
+                )
+            return value
+
+        tokens = {
+            role: token
+            for role, key in _ROLES.items()
+            if (token := keys.get(f"tokenizer.ggml.{key}_token_id")) is not None
+        }
+        try:
+            shared = shared_settings(get, tokens, len(keys.get("tokenizer.ggml.tokens") or ()))
+            self._require_plain_rotation(get, shared["head_dim"])
+            shared["tie_word_embeddings"] = "output.weight" not in self._file.tensors
+            settings = self._family.settings(get, shared)
+        except XinslmError:
+            raise
+        except (TypeError, ValueError, OverflowError, ZeroDivisionError) as error:
+            raise XinslmError(
+                f"{self.path}: its keys are damaged ({error!r}); copy or download it again"
+            ) from None
+        return self._rescaled(settings) if _ROPE_FACTORS in self._file.tensors else settings
+
+    def _require_plain_rotation(self, get: Any, head_dim: int) -> None:
+        if (
+            get("rope.dimension_count", head_dim) != head_dim
+            or get("attention.value_length", head_dim) != head_dim
+        ):
+            raise UsageError(
+                f"{self.path} turns part of each head only, or has heads of two widths; no model "
+                "here does"
+            )
+        if get("rope.scaling.type", "none") not in ("none", ""):
+            raise UsageError(
+                f"{self.path} stretches its positions ('{get('rope.scaling.type')}'); give the "
+                "model's Hugging Face folder"
+            )
+
+    def _rescaled(self, settings: dict[str, Any]) -> dict[str, Any]:
+        """Return the settings with LLaMA-3's rescaling, from the divisors of its frequencies."""
+        plain = ModelConfig.from_hf(settings, self.where)
+        factors = torch.from_numpy(self._values(self._file.tensors[_ROPE_FACTORS]))
+        frequencies = rotary_frequencies(plain)
+        if factors.shape == frequencies.shape and bool((factors >= 1).all()):
+            for scaling in _llama3_scalings(frequencies.double(), factors.double()):
+                config = replace(plain, rope_scaling=scaling)
+                found = frequencies / rotary_frequencies(config)
+                if torch.allclose(found, factors, rtol=1e-4, atol=0):
+                    return config.to_hf()
+        raise UsageError(
+            f"{self.path}: its rope_freqs.weight is not LLaMA-3's rescaling of frequencies; give "
+            "the model's Hugging Face folder"
+        )
+
+    @cached_property
+    def _places(self) -> dict[str, Any]:
+        """Gguf's tensors by Hugging Face's names."""
+        places = {}
+        for name, tensor in self._file.tensors.items():
+            if name == _ROPE_FACTORS:
+                continue
+            theirs = self._family.hf_name(name)
+            if theirs is None:
+                raise XinslmError(
+                    f"{self.path}: weight '{name}' has no place in a {self._architecture} model"
+                )
+            places[theirs] = tensor
+        return places
+
+    @property
+    def names(self) -> list[str]:  # type: ignore[override]
+        """Hugging Face's names of the weights."""
+        return list(self._places)
+
+    def shape_of(self, name: str) -> tuple[int, ...]:
+        """Return the shape of one dequantized weight."""
+        return tuple(int(size) for size in reversed(self._places[name].shape))
+
+    def tensor(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
+        """Dequantize one weight, or its rows [start, stop), to float32."""
+        place = self._places[name]
+        if self._family.is_permuted and (".q_proj." in name or ".k_proj." in name):
+            values = self._values(place)
+            half = self.config.head_dim // 2
+            pairs = values.reshape(-1, half, 2, values.shape[1])
+            values = pairs.swapaxes(1, 2).reshape(values.shape)[start:stop]
+        else:
+            values = self._values(place, start, stop)
+        if self._family.norm_offset and "norm" in name:
+            values = values - np.float32(self._family.norm_offset)
+        return torch.from_numpy(np.ascontiguousarray(values))
+
+    def _values(self, tensor: Any, start: int = 0, stop: int | None = None) -> np.ndarray:
+        from gguf import quants
+
+        try:
+            values = quants.dequantize(tensor.data[start:stop], tensor.tensor_type)
+        except NotImplementedError:
+            raise UsageError(
+                f"{self.path}: weight '{tensor.name}' is of type {tensor.tensor_type.name}, which "
+                "the gguf package cannot dequantize; give another quantization of the model"
+            ) from None
+        # a copy: the map ends with this object, and a damaged file must not change weights later
+        return np.array(values, dtype=np.float32)
+
+
+def _llama3_scalings(frequencies: Tensor, factors: Tensor) -> list[dict[str, Any]]:
+    """Return the rescalings that may have these divisors: the usual one, and the one that solves
+    the linear rule between the two thresholds (`rotary_frequencies`), for which 1/divisor is
+    linear in the frequency.
+    """
+    factor = round(float(factors.max()), 3)
+
+    def scaling(low: float, high: float, context: float) -> dict[str, Any]:
+        return {
+            "rope_type": "llama3",
+            "factor": factor,
+            "low_freq_factor": low,
+            "high_freq_factor": high,
+            "original_max_position_embeddings": context,
+        }
+
+    found = [scaling(1.0, 4.0, 8192)]
+    between = (factors > 1) & (factors < factors.max() * (1 - 1e-6))
+    if int(between.sum()) >= 2 and factor > 1:
+        blend = (1 / factors[between] - 1 / factor) / (1 - 1 / factor)
+        turns = frequencies[between] / (2 * torch.pi)
+        slope = (blend[0] - blend[-1]) / (turns[0] - turns[-1])
+        offset = slope * turns[0] - blend[0]  # blend = slope * turns - offset
+        high = 1 + 1 / float(offset)  # low_freq_factor 1 fixes the scale of the other two
+        context = float(slope) * (high - 1)
+        found.append(scaling(1.0, round(high, 3), round(context)))
+    return found

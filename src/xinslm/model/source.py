@@ -1,0 +1,325 @@
+"""A model in any kind of file: its shape, its weights by Hugging Face's names, its fingerprint.
+
+`ModelSource` is what every stage reads; `open_model` (files.py) chooses the class. Weights are read
+on demand, one at a time. This file has the base class and the Hugging Face folder; quantized.py the
+folder of `xinslm quantize`; gguf.py llama.cpp's file.
+
+Weights of folders are safetensors only: opening a pickle can run code, so pickles are refused.
+"""
+
+import math
+import shutil
+from collections.abc import Iterator
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from xinslm.errors import UsageError, XinslmError
+from xinslm.files import read_json, sha256_file, sha256_json, write_json
+from xinslm.model.config import ModelConfig, UnsupportedModelError
+from xinslm.model.transformer import Transformer, rotary_frequencies
+
+CONFIG, GENERATION = "config.json", "generation_config.json"
+WEIGHTS = "model.safetensors"
+QUANTIZED_WEIGHTS = "quantized.safetensors"
+"""Codes and scales that `xinslm quantize` writes. If they were named `WEIGHTS`, transformers would
+load the folder with random weights; with this name it refuses the folder.
+"""
+_LAYER_COUNTS = {"num_hidden_layers", "num_layers", "num_decoder_layers", "n_layer", "n_layers"}
+
+
+class ModelSource:
+    """Base of the kinds of model; a subclass gives settings, files, names, shapes and tensors."""
+
+    kind = "model"
+    """What reports call it: model, quantized, gguf."""
+    settings: dict[str, Any]
+    """The content of config.json."""
+    files: list[Path]
+    """All files that the model consists of, without its tokenizer."""
+    names: list[str]
+    """Hugging Face's names of the stored weights."""
+
+    def __init__(self, name: str, path: Path) -> None:
+        self.name, self.path = name, Path(path)
+        self.where = f"{self.path}/{CONFIG}"
+        """The file that the shape comes from, for messages."""
+
+    def shape_of(self, name: str) -> tuple[int, ...]:
+        """Return the shape of one weight."""
+        raise NotImplementedError
+
+    def tensor(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
+        """Read one weight, or its rows [start, stop), as stored; float32 if it was quantized."""
+        raise NotImplementedError
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield the name and tensor of each weight."""
+        for name in self.names:
+            yield name, self.tensor(name)
+
+    @cached_property
+    def config(self) -> ModelConfig:
+        """The shape, if our `Transformer` supports it; else UnsupportedModelError."""
+        return ModelConfig.from_hf(self.settings, self.where)
+
+    @property
+    def is_own(self) -> bool:
+        """Whether our `Transformer` supports the model; transformers runs all others."""
+        try:
+            return bool(self.config)
+        except UnsupportedModelError:
+            return False
+
+    @property
+    def weight_files(self) -> list[Path]:
+        """The files with the weights."""
+        return [file for file in self.files if file.suffix != ".json"]
+
+    @property
+    def weight_bytes(self) -> int:
+        """Total size of the weight files."""
+        return sum(file.stat().st_size for file in self.weight_files)
+
+    @property
+    def num_weights(self) -> int:
+        """Number of stored numbers, a tied embedding counted once."""
+        return sum(math.prod(self.shape_of(name)) for name in self.names)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Hash of weights and configuration, independent of the folder's name."""
+        return sha256_json([[file.name, sha256_file(file)] for file in self.files])
+
+    def save_config(self, folder: Path, dtype: torch.dtype = torch.float32) -> None:
+        """Write config.json, which names `dtype`, and generation_config.json into `folder`."""
+        write_config(self.settings, folder, dtype)
+
+    def require(self) -> None:
+        """Raise XinslmError if these weights cannot make a model of the stated shape.
+
+        Call it before a model is built: building 10^12 layers without weights would never end.
+        """
+        parts = [self.settings, *self.settings.values()]  # also of parts of a model
+        for part in (part for part in parts if isinstance(part, dict)):
+            for key in _LAYER_COUNTS & part.keys():
+                if isinstance(part[key], int) and part[key] > len(self.names):
+                    raise XinslmError(
+                        f"{self.where} has {part[key]:,} layers, but the model's files contain "
+                        f"only {len(self.names):,} weights. Copy the model again"
+                    )
+        if not self.is_own:
+            return
+        # no format takes less than a bit
+        if self.config.num_parameters > 8 * self.weight_bytes:
+            raise XinslmError(
+                f"{self.where} has {self.config.num_parameters:,} parameters, but the model's "
+                f"files contain only {self.weight_bytes:,} bytes. Copy the model again"
+            )
+
+    def require_weights(self, expected: dict[str, tuple[int, ...]]) -> list[str]:
+        """Return the names of the weights to read; XinslmError unless they are those expected."""
+        is_tied = bool(self.settings.get("tie_word_embeddings"))
+        found = [
+            name
+            for name in self.names
+            if not (name == "lm_head.weight" and is_tied) and not name.endswith(".inv_freq")
+        ]
+        for name in found:
+            if name not in expected:
+                raise XinslmError(
+                    f"{self.path}: weight '{name}' is not part of a "
+                    f"{self.settings['model_type']} model"
+                )
+            if self.shape_of(name) != expected[name]:
+                raise XinslmError(
+                    f"{self.path}: weight '{name}' has shape {self.shape_of(name)}, "
+                    f"but {self.where} requires {expected[name]}"
+                )
+        if missing := sorted(expected.keys() - set(found)):
+            raise XinslmError(
+                f"{self.path}: {len(missing)} weights are missing, the first is '{missing[0]}'"
+            )
+        return found
+
+    def rows(self, name: str, shape: tuple[int, ...], start: int = 0, stop: int = -1) -> Tensor:
+        """Read rows of a weight as float32; XinslmError if it is missing, misshapen or not
+        finite.
+        """
+        if name not in self.names:
+            raise XinslmError(f"{self.path}: weight '{name}' is missing")
+        if self.shape_of(name) != shape:
+            raise XinslmError(
+                f"{self.path}: weight '{name}' has shape {self.shape_of(name)}, but {self.where} "
+                f"requires {shape}"
+            )
+        rows = self.tensor(name, start, shape[0] if stop < 0 else stop).float()
+        if not torch.isfinite(rows).all():
+            raise XinslmError(
+                f"{self.path}: weight '{name}' holds NaN or infinity; the model is broken"
+            )
+        return rows
+
+    def transformer(
+        self, dtype: torch.dtype = torch.float32, gradient_checkpointing: bool = False
+    ) -> Transformer:
+        """Load the model as our `Transformer`, with weights of type `dtype`."""
+        config = self.config
+        self.require()
+        with torch.device("meta"):
+            model = Transformer(config, gradient_checkpointing)
+        shapes = {name: tuple(weight.shape) for name, weight in model.state_dict().items()}
+        names = self.require_weights(shapes)
+        loaded = {name: self.tensor(name).to(dtype) for name in names}
+        model.load_state_dict(loaded, assign=True)
+        rebuild_buffers(model)
+        return model.eval()
+
+    def pretrained_arguments(self) -> dict[str, Any]:
+        """Return the arguments with which `from_pretrained` of transformers' class loads this."""
+        from transformers import AutoConfig
+
+        settings = {key: value for key, value in self.settings.items() if key != "model_type"}
+        return {
+            "pretrained_model_name_or_path": None,
+            "config": AutoConfig.for_model(self.settings["model_type"], **settings),
+            "state_dict": dict(self.tensors()),
+        }
+
+
+class FolderSource(ModelSource):
+    """A folder in Hugging Face's layout: `config.json`, `model.safetensors` or its shards."""
+
+    def __init__(self, name: str, path: Path) -> None:
+        super().__init__(name, path)
+        if not (self.path / CONFIG).is_file():
+            inner = sorted(file.name for file in self.path.glob("*.gguf"))
+            hint = f". It contains {inner[0]}: give that file" if inner else ""
+            raise UsageError(
+                f"{self.path} is not a model folder: it has no {CONFIG} (and no "
+                f"checkpoints/best/{CONFIG}){hint}"
+            )
+
+    @cached_property
+    def settings(self) -> dict[str, Any]:  # type: ignore[override]
+        """The content of config.json."""
+        settings = read_json(self.path / CONFIG)
+        if not isinstance(settings, dict):
+            raise XinslmError(
+                f"{self.where}: must hold an object, but holds {type(settings).__name__}"
+            )
+        return settings
+
+    @cached_property
+    def files(self) -> list[Path]:  # type: ignore[override]
+        """config.json and the safetensors files, all shards; XinslmError for pickles."""
+        return [self.path / CONFIG, *_safetensors_files(self.path)]
+
+    @property
+    def weight_files(self) -> list[Path]:
+        """The files with the weights."""
+        return self.files[1:]
+
+    @cached_property
+    def _handles(self) -> dict[str, Any]:
+        handles: dict[str, Any] = {}
+        for file in self.weight_files:
+            handle = open_tensors(file)
+            handles.update(dict.fromkeys(handle.keys(), handle))
+        return handles
+
+    @property
+    def names(self) -> list[str]:  # type: ignore[override]
+        """Names of the stored weights."""
+        return list(self._handles)
+
+    def shape_of(self, name: str) -> tuple[int, ...]:
+        """Return the shape of one weight."""
+        return tuple(self._handles[name].get_slice(name).get_shape())
+
+    def tensor(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
+        """Read one weight, or its rows [start, stop), from the memory map."""
+        handle = self._handles[name]
+        if start == 0 and stop in (None, self.shape_of(name)[0]):
+            whole: Tensor = handle.get_tensor(name)
+            return whole
+        part: Tensor = handle.get_slice(name)[start:stop]
+        return part
+
+    def save_config(self, folder: Path, dtype: torch.dtype = torch.float32) -> None:
+        """Write config.json, which names `dtype`, and copy generation_config.json."""
+        super().save_config(folder, dtype)
+        if (self.path / GENERATION).is_file():
+            shutil.copyfile(self.path / GENERATION, folder / GENERATION)
+
+    def pretrained_arguments(self) -> dict[str, Any]:
+        """Return the arguments with which `from_pretrained` of transformers' class loads this."""
+        return {"pretrained_model_name_or_path": self.path, "use_safetensors": True}
+
+
+def _safetensors_files(folder: Path) -> list[Path]:
+    index = folder / f"{WEIGHTS}.index.json"
+    if index.is_file():
+        content = read_json(index)
+        places = content.get("weight_map") if isinstance(content, dict) else None
+        if not isinstance(places, dict) or not all(
+            isinstance(name, str) for name in places.values()
+        ):
+            raise XinslmError(
+                f"{index}: must contain a 'weight_map' from weights to files. Copy the complete "
+                "model folder"
+            )
+        files = [folder / name for name in sorted(set(places.values()))]
+        for file in files:
+            if not file.is_file():
+                raise XinslmError(
+                    f"{file} is missing; {index.name} lists it. Copy the complete model folder"
+                )
+        return files
+    if (folder / WEIGHTS).is_file():
+        return [folder / WEIGHTS]
+    pickles = sorted(
+        p.name for suffix in ("bin", "pt", "pth", "ckpt", "pkl") for p in folder.glob(f"*.{suffix}")
+    )
+    if pickles:
+        raise XinslmError(
+            f"{folder} has its weights in {pickles[0]}, a pickle, which can run code when opened; "
+            "xinslm reads only safetensors. If you trust the file, load it with transformers and "
+            "convert it with save_pretrained"
+        )
+    raise XinslmError(f"{folder} has no {WEIGHTS}")
+
+
+def open_tensors(file: Path) -> safe_open:
+    """Open a safetensors file; XinslmError if it is damaged."""
+    try:
+        return safe_open(file, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise XinslmError(
+            f"{file} is not a complete safetensors file ({error}); copy or create it again"
+        ) from None
+
+
+def write_config(settings: dict[str, Any], folder: Path, dtype: torch.dtype) -> None:
+    """Write config.json, and the special tokens of generation into generation_config.json."""
+    kept = {key: value for key, value in settings.items() if key != "torch_dtype"}
+    write_json(folder / CONFIG, {**kept, "dtype": str(dtype).removeprefix("torch.")})
+    roles = ("bos_token_id", "eos_token_id", "pad_token_id")
+    tokens = {role: settings[role] for role in roles if settings.get(role) is not None}
+    write_json(folder / GENERATION, tokens)
+
+
+def weight_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Return name and shape of every weight of a model of this shape."""
+    with torch.device("meta"):
+        model = Transformer(config)
+    return {name: tuple(weight.shape) for name, weight in model.state_dict().items()}
+
+
+def rebuild_buffers(model: Transformer) -> None:
+    """Compute the rotary frequencies of a model that was created on the meta device."""
+    model.frequencies = rotary_frequencies(model.config)
