@@ -26,13 +26,14 @@ from machine import describe
 from sides import figures_of, in_turn, keep, median, ratios, xinslm
 
 from xinslm.data.dataset import open_dataset
-from xinslm.inference.batch import generate_batch
 from xinslm.losses.config import LossConfig
+from xinslm.model.decode import RowDecoder
 from xinslm.model.files import load_model
 from xinslm.rollouts import onpolicy
 from xinslm.rollouts.onpolicy_config import OnPolicyConfig
 from xinslm.rollouts.student_texts import find_prompts
 from xinslm.sampling import Sampling
+from xinslm.teachers.generate import Limits, generate_batch
 
 PROMPT = 128
 
@@ -84,8 +85,13 @@ def check_greedy(
     """Stop unless both sides' students write the same most likely texts."""
     model = load_model(args.work / "student")
     ends = frozenset({model.config.eos_token_id}) - {None}
+    limits = Limits(args.new_tokens, model.config.max_position_embeddings, ends, count)
     written = generate_batch(
-        model, list(prompts[:count]), Sampling(temperature=0), args.new_tokens, ends
+        lambda rows, length: RowDecoder(model, rows, length),
+        list(prompts[:count]),
+        range(count),
+        Sampling(temperature=0),
+        limits,
     )
     theirs = figures_of([*peer, "--greedy", str(count)], args.threads)["greedy"]
     for ours, other in zip(written.texts, theirs, strict=True):

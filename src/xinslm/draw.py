@@ -1,4 +1,8 @@
-"""Draw tokens for many rows of logits at once, one uniform number per row."""
+"""Draw tokens for many rows of logits at once, one uniform number per row.
+
+Filters look at the model's own distribution, then the temperature reshapes what they kept, as in
+llama.cpp and `inference.sampling`.
+"""
 
 import numpy as np
 import torch
@@ -8,29 +12,55 @@ from torch import Tensor
 from xinslm.sampling import Sampling
 from xinslm.topk import BLOCK, blocked_topk
 
+CHUNK = 1 << 19
+"""Logits that a CPU works on at once: they stay in its cache."""
 
-def choose(logits: Tensor, sampling: Sampling, uniforms: np.ndarray) -> Tensor:
-    """Draw one id per row, (rows,) int64, with one uniform number each.
 
-    logits: (rows, width), -inf where there is no token. Filters first, then the temperature.
+def choose(
+    logits: Tensor, sampling: Sampling, uniforms: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Draw one id per row with one uniform number each; return ids (rows,) int64 and their
+    log-probabilities under the model itself (rows,) float64.
+
+    logits: (rows, width), -inf where there is no token. A row that holds NaN or infinity has a
+    log-probability that is not finite.
     """
-    if sampling.temperature == 0:
-        return logits.argmax(dim=1)
+    rows = max(1, CHUNK // logits.shape[1]) if logits.device.type == "cpu" else len(logits)
+    parts = [
+        _choose(logits[at : at + rows], sampling, uniforms[at : at + rows])
+        for at in range(0, len(logits), rows)
+    ]
+    ids, log_probs = (torch.cat(part).cpu().numpy() for part in zip(*parts, strict=True))
+    return ids, log_probs.astype(np.float64)
+
+
+def _choose(logits: Tensor, sampling: Sampling, uniforms: np.ndarray) -> tuple[Tensor, Tensor]:
     wide = torch.float32 if logits.device.type == "mps" else torch.float64
     quantiles = torch.from_numpy(uniforms).to(logits.device, wide)[:, None]
-    if logits.dtype != torch.float64:
-        logits = logits.float()
-    if not sampling.top_k and sampling.top_p == 1 and not sampling.min_p:
-        return _draw_from_all(logits, sampling.temperature, quantiles)
-    ids, probabilities = kept_tokens(logits, sampling)
-    cumulative = probabilities.to(wide).cumsum(dim=1)
-    places = torch.searchsorted(cumulative, quantiles * cumulative[:, -1:], right=True)
-    last = (probabilities > 0).sum(dim=1, keepdim=True) - 1
-    return ids.gather(1, torch.minimum(places, last))[:, 0]
+    logits = logits.float()
+    logits = F.pad(logits, (0, -logits.shape[1] % BLOCK), value=-torch.inf)
+    largest = logits.amax(dim=1, keepdim=True)
+    weights, sums = _weights(logits - largest)
+    log_total = largest.to(wide) + sums[:, -1:].log()
+    if sampling.temperature == 0:
+        ids = logits.argmax(dim=1, keepdim=True)
+    elif not sampling.top_k and sampling.top_p == 1 and not sampling.min_p:
+        if sampling.temperature != 1:
+            weights, sums = _weights((logits - largest).div_(sampling.temperature))
+        ids = _invert(weights, sums, quantiles)
+    else:
+        kept, probabilities = kept_tokens(logits, sampling, log_total)
+        cumulative = probabilities.to(wide).cumsum(dim=1)
+        places = torch.searchsorted(cumulative, quantiles * cumulative[:, -1:], right=True)
+        last = (probabilities > 0).sum(dim=1, keepdim=True) - 1
+        ids = kept.gather(1, torch.minimum(places, last))
+    return ids[:, 0], (logits.gather(1, ids).to(wide) - log_total)[:, 0]
 
 
-def kept_tokens(logits: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
+def kept_tokens(logits: Tensor, sampling: Sampling, log_total: Tensor) -> tuple[Tensor, Tensor]:
     """Filter each row; return ids and probabilities, most likely first, 0 for removed tokens.
+
+    `log_total` is the logarithm of the normalizer over the full vocabulary, (rows, 1).
 
     Ties are ordered by id, so a seed gives the same text in bfloat16 on every device.
     """
@@ -39,10 +69,8 @@ def kept_tokens(logits: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
         values, order = logits.gather(1, ids).sort(dim=1, descending=True, stable=True)
         ids = ids.gather(1, order)
         wide = values if values.device.type == "mps" else values.double()
-        # Without top_k the filters need the normalizer over the full vocabulary.
-        total = wide.logsumexp(dim=1, keepdim=True)
-        if not sampling.top_k:
-            total = torch.logsumexp(logits, dim=1, keepdim=True).to(wide.dtype)
+        # with top_k, the other filters look at the distribution over what it kept
+        total = wide.logsumexp(dim=1, keepdim=True) if sampling.top_k else log_total
         p = (wide - total).exp()
         before = p.cumsum(dim=1) - p
         keeps = (before < sampling.top_p * (1 - 1e-12)) & (p >= sampling.min_p * p[:, :1])
@@ -54,12 +82,17 @@ def kept_tokens(logits: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
     return ids, torch.softmax(scaled, dim=1)
 
 
-def _draw_from_all(logits: Tensor, temperature: float, quantiles: Tensor) -> Tensor:
-    """Invert the cumulative distribution in two levels, blocks and tokens in a block."""
-    rows = len(logits)
-    weights = (logits - logits.amax(dim=1, keepdim=True)).div_(temperature).exp_()
-    weights = F.pad(weights, (0, -logits.shape[1] % BLOCK)).view(rows, -1, BLOCK)
-    cumulative = weights.sum(dim=2).to(quantiles.dtype).cumsum(dim=1)
+def _weights(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Exponentials in blocks (rows, blocks, `BLOCK`), and the blocks' cumulative sums (rows,
+    blocks).
+    """
+    weights = logits.exp_().view(len(logits), -1, BLOCK)
+    wide = torch.float32 if logits.device.type == "mps" else torch.float64
+    return weights, weights.sum(dim=2).to(wide).cumsum(dim=1)
+
+
+def _invert(weights: Tensor, cumulative: Tensor, quantiles: Tensor) -> Tensor:
+    """Invert the cumulative distribution in two levels, blocks and tokens in a block: (rows, 1)."""
     targets = quantiles * cumulative[:, -1:]
     block = torch.searchsorted(cumulative, targets, right=True).clamp(max=weights.shape[1] - 1)
     before = torch.where(block > 0, cumulative.gather(1, (block - 1).clamp_min(0)), 0.0)
@@ -71,4 +104,4 @@ def _draw_from_all(logits: Tensor, temperature: float, quantiles: Tensor) -> Ten
     place = (inside <= targets - before).sum(dim=1, keepdim=True)
     # rounding must not select a token of weight 0
     place = torch.minimum(place, (inside < inside[:, -1:]).sum(dim=1, keepdim=True))
-    return (block * BLOCK + place)[:, 0]
+    return block * BLOCK + place

@@ -1,7 +1,7 @@
 """How the next token is chosen: the settings that the student, teachers and endpoints share.
 
-The student's filters look at the model's own distribution and the temperature comes last, as in
-llama.cpp. Teachers apply the temperature first, as hosted models do.
+The filters look at the model's own distribution and the temperature comes last, as in llama.cpp.
+An endpoint applies them in its server's order; vLLM and transformers apply the temperature first.
 """
 
 from dataclasses import dataclass

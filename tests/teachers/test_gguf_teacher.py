@@ -3,7 +3,6 @@ quantization and llama.cpp.
 """
 
 import shutil
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -18,7 +17,7 @@ from xinslm.export.gguf import run as export
 from xinslm.model.files import load_model
 from xinslm.quantize.config import QuantizeConfig
 from xinslm.quantize.run import run as quantize
-from xinslm.sampling import UNFILTERED, Sampling
+from xinslm.sampling import Sampling
 from xinslm.teachers.open import TeacherOptions, open_teacher
 from xinslm.teachers.own import OwnTeacher
 from xinslm.tokenizer.gguf import read_tokenizer
@@ -157,28 +156,6 @@ def test_writing_is_the_models_greedy_choice_whatever_shares_the_batch(tmp_path)
     assert alone.text == found[1].text and alone.log_probs == pytest.approx(
         found[1].log_probs, abs=1e-4
     )
-
-
-def test_draws_follow_the_distribution_and_the_key():
-    from xinslm.teachers.generate import draw
-
-    logits = torch.tensor([2.0, 1.0, 0.0, -1.0, -20.0]).repeat(40_000, 1)
-    keys, numbers = np.arange(40_000), np.zeros(40_000, int)
-    tokens, values = draw(logits, keys, numbers, UNFILTERED, "t")
-    share = np.bincount(tokens, minlength=5) / 40_000
-    assert np.abs(share - logits[0].softmax(0).numpy()).max() < 0.01
-    np.testing.assert_allclose(values, logits[0].double().log_softmax(0).numpy()[tokens])
-    tokens, _ = draw(logits, keys, numbers, replace(UNFILTERED, temperature=2.0, top_p=0.7), "t")
-    softened = (logits[0] / 2).softmax(0).numpy()  # .47 .29 .17: the second reaches 0.7
-    share = np.bincount(tokens, minlength=5) / 40_000
-    assert (
-        np.abs(share[:2] - softened[:2] / softened[:2].sum()).max() < 0.01 and not share[2:].any()
-    )
-    again, _ = draw(logits, keys, numbers, replace(UNFILTERED, seed=4), "t")
-    assert (again != draw(logits, keys, numbers, UNFILTERED, "t")[0]).any()
-    assert set(draw(logits, keys, numbers, Sampling(temperature=0), "t")[0]) == {0}
-    with pytest.raises(XinslmError, match="not finite"):
-        draw(torch.tensor([[1.0, float("nan")]]), np.array([0]), np.array([0]), UNFILTERED, "t")
 
 
 def foreign(path, architecture, **keys):

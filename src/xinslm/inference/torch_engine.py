@@ -13,8 +13,9 @@ import torch
 
 from xinslm.errors import UsageError
 from xinslm.inference.engine import common_prefix
+from xinslm.model.decode import RowDecoder
 from xinslm.model.files import check_vocabulary, load_model
-from xinslm.model.transformer import KVCache, Transformer
+from xinslm.model.transformer import Transformer
 
 if TYPE_CHECKING:
     from xinslm.tokenizer.base import Tokenizer
@@ -49,7 +50,8 @@ class TorchEngine:
         self.device = torch.device(device)
         self.reused = 0
         self._ids: list[int] = []
-        self._cache = self._new_cache(min(FIRST_CACHE_TOKENS, self.context_length))
+        first = min(FIRST_CACHE_TOKENS, self.context_length)
+        self._decoder = RowDecoder(self.model, 1, first, tokenizer.vocab_size)
 
     @classmethod
     def load(
@@ -81,7 +83,7 @@ class TorchEngine:
         self._require_room(len(ids))
         # the last token is computed again for its logits
         self.reused = min(common_prefix(self._ids, ids), len(ids) - 1)
-        self._ids, self._cache.length = self._ids[: self.reused], self.reused
+        self._ids = self._ids[: self.reused]
         return self._run(list(ids[self.reused :]))
 
     def step(self, token: int) -> np.ndarray:
@@ -91,13 +93,12 @@ class TorchEngine:
 
     def reset(self) -> None:
         """Forget the sequence."""
-        self._ids, self._cache.length, self.reused = [], 0, 0
+        self._ids, self.reused = [], 0
 
-    @torch.inference_mode()
     def _run(self, ids: list[int]) -> np.ndarray:
         self._reserve(self.position + len(ids))
-        hidden = self.model.hidden(torch.tensor([ids], device=self.device), cache=self._cache)
-        logits = self.model.logits(hidden[0, -1])[: self.tokenizer.vocab_size]
+        self._decoder.lengths[0] = self.position
+        logits = self._decoder.extend(np.array(ids))
         self._ids += ids
         result: np.ndarray = logits.float().cpu().numpy()
         return result
@@ -112,13 +113,6 @@ class TorchEngine:
 
     def _reserve(self, length: int) -> None:
         """Grow the cache by doubling, so that memory follows the length in use."""
-        old, size = self._cache, self._cache.keys.shape[3]
-        if length <= size:
-            return
-        self._cache = self._new_cache(min(max(2 * size, length), self.context_length))
-        self._cache.length = old.length
-        self._cache.keys[:, :, :, : old.length] = old.keys[:, :, :, : old.length]
-        self._cache.values[:, :, :, : old.length] = old.values[:, :, :, : old.length]
-
-    def _new_cache(self, length: int) -> KVCache:
-        return KVCache(self.model.config, 1, length, self.model.head_weight.dtype, self.device)
+        size = self._decoder.keys.shape[2]
+        if length > size:
+            self._decoder.reserve(min(max(2 * size, length), self.context_length))

@@ -33,12 +33,13 @@ from xinslm.device import pick_device
 from xinslm.errors import UsageError
 from xinslm.files import MANIFEST, manifest_fingerprint, read_json, write_json
 from xinslm.folders import locked, remove_partials
-from xinslm.inference.batch import BatchOptions, generate_batch
+from xinslm.model.decode import RowDecoder, token_bytes
 from xinslm.model.files import load_model, open_model, read_tensors, require_context
 from xinslm.progress import Listener, Progress, ignore
 from xinslm.rollouts.onpolicy_config import OnPolicyConfig
 from xinslm.rollouts.student_texts import Prompts, find_prompts, write_texts
 from xinslm.teachers.endpoint import is_endpoint
+from xinslm.teachers.generate import Limits, generate_batch
 from xinslm.teachers.open import teacher_fingerprint
 from xinslm.tokenizer.chat import end_ids
 from xinslm.tokenizer.load import load_tokenizer
@@ -221,18 +222,22 @@ def _write(inputs: _Inputs, number: int, folder: Path, on_progress: Listener) ->
             Progress(f"round {number + 1}: write", done, len(chosen), "texts", {"tokens": tokens})
         )
 
-    written = generate_batch(
-        model,
-        chosen,
-        config.sampling(),
+    limits = Limits(
         config.max_new_tokens,
+        model.config.max_position_embeddings,
         end_ids(inputs.tokenizer),
-        BatchOptions(
-            vocab_size=vocab_size,
-            rows=config.generation_batch_size,
-            top=min(config.support_top_k, vocab_size - TEACHERS - 2),
-            first_index=number * config.completions,
-        ),
+        config.generation_batch_size,
+        token_bytes(model),
+        top=min(config.support_top_k, vocab_size - TEACHERS - 2),
+        name=f"student {student}",
+    )
+    first = number * config.completions
+    written = generate_batch(
+        lambda rows, length: RowDecoder(model, rows, length, vocab_size),
+        chosen,
+        range(first, first + len(chosen)),
+        config.sampling(),
+        limits,
         tell,
     )
     made_from = {

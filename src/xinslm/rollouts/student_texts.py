@@ -17,7 +17,7 @@ from xinslm.data.writer import SplitWriter
 from xinslm.errors import UsageError
 from xinslm.files import write_manifest
 from xinslm.folders import new_folder
-from xinslm.inference.batch import Completions
+from xinslm.teachers.generate import Completions
 
 
 @dataclass(frozen=True)

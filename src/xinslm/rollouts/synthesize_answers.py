@@ -13,6 +13,10 @@ from xinslm.sampling import Sampling
 from xinslm.teachers.base import Generation, Prompt
 from xinslm.teachers.client import in_flight
 from xinslm.teachers.endpoint import EndpointTeacher
+from xinslm.teachers.generate import MOST_ROWS, Tell
+
+GROUP = 2
+"""Answers that are written and kept together, as a multiple of the texts written at once."""
 
 Place = tuple[int, int]
 """Indices of a prompt and of an answer to it."""
@@ -34,12 +38,17 @@ def answer_prompts(
     with Journal(path) as journal:
         for entry in journal:
             done[entry["prompt"], entry["sample"]] = _from_entry(entry)
-        work = _remote if isinstance(teacher, EndpointTeacher) else _local
-        on_progress(Progress("synthesize", len(done), len(places), "answers"))
-        for batch in work(config, teacher, prompts, places, set(done), sampling):
+
+        def tell(texts: int = 0, tokens: int = 0) -> None:
+            on_progress(Progress("synthesize", len(done) + texts, len(places), "answers"))
+
+        tell()
+        rest = config, teacher, prompts, places, set(done), sampling
+        remote = isinstance(teacher, EndpointTeacher)
+        for batch in _remote(*rest) if remote else _local(*rest, tell):
             journal.append(*(_to_entry(place, written) for place, written in batch.items()))
             done.update(batch)
-            on_progress(Progress("synthesize", len(done), len(places), "answers"))
+            tell()
     answers = [(prompts[place[0]], done[place]) for place in places]
     written = [
         Answer(prompt, answer)
@@ -63,16 +72,28 @@ def _local(
     places: list[Place],
     done: set[Place],
     sampling: Sampling,
+    tell: Tell,
 ) -> Iterator[dict[Place, Generation | None]]:
-    """Generate with a local teacher, batch by batch; batches do not depend on what is done."""
+    """Generate with a local teacher, group by group; groups do not depend on what is done.
+
+    In a group, a text that waits takes the row of one that ended.
+    """
     order = sorted(places, key=lambda place: (_size(prompts[place[0]]), place))
-    for first in range(0, len(order), config.batch_size):
-        batch = order[first : first + config.batch_size]
-        if not done.issuperset(batch):
-            keys = [prompt * config.samples + sample for prompt, sample in batch]
-            chosen = [prompts[prompt] for prompt, _ in batch]
-            written = teacher.generate(chosen, keys, sampling, config.max_new_tokens)
-            yield dict(zip(batch, written, strict=True))
+    size = GROUP * (config.batch_size or MOST_ROWS)
+    for first in range(0, len(order), size):
+        group = order[first : first + size]
+        if done.issuperset(group):
+            continue
+        keys = [prompt * config.samples + sample for prompt, sample in group]
+        written = teacher.generate(
+            [prompts[prompt] for prompt, _ in group],
+            keys,
+            sampling,
+            config.max_new_tokens,
+            config.batch_size,
+            tell,
+        )
+        yield dict(zip(group, written, strict=True))
 
 
 def _remote(

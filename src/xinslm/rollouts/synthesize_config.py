@@ -53,8 +53,10 @@ class SynthesizeConfig(Settings):
     """Most tokens of an answer; one that is cut off there, or at the teacher's context, is kept
     without an end token.
     """
-    batch_size: int = 16
-    """Answers that a local teacher writes at once."""
+    batch_size: int | None = None
+    """Answers that a local teacher writes at once; by default up to 128, as many as 2 GiB of keys
+    and values allow. A stopped run repeats at most twice as many.
+    """
     tokenizer_path: str | None = None
     """Tokenizer of the dataset; by default the teacher's. A nested one can be cached from a teacher
     here.

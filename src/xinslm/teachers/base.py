@@ -12,8 +12,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from xinslm.sampling import Sampling
-
 
 class DenseTeacher(Protocol):
     """Gives its full next-token distribution at any position of a given text."""
@@ -71,23 +69,3 @@ class Generation:
     """Most likely tokens at each position, most likely first; [] if unknown."""
     finished: bool
     """Whether the teacher ended the answer, instead of the length limit."""
-
-
-class GeneratingTeacher(Protocol):
-    """Generates answers."""
-
-    name: str
-
-    def generate(
-        self,
-        prompts: Sequence[Prompt],
-        keys: Sequence[int],
-        sampling: Sampling,
-        max_new_tokens: int = 256,
-    ) -> list[Generation]:
-        """Answer each prompt; different `keys` give the same prompt different answers.
-
-        The temperature is applied before the filters. The answers depend on prompts, keys and
-        settings alone. UsageError for a prompt that does not fit the context.
-        """
-        ...

@@ -1,12 +1,16 @@
-"""Generation with a local teacher: batches with a key-value cache, without padding.
+"""Batched generation: one loop for students and local teachers, with a key-value cache.
 
-Prompts of different lengths share a batch from the length of the shortest: each further step feeds
-a row the next token of its own prompt, or the token that was drawn. No row has pads, so any causal
-model with a cache works. Random numbers are counter-based: seed, key and token index.
+A `Decoder` keeps the cache. `RowDecoder` (our transformer) gives a row that ended to a waiting
+prompt; `HuggingFaceDecoder` reads prompts without pads and drops rows that ended. Filters look at
+the model's own distribution and the temperature comes last, as in `inference.generate`. Token t of
+a text is drawn with a number that follows from seed, key and t, so a text does not depend on its
+batch. Rows that ended are dropped, or replaced, once they are an eighth of the batch.
+
+    texts = generate_batch(open_decoder, prompts, keys, Sampling(seed=1), limits).texts
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
@@ -18,102 +22,227 @@ from xinslm.errors import UsageError, XinslmError
 from xinslm.sampling import Sampling
 from xinslm.teachers.base import Generation, Prompt
 from xinslm.tokenizer.base import StreamDecoder
-from xinslm.tokenizer.chat import end_ids
 from xinslm.tokenizer.start import text_ids
+from xinslm.topk import blocked_topk
 
-Step = Callable[[np.ndarray], Tensor]
-"""Takes one token per row, (B,) int64; returns the next logits, (B, V) float32."""
+MOST_ROWS = 128
+"""Number of parallel texts beyond which throughput does not grow."""
+CACHE_BYTES = 2 << 30
+"""Most bytes of keys and values, if the number of rows is not given."""
+SPARE = 8
+"""Rows that ended wait until they are one in this many."""
 
 
-class Writer(Protocol):
-    """A causal model that keeps a key-value cache."""
+class Decoder(Protocol):
+    """A causal model with a key-value cache of rows."""
 
-    name: str
-    tokenizer: Any
-    max_length: int
+    refills: bool
+    """Whether a row can be read again while others are written."""
+    token_forwards: int
+    """Tokens that went through the model, with pads and rows that had ended."""
 
-    def begin(self, ids: np.ndarray, room: int) -> tuple[Tensor, Step]:
-        """Read ids (B, T) that up to `room` tokens follow; the next logits (B, V), and the step."""
+    def read(self, rows: Sequence[int], prompts: Sequence[np.ndarray]) -> tuple[Tensor, np.ndarray]:
+        """Read the beginning of each prompt into a row; return the next logits (n, V) and how many
+        tokens of each prompt were read.
+        """
+        ...
+
+    def step(self, tokens: Tensor) -> Tensor:
+        """Append a token to each row, (B,); return the next logits (B, V)."""
+        ...
+
+    def keep(self, rows: np.ndarray) -> None:
+        """Keep only these rows, in this order."""
         ...
 
 
-def prompt_ids(tokenizer: Any, prompt: Prompt) -> list[int]:
-    """Ids of a text after its start token, or of a chat up to the start of the answer."""
-    if not isinstance(prompt, str):
-        messages = [dict(message) for message in prompt]
-        ids: list[int] = tokenizer.apply_chat_template(messages, add_generation_prompt=True)[0]
-        return ids
-    ids = text_ids(tokenizer, prompt)
-    if not ids:
-        raise UsageError(
-            "a prompt is empty, and the tokenizer has no BOS or EOS token to start from"
-        )
-    return ids
+OpenDecoder = Callable[[int, int], Decoder]
+"""Takes the number of rows and the most tokens of a row."""
 
 
-def write(
-    teacher: Writer,
-    prompts: Sequence[Prompt],
+@dataclass(frozen=True)
+class Limits:
+    """Where texts end, and what is kept of them."""
+
+    max_new_tokens: int
+    context: int
+    """Most tokens that the model reads; the last token of a text is written, but not read."""
+    end_ids: frozenset[int]
+    rows: int | None = None
+    """Texts written in parallel; by default `MOST_ROWS`, or as many as `CACHE_BYTES` allow."""
+    bytes_per_token: int = 1
+    """Bytes of keys and values of a token."""
+    top: int = 0
+    """Number of most likely ids to keep for each token."""
+    name: str = "the model"
+    """How errors call the model."""
+
+
+@dataclass(frozen=True)
+class Completion:
+    """Continuation of one prompt."""
+
+    tokens: np.ndarray
+    """Ids, int64, (n,); includes the end token, if there is one."""
+    log_probs: np.ndarray
+    """The model's own log-probability of each token, before filters and temperature, (n,)."""
+    ended: bool
+    """Whether an end token came; otherwise the length limit or the context was reached."""
+    top: np.ndarray
+    """The model's most likely ids at each position, most likely first, int64, (n, k)."""
+
+
+@dataclass(frozen=True)
+class Completions:
+    """Completions in the order of their prompts, and their cost."""
+
+    texts: list[Completion]
+    token_forwards: int
+
+
+Tell = Callable[[int, int], None]
+"""Receives the numbers of finished texts and of their tokens."""
+
+
+@torch.inference_mode()
+def generate_batch(
+    open_decoder: OpenDecoder,
+    prompts: Sequence[np.ndarray],
     keys: Sequence[int],
     sampling: Sampling,
-    max_new_tokens: int,
-) -> list[Generation]:
-    """Answer prompts in one batch; an answer ends with an end token, at the limit, or when the
-    context is full.
+    limits: Limits,
+    tell: Tell = lambda texts, tokens: None,
+) -> Completions:
+    """Continue each prompt (ids, at least one) until an end token, a length limit or the context.
+
+    Different `keys` give the same prompt different texts. Raises UsageError for a prompt that does
+    not fit the context, XinslmError if the model's logits are not finite.
     """
     sampling.check()
-    tokenizer, max_length, name = teacher.tokenizer, teacher.max_length, teacher.name
-    rows = [prompt_ids(tokenizer, prompt) for prompt in prompts]
-    lengths = np.array([len(row) for row in rows])
-    if lengths.max() >= max_length:
+    sampling.required_seed()
+    lengths = np.array([len(prompt) for prompt in prompts], dtype=np.int64)
+    if len(lengths) and (lengths.min() < 1 or lengths.max() > limits.context):
+        wrong = lengths[(lengths < 1) | (lengths > limits.context)][0]
         raise UsageError(
-            f"a prompt has {lengths.max():,} tokens, the context of teacher {name} is "
-            f"{max_length:,} with the answer; "
-            f"shorten it"
+            f"a prompt has {wrong:,} tokens, the context of {limits.name} is {limits.context:,}. "
+            "Shorten it"
         )
-    ends = np.array(sorted(end_ids(tokenizer)), np.int64)
-    limits = np.minimum(lengths + max_new_tokens, max_length)
-    shortest, total = int(lengths.min()), int(limits.max())
-    ids = np.zeros((len(rows), total), np.int64)
-    log_probs = np.zeros((len(rows), total))
-    for row, tokens in enumerate(rows):
-        ids[row, : len(tokens)] = tokens
-    until, finished = limits.copy(), np.zeros(len(rows), bool)
-    logits, step = teacher.begin(ids[:, :shortest], total - shortest)
-    for at in range(shortest, total):
-        writing = (lengths <= at) & (at < until)
-        if writing.any():
-            drawn, likelihood = draw(logits, np.asarray(keys), at - lengths, sampling, name)
-            ids[writing, at], log_probs[writing, at] = drawn[writing], likelihood[writing]
-            ended = writing & np.isin(drawn, ends)
-            until[ended], finished[ended] = at, True
-        if not (at + 1 < until).any():
-            break
-        logits = step(ids[:, at])
-    return [
-        _generation(
-            tokenizer, prompt, ids[row, first:last], log_probs[row, first:last], bool(finished[row])
-        )
-        for row, (prompt, first, last) in enumerate(zip(prompts, lengths, until, strict=True))
-    ]
+    if not len(prompts):
+        return Completions([], 0)
+    most = np.minimum(limits.max_new_tokens, limits.context - lengths + 1)
+    texts = [_Text(*entry) for entry in zip(prompts, keys, most.tolist(), strict=True)]
+    # the longest first: the cache is allocated once, and neighbours need few pads
+    waiting = [texts[number] for number in np.argsort(-lengths, kind="stable")]
+    longest = int((lengths + most - 1).max())
+    rows = min(limits.rows or rows_that_fit(limits.bytes_per_token, longest), len(prompts))
+    decoder = open_decoder(rows, longest)
+    writer = _Writer(decoder, sampling, limits, tell)
+    while waiting:
+        writer.write(waiting[:rows], waiting[rows:] if decoder.refills else [])
+        waiting = [] if decoder.refills else waiting[rows:]
+    return Completions([text.completion() for text in texts], decoder.token_forwards)
 
 
-def draw(
-    logits: Tensor, keys: np.ndarray, numbers: np.ndarray, sampling: Sampling, name: str
-) -> tuple[np.ndarray, np.ndarray]:
-    """Draw one token per row from logits (B, V); return ids (B,) and the model's own
-    log-probabilities (B,).
+def rows_that_fit(bytes_per_token: int, tokens: int) -> int:
+    """Number of texts of `tokens` tokens whose keys and values fit into `CACHE_BYTES`; 1 to
+    `MOST_ROWS`.
     """
-    if not bool(torch.isfinite(logits).all()):
-        raise XinslmError(
-            f"teacher {name} gives numbers that are not finite while it writes. Try --dtype float32"
+    return max(1, min(MOST_ROWS, CACHE_BYTES // (bytes_per_token * tokens)))
+
+
+class _Text:
+    """A prompt and what is written after it."""
+
+    def __init__(self, prompt: np.ndarray, key: int, most: int) -> None:
+        self.prompt, self.key, self.most = np.asarray(prompt, np.int64), key, most
+        self.given: list[int] = []
+        """Tokens of the prompt that the decoder has not read, the next one last."""
+        self.tokens: list[int] = []
+        self.log_probs: list[float] = []
+        self.top: list[np.ndarray] = []
+        self.ended = False
+
+    @property
+    def done(self) -> bool:
+        return self.ended or len(self.tokens) == self.most
+
+    def completion(self) -> Completion:
+        top = np.stack(self.top) if self.top else np.zeros((len(self.tokens), 0), np.int64)
+        tokens, log_probs = np.array(self.tokens, np.int64), np.array(self.log_probs)
+        return Completion(tokens, log_probs, self.ended, top)
+
+
+class _Writer:
+    """Writes texts with a decoder."""
+
+    def __init__(self, decoder: Decoder, sampling: Sampling, limits: Limits, tell: Tell) -> None:
+        self.decoder, self.sampling, self.limits, self.tell = decoder, sampling, limits, tell
+        self.finished = self.num_tokens = 0
+
+    def write(self, rows: list[_Text], waiting: list[_Text]) -> None:
+        """Write the texts in `rows`, and those that wait in the rows of finished ones."""
+        tokens = self._read(range(len(rows)), rows)
+        while True:
+            gone = [row for row, text in enumerate(rows) if text.done]
+            if len(gone) == len(rows) and not waiting:
+                return
+            if gone and len(gone) * SPARE >= len(rows):
+                new, waiting = waiting[: len(gone)], waiting[len(gone) :]
+                places = gone[: len(new)]
+                for row, text in zip(places, new, strict=True):
+                    rows[row] = text
+                if new:
+                    tokens[places] = self._read(places, new)
+                else:
+                    order = _without(np.isin(np.arange(len(rows)), gone))
+                    self.decoder.keep(order)
+                    rows, tokens = [rows[row] for row in order], tokens[order]
+                continue
+            tokens = self._append(self.decoder.step(torch.from_numpy(tokens)), rows)
+
+    def _read(self, rows: Sequence[int], texts: list[_Text]) -> np.ndarray:
+        logits, num_read = self.decoder.read(rows, [text.prompt for text in texts])
+        for text, count in zip(texts, num_read, strict=True):
+            text.given = text.prompt[count:][::-1].tolist()
+        return self._append(logits, texts)
+
+    def _append(self, logits: Tensor, texts: list[_Text]) -> np.ndarray:
+        """Draw a token for each text that is past its prompt; return each row's next token."""
+        keys = np.array([text.key for text in texts])
+        numbers = np.array([len(text.tokens) for text in texts])
+        drawn, log_probs = choose(
+            logits, self.sampling, uniforms(keys, numbers, self.sampling.required_seed())
         )
-    log_p = torch.log_softmax(logits.double().cpu(), dim=1)
-    scaled, settings = log_p, sampling
-    if sampling.temperature > 0:  # before the filters, as hosted models do
-        scaled, settings = log_p / sampling.temperature, replace(sampling, temperature=1.0)
-    tokens = choose(scaled, settings, uniforms(keys, numbers, sampling.required_seed()))
-    return tokens.numpy(), log_p.gather(1, tokens[:, None])[:, 0].numpy()
+        if not np.isfinite(log_probs).all():
+            raise XinslmError(
+                f"{self.limits.name} gives numbers that are not finite while it writes: try "
+                "float32, or look at its weights"
+            )
+        top = blocked_topk(logits, self.limits.top)[1].cpu().numpy() if self.limits.top else None
+        for row, text in enumerate(texts):
+            if text.given:
+                drawn[row] = text.given.pop()
+            elif not text.done:
+                text.tokens.append(int(drawn[row]))
+                text.log_probs.append(float(log_probs[row]))
+                text.ended = text.tokens[-1] in self.limits.end_ids
+                if top is not None:
+                    text.top.append(top[row])
+                if text.done:
+                    self.finished, self.num_tokens = (
+                        self.finished + 1,
+                        self.num_tokens + len(text.tokens),
+                    )
+                    self.tell(self.finished, self.num_tokens)
+        return drawn
+
+
+def _without(gone: np.ndarray) -> np.ndarray:
+    """Rows that stay, as they move: the last ones go to the places of those that are `gone`."""
+    left = int((~gone).sum())
+    order = np.arange(left)
+    order[gone[:left]] = left + np.flatnonzero(~gone[left:])
+    return order
 
 
 def uniforms(keys: np.ndarray, numbers: np.ndarray, seed: int) -> np.ndarray:
@@ -131,11 +260,24 @@ def uniforms(keys: np.ndarray, numbers: np.ndarray, seed: int) -> np.ndarray:
     return (x >> np.uint64(11)).astype(np.float64) / 2.0**53
 
 
-def _generation(
-    tokenizer: Any, prompt: Prompt, ids: np.ndarray, log_probs: np.ndarray, finished: bool
-) -> Generation:
+def prompt_ids(tokenizer: Any, prompt: Prompt) -> list[int]:
+    """Ids of a text after the document start, or of a chat up to the start of the answer."""
+    if not isinstance(prompt, str):
+        messages = [dict(message) for message in prompt]
+        ids: list[int] = tokenizer.apply_chat_template(messages, add_generation_prompt=True)[0]
+        return ids
+    ids = text_ids(tokenizer, prompt)
+    if not ids:
+        raise UsageError(
+            "a prompt is empty, and the tokenizer has no BOS or EOS token to start from"
+        )
+    return ids
+
+
+def to_generation(tokenizer: Any, prompt: Prompt, text: Completion) -> Generation:
+    """Decode a completion; the end token is left out."""
+    count = len(text.tokens) - text.ended
+    ids, log_probs = text.tokens[:count].tolist(), text.log_probs[:count].tolist()
     decoder = StreamDecoder(tokenizer, at_start=not isinstance(prompt, str) or not prompt)
-    text = decoder.add(*ids.tolist()) + decoder.finish()
-    return Generation(
-        text, [tokenizer.token_bytes(t) for t in ids.tolist()], log_probs.tolist(), [], finished
-    )
+    words = decoder.add(*ids) + decoder.finish()
+    return Generation(words, [tokenizer.token_bytes(t) for t in ids], log_probs, [], text.ended)

@@ -6,7 +6,6 @@ recognised by comparing both ways on a short input when the teacher is loaded; f
 comes from whole forward passes.
 """
 
-from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +13,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from xinslm.errors import UsageError, XinslmError
+from xinslm.errors import XinslmError
 from xinslm.files import sha256_json
 from xinslm.model.source import ModelSource
 from xinslm.teachers.adapter import adapter_hash, apply_adapter, check_adapter, require_peft
-from xinslm.teachers.generate import Step
+from xinslm.teachers.huggingface_decoder import HuggingFaceDecoder
 from xinslm.teachers.local import LocalTeacher, load_pretrained
 from xinslm.tokenizer.load import load_tokenizer
 
@@ -67,6 +66,9 @@ class HuggingFaceTeacher(LocalTeacher):
         text = self.model.config.get_text_config()
         self.num_layers = text.num_hidden_layers
         self.hidden_size: int = text.hidden_size
+        self.cache_bytes_per_token = (
+            2 * self.num_layers * _key_width(text) * self.model.dtype.itemsize
+        )
 
     @property
     def fingerprint(self) -> str:
@@ -123,31 +125,16 @@ class HuggingFaceTeacher(LocalTeacher):
         out = self.model.get_output_embeddings()(states) if self._split else states
         return out[:, : self.vocab_size].float()
 
-    @torch.inference_mode()
-    def begin(self, ids: np.ndarray, room: int) -> tuple[Tensor, Step]:
-        """Read (B, T) ids; return the next logits and the step for one more token per row."""
-        # Rows whose logits are not read are never made: the head sees the last position alone.
-        last = (
-            {"logits_to_keep": 1}
-            if "logits_to_keep" in signature(self.model.forward).parameters
-            else {}
-        )
-        cache: Any = None
+    def open_decoder(self, rows: int, length: int) -> HuggingFaceDecoder:
+        """A cache for texts; it grows with them."""
+        return HuggingFaceDecoder(self.model, self.vocab_size, self.name)
 
-        @torch.inference_mode()
-        def step(tokens: np.ndarray) -> Tensor:
-            nonlocal cache
-            inputs = torch.from_numpy(tokens).to(self.device)
-            out = self.model(input_ids=inputs, past_key_values=cache, use_cache=True, **last)
-            cache = out.past_key_values
-            if cache is None:
-                raise UsageError(
-                    f"teacher {self.name} keeps no key-value cache, so it cannot write text here"
-                )
-            logits: Tensor = out.logits[:, -1, : self.vocab_size].float()
-            return logits
 
-        return step(ids), lambda tokens: step(tokens[:, None])
+def _key_width(text: Any) -> int:
+    """Keys of a token in one layer; an estimate for models of unusual shape."""
+    heads = getattr(text, "num_attention_heads", 1)
+    shared = getattr(text, "num_key_value_heads", None) or heads
+    return int(shared * (getattr(text, "head_dim", None) or text.hidden_size // heads))
 
 
 def _configured_rows(settings: dict[str, Any]) -> int | None:

@@ -12,7 +12,15 @@ from xinslm.errors import UsageError, XinslmError
 from xinslm.model.source import ModelSource
 from xinslm.sampling import Sampling
 from xinslm.teachers.base import Generation, Prompt
-from xinslm.teachers.generate import Step, write
+from xinslm.teachers.generate import (
+    Decoder,
+    Limits,
+    Tell,
+    generate_batch,
+    prompt_ids,
+    to_generation,
+)
+from xinslm.tokenizer.chat import end_ids
 
 
 def batches_by_length(lengths: np.ndarray, batch_tokens: int) -> Iterator[np.ndarray]:
@@ -87,8 +95,8 @@ def load_pretrained(cls: Any, source: ModelSource, dtype: str, who: str, **optio
 
 
 class LocalTeacher:
-    """Base of teachers in memory; a subclass sets the fields and has `states`, `logits` and
-    `begin`.
+    """Base of teachers in memory; a subclass sets the fields and has `states`, `logits`,
+    `open_decoder` and `cache_bytes_per_token`.
     """
 
     name: str
@@ -98,7 +106,8 @@ class LocalTeacher:
     model: Any
     num_layers: int
     states: Callable[[list[np.ndarray]], Tensor]
-    begin: Callable[[np.ndarray, int], tuple[Tensor, Step]]
+    open_decoder: Callable[[int, int], Decoder]
+    cache_bytes_per_token: int
 
     def padded(self, sequences: list[np.ndarray]) -> tuple[Tensor, Tensor]:
         """Right-pad sequences of ids into one batch: ids (B, T) int64 and which of them are real,
@@ -135,6 +144,25 @@ class LocalTeacher:
         keys: Sequence[int],
         sampling: Sampling,
         max_new_tokens: int = 256,
+        rows: int | None = None,
+        tell: Tell = lambda texts, tokens: None,
     ) -> list[Generation]:
-        """Answer a batch of prompts; see `GeneratingTeacher`."""
-        return write(self, prompts, keys, sampling, max_new_tokens)
+        """Answer prompts, `rows` at a time; different `keys` give a prompt different answers.
+
+        The answers depend on prompts, keys and settings alone, up to rounding. UsageError for a
+        prompt that does not fit the context.
+        """
+        limits = Limits(
+            max_new_tokens,
+            self.max_length,
+            end_ids(self.tokenizer),
+            rows,
+            self.cache_bytes_per_token,
+            name=f"teacher {self.name}",
+        )
+        ids = [np.array(prompt_ids(self.tokenizer, prompt)) for prompt in prompts]
+        written = generate_batch(self.open_decoder, ids, keys, sampling, limits, tell)
+        return [
+            to_generation(self.tokenizer, prompt, text)
+            for prompt, text in zip(prompts, written.texts, strict=True)
+        ]

@@ -7,18 +7,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from xinslm.model.decode import RowDecoder, token_bytes
 from xinslm.model.files import check_vocabulary
 from xinslm.model.source import ModelSource
-from xinslm.model.transformer import KVCache
-from xinslm.teachers.generate import Step
 from xinslm.teachers.local import LocalTeacher
 from xinslm.tokenizer.load import load_tokenizer
 
 
 class OwnTeacher(LocalTeacher):
-    """Gives distributions, hidden states and text; a `DenseTeacher`, `HiddenTeacher` and
-    `GeneratingTeacher`.
-    """
+    """Gives distributions, hidden states and text; a `DenseTeacher` and `HiddenTeacher`."""
 
     def __init__(
         self,
@@ -37,6 +34,7 @@ class OwnTeacher(LocalTeacher):
         self.max_length = model.config.max_position_embeddings
         self.device = torch.device(device)
         self.model = model.to(self.device).eval().requires_grad_(False)
+        self.cache_bytes_per_token = token_bytes(self.model)
 
     @property
     def fingerprint(self) -> str:
@@ -55,20 +53,6 @@ class OwnTeacher(LocalTeacher):
         """(rows, hidden) -> (rows, vocab_size) float32."""
         return self.model.logits(states)[:, : self.vocab_size].float()
 
-    @torch.inference_mode()
-    def begin(self, ids: np.ndarray, room: int) -> tuple[Tensor, Step]:
-        """Read (B, T) ids; return the next logits and the step for one more token per row."""
-        cache = KVCache(
-            self.model.config,
-            len(ids),
-            ids.shape[1] + room,
-            self.model.head_weight.dtype,
-            self.device,
-        )
-
-        @torch.inference_mode()
-        def step(tokens: np.ndarray) -> Tensor:
-            hidden = self.model.hidden(torch.from_numpy(tokens).to(self.device), cache=cache)
-            return self.logits(hidden[:, -1])
-
-        return step(ids), lambda tokens: step(tokens[:, None])
+    def open_decoder(self, rows: int, length: int) -> RowDecoder:
+        """A cache for `rows` texts of `length` tokens."""
+        return RowDecoder(self.model, rows, length, self.vocab_size)

@@ -7,18 +7,22 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import transformers
 
 from small_models import make_config, save_random_model
 from xinslm.draw import choose, kept_tokens
 from xinslm.errors import UsageError, XinslmError
-from xinslm.inference import batch
-from xinslm.inference.batch import BatchOptions, generate_batch
 from xinslm.inference.sampling import Sampler
 from xinslm.inference.torch_engine import TorchEngine
 from xinslm.model.config import ModelConfig
+from xinslm.model.decode import RowDecoder, token_bytes
 from xinslm.model.files import load_model
+from xinslm.model.packed import product
 from xinslm.model.transformer import Transformer
-from xinslm.sampling import Sampling
+from xinslm.sampling import UNFILTERED, Sampling
+from xinslm.teachers import generate
+from xinslm.teachers.generate import Completions, Limits, generate_batch, uniforms
+from xinslm.teachers.huggingface_decoder import HuggingFaceDecoder
 from xinslm.topk import blocked_topk
 
 GREEDY = Sampling(temperature=0)
@@ -43,6 +47,27 @@ def make_prompts(count: int, low: int = 3, high: int = 20, seed: int = 0) -> lis
     return [rng.integers(5, 320, rng.integers(low, high)) for _ in range(count)]
 
 
+def write(
+    model: Transformer,
+    prompts: list[np.ndarray],
+    sampling: Sampling,
+    limits: Limits,
+    first: int = 0,
+    vocab_size: int | None = None,
+) -> Completions:
+    return generate_batch(
+        lambda rows, length: RowDecoder(model, rows, length, vocab_size),
+        prompts,
+        range(first, first + len(prompts)),
+        sampling,
+        limits,
+    )
+
+
+def limits(new: int, ends: frozenset[int] = NONE, rows: int = 128, **more: int) -> Limits:
+    return Limits(new, more.pop("context", 128), ends, rows, **more)
+
+
 def one_by_one(
     engine: TorchEngine, prompt: np.ndarray, limit: int, ends: frozenset[int]
 ) -> list[int]:
@@ -65,7 +90,7 @@ def test_greedy_text_is_the_engines(tmp_path: Path, window: int | None) -> None:
     prompts = make_prompts(23)
     free = [one_by_one(engine, prompt, 12, NONE) for prompt in prompts]
     ends = frozenset({free[0][2], free[5][7], free[9][4]})
-    result = generate_batch(load_model(tmp_path), prompts, GREEDY, 30, ends, BatchOptions(rows=8))
+    result = write(load_model(tmp_path), prompts, GREEDY, limits(30, ends, 8, context=40))
     expected = [one_by_one(engine, prompt, 30, ends) for prompt in prompts]
     assert [c.tokens.tolist() for c in result.texts] == expected
     assert [c.ended for c in result.texts] == [text[-1] in ends for text in expected]
@@ -82,7 +107,7 @@ def test_real_model_tells_the_engines_story(shared_data: Path) -> None:
         np.array([1, *engine.tokenizer.encode(text)])
         for text in ("Once upon a time", "Lily", "The big dog ran")
     ]
-    result = generate_batch(load_model(folder), prompts, GREEDY, 60, frozenset({1, 2}))
+    result = write(load_model(folder), prompts, GREEDY, limits(60, frozenset({1, 2})))
     assert [c.tokens.tolist() for c in result.texts] == [
         one_by_one(engine, p, 60, frozenset({1, 2})) for p in prompts
     ]
@@ -91,40 +116,36 @@ def test_real_model_tells_the_engines_story(shared_data: Path) -> None:
 def test_a_text_depends_on_its_number_and_the_seed_alone(model: Transformer) -> None:
     prompts = make_prompts(12)
     ends = frozenset(range(60, 75))  # rows end all the time, so that places are shuffled
-    whole = generate_batch(model, prompts, FREE, 25, ends, BatchOptions(rows=12)).texts
+    whole = write(model, prompts, FREE, limits(25, ends, 12)).texts
     for rows in (1, 5):
-        again = generate_batch(model, prompts, FREE, 25, ends, BatchOptions(rows=rows)).texts
+        again = write(model, prompts, FREE, limits(25, ends, rows)).texts
         assert all(np.array_equal(a.tokens, b.tokens) for a, b in zip(whole, again, strict=True))
-    last = generate_batch(model, prompts[7:], FREE, 25, ends, BatchOptions(first_index=7)).texts
+    last = write(model, prompts[7:], FREE, limits(25, ends), first=7).texts
     assert all(np.array_equal(a.tokens, b.tokens) for a, b in zip(whole[7:], last, strict=True))
-    same = generate_batch(model, [prompts[0]] * 6, FREE, 25, ends).texts
+    same = write(model, [prompts[0]] * 6, FREE, limits(25, ends)).texts
     assert len({tuple(c.tokens.tolist()) for c in same}) == 6, (
         "the same prompt, another number: another text"
     )
-    other = generate_batch(model, prompts, Sampling(**{**vars(FREE), "seed": 4}), 25, ends).texts
+    other = write(model, prompts, Sampling(**{**vars(FREE), "seed": 4}), limits(25, ends)).texts
     assert any(not np.array_equal(a.tokens, b.tokens) for a, b in zip(whole, other, strict=True))
 
 
-def test_every_token_goes_through_the_model_once(
-    model: Transformer, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_every_token_goes_through_the_model_once(model: Transformer) -> None:
     """Without a cache, 16 + 24 tokens would cost 16 + 17 + ... = 660 forwards of a token a
     sequence.
     """
-    seen = []
-    real = model.model.layers[0].forward
-    monkeypatch.setattr(
-        model.model.layers[0],
-        "forward",
-        lambda x, *rest: seen.append(x.shape[:2].numel()) or real(x, *rest),
+    seen: list[int] = []
+    handle = model.model.layers[0].input_layernorm.register_forward_hook(
+        lambda module, inputs, output: seen.append(output.shape[:2].numel())
     )
     prompts = make_prompts(10, low=16, high=17)
-    result = generate_batch(model, prompts, GREEDY, 24, NONE, BatchOptions(rows=4))
+    result = write(model, prompts, GREEDY, limits(24, rows=4))
+    handle.remove()
     assert sum(seen) == result.token_forwards == 10 * (16 + 24 - 1)
     ends = frozenset(range(0, 320, 3))
-    early = generate_batch(model, prompts, FREE, 24, ends, BatchOptions(rows=10))
+    early = write(model, prompts, FREE, limits(24, ends, 4))
     assert early.token_forwards == sum(16 + len(c.tokens) - 1 for c in early.texts), (
-        "rows that end leave the batch"
+        "rows that end leave the batch, or are given to another prompt"
     )
 
 
@@ -132,10 +153,7 @@ def test_draws_follow_the_models_distribution(model: Transformer) -> None:
     prompt = np.array([7, 8, 9])
     settings = Sampling(temperature=1.7, top_k=0, top_p=1.0, min_p=0.0, seed=1)
     drawn = [
-        int(c.tokens[0])
-        for c in generate_batch(
-            model, [prompt] * 6000, settings, 1, NONE, BatchOptions(rows=512)
-        ).texts
+        int(c.tokens[0]) for c in write(model, [prompt] * 6000, settings, limits(1, rows=512)).texts
     ]
     with torch.no_grad():
         logits = model.logits(model.hidden(torch.from_numpy(prompt)[None]))[0, -1]
@@ -164,7 +182,7 @@ def test_draws_follow_the_models_distribution(model: Transformer) -> None:
 def test_filters_are_the_samplers(settings: Sampling, scale: float) -> None:
     """Also where a nucleus holds more tokens than are looked at first."""
     logits = scale * torch.randn(6, 640, generator=torch.Generator().manual_seed(0))
-    ids, probabilities = kept_tokens(logits, settings)
+    ids, probabilities = kept_tokens(logits, settings, logits.logsumexp(1, True).double())
     sampler = Sampler(settings)
     for row in range(6):
         tokens, expected = sampler.distribution(logits[row].numpy())
@@ -174,9 +192,32 @@ def test_filters_are_the_samplers(settings: Sampling, scale: float) -> None:
     grid = np.linspace(0, 1, 41)[:-1]
     for row in range(6):
         tokens, expected = sampler.distribution(logits[row].numpy())
-        chosen = choose(logits[row].expand(40, -1).contiguous(), settings, grid + 1e-4)
+        chosen, log_probs = choose(logits[row].expand(40, -1).contiguous(), settings, grid + 1e-4)
+        np.testing.assert_allclose(
+            log_probs, logits[row].double().log_softmax(0)[chosen], rtol=1e-5
+        )
         places = np.searchsorted(expected.cumsum(), grid + 1e-4, side="right")
         assert chosen.tolist() == tokens[np.minimum(places, len(tokens) - 1)].tolist()
+
+
+def test_draws_follow_the_distribution_and_the_key() -> None:
+    logits = torch.tensor([2.0, 1.0, 0.0, -1.0, -20.0]).repeat(40_000, 1)
+    keys, numbers = np.arange(40_000), np.zeros(40_000, int)
+    tokens, log_probs = choose(logits, UNFILTERED, uniforms(keys, numbers, 0))
+    share = np.bincount(tokens, minlength=5) / 40_000
+    assert np.abs(share - logits[0].softmax(0).numpy()).max() < 0.01
+    own = logits[0].double().log_softmax(0).numpy()
+    np.testing.assert_allclose(log_probs, own[tokens], rtol=1e-6)
+    # .64 .24 .09: the second reaches 0.85, and only then the temperature applies
+    hot = Sampling(temperature=2.0, top_k=0, top_p=0.85, min_p=0.0)
+    tokens, log_probs = choose(logits, hot, uniforms(keys, numbers, 0))
+    share, softened = np.bincount(tokens, minlength=5) / 40_000, (logits[0, :2] / 2).softmax(0)
+    assert np.abs(share[:2] - softened.numpy()).max() < 0.01 and not share[2:].any()
+    np.testing.assert_allclose(log_probs, own[tokens], rtol=1e-6)
+    for other in (uniforms(keys, numbers, 4), uniforms(keys, numbers + 1, 0)):
+        assert (choose(logits, UNFILTERED, other)[0] != tokens).any()
+        assert abs(np.corrcoef(other, uniforms(keys, numbers, 0))[0, 1]) < 0.02
+    assert set(choose(logits, GREEDY, uniforms(keys, numbers, 0))[0]) == {0}
 
 
 def test_most_likely_is_topk() -> None:
@@ -192,7 +233,7 @@ def test_top_ids_are_those_of_whole_passes(model: Transformer) -> None:
     prompts = make_prompts(5)
     for prompt, text in zip(
         prompts,
-        generate_batch(model, prompts, FREE, 10, NONE, BatchOptions(rows=3, top=6)).texts,
+        write(model, prompts, FREE, limits(10, rows=3, top=6)).texts,
         strict=True,
     ):
         ids = torch.from_numpy(np.concatenate([prompt, text.tokens]))[None]
@@ -203,9 +244,7 @@ def test_top_ids_are_those_of_whole_passes(model: Transformer) -> None:
 
 def test_padded_rows_of_the_head_are_never_written(model: Transformer) -> None:
     hot = Sampling(temperature=50.0, top_k=0, top_p=1.0, min_p=0.0, seed=0)
-    texts = generate_batch(
-        model, make_prompts(8), hot, 40, NONE, BatchOptions(vocab_size=291)
-    ).texts
+    texts = write(model, make_prompts(8), hot, limits(40), vocab_size=291).texts
     drawn = np.concatenate([c.tokens for c in texts])
     assert drawn.max() == 290 and len(np.unique(drawn)) > 150
 
@@ -213,17 +252,17 @@ def test_padded_rows_of_the_head_are_never_written(model: Transformer) -> None:
 def test_what_cannot_be_continued_is_refused(model: Transformer) -> None:
     for prompt in (np.arange(5, 134), np.array([], dtype=np.int64)):
         with pytest.raises(
-            UsageError, match=f"prompt of {len(prompt)} tokens cannot be continued: .* 128 tokens"
+            UsageError, match=f"prompt has {len(prompt)} tokens, the context of the model is 128"
         ):
-            generate_batch(model, [np.array([5]), prompt], GREEDY, 4, NONE)
+            write(model, [np.array([5]), prompt], GREEDY, limits(4))
     with pytest.raises(UsageError, match="needs a seed"):
-        generate_batch(model, [np.array([5])], Sampling(), 4, NONE)
+        write(model, [np.array([5])], Sampling(), limits(4))
     broken = Transformer(make_config())
     with torch.no_grad():
         broken.model.norm.weight.fill_(torch.nan)
     with pytest.raises(XinslmError, match="not finite"):
-        generate_batch(broken, [np.array([5])], GREEDY, 4, NONE)
-    assert generate_batch(model, [], GREEDY, 4, NONE).texts == []
+        write(broken, [np.array([5])], GREEDY, limits(4))
+    assert write(model, [], GREEDY, limits(4)).texts == []
 
 
 def test_room_is_made_for_what_can_be_written_and_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -233,31 +272,101 @@ def test_room_is_made_for_what_can_be_written_and_no_more(monkeypatch: pytest.Mo
     model = Transformer(ModelConfig(40, 16, 32, 1, 2, 2, 8, max_position_embeddings=24)).eval()
     model.initialise(torch.Generator().manual_seed(0))
     made = []
-    real = batch.KVCache.__init__
+    real = RowDecoder.__init__
 
-    def note(self, config, rows, length, *rest):
+    def note(self, model, rows, length, *rest):
         made.append((rows, length))
-        real(self, config, rows, length, *rest)
+        real(self, model, rows, length, *rest)
 
-    monkeypatch.setattr(batch.KVCache, "__init__", note)
+    monkeypatch.setattr(RowDecoder, "__init__", note)
     prompts = [np.arange(5), np.arange(9)]
-    texts = generate_batch(model, prompts, Sampling(temperature=0), 10_000, frozenset()).texts
-    assert [len(text.tokens) for text in texts] == [20, 16] and made == [(2, 9 + 20)]
-    monkeypatch.setattr(batch, "CACHE_BYTES", 29 * 2 * 2 * 8 * 4)
+    most = Limits(10_000, 24, NONE, None, token_bytes(model))
+    texts = write(model, prompts, GREEDY, most).texts
+    assert [len(text.tokens) for text in texts] == [20, 16] and made == [(2, 24)]
+    monkeypatch.setattr(generate, "CACHE_BYTES", 29 * 2 * 2 * 8 * 4)
     made.clear()
-    again = generate_batch(model, prompts, Sampling(temperature=0), 10_000, frozenset()).texts
-    assert (
-        all((a.tokens == b.tokens).all() for a, b in zip(texts, again, strict=True))
-        and made[0][0] == 1
-    )
-    assert batch.rows_that_fit(model, 10**12) == 1
+    again = write(model, prompts, GREEDY, most).texts
+    assert made[0][0] == 1
+    assert all((a.tokens == b.tokens).all() for a, b in zip(texts, again, strict=True))
+    assert generate.rows_that_fit(token_bytes(model), 10**12) == 1
+
+
+@pytest.mark.parametrize("drops", [True, False], ids=["rows leave", "unknown cache"])
+def test_both_decoders_write_the_same_texts(
+    folder: Path, model: Transformer, drops: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """transformers' model and ours, with prompts of different lengths and rows that end."""
+    if not drops:
+        monkeypatch.setattr(transformers.cache_utils, "DynamicLayer", int)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
+    made = []
+
+    def open_decoder(rows: int, length: int) -> HuggingFaceDecoder:
+        made.append(HuggingFaceDecoder(theirs, 320, "t"))
+        return made[0]
+
+    prompts, ends = make_prompts(19), frozenset(range(60, 90))
+    most = limits(25, ends, 8)
+    expected = write(model, prompts, FREE, most)
+    found = generate_batch(open_decoder, prompts, range(19), FREE, most)
+    for ours, other in zip(expected.texts, found.texts, strict=True):
+        assert ours.tokens.tolist() == other.tokens.tolist() and ours.ended == other.ended
+        np.testing.assert_allclose(ours.log_probs, other.log_probs, atol=1e-4)
+    needed = sum(len(p) + len(t.tokens) - 1 for p, t in zip(prompts, found.texts, strict=True))
+    if drops:
+        assert needed <= made[0].token_forwards <= 1.1 * needed
+    else:
+        assert made[0].token_forwards > 1.2 * needed
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_packed_weights_multiply_alike(dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    weights = [torch.randn(n, 96, generator=generator).to(dtype) for n in (64, 32)]
+    whole = torch.cat(weights).double()
+    for rows in (8, 16, 3):
+        x = torch.randn(rows, 96, generator=generator).to(dtype)
+        expected = x.double() @ whole.T
+        tolerance = 1e-4 if dtype == torch.float32 else 0.1
+        for pack in (True, False):
+            found = product(weights, 16, pack)(x)
+            torch.testing.assert_close(found.double(), expected, atol=tolerance, rtol=0.01)
+
+
+@pytest.mark.parametrize("window", [None, 6])
+def test_rows_of_any_length_have_the_models_logits(window: int | None) -> None:
+    """Rows are read again while others are in the middle of their text, and move."""
+    model = Transformer(make_config(sliding_window=window)).eval()
+    model.initialise(torch.Generator().manual_seed(1))
+    rng, decoder = np.random.default_rng(0), RowDecoder(model, 4, 40)
+    rows = [rng.integers(5, 320, n) for n in (3, 9, 14, 5)]
+
+    def check(logits: torch.Tensor, texts: list[np.ndarray]) -> None:
+        for row, ids in zip(logits, texts, strict=True):
+            with torch.no_grad():
+                whole = model.logits(model.hidden(torch.from_numpy(ids)[None]))[0, -1]
+            torch.testing.assert_close(row, whole, atol=2e-5, rtol=1e-4)
+
+    check(decoder.read(range(4), rows)[0], rows)
+    for turn in range(6):
+        if turn == 2:
+            rows[1] = rng.integers(5, 320, 4)
+            check(decoder.read([1], rows[1:2])[0], rows[1:2])
+        if turn == 4:
+            decoder.keep(np.array([3, 1, 2]))
+            rows = [rows[3], rows[1], rows[2]]
+        tokens = rng.integers(5, 320, len(rows))
+        rows = [np.append(ids, token) for ids, token in zip(rows, tokens, strict=True)]
+        check(decoder.step(torch.from_numpy(tokens)), rows)
 
 
 @pytest.mark.parametrize("settings", [Sampling(top_k=0, top_p=0.8, seed=0), Sampling(top_k=0)])
 def test_ties_are_ordered_by_id(settings: Sampling) -> None:
     """Logits in bfloat16 tie often; the nucleus may cut through a tie."""
     logits = np.random.default_rng(2).integers(0, 4, (5, 640)).astype(np.float32)
-    ids, probabilities = kept_tokens(torch.from_numpy(logits), settings)
+    ids, probabilities = kept_tokens(
+        torch.from_numpy(logits), settings, torch.from_numpy(logits).logsumexp(1, True).double()
+    )
     for row in range(len(logits)):
         theirs, expected = Sampler(settings).distribution(logits[row])
         count = len(theirs)
