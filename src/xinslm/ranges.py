@@ -12,7 +12,10 @@ from typing import Any, Literal, NamedTuple
 from xinslm.errors import UsageError
 
 Device = Literal["auto", "cpu", "cuda", "mps"]
-Dtype = Literal["float32", "bfloat16", "float16"]
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+"""Of a model's weights and activations. auto: float32, with the factors of matrix products rounded
+to bfloat16 where the processor multiplies that faster; text is generated in bfloat16 there.
+"""
 ComputeDtype = Literal["auto", "float32", "bfloat16"]
 
 

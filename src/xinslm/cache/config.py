@@ -74,12 +74,12 @@ class CacheConfig(Settings):
     """Bytes of a projected hidden state, at each depth; two more are its scale."""
     max_seq_length: int = 512
     """Longest context in tokens the teacher sees; use the student's."""
-    batch_tokens: int = 8192
+    batch_tokens: int = 2048
     """Tokens per forward pass of the teacher."""
     shard_positions: int = 1 << 18
     """Approximate number of positions in a shard file."""
-    dtype: Dtype = "float32"
-    """The teacher's number type."""
+    dtype: Dtype = "auto"
+    """The teacher's number type; auto: float32, products in bfloat16 where those are faster."""
     device: Device = "auto"
     """Where the teacher runs; auto takes cuda, then mps, then cpu."""
     adapter: Path | None = None

@@ -22,8 +22,8 @@ class DistillConfig(PretrainConfig):
     """Train a small stand-in teacher on the data first and learn from it, to try the pipeline
     without a real teacher.
     """
-    teacher_dtype: Dtype = "float32"
-    """Number type of a live teacher."""
+    teacher_dtype: Dtype = "auto"
+    """Type of a live teacher; auto: float32, products in bfloat16 where those are faster."""
     trust_remote_code: bool = False
     """Run Python code that the teacher's repository brings."""
     hidden_states: Path | None = None

@@ -27,12 +27,12 @@ class EvaluateConfig(Settings):
     """Number of documents to measure on, from the beginning; more than there are is an error."""
     max_seq_length: int | None = None
     """Longest window in tokens; by default the model's own context."""
-    batch_tokens: int = 8192
+    batch_tokens: int = 2048
     """Most tokens, padding included, in one forward pass; fewer need less memory."""
     device: Device = "auto"
     """Where to compute; auto takes cuda, then mps, then cpu."""
-    dtype: Dtype = "float32"
-    """Type to compute in; likelihoods are float32 in any case."""
+    dtype: Dtype = "auto"
+    """Type to compute in; auto: float32, with products in bfloat16 where those are faster."""
     run: Path | None = None
     """Run folder whose evaluation.json receives the metrics, for `xinslm report`."""
     name: str | None = None

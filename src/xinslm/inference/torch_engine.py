@@ -16,6 +16,7 @@ from xinslm.inference.engine import common_prefix
 from xinslm.model.decode import RowDecoder
 from xinslm.model.files import check_vocabulary, load_model
 from xinslm.model.transformer import Transformer
+from xinslm.precision import compute_dtype
 
 if TYPE_CHECKING:
     from xinslm.tokenizer.base import Tokenizer
@@ -66,7 +67,7 @@ class TorchEngine:
         from xinslm.tokenizer.load import load_tokenizer
 
         place = pick_device(device)
-        model = load_model(path, getattr(torch, dtype))
+        model = load_model(path, compute_dtype(dtype, place))
         return cls(model, load_tokenizer(path), str(path), place, context_length)
 
     @property

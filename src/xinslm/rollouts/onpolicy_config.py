@@ -93,8 +93,8 @@ class OnPolicyConfig(TrainingConfig):
     """Weight decay of the optimizer, on matrices only."""
     max_eval_samples: int = 64
     """Packed validation rows of --prompts to use at most after each round; 0 for all."""
-    teacher_dtype: Dtype = "float32"
-    """Data type of the teacher."""
+    teacher_dtype: Dtype = "auto"
+    """Data type of the teacher; auto: float32, with products in bfloat16 where those are faster."""
     trust_remote_code: bool = False
     """Run Python code from the teacher's repository."""
     seed: int = 0

@@ -79,8 +79,10 @@ class SynthesizeConfig(Settings):
     """Temperature whose normaliser the cache stores; endpoints support 1 only."""
     max_seq_length: int = 512
     """Longest context in tokens for the cache; use the student's. At most the teacher's."""
-    dtype: Dtype = "float32"
-    """Data type of the teacher."""
+    dtype: Dtype = "auto"
+    """Data type of the teacher; auto: it writes in bfloat16 where that is faster, and scores in
+    float32 with products in bfloat16.
+    """
     device: Device = "auto"
     """Where the teacher runs; auto takes cuda, then mps, then cpu."""
     revision: str | None = None

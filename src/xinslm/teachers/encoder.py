@@ -19,6 +19,7 @@ from torch import Tensor
 from xinslm.errors import XinslmError
 from xinslm.files import read_json
 from xinslm.model.files import open_model
+from xinslm.precision import round_products, rounds_products
 from xinslm.teachers.local import capture_hidden_states, load_pretrained
 
 CLASSES = {"t5": "T5EncoderModel", "mt5": "MT5EncoderModel", "umt5": "UMT5EncoderModel"}
@@ -68,6 +69,8 @@ class EncoderTeacher:
         cls = getattr(transformers, CLASSES[self.source.settings["model_type"]])
         model = load_pretrained(cls, self.source, dtype, f"encoder {name}")
         self.model: Any = model.to(self.device).eval().requires_grad_(False)
+        if rounds_products(dtype, device):
+            round_products(self.model)
         rows = model.get_input_embeddings().weight.shape[0]
         if rows < self.tokenizer.vocab_size:
             raise XinslmError(

@@ -16,6 +16,7 @@ from torch import Tensor
 from xinslm.errors import XinslmError
 from xinslm.files import sha256_json
 from xinslm.model.source import ModelSource
+from xinslm.precision import round_products, rounds_products
 from xinslm.teachers.adapter import adapter_hash, apply_adapter, check_adapter, require_peft
 from xinslm.teachers.huggingface_decoder import HuggingFaceDecoder
 from xinslm.teachers.local import LocalTeacher, load_pretrained
@@ -59,6 +60,8 @@ class HuggingFaceTeacher(LocalTeacher):
         if adapter is not None:
             model = apply_adapter(model, adapter, self.name)
         self.model = model.to(self.device).eval().requires_grad_(False)
+        if rounds_products(dtype, device):
+            round_products(self.model)
         self.max_length = getattr(self.model.config, "max_position_embeddings", None) or 1 << 30
         head = self.model.get_output_embeddings()
         self._require_rows(None if head is None else head.weight.shape[0])

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from xinslm.errors import UsageError, XinslmError
 from xinslm.model.source import ModelSource
+from xinslm.precision import weight_dtype
 from xinslm.sampling import Sampling
 from xinslm.teachers.base import Generation, Prompt
 from xinslm.teachers.generate import (
@@ -80,7 +81,7 @@ def load_pretrained(cls: Any, source: ModelSource, dtype: str, who: str, **optio
         options = {}
     try:
         model, report = cls.from_pretrained(
-            dtype=getattr(torch, dtype), output_loading_info=True, **arguments, **options
+            dtype=weight_dtype(dtype, "cpu"), output_loading_info=True, **arguments, **options
         )
     # transformers, safetensors and huggingface_hub raise a dozen kinds for bad folders
     except Exception as error:

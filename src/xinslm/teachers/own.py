@@ -10,6 +10,8 @@ from torch import Tensor
 from xinslm.model.decode import RowDecoder, token_bytes
 from xinslm.model.files import check_vocabulary
 from xinslm.model.source import ModelSource
+from xinslm.model.transformer import Transformer
+from xinslm.precision import round_products, rounds_products, weight_dtype
 from xinslm.teachers.local import LocalTeacher
 from xinslm.tokenizer.load import load_tokenizer
 
@@ -27,13 +29,17 @@ class OwnTeacher(LocalTeacher):
         """Load the model; `tokenizer` names the one that replaces its own."""
         self.source, self.name = source, source.name
         self.tokenizer = load_tokenizer(source.path if tokenizer is None else tokenizer)
-        model = source.transformer(getattr(torch, dtype))
+        model = source.transformer(weight_dtype(dtype, device))
         check_vocabulary(model.config.vocab_size, self.tokenizer, self.name)
         self.vocab_size: int = self.tokenizer.vocab_size
         self.num_layers, self.hidden_size = model.config.num_hidden_layers, model.config.hidden_size
         self.max_length = model.config.max_position_embeddings
         self.device = torch.device(device)
         self.model = model.to(self.device).eval().requires_grad_(False)
+        self._writer: Transformer | None = None
+        self._is_rounded = rounds_products(dtype, device)
+        if self._is_rounded:
+            round_products(self.model)
         self.cache_bytes_per_token = token_bytes(self.model)
 
     @property
@@ -55,4 +61,8 @@ class OwnTeacher(LocalTeacher):
 
     def open_decoder(self, rows: int, length: int) -> RowDecoder:
         """A cache for `rows` texts of `length` tokens."""
-        return RowDecoder(self.model, rows, length, self.vocab_size)
+        if self._writer is None:
+            # few rows are bound by memory, and rounding needs the weights in float32
+            narrow = self._is_rounded
+            self._writer = self.source.transformer(torch.bfloat16) if narrow else self.model
+        return RowDecoder(self._writer, rows, length, self.vocab_size)
