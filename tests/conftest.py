@@ -21,7 +21,7 @@ from xinslm.cache.config import CacheConfig
 from xinslm.data import prepare
 from xinslm.data import train_tokenizer as tokenizer_train
 from xinslm.data.config import PrepareConfig
-from xinslm.demo.texts import stories
+from xinslm.demo.stories import stories
 from xinslm.distill.config import DistillConfig
 from xinslm.tokenizer.config import TokenizerConfig
 from xinslm.train.config import PretrainConfig

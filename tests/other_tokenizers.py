@@ -11,7 +11,7 @@ from xinslm.cache import score
 from xinslm.cache.config import CacheConfig
 from xinslm.data import prepare
 from xinslm.data.config import PrepareConfig
-from xinslm.demo.texts import stories
+from xinslm.demo.stories import stories
 from xinslm.tokenizer.bpe import BPETokenizer
 from xinslm.tokenizer.hf import HFTokenizer
 from xinslm.tokenizer.start import start_processor

@@ -7,7 +7,7 @@ from pathlib import Path
 import gguf
 import pytest
 
-from xinslm.demo.texts import stories
+from xinslm.demo.stories import stories
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 

@@ -32,11 +32,11 @@ class Command:
 
 COMMANDS = {
     "demo": Command(
-        "the whole pipeline on built-in data, in a few minutes",
+        "make a small chat model out of a real one, in a few minutes",
         "demo.config:DemoConfig",
         "demo.run:run",
-        example="-o demo-run --teacher-steps 600",
-        most_used="output_dir megabytes vocab_size teacher_steps student_steps",
+        example="-o demo-run",
+        most_used="output_dir teacher built_in num_prompts num_layers",
         present="play_demo",
     ),
     "tokenizer train": Command(

@@ -1,7 +1,8 @@
 """The tables of a run folder that several commands add to: evaluation.json, samples.json,
 files.json.
 
-A row is named; writing a row of the same name again replaces it, so that a command can be repeated.
+A row has a name, and a text that it is about: the data of an evaluation, the prompt of a sample.
+Writing a row with the same name and text again replaces it, so that a command can be repeated.
 """
 
 from collections.abc import Mapping
@@ -44,11 +45,15 @@ def read_rows(folder: Path, table: Table) -> list[dict[str, Any]]:
 
 
 def add_row(folder: Path, table: Table, row: Mapping[str, Any]) -> None:
-    """Put a row into a table, in the place of the one of the same name if there is one; atomic."""
+    """Put a row into a table, in the place of the one with the same name and text; atomic."""
     rows = read_rows(folder, table)
-    names = [old["name"] for old in rows]
-    if row["name"] in names:
-        rows[names.index(row["name"])] = dict(row)
+    keys = [_key(old) for old in rows]
+    if _key(row) in keys:
+        rows[keys.index(_key(row))] = dict(row)
     else:
         rows.append(dict(row))
     write_json(folder / table, {"rows": rows})
+
+
+def _key(row: Mapping[str, Any]) -> tuple[Any, ...]:
+    return row["name"], row.get("data"), row.get("prompt")

@@ -356,7 +356,7 @@ def test_a_student_trains_from_a_merged_cache(world, second, tmp_path):
 @pytest.fixture(scope="module")
 def domains(world, tmp_path_factory):
     """A dataset of two files, and caches of it by two teachers."""
-    from xinslm.demo.texts import stories
+    from xinslm.demo.stories import stories
 
     folder = tmp_path_factory.mktemp("domains")
     for name, seed in (("code", 11), ("prose", 12)):

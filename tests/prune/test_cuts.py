@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from small_models import save_tokenizer
 from xinslm.errors import UsageError
-from xinslm.prune import cuts, measure
+from xinslm.prune import choose, cuts, measure
 from xinslm.prune.cuts import assemble, keep_layers
 from xinslm.tokenizer import BPETokenizer
 from xinslm.tokenizer.load import load_tokenizer
@@ -44,8 +44,10 @@ def test_layers_are_chosen_by_the_loss_without_them(workshop) -> None:
         itertools.combinations(range(3), 2),
         key=lambda kept: score(keep_layers(config, weights, kept)),
     )
-    assert cuts.choose_layers(workshop.model, 2, score, lambda done: None) == list(by_force)
-    one = cuts.choose_layers(workshop.model, 1, score, lambda done: None)
+    assert choose.choose_by_loss(
+        workshop.model, 2, workshop.passages[:1], lambda done: None
+    ) == list(by_force)
+    one = choose.choose_by_loss(workshop.model, 1, workshop.passages[:1], lambda done: None)
     assert len(one) == 1 and one[0] in by_force
 
 
@@ -62,8 +64,8 @@ def test_influence_is_one_minus_the_cosine_of_input_and_output(workshop) -> None
             (1 - torch.cosine_similarity(states[layer], states[layer + 1], dim=-1)).mean().item()
         )
         assert found.layers[layer].influence == pytest.approx(expected, rel=1e-4)
-    assert cuts.choose_by_influence([0.9, 0.1, 0.5, 0.1], 2) == [0, 2]
-    assert cuts.choose_by_influence([0.5, 0.5, 0.1], 1) == [0]
+    assert choose.choose_by_influence([0.9, 0.1, 0.5, 0.1], 2) == [0, 2]
+    assert choose.choose_by_influence([0.5, 0.5, 0.1], 1) == [0]
 
 
 def test_neurons_that_add_nothing_go_first(workshop) -> None:

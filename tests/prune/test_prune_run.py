@@ -163,6 +163,18 @@ def test_losses_are_those_of_the_models(workshop, tmp_path) -> None:
         assert result.losses[row][2] == pytest.approx(total / count, rel=1e-4)
 
 
+def test_bfloat16_products_make_nearly_the_same_student(workshop, tmp_path) -> None:
+    shape = {"num_layers": 2, "intermediate_size": 64, "layers": "influence"}
+    exact = run(workshop.config(tmp_path / "exact", **shape))
+    fast = run(workshop.config(tmp_path / "fast", compute_dtype="bfloat16", **shape))
+    assert [name for name, _, _ in fast.losses] == [name for name, _, _ in exact.losses]
+    pairs = list(zip(fast.losses, exact.losses, strict=True))
+    assert all(abs(ours - theirs) < 0.02 for (_, _, ours), (_, _, theirs) in pairs)
+    assert any(ours != theirs for (_, _, ours), (_, _, theirs) in pairs)
+    weights = load_model(tmp_path / "fast").state_dict()
+    assert all(tensor.dtype == torch.float32 for tensor in weights.values())
+
+
 def test_a_nested_vocabulary_is_cut_out(workshop, tmp_path) -> None:
     teacher = load_tokenizer(workshop.teacher)
     student = BPETokenizer.prefix_of(teacher, 290)

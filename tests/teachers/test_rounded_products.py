@@ -23,7 +23,7 @@ def log_probs(source, dtype: str) -> torch.Tensor:
 
 
 def test_the_real_models_distributions_are_those_of_float32(monkeypatch):
-    """The mean KL divergence stays below 1e-4; all of the model in bfloat16 has several times it."""
+    """The mean KL divergence stays below 1e-4; a model in bfloat16 has several times it."""
     monkeypatch.setattr(xinslm.precision, "has_fast_bfloat16", lambda device: True)
     source = open_model(str(find_smollm2()))
     exact = log_probs(source, "float32")

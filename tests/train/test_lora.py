@@ -22,7 +22,7 @@ from xinslm.cache.entries import Cache
 from xinslm.data import prepare
 from xinslm.data.config import PrepareConfig
 from xinslm.data.dataset import open_dataset
-from xinslm.demo.texts import stories
+from xinslm.demo.stories import stories
 from xinslm.errors import UsageError, XinslmError
 from xinslm.model.files import open_model
 from xinslm.teachers.huggingface import HuggingFaceTeacher

@@ -11,7 +11,7 @@ GROUPS = {
         hidden_states use_mock prompts prompt prompt_file chat system split max_documents
         validation_path validation_fraction document_end max_tokens keep_duplicates
         split_documents text_field dataset_name dataset_split train_on_prompts prefix_of
-        domain_weights mix_data mix_cache compare tokens
+        domain_weights mix_data mix_cache compare tokens built_in num_prompts
     """,
     "Output": """
         output_dir output_path force run name show num_pieces keep_cache outtype x log_x repair

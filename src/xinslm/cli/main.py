@@ -18,6 +18,7 @@ from xinslm.cli.terminal import say
 from xinslm.cli.threads import FreeCores
 from xinslm.commands import COMMANDS, Command
 from xinslm.errors import Interrupted, UsageError, XinslmError
+from xinslm.progress import Listener
 
 SEE_HELP = "See `xinslm --help`."
 
@@ -44,10 +45,29 @@ def _dispatch(words: list[str]) -> int:
     if words[0] in ("-V", "--version"):
         print(f"xinslm {__version__}")
         return 0
+    name, rest = _split(words)
+    return _run(name, COMMANDS[name], rest)
+
+
+def perform(words: Sequence[str], on_progress: Listener) -> Any:
+    """Run one command without printing and return its result; raise what it raises.
+
+    For commands that take a progress listener, which are those without a presentation of their own.
+    """
+    name, rest = _split(list(words))
+    command = COMMANDS[name]
+    config = _parse(name, command, rest)
+    _require_output(config)
+    listener = FreeCores(on_progress, os.environ)
+    return command.load("run")(config, listener, **_secrets(config))
+
+
+def _split(words: list[str]) -> tuple[str, list[str]]:
+    """Name of a command, and its arguments."""
     for size in (2, 1):
         name = " ".join(words[:size])
         if name in COMMANDS:
-            return _run(name, COMMANDS[name], words[size:])
+            return name, words[size:]
     raise UsageError(_unknown(words))
 
 
@@ -63,7 +83,7 @@ def _run(name: str, command: Command, words: list[str]) -> int:
     from xinslm.cli import live, present
 
     if command.present:
-        getattr(present, command.present)(command.load("run"), config, main)
+        getattr(present, command.present)(command.load("run"), config, perform)
         return 0
     with live.listener() as on_progress:
         listener = FreeCores(on_progress, os.environ)

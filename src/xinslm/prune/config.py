@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from xinslm.ranges import POSITIVE, SEED, Device, Range, Settings, range_errors
+from xinslm.ranges import POSITIVE, SEED, ComputeDtype, Device, Range, Settings, range_errors
 
 _RANGES = {
     **dict.fromkeys(
@@ -48,9 +48,9 @@ class PruneConfig(Settings):
     tie_word_embeddings: bool | None = None
     """Use the embedding as output head; as in the teacher, if not given."""
     layers: Literal["loss", "influence"] = "loss"
-    """How to choose layers: one by one, that whose absence costs the least loss (about num_layers
-    passes over the search rows for each), or at once, those that turn their input the most (one
-    pass)."""
+    """How to choose layers: one by one, that whose absence costs the least loss (about half of
+    num_layers passes over the search rows for each), or at once, those that turn their input the
+    most (one pass)."""
     compensate: bool = True
     """Fit what is left to the teacher's activations by least squares; kept where it lowers the loss
     on search rows.
@@ -67,6 +67,10 @@ class PruneConfig(Settings):
     """Tokens in a packed row; the teacher's context, at most 512, where not given."""
     device: Device = "auto"
     """Where to compute; auto takes cuda, then mps, then cpu."""
+    compute_dtype: ComputeDtype = "auto"
+    """Number type of the products in forward passes; weights and fits stay float32. auto: bfloat16
+    where the processor multiplies it faster.
+    """
     seed: int = 0
     """Chooses the rows, and draws the random model that the student is compared with."""
     force: bool = False

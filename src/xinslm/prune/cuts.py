@@ -1,13 +1,11 @@
 """Pruning of layers, neurons and vocabulary rows. Weights that are not cut are shared with the
 teacher.
 
-Layers are removed one by one, each time the one whose removal costs the least loss on calibration
-text, or all at once those with the smallest block influence (ShortGPT, arXiv:2403.03853). Neurons
-are ranked by the mean square of their contribution to the residual stream.
+Neurons are ranked by the mean square of their contribution to the residual stream.
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -40,31 +38,6 @@ def keep_layers(config: ModelConfig, weights: Weights, kept: Sequence[int]) -> T
             if name.startswith(prefix):
                 cut[f"model.layers.{index}.{name.removeprefix(prefix)}"] = tensor
     return assemble(dataclasses.replace(config, num_hidden_layers=len(kept)), cut)
-
-
-def choose_layers(
-    teacher: Transformer,
-    count: int,
-    score: Callable[[Transformer], float],
-    on_layer: Callable[[int], None],
-) -> list[int]:
-    """Remove layers one at a time, always the one whose removal gives the lowest `score`, until
-    `count` are left.
-    """
-    kept = list(range(teacher.config.num_hidden_layers))
-    weights = teacher.state_dict()
-    while len(kept) > count:
-        without = [[layer for layer in kept if layer != gone] for gone in kept]
-        kept = min(without, key=lambda layers: score(keep_layers(teacher.config, weights, layers)))
-        on_layer(teacher.config.num_hidden_layers - len(kept))
-    return kept
-
-
-def choose_by_influence(influence: Sequence[float], count: int) -> list[int]:
-    """Return the `count` layers with the largest influence, in their order."""
-    return sorted(
-        sorted(range(len(influence)), key=lambda layer: (-influence[layer], layer))[:count]
-    )
 
 
 def choose_neurons(squares: Tensor, down: Tensor, count: int) -> Tensor:

@@ -29,6 +29,15 @@ class Passage:
     labels: Tensor
     positions: Tensor
     segments: Tensor
+    compute_dtype: torch.dtype = torch.float32
+    """Type of the products in forward passes on this text."""
+
+    def forward(self) -> torch.autocast:
+        """Context for a forward pass."""
+        reduced = self.compute_dtype != torch.float32
+        return torch.autocast(
+            self.ids.device.type, self.compute_dtype if reduced else None, enabled=reduced
+        )
 
     @property
     def real(self) -> Tensor:
@@ -37,7 +46,11 @@ class Passage:
 
 
 def read_passages(
-    split: Split, length: int, chosen: np.ndarray | None, device: torch.device
+    split: Split,
+    length: int,
+    chosen: np.ndarray | None,
+    device: torch.device,
+    compute_dtype: torch.dtype = torch.float32,
 ) -> list[Passage]:
     """Pack a split into rows of `length` and give those of the indices `chosen`, all if None."""
     rows = PackedDataset(split, length)
@@ -47,23 +60,32 @@ def read_passages(
     for at in range(0, len(indices), step):
         batch = rows.batch(indices[at : at + step])
         arrays = (batch.input_ids, batch.labels, batch.positions, batch.segments)
-        passages.append(Passage(*(torch.from_numpy(array).to(device) for array in arrays)))
+        tensors = [torch.from_numpy(array).to(device) for array in arrays]
+        ids, labels, positions, segments = tensors
+        passages.append(Passage(ids, labels, positions, segments, compute_dtype))
     return passages
 
 
 def loss(model: Transformer, passages: Sequence[Passage]) -> float:
     """Cross-entropy in nats per target token."""
     total, count = 0.0, 0
-    rows = max(1, _CHUNK_LOGITS // model.config.vocab_size)
     for passage in passages:
-        where = passage.labels >= 0
-        hidden = model.hidden(passage.ids, passage.positions, passage.segments)[where]
-        for states, labels in zip(
-            hidden.split(rows), passage.labels[where].split(rows), strict=True
-        ):
-            total += F.cross_entropy(model.logits(states), labels, reduction="sum").item()
-        count += int(where.sum())
+        with passage.forward():
+            hidden = model.hidden(passage.ids, passage.positions, passage.segments)
+            total += sum_of_losses(model, hidden, passage)
+        count += int((passage.labels >= 0).sum())
     return total / max(count, 1)
+
+
+def sum_of_losses(model: Transformer, hidden: Tensor, passage: Passage) -> float:
+    """Sum of the cross-entropy over the target tokens of a passage, from final hidden states."""
+    targets = passage.labels >= 0
+    rows = max(1, _CHUNK_LOGITS // model.config.vocab_size)
+    pieces = zip(hidden[targets].split(rows), passage.labels[targets].split(rows), strict=True)
+    return sum(
+        F.cross_entropy(model.logits(states).float(), labels, reduction="sum").item()
+        for states, labels in pieces
+    )
 
 
 def unit(x: Tensor, eps: float) -> Tensor:
@@ -80,26 +102,31 @@ def mixed(model: Transformer, block: Block, normed: Tensor, passage: Passage) ->
     try:
         cos, sin = model.rotary(passage.positions, normed.dtype)
         mask = model.mask(normed.shape[1], 0, passage.segments, normed.device)
-        block.self_attn(normed, cos, sin, mask, None)
+        with passage.forward():
+            block.self_attn(normed, cos, sin, mask, None)
     finally:
         hook.remove()
-    return caught[0]
+    return caught[0].to(normed.dtype)
 
 
-def neurons(block: Block, normed: Tensor) -> Tensor:
+def neurons(block: Block, normed: Tensor, passage: Passage) -> Tensor:
     """Input of the feed-forward's output projection."""
-    return F.silu(block.mlp.gate_proj(normed)) * block.mlp.up_proj(normed)
+    with passage.forward():
+        active = F.silu(block.mlp.gate_proj(normed)) * block.mlp.up_proj(normed)
+    return active.to(normed.dtype)
 
 
 def advance(model: Transformer, block: Block, passage: Passage, x: Tensor) -> tuple[Tensor, Tensor]:
     """Run one block on states; return those after its attention and after its feed-forward."""
-    middle = x + block.self_attn.o_proj(mixed(model, block, block.input_layernorm(x), passage))
-    return middle, middle + block.mlp(block.post_attention_layernorm(middle))
+    out = mixed(model, block, block.input_layernorm(x), passage)
+    with passage.forward():
+        middle = x + block.self_attn.o_proj(out)
+        return middle, middle + block.mlp(block.post_attention_layernorm(middle))
 
 
 def products(a: Tensor, b: Tensor) -> Tensor:
-    """(N, p) and (N, q) -> their sum of products (p, q), float64 on the CPU."""
-    return (a.T @ b).cpu().double()
+    """(N, p) and (N, q) -> their sum of products (p, q), float64 on the CPU; never in bfloat16."""
+    return (a.float().T @ b.float()).cpu().double()
 
 
 @dataclass
@@ -165,10 +192,11 @@ def measure(
             real, x = passage.real, states[at]
             normed = block.input_layernorm(x)
             out = mixed(model, block, normed, passage)
-            middle = x + block.self_attn.o_proj(out)
-            inner = block.post_attention_layernorm(middle)
-            active = neurons(block, inner)
-            states[at] = middle + block.mlp.down_proj(active)
+            with passage.forward():
+                middle = x + block.self_attn.o_proj(out)
+            active = neurons(block, block.post_attention_layernorm(middle), passage)
+            with passage.forward():
+                states[at] = middle + block.mlp.down_proj(active)
             by_head = out[real].view(-1, config.num_attention_heads, config.head_dim)
             found.heads += torch.einsum("nhi,nhj->hij", by_head, by_head).cpu().double()
             if with_inputs:

@@ -29,14 +29,14 @@ from xinslm.folders import new_folder, refuse_existing, refuse_inside
 from xinslm.model.config import ModelConfig
 from xinslm.model.files import save_model
 from xinslm.model.transformer import Transformer
+from xinslm.precision import compute_dtype
 from xinslm.progress import Listener, Progress, ignore
+from xinslm.prune.choose import choose_by_influence, choose_by_loss
 from xinslm.prune.config import PruneConfig
 from xinslm.prune.cuts import (
     HEAD,
     Weights,
     assemble,
-    choose_by_influence,
-    choose_layers,
     choose_neurons,
     keep_layers,
     keep_neurons,
@@ -146,11 +146,12 @@ class _Text:
                 "2 are needed, one to measure on and one to choose by: use more text, or a smaller "
                 "--max-seq-length"
             )
+        dtype = compute_dtype(config.compute_dtype, device)
         searched = min(config.num_search_samples, max(1, count // 4))
         order = np.random.default_rng(config.seed).permutation(count)
-        search = read_passages(split, length, order[:searched], device)
+        search = read_passages(split, length, order[:searched], device, dtype)
         calibration = read_passages(
-            split, length, order[searched:][: config.num_calibration_samples], device
+            split, length, order[searched:][: config.num_calibration_samples], device, dtype
         )
         held_out = (
             dataset.split("validation") if "validation" in dataset.manifest["splits"] else None
@@ -164,7 +165,7 @@ class _Text:
             baseline = unigram_nats(dataset, "train")
             return _Text(calibration, search, search, baseline, (note,))
         chosen = np.random.default_rng(config.seed).permutation(number)[: config.max_eval_samples]
-        validation = read_passages(held_out, length, chosen, device)
+        validation = read_passages(held_out, length, chosen, device, dtype)
         return _Text(calibration, search, validation, unigram_nats(dataset, "validation"))
 
 
@@ -232,7 +233,7 @@ class _Cutting:
         if self.config.layers == "influence":
             return choose_by_influence([layer.influence for layer in found.layers], wanted)
         progress = self._progress("choose layers", total - wanted, "layers")
-        return choose_layers(teacher, wanted, lambda model: loss(model, self.text.search), progress)
+        return choose_by_loss(teacher, wanted, self.text.search, progress)
 
     def _heads(
         self, thin: Transformer, student: ModelConfig, kept: list[int], found: Statistics

@@ -210,7 +210,10 @@ class _Fitting:
         self._fit_readers(index, "post_attention_layernorm", source.post_attention_layernorm)
         self.wide = goals
         self.advance_teacher(range(layer + 1, end))
-        outputs = [neurons(block, block.post_attention_layernorm(z)) for z in self.states]
+        outputs = [
+            neurons(block, block.post_attention_layernorm(z), passage)
+            for passage, z in zip(self.passages, self.states, strict=True)
+        ]
         self._fit_writer(block.mlp.down_proj, outputs, self.wide)
 
     def fit_head(self) -> None:
@@ -256,9 +259,14 @@ class _Fitting:
         """
         fit = Fit()
         for passage, x, goal, z in zip(self.passages, outputs, goals, self.states, strict=True):
-            fit.add(x[passage.real], goal[passage.real] @ self.turn - z[passage.real])
+            wanted = goal[passage.real]
+            if self.basis is not None:
+                wanted = wanted @ self.turn
+            fit.add(x[passage.real], wanted - z[passage.real])
         writer.weight.copy_(fit.solve(writer.weight, self.ridge))
-        self.states = [z + writer(x) for z, x in zip(self.states, outputs, strict=True)]
+        for at, (passage, x) in enumerate(zip(self.passages, outputs, strict=True)):
+            with passage.forward():
+                self.states[at] = self.states[at] + writer(x)
 
 
 def _block(model: Transformer, layer: int) -> Block:

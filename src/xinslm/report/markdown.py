@@ -10,6 +10,7 @@ from xinslm.display import printable
 from xinslm.report.compare import headlines
 from xinslm.report.read import RunData
 from xinslm.report.tables import Table, files, summary, training
+from xinslm.report.verdict import gains_and_losses
 
 
 def render(run: RunData, others: Sequence[RunData]) -> str:
@@ -23,6 +24,9 @@ def render(run: RunData, others: Sequence[RunData]) -> str:
     ]
     if tables := [_table(t) for t in summary(run, others)]:
         parts += ["## Summary", *tables]
+    for title, sentences in zip(("Gained", "Lost"), gains_and_losses(run, others), strict=True):
+        if sentences:
+            parts += [f"## {title}", "\n".join(f"- {_inline(text)}" for text in sentences)]
     if trained := training([run, *others]):
         parts += ["## Training", _table(trained)]
     rows = [(r, row) for r in [run, *others] for row in r.samples]
@@ -30,7 +34,8 @@ def render(run: RunData, others: Sequence[RunData]) -> str:
         parts.append("## Samples")
     for r, row in rows:
         name = f"{row['name']} ({r.name})" if others else str(row["name"])
-        text = str(row.get("prompt", "")) + str(row.get("text", ""))
+        between = "\n\n" if row.get("chat") else ""
+        text = str(row.get("prompt", "")) + between + str(row.get("text", ""))
         parts.append(f"**{_inline(name)}**\n\n{_preformatted(text)}")
     if made := files(run):
         parts += ["## Files", _table(made)]

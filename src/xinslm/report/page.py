@@ -9,6 +9,7 @@ from xinslm.report.read import RunData
 from xinslm.report.style import CSS, NUM_COLORS
 from xinslm.report.svg import Series, line_chart
 from xinslm.report.tables import Table, files, size, summary, timed, training
+from xinslm.report.verdict import gains_and_losses
 
 
 def render(run: RunData, others: Sequence[RunData], x: str, log_x: bool) -> str:
@@ -17,6 +18,7 @@ def render(run: RunData, others: Sequence[RunData], x: str, log_x: bool) -> str:
     command = f"<pre class=command>{escape(run.command)}</pre>" if run.command else ""
     parts = [_header(run, others), _tiles(run, others)]
     parts += [_section("Summary", "".join(_table(t) for t in summary(run, others)))]
+    parts += [_section("Gained and lost", _verdict(run, others))]
     parts += [_section("Training", _curves(runs, x, log_x) + _table(training(runs)))]
     parts += [_section("Samples", _samples(runs)), _section("Files", _table(files(run)))]
     parts += [_section("Run it again", command + _config(run))]
@@ -61,6 +63,16 @@ def _tiles(run: RunData, others: Sequence[RunData]) -> str:
 def _section(title: str, content: str) -> str:
     """A section; '' if it has no content."""
     return f"<section><h2>{title}</h2>{content}</section>\n" if content else ""
+
+
+def _verdict(run: RunData, others: Sequence[RunData]) -> str:
+    """Gains and losses as two lists."""
+    parts = ""
+    for title, sentences in zip(("Gained", "Lost"), gains_and_losses(run, others), strict=True):
+        if sentences:
+            items = "".join(f"<li>{escape(sentence)}</li>" for sentence in sentences)
+            parts += f"<h3>{title}</h3><ul>{items}</ul>"
+    return parts
 
 
 def _table(table: Table | None) -> str:
@@ -136,7 +148,8 @@ def _samples(runs: Sequence[RunData]) -> str:
                 if isinstance(settings, dict)
                 else ""
             )
-            text = f"<span>{escape(prompt)}</span>{escape(str(row.get('text', '')))}"
+            between = "\n\n" if row.get("chat") else ""
+            text = f"<span>{escape(prompt)}</span>{between}{escape(str(row.get('text', '')))}"
             cards.append(
                 f"<article><h3>{escape(name)}</h3><blockquote>{text}</blockquote>"
                 f"<p class=note>{escape(how)}</p></article>"
