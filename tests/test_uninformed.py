@@ -79,9 +79,13 @@ def test_cache(world, teacher, bad_teacher, bad_cache, tmp_path):
     good = make_cache(world, teacher, tmp_path / "good")
     assert not good.warnings
     both = merge(
-        MergeConfig(caches=(bad_cache.folder, tmp_path / "good"), output_dir=tmp_path / "merged")
+        MergeConfig(
+            caches=(bad_cache.folder, tmp_path / "good"),
+            weights=(9.0, 1.0),
+            output_dir=tmp_path / "merged",
+        )
     )
-    assert len(warnings_of(both.warnings)) == 1, "half of one teacher loses log 2 to it"
+    assert len(warnings_of(both.warnings)) == 1, "a tenth of a teacher loses log 10 to it"
 
 
 def test_the_sampled_loss_is_that_of_all_entries(world, bad_cache):

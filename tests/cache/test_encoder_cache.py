@@ -180,7 +180,7 @@ def test_training_from_an_encoder_is_cross_entropy_and_hidden_states(
     made = world.distill(tmp_path / "run", cache=cache, teacher=str(encoder), **losses)
     result = train.run(made, lambda progress: notes.append(progress.note))
     assert any(
-        "predicts no tokens: the weight loss.beta (0.9) goes to the cross-entropy" in note
+        "predicts no tokens: the weight loss.beta (0.5) goes to the cross-entropy" in note
         for note in notes
     )
     assert result.warnings

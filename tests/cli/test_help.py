@@ -95,11 +95,11 @@ def test_defaults_are_those_of_the_configuration_that_holds_a_section(capsys):
     main(["distill", "--help"])
     shown = " ".join(capsys.readouterr().out.split())
     assert "--loss.alpha FLOAT Weight of" in shown
-    assert "(default: 0.1)" in shown.partition("--loss.alpha")[2].partition("--loss.beta")[0]
+    assert "(default: 0.5)" in shown.partition("--loss.alpha")[2].partition("--loss.beta")[0]
     main(["onpolicy", "--help"])
     shown = " ".join(capsys.readouterr().out.split())
     assert "(default: 0.0)" in shown.partition("--loss.alpha")[2].partition("--loss.beta")[0]
-    assert "(default: 0.1)" in shown.partition("--mix-loss.alpha")[2].partition("--mix-loss.b")[0]
+    assert "(default: 0.5)" in shown.partition("--mix-loss.alpha")[2].partition("--mix-loss.b")[0]
 
 
 def test_a_docstring_of_a_derived_class_wins():

@@ -148,7 +148,7 @@ def test_flags_win_over_yaml_and_yaml_over_defaults(tmp_path, monkeypatch, capsy
         commands.COMMANDS, "distill", type("C", (Command,), {"load": fake})(*vars(command).values())
     )
     (tmp_path / "a.yaml").write_text(
-        "data_path: d\noutput_dir: o\ncache: c\nseed: 5\nloss:\n  alpha: 0.5\n"
+        "data_path: d\noutput_dir: o\ncache: c\nseed: 5\nloss:\n  alpha: 0.4\n"
     )
     assert (
         main(

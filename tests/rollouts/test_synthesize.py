@@ -128,7 +128,7 @@ def test_answers_dataset_and_cache_of_a_teacher_here(world, prompts, tmp_path):
 
 
 def _distill(world, folder, output):
-    settings = world.distill(output, max_steps=2, eval_steps=2)
+    settings = world.distill(output, max_steps=2, eval_steps=2, batch_size=2)
     return dataclasses.replace(settings, data_path=folder / "data", cache=folder / "cache")
 
 

@@ -325,7 +325,7 @@ def test_run_folders_are_never_overwritten_by_accident(world, tmp_path):
     with pytest.raises(
         UsageError, match=r"holds an unfinished run with another learning_rate, loss.alpha"
     ):
-        train.run(world.distill(run, learning_rate=1e-4, loss=LossConfig(alpha=0.5)))
+        train.run(world.distill(run, learning_rate=1e-4, loss=LossConfig(alpha=0.3)))
     assert all(torch.equal(before[k], v) for k, v in weights(run).items())
     train.run(world.distill(run, learning_rate=1e-4, force=True))
     (tmp_path / "notes").mkdir()

@@ -193,7 +193,7 @@ def _train(plan: Plan, seconds: float, settings: str) -> None:
 RECIPE = (
     "--learning-rate 2e-4 --warmup-ratio 0.1 --num-epochs 1 --eval-steps 1000 --max-eval-samples 4"
 )
-LOSS = "--loss.alpha 0.1 --loss.beta 0.9"
+LOSS = "--loss.alpha 0.5 --loss.beta 0.5"
 
 
 def _small(plan: Plan) -> None:

@@ -23,9 +23,9 @@ class LossConfig(Settings):
     step.
     """
 
-    alpha: float = 0.1
+    alpha: float = 0.5
     """Weight of the hard-label cross-entropy."""
-    beta: float = 0.9
+    beta: float = 0.5
     """Weight of the divergence from the teacher; positions without teacher targets give it to the
     cross-entropy.
     """

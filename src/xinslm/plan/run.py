@@ -17,7 +17,7 @@ from xinslm.model.config import ModelConfig
 from xinslm.plan.config import PlanConfig
 from xinslm.plan.memory import RUNTIME_GIB, Memory, step_memory
 from xinslm.plan.work import DEVICES, Device, measure_here, training_operations
-from xinslm.precision import compute_dtype
+from xinslm.precision import compute_dtype, weight_dtype
 from xinslm.progress import Listener, ignore
 from xinslm.train.inputs import shape
 
@@ -122,7 +122,8 @@ def run(config: PlanConfig, on_progress: Listener = ignore) -> PlanResult:
     config.check()
     vocabulary, tokens, notes = _data(config)
     student = shape(config, _Vocabulary(vocabulary))
-    resolved = compute_dtype(config.compute_dtype, pick_device(config.device))
+    device = pick_device(config.device)
+    resolved = compute_dtype(config.compute_dtype, device)
     products: Any = str(resolved).removeprefix("torch.")
     config = replace(config, compute_dtype=products)
     trained = round(tokens * config.num_epochs)
@@ -131,7 +132,7 @@ def run(config: PlanConfig, on_progress: Listener = ignore) -> PlanResult:
     numbers, dtype = _teacher(config), config.teacher_dtype
     stages, other_models = [], {}
     if numbers and config.cache is None and config.teacher is not None:
-        other_models["live teacher"] = round(numbers * (4 if dtype == "float32" else 2))
+        other_models["live teacher"] = round(numbers * weight_dtype(dtype, device).itemsize)
         notes += (
             "the teacher is in memory together with the student; a cache (`xinslm cache`) saves "
             "that memory, and the teacher's time",
@@ -140,7 +141,8 @@ def run(config: PlanConfig, on_progress: Listener = ignore) -> PlanResult:
         entry = CacheFormat(
             vocabulary, default_top_k(config.top_k, config.tail_samples), config.tail_samples, 2.0
         ).dtype.itemsize
-        stages.append(Stage("cache", 2.0 * numbers * tokens, dtype, tokens * entry))
+        products = config.compute_dtype if dtype == "auto" else dtype
+        stages.append(Stage("cache", 2.0 * numbers * tokens, products, tokens * entry))
     written = _checkpoint(student, config)
     operations = training_operations(student, config) * trained
     stages.append(Stage("train", operations, config.compute_dtype, written))
