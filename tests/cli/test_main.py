@@ -166,8 +166,8 @@ def test_flags_win_over_yaml_and_yaml_over_defaults(tmp_path, monkeypatch, capsy
     )
     assert (seen[0].seed, seen[0].loss.alpha, seen[0].loss.beta, seen[0].max_seq_length) == (
         6,
+        0.4,
         0.5,
-        0.9,
         128,
     )
     assert capsys.readouterr().out == "done\n"
