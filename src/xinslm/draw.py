@@ -12,6 +12,8 @@ from torch import Tensor
 from xinslm.sampling import Sampling
 from xinslm.topk import BLOCK, blocked_topk
 
+CANDIDATES = (256, 4096, 1 << 62)
+"""Most likely tokens to filter, until all that are kept are among them."""
 CHUNK = 1 << 19
 """Logits that a CPU works on at once: they stay in its cache."""
 
@@ -49,37 +51,50 @@ def _choose(logits: Tensor, sampling: Sampling, uniforms: np.ndarray) -> tuple[T
             weights, sums = _weights((logits - largest).div_(sampling.temperature))
         ids = _invert(weights, sums, quantiles)
     else:
-        kept, probabilities = kept_tokens(logits, sampling, log_total)
-        cumulative = probabilities.to(wide).cumsum(dim=1)
-        places = torch.searchsorted(cumulative, quantiles * cumulative[:, -1:], right=True)
-        last = (probabilities > 0).sum(dim=1, keepdim=True) - 1
-        ids = kept.gather(1, torch.minimum(places, last))
+        ids = _filtered(logits, sampling, log_total, quantiles)
     return ids[:, 0], (logits.gather(1, ids).to(wide) - log_total)[:, 0]
 
 
-def kept_tokens(logits: Tensor, sampling: Sampling, log_total: Tensor) -> tuple[Tensor, Tensor]:
-    """Filter each row; return ids and probabilities, most likely first, 0 for removed tokens.
-
-    `log_total` is the logarithm of the normalizer over the full vocabulary, (rows, 1).
-
-    Ties are ordered by id, so a seed gives the same text in bfloat16 on every device.
-    """
-    for k in (sampling.top_k,) if sampling.top_k else (256, logits.shape[1]):
-        ids = blocked_topk(logits, min(k, logits.shape[1]))[1].sort(dim=1).values
-        values, order = logits.gather(1, ids).sort(dim=1, descending=True, stable=True)
-        ids = ids.gather(1, order)
-        wide = values if values.device.type == "mps" else values.double()
-        # with top_k, the other filters look at the distribution over what it kept
-        total = wide.logsumexp(dim=1, keepdim=True) if sampling.top_k else log_total
-        p = (wide - total).exp()
-        before = p.cumsum(dim=1) - p
-        keeps = (before < sampling.top_p * (1 - 1e-12)) & (p >= sampling.min_p * p[:, :1])
-        if sampling.top_p == 1:
-            keeps = p >= sampling.min_p * p[:, :1]
-        if sampling.top_k or not bool(keeps[:, -1].any()):
+def _filtered(logits: Tensor, sampling: Sampling, log_total: Tensor, quantiles: Tensor) -> Tensor:
+    """Draw from what the filters keep, (rows, 1); rows that keep many tokens are sorted apart."""
+    result = torch.zeros(len(logits), 1, dtype=torch.int64, device=logits.device)
+    rows = torch.arange(len(logits), device=logits.device)
+    for k in (sampling.top_k,) if sampling.top_k else CANDIDATES:
+        kept, probabilities, is_whole = kept_tokens(logits[rows], sampling, log_total[rows], k)
+        cumulative = probabilities.to(quantiles.dtype).cumsum(dim=1)
+        targets = quantiles[rows] * cumulative[:, -1:]
+        places = torch.searchsorted(cumulative, targets, right=True)
+        last = (probabilities > 0).sum(dim=1, keepdim=True) - 1
+        result[rows] = kept.gather(1, torch.minimum(places, last))
+        rows = rows[~is_whole]
+        if not len(rows):
             break
+    return result
+
+
+def kept_tokens(
+    logits: Tensor, sampling: Sampling, log_total: Tensor, k: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Filter the k most likely tokens of each row; return ids and probabilities, most likely first,
+    0 for removed tokens, both (rows, k), and whether all tokens to keep are among them, (rows,).
+
+    `log_total` is the logarithm of the normalizer over the full vocabulary, (rows, 1). Ties are
+    ordered by id, so a seed gives the same text in bfloat16 on every device.
+    """
+    ids = blocked_topk(logits, min(k, logits.shape[1]))[1].sort(dim=1).values
+    values, order = logits.gather(1, ids).sort(dim=1, descending=True, stable=True)
+    ids = ids.gather(1, order)
+    wide = values if values.device.type == "mps" else values.double()
+    # with top_k, the other filters look at the distribution over what it kept
+    total = wide.logsumexp(dim=1, keepdim=True) if sampling.top_k else log_total
+    p = (wide - total).exp()
+    before = p.cumsum(dim=1) - p
+    keeps = (before < sampling.top_p * (1 - 1e-12)) & (p >= sampling.min_p * p[:, :1])
+    if sampling.top_p == 1:
+        keeps = p >= sampling.min_p * p[:, :1]
+    is_whole = ~keeps[:, -1] if not sampling.top_k else torch.ones_like(keeps[:, -1])
     scaled = (wide / sampling.temperature).masked_fill(~keeps, -torch.inf)
-    return ids, torch.softmax(scaled, dim=1)
+    return ids, torch.softmax(scaled, dim=1), is_whole
 
 
 def _weights(logits: Tensor) -> tuple[Tensor, Tensor]:

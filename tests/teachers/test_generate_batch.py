@@ -182,7 +182,8 @@ def test_draws_follow_the_models_distribution(model: Transformer) -> None:
 def test_filters_are_the_samplers(settings: Sampling, scale: float) -> None:
     """Also where a nucleus holds more tokens than are looked at first."""
     logits = scale * torch.randn(6, 640, generator=torch.Generator().manual_seed(0))
-    ids, probabilities = kept_tokens(logits, settings, logits.logsumexp(1, True).double())
+    k = settings.top_k or 640
+    ids, probabilities, _ = kept_tokens(logits, settings, logits.logsumexp(1, True).double(), k)
     sampler = Sampler(settings)
     for row in range(6):
         tokens, expected = sampler.distribution(logits[row].numpy())
@@ -364,11 +365,15 @@ def test_rows_of_any_length_have_the_models_logits(window: int | None) -> None:
 def test_ties_are_ordered_by_id(settings: Sampling) -> None:
     """Logits in bfloat16 tie often; the nucleus may cut through a tie."""
     logits = np.random.default_rng(2).integers(0, 4, (5, 640)).astype(np.float32)
-    ids, probabilities = kept_tokens(
-        torch.from_numpy(logits), settings, torch.from_numpy(logits).logsumexp(1, True).double()
+    rows = torch.from_numpy(logits)
+    ids, probabilities, is_whole = kept_tokens(
+        rows, settings, rows.logsumexp(1, True).double(), settings.top_k or 640
     )
     for row in range(len(logits)):
         theirs, expected = Sampler(settings).distribution(logits[row])
         count = len(theirs)
         assert ids[row, :count].tolist() == theirs.tolist()
         np.testing.assert_allclose(probabilities[row, :count], expected, rtol=1e-6)
+    assert bool(is_whole.all())
+    few = kept_tokens(rows, settings, rows.logsumexp(1, True).double(), 8)[2]
+    assert not settings.top_p < 1 or not bool(few.any()), "more than 8 tokens tie for the nucleus"

@@ -92,13 +92,13 @@ def real_stages(
         100 * slow,
         f"synthesize {teacher} --prompts {path('prompts.jsonl')} --output-dir {path('answers')}",
         f"--tokenizer-path {path('tokenizer')} --samples {config.samples} {answers}",
-        "--batch-size 64 --max-seq-length 512",
+        "--max-seq-length 512",
     )
     plan.add(
         "the teacher answers held-out prompts",
         12 * slow,
         f"synthesize {teacher} --prompts {path('held-out.jsonl')} --output-dir {path('held-out')}",
-        f"{answers} --batch-size 64 --no-keep-cache",
+        f"{answers} --no-keep-cache",
     )
     plan.add(
         f"prune the teacher to {shape[0]} layers of {shape[1]:,} neurons",
