@@ -1,7 +1,7 @@
 """Draw tokens for many rows of logits at once, one uniform number per row.
 
-Filters look at the model's own distribution, then the temperature reshapes what they kept, as in
-llama.cpp and `inference.sampling`.
+A repetition penalty comes first. Filters look at the distribution, then the temperature reshapes
+what they kept, as in llama.cpp and `inference.sampling`.
 """
 
 import numpy as np
@@ -19,14 +19,21 @@ CHUNK = 1 << 19
 
 
 def choose(
-    logits: Tensor, sampling: Sampling, uniforms: np.ndarray
+    logits: Tensor, sampling: Sampling, uniforms: np.ndarray, seen: np.ndarray | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
     """Draw one id per row with one uniform number each; return ids (rows,) int64 and their
     log-probabilities under the model itself (rows,) float64.
 
     logits: (rows, width), -inf where there is no token. A row that holds NaN or infinity has a
-    log-probability that is not finite.
+    log-probability that is not finite. seen: the ids that the repetition penalty is for, (rows, n)
+    int64; repeated ones count once. Without it there is no penalty.
     """
+    if seen is not None and sampling.repetition_penalty != 1:
+        ids, _ = choose(penalised(logits, seen, sampling.repetition_penalty), sampling, uniforms)
+        wide = logits.float()
+        taken = wide.gather(1, torch.from_numpy(ids).to(logits.device)[:, None])[:, 0]
+        log_probs = taken - wide.logsumexp(dim=1)
+        return ids, log_probs.cpu().numpy().astype(np.float64)
     rows = max(1, CHUNK // logits.shape[1]) if logits.device.type == "cpu" else len(logits)
     parts = [
         _choose(logits[at : at + rows], sampling, uniforms[at : at + rows])
@@ -34,6 +41,16 @@ def choose(
     ]
     ids, log_probs = (torch.cat(part).cpu().numpy() for part in zip(*parts, strict=True))
     return ids, log_probs.astype(np.float64)
+
+
+def penalised(logits: Tensor, seen: np.ndarray, penalty: float) -> Tensor:
+    """A copy of logits (rows, width) whose entries at the ids in `seen`, (rows, n), are divided by
+    the penalty if positive and multiplied by it if negative.
+    """
+    ids = torch.from_numpy(seen).to(logits.device)
+    values = logits.float().gather(1, ids)
+    values = torch.where(values > 0, values / penalty, values * penalty)
+    return logits.float().scatter(1, ids, values)
 
 
 def _choose(logits: Tensor, sampling: Sampling, uniforms: np.ndarray) -> tuple[Tensor, Tensor]:

@@ -14,6 +14,7 @@ _SAMPLING = {
     "top_k": Range(0),
     "top_p": Range(0, 1, above=True),
     "min_p": SHARE,
+    "repetition_penalty": Range(0, above=True),
     "seed": Range(0),
 }
 
@@ -32,6 +33,11 @@ class Sampling(Settings):
     """Keep the fewest most likely tokens whose probabilities sum to this; 1 keeps all."""
     min_p: float = 0.05
     """Keep tokens at least this likely relative to the most likely one; 0 keeps all."""
+    repetition_penalty: float = 1.0
+    """Above 1: tokens that the prompt or the text has already become less likely (CTRL,
+    arXiv:1909.05858, section 4.1), as in transformers; 1.1 helps small models that repeat
+    themselves.
+    """
     seed: int | None = None
     """Same seed, same text; without one each call differs."""
 

@@ -10,6 +10,7 @@ import torch
 from transformers import (
     LogitsProcessorList,
     MinPLogitsWarper,
+    RepetitionPenaltyLogitsProcessor,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
@@ -159,3 +160,15 @@ def test_all_impossible_settings_are_named() -> None:
     )
     with pytest.raises(UsageError, match="temperature is nan"):
         Sampler(Sampling(temperature=float("nan")))
+
+
+@pytest.mark.parametrize("penalty", [1.2, 0.8])
+def test_repetition_penalty_is_transformers(penalty: float) -> None:
+    logits, seen = random_logits(4), [3, 7, 7, 20, 41]
+    processor = RepetitionPenaltyLogitsProcessor(penalty)
+    expected = processor(torch.tensor([seen]), torch.from_numpy(logits)[None].clone())[0]
+    found = sampler(repetition_penalty=penalty).distribution(logits, seen)
+    probabilities = np.zeros(50)
+    probabilities[found[0]] = found[1]
+    np.testing.assert_allclose(probabilities, expected.double().softmax(0), rtol=1e-6)
+    assert (logits == random_logits(4)).all()  # the caller's logits are left alone

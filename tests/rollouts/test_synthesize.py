@@ -523,6 +523,10 @@ def test_the_first_of_mt_benchs_turns_is_the_prompt(tmp_path, ending):
 
 
 def test_what_makes_no_sense_is_refused(world, prompts, tmp_path):
+    with pytest.raises(UsageError, match="repetition_penalty is for local teachers"):
+        synthesize.run(
+            SynthesizeConfig("http://127.0.0.1:9", prompts, tmp_path / "o", repetition_penalty=1.1)
+        )
     with pytest.raises(UsageError, match="at temperature 0 all answers to a prompt are the same"):
         synthesize.run(config(world, prompts / "texts.txt", tmp_path / "s", temperature=0.0))
     with pytest.raises(UsageError, match=r"top_p is 0.0, but must be above 0"):

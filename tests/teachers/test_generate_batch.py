@@ -201,6 +201,35 @@ def test_filters_are_the_samplers(settings: Sampling, scale: float) -> None:
         assert chosen.tolist() == tokens[np.minimum(places, len(tokens) - 1)].tolist()
 
 
+@pytest.mark.parametrize("penalty", [1.0, 1.3])
+def test_repetition_penalty_is_transformers(folder: Path, penalty: float) -> None:
+    """Greedy texts of prompts of several lengths, rows refilled, are those of `generate`."""
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    theirs.generation_config.eos_token_id = theirs.config.eos_token_id = None
+    prompts = make_prompts(7)
+    settings = Sampling(temperature=0, repetition_penalty=penalty)
+    found = write(load_model(folder), prompts, settings, limits(30, rows=3)).texts
+    for prompt, text in zip(prompts, found, strict=True):
+        ids = torch.from_numpy(prompt)[None]
+        expected = theirs.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            do_sample=False,
+            max_new_tokens=30,
+            repetition_penalty=penalty,
+            pad_token_id=0,
+        )
+        assert text.tokens.tolist() == expected[0, len(prompt) :].tolist()
+
+
+def test_log_probabilities_are_the_models_own_under_a_penalty() -> None:
+    logits = torch.randn(4, 64)
+    seen = np.arange(12).reshape(4, 3)
+    ids, found = choose(logits, Sampling(repetition_penalty=2.0, seed=0), np.full(4, 0.5), seen)
+    expected = logits.log_softmax(1).gather(1, torch.from_numpy(ids)[:, None])[:, 0]
+    np.testing.assert_allclose(found, expected.numpy(), atol=1e-6)
+
+
 def test_draws_follow_the_distribution_and_the_key() -> None:
     logits = torch.tensor([2.0, 1.0, 0.0, -1.0, -20.0]).repeat(40_000, 1)
     keys, numbers = np.arange(40_000), np.zeros(40_000, int)

@@ -29,7 +29,7 @@ GROUPS = {
         num_calibration_samples num_search_samples
     """,
     "Sampling": """
-        max_new_tokens samples temperature top_k top_p min_p stop tail_samples
+        max_new_tokens samples temperature top_k top_p min_p repetition_penalty stop tail_samples
         cache_temperature token_temperature weights prompt_tokens generation_batch_size
         support_top_k
     """,

@@ -63,9 +63,10 @@ def generate(
     decoder = StreamDecoder(engine.tokenizer, at_start=at_start)
     watch = _StopWatch(stop_strings)
     logits = engine.start(prompt_ids)
-    count = 0
+    count, seen = 0, list(prompt_ids)
     while True:
-        token = sampler.draw(logits)
+        token = sampler.draw(logits, seen)
+        seen.append(token)
         likelihood = log_probability(logits, token)
         count += 1
         if token in ends:

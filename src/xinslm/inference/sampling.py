@@ -5,8 +5,12 @@ so a high temperature cannot add unlikely tokens. (transformers divides by the t
 Computed with numpy in float64, so that a seed gives the same text on every device with the same
 logits.
 
+A repetition penalty comes before the filters.
+
 Nucleus: Holtzman et al., arXiv:1904.09751. Min-p: arXiv:2407.01082.
 """
+
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -21,11 +25,19 @@ class Sampler:
         self.settings = settings
         self._random = np.random.default_rng(settings.seed)
 
-    def distribution(self, logits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def distribution(
+        self, logits: np.ndarray, seen: Sequence[int] = ()
+    ) -> tuple[np.ndarray, np.ndarray]:
         """Return the tokens that the filters keep, most likely first (ties by id), and their
-        probabilities.
+        probabilities, after the tokens of `seen`.
         """
         s = self.settings
+        if s.repetition_penalty != 1 and len(seen):
+            logits, ids = logits.copy(), np.unique(np.asarray(seen, np.int64))
+            values = logits[ids]
+            logits[ids] = np.where(
+                values > 0, values / s.repetition_penalty, values * s.repetition_penalty
+            )
         if s.temperature == 0:
             return np.array([int(logits.argmax())]), np.ones(1)
         tokens = _most_likely(logits, s.top_k)
@@ -39,9 +51,9 @@ class Sampler:
             count = min(count, int((probabilities >= s.min_p * probabilities[0]).sum()))
         return tokens[:count], _softmax(kept[:count] / s.temperature)
 
-    def draw(self, logits: np.ndarray) -> int:
-        """Draw one token from (vocabulary,) logits."""
-        tokens, probabilities = self.distribution(logits)
+    def draw(self, logits: np.ndarray, seen: Sequence[int] = ()) -> int:
+        """Draw one token from (vocabulary,) logits, after the tokens of `seen`."""
+        tokens, probabilities = self.distribution(logits, seen)
         place = np.searchsorted(probabilities.cumsum(), self._random.random(), side="right")
         return int(tokens[min(int(place), len(tokens) - 1)])
 

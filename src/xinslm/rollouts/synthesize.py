@@ -17,7 +17,7 @@ from typing import Any
 from xinslm.cache.config import default_top_k
 from xinslm.config import to_dict
 from xinslm.device import pick_device
-from xinslm.errors import XinslmError
+from xinslm.errors import UsageError, XinslmError
 from xinslm.files import MANIFEST, sha256_json, write_manifest
 from xinslm.folders import Plan, claim, locked
 from xinslm.progress import Listener, Progress, ignore
@@ -31,7 +31,7 @@ from xinslm.rollouts.synthesize_data import (
     write_text_file,
 )
 from xinslm.teachers.base import Prompt
-from xinslm.teachers.endpoint import EndpointTeacher
+from xinslm.teachers.endpoint import EndpointTeacher, is_endpoint
 from xinslm.teachers.open import TeacherOptions, open_teacher
 from xinslm.tokenizer.load import load_tokenizer
 
@@ -97,6 +97,10 @@ def run(
     something else; XinslmError if a server fails permanently or all answers are empty.
     """
     config.check()
+    if config.repetition_penalty != 1 and is_endpoint(config.teacher):
+        raise UsageError(
+            "repetition_penalty is for local teachers: endpoints have no common name for it"
+        )
     prompts = read_prompts(config.prompts)
     options = TeacherOptions(
         dtype=config.dtype,

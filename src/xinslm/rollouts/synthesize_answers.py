@@ -29,7 +29,12 @@ def answer_prompts(
     prompts, and how many were refused and how many were empty.
     """
     sampling = Sampling(
-        temperature=config.temperature, top_k=0, top_p=config.top_p, min_p=0.0, seed=config.seed
+        temperature=config.temperature,
+        top_k=0,
+        top_p=config.top_p,
+        min_p=0.0,
+        repetition_penalty=config.repetition_penalty,
+        seed=config.seed,
     )
     places = [
         (prompt, sample) for prompt in range(len(prompts)) for sample in range(config.samples)

@@ -14,6 +14,7 @@ _SYNTHESIZE = {
     "samples": Range(1, 10_000),
     "temperature": Range(0),
     "top_p": Range(0, 1, above=True),
+    "repetition_penalty": Range(0, above=True),
     "max_new_tokens": Range(1, 1_000_000),
     "batch_size": Range(1, 65_536),
     "validation_fraction": Range(0, 1, below=True),
@@ -49,6 +50,10 @@ class SynthesizeConfig(Settings):
     """
     top_p: float = 1.0
     """Draw from the fewest most likely tokens whose probabilities sum to this; 1 keeps all."""
+    repetition_penalty: float = 1.0
+    """Above 1: tokens that the prompt or the answer has already become less likely. For a local
+    teacher.
+    """
     max_new_tokens: int = 256
     """Most tokens of an answer; one that is cut off there, or at the teacher's context, is kept
     without an end token.

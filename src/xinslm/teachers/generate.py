@@ -210,9 +210,9 @@ class _Writer:
         """Draw a token for each text that is past its prompt; return each row's next token."""
         keys = np.array([text.key for text in texts])
         numbers = np.array([len(text.tokens) for text in texts])
-        drawn, log_probs = choose(
-            logits, self.sampling, uniforms(keys, numbers, self.sampling.required_seed())
-        )
+        quantiles = uniforms(keys, numbers, self.sampling.required_seed())
+        seen = _seen(texts) if self.sampling.repetition_penalty != 1 else None
+        drawn, log_probs = choose(logits, self.sampling, quantiles, seen)
         if not np.isfinite(log_probs).all():
             raise XinslmError(
                 f"{self.limits.name} gives numbers that are not finite while it writes: try "
@@ -235,6 +235,19 @@ class _Writer:
                     )
                     self.tell(self.finished, self.num_tokens)
         return drawn
+
+
+def _seen(texts: list[_Text]) -> np.ndarray:
+    """Ids of each prompt and its text so far, (B, longest) int64; shorter rows repeat their first
+    id.
+    """
+    counts = [len(text.prompt) + len(text.tokens) for text in texts]
+    seen = np.empty((len(texts), max(counts)), np.int64)
+    for row, text, count in zip(seen, texts, counts, strict=True):
+        row[: len(text.prompt)] = text.prompt
+        row[len(text.prompt) : count] = text.tokens
+        row[count:] = row[0]
+    return seen
 
 
 def _without(gone: np.ndarray) -> np.ndarray:
