@@ -239,7 +239,7 @@ def test_a_config_with_a_value_of_another_type_is_named(
     path = tmp_path / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "hidden_size": value}))
     with pytest.raises(
-        XinslmError, match=r"config\.json: hidden_size is .*, but must be a whole number"
+        XinslmError, match=r"config\.json: hidden_size is .*, but must be an integer"
     ):
         evaluate(tmp_path, text)
     path.write_text("[]")

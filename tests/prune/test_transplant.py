@@ -97,10 +97,41 @@ def test_a_stream_in_a_subspace_is_cut_without_loss(untied) -> None:
     assert transplant.norm_factor(found.stream, basis) == pytest.approx((64 / 40) ** 0.5, rel=1e-6)
 
 
-def test_the_fit_leaves_alone_what_needs_no_fit(untied) -> None:
+def test_blocks_before_the_first_cut_are_not_fitted(workshop, monkeypatch) -> None:
+    """They stay the teacher's bit for bit, and the others are as if they had been fitted too."""
+    teacher, kept = workshop.model, [0, 1]
+    thin = keep_layers(teacher.config, teacher.state_dict(), kept)
+    cut = transplant.CutModel(thin, thin, kept, None)
+    assert transplant.unchanged_blocks(teacher, cut) == 1
+    seen: list[int] = []
+    short = transplant.compensate(teacher, cut, workshop.passages[:1], 0.01, seen.append)
+    assert seen == [1, 2]
+    for name, weight in teacher.model.layers[0].state_dict().items():
+        assert torch.equal(short.model.layers[0].state_dict()[name], weight)
+    assert not torch.equal(
+        short.model.layers[1].mlp.down_proj.weight, teacher.model.layers[1].mlp.down_proj.weight
+    )
+    monkeypatch.setattr(transplant, "unchanged_blocks", lambda teacher, cut: 0)
+    whole = transplant.compensate(teacher, cut, workshop.passages[:1], 0.01, lambda layer: None)
+    torch.testing.assert_close(logits(short), logits(whole), rtol=1e-3, atol=1e-3)
+
+
+def test_fewer_neurons_are_a_change(workshop) -> None:
+    teacher = workshop.model
+    uncut = transplant.CutModel(teacher, teacher, [0, 1, 2], None)
+    assert transplant.unchanged_blocks(teacher, uncut) == 3
+    thin = keep_layers(teacher.config, teacher.state_dict(), [0, 1, 2])
+    down = thin.model.layers[1].mlp.down_proj
+    down.weight = torch.nn.Parameter(down.weight + 1)
+    assert transplant.unchanged_blocks(teacher, replace(uncut, thin=thin)) == 1
+    assert transplant.unchanged_blocks(teacher, replace(uncut, basis=torch.eye(4))) == 0
+
+
+def test_the_fit_leaves_alone_what_needs_no_fit(untied, monkeypatch) -> None:
     """A student that is its teacher stays it, whatever the gains; so does one cut from a
     subspace.
     """
+    monkeypatch.setattr(transplant, "unchanged_blocks", lambda teacher, cut: 0)
     uncut = transplant.CutModel(untied.model, untied.model, [0, 1], None)
     same = transplant.compensate(untied.model, uncut, untied.passages, 0.01, lambda layer: None)
     torch.testing.assert_close(logits(same), logits(untied.model), rtol=1e-3, atol=1e-3)

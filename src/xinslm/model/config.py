@@ -199,17 +199,17 @@ class _Reader:
         self.values, self.where, self.prefix = values, where, prefix
 
     def whole(self, key: str, default: int | None = None) -> int:
-        """A whole number; without a default it must be there."""
+        """An integer; without a default it must be there."""
         value = self._get(key, default)
-        return value if type(value) is int else self._refuse(key, value, "a whole number")
+        return value if type(value) is int else self._refuse(key, value, "an integer")
 
     def whole_or_null(self, key: str, default: int | None = None) -> int | None:
-        """A whole number or null."""
+        """An integer or null."""
         value = self.values.get(key, default)
         return (
             value
             if value is None or type(value) is int
-            else self._refuse(key, value, "a whole number or null")
+            else self._refuse(key, value, "an integer or null")
         )
 
     def number(self, key: str, default: float | None = None) -> float:

@@ -165,9 +165,10 @@ def measure(
     passages: Sequence[Passage],
     on_layer: Callable[[int], None],
     with_inputs: bool = True,
+    with_stream: bool = True,
 ) -> Statistics:
     """Run calibration text through `model`, layer by layer; only merging key-value heads needs
-    `with_inputs`.
+    `with_inputs`, and only cutting the width `with_stream`: without it the stream's products are 0.
     """
     config, eps = model.config, model.config.rms_norm_eps
     d = config.hidden_size
@@ -206,13 +207,13 @@ def measure(
                 (1 - F.cosine_similarity(x[real], states[at][real], dim=-1)).sum()
             )
             count += int(real.sum())
-            for place in (x[real], middle[real]):
+            for place in (x[real], middle[real]) if with_stream else ():
                 stream += products(unit(place, eps), unit(place, eps))
         found.influence /= max(count, 1)
         layers.append(found)
         on_layer(index + 1)
     final = torch.zeros_like(stream)
-    for passage, x in zip(passages, states, strict=True):
+    for passage, x in zip(passages, states, strict=True) if with_stream else ():
         last = unit(x[passage.real], eps)
         final += products(last, last)
     return Statistics(layers, stream + final, final, ids)

@@ -196,7 +196,13 @@ class _Cutting:
         if student == shape:
             return teacher
         progress = self._progress("measure", shape.num_hidden_layers, "layers")
-        found = measure(teacher, self.text.calibration, progress, merged_heads(shape, student) > 1)
+        found = measure(
+            teacher,
+            self.text.calibration,
+            progress,
+            with_inputs=merged_heads(shape, student) > 1,
+            with_stream=student.hidden_size < shape.hidden_size,
+        )
         kept = self._layers(teacher, student, found)
         self.facts["influence"] = [layer.influence for layer in found.layers]
         self.facts["layers"] = kept

@@ -157,12 +157,32 @@ def compensate(
     """Fit a copy of `cut.plain` to the teacher's activations, layer by layer."""
     fitting = _Fitting(teacher, cut, passages, ridge)
     ends = [*cut.kept[1:], teacher.config.num_hidden_layers]
-    fitting.advance_teacher(range(cut.kept[0]))
+    same = unchanged_blocks(teacher, cut)
+    fitting.advance_teacher(range(same or cut.kept[0]))
+    if same:  # their least squares would give back the same weights
+        fitting.states = list(fitting.wide)
+        on_layer(same)
     for index, (layer, end) in enumerate(zip(cut.kept, ends, strict=True)):
-        fitting.fit_block(index, layer, end)
-        on_layer(index + 1)
+        if index >= same:
+            fitting.fit_block(index, layer, end)
+            on_layer(index + 1)
     fitting.fit_head()
     return fitting.student
+
+
+def unchanged_blocks(teacher: Transformer, cut: CutModel) -> int:
+    """Number of blocks, from the first, that are the teacher's with the teacher's states before and
+    after them.
+    """
+    after = [*cut.kept[1:], teacher.config.num_hidden_layers]
+    count = 0
+    for index, (layer, end) in enumerate(zip(cut.kept, after, strict=True)):
+        ours, theirs = _block(cut.thin, index).state_dict(), _block(teacher, layer).state_dict()
+        whole = all(torch.equal(weight, theirs[name]) for name, weight in ours.items())
+        if cut.basis is not None or layer != index or end != index + 1 or not whole:
+            break
+        count += 1
+    return count
 
 
 class _Fitting:
