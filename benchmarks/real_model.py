@@ -4,11 +4,11 @@
     python benchmarks/real_model.py MODEL --data ../shared/data --work /tmp/real --table
 
 MODEL is the GGUF file or a model folder. Students are cut out of it, trained on alpaca chats, and
-measured in bits per byte on held-out chats and on Wikipedia text that no arm has seen. They have
-12 layers of 768 neurons with the first 16,384 merges of the vocabulary (36M parameters); `full`: 12 layers of 512 neurons
-with all of it (50M); `large`: 24 whole layers with all of it (113M). Every arm
-is a run of the installed package in a process of its own; arms that are in WORK/results.jsonl are
-not repeated, and a run that was stopped continues.
+measured in bits per byte on held-out chats and on Wikipedia text that no arm has seen. They have 16
+layers of 768 neurons with the first 16,384 merges of the vocabulary (45M parameters); `full`: 12
+layers of 512 neurons with all of it (50M); `large`: 24 whole layers with all of it (113M). Every
+arm is a run of the installed package in a process of its own; arms that are in WORK/results.jsonl
+are not repeated, and a run that was stopped continues.
 """
 
 import argparse
@@ -41,10 +41,10 @@ from xinslm.teachers.huggingface import HuggingFaceTeacher
 BATCH, LENGTH, RATE = 4, 512, 3e-4
 DOMAINS = ("chat", "wiki")
 SHAPES = {
-    "small": ("--num-layers", 12, "--intermediate-size", 768),
+    "small": ("--num-layers", 16, "--intermediate-size", 768),
     "large": ("--num-layers", 24),
     "full": ("--num-layers", 12, "--intermediate-size", 512),
-    "equal": ("--num-layers", 6, "--intermediate-size", 256),
+    "equal": ("--num-layers", 9, "--intermediate-size", 512),
 }
 """Sizes of the students; `equal` has all of the vocabulary and the parameters of `small`."""
 RANDOM = (
@@ -53,7 +53,7 @@ RANDOM = (
     "--hidden-size",
     576,
     "--num-layers",
-    12,
+    16,
     "--num-heads",
     9,
     "--num-kv-heads",
@@ -212,8 +212,8 @@ class Bench:
         self.tool(
             *("prune", self.folder("teacher"), *SHAPES[size or "small"], "-o", path),
             *("--data-path", self.folder("data_full" if size else "data")),
-            *("--layers", "influence", "--num-calibration-samples", 32),
-            *("--num-search-samples", 4, "--max-eval-samples", 8),
+            *("--layers", "influence", "--num-calibration-samples", 24),
+            *("--num-search-samples", 4, "--max-eval-samples", 6),
         )
 
     def make_cache(self, path: Path, kind: str = "", *options: object) -> None:
@@ -273,7 +273,8 @@ class Bench:
         begin = ("--init-from", self.folder(arm.start)) if arm.start else RANDOM
         words += map(str, ("--data-path", self.folder(arm.data), "-o", folder, *begin))
         words += map(str, ("--batch-size", BATCH, "--max-seq-length", LENGTH, "--max-steps", steps))
-        words += map(str, ("--learning-rate", RATE, "--seed", seed, "--eval-steps", 10_000))
+        words += map(str, ("--learning-rate", RATE, "--seed", seed, "--warmup-ratio", 0.2))
+        words += map(str, ("--eval-steps", 10_000))
         words += map(str, ("--max-eval-samples", 8, "--save-steps", 10_000))
         if arm.top:
             began = time.perf_counter()

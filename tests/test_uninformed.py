@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import training as train
-from xinslm.baseline import uninformed
+from xinslm.baseline import mix_advice, uninformed
 from xinslm.cache import score
 from xinslm.cache.config import CacheConfig
 from xinslm.cache.entries import Cache
@@ -120,6 +120,29 @@ def test_distill_from_a_teacher_that_knows_something(world, teacher, tmp_path, l
     facts = read_json(tmp_path / "run" / "run.json")
     assert "torch" in facts["machine"] and facts["date"].startswith("20")
     assert facts["warnings"] == list(result.warnings)
+
+
+def test_a_student_that_is_better_than_its_teacher_is_told_to_trust_the_text(
+    world, teacher, bad_cache, tmp_path
+):
+    """In the result, in run.json for the report, and by doctor."""
+    assert mix_advice(2.1, 2.0, "nats") is None and mix_advice(2.0, None, "nats") is None
+    result = train.run(world.distill(tmp_path / "run", max_steps=2, cache=bad_cache.folder))
+    ours, theirs = result.validation.ce, teacher_nats(Cache(bad_cache.folder), "validation")
+    (said,) = [text for text in result.warnings if "--loss.alpha 0.7" in text]
+    assert f"better than its teacher: {ours:.3f} nats per target token against {theirs:.3f}" in said
+    assert read_json(tmp_path / "run" / "run.json")["warnings"] == list(result.warnings)
+    good = make_cache(world, teacher, tmp_path / "good").folder
+    quiet = train.run(world.distill(tmp_path / "quiet", max_steps=2, cache=good))
+    assert not any("--loss.alpha" in text for text in quiet.warnings)
+    for cache, student, advice in ((bad_cache.folder, teacher, True), (good, teacher, False)):
+        checks = doctor(
+            DoctorConfig(data_path=world.data, cache=cache, student=student, device="cpu")
+        ).checks
+        (found,) = [check.detail for check in checks if check.name == "student on this data"]
+        assert ("--loss.alpha" in found) == advice
+    numbers = [float(word.rstrip(",")) for word in found.split()[1:4:2]]
+    assert numbers[0] == pytest.approx(numbers[1], abs=0.002)  # the student is the teacher
 
 
 def test_prune(world, teacher, bad_teacher, tmp_path):

@@ -1,4 +1,4 @@
-"""The least that a model must beat: predicting each token by its frequency alone."""
+"""What a teacher must beat to be of use: token frequencies, and the student itself."""
 
 
 def uninformed(name: str, loss: float | None, baseline: float | None, unit: str) -> str | None:
@@ -13,4 +13,22 @@ def uninformed(name: str, loss: float | None, baseline: float | None, unit: str)
         f"{name} predicts this text no better than token frequencies alone: {loss:.3f} {unit} "
         f"against {baseline:.3f}. Check its tokenizer and the language of the data, or take "
         "another model"
+    )
+
+
+def mix_advice(student: float | None, teacher: float | None, unit: str) -> str | None:
+    """Advice on the weights of the loss if a student predicts held-out text better than its
+    teacher; None if it does not, or if either figure is unknown.
+
+    The text then holds what the teacher does not know, for example answers of a better model, and
+    the teacher's distributions pull away from it. On text of other kinds they still help
+    (docs/results.md).
+    """
+    if student is None or teacher is None or student >= teacher:
+        return None
+    return (
+        f"the student predicts this text better than its teacher: {student:.3f} {unit} against "
+        f"{teacher:.3f}. If such text is what it is for, give the text more weight "
+        "(--loss.alpha 0.7 --loss.beta 0.3); if the teacher's ability is, let the teacher write "
+        "the text (xinslm synthesize)"
     )

@@ -29,11 +29,11 @@ def choose(
     int64; repeated ones count once. Without it there is no penalty.
     """
     if seen is not None and sampling.repetition_penalty != 1:
-        ids, _ = choose(penalised(logits, seen, sampling.repetition_penalty), sampling, uniforms)
+        drawn, _ = choose(penalised(logits, seen, sampling.repetition_penalty), sampling, uniforms)
         wide = logits.float()
-        taken = wide.gather(1, torch.from_numpy(ids).to(logits.device)[:, None])[:, 0]
-        log_probs = taken - wide.logsumexp(dim=1)
-        return ids, log_probs.cpu().numpy().astype(np.float64)
+        at_drawn = wide.gather(1, torch.from_numpy(drawn).to(logits.device)[:, None])[:, 0]
+        own = at_drawn - wide.logsumexp(dim=1)
+        return drawn, own.cpu().numpy().astype(np.float64)
     rows = max(1, CHUNK // logits.shape[1]) if logits.device.type == "cpu" else len(logits)
     parts = [
         _choose(logits[at : at + rows], sampling, uniforms[at : at + rows])

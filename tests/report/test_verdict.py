@@ -47,6 +47,15 @@ def test_a_student_that_is_worse_than_without_a_teacher_is_not_praised():
     assert any("0.10 bits per byte worse than undistilled" in sentence for sentence in lost)
 
 
+def test_text_that_knows_more_than_the_teacher_is_named():
+    _, lost = judged(
+        TEACHER, row("student", 0.35, trained_by="distill"), {**PLAIN, "bits_per_byte": 0.3}
+    )
+    assert sum("--loss.alpha" in sentence for sentence in lost) == 1
+    _, lost = judged(TEACHER, row("student", 0.70, trained_by="distill"), PLAIN)
+    assert not any("--loss.alpha" in sentence for sentence in lost)
+
+
 def test_differences_too_small_to_matter_are_none():
     gained, lost = judged(TEACHER, row("student", 0.402, trained_by="distill"))
     assert "student: as good as the teacher on held-out." in gained and not lost

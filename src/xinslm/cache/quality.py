@@ -18,9 +18,9 @@ def teacher_warning(cache: Cache, dataset: Dataset) -> str | None:
     return uninformed(name, teacher_nats(cache), baseline, "nats per target token")
 
 
-def teacher_nats(cache: Cache) -> float | None:
-    """The teacher's nats per train target, from at most a million entries; None if unknown."""
-    split = kind_of(cache).splits().get("train")
+def teacher_nats(cache: Cache, name: str = "train") -> float | None:
+    """The teacher's nats per target of a split, from at most a million entries; None if unknown."""
+    split = kind_of(cache).splits().get(name)
     if split is None:
         return None
     stored = split.entries(sample(len(split)))

@@ -9,6 +9,9 @@ from dataclasses import replace
 
 import torch
 
+from xinslm.baseline import mix_advice
+from xinslm.cache.entries import Cache
+from xinslm.cache.quality import teacher_nats
 from xinslm.data.dataset import Dataset
 from xinslm.distill.config import DistillConfig
 from xinslm.distill.mock import NOTE, train_mock_teacher
@@ -16,7 +19,7 @@ from xinslm.distill.supervision import find_supervision
 from xinslm.progress import Listener, ignore
 from xinslm.train.config import PretrainConfig
 from xinslm.train.interfaces import Supervision
-from xinslm.train.run import PATHS, TrainResult, run_training
+from xinslm.train.run import PATHS, TrainResult, add_warning, run_training
 
 
 def run(config: DistillConfig, on_progress: Listener = ignore) -> TrainResult:
@@ -26,7 +29,12 @@ def run(config: DistillConfig, on_progress: Listener = ignore) -> TrainResult:
     XinslmError at the first loss that is not finite, Interrupted (after a checkpoint) on Ctrl-C.
     """
     paths = (*PATHS, "cache", "hidden_states", "teacher")
-    return run_training(config, "distill", _supervise, paths, on_progress)
+    result = run_training(config, "distill", _supervise, paths, on_progress)
+    if config.cache is None or config.loss.beta == 0 or result.validation is None:
+        return result
+    teacher = teacher_nats(Cache(config.cache, check_hashes=False), "validation")
+    advice = mix_advice(result.validation.ce, teacher, "nats per target token")
+    return add_warning(result, advice) if advice else result
 
 
 def _supervise(

@@ -12,22 +12,27 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from xinslm.alignment.byte_prefix import BytePrefixAligner
 from xinslm.alignment.choose import choose_alignment
-from xinslm.baseline import uninformed
+from xinslm.baseline import mix_advice, uninformed
 from xinslm.cache.config import CacheConfig
-from xinslm.cache.entries import LARGEST_NEGATIVE_LOG, VALID, Cache, decode
+from xinslm.cache.entries import FP16_FLOOR, LARGEST_NEGATIVE_LOG, VALID, Cache, decode
 from xinslm.cache.quality import sample, teacher_nats
 from xinslm.cache.scorers import ENTRIES, DenseScorer
 from xinslm.data.dataset import Dataset, Split
+from xinslm.data.packing import PackedDataset
 from xinslm.data.unigram import unigram_nats
 from xinslm.doctor.checks import Examination, Skipped, require
+from xinslm.doctor.rows import hidden_states
 from xinslm.errors import XinslmError
 from xinslm.losses.targets import SparseTargets
+from xinslm.model.transformer import Transformer
 
 AGREEING, WINNING, COVERED = 0.9, 1.5, 0.5
 OVERLAP, NATS = 0.95, 0.1
+STUDENT_ROWS = 8
 CODE_STEP = math.sqrt(LARGEST_NEGATIVE_LOG) / 255
 
 
@@ -120,6 +125,36 @@ def teacher_quality(nats: float | None, dataset: Dataset) -> str:
         f"{nats:.3f} nats per target token, {bits:.3f} bits per byte; token frequencies alone "
         f"{baseline or math.nan:.3f}"
     )
+
+
+@torch.no_grad()
+def student_quality(model: Transformer, dataset: Dataset, cache: Cache, length: int) -> str:
+    """Loss of the student and of the cache's teacher on the same held-out targets."""
+    name = "validation" if cache.split("validation") is not None else "train"
+    split = cache.split(name)
+    rows = PackedDataset(dataset.split(name), length)
+    batch = rows.batch(np.arange(min(len(rows), STUDENT_ROWS)))
+    chosen = np.flatnonzero(batch.labels.ravel() >= 0)
+    if split is None or not len(chosen):
+        raise Skipped("no target is held out")
+    entries = split.entries(batch.stream.ravel()[chosen])
+    known = (entries["flags"] & VALID != 0) & (entries["log_label"] > FP16_FLOOR)
+    if not known.any():
+        raise Skipped("the teacher's probabilities of the text are not known")
+    states = hidden_states(model, batch).flatten(0, 1)[torch.from_numpy(chosen[known])]
+    labels = torch.from_numpy(batch.labels.ravel()[chosen[known]]).to(states.device)
+    total = sum(
+        F.cross_entropy(model.logits(part).float(), wanted, reduction="sum").item()
+        for part, wanted in zip(states.split(256), labels.split(256), strict=True)
+    )
+    student = total / len(labels)
+    teacher = -float(entries["log_label"][known].astype(np.float64).mean())
+    unit = "nats per target token"
+    detail = (
+        f"student {student:.3f}, teacher {teacher:.3f} {unit} on {len(labels):,} {name} targets"
+    )
+    advice = mix_advice(student, teacher, unit)
+    return detail if advice is None else f"{detail}\n{advice}"
 
 
 def ask_again(

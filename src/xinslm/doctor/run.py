@@ -22,7 +22,13 @@ from xinslm.data.packing import Batch, PackedDataset
 from xinslm.device import pick_device
 from xinslm.doctor.checks import Check, Examination, Skipped, require
 from xinslm.doctor.config import DoctorConfig
-from xinslm.doctor.entries import agreement, ask_again, check_entries, teacher_quality
+from xinslm.doctor.entries import (
+    agreement,
+    ask_again,
+    check_entries,
+    student_quality,
+    teacher_quality,
+)
 from xinslm.doctor.losses import Positions, check_losses
 from xinslm.doctor.rows import check_rows, hidden_states
 from xinslm.doctor.vocabulary import dataset_vocabulary, same_vocabulary, teacher_vocabulary
@@ -242,6 +248,10 @@ def _check_student(
     length = min(
         model.config.max_position_embeddings, DEFAULT_LENGTH if cache is None else _length(cache)
     )
+    if config.student is not None and cache is not None and cache.over_tokens:
+        examination.make(
+            "student on this data", lambda: student_quality(model, dataset, cache, length)
+        )
     rows = PackedDataset(dataset.split("train"), length)
     batch = _choose(rows, config.batch_size, config.seed)
     check_losses(examination, _positions(config, model, batch, cache), config.seed)

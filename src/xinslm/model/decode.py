@@ -1,9 +1,10 @@
 """A `Transformer` that generates: rows of different lengths in one key-value cache.
 
-Each row has its own position, so a new text can take the place of one that ended. The heads of a
-token are neighbours in the cache: appending a token is one copy per row. On a CPU the weights are
-packed (`packed.py`). Logits equal those of `Transformer` up to rounding. Shapes: B rows, T tokens,
-V vocabulary, H query heads, K key heads, D head dimension.
+Each row has its own position, so a new text can take the place of one that ended. The tokens of a
+head are neighbours in the cache, so a step reads each head's keys in order, and the query heads
+that share them go through the attention together. On a CPU the weights are packed (`packed.py`).
+Logits equal those of `Transformer` up to rounding. Shapes: B rows, T tokens, V vocabulary, H query
+heads, K key heads, D head dimension.
 
     decoder = RowDecoder(model, rows=2, length=64)
     logits, _ = decoder.read([0, 1], [first_prompt, second_prompt])  # (2, V)
@@ -22,7 +23,7 @@ from xinslm.model.packed import Product, can_pack, product
 from xinslm.model.transformer import Transformer, rotate
 
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
-"""From the layer's number, queries (B, T, H, D), keys and values (B, T, K, D) to (B, T, H, D)."""
+"""From the layer's number, queries (B, T, H, D), keys and values (B, K, T, D) to (B, T, H, D)."""
 
 READ_TOKENS = 4096
 """Prompt tokens in one forward pass."""
@@ -60,7 +61,7 @@ class RowDecoder:
         head = model.head_weight
         self.model, self.config, self.device = model, model.config, head.device
         c = model.config
-        shape = c.num_hidden_layers, rows, length, c.num_key_value_heads, c.head_dim
+        shape = c.num_hidden_layers, rows, c.num_key_value_heads, length, c.head_dim
         self.keys = torch.zeros(shape, dtype=head.dtype, device=head.device)
         self.values = torch.zeros_like(self.keys)
         self.lengths = np.zeros(rows, np.int64)
@@ -100,7 +101,7 @@ class RowDecoder:
 
     def reserve(self, length: int) -> None:
         """Make room for rows of `length` tokens."""
-        more = (0, 0, 0, 0, 0, max(0, length - self.keys.shape[2]))
+        more = (0, 0, 0, max(0, length - self.keys.shape[3]))
         self.keys, self.values = F.pad(self.keys, more), F.pad(self.values, more)
 
     def _read(self, rows: np.ndarray, prompts: Sequence[np.ndarray], past: int = 0) -> Tensor:
@@ -116,9 +117,9 @@ class RowDecoder:
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             keys, values = self.keys[layer], self.values[layer]
-            keys[index, past:end], values[index, past:end] = k, v
+            keys[index, :, past:end], values[index, :, past:end] = k, v
             if past:
-                k, v = keys[index, :end], values[index, :end]
+                k, v = keys[index, :, :end], values[index, :, :end]
             return _attention(q, k, v, mask, causal=mask is None)
 
         x = self._blocks(torch.from_numpy(ids).to(self.device), positions, attend)
@@ -131,7 +132,7 @@ class RowDecoder:
         """Append a token to each row in use, (B,); the next logits (B, V)."""
         count = self.count
         # a row whose text has ended may be full
-        lengths = np.minimum(self.lengths[:count], self.keys.shape[2] - 1)
+        lengths = np.minimum(self.lengths[:count], self.keys.shape[3] - 1)
         width = int(lengths.max()) + 1
         places = torch.from_numpy(lengths).to(self.device)
         rows = torch.arange(count, device=self.device)
@@ -139,8 +140,11 @@ class RowDecoder:
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             keys, values = self.keys[layer], self.values[layer]
-            keys[rows, places], values[rows, places] = k[:, 0], v[:, 0]
-            return _attention(q, keys[:count, :width], values[:count, :width], mask, causal=False)
+            keys[rows, :, places], values[rows, :, places] = k[:, :, 0], v[:, :, 0]
+            seen = keys[:count, :, :width], values[:count, :, :width]
+            grouped = q.reshape(count, seen[0].shape[1], -1, q.shape[3])  # (B, K, H / K, D)
+            y = F.scaled_dot_product_attention(grouped, *seen, mask)
+            return y.reshape(q.shape)
 
         x = self._blocks(tokens.to(self.device)[:, None], places[:, None], attend)
         self.lengths[:count] = lengths + 1
@@ -152,7 +156,7 @@ class RowDecoder:
         source, target = (torch.from_numpy(x).to(self.device) for x in (rows[moved], moved))
         for buffer in (self.keys, self.values):
             for layer in buffer:
-                layer[target, :longest] = layer[source, :longest]
+                layer[target, :, :longest] = layer[source, :, :longest]
         self.count = len(rows)
         self.lengths[: self.count] = self.lengths[rows]
 
@@ -179,7 +183,7 @@ class RowDecoder:
             qkv = layer.qkv(layer.norms[0](x)).unflatten(-1, (-1, c.head_dim))  # (B, T, H+2K, D)
             turned = rotate(qkv[:, :, : heads + shared], cos, sin)
             q, k, v = turned[:, :, :heads], turned[:, :, heads:], qkv[:, :, heads + shared :]
-            y = attend(number, q, k, v)
+            y = attend(number, q, k.transpose(1, 2), v.transpose(1, 2))
             x = x + layer.out(y.reshape(*x.shape[:2], -1))
             gate, up = layer.gate_up(layer.norms[1](x)).chunk(2, dim=-1)
             x = x + layer.down(F.silu(gate).mul_(up))
@@ -187,8 +191,9 @@ class RowDecoder:
 
 
 def _attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
-    """Queries (B, T, H, D), keys and values (B, S, K, D) -> (B, T, H, D)."""
-    shared = q.shape[2] != k.shape[2]
-    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-    y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=shared)
+    """Queries (B, T, H, D), keys and values (B, K, S, D) -> (B, T, H, D)."""
+    shared = q.shape[2] != k.shape[1]
+    y = F.scaled_dot_product_attention(
+        q.transpose(1, 2), k, v, mask, is_causal=causal, enable_gqa=shared
+    )
     return y.transpose(1, 2)

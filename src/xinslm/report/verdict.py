@@ -27,6 +27,7 @@ def gains_and_losses(run: RunData, others: Sequence[RunData]) -> tuple[list[str]
         _compare(gained, lost, student, teacher, "the teacher", data)
         if plain is not None:
             _compare(gained, lost, student, plain, str(plain["name"]), data)
+            _advise(lost, student, teacher, plain, data)
         if small is not None:
             _compare(gained, lost, small, student, "the same student before quantization", data)
     return gained, lost
@@ -57,6 +58,15 @@ def _sizes(teacher: Row, students: Sequence[Row]) -> list[str]:
                 share = f", with {row['parameters'] / teacher['parameters']:.0%} of its parameters"
             sentences.append(f"{row['name']}: {size} on disk than the teacher{share}.")
     return sentences
+
+
+def _advise(lost: list[str], student: Row, teacher: Row, plain: Row, data: object) -> None:
+    """Say so if the text alone taught more than the teacher, because the text is better."""
+    if min(student["bits_per_byte"], teacher["bits_per_byte"]) > plain["bits_per_byte"] + _NOTHING:
+        lost.append(
+            f"On {data or 'unnamed data'} the text taught more than the teacher, which predicts it "
+            "worse than the undistilled student: try --loss.alpha 0.7 --loss.beta 0.3 or more."
+        )
 
 
 def _compare(

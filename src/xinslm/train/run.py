@@ -275,6 +275,14 @@ def note_facts(
     write_json(folder / RUN, {**stored, **facts, **about})
 
 
+def add_warning(result: TrainResult, warning: str) -> TrainResult:
+    """Add a warning to a finished run's result and to its `run.json`, for the report."""
+    warnings = (*result.warnings, warning)
+    stored = read_json(result.folder / RUN)
+    write_json(result.folder / RUN, {**stored, "warnings": list(warnings)})
+    return replace(result, warnings=warnings)
+
+
 def require_unfinished(folder: Path, state: TrainingState, total_steps: int) -> None:
     """Raise UsageError if the run is finished."""
     if state.step >= total_steps:
