@@ -15,7 +15,7 @@ from xinslm.errors import UsageError, XinslmError
 from xinslm.inference.sampling import Sampler
 from xinslm.inference.torch_engine import TorchEngine
 from xinslm.model.config import ModelConfig
-from xinslm.model.decode import RowDecoder, token_bytes
+from xinslm.model.decode import RowDecoder, shared_beginning, token_bytes
 from xinslm.model.files import load_model
 from xinslm.model.packed import product
 from xinslm.model.transformer import Transformer
@@ -147,6 +147,23 @@ def test_every_token_goes_through_the_model_once(model: Transformer) -> None:
     assert early.token_forwards == sum(16 + len(c.tokens) - 1 for c in early.texts), (
         "rows that end leave the batch, or are given to another prompt"
     )
+
+
+@pytest.mark.parametrize("window", [None, 6])
+def test_a_beginning_that_all_share_is_read_once(tmp_path: Path, window: int | None) -> None:
+    """The same texts as those of prompts that are read one by one, with fewer tokens."""
+    save_random_model(tmp_path, **({"sliding_window": window} if window else {}))
+    model = load_model(tmp_path)
+    beginning = np.arange(30, 50)
+    prompts = [np.concatenate((beginning, rest)) for rest in make_prompts(6, 1, 9)]
+    together = write(model, prompts, GREEDY, limits(12))
+    alone = [write(model, [prompt], GREEDY, limits(12)) for prompt in prompts]
+    for text, one in zip(together.texts, alone, strict=True):
+        assert text.tokens.tolist() == one.texts[0].tokens.tolist()
+    assert together.token_forwards <= sum(one.token_forwards for one in alone) - 4 * 20
+    assert shared_beginning(prompts) == 20 and shared_beginning(prompts[:1]) == 0
+    assert shared_beginning([beginning, beginning]) == 19  # the last token gives the logits
+    assert shared_beginning([beginning[:6], beginning]) == 0
 
 
 def test_draws_follow_the_models_distribution(model: Transformer) -> None:

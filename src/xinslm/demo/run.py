@@ -33,12 +33,13 @@ from xinslm.device import pick_device
 from xinslm.errors import Interrupted, UsageError, XinslmError
 from xinslm.files import read_json, write_text
 from xinslm.folders import refuse_existing
-from xinslm.precision import has_fast_bfloat16
+from xinslm.precision import compute_dtype, product_rate
 from xinslm.progress import Listener
 from xinslm.runs import add_row, read_rows
 
 COMMANDS = "commands.sh"
-PROMPTS_WITHOUT_BFLOAT16 = 200
+PROMPTS_PER_GFLOPS = 0.75
+LEAST_PROMPTS = 64
 BEGINNINGS = ("One sunny day", "It was a windy day in May.", "On Monday, the farmer")
 Perform = Callable[[Sequence[str], Listener], Any]
 """Runs one command line quietly; raises what the command raises."""
@@ -129,9 +130,8 @@ def _prepare(config: DemoConfig, perform: Perform, write: Callable[[str], None])
         stages = built_in_stages(config)
     else:
         assert config.teacher is not None
-        bfloat16 = has_fast_bfloat16(pick_device("auto").type)
-        number = config.num_prompts or (None if bfloat16 else PROMPTS_WITHOUT_BFLOAT16)
-        train, held_out = texts.prompts(number)
+        rate = _gflops()
+        train, held_out = texts.prompts(config.num_prompts or _prompts_for(rate, write))
         texts.write_chats(folder / "prompts.jsonl", train)
         texts.write_chats(folder / "held-out.jsonl", held_out)
         texts.write_chats(folder / "questions.jsonl", texts.read_lines("questions.txt"))
@@ -139,10 +139,28 @@ def _prepare(config: DemoConfig, perform: Perform, write: Callable[[str], None])
         teacher = _teacher_folder(config, perform, write)
         vocab_size = config.vocab_size or VOCAB_SIZE
         shape = shape_for(read_json(teacher / "config.json"), vocab_size, config.num_layers)
-        stages = real_stages(config, str(teacher), shape, bfloat16)
+        stages = real_stages(config, str(teacher), shape, rate, len(train))
     lines = [f"xinslm {stage.command.strip()}\n" for stage in stages]
     write_text(folder / COMMANDS, "".join(lines))
     return stages
+
+
+def _gflops() -> float:
+    """Billions of operations per second in matrix products, in the number type of training."""
+    device = pick_device("auto")
+    return product_rate(compute_dtype("auto", device), device.type) / 1e9
+
+
+def _prompts_for(rate: float, write: Callable[[str], None]) -> int:
+    """Number of prompts for a demo of about 8 minutes; said if it is not all of them."""
+    every = sum(map(len, texts.prompts()))
+    number = min(every, max(LEAST_PROMPTS, round(PROMPTS_PER_GFLOPS * rate)))
+    if number < every:
+        write(
+            f"This machine multiplies {rate:,.0f} GFLOP/s, enough for {number} of the {every} "
+            f"prompts in about 8 minutes; more make a better student: --num-prompts {every}\n"
+        )
+    return number
 
 
 def _teacher_folder(config: DemoConfig, perform: Perform, write: Callable[[str], None]) -> Path:

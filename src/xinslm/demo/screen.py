@@ -14,6 +14,8 @@ from xinslm.progress import Listener, Progress
 WIDTH, SHOWN = 100, 3
 _COLUMN = (WIDTH - 3) // 2
 _SECONDS_BETWEEN_UPDATES = 0.5
+_DOUBT = 60.0
+"""Seconds of finished stages that are needed before their speed counts as much as the plan."""
 
 
 class StageLine:
@@ -57,7 +59,7 @@ class StageLine:
         self._show(f"{head:<74}{seconds:>6.0f} s  {_minutes(left())} left", "\n")
 
     def _ratio(self) -> float:
-        return self.taken / self.usual if self.usual else 1.0
+        return (self.taken + _DOUBT) / (self.usual + _DOUBT)
 
     def _show(self, line: str, end: str) -> None:
         start = "\r" if self.live else ""

@@ -1,5 +1,5 @@
-"""The demo's commands, in order, and how long each takes on two idle cores with bfloat16
-instructions.
+"""The demo's commands, in order, and how long each takes by the machine's speed and the number of
+prompts.
 """
 
 import shlex
@@ -22,7 +22,7 @@ SHARE = 0.83
 SHARE_OF_LAYERS = 26 / 30
 NEURONS_STEP = 64
 VOCAB_SIZE = 32768
-WRITING = "--temperature 0.3 --top-p 0.9 --max-new-tokens 120"
+WRITING = "--temperature 0.3 --top-p 0.9 --repetition-penalty 1.1 --max-new-tokens 120"
 
 
 @dataclass(frozen=True)
@@ -74,12 +74,15 @@ def shape_for(
 
 
 def real_stages(
-    config: DemoConfig, teacher: str, shape: tuple[int, int], bfloat16: bool
+    config: DemoConfig, teacher: str, shape: tuple[int, int], rate: float, prompts: int
 ) -> list[Stage]:
-    """Commands that make a student of a chat model."""
+    """Commands that make a student of a chat model.
+
+    rate: matrix products, billions of operations per second. prompts: number to train on.
+    """
     plan = Plan(config, shlex.quote(teacher))
     path, teacher = plan.path, plan.teacher
-    seed, slow = f"--seed {config.seed}", 1.0 if bfloat16 else 2.0
+    seed, slow = f"--seed {config.seed}", 130 / rate
     answers = f"--max-new-tokens {config.max_new_tokens} --temperature 0.7 --top-p 0.95 {seed}"
     plan.add(
         "cut the vocabulary to its first merges",
@@ -89,33 +92,33 @@ def real_stages(
     )
     plan.add(
         "the teacher answers prompts",
-        100 * slow,
+        (0.2 + 1.4 * slow) * prompts,
         f"synthesize {teacher} --prompts {path('prompts.jsonl')} --output-dir {path('answers')}",
         f"--tokenizer-path {path('tokenizer')} --samples {config.samples} {answers}",
         "--max-seq-length 512",
     )
     plan.add(
         "the teacher answers held-out prompts",
-        12 * slow,
+        20 * slow,
         f"synthesize {teacher} --prompts {path('held-out.jsonl')} --output-dir {path('held-out')}",
         f"{answers} --no-keep-cache",
     )
     plan.add(
         f"prune the teacher to {shape[0]} layers of {shape[1]:,} neurons",
-        25 * slow,
+        4 * min(prompts / 4, 32) * slow,
         f"prune {teacher} --data-path {path('answers/data')} --output-dir {path('pruned')}",
         f"--num-layers {shape[0]} --intermediate-size {shape[1]} --layers influence",
         "--num-calibration-samples 32 --num-search-samples 4 --max-eval-samples 4",
         "--max-seq-length 512",
     )
-    _train(plan, 70 * slow, f"--max-seq-length 512 --batch-size 2 {seed}")
-    _small(plan)
+    _train(plan, (10 + 0.5 * prompts) * slow, f"--max-seq-length 512 --batch-size 2 {seed}")
+    _small(plan, 50 * slow)
     texts = (("held-out answers", "held-out/text.jsonl"), ("other text", "paragraphs.jsonl"))
     models = ((TEACHER, teacher), *_models(path))
     for title, file in texts:
         for name, model in models:
-            _evaluate(plan, 5 * slow, f"{name} on {title}", model, name, f"{path(file)}")
-    _answer(plan, 10 * slow, teacher)
+            _evaluate(plan, 3 + 4 * slow, f"{name} on {title}", model, name, f"{path(file)}")
+    _answer(plan, 25 * slow, teacher)
     return plan.stages
 
 
@@ -157,7 +160,7 @@ def built_in_stages(config: DemoConfig) -> list[Stage]:
         "--num-calibration-samples 16 --num-search-samples 4",
     )
     _train(plan, 15, f"{train} --max-steps {config.student_steps or 300}")
-    _small(plan)
+    _small(plan, 20)
     for name, model in ((TEACHER, teacher), *_models(path)):
         _evaluate(plan, 3, name, model, name, path("answers/data"))
     _answer(plan, 3, teacher)
@@ -196,13 +199,13 @@ RECIPE = (
 LOSS = "--loss.alpha 0.5 --loss.beta 0.5"
 
 
-def _small(plan: Plan) -> None:
+def _small(plan: Plan, seconds: float) -> None:
     path = plan.path
     rows = min(32, max(1, (plan.config.num_prompts or 256) // 8))
     run = f"--run {path('student')}"
     plan.add(
         "4-bit weights",
-        20,
+        seconds,
         f"quantize {path('student')} --data-path {path('answers/data')} {run}",
         f"--output-dir {path('student-4bit')} --num-calibration-samples {rows}",
         "--max-seq-length 256",

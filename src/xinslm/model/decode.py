@@ -27,6 +27,8 @@ Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 
 READ_TOKENS = 4096
 """Prompt tokens in one forward pass."""
+LEAST_SHARED = 8
+"""Shorter common beginnings are read in each row: that is one pass less."""
 
 
 def token_bytes(model: Transformer) -> int:
@@ -80,14 +82,21 @@ class RowDecoder:
         """Make prompts (ids, at least one) the content of `rows`; return the next logits
         (len(rows), V) and how many tokens were read of each: all.
 
-        Prompts of similar length should be neighbours: they are padded on the right.
+        Prompts of similar length should be neighbours: they are padded on the right. A beginning
+        that all share, such as a system prompt, goes through the model once.
         """
+        shared = shared_beginning(prompts)
+        if shared:
+            self._read(np.asarray(rows[:1]), [prompts[0][:shared]])
+            others = torch.as_tensor(rows[1:], device=self.device)
+            for buffer in (*self.keys, *self.values):
+                buffer[others, :, :shared] = buffer[rows[0], :, :shared]
         longest = max(len(prompt) for prompt in prompts)
         chunk = max(1, READ_TOKENS // longest)
         logits = []
         for first in range(0, len(prompts), chunk):
-            part = prompts[first : first + chunk]
-            logits.append(self._read(np.asarray(rows[first : first + chunk]), part))
+            part = [prompt[shared:] for prompt in prompts[first : first + chunk]]
+            logits.append(self._read(np.asarray(rows[first : first + chunk]), part, shared))
         self.count = max(self.count, max(rows) + 1)
         return torch.cat(logits), self.lengths[np.asarray(rows)]
 
@@ -188,6 +197,19 @@ class RowDecoder:
             gate, up = layer.gate_up(layer.norms[1](x)).chunk(2, dim=-1)
             x = x + layer.down(F.silu(gate).mul_(up))
         return x
+
+
+def shared_beginning(prompts: Sequence[np.ndarray]) -> int:
+    """Number of tokens that all prompts begin with, without the last token of any; 0 for one prompt
+    and for fewer than `LEAST_SHARED`.
+    """
+    if len(prompts) < 2:
+        return 0
+    shortest = min(len(prompt) for prompt in prompts) - 1
+    table = np.stack([prompt[:shortest] for prompt in prompts])
+    differs = np.flatnonzero((table != table[0]).any(axis=0))
+    count = int(differs[0]) if len(differs) else shortest
+    return count if count >= LEAST_SHARED else 0
 
 
 def _attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
