@@ -5,7 +5,8 @@ of the loss.
     trl-venv/bin/python
 
 A 46M teacher and a 14M student, vocabulary 32,000, weights drawn at random (their values do not
-change the work). The peer gets the very tokens of our rows; the forward KL of the first rows is
+change the work); or, with --teacher and --student, two model folders of one tokenizer, on the first
+--chats chats. The peer gets the very tokens of our rows; the forward KL of the first rows is
 compared before anything is timed. Tokens are targets: what a pad, a prompt or a row's end costs is
 counted against whoever has it. Also timed here: what the cache costs over plain cross-entropy, and
 three merged teachers against one.
@@ -148,14 +149,14 @@ def documents_of_rows(data: Path, length: int, batch_size: int, steps: int) -> n
     return np.searchsorted(split.documents, streams, side="right") - 1
 
 
-def instructions(data: Path, out: Path) -> Path:
-    """The real instructions that fit into a block, as plain JSON lines."""
+def instructions(data: Path, out: Path, count: int | None) -> Path:
+    """The first `count` real instructions, or all, as JSON lines."""
     if not out.is_file():
         with gzip.open(
             data / "instruct" / "alpaca_en_demo.json.gz", "rt", encoding="utf-8"
         ) as file:
             rows = json.load(file)
-        out.write_text("\n".join(json.dumps(row) for row in rows))
+        out.write_text("\n".join(json.dumps(row) for row in rows[:count]))
     return out
 
 
@@ -305,15 +306,21 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--teacher", type=Path, help="a real teacher; takes --student too")
+    parser.add_argument("--student", type=Path)
+    parser.add_argument("--chats", type=int, help="chats for ragged rows; all if not given")
     parser.add_argument("--parts", nargs="+", default=PARTS, choices=PARTS, help="what to measure")
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
     print(describe(), flush=True)
-    tokenizer = make_tokenizer(args.data, args.work)
-    teachers = [
-        make_model(args.work / f"teacher-{seed}", TEACHER, tokenizer, seed) for seed in range(3)
-    ]
-    student = make_model(args.work / "student", STUDENT, tokenizer, 9)
+    if args.teacher:
+        teachers, student, tokenizer = [args.teacher], args.student, args.teacher
+    else:
+        tokenizer = make_tokenizer(args.data, args.work)
+        teachers = [
+            make_model(args.work / f"teacher-{seed}", TEACHER, tokenizer, seed) for seed in range(3)
+        ]
+        student = make_model(args.work / "student", STUDENT, tokenizer, 9)
     peps, chats = args.work / "peps", args.work / "chats"
     if not peps.is_dir():
         xinslm(
@@ -323,7 +330,7 @@ def main() -> None:
         )
     equal = equal_blocks(peps, args.work / "blocks", 4 * args.steps * args.batch_size)
     if not chats.is_dir():
-        jsonl = instructions(args.data, args.work / "instructions.jsonl")
+        jsonl = instructions(args.data, args.work / "instructions.jsonl", args.chats)
         xinslm(f"prepare --data-path {jsonl} --tokenizer-path {tokenizer} --output-dir {chats}")
     if "memory" in args.parts:
         loss_memory(args)
@@ -331,7 +338,7 @@ def main() -> None:
         speed(args, "equal", equal, (teachers[0], student), BLOCK - 1)
     if "ragged" in args.parts:
         speed(args, "ragged", chats, (teachers[0], student), BLOCK)
-    if "overhead" not in args.parts:
+    if "overhead" not in args.parts or args.teacher:
         return
     merged = args.work / "cache-merged"
     if not (merged / "manifest.json").is_file():

@@ -25,7 +25,7 @@ from xinslm.data.packing import PackedDataset
 from xinslm.distill.target_sources import LiveTargets
 from xinslm.losses.config import LossConfig
 from xinslm.losses.fused import fused_loss
-from xinslm.model.files import load_model
+from xinslm.model.files import load_model, open_model
 from xinslm.teachers.huggingface import HuggingFaceTeacher
 from xinslm.train.config import PretrainConfig
 from xinslm.train.packed import packed_trainer
@@ -67,7 +67,7 @@ def main() -> None:
     if args.teacher:
         batch = rows.batch(np.arange(args.batch_size))
         chosen = np.flatnonzero(batch.labels.ravel() >= 0)
-        model, teacher = load_model(args.model), HuggingFaceTeacher(args.teacher)
+        model, teacher = load_model(args.model), HuggingFaceTeacher(open_model(args.teacher))
         with torch.no_grad():
             arrays = (
                 torch.from_numpy(a) for a in (batch.input_ids, batch.positions, batch.segments)
