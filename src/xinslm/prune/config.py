@@ -55,7 +55,7 @@ class PruneConfig(Settings):
     """Fit what is left to the teacher's activations by least squares; kept where it lowers the loss
     on search rows.
     """
-    ridge: float = 0.01
+    ridge: float = 0.1
     """Pull of that fit towards the plainly cut weights, as a share of the inputs' mean square."""
     num_calibration_samples: int = 64
     """Packed rows of the train split that activations are measured on."""
