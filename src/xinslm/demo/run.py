@@ -38,7 +38,7 @@ from xinslm.progress import Listener
 from xinslm.runs import add_row, read_rows
 
 COMMANDS = "commands.sh"
-PROMPTS_PER_GFLOPS = 0.75
+PROMPTS_PER_GFLOPS = 0.5
 LEAST_PROMPTS = 64
 BEGINNINGS = ("One sunny day", "It was a windy day in May.", "On Monday, the farmer")
 Perform = Callable[[Sequence[str], Listener], Any]
@@ -131,7 +131,7 @@ def _prepare(config: DemoConfig, perform: Perform, write: Callable[[str], None])
     else:
         assert config.teacher is not None
         rate = _gflops()
-        train, held_out = texts.prompts(config.num_prompts or _prompts_for(rate, write))
+        train, held_out = texts.prompts(config.num_prompts or _prompts_for(rate))
         texts.write_chats(folder / "prompts.jsonl", train)
         texts.write_chats(folder / "held-out.jsonl", held_out)
         texts.write_chats(folder / "questions.jsonl", texts.read_lines("questions.txt"))
@@ -140,6 +140,9 @@ def _prepare(config: DemoConfig, perform: Perform, write: Callable[[str], None])
         vocab_size = config.vocab_size or VOCAB_SIZE
         shape = shape_for(read_json(teacher / "config.json"), vocab_size, config.num_layers)
         stages = real_stages(config, str(teacher), shape, rate, len(train))
+        minutes = sum(stage.seconds for stage in stages) / 60
+        write(f"{len(train)} prompts, about {minutes:.0f} minutes at {rate:,.0f} GFLOP/s; ")
+        write("more make a better student: --num-prompts\n")
     lines = [f"xinslm {stage.command.strip()}\n" for stage in stages]
     write_text(folder / COMMANDS, "".join(lines))
     return stages
@@ -151,16 +154,10 @@ def _gflops() -> float:
     return product_rate(compute_dtype("auto", device), device.type) / 1e9
 
 
-def _prompts_for(rate: float, write: Callable[[str], None]) -> int:
-    """Number of prompts for a demo of about 8 minutes; said if it is not all of them."""
+def _prompts_for(rate: float) -> int:
+    """Number of prompts for a demo of about 8 minutes, at least `LEAST_PROMPTS`."""
     every = sum(map(len, texts.prompts()))
-    number = min(every, max(LEAST_PROMPTS, round(PROMPTS_PER_GFLOPS * rate)))
-    if number < every:
-        write(
-            f"This machine multiplies {rate:,.0f} GFLOP/s, enough for {number} of the {every} "
-            f"prompts in about 8 minutes; more make a better student: --num-prompts {every}\n"
-        )
-    return number
+    return min(every, max(LEAST_PROMPTS, round(PROMPTS_PER_GFLOPS * rate)))
 
 
 def _teacher_folder(config: DemoConfig, perform: Perform, write: Callable[[str], None]) -> Path:

@@ -91,7 +91,7 @@ def results(
         f"  xinslm doctor --data-path {folder / 'answers/data'} --cache {folder / 'answers/cache'}",
         f"  xinslm distill --data-path {folder / 'answers/data'} "
         f"--cache {folder / 'answers/cache'} \\\n      --init-from {folder / 'pruned'} "
-        f"-o {folder / 'longer'} --num-epochs 3 --learning-rate 3e-4",
+        f"-o {folder / 'longer'} --num-epochs 3 --learning-rate 1e-4",
     ]
     return "\n".join(lines)
 

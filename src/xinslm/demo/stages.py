@@ -99,19 +99,19 @@ def real_stages(
     )
     plan.add(
         "the teacher answers held-out prompts",
-        20 * slow,
+        24 * slow,
         f"synthesize {teacher} --prompts {path('held-out.jsonl')} --output-dir {path('held-out')}",
         f"{answers} --no-keep-cache",
     )
     plan.add(
         f"prune the teacher to {shape[0]} layers of {shape[1]:,} neurons",
-        4 * min(prompts / 4, 32) * slow,
+        (20 + 1.2 * min(prompts, 128)) * slow,
         f"prune {teacher} --data-path {path('answers/data')} --output-dir {path('pruned')}",
         f"--num-layers {shape[0]} --intermediate-size {shape[1]} --layers influence",
         "--num-calibration-samples 32 --num-search-samples 4 --max-eval-samples 4",
         "--max-seq-length 512",
     )
-    _train(plan, (10 + 0.5 * prompts) * slow, f"--max-seq-length 512 --batch-size 2 {seed}")
+    _train(plan, 1.5 * prompts * slow, f"--max-seq-length 512 --batch-size 2 {seed}")
     _small(plan, 50 * slow)
     texts = (("held-out answers", "held-out/text.jsonl"), ("other text", "paragraphs.jsonl"))
     models = ((TEACHER, teacher), *_models(path))
@@ -194,7 +194,7 @@ def _train(plan: Plan, seconds: float, settings: str) -> None:
 
 
 RECIPE = (
-    "--learning-rate 2e-4 --warmup-ratio 0.1 --num-epochs 1 --eval-steps 1000 --max-eval-samples 4"
+    "--learning-rate 6e-5 --warmup-ratio 0.1 --num-epochs 1 --eval-steps 1000 --max-eval-samples 4"
 )
 LOSS = "--loss.alpha 0.5 --loss.beta 0.5"
 
