@@ -21,6 +21,7 @@ class Machine:
 
     def __init__(self, monkeypatch):
         self.now, self.used, self.threads, self.reports = 0.0, 0.0, 4, []
+        monkeypatch.setattr(threads, "_most_threads", {})
         monkeypatch.setattr(threads.time, "monotonic", lambda: self.now)
         monkeypatch.setattr(threads.os, "sched_getaffinity", lambda pid: range(4))
         monkeypatch.setattr(torch, "get_num_threads", lambda: self.threads)
@@ -44,6 +45,18 @@ def test_threads_follow_the_free_cores_down_and_up(machine):
         machine.pass_time(2, others)
         listen(REPORT)
         assert machine.threads == expected
+
+
+def test_a_command_that_ended_beside_a_neighbour_does_not_bind_the_next(machine):
+    """The commands of `demo` run in one process."""
+    listen = machine.listener()
+    machine.pass_time(2, 3.0)
+    listen(REPORT)
+    assert machine.threads == 1
+    listen = machine.listener()
+    machine.pass_time(2, 0.0)
+    listen(REPORT)
+    assert machine.threads == 4
 
 
 def test_fewer_threads_than_cores_are_kept_while_enough_cores_are_free(machine):

@@ -21,6 +21,12 @@ FIXED_BY = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 SECONDS_BETWEEN_CHECKS = 1.0
 
 
+_most_threads: dict[str, int] = {}
+"""Threads that PyTorch began with: several commands of one process, as in `demo`, share them, so
+one that ends while a neighbour is busy does not bind the next to fewer.
+"""
+
+
 def seconds_of_others() -> float | None:
     """Processor seconds of other processes on this one's cores; None if not on Linux."""
     try:
@@ -45,7 +51,6 @@ class FreeCores:
         self.listener, self.measure = listener, measure
         self.time, self.used = time.monotonic(), measure()
         self.fixed = self.used is None or any(name in environ for name in FIXED_BY)
-        self.largest = 0
         self.noted = False
 
     def __call__(self, progress: Progress) -> None:
@@ -58,11 +63,11 @@ class FreeCores:
         torch, now, used = sys.modules.get("torch"), time.monotonic(), self.measure()
         if torch is None or used is None or self.used is None:
             return
-        self.largest = self.largest or torch.get_num_threads()
+        _most_threads.setdefault("torch", torch.get_num_threads())
         cores = len(os.sched_getaffinity(0))
         others = (used - self.used) / (now - self.time)
         self.time, self.used = now, used
-        threads = max(1, min(self.largest, cores - round(others)))
+        threads = max(1, min(_most_threads["torch"], cores - round(others)))
         if threads == torch.get_num_threads():
             return
         torch.set_num_threads(threads)
