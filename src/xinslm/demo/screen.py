@@ -38,9 +38,11 @@ class StageLine:
         number = self.stages.index(stage)
         head = f"{number + 1:>2}/{len(self.stages)}  {stage.title}"
 
+        def rest() -> float:
+            return sum(later.seconds for later in self.stages[number + 1 :]) * self._ratio()
+
         def left() -> float:
-            rest = sum(later.seconds for later in self.stages[number + 1 :]) * self._ratio()
-            return rest + max(0.0, stage.seconds * self._ratio() - (time.monotonic() - began))
+            return rest() + max(0.0, stage.seconds * self._ratio() - (time.monotonic() - began))
 
         def listen(progress: Progress) -> None:
             now = time.monotonic()
@@ -56,7 +58,7 @@ class StageLine:
         yield listen
         seconds = time.monotonic() - began
         self.usual, self.taken = self.usual + stage.seconds, self.taken + seconds
-        self._show(f"{head:<74}{seconds:>6.0f} s  {_minutes(left())} left", "\n")
+        self._show(f"{head:<74}{seconds:>6.0f} s  {_minutes(rest())} left", "\n")
 
     def _ratio(self) -> float:
         return (self.taken + _DOUBT) / (self.usual + _DOUBT)
