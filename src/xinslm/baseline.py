@@ -1,5 +1,8 @@
 """What a teacher must beat to be of use: token frequencies, and the student itself."""
 
+MORE_TEXT = "--loss.alpha 0.7 --loss.beta 0.3"
+"""Weights for text that knows more than the teacher; the defaults are halves."""
+
 
 def uninformed(name: str, loss: float | None, baseline: float | None, unit: str) -> str | None:
     """Warn of a model that predicts text no better than token frequencies; None if it is better,
@@ -29,6 +32,6 @@ def mix_advice(student: float | None, teacher: float | None, unit: str) -> str |
     return (
         f"the student predicts this text better than its teacher: {student:.3f} {unit} against "
         f"{teacher:.3f}. If such text is what it is for, give the text more weight "
-        "(--loss.alpha 0.7 --loss.beta 0.3); if the teacher's ability is, let the teacher write "
-        "the text (xinslm synthesize)"
+        f"({MORE_TEXT}); if the teacher's ability is, let the teacher write the text "
+        "(xinslm synthesize)"
     )

@@ -21,7 +21,7 @@ class Machine:
 
     def __init__(self, monkeypatch):
         self.now, self.used, self.threads, self.reports = 0.0, 0.0, 4, []
-        monkeypatch.setattr(threads, "_most_threads", {})
+        threads.threads_at_first.cache_clear()
         monkeypatch.setattr(threads.time, "monotonic", lambda: self.now)
         monkeypatch.setattr(threads.os, "sched_getaffinity", lambda pid: range(4))
         monkeypatch.setattr(torch, "get_num_threads", lambda: self.threads)
@@ -36,7 +36,8 @@ class Machine:
 
 @pytest.fixture
 def machine(monkeypatch):
-    return Machine(monkeypatch)
+    yield Machine(monkeypatch)
+    threads.threads_at_first.cache_clear()
 
 
 def test_threads_follow_the_free_cores_down_and_up(machine):

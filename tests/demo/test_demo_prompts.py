@@ -45,7 +45,11 @@ def test_questions_are_not_among_the_prompts():
 
 def test_fewer_prompts_are_the_first_ones():
     train, held_out = prompts(40)
-    assert len(train) + len(held_out) == 40 and train == prompts()[0][: len(train)]
+    assert len(train) + len(held_out) == 40 and len(held_out) == 8
+    more = prompts(80)
+    assert {*train, *held_out} < {*more[0], *more[1]} and len(more[1]) == 8
+    assert not {*train} & {*held_out}
+    assert len(prompts()[1]) == -(-456 // 16)
 
 
 def test_files_are_read_by_the_commands(tmp_path):

@@ -12,6 +12,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Mapping
+from functools import cache
 from pathlib import Path
 
 from xinslm.progress import Listener, Progress
@@ -21,10 +22,13 @@ FIXED_BY = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 SECONDS_BETWEEN_CHECKS = 1.0
 
 
-_most_threads: dict[str, int] = {}
-"""Threads that PyTorch began with: several commands of one process, as in `demo`, share them, so
-one that ends while a neighbour is busy does not bind the next to fewer.
-"""
+@cache
+def threads_at_first() -> int:
+    """Threads that PyTorch began with. The commands of one process, as in `demo`, share them: one
+    that ends while a neighbour is busy does not bind the next to fewer.
+    """
+    number: int = sys.modules["torch"].get_num_threads()
+    return number
 
 
 def seconds_of_others() -> float | None:
@@ -63,11 +67,10 @@ class FreeCores:
         torch, now, used = sys.modules.get("torch"), time.monotonic(), self.measure()
         if torch is None or used is None or self.used is None:
             return
-        _most_threads.setdefault("torch", torch.get_num_threads())
         cores = len(os.sched_getaffinity(0))
         others = (used - self.used) / (now - self.time)
         self.time, self.used = now, used
-        threads = max(1, min(_most_threads["torch"], cores - round(others)))
+        threads = max(1, min(threads_at_first(), cores - round(others)))
         if threads == torch.get_num_threads():
             return
         torch.set_num_threads(threads)

@@ -39,6 +39,7 @@ from xinslm.runs import add_row, read_rows
 
 COMMANDS = "commands.sh"
 PROMPTS_PER_GFLOPS = 0.5
+"""Of the machine's matrix products; meant for 8 minutes, and 11 at `LEAST_PROMPTS`."""
 LEAST_PROMPTS = 64
 BEGINNINGS = ("One sunny day", "It was a windy day in May.", "On Monday, the farmer")
 Perform = Callable[[Sequence[str], Listener], Any]
@@ -155,7 +156,7 @@ def _gflops() -> float:
 
 
 def _prompts_for(rate: float) -> int:
-    """Number of prompts for a demo of about 8 minutes, at least `LEAST_PROMPTS`."""
+    """Number of prompts that suits a machine of `rate` GFLOP/s."""
     every = sum(map(len, texts.prompts()))
     return min(every, max(LEAST_PROMPTS, round(PROMPTS_PER_GFLOPS * rate)))
 

@@ -17,7 +17,8 @@ from typing import Any
 from xinslm.files import write_text
 
 HELD_OUT = 16
-"""One prompt in so many is not trained on."""
+"""One prompt in so many is not trained on, more often where that is fewer than `LEAST_HELD_OUT`."""
+LEAST_HELD_OUT = 8
 _LISTS = re.compile(r"\{([^{}]*)\}")
 
 
@@ -45,8 +46,9 @@ def prompts(number: int | None = None) -> tuple[list[str], list[str]]:
     every = [prompt for line in read_lines("prompts.txt") for prompt in expand(line)]
     random.Random("prompts").shuffle(every)
     every = every[:number]
-    train = [prompt for at, prompt in enumerate(every) if at % HELD_OUT]
-    return train, every[::HELD_OUT]
+    step = max(2, min(HELD_OUT, len(every) // LEAST_HELD_OUT))
+    train = [prompt for at, prompt in enumerate(every) if at % step]
+    return train, every[::step]
 
 
 def write_chats(path: Path, questions: Iterable[str]) -> None:

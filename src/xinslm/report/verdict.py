@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from xinslm.baseline import MORE_TEXT
 from xinslm.report.compare import Row, difference, find_teacher, find_undistilled, smaller
 from xinslm.report.read import RunData
 
@@ -65,7 +66,7 @@ def _advise(lost: list[str], student: Row, teacher: Row, plain: Row, data: objec
     if min(student["bits_per_byte"], teacher["bits_per_byte"]) > plain["bits_per_byte"] + _NOTHING:
         lost.append(
             f"On {data or 'unnamed data'} the text taught more than the teacher, which predicts it "
-            "worse than the undistilled student: try --loss.alpha 0.7 --loss.beta 0.3 or more."
+            f"worse than the undistilled student: try {MORE_TEXT}."
         )
 
 
