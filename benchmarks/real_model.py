@@ -80,6 +80,8 @@ class Arm:
     """Times as many steps as the other arms."""
     top: int = 0
     """Live distributions of this many renormalised tokens, as the peers cache them."""
+    quantized: bool = False
+    """Quantize the student to 4 bits, and measure that too."""
 
 
 def weights(alpha: float) -> tuple[str, ...]:
@@ -87,7 +89,7 @@ def weights(alpha: float) -> tuple[str, ...]:
     return "--loss.alpha", str(alpha), "--loss.beta", str(round(1 - alpha, 3))
 
 
-def kd(name: str, alpha: float, *more: str, cache: str = "{cache}", **fields: str) -> Arm:
+def kd(name: str, alpha: float, *more: str, cache: str = "{cache}", **fields: object) -> Arm:
     """An arm that learns from a cache."""
     words = ("distill", "--cache", cache, *weights(alpha), *more)
     return Arm(name, words, **fields)  # type: ignore[arg-type]
@@ -104,8 +106,8 @@ EQUAL = {"data": "data_full", "start": "start_equal"}
 WRITTEN = {"data": "answers/data"}
 CE = Arm("cross-entropy", ("pretrain",))
 ROWS: dict[str, list[Arm]] = {
-    "main": [CE, kd("KD", 0.5), kd("KD, alpha .1", 0.1)],
-    "mix": [kd("KD, alpha .7", 0.7), kd("KD, alpha 0", 0)],
+    "main": [CE, kd("KD", 0.5, quantized=True)],
+    "mix": [kd("KD, alpha .1", 0.1), kd("KD, alpha .7", 0.7), kd("KD, alpha 0", 0)],
     "time": [Arm("cross-entropy, longer", ("pretrain",), longer=2.4)],
     "start": [Arm("cross-entropy, random start", ("pretrain",), start="")],
     "written": [
@@ -132,7 +134,14 @@ ROWS: dict[str, list[Arm]] = {
     ],
     "large": [
         Arm("large: cross-entropy", ("pretrain",), data="data_full", start="start_large"),
-        kd("large: KD", 0.5, cache="{cache_full}", data="data_full", start="start_large"),
+        kd(
+            "large: KD",
+            0.5,
+            cache="{cache_full}",
+            data="data_full",
+            start="start_large",
+            quantized=True,
+        ),
     ],
 }
 
@@ -284,9 +293,18 @@ class Bench:
             seconds = time.perf_counter() - began
         else:
             seconds = self.tool(*words)
-        found = self.measure(folder, arm.data.startswith("data_full"))
+        full = arm.data.startswith("data_full")
         row = {"key": key, "arm": arm.name, "seed": seed, "steps": steps, "seconds": seconds}
-        self.store({**row, **found})
+        self.store({**row, **self.measure(folder, full)})
+        if arm.quantized:
+            small = folder.with_name(folder.name + "_4bit")
+            data = self.folder(arm.data)
+            row |= {"key": key + ", 4 bits", "arm": arm.name + ", 4 bits"}
+            row["seconds"] = self.tool(
+                "quantize", folder, "--data-path", data, "-o", small, "--max-seq-length", LENGTH
+            )
+            self.store({**row, **self.measure(small, full)})
+            shutil.rmtree(small)
         shutil.rmtree(folder, ignore_errors=True)
 
     def measure(self, model: Path, full: bool) -> dict[str, float]:
