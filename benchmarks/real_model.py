@@ -48,8 +48,6 @@ SHAPES = {
 }
 """Sizes of the students; `equal` has all of the vocabulary and the parameters of `small`."""
 RANDOM = (
-    "--vocab-size",
-    16384,
     "--hidden-size",
     576,
     "--num-layers",

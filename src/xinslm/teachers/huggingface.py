@@ -128,6 +128,20 @@ class HuggingFaceTeacher(LocalTeacher):
         out = self.model.get_output_embeddings()(states) if self._split else states
         return out[:, : self.vocab_size].float()
 
+    @property
+    def output_size(self) -> int:
+        """Rows of the output matrix, padding included."""
+        head = self.model.get_output_embeddings()
+        return self.vocab_size if head is None else int(head.weight.shape[0])
+
+    @torch.no_grad()
+    def outputs(self, states: Tensor) -> Tensor:
+        """(rows, ...) from `states` -> (rows, output_size), padding included, in float32 at
+        least.
+        """
+        logits = self.model.get_output_embeddings()(states) if self._split else states
+        return logits if logits.dtype == torch.float64 else logits.float()
+
     def open_decoder(self, rows: int, length: int) -> HuggingFaceDecoder:
         """A cache for texts; it grows with them."""
         return HuggingFaceDecoder(self.model, self.vocab_size, self.name)

@@ -59,6 +59,17 @@ class OwnTeacher(LocalTeacher):
         """(rows, hidden) -> (rows, vocab_size) float32."""
         return self.model.logits(states)[:, : self.vocab_size].float()
 
+    @property
+    def output_size(self) -> int:
+        """Rows of the output matrix, padding included."""
+        return self.model.config.vocab_size
+
+    @torch.no_grad()
+    def outputs(self, states: Tensor) -> Tensor:
+        """(rows, hidden) -> (rows, output_size), padding included, in float32 at least."""
+        logits = self.model.logits(states)
+        return logits if logits.dtype == torch.float64 else logits.float()
+
     def open_decoder(self, rows: int, length: int) -> RowDecoder:
         """A cache for `rows` texts of `length` tokens."""
         if self._writer is None:
