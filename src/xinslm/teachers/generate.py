@@ -76,6 +76,8 @@ class Limits:
     """Number of most likely ids to keep for each token."""
     name: str = "the model"
     """How errors call the model."""
+    is_over: Callable[[list[int]], bool] | None = None
+    """Asked after each token whether a text (its new ids) ends there, such as at a stop string."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +89,7 @@ class Completion:
     log_probs: np.ndarray
     """The model's own log-probability of each token, before filters and temperature, (n,)."""
     ended: bool
-    """Whether an end token came; otherwise the length limit or the context was reached."""
+    """Whether an end token came; otherwise `is_over`, the length limit or the context ended it."""
     top: np.ndarray
     """The model's most likely ids at each position, most likely first, int64, (n, k)."""
 
@@ -160,11 +162,11 @@ class _Text:
         self.tokens: list[int] = []
         self.log_probs: list[float] = []
         self.top: list[np.ndarray] = []
-        self.ended = False
+        self.ended = self.stopped = False
 
     @property
     def done(self) -> bool:
-        return self.ended or len(self.tokens) == self.most
+        return self.ended or self.stopped or len(self.tokens) == self.most
 
     def completion(self) -> Completion:
         top = np.stack(self.top) if self.top else np.zeros((len(self.tokens), 0), np.int64)
@@ -226,6 +228,8 @@ class _Writer:
                 text.tokens.append(int(drawn[row]))
                 text.log_probs.append(float(log_probs[row]))
                 text.ended = text.tokens[-1] in self.limits.end_ids
+                if self.limits.is_over is not None:
+                    text.stopped = self.limits.is_over(text.tokens)
                 if top is not None:
                     text.top.append(top[row])
                 if text.done:

@@ -1,0 +1,271 @@
+"""Score a model on harness tasks, item by item.
+
+`lm_eval.simple_evaluate` gives one number for a task. Here each item keeps its metrics and
+log-likelihoods, so that two models can be compared on the same items, and a run may end when its
+time is over: items then come in a random order, stratified by the tasks of a group.
+
+    scores = score_tasks(lm, load_tasks(["hellaswag"], data))
+"""
+
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from xinslm.errors import XinslmError
+from xinslm.evaluate.harness.tasks import LoadedTasks, build_requests
+from xinslm.evaluate.statistics.order import stratified_order
+
+FIRST_ITEMS = 8
+"""Items from which the speed is measured if time is limited."""
+SAFETY = 0.9
+"""Share of the time left that the next part of a task may take by prediction."""
+
+
+@dataclass(frozen=True)
+class Item:
+    """One question, and what the model made of it."""
+
+    task: str
+    index: int
+    """Number of the item in the task's data."""
+    metrics: dict[str, Any]
+    """What the task's own metrics give for it; numbers, or pairs that its aggregation takes."""
+    log_likelihoods: list[float] = field(default_factory=list)
+    """Of each choice, nats; empty for generated answers."""
+    right: int | None = None
+    """Which choice is the right one."""
+    right_bytes: int = 0
+    """UTF-8 bytes of the right choice as it is scored, the space before it included."""
+    answers: list[str] = field(default_factory=list)
+    """Generated answers."""
+
+
+@dataclass(frozen=True)
+class TaskScore:
+    """A task or a group of tasks on one model."""
+
+    name: str
+    version: str
+    num_fewshot: int
+    total: int
+    """Items that the task has."""
+    metrics: dict[str, float]
+    """The task's own aggregation over the items that were scored."""
+    items: list[Item]
+    seconds: float
+    truncated: int
+    """Requests that lost their beginning because the context is too short."""
+    strata: dict[str, int]
+    """Items of each task of a group."""
+
+
+class TimedUnit:
+    """A task, or the tasks of a group, whose items are scored in a given order."""
+
+    def __init__(self, name: str, tasks: dict[str, Any], lm: Any, seed: int) -> None:
+        self.name, self.tasks, self.lm = name, tasks, lm
+        self.instances: dict[tuple[str, int], list[Any]] = {}
+        for task_name, task in tasks.items():
+            for instance in task.instances:
+                self.instances.setdefault((task_name, instance.doc_id), []).append(instance)
+        keys = list(self.instances)
+        order = stratified_order([task for task, _ in keys], seed)
+        self.order = [keys[number] for number in order]
+        self.done: list[tuple[str, int]] = []
+        self.seconds = 0.0
+
+    def run(self, deadline: float | None) -> None:
+        """Score all items, or as many as fit before `deadline` (`time.perf_counter`)."""
+        if deadline is None:
+            self._score(self.order)
+            return
+        self._score(self.order[:FIRST_ITEMS])
+        while len(self.done) < len(self.order) and time.perf_counter() < deadline:
+            count = self._affordable(deadline - time.perf_counter())
+            if not count:
+                return
+            self._score(self.order[len(self.done) :][:count])
+
+    def _score(self, keys: Sequence[tuple[str, int]]) -> None:
+        """Send the items' requests to the model, all of a kind at once."""
+        began = time.perf_counter()
+        kinds: dict[str, list[Any]] = {}
+        for key in keys:
+            for instance in self.instances[key]:
+                kinds.setdefault(instance.request_type, []).extend([instance] * instance.repeats)
+        for kind, requests in kinds.items():
+            responses = getattr(self.lm, kind)(requests)
+            for request, response in zip(requests, responses, strict=True):
+                self._require_finite(request, response)
+                request.resps.append(response)
+        self.done += keys
+        self.seconds += time.perf_counter() - began
+
+    def _require_finite(self, request: Any, response: Any) -> None:
+        value = response[0] if isinstance(response, tuple) else response
+        if isinstance(value, float) and not math.isfinite(value):
+            raise XinslmError(
+                f"{request.task_name} item {request.doc_id}: the log-likelihood is {value}. The "
+                "model's weights are damaged or its numbers overflow (try --dtype float32); its "
+                "scores would mean nothing"
+            )
+
+    def _affordable(self, seconds: float) -> int:
+        """How many of the next items fit into `seconds`, by the speed so far."""
+        left = self.order[len(self.done) :]
+        spent = self.seconds / len(self.done)
+        if any(i.request_type == "generate_until" for i in self.instances[left[0]]):
+            return min(len(left), int(SAFETY * seconds / spent))
+        counts = self.lm.scorer.counts
+        rate = counts.computed_tokens / max(counts.seconds, 1e-9)
+        budget, low, high = SAFETY * seconds * rate, 0, len(left)
+        count = min(high, max(1, int(seconds / spent)))
+        while low < high:  # items share tokens, so the cost of a number of items is not linear
+            if self._cost(left[:count]) <= budget:
+                low = count
+                count = min(high, 2 * count) if high == len(left) else (low + high + 1) // 2
+            else:
+                high = count - 1
+                count = (low + high + 1) // 2
+        return low
+
+    def _cost(self, keys: Sequence[tuple[str, int]]) -> int:
+        """Tokens that scoring the items would compute."""
+        texts = [
+            instance.args
+            for key in keys
+            for instance in self.instances[key]
+            if instance.request_type == "loglikelihood"
+        ]
+        cost: int = self.lm.scorer.cost(self.lm.pairs(texts))
+        return cost
+
+    def result(self, truncated: int) -> TaskScore:
+        """Items and metrics of what was scored."""
+        scored = set(self.done)
+        items, values = [], {}
+        for name, task in self.tasks.items():
+            task._instances = [i for i in task.instances if (name, i.doc_id) in scored]
+            if task._instances:
+                task.apply_filters()
+                items += self._items(name, task, values)
+        first = next(iter(self.tasks.values()))
+        metrics = {
+            metric: float(_aggregation(first, metric)(numbers))
+            for metric, numbers in values.items()
+        }
+        return TaskScore(
+            self.name,
+            str((first.config.metadata or {}).get("version", "")),
+            int(first.get_config("num_fewshot") or 0),
+            len(self.order),
+            metrics,
+            items,
+            self.seconds,
+            truncated,
+            {name: len(list(task.eval_docs)) for name, task in self.tasks.items()},
+        )
+
+    def _items(self, name: str, task: Any, values: dict[str, list[Any]]) -> Iterator[Item]:
+        by_item: dict[int, list[Any]] = {}
+        for instance in task.instances:
+            by_item.setdefault(instance.doc_id, []).append(instance)
+        docs = task.eval_docs
+        for index in sorted(by_item):
+            requests, doc = sorted(by_item[index], key=lambda r: r.idx), docs[index]
+            metrics: dict[str, Any] = {}
+            for key in requests[0].filtered_resps:
+                found = task.process_results(doc, [r.filtered_resps[key] for r in requests])
+                label = "" if key == "none" else f" ({key})"
+                metrics |= {metric + label: value for metric, value in found.items()}
+            for metric, value in metrics.items():
+                values.setdefault(metric, []).append(value)
+            yield _item(name, index, metrics, task, doc, requests)
+
+
+def _item(
+    name: str, index: int, metrics: dict[str, Any], task: Any, doc: Any, requests: list[Any]
+) -> Item:
+    if requests[0].request_type == "generate_until":
+        return Item(name, index, metrics, answers=[str(r.resps[0]) for r in requests])
+    if task.OUTPUT_TYPE != "multiple_choice":
+        return Item(name, index, metrics)
+    choices = [r for r in requests if r.request_type == "loglikelihood"]
+    right = task.doc_to_target(doc)
+    numbers = [float(r.resps[0][0]) for r in choices]
+    if not isinstance(right, int) or not 0 <= right < len(choices):
+        return Item(name, index, metrics, numbers)
+    size = len(choices[right].args[1].encode())
+    return Item(name, index, metrics, numbers, right, size)
+
+
+def _aggregation(task: Any, metric: str) -> Callable[[Sequence[Any]], float]:
+    found: Callable[[Sequence[Any]], float] = task.aggregation()[metric.partition(" (")[0]]
+    return found
+
+
+def score_tasks(
+    lm: Any,
+    loaded: LoadedTasks,
+    seconds: float | None = None,
+    seed: int = 0,
+    chat: bool = False,
+    tell: Callable[[str, int, int], None] = lambda name, done, total: None,
+) -> list[TaskScore]:
+    """Score a model on tasks.
+
+    Args:
+        lm: A `XinslmLM`.
+        loaded: Tasks and groups; tasks of a group become one score.
+        seconds: Time for all tasks, shared evenly; None for all items.
+        seed: Of the order of the items.
+        chat: Whether prompts are rendered with the model's chat template.
+        tell: Receives the name of a task, and the numbers of tasks that are done and that there
+            are.
+
+    XinslmError if a log-likelihood is not finite.
+    """
+    units = units_of(loaded)
+    began, scores = time.perf_counter(), []
+    for number, (name, tasks) in enumerate(units.items()):
+        tell(name, number, len(units))
+        for task in tasks.values():
+            build_requests(task, lm if chat else None)
+        before = lm.scorer.counts.truncated
+        unit = TimedUnit(name, tasks, lm, seed)
+        deadline = None
+        if seconds is not None:
+            now = time.perf_counter()
+            deadline = now + max(0.0, began + seconds - now) / (len(units) - number)
+        unit.run(deadline)
+        scores.append(unit.result(lm.scorer.counts.truncated - before))
+    return scores
+
+
+def units_of(loaded: LoadedTasks) -> dict[str, dict[str, Any]]:
+    """The largest groups with their tasks, then single tasks."""
+    units: dict[str, dict[str, Any]] = {}
+    placed: set[str] = set()
+    for group, names in sorted(loaded.groups.items(), key=lambda entry: -len(entry[1])):
+        if names and not placed & set(names):
+            units[group] = {name: loaded.tasks[name] for name in names}
+            placed |= set(names)
+    return units | {name: {name: task} for name, task in loaded.tasks.items() if name not in placed}
+
+
+def bits_per_byte(items: Sequence[Item]) -> float | None:
+    """Bits per byte of the right choices, from the same log-likelihoods; None without any."""
+    known = [item for item in items if item.right is not None]
+    if not known:
+        return None
+    nats = -sum(item.log_likelihoods[item.right or 0] for item in known)
+    return nats / math.log(2) / sum(item.right_bytes for item in known)
+
+
+def accuracies(items: Sequence[Item], metric: str) -> np.ndarray:
+    """A metric of each item as numbers, float64 (n,)."""
+    return np.array([float(item.metrics[metric]) for item in items])
