@@ -9,11 +9,9 @@ time is over: items then come in a random order, stratified by the tasks of a gr
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
-
-import numpy as np
 
 from xinslm.errors import XinslmError
 from xinslm.evaluate.harness.tasks import LoadedTasks, build_requests
@@ -42,6 +40,8 @@ class Item:
     """UTF-8 bytes of the right choice as it is scored, the space before it included."""
     answers: list[str] = field(default_factory=list)
     """Generated answers."""
+    prompt: str = ""
+    choices: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -63,25 +63,31 @@ class TaskScore:
     """Items of each task of a group."""
 
 
+Key = tuple[str, int]
+"""A task and the number of an item in its data."""
+
+
 class TimedUnit:
     """A task, or the tasks of a group, whose items are scored in a given order."""
 
     def __init__(self, name: str, tasks: dict[str, Any], lm: Any, seed: int) -> None:
         self.name, self.tasks, self.lm = name, tasks, lm
-        self.instances: dict[tuple[str, int], list[Any]] = {}
+        self.instances: dict[Key, list[Any]] = {}
         for task_name, task in tasks.items():
             for instance in task.instances:
                 self.instances.setdefault((task_name, instance.doc_id), []).append(instance)
         keys = list(self.instances)
         order = stratified_order([task for task, _ in keys], seed)
         self.order = [keys[number] for number in order]
-        self.done: list[tuple[str, int]] = []
+        self.done: list[Key] = []
         self.seconds = 0.0
 
-    def run(self, deadline: float | None) -> None:
-        """Score all items, or as many as fit before `deadline` (`time.perf_counter`)."""
-        if deadline is None:
-            self._score(self.order)
+    def run(self, deadline: float | None = None, chosen: Sequence[Key] | None = None) -> None:
+        """Score all items, those that are `chosen`, or as many as fit before `deadline`
+        (`time.perf_counter`).
+        """
+        if chosen is not None or deadline is None:
+            self._score(self.order if chosen is None else chosen)
             return
         self._score(self.order[:FIRST_ITEMS])
         while len(self.done) < len(self.order) and time.perf_counter() < deadline:
@@ -90,7 +96,7 @@ class TimedUnit:
                 return
             self._score(self.order[len(self.done) :][:count])
 
-    def _score(self, keys: Sequence[tuple[str, int]]) -> None:
+    def _score(self, keys: Sequence[Key]) -> None:
         """Send the items' requests to the model, all of a kind at once."""
         began = time.perf_counter()
         kinds: dict[str, list[Any]] = {}
@@ -133,7 +139,7 @@ class TimedUnit:
                 count = (low + high + 1) // 2
         return low
 
-    def _cost(self, keys: Sequence[tuple[str, int]]) -> int:
+    def _cost(self, keys: Sequence[Key]) -> int:
         """Tokens that scoring the items would compute."""
         texts = [
             instance.args
@@ -190,17 +196,27 @@ class TimedUnit:
 def _item(
     name: str, index: int, metrics: dict[str, Any], task: Any, doc: Any, requests: list[Any]
 ) -> Item:
+    prompt = str(requests[0].args[0])
     if requests[0].request_type == "generate_until":
-        return Item(name, index, metrics, answers=[str(r.resps[0]) for r in requests])
+        return Item(
+            name, index, metrics, prompt=prompt, answers=[str(r.resps[0]) for r in requests]
+        )
     if task.OUTPUT_TYPE != "multiple_choice":
         return Item(name, index, metrics)
-    choices = [r for r in requests if r.request_type == "loglikelihood"]
+    asked = [r for r in requests if r.request_type == "loglikelihood"]
+    choices = [str(r.args[1]) for r in asked]
     right = task.doc_to_target(doc)
-    numbers = [float(r.resps[0][0]) for r in choices]
-    if not isinstance(right, int) or not 0 <= right < len(choices):
-        return Item(name, index, metrics, numbers)
-    size = len(choices[right].args[1].encode())
-    return Item(name, index, metrics, numbers, right, size)
+    known = isinstance(right, int) and 0 <= right < len(choices)
+    return Item(
+        name,
+        index,
+        metrics,
+        [float(r.resps[0][0]) for r in asked],
+        right if known else None,
+        len(choices[right].encode()) if known else 0,
+        prompt=prompt,
+        choices=choices,
+    )
 
 
 def _aggregation(task: Any, metric: str) -> Callable[[Sequence[Any]], float]:
@@ -214,7 +230,8 @@ def score_tasks(
     seconds: float | None = None,
     seed: int = 0,
     chat: bool = False,
-    tell: Callable[[str, int, int], None] = lambda name, done, total: None,
+    chosen: Mapping[str, Sequence[Key]] | None = None,
+    tell: Callable[[str], None] = lambda name: None,
 ) -> list[TaskScore]:
     """Score a model on tasks.
 
@@ -224,15 +241,15 @@ def score_tasks(
         seconds: Time for all tasks, shared evenly; None for all items.
         seed: Of the order of the items.
         chat: Whether prompts are rendered with the model's chat template.
-        tell: Receives the name of a task, and the numbers of tasks that are done and that there
-            are.
+        chosen: The items to score, by the name of the task or group; not with `seconds`.
+        tell: Receives the name of each task or group before it is scored.
 
     XinslmError if a log-likelihood is not finite.
     """
     units = units_of(loaded)
     began, scores = time.perf_counter(), []
     for number, (name, tasks) in enumerate(units.items()):
-        tell(name, number, len(units))
+        tell(name)
         for task in tasks.values():
             build_requests(task, lm if chat else None)
         before = lm.scorer.counts.truncated
@@ -241,7 +258,7 @@ def score_tasks(
         if seconds is not None:
             now = time.perf_counter()
             deadline = now + max(0.0, began + seconds - now) / (len(units) - number)
-        unit.run(deadline)
+        unit.run(deadline, chosen[name] if chosen is not None else None)
         scores.append(unit.result(lm.scorer.counts.truncated - before))
     return scores
 
@@ -255,17 +272,3 @@ def units_of(loaded: LoadedTasks) -> dict[str, dict[str, Any]]:
             units[group] = {name: loaded.tasks[name] for name in names}
             placed |= set(names)
     return units | {name: {name: task} for name, task in loaded.tasks.items() if name not in placed}
-
-
-def bits_per_byte(items: Sequence[Item]) -> float | None:
-    """Bits per byte of the right choices, from the same log-likelihoods; None without any."""
-    known = [item for item in items if item.right is not None]
-    if not known:
-        return None
-    nats = -sum(item.log_likelihoods[item.right or 0] for item in known)
-    return nats / math.log(2) / sum(item.right_bytes for item in known)
-
-
-def accuracies(items: Sequence[Item], metric: str) -> np.ndarray:
-    """A metric of each item as numbers, float64 (n,)."""
-    return np.array([float(item.metrics[metric]) for item in items])
