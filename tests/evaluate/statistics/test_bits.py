@@ -24,14 +24,14 @@ def test_it_is_the_quotient_of_the_totals():
 
 def test_interval_holds_the_value_of_all_items():
     rng = np.random.default_rng(0)
-    nats, num_bytes = answers(1_000_000, rng)
+    nats, num_bytes = answers(400_000, rng)
     true = -nats.sum() / num_bytes.sum() / math.log(2)
     held = []
-    for at in range(0, 200_000, 500):
-        part = slice(at, at + 500)
+    for at in range(0, 40_000, 160):
+        part = slice(at, at + 160)
         found = bits_per_byte(nats[part], num_bytes[part], seed=0, num_resamples=300)
         held.append(found.generalisation_interval.contains(true))
-    assert np.mean(held) >= 0.925
+    assert np.mean(held) >= 0.92
 
 
 def test_interval_holds_the_value_of_the_full_set():
@@ -39,13 +39,13 @@ def test_interval_holds_the_value_of_the_full_set():
     nats, num_bytes = answers(800, rng)
     full = -nats.sum() / num_bytes.sum() / math.log(2)
     held, widths = [], []
-    for _ in range(400):
+    for _ in range(250):
         chosen = rng.choice(800, 500, replace=False)
         found = bits_per_byte(nats[chosen], num_bytes[chosen], 800, seed=0, num_resamples=300)
         held.append(found.full_set_interval.contains(full))
         widths.append(found.full_set_interval.width / found.generalisation_interval.width)
-    assert 0.92 <= np.mean(held) < 0.985
-    assert widths == pytest.approx([math.sqrt(3 / 8)] * 400)
+    assert 0.92 <= np.mean(held) < 0.99
+    assert widths == pytest.approx([math.sqrt(3 / 8)] * 250)
 
 
 def test_a_fully_scored_set_is_certain():
@@ -57,7 +57,8 @@ def test_a_fully_scored_set_is_certain():
 def test_one_item():
     found = bits_per_byte([-1.0], [3], seed=0)
     assert found.value == pytest.approx(1 / 3 / math.log(2))
-    assert found.generalisation_interval.width == 0
+    assert found.generalisation_interval is None and found.full_set_interval.width == 0
+    assert bits_per_byte([-1.0], [3], population=2, seed=0).full_set_interval is None
 
 
 @pytest.mark.parametrize(

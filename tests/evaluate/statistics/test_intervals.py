@@ -9,7 +9,6 @@ from xinslm.errors import XinslmError
 from xinslm.evaluate.statistics.intervals import (
     Interval,
     hypergeometric_interval,
-    quantile_interval,
     t_interval,
     wilson_interval,
 )
@@ -84,11 +83,6 @@ def test_hypergeometric_interval_is_clopper_and_pearsons_for_a_large_population(
     expected = stats.binomtest(31, 50).proportion_ci(0.95, method="exact")
     found = hypergeometric_interval(31, 50, 200_000)
     assert (found.low, found.high) == pytest.approx((expected.low, expected.high), abs=1e-4)
-
-
-def test_quantile_interval_leaves_infinite_values_in_the_tail():
-    values = [*range(99), math.inf]
-    assert quantile_interval(values) == Interval(2, 97)
 
 
 @pytest.mark.parametrize(

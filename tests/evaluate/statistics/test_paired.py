@@ -8,7 +8,7 @@ import pytest
 
 from xinslm.errors import XinslmError
 from xinslm.evaluate.statistics import Interval, compare_answers, compare_scores
-from xinslm.evaluate.statistics.bootstrap import bootstrap_means
+from xinslm.evaluate.statistics.bootstrap import bootstrap_means, percentile_interval
 
 
 def answers(both: int, first: int, second: int, neither: int) -> tuple[np.ndarray, np.ndarray]:
@@ -38,10 +38,11 @@ def test_standard_error_is_that_of_the_differences():
 
 
 def test_bootstrap_of_few_items_is_that_of_all_resamples():
-    """All 5^5 resamples of five differences, enumerated."""
+    """All 5^5 resamples of five differences, enumerated; tails by Student's t with 4 degrees."""
     one, other = np.array([1, 1, 1, 0, 1]), np.array([0, 1, 0, 1, 1])
     every = [np.mean(sample) for sample in itertools.product((one - other).tolist(), repeat=5)]
-    expected = np.quantile(every, [0.025, 0.975], method="inverted_cdf")
+    tail = 0.5 * math.erfc(2.776445 * math.sqrt(5 / 4) / math.sqrt(2))
+    expected = np.quantile(every, [tail, 1 - tail], method="inverted_cdf")
     found = compare_answers(one, other, seed=1, num_resamples=20_000).interval
     assert (found.low, found.high) == pytest.approx(tuple(expected))
 
@@ -60,6 +61,23 @@ def test_both_ways_to_resample_have_the_same_distribution():
         assert np.cov(means.T) == pytest.approx(covariance, rel=0.15)
         normal = (means[:, 0] - rows[:, 0].mean()) / math.sqrt(covariance[0, 0])
         assert stats.kstest(normal, "norm").statistic < 0.05
+
+
+def test_bootstrap_interval_covers_with_ten_items():
+    """Normal scores: Student's interval is exact there. Plain percentiles hold 90 % only."""
+    rng = np.random.default_rng(3)
+    held = []
+    for _ in range(1000):
+        rows = rng.normal(size=(10, 1))
+        means = bootstrap_means(rows, seed=0, num_resamples=1000)[:, 0]
+        held.append(percentile_interval(means, 10).contains(0))
+    assert np.mean(held) > 0.925
+
+
+def test_infinite_values_stay_in_the_tail():
+    values = np.array([*range(9900), *[math.inf] * 100])
+    interval = percentile_interval(values, 10_000)
+    assert interval.low == pytest.approx(249, abs=1) and interval.high == pytest.approx(9749, abs=1)
 
 
 def test_same_seed_same_interval():
@@ -135,9 +153,10 @@ def test_equal_answers():
 def test_one_item_and_equal_differences():
     one = compare_answers([1], [0], seed=0)
     assert (one.difference, one.p_value, one.standard_error) == (1, 1, None)
-    assert one.adjusted_interval.high <= 1
+    assert one.interval is None and one.adjusted_interval.high <= 1
     single = compare_scores([0.5], [0.25], seed=0)
-    assert (single.p_value, single.standard_error, single.difference) == (None, None, 0.25)
+    assert (single.p_value, single.standard_error, single.interval) == (None, None, None)
+    assert single.difference == 0.25
     assert compare_scores([1.5, 2.5], [1.5, 2.5], seed=0).p_value == 1
     assert compare_scores([1.5, 2.5], [1, 2], seed=0).p_value == 0
 

@@ -11,9 +11,13 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from xinslm.errors import XinslmError
-from xinslm.evaluate.statistics.bootstrap import NUM_RESAMPLES, bootstrap_means
+from xinslm.evaluate.statistics.bootstrap import (
+    NUM_RESAMPLES,
+    bootstrap_means,
+    percentile_interval,
+)
 from xinslm.evaluate.statistics.checks import finite_array, require_population, require_same_items
-from xinslm.evaluate.statistics.intervals import Interval, quantile_interval
+from xinslm.evaluate.statistics.intervals import Interval
 
 
 @dataclass(frozen=True)
@@ -21,10 +25,12 @@ class BitsPerByte:
     """Total bits divided by total bytes."""
 
     value: float
-    generalisation_interval: Interval
-    """For all items of this kind: bootstrap over the items, 95 % by default."""
-    full_set_interval: Interval
-    """For the full set, of which the items are a random sample; no width if it was scored fully."""
+    generalisation_interval: Interval | None
+    """For all items of this kind: bootstrap over the items, 95 % by default; None with one item."""
+    full_set_interval: Interval | None
+    """For the full set, of which the items are a random sample; no width if it was scored fully.
+    None with one item of several.
+    """
     num_items: int
     num_bytes: int
 
@@ -49,7 +55,7 @@ def bits_per_byte(
         confidence: of both intervals.
 
     The interval for the full set has sqrt(1 - n/N) times the distances from the value, the
-    finite-population correction of a ratio (Cochran 1977, 6.4).
+    finite-population correction of a ratio (Cochran 1977, chapter 6).
     """
     nats = finite_array(log_likelihoods, "log_likelihoods")
     sizes = finite_array(num_bytes, "num_bytes")
@@ -64,15 +70,16 @@ def bits_per_byte(
     population = len(nats) if population is None else population
     require_population(len(nats), population)
     value = float(-nats.sum() / sizes.sum()) / math.log(2)
-    means = bootstrap_means(np.stack([-nats / math.log(2), sizes], axis=1), seed, num_resamples)
-    interval = quantile_interval(means[:, 0] / means[:, 1], confidence)
-    part = math.sqrt(1 - len(nats) / population)
+    spread, full = None, Interval(value, value)
+    if len(nats) > 1:
+        means = bootstrap_means(np.stack([-nats / math.log(2), sizes], axis=1), seed, num_resamples)
+        spread = percentile_interval(means[:, 0] / means[:, 1], len(nats), confidence)
+        part = math.sqrt(1 - len(nats) / population)
+        full = Interval(value - part * (value - spread.low), value + part * (spread.high - value))
     return BitsPerByte(
         value=value,
-        generalisation_interval=interval,
-        full_set_interval=Interval(
-            value - part * (value - interval.low), value + part * (interval.high - value)
-        ),
+        generalisation_interval=spread,
+        full_set_interval=full if spread is not None or population == 1 else None,
         num_items=len(nats),
         num_bytes=int(sizes.sum()),
     )

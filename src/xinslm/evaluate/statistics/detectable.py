@@ -3,7 +3,7 @@
 A difference of this size is found significant (two-sided, 5 %) in 80 % of repetitions with other
 items; smaller ones are missed more often than that. With z_a = z(1 - alpha/2) and z_b = z(power) it
 is (z_a + z_b) times the standard error of the difference, 2.80 times by default (Cohen 1988;
-Miller, arXiv:2411.00640, section 5).
+Miller, arXiv:2411.00640).
 """
 
 import math

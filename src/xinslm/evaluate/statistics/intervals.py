@@ -2,13 +2,12 @@
 
 `population` is the size of the full set. With it, an interval is about the full set's value, of
 which `num_items` were scored at random without replacement: the variance is multiplied by the
-finite-population correction (N - n) / (N - 1) (Cochran, Sampling Techniques, 1977, sections 2.6 and
-3.2), and at n = N the interval has no width. Without it, an interval is about the value of all
+finite-population correction (N - n) / (N - 1) (Cochran, Sampling Techniques, 1977, chapters 2 and
+3), and at n = N the interval has no width. Without it, an interval is about the value of all
 items of this kind, of which the scored ones are a sample; it keeps its width at n = N.
 """
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -53,7 +52,7 @@ def wilson_interval(
     center (p + z^2/2n) / (1 + z^2/n), half width z sqrt(p(1-p)/n + z^2/4n^2) / (1 + z^2/n). With
     `population`, n is replaced by n (N - 1) / (N - n), the size of a sample with replacement that
     has the same variance. Its coverage is the nominal one on average; near 0 and 1 it can be
-    below by one or two points, where `hypergeometric_interval` never is.
+    below by a few points, where `hypergeometric_interval` never is.
     """
     _require_counts(successes, num_items, population, confidence)
     size = float(num_items)
@@ -99,8 +98,8 @@ def hypergeometric_interval(
 
     It holds each share K/N for which neither `successes` or fewer nor `successes` or more right
     answers have a probability of (1 - confidence) / 2 or less, X ~ Hypergeometric(N, K, n). Its
-    coverage is at least the confidence for each K (Clopper and Pearson 1934, without replacement:
-    Cochran 1977, section 3.6).
+    coverage is at least the confidence for each K (Clopper and Pearson 1934; without replacement,
+    Cochran 1977, chapter 3).
     """
     _require_counts(successes, num_items, population, confidence)
     tail = (1 - confidence) / 2
@@ -145,17 +144,3 @@ def _lower_tail(successes: int, num_items: int, population: int, total: int) -> 
         - (log[population] - log[num_items] - log[population - num_items])
     )
     return float(np.exp(terms).sum())
-
-
-def quantile_interval(values: Sequence[float] | ArrayLike, confidence: float = 0.95) -> Interval:
-    """The central part of bootstrap values (percentile interval, Efron 1979).
-
-    Ends are values that occurred, so infinite values do no harm inside the tails.
-    """
-    require_confidence(confidence)
-    ends = np.quantile(
-        np.asarray(values),
-        [(1 - confidence) / 2, (1 + confidence) / 2],
-        method="inverted_cdf",
-    )
-    return Interval(float(ends[0]), float(ends[1]))

@@ -2,7 +2,7 @@
 
 Both models find the same items hard, so the differences item by item vary less than the scores:
 a paired comparison sees smaller differences than two standard errors of the means do (Miller,
-arXiv:2411.00640, section 4.2).
+arXiv:2411.00640).
 """
 
 import math
@@ -12,7 +12,11 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from xinslm.errors import XinslmError
-from xinslm.evaluate.statistics.bootstrap import NUM_RESAMPLES, bootstrap_means
+from xinslm.evaluate.statistics.bootstrap import (
+    NUM_RESAMPLES,
+    bootstrap_means,
+    percentile_interval,
+)
 from xinslm.evaluate.statistics.checks import (
     Floats,
     finite_array,
@@ -20,7 +24,7 @@ from xinslm.evaluate.statistics.checks import (
     right_wrong_array,
 )
 from xinslm.evaluate.statistics.distributions import sign_test, t_two_sided, two_sided_normal
-from xinslm.evaluate.statistics.intervals import Interval, quantile_interval
+from xinslm.evaluate.statistics.intervals import Interval
 
 
 @dataclass(frozen=True)
@@ -36,9 +40,9 @@ class AnswerComparison:
     """Of McNemar's exact test."""
     standard_error: float | None
     """Of the difference; None with one item."""
-    interval: Interval
-    """Paired bootstrap, 95 % by default. Without a flip it has no width; with few flips take
-    `adjusted_interval`.
+    interval: Interval | None
+    """Paired bootstrap, 95 % by default; None with one item. Without a flip it has no width; with
+    few flips take `adjusted_interval`.
     """
     adjusted_interval: Interval
     """In closed form, with one flip added in each direction; has a width without any flip."""
@@ -60,8 +64,8 @@ class ScoreComparison:
     """Two-sided paired t-test; None with one item."""
     standard_error: float | None
     """Of the difference; None with one item."""
-    interval: Interval
-    """Paired bootstrap, 95 % by default."""
+    interval: Interval | None
+    """Paired bootstrap, 95 % by default; None with one item."""
 
 
 def compare_answers(
@@ -94,7 +98,7 @@ def compare_answers(
         only_second_right=c,
         p_value=sign_test(b, c),
         standard_error=_standard_error(difference, np.ones(n)),
-        interval=quantile_interval(means, confidence),
+        interval=percentile_interval(means, n, confidence) if n > 1 else None,
         adjusted_interval=_adjusted_interval(b, c, n, confidence),
     )
 
@@ -115,7 +119,7 @@ def compare_scores(
 
         difference D = sum w_i d_i / sum w_i
         standard error sqrt(n / (n - 1) sum w_i^2 (d_i - D)^2) / sum w_i
-        (linearized ratio, Cochran 1977, 6.13; s / sqrt(n) if all weights are equal)
+        (linearized ratio, Cochran 1977, chapter 6; s / sqrt(n) if all weights are equal)
         p-value: t = D / standard error with n - 1 degrees of freedom
     """
     one, other = finite_array(first, "first"), finite_array(second, "second")
@@ -128,13 +132,16 @@ def compare_scores(
     error = _standard_error(difference, weight)
     rows = np.stack([weight * difference, weight], axis=1)
     means = bootstrap_means(rows, seed, num_resamples)
-    means = means[means[:, 1] > 0]
+    means = means[means[:, 1] > 0]  # a resample without any weight has no mean
+    interval = None
+    if error is not None:
+        interval = percentile_interval(means[:, 0] / means[:, 1], len(one), confidence)
     return ScoreComparison(
         num_items=len(one),
         difference=mean,
         p_value=None if error is None else _t_test(mean, error, len(one)),
         standard_error=error,
-        interval=quantile_interval(means[:, 0] / means[:, 1], confidence),
+        interval=interval,
     )
 
 

@@ -5,10 +5,14 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike
 
-from xinslm.evaluate.statistics.bootstrap import NUM_RESAMPLES, bootstrap_means
+from xinslm.evaluate.statistics.bootstrap import (
+    NUM_RESAMPLES,
+    bootstrap_means,
+    percentile_interval,
+)
 from xinslm.evaluate.statistics.checks import finite_array, require_same_items
 from xinslm.evaluate.statistics.distributions import two_sided_normal
-from xinslm.evaluate.statistics.intervals import Interval, quantile_interval
+from xinslm.evaluate.statistics.intervals import Interval
 from xinslm.evaluate.statistics.mean import mean_score
 
 
@@ -57,7 +61,7 @@ def retained_share(
     means = bootstrap_means(rows, seed, num_resamples)
     possible = means[:, 1] > 0
     shares = np.where(possible, means[:, 0] / np.where(possible, means[:, 1], 1), np.inf)
-    interval = quantile_interval(shares, confidence)
+    interval = percentile_interval(shares, len(rows), confidence)
     if not np.isfinite(interval.high):
         return None
     return RetainedShare(float(rows[:, 0].mean() / above.mean), interval)

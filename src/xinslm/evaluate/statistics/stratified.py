@@ -121,7 +121,7 @@ def estimate_from_sums(
     Groups g are strata, pooled until each has 10 scored items. With W_g = N_g / N,
 
         mean      m = sum_g W_g m_g
-        variance  v = sum_g W_g^2 (1 - n_g / N_g) s_g^2 / n_g    (Cochran 1977, 5.9 and 5A.9)
+        variance  v = sum_g W_g^2 (1 - n_g / N_g) s_g^2 / n_g    (Cochran 1977, chapter 5)
 
     The design effect d = v / ((1 - n/N) m (1 - m) / (n - 1)) compares it with right and wrong
     answers in a plain random sample (Kish 1965). Few right or few wrong answers say little about
