@@ -22,14 +22,15 @@ def environment(device: Any = None) -> dict[str, str]:
     """Date and machine for a run file; `device` is the torch.device that computes."""
     import torch
 
-    parts = [_cpu(), f"{_cores()} cores"]
+    parts = [_cpu(), f"{usable_cores()} cores"]
     if device is not None and device.type == "cuda":
         parts.append(torch.cuda.get_device_name(device))
     now = datetime.now().astimezone().isoformat(timespec="seconds")
     return {"date": now, "machine": ", ".join([*parts, f"torch {torch.__version__}"])}
 
 
-def _cores() -> int:
+def usable_cores() -> int:
+    """Cores that this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
