@@ -139,6 +139,13 @@ COMMANDS = {
         example="student --data-path data --run student",
         most_used="model data_path run name max_documents",
     ),
+    "benchmark": Command(
+        "HellaSwag, MMLU, TruthfulQA, HumanEval, instructions; speed and memory",
+        "evaluate.benchmark.config:BenchmarkConfig",
+        "evaluate.benchmark.run:run",
+        example="student --tasks hellaswag mmlu --data bench --against teacher",
+        most_used="model tasks data against max_minutes run",
+    ),
     "quantize": Command(
         "4-bit weights by GPTQ, or 8-bit",
         "quantize.config:QuantizeConfig",

@@ -1,5 +1,5 @@
-"""The tables of a run folder that several commands add to: evaluation.json, samples.json,
-files.json.
+"""The tables of a run folder that several commands add to: evaluation.json, benchmark.json,
+samples.json, files.json.
 
 A row has a name, and a text that it is about: the data of an evaluation, the prompt of a sample.
 Writing a row with the same name and text again replaces it, so that a command can be repeated.
@@ -12,7 +12,7 @@ from typing import Any, Literal
 from xinslm.errors import UsageError, XinslmError
 from xinslm.files import read_json, write_json
 
-Table = Literal["evaluation.json", "samples.json", "files.json"]
+Table = Literal["evaluation.json", "benchmark.json", "samples.json", "files.json"]
 
 
 def require_run(folder: Path) -> None:

@@ -69,7 +69,7 @@ def test_each_value_is_that_of_the_pair_alone(folder, monkeypatch, row_tokens, b
         expected, flag = alone(reference, pair, 96)
         assert value == pytest.approx(expected, abs=1e-9)
         assert is_greedy == flag
-    assert scorer.counts.truncated == 1
+    assert [len(pairs[number].context) for number in scorer.truncated] == [120]
     assert scorer.counts.computed_tokens < 0.6 * scorer.counts.requested_tokens
     assert scorer.cost(pairs) == scorer.counts.computed_tokens
 

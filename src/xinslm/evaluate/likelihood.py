@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from xinslm.evaluate.perplexity import CHUNK_LOGITS
-from xinslm.evaluate.trie import Group, Row, plan
+from xinslm.evaluate.trie import Group, Row, plan, size
 from xinslm.model.transformer import Transformer
 from xinslm.model.tree import Prefix, read_prefix, read_rows
 
@@ -29,6 +29,10 @@ BATCH_TOKENS = 2048
 """Most tokens in a forward pass, padding included; a single longer row is a pass of its own."""
 PREFIX_FACTOR = 8
 """The keys of a pass, prefixes included, are at most this many times `BATCH_TOKENS`."""
+
+
+Tell = Callable[[int, int, str], None]
+"""Receives what is done, what there is to do, and the unit: "tokens" or "answers"."""
 
 
 @dataclass(frozen=True)
@@ -47,8 +51,6 @@ class Counts:
     """Tokens of all pairs, each alone."""
     computed_tokens: int = 0
     """Tokens that went through the model, without padding."""
-    truncated: int = 0
-    """Pairs whose beginning was cut off to fit the context."""
     seconds: float = 0.0
 
 
@@ -60,29 +62,33 @@ class LikelihoodScorer:
         self.model, self.batch_tokens = model, batch_tokens
         self.shares = isinstance(model.model, Transformer)
         self.counts = Counts()
+        self.truncated: list[int] = []
+        """Numbers of the last call's pairs whose beginning was cut off to fit the context."""
 
     def __call__(
-        self, pairs: Sequence[Pair], tell: Callable[[int], None] = lambda tokens: None
+        self, pairs: Sequence[Pair], tell: Tell = lambda done, total, unit: None
     ) -> tuple[np.ndarray, np.ndarray]:
         """Log-likelihoods in nats, float64 (n,), and whether each is greedy, bool (n,).
 
-        `tell` receives the number of tokens of each finished pass. A likelihood that is not finite
-        is returned as it is. ValueError for an empty context or continuation, or a continuation
+        A likelihood that is not finite is returned as it is. ValueError for an empty context or continuation, or a continuation
         longer than the model's context.
         """
         began = time.perf_counter()
         table = _Table(self._counted(pairs), pairs)
         groups = plan(table.texts, table.needed, table.first_slots, self.shares)
+        done, total = 0, size(groups)
         held: list[Prefix] = []
         for group in groups:
             if group.prefix is not None:
                 del held[group.level - 1 :]
                 states, prefix = self._prefix(group.prefix, held[-1] if held else None)
                 held.append(prefix)
-                self._finish(table, [group.prefix], states[None], tell)
+                self._finish(table, [group.prefix], states[None])
+                tell(done := done + len(group.prefix.tokens), total, "tokens")
             for rows in self._batches(group, held):
                 states = self._states(rows, held[-1] if group.level else None)
-                self._finish(table, rows, states, tell)
+                self._finish(table, rows, states)
+                tell(done := done + sum(len(row.tokens) for row in rows), total, "tokens")
         self.counts.seconds += time.perf_counter() - began
         return table.sums, table.greedy
 
@@ -90,15 +96,13 @@ class LikelihoodScorer:
         """Number of tokens that scoring the pairs would compute."""
         table = _Table(_inputs(pairs, self.model.max_length), pairs)
         groups = plan(table.texts, table.needed, table.first_slots, self.shares)
-        prefixes = [group.prefix for group in groups if group.prefix is not None]
-        return sum(len(row.tokens) for group in groups for row in group.rows) + sum(
-            len(row.tokens) for row in prefixes
-        )
+        return size(groups)
 
     def _counted(self, pairs: Sequence[Pair]) -> Iterator[np.ndarray]:
-        limit = self.model.max_length
-        for pair, ids in zip(pairs, _inputs(pairs, limit), strict=True):
-            self.counts.truncated += len(pair.context) + len(pair.continuation) - 1 > limit
+        limit, self.truncated = self.model.max_length, []
+        for number, (pair, ids) in enumerate(zip(pairs, _inputs(pairs, limit), strict=True)):
+            if len(pair.context) + len(pair.continuation) - 1 > limit:
+                self.truncated.append(number)
             self.counts.requested_tokens += len(ids)
             yield ids
 
@@ -136,9 +140,7 @@ class LikelihoodScorer:
         arrays = (torch.from_numpy(x).to(self.model.device) for x in (tokens, positions, ends))
         return read_rows(self.model.model, *arrays, prefix)
 
-    def _finish(
-        self, table: "_Table", rows: list[Row], states: Tensor, tell: Callable[[int], None]
-    ) -> None:
+    def _finish(self, table: "_Table", rows: list[Row], states: Tensor) -> None:
         """Store what is asked for of the rows' distributions."""
         width = states.shape[1]
         flat = states.reshape(len(rows) * width, -1)
@@ -152,9 +154,7 @@ class LikelihoodScorer:
             chosen = torch.from_numpy(different[begin : begin + step]).to(flat.device)
             low, high = np.searchsorted(inverse, [begin, begin + step])
             table.fill(slots[low:high], inverse[low:high] - begin, self.model.outputs(flat[chosen]))
-        tokens = sum(len(row.tokens) for row in rows)
-        self.counts.computed_tokens += tokens
-        tell(tokens)
+        self.counts.computed_tokens += sum(len(row.tokens) for row in rows)
 
 
 class _Table:

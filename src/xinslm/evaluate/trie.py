@@ -141,6 +141,12 @@ def plan(
     return groups
 
 
+def size(groups: Sequence[Group]) -> int:
+    """Number of tokens that are computed."""
+    rows = [row for group in groups for row in (group.prefix, *group.rows) if row is not None]
+    return sum(len(row.tokens) for row in rows)
+
+
 def _shared(a: np.ndarray, b: np.ndarray) -> int:
     """Length of the common beginning."""
     shorter = min(len(a), len(b))

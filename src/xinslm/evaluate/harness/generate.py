@@ -6,11 +6,13 @@ Settings are those that the harness knows: `until`, `max_gen_toks`, `do_sample`,
 
 import json
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from xinslm.errors import UsageError
+from xinslm.evaluate.likelihood import Tell
 from xinslm.sampling import Sampling
 from xinslm.teachers.generate import Limits, generate_batch
 from xinslm.tokenizer.chat import end_ids
@@ -26,16 +28,18 @@ def answer(
     prompts: Sequence[np.ndarray],
     settings: Sequence[dict[str, Any]],
     end: str,
-    tell: Callable[[int], None],
-) -> list[str]:
-    """Continue prompts (ids) with a teacher's or student's adapter; texts in the same order.
+    tell: Tell,
+) -> tuple[list[str], list[int]]:
+    """Continue prompts (ids) with a teacher's or student's adapter.
 
-    Prompts that leave no room for the answer are cut on the left, as in `HFLM`.
+    Return the texts in the same order, and the numbers of the prompts that were cut on the left, as
+    in `HFLM`, because they leave no room for the answer.
     """
+    cut: list[int] = []
     groups: dict[str, list[int]] = {}
     for number, setting in enumerate(settings):
         groups.setdefault(json.dumps(setting, sort_keys=True), []).append(number)
-    texts = [""] * len(prompts)
+    texts, finished = [""] * len(prompts), 0
     for key, numbers in groups.items():
         sampling, limit, until = _parse(json.loads(key))
         room = model.max_length - limit
@@ -45,6 +49,7 @@ def answer(
                 f"{model.max_length:,}"
             )
         until = [*until, end]
+        cut += [number for number in numbers if len(prompts[number]) > room]
         limits = Limits(
             limit,
             model.max_length,
@@ -54,12 +59,23 @@ def answer(
             is_over=_stop_test(model.tokenizer, until),
         )
         chosen = [np.asarray(prompts[number][-room:], np.int64) for number in numbers]
-        written = generate_batch(model.open_decoder, chosen, numbers, sampling, limits)
+        written = generate_batch(
+            model.open_decoder,
+            chosen,
+            numbers,
+            sampling,
+            limits,
+            partial(_tell, tell, finished, len(prompts)),
+        )
+        finished += len(numbers)
         for number, text in zip(numbers, written.texts, strict=True):
             ids = text.tokens[: len(text.tokens) - text.ended].tolist()
             texts[number] = _cut(model.tokenizer.decode(ids, skip_special=True), until)
-            tell(len(ids))
-    return texts
+    return texts, sorted(cut)
+
+
+def _tell(tell: Tell, before: int, total: int, texts: int, tokens: int) -> None:
+    tell(before + texts, total, "answers")
 
 
 def _parse(setting: dict[str, Any]) -> tuple[Sampling, int, list[str]]:

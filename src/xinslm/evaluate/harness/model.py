@@ -12,7 +12,7 @@ transformers up to rounding.
 """
 
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from xinslm.device import pick_device
 from xinslm.errors import XinslmError
 from xinslm.evaluate.harness.generate import answer
-from xinslm.evaluate.likelihood import LikelihoodScorer, Pair
+from xinslm.evaluate.likelihood import LikelihoodScorer, Pair, Tell
 from xinslm.evaluate.scorers import load_scorer
 from xinslm.tokenizer.load import load_tokenizer
 
@@ -64,8 +64,10 @@ class XinslmLM(TemplateLM):
         self.scorer = LikelihoodScorer(self.model, int(batch_tokens))
         self.tokenizer = _tokenizer(pretrained)
         self.add_bos_token, self._device = add_bos_token, place
-        self.tell: Callable[[int], None] = lambda tokens: None
-        """Receives the number of tokens of each finished forward pass, and of each answer."""
+        self.tell: Tell = lambda done, total, unit: None
+        """Receives the progress of the present call."""
+        self.truncated: list[int] = []
+        """Numbers of the last call's requests that lost their beginning."""
 
     @property
     def eot_token_id(self) -> int:
@@ -165,6 +167,7 @@ class XinslmLM(TemplateLM):
 
     def _scores(self, pairs: list[Pair]) -> list[tuple[float, bool]]:
         values, greedy = self.scorer(pairs, self.tell)
+        self.truncated = self.scorer.truncated
         return list(zip(values.tolist(), greedy.tolist(), strict=True))
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
@@ -184,6 +187,7 @@ class XinslmLM(TemplateLM):
                 pairs.append(Pair(np.array(context), np.array(target)))
                 owners.append(number)
         values, _ = self.scorer(pairs, self.tell)
+        self.truncated = []
         return np.bincount(owners, values, minlength=len(requests)).tolist()
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
@@ -192,7 +196,8 @@ class XinslmLM(TemplateLM):
         prompts = [contexts[request.args[0]] for request in requests]
         settings = [request.args[1] for request in requests]
         end = self.tokenizer.decode([self.eot_token_id], skip_special_tokens=False)
-        return answer(self.model, prompts, settings, end, self.tell)
+        texts, self.truncated = answer(self.model, prompts, settings, end, self.tell)
+        return texts
 
 
 def _move_spaces(context: str, continuation: str) -> tuple[str, str]:

@@ -9,6 +9,7 @@ time is over: items then come in a random order, stratified by the tasks of a gr
 
 import math
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -67,7 +68,7 @@ Key = tuple[str, int]
 """A task and the number of an item in its data."""
 
 
-class TimedUnit:
+class _Unit:
     """A task, or the tasks of a group, whose items are scored in a given order."""
 
     def __init__(self, name: str, tasks: dict[str, Any], lm: Any, seed: int) -> None:
@@ -80,45 +81,33 @@ class TimedUnit:
         order = stratified_order([task for task, _ in keys], seed)
         self.order = [keys[number] for number in order]
         self.done: list[Key] = []
-        self.seconds = 0.0
+        self.seconds, self.truncated = 0.0, 0
 
     def run(self, deadline: float | None = None, chosen: Sequence[Key] | None = None) -> None:
         """Score all items, those that are `chosen`, or as many as fit before `deadline`
         (`time.perf_counter`).
         """
         if chosen is not None or deadline is None:
-            self._score(self.order if chosen is None else chosen)
+            self.score(self.order if chosen is None else chosen)
             return
-        self._score(self.order[:FIRST_ITEMS])
+        self.score(self.order[:FIRST_ITEMS])
         while len(self.done) < len(self.order) and time.perf_counter() < deadline:
             count = self._affordable(deadline - time.perf_counter())
             if not count:
                 return
-            self._score(self.order[len(self.done) :][:count])
+            self.score(self.order[len(self.done) :][:count])
 
-    def _score(self, keys: Sequence[Key]) -> None:
-        """Send the items' requests to the model, all of a kind at once."""
+    def score(self, keys: Sequence[Key]) -> None:
+        """Send the items' requests to the model."""
         began = time.perf_counter()
-        kinds: dict[str, list[Any]] = {}
-        for key in keys:
-            for instance in self.instances[key]:
-                kinds.setdefault(instance.request_type, []).extend([instance] * instance.repeats)
-        for kind, requests in kinds.items():
-            responses = getattr(self.lm, kind)(requests)
-            for request, response in zip(requests, responses, strict=True):
-                self._require_finite(request, response)
-                request.resps.append(response)
-        self.done += keys
-        self.seconds += time.perf_counter() - began
+        cut = _send(self.lm, [instance for key in keys for instance in self.instances[key]])
+        self.finish(keys, time.perf_counter() - began, cut)
 
-    def _require_finite(self, request: Any, response: Any) -> None:
-        value = response[0] if isinstance(response, tuple) else response
-        if isinstance(value, float) and not math.isfinite(value):
-            raise XinslmError(
-                f"{request.task_name} item {request.doc_id}: the log-likelihood is {value}. The "
-                "model's weights are damaged or its numbers overflow (try --dtype float32); its "
-                "scores would mean nothing"
-            )
+    def finish(self, keys: Sequence[Key], seconds: float, cut: Mapping[str, int]) -> None:
+        """Note that items were scored; `cut` holds truncated requests by task."""
+        self.done += keys
+        self.seconds += seconds
+        self.truncated += sum(cut.get(name, 0) for name in self.tasks)
 
     def _affordable(self, seconds: float) -> int:
         """How many of the next items fit into `seconds`, by the speed so far."""
@@ -150,7 +139,7 @@ class TimedUnit:
         cost: int = self.lm.scorer.cost(self.lm.pairs(texts))
         return cost
 
-    def result(self, truncated: int) -> TaskScore:
+    def result(self) -> TaskScore:
         """Items and metrics of what was scored."""
         scored = set(self.done)
         items, values = [], {}
@@ -172,7 +161,7 @@ class TimedUnit:
             metrics,
             items,
             self.seconds,
-            truncated,
+            self.truncated,
             {name: len(list(task.eval_docs)) for name, task in self.tasks.items()},
         )
 
@@ -246,21 +235,64 @@ def score_tasks(
 
     XinslmError if a log-likelihood is not finite.
     """
-    units = units_of(loaded)
-    began, scores = time.perf_counter(), []
-    for number, (name, tasks) in enumerate(units.items()):
-        tell(name)
+    found, began = [], time.perf_counter()
+    units = list(units_of(loaded).items())
+    for number, (name, tasks) in enumerate(units):
         for task in tasks.values():
             build_requests(task, lm if chat else None)
-        before = lm.scorer.counts.truncated
-        unit = TimedUnit(name, tasks, lm, seed)
-        deadline = None
+        unit = _Unit(name, tasks, lm, seed)
+        found.append(unit)
         if seconds is not None:
+            tell(name)
             now = time.perf_counter()
-            deadline = now + max(0.0, began + seconds - now) / (len(units) - number)
-        unit.run(deadline, chosen[name] if chosen is not None else None)
-        scores.append(unit.result(lm.scorer.counts.truncated - before))
-    return scores
+            unit.run(now + max(0.0, began + seconds - now) / (len(units) - number))
+    if seconds is None:
+        tell(", ".join(name for name, _ in units))
+        _score_together(lm, found, chosen)
+    return [unit.result() for unit in found]
+
+
+def _score_together(
+    lm: Any, units: Sequence[_Unit], chosen: Mapping[str, Sequence[Key]] | None
+) -> None:
+    """Score all units in one call, because tasks share texts; time is split by their requests."""
+    keys = [unit.order if chosen is None else chosen[unit.name] for unit in units]
+    parts = [
+        [instance for key in part for instance in unit.instances[key]]
+        for unit, part in zip(units, keys, strict=True)
+    ]
+    began = time.perf_counter()
+    cut = _send(lm, [instance for part in parts for instance in part])
+    spent = (time.perf_counter() - began) / max(1, sum(map(len, parts)))
+    for unit, part, requests in zip(units, keys, parts, strict=True):
+        unit.finish(part, spent * len(requests), cut)
+
+
+def _send(lm: Any, instances: Sequence[Any]) -> Counter[str]:
+    """Send requests to the model, all of a kind at once, and store the responses; return how many
+    lost their beginning, by task.
+    """
+    cut: Counter[str] = Counter()
+    kinds: dict[str, list[Any]] = {}
+    for instance in instances:
+        kinds.setdefault(instance.request_type, []).extend([instance] * instance.repeats)
+    for kind, requests in kinds.items():
+        responses = getattr(lm, kind)(requests)
+        for request, response in zip(requests, responses, strict=True):
+            _require_finite(request, response)
+            request.resps.append(response)
+        cut += Counter(requests[number].task_name for number in lm.truncated)
+    return cut
+
+
+def _require_finite(request: Any, response: Any) -> None:
+    value = response[0] if isinstance(response, tuple) else response
+    if isinstance(value, float) and not math.isfinite(value):
+        raise XinslmError(
+            f"{request.task_name} item {request.doc_id}: the log-likelihood is {value}. The "
+            "model's weights are damaged or its numbers overflow (try --dtype float32); its "
+            "scores would mean nothing"
+        )
 
 
 def units_of(loaded: LoadedTasks) -> dict[str, dict[str, Any]]:

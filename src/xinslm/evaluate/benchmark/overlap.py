@@ -1,0 +1,70 @@
+"""Benchmark items that are also in a model's training text, by shared runs of words.
+
+Two texts overlap if they share 13 words in a row, without case and punctuation (GPT-3,
+arXiv:2005.14165, appendix C). Shorter items are looked for as a whole if they have 8 words.
+"""
+
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+import yaml
+
+from xinslm.data.dataset import open_dataset
+from xinslm.errors import XinslmError
+from xinslm.files import MANIFEST
+from xinslm.tokenizer.load import load_tokenizer
+
+RUN = 13
+SHORTEST = 8
+
+
+def words_in_common(texts: Mapping[str, Sequence[str]], folders: Sequence[Path]) -> dict[str, int]:
+    """Number of texts under each name that overlap the train splits of datasets."""
+    wanted: dict[tuple[str, ...], set[tuple[str, int]]] = {}
+    for name, items in texts.items():
+        for number, text in enumerate(items):
+            for run in _runs(_words(text)):
+                wanted.setdefault(run, set()).add((name, number))
+    sizes = sorted({len(run) for run in wanted})
+    found: set[tuple[str, int]] = set()
+    for document in _documents(folders):
+        words = _words(document)
+        for size in sizes:
+            for at in range(len(words) - size + 1):
+                found |= wanted.get(tuple(words[at : at + size]), set())
+    return {name: sum(owner == name for owner, _ in found) for name in texts}
+
+
+def training_folders(model: Path) -> list[Path]:
+    """Datasets that a run folder's config.yaml names; none for other models."""
+    folder = model if (model / "config.yaml").is_file() else model.parent.parent
+    try:
+        config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        return []
+    named = config.get("data_path", []) if isinstance(config, dict) else []
+    paths = [named] if isinstance(named, str) else named or []
+    return [Path(path) for path in paths if (Path(path) / MANIFEST).is_file()]
+
+
+def _documents(folders: Iterable[Path]) -> Iterator[str]:
+    for folder in folders:
+        tokenizer = load_tokenizer(folder / "tokenizer")
+        try:
+            stored = open_dataset(folder).split("train")
+        except XinslmError:
+            continue
+        for begin, end in zip(stored.documents, stored.documents[1:], strict=False):
+            yield tokenizer.decode(stored.tokens[begin:end].tolist(), skip_special=True)
+
+
+def _words(text: str) -> list[str]:
+    return re.findall(r"\w+", text.lower())
+
+
+def _runs(words: list[str]) -> Iterator[tuple[str, ...]]:
+    if SHORTEST <= len(words) < RUN:
+        yield tuple(words)
+    for at in range(len(words) - RUN + 1):
+        yield tuple(words[at : at + RUN])
