@@ -54,6 +54,7 @@ def test_no_share_if_the_teacher_is_at_chance():
     assert retained_share(*guesses, 0.25, seed=0) is None
     right = [1] * 30 + [0] * 70
     assert retained_share(right, right, 0.25, seed=0) is None  # 0.05 above, error 0.046
+    assert retained_share(right, right, 0.2099, seed=0) is None  # 1.956 standard errors above
     assert retained_share(right, right, 0.2, seed=0).share == pytest.approx(1)
     assert retained_share([0, 0], [0, 0], seed=0) is None
     assert retained_share([1], [1], seed=0) is None
