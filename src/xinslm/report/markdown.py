@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from html import escape
 
 from xinslm.display import printable
+from xinslm.report import benchmark
 from xinslm.report.compare import headlines
 from xinslm.report.read import RunData
 from xinslm.report.tables import Table, files, summary, training
@@ -27,6 +28,10 @@ def render(run: RunData, others: Sequence[RunData]) -> str:
     for title, sentences in zip(("Gained", "Lost"), gains_and_losses(run, others), strict=True):
         if sentences:
             parts += [f"## {title}", "\n".join(f"- {_inline(text)}" for text in sentences)]
+    measured = [row for r in [run, *others] for row in r.benchmark]
+    if found := [_table(t) for t in benchmark.tables(measured)]:
+        remarks = "\n".join(f"- {_inline(note)}" for note in benchmark.notes(measured))
+        parts += ["## Benchmarks", *found, *([remarks] if remarks else [])]
     if trained := training([run, *others]):
         parts += ["## Training", _table(trained)]
     rows = [(r, row) for r in [run, *others] for row in r.samples]

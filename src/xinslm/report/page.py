@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from html import escape
 from typing import Any
 
+from xinslm.report import benchmark
 from xinslm.report.compare import headlines
 from xinslm.report.read import RunData
 from xinslm.report.style import CSS, NUM_COLORS
@@ -19,6 +20,7 @@ def render(run: RunData, others: Sequence[RunData], x: str, log_x: bool) -> str:
     parts = [_header(run, others), _tiles(run, others)]
     parts += [_section("Summary", "".join(_table(t) for t in summary(run, others)))]
     parts += [_section("Gained and lost", _verdict(run, others))]
+    parts += [_section("Benchmarks", _benchmarks(runs))]
     parts += [_section("Training", _curves(runs, x, log_x) + _table(training(runs)))]
     parts += [_section("Samples", _samples(runs)), _section("Files", _table(files(run)))]
     parts += [_section("Run it again", command + _config(run))]
@@ -63,6 +65,16 @@ def _tiles(run: RunData, others: Sequence[RunData]) -> str:
 def _section(title: str, content: str) -> str:
     """A section; '' if it has no content."""
     return f"<section><h2>{title}</h2>{content}</section>\n" if content else ""
+
+
+def _benchmarks(runs: Sequence[RunData]) -> str:
+    """Scores on tasks, speeds, and items to open."""
+    rows = [row for run in runs for row in run.benchmark]
+    warnings = "".join(f"<p class=warning>{escape(note)}</p>" for note in benchmark.notes(rows))
+    parts = [_table(table) for table in benchmark.tables(rows)]
+    return "".join(
+        [*parts, warnings, benchmark.charts(rows), *(benchmark.items(row) for row in rows)]
+    )
 
 
 def _verdict(run: RunData, others: Sequence[RunData]) -> str:

@@ -31,6 +31,7 @@ class RunData:
     validation: list[dict[str, Any]] = field(default_factory=list)
     """Lines of metrics.jsonl with a validation_ce, in order of steps."""
     evaluation: list[dict[str, Any]] = field(default_factory=list)
+    benchmark: list[dict[str, Any]] = field(default_factory=list)
     samples: list[dict[str, Any]] = field(default_factory=list)
     files: list[dict[str, Any]] = field(default_factory=list)
     about: dict[str, Any] = field(default_factory=dict)
@@ -68,6 +69,7 @@ def read_run(folder: Path) -> RunData:
         baseline = row.get("unigram_bits_per_byte")
         if warning := uninformed(row["name"], row["bits_per_byte"], baseline, "bits per byte"):
             run.notes.append(warning)
+    run.benchmark = read_rows(folder, "benchmark.json")
     run.samples = _checked(folder, "samples.json", ())
     run.files = _checked(folder, "files.json", ("bytes",))
     if not (
@@ -75,12 +77,13 @@ def read_run(folder: Path) -> RunData:
         or run.training
         or run.validation
         or run.evaluation
+        or run.benchmark
         or run.samples
         or run.files
     ):
         raise UsageError(
             f"{folder} is not a run folder: it has no config.yaml, metrics.jsonl, evaluation.json, "
-            f"samples.json or files.json"
+            f"benchmark.json, samples.json or files.json"
         )
     return run
 

@@ -84,13 +84,13 @@ def line_chart(
 def _grid(axes: _Axes, x_label: str) -> list[str]:
     """Grid lines, both axes with their ticks, the label of x."""
     parts = []
-    for tick in _ticks(*axes.y, 5):
+    for tick in ticks(*axes.y, 5):
         _, y = axes.place(axes.x[0], tick)
         parts += [
             f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>',
             f'<text class="tick end" x="{LEFT - 8}" y="{y + 4:.1f}">{short(tick)}</text>',
         ]
-    for tick in _log_ticks(*axes.x) if axes.log_x else _ticks(*axes.x, 7):
+    for tick in _log_ticks(*axes.x) if axes.log_x else ticks(*axes.x, 7):
         x, y = axes.place(tick, axes.y[0])
         parts += [
             f'<line class="axis" x1="{x:.1f}" x2="{x:.1f}" y1="{y:.1f}" y2="{y + 4:.1f}"/>',
@@ -174,7 +174,7 @@ def _usual(values: Sequence[float]) -> float:
     return sorted(values)[math.ceil(0.95 * (len(values) - 1))]
 
 
-def _ticks(low: float, high: float, count: int) -> list[float]:
+def ticks(low: float, high: float, count: int) -> list[float]:
     """About `count` round numbers between low and high."""
     raw = (high - low) / count
     power = 10.0 ** math.floor(math.log10(raw))

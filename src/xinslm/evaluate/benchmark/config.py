@@ -13,7 +13,6 @@ TaskDtype = Literal["float32", "float64", "auto", "bfloat16"]
 INSTRUCTIONS, CODE, OWN_TASKS = "ifeval", "humaneval", ".jsonl"
 
 _RANGES = {
-    "num_fewshot": Range(0),
     "max_minutes": POSITIVE,
     "max_new_tokens": Range(1),
     "max_seq_length": Range(2),
@@ -29,15 +28,14 @@ class BenchmarkConfig(Settings):
     model: Annotated[Path, tyro.conf.Positional]
     """Any causal model: a model, run or quantized folder, a GGUF file, or a Hub name."""
     tasks: tuple[str, ...] = ()
-    """Tasks of lm-evaluation-harness by its names (hellaswag, mmlu, truthfulqa_mc2, gsm8k, ...) or
-    as a YAML file; humaneval, ifeval; a .jsonl file with instructions of your own (docs/tasks.md).
+    """Tasks of lm-evaluation-harness by its names (hellaswag, truthfulqa_mc2, ...), with the number
+    of examples in the prompt after a colon (mmlu:5), or as a YAML file; humaneval, ifeval; a .jsonl
+    file with instructions of your own (docs/tasks.md).
     """
     data: Path | None = None
     """Folder with the tasks' data, such as hellaswag_val.jsonl.gz; without it, from the Hub."""
     against: Path | None = None
     """Model to compare with on the same items, such as the teacher."""
-    num_fewshot: int | None = None
-    """Examples in the prompt, for tasks that do not fix the number; 5 is usual for mmlu."""
     max_minutes: float | None = None
     """Score a random, stratified part of the items that takes about this long, and give the
     interval that holds the full run's value.

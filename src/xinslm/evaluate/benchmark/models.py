@@ -50,7 +50,7 @@ def open_tasks(config: BenchmarkConfig) -> Tasks:
     from xinslm.evaluate.harness.run import units_of
     from xinslm.evaluate.harness.tasks import load_tasks
 
-    loaded = load_tasks(names, config.data, config.num_fewshot)
+    loaded = load_tasks(names, config.data)
     return Tasks(loaded, written, len(units_of(loaded)) + len(written), loaded.files | files)
 
 

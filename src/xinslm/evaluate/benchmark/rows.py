@@ -65,7 +65,7 @@ def _row(
         return row | ({"other": {"value": other.metrics[metric]}} if other else {})
     row |= _uncertainty(score, values)
     row["bits_per_byte"] = _bits(score, seed)
-    chance = _chance(score.items, metric)
+    chance = _chance(score.items, metric, values)
     row["chance"] = float(chance.mean())
     if other is not None:
         pairing = Pairing(values, _require(_numbers(other.items, metric)), chance)
@@ -86,8 +86,9 @@ def _require(values: np.ndarray | None) -> np.ndarray:
     return values
 
 
-def _chance(items: list[Item], metric: str) -> np.ndarray:
-    if metric.partition(" ")[0] not in CHANCE_METRICS:
+def _chance(items: list[Item], metric: str, values: np.ndarray) -> np.ndarray:
+    """What a guess among the choices scores, for each item; 0 where that is not defined."""
+    if metric.partition(" ")[0] not in CHANCE_METRICS or not np.isin(values, (0, 1)).all():
         return np.zeros(len(items))
     return np.array([1 / len(i.choices) if i.right is not None else 0.0 for i in items])
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from xinslm.errors import XinslmError
-from xinslm.evaluate.harness.tasks import LoadedTasks, build_requests
+from xinslm.evaluate.harness.tasks import LoadedTasks, build_requests, quiet
 from xinslm.evaluate.statistics.order import stratified_order
 
 FIRST_ITEMS = 8
@@ -249,7 +249,8 @@ def score_tasks(
     if seconds is None:
         tell(", ".join(name for name, _ in units))
         _score_together(lm, found, chosen)
-    return [unit.result() for unit in found]
+    with quiet():
+        return [unit.result() for unit in found]
 
 
 def _score_together(

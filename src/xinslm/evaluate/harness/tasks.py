@@ -36,45 +36,57 @@ class LoadedTasks:
     """SHA-256 of the local files that were read, by name."""
 
 
-def load_tasks(
-    names: Sequence[str], data: Path | None = None, num_fewshot: int | None = None
-) -> LoadedTasks:
+def load_tasks(names: Sequence[str], data: Path | None = None) -> LoadedTasks:
     """Load tasks and groups by the harness's names, or by the path of a task's YAML file.
 
     Args:
-        names: Such as "hellaswag", "mmlu", "truthfulqa_mc2".
+        names: Such as "hellaswag" or "mmlu:5"; the number is that of examples in the prompt, for
+            tasks that do not fix it.
         data: Folder with their data (`local_data.py`); without it they come from the Hub.
-        num_fewshot: Examples in the prompt, for tasks that do not fix the number; None for each
-            task's own.
 
     UsageError for an unknown task, data that is missing, or examples that the data does not have.
     """
-    with _quick_templates(), _quiet():
+    shots = {name: number for name, number in map(_parse, names)}
+    names = list(shots)
+    with _quick_templates(), quiet():
         manager = _manager(names)
         with contextlib.ExitStack() as stack:
             local = None if data is None else stack.enter_context(local_datasets(data))
             try:
                 loaded = manager.load(list(names))
+            except (UsageError, XinslmError):
+                raise
             except (OSError, ValueError, KeyError) as error:
                 raise XinslmError(_load_error(names, data, error)) from error
-    for name, task in loaded["tasks"].items():
-        _set_fewshot(name, task, num_fewshot)
     groups = {
         name: [task.task_name for task in group.get_all_tasks()]
         for name, group in loaded["groups"].items()
     }
+    for name, task in loaded["tasks"].items():
+        asked = [shots[n] for n in shots if n == name or name in groups.get(n, ())]
+        _set_fewshot(name, task, asked[0] if asked else None)
     return LoadedTasks(loaded["tasks"], groups, local.used if local else {})
 
 
 def build_requests(task: Any, lm: Any = None) -> None:
     """Build the prompts of all items of a task, as chats if `lm` is given."""
-    with _quick_templates(), _quiet():
+    with _quick_templates(), quiet():
         chat = {} if lm is None else {"apply_chat_template": True, "fewshot_as_multiturn": True}
         task.build_all_requests(
             chat_template=None if lm is None else lm.apply_chat_template,
             tokenizer_name="" if lm is None else lm.tokenizer_name,
             **chat,
         )
+
+
+def _parse(name: str) -> tuple[str, int | None]:
+    """A task's name and its number of examples, from "mmlu:5"."""
+    task, colon, number = name.rpartition(":")
+    if not colon:
+        return name, None
+    if not number.isdecimal():
+        raise UsageError(f"task {name}: write the number of examples after the colon, as in mmlu:5")
+    return task, int(number)
 
 
 def _manager(names: Sequence[str]) -> Any:
@@ -138,7 +150,7 @@ def _set_fewshot(name: str, task: Any, number: int | None) -> None:
         if have < wanted:
             raise UsageError(
                 f"{name} needs {wanted} examples for its prompts, but its data has {have} of "
-                "them; add the file of that split, or pass --num-fewshot 0"
+                f"them; add the file of that split, or ask for {name}:0"
             )
 
 
@@ -156,7 +168,7 @@ def _quick_templates() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """No progress bars and no log lines of the harness inside."""
     level, bars = logging.getLogger("lm_eval").level, datasets.are_progress_bars_disabled()
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
