@@ -1,4 +1,4 @@
-"""HumanEval: does generated code pass the tests? (Chen et al., arXiv:2107.03374)
+"""HumanEval: runs generated code against tests (Chen et al., arXiv:2107.03374).
 
 A program is the prompt, the completion and the problem's tests, as in lm-evaluation-harness 0.4.13.
 Programs run in the sandbox of `sandbox.py`; the caller generates the completions.

@@ -177,6 +177,8 @@ def _level() -> str:
 
 def _run(source: str, limits: Limits, level: str) -> tuple[Outcome, list[str]]:
     """Run a program under a set of measures; returns those that took effect, too."""
+    from xinslm.evaluate.code.confined.supervisor import MOST_QUEUEING
+
     here = Path(__file__).resolve().parent
     child = (here / "confined" / "child.py").read_text(encoding="utf-8")
     job = {**asdict(limits), "source": source, "level": level, "child": child}
@@ -194,7 +196,8 @@ def _run(source: str, limits: Limits, level: str) -> tuple[Outcome, list[str]]:
                 pass_fds=[watched],
                 start_new_session=True,
             )
-            return _communicate(process, marshal.dumps(job), 5 * limits.timeout_seconds)
+            longest = MOST_QUEUEING * limits.timeout_seconds
+            return _communicate(process, marshal.dumps(job), longest)
         finally:
             os.close(watched)
             os.close(held)

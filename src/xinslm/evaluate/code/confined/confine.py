@@ -61,6 +61,20 @@ def separate(job: dict[str, Any]) -> list[str]:
     return done
 
 
+def run_first(first: bool) -> bool:
+    """Let this process, but not its children, run before all ordinary ones, or no longer.
+
+    RLIMIT_NPROC does not bind root, so a fork bomb ends when the supervisor gets to see it. Only
+    root may; returns whether it did.
+    """
+    try:
+        policy = os.SCHED_RR | os.SCHED_RESET_ON_FORK if first else os.SCHED_OTHER
+        os.sched_setscheduler(0, policy, os.sched_param(int(first)))
+    except (AttributeError, OSError):  # macOS, containers
+        return False
+    return True
+
+
 def confine(job: dict[str, Any], separated: list[str]) -> list[str]:
     """Change the user, set the limits, and forbid writes outside the folder."""
     done = []
@@ -69,6 +83,8 @@ def confine(job: dict[str, Any], separated: list[str]) -> list[str]:
         if job["level"] == "full" and os.geteuid() == 0 and _change_user(job):
             done.append("user")
     done += _set_limits(job, separated)
+    if "processes" not in done and not job["first"]:
+        os.nice(19)  # a fork bomb must not keep the supervisor from the processor
     if sys.platform == "linux":
         linux.die_with_parent()
         if linux.forbid_new_privileges() and job["level"] != "limits":
@@ -113,8 +129,9 @@ def _set_limits(job: dict[str, Any], separated: list[str]) -> list[str]:
         # limit; its count of processes is that of everything the user runs
         limits["memory"] = (resource.RLIMIT_AS, job["memory_bytes"])
         if (uid := os.geteuid()) != 0:  # does not bind root
-            counted = 0 if "user namespace" in separated else count_threads(uid)
-            limits["processes"] = (resource.RLIMIT_NPROC, counted + job["processes"])
+            # besides this one; in a namespace, the supervisor and init are the only ones
+            others = 2 if "user namespace" in separated else count_threads(uid) - 1
+            limits["processes"] = (resource.RLIMIT_NPROC, others + job["processes"])
     done = []
     for name, (which, value) in limits.items():
         last = value + 1 if name == "cpu" else value  # a signal first, then the end

@@ -160,7 +160,7 @@ def restrict(folder: str) -> list[str]:
 
 
 class _Beneath(ctypes.Structure):
-    """struct landlock_path_beneath_attr"""
+    """Struct landlock_path_beneath_attr."""
 
     _pack_ = 1
     _fields_ = (("allowed", ctypes.c_uint64), ("folder", ctypes.c_int32))

@@ -30,12 +30,12 @@ def _all_processes() -> list[Process]:
     return found
 
 
-def kill(pid: int) -> None:
-    """Kill a process that may have ended already."""
+def kill(pid: int, group: bool = False) -> None:
+    """Kill a process, or a process group, that may have ended already."""
     try:
-        os.kill(pid, SIGKILL)
+        (os.killpg if group else os.kill)(pid, SIGKILL)
     except OSError:
-        pass
+        return
 
 
 def descendants(root: int) -> list[Process]:
@@ -83,10 +83,7 @@ def kill_all(first: int, group: int | None) -> None:
     has adopted.
     """
     if group:
-        try:
-            os.killpg(group, SIGKILL)
-        except OSError:  # all of it has ended
-            pass
+        kill(group, group=True)
     kill(first)
     _collect(first)
     if group is None:
@@ -110,4 +107,4 @@ def _collect(pid: int | None = None) -> None:
             while os.waitpid(-1, os.WNOHANG)[0]:
                 pass
     except ChildProcessError:
-        pass
+        return

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     Job = dict[str, Any]
 
 _CHUNK = 1 << 16
-_SLOW_SECONDS, _FAST_SECONDS = 0.2, 0.01
+_SLOW_SECONDS, _FAST_SECONDS = 0.2, 0.02
 """Time between two looks at the processes: if their number is limited, and if it is not."""
 
 
@@ -77,7 +77,9 @@ class _Watch:
                         poll.unregister(output)
                 elif data:
                     self.status_lines += data
-                    if "processes" not in self.measures:
+                    if "processes" in self.measures:
+                        confine.run_first(False)
+                    else:
                         pause = _FAST_SECONDS
                 else:
                     return
@@ -123,6 +125,7 @@ def _read_now(pipe: int) -> bytes:
 def supervise(job: Job) -> str:
     """Run the job's program to its end, or end it, and say how that went."""
     job = {**job, "number": os.getpid(), "program": os.path.join(job["folder"], "program.py")}
+    job["first"] = confine.run_first(True)
     os.set_inheritable(job["parent"], False)
     separated = confine.separate(job)
     with open(job["program"], "wb") as file:
