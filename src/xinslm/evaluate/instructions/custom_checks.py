@@ -39,7 +39,7 @@ def equals(response: str, text: str) -> bool:
 
 @answered
 def is_json(response: str, required: list[str] | None = None) -> bool:
-    """The response is JSON, also in a Markdown block: an object with the `required` keys, if any."""
+    """The response is JSON, also in a Markdown block; with the `required` keys, if any."""
     valid, value = parse_json(response)
     if required is None:
         return valid

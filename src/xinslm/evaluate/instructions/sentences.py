@@ -26,6 +26,10 @@ _ABBREVIATIONS = """
 ABBREVIATIONS = frozenset(_ABBREVIATIONS.split())
 """Words that are written with a full stop, without the last one, lower-case."""
 
+_TITLES = "mr mrs ms messrs dr prof rev hon gen col lt capt maj sgt sen rep gov"
+TITLES = frozenset(_TITLES.split())
+"""Abbreviations that a name follows: they never end a sentence (Punkt's collocations)."""
+
 _COMMON = """
     a about after again all also although always an and another any are as at be because before
     both but by can could did do does during each either even every everyone everything finally
@@ -109,6 +113,8 @@ def _ends(token: str, after: str) -> bool:
     is_abbreviation = _is_abbreviation(token)
     ends = not token.endswith("..") and not is_abbreviation
     begins = _begins(after)
+    if token[:-1].lower() in TITLES and begins:
+        return False
     if (is_abbreviation or is_ellipsis) and not is_initial and begins:
         return True
     if (is_initial or _NUMBER.fullmatch(token)) and begins is False:
