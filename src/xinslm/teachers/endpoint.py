@@ -51,9 +51,9 @@ class EndpointTeacher:
         tokenizer: str | None = None,
         api_key: str | None = None,
     ) -> None:
-        self.client = Client(url, config, _key(config, api_key))
+        self.client = Client(url, config, find_key(config, api_key))
         self.config, self.top = config, top
-        self.model, facts = self._find_model(config.model)
+        self.model, facts = find_model(self.client, config.model)
         self.name = f"{self.model} at {self.client.url}"
         self.max_length = _context(facts)
         self.tokenizer = _tokenizer(tokenizer, self.model)
@@ -66,33 +66,6 @@ class EndpointTeacher:
         return sha256_json(
             ["endpoint", self.model, self.tokenizer.fingerprint() if self.tokenizer else None]
         )
-
-    def _find_model(self, wanted: str | None) -> tuple[str, dict[str, Any]]:
-        try:
-            listed = self.client.get("/models")
-        except RefusedError as error:
-            raise UsageError(
-                f"{error}. Is this the address of an OpenAI-compatible API? It often ends in /v1"
-            ) from None
-        rows = listed.get("data") if isinstance(listed, dict) else None
-        models = {
-            row["id"]: row
-            for row in rows or ()
-            if isinstance(row, dict) and isinstance(row.get("id"), str)
-        }
-        if wanted is not None:
-            if models and wanted not in models:
-                raise UsageError(
-                    f"{self.client.url} has no model {wanted!r}. It has: "
-                    f"{', '.join(list(models)[:20])}"
-                )
-            return wanted, models.get(wanted, {})
-        if len(models) != 1:
-            raise UsageError(
-                f"{self.client.url} has {len(models)} models; select one with --endpoint.model. "
-                f"It has: {', '.join(list(models)[:20]) or 'none'}"
-            )
-        return next(iter(models.items()))
 
     def require_scoring(self) -> None:
         """Request scores of two tokens; UsageError says what to do if the server has none."""
@@ -202,7 +175,36 @@ class EndpointTeacher:
         return first_choice(self.client.post(path, {**body, **more}, size // 4 + max_new_tokens))
 
 
-def _key(config: EndpointConfig, given: str | None) -> str | None:
+def find_model(client: Client, wanted: str | None) -> tuple[str, dict[str, Any]]:
+    """Return the name and the properties of a server's model: the wanted one, else its only one."""
+    try:
+        listed = client.get("/models")
+    except RefusedError as error:
+        raise UsageError(
+            f"{error}. Is this the address of an OpenAI-compatible API? It often ends in /v1"
+        ) from None
+    rows = listed.get("data") if isinstance(listed, dict) else None
+    models = {
+        row["id"]: row
+        for row in rows or ()
+        if isinstance(row, dict) and isinstance(row.get("id"), str)
+    }
+    if wanted is not None:
+        if models and wanted not in models:
+            raise UsageError(
+                f"{client.url} has no model {wanted!r}. It has: {', '.join(list(models)[:20])}"
+            )
+        return wanted, models.get(wanted, {})
+    if len(models) != 1:
+        raise UsageError(
+            f"{client.url} has {len(models)} models; select one with --endpoint.model. "
+            f"It has: {', '.join(list(models)[:20]) or 'none'}"
+        )
+    return next(iter(models.items()))
+
+
+def find_key(config: EndpointConfig, given: str | None) -> str | None:
+    """Return the API key: from the configured file, else `given`."""
     if config.api_key_file is None:
         return given
     where = f"--endpoint.api-key-file {config.api_key_file}"

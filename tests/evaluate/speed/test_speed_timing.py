@@ -105,7 +105,7 @@ def test_a_clock_that_stands_still_is_refused() -> None:
         time_model(EngineTimer(FakeEngine(lambda seconds: None), lambda: 0.0), Sizes((0,), 4, 4))
 
 
-@pytest.mark.parametrize("context", [3, 4, 40, 128, 129, 600, 2000])
+@pytest.mark.parametrize("context", [3, 4, 40, 128, 129, 640, 641, 2000])
 def test_what_fits_runs_and_what_is_left_out_does_not(context: int) -> None:
     asked = Sizes((512, 0, 512, 1536), 128, 32)
     sizes, notes = fit(asked, context)

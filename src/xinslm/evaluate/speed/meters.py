@@ -59,12 +59,12 @@ class EnergyMeter:
 def _read_counters(root: Path) -> dict[str, _Counter]:
     """Counters of the packages by name of their folder; empty if one of them is not readable.
 
-    Parts of a package (`intel-rapl:0:1`) and the platform (`psys`) would count energy twice.
+    The other zones are parts of a package (`core`) or the platform (`psys`): they count it again.
     """
     counters = {}
     try:
         for zone in sorted(root.glob("intel-rapl:*")):
-            if (zone / "name").read_text().startswith("package") and zone.name.count(":") == 1:
+            if (zone / "name").read_text().startswith("package"):
                 energy, wraps_at = (
                     int((zone / file).read_text()) for file in ("energy_uj", "max_energy_range_uj")
                 )

@@ -1,0 +1,1 @@
+"""Does a model follow instructions? IFEval, and the user's own tasks."""
