@@ -70,8 +70,8 @@ class LikelihoodScorer:
     ) -> tuple[np.ndarray, np.ndarray]:
         """Log-likelihoods in nats, float64 (n,), and whether each is greedy, bool (n,).
 
-        A likelihood that is not finite is returned as it is. ValueError for an empty context or continuation, or a continuation
-        longer than the model's context.
+        A likelihood that is not finite is returned as it is. ValueError for an empty context or
+        continuation, or a continuation longer than the model's context.
         """
         began = time.perf_counter()
         table = _Table(self._counted(pairs), pairs)
@@ -137,8 +137,10 @@ class LikelihoodScorer:
             size = len(row.tokens)
             tokens[number, :size], positions[number, :size] = row.tokens, row.positions
             ends[number, :size] = np.where(row.ends == size, longest, row.ends)
-        arrays = (torch.from_numpy(x).to(self.model.device) for x in (tokens, positions, ends))
-        return read_rows(self.model.model, *arrays, prefix)
+        ids, depths, limits = (
+            torch.from_numpy(x).to(self.model.device) for x in (tokens, positions, ends)
+        )
+        return read_rows(self.model.model, ids, depths, limits, prefix)
 
     def _finish(self, table: "_Table", rows: list[Row], states: Tensor) -> None:
         """Store what is asked for of the rows' distributions."""

@@ -90,8 +90,8 @@ class _Tree:
             where, slot = self.wanted(text, depth, len(self.texts[text]))
             places.append(path[where - depth])
             slots.append(slot)
-        parts = (np.concatenate(part).astype(np.int64) for part in (tokens, positions))
-        return Row(*parts, ends, np.concatenate(places), np.concatenate(slots))
+        ids, depths = (np.concatenate(part).astype(np.int64) for part in (tokens, positions))
+        return Row(ids, depths, ends, np.concatenate(places), np.concatenate(slots))
 
     def prefix(self, low: int, high: int, depth: int, end: int) -> Row:
         """Tokens [depth, end), which texts [low, high) share."""

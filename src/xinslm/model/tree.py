@@ -12,6 +12,7 @@ key heads, D head dimension.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -94,6 +95,7 @@ def _mask(
 def _run(model: Transformer, ids: Tensor, positions: Tensor, layers: _Layers) -> Tensor:
     x = F.embedding(ids, model.model.embed_tokens.weight)
     cos, sin = model.rotary(positions, x.dtype)
+    block: Any
     for number, block in enumerate(model.model.layers):
         x = x + layers.attend(number, block.self_attn, block.input_layernorm(x), cos, sin)
         x = x + block.mlp(block.post_attention_layernorm(x))

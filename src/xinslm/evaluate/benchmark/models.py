@@ -8,7 +8,8 @@ from typing import Any
 
 from xinslm.errors import UsageError
 from xinslm.evaluate.benchmark.config import BenchmarkConfig
-from xinslm.evaluate.benchmark.generated import Written, is_written, open_task, write_and_score
+from xinslm.evaluate.benchmark.generated import is_written, open_task
+from xinslm.evaluate.benchmark.written import Written, write_and_score
 from xinslm.evaluate.harness.run import TaskScore
 from xinslm.progress import Listener, Progress
 
@@ -110,5 +111,5 @@ def score_model(
     for task in tasks.written:
         begin(task.name)
         wanted = None if chosen is None else [number for _, number in chosen[task.name]]
-        scores.append(write_and_score(lm, task, config, share, wanted))
+        scores.append(write_and_score(lm, task, config.max_new_tokens, config.seed, share, wanted))
     return ModelScores(facts, {score.name: score for score in scores})

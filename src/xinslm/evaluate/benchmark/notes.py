@@ -17,6 +17,8 @@ def notes(config: BenchmarkConfig, scores: Mapping[str, TaskScore]) -> list[str]
                 f"{name}: {score.truncated:,} requests lost their beginning, such as examples, "
                 "because they are longer than the model's context"
             )
+        if score.unscored:
+            found.append(f"{name}: {score.unscored}")
         if len(score.items) < score.total:
             found.append(
                 f"{name}: {len(score.items):,} of {score.total:,} items, drawn at random; the "

@@ -6,6 +6,7 @@ scored (`full_set`), and how far the value would move with other items of the sa
 """
 
 import math
+from collections.abc import Hashable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -73,8 +74,10 @@ def _row(
     return row
 
 
-def _numbers(items: list[Item], metric: str) -> np.ndarray | None:
-    """A metric of each item, float64 (n,); None if they are not numbers from 0 to 1."""
+def _numbers(items: Sequence[Item], metric: str) -> np.ndarray | None:
+    """A metric of each item, float64 (n,); None if they are not numbers from 0 to 1, or not all
+    items have it.
+    """
     found = [item.metrics.get(metric) for item in items]
     if not all(isinstance(x, int | float | np.number) and 0 <= x <= 1 for x in found):
         return None
@@ -103,7 +106,8 @@ def _uncertainty(score: TaskScore, values: np.ndarray) -> dict[str, Any]:
         "detectable": detectable_unpaired(mean.mean, len(values)),
     }
     if len(values) < score.total:
-        estimate = full_set_estimate(values, names, score.strata)
+        sizes: dict[Hashable, int] = {**score.strata}
+        estimate = full_set_estimate(values, names, sizes)
         found |= {"full_set": {"value": estimate.mean, "interval": _ends(estimate.interval)}}
     return found
 

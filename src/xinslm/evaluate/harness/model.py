@@ -122,7 +122,7 @@ class XinslmLM(TemplateLM):
         by_option: dict[tuple, list[str]] = {}
         for string in dict.fromkeys(strings):
             by_option.setdefault(tuple(self._special(string).items()), []).append(string)
-        found = {}
+        found: dict[str, np.ndarray] = {}
         for option, group in by_option.items():
             for at in range(0, len(group), ENCODE_AT_ONCE):
                 part = group[at : at + ENCODE_AT_ONCE]

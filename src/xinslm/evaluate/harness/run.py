@@ -62,6 +62,8 @@ class TaskScore:
     """Requests that lost their beginning because the context is too short."""
     strata: dict[str, int]
     """Items of each task of a group."""
+    unscored: str = ""
+    """How many answers have no score and why, as a sentence."""
 
 
 Key = tuple[str, int]
@@ -142,7 +144,8 @@ class _Unit:
     def result(self) -> TaskScore:
         """Items and metrics of what was scored."""
         scored = set(self.done)
-        items, values = [], {}
+        items: list[Item] = []
+        values: dict[str, list[Any]] = {}
         for name, task in self.tasks.items():
             task._instances = [i for i in task.instances if (name, i.doc_id) in scored]
             if task._instances:
