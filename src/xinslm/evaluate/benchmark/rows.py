@@ -106,7 +106,7 @@ def _uncertainty(score: TaskScore, values: np.ndarray) -> dict[str, Any]:
         "detectable": detectable_unpaired(mean.mean, len(values)),
     }
     if len(values) < score.total:
-        sizes: dict[Hashable, int] = {**score.strata}
+        sizes: dict[Hashable, int] = dict(score.strata.items())
         estimate = full_set_estimate(values, names, sizes)
         found |= {"full_set": {"value": estimate.mean, "interval": _ends(estimate.interval)}}
     return found
