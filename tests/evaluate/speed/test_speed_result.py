@@ -60,6 +60,10 @@ def test_a_cold_first_load_is_no_noise_but_the_first_token_is() -> None:
     assert combine("m", "e", [sample(), sample(first_token_seconds=2.0)]).noisy
 
 
+def test_one_repetition_is_noted() -> None:
+    assert combine("m", "e", [sample()]).notes[1].startswith("one repetition")
+
+
 def test_the_dictionary_is_json() -> None:
     content = combine("m", "e", [sample(8.0), sample(12.0)]).to_dict()
     assert json.loads(json.dumps(content)) == content

@@ -74,12 +74,14 @@ def test_speeds_are_those_of_the_engine_at_every_depth() -> None:
 
 
 def test_a_sleeping_engine_is_timed_by_the_real_clock() -> None:
+    start = time.perf_counter()
     timings = time_model(EngineTimer(FakeEngine(time.sleep)), Sizes((4,), 96, 12))
+    elapsed = time.perf_counter() - start
     speed = timings.speeds[0]
-    # sleep never returns early, and on a busy machine late
-    assert 96 * PER_TOKEN <= timings.first_token_seconds < 5 * 96 * PER_TOKEN
-    assert 1024 / 5 < speed.prefill <= 1024
-    assert 128 / 5 < speed.decode <= 128
+    # sleep never returns early; a busy machine makes it late, by no more than the time that passed
+    assert timings.first_token_seconds >= 96 * PER_TOKEN
+    assert speed.prefill <= 1024 and speed.decode <= 128
+    assert timings.first_token_seconds + 96 / speed.prefill + 12 / speed.decode <= elapsed
 
 
 def test_the_context_that_is_needed_is_enough_and_no_more_than_one_too_many() -> None:

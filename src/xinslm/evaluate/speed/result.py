@@ -113,6 +113,9 @@ def combine(model: str, engine: str, samples: Sequence[dict[str, Any]]) -> Speed
     timed = [figures["first_token_seconds"]]
     timed += [figure for speed in speeds for figure in (speed.prefill, speed.decode)]
     loads = [load for sample in samples if (load := sample["other_load"]) is not None]
+    notes = [note for sample in samples for note in sample["notes"]]
+    if len(samples) == 1:
+        notes.append("one repetition: how much the figures vary is unknown")
     facts = ("threads", "device", "dtype", "version", "file_bytes")
     return SpeedResult(
         model=model,
@@ -121,7 +124,7 @@ def combine(model: str, engine: str, samples: Sequence[dict[str, Any]]) -> Speed
         speeds=speeds,
         other_load=sum(loads) / len(loads) if loads else None,
         noisy=any(figure is not None and figure.spread > MAX_SPREAD for figure in timed),
-        notes=tuple(dict.fromkeys(note for sample in samples for note in sample["notes"])),
+        notes=tuple(dict.fromkeys(notes)),
         **{name: first[name] for name in (*facts, "prompt_tokens", "decode_tokens")},
         **figures,
     )
