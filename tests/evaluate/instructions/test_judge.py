@@ -1,5 +1,7 @@
 """The judge behind an endpoint: what it is sent, which replies are grades."""
 
+import time
+
 import pytest
 
 from fake_endpoint import FakeVllm
@@ -51,7 +53,10 @@ def test_requests_and_the_order_of_grades(folder):
     def answer(number, path, body):
         # the answer to grade decides, so that a wrong order is seen
         text = body["messages"][0]["content"]
-        return reply(f"Hm.\nGrade: {next(n for n in range(1, 10) if f'answer {n}.' in text)}")
+        grade = next(n for n in range(1, 10) if f"answer {n}." in text)
+        # the first comes last
+        time.sleep(0.5 if grade == 4 else 0)
+        return reply(f"Hm.\nGrade: {grade}")
 
     with FakeVllm(folder, answer) as server:
         judge = EndpointJudge(server.url, QUICK, rubric="10: {wet}")

@@ -12,7 +12,7 @@ MID_SENTENCE_LOWER_CASE = 1 << 5
 PARTS = """
 Mr. Dr. Dr Inc. U.S. e.g. etc. He he The Smith J. It. it a B 1. 2,5 9 ... .. ! ? ?! !!! . , : ; " '
 ( ) [ ] { } < > ** * - -- ` '' ’ “ ” _ $ @ # % NASA IT'S DON'T CANNOT gonna GONNA 'TIS WE'LL I'M É
-n't
+n't D'YE MORE'N WANNA LEMME GIMME GOTTA
 """
 
 
