@@ -1,7 +1,7 @@
 """Counts words as IFEval does: runs of letters, digits and "_"; and words in capital letters.
 
 Words in capital letters are tokens of the Penn Treebank's rules, as in NLTK 3.10, that have letters
-and no lower-case ones. "DON'T" is two, "DO" and "N'T"; "A/B" and "A-B" are one. Punctuation is
+and no lower-case ones. "DON'T" is two, "DO" and "N'T"; "A/B" and "A-B" are one. Most punctuation is
 replaced by spaces instead of being kept as tokens: a token without letters is not counted.
 """
 
@@ -10,7 +10,9 @@ import re
 from xinslm.evaluate.instructions.sentences import split_sentences
 
 _OPENING = [
-    (re.compile("[«“‘„`]"), " "),
+    # opening quotes stay as marks: after them, a full stop is not the sentence's last one
+    (re.compile("[«“‘„`]"), r" \g<0> "),
+    (re.compile(r"^\"|(?<=[ (\[{<])(?:\"|'')"), " ` "),
     # an apostrophe before a word, unless the word is a clitic
     (re.compile(r"(?<!\w)'(?!(?:re|ve|ll|m|t|s|d|n)\b)(?=\w)", re.IGNORECASE), "' "),
 ]
