@@ -18,6 +18,7 @@ from xinslm.model.grids import (
     encode,
     fit_scales,
     pack_nibbles,
+    storable,
     to_ggml,
     unpack_nibbles,
 )
@@ -114,6 +115,34 @@ def test_importance_moves_the_scale_towards_the_columns_that_matter():
         return ((weight - decode(encode(weight, scales, Q4_0), scales)).square() * importance).sum()
 
     assert weighted(fit_scales(weight, Q4_0, importance)) < 0.8 * weighted(fit_scales(weight, Q4_0))
+
+
+@pytest.mark.parametrize("shape", [(3, 64), (40, 96)])
+def test_q4_search_finds_the_best_of_all_its_candidates(shape, monkeypatch):
+    """Against each candidate's error in float64, with two importances at once, in small chunks."""
+    monkeypatch.setattr(grids, "_CHUNK_BLOCKS", 7)
+    weight = random_weights(*shape, seed=2)
+    weight[1] = -weight[0]
+    importances = torch.rand(2, shape[1], generator=torch.Generator().manual_seed(1)) + 0.01
+    blocks = weight.double().unflatten(1, (-1, 32))
+    extreme = blocks.gather(2, blocks.abs().argmax(2, keepdim=True))[..., 0]
+
+    def error(scales, importance):
+        scales = scales.double()[..., None]
+        left = (blocks / scales).round().clamp(-8, 7) * scales - blocks
+        return (left.square() * importance.double().view(-1, 32)).sum(2)
+
+    found = fit_scales(weight, Q4_0, importances)
+    assert found.shape == (2, *extreme.shape)
+    for scales, importance in zip(found, importances, strict=True):
+        errors = [
+            error(storable((extreme * sign / (6 + i / 10)).float()), importance)
+            for i in range(41)
+            for sign in (-1, 1)
+        ]
+        least = torch.stack(errors).amin(0)
+        torch.testing.assert_close(error(scales, importance), least, rtol=1e-5, atol=0)
+        assert torch.equal(scales, fit_scales(weight, Q4_0, importance))
 
 
 @settings(max_examples=60, deadline=None)

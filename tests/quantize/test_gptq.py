@@ -12,7 +12,7 @@ from xinslm.quantize.gptq import (
     factorise,
     feed_back_errors,
     layer_loss,
-    quantize_weight,
+    quantize_weights,
     round_to_nearest,
 )
 
@@ -26,6 +26,10 @@ def correlated_inputs(tokens, columns, seed=0):
 
 def weights(rows, columns, seed=1):
     return torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed)) * 0.1
+
+
+def quantize_weight(weight, factor):
+    return quantize_weights([weight], factor)[0]
 
 
 def hessian_of(inputs):
@@ -71,6 +75,38 @@ def test_equals_the_naive_method(columns, act_order, monkeypatch):
         layer_loss(weight, decode(c.to(torch.int8), scales), factor.hessian) for c in (naive, ours)
     ]
     assert losses[1] == pytest.approx(losses[0], rel=1e-2)
+
+
+def test_matrices_of_the_same_inputs_get_what_each_gets_alone():
+    factor = factorise(hessian_of(correlated_inputs(500, 160)))
+    matrices = [weights(rows, 160, seed=rows) for rows in (5, 64, 33)]
+    together = quantize_weights(matrices, factor)
+    for matrix, ours in zip(matrices, together, strict=True):
+        alone = quantize_weight(matrix, factor)
+        assert torch.equal(ours.scales, alone.scales)
+        assert (ours.codes == alone.codes).float().mean() > 0.995, "float32 may decide a near-tie"
+        assert ours.loss == pytest.approx(alone.loss, rel=1e-2)
+        assert ours.rtn_loss == pytest.approx(alone.rtn_loss, rel=1e-5)
+    assert quantize_weights([], factor) == []
+
+
+def test_the_factor_is_the_inverse_hessians(columns=300):
+    """300 columns are halved twice; rows of the factor are over their diagonal elements."""
+    hessian = hessian_of(correlated_inputs(900, columns))
+    factor = factorise(hessian)
+    damped = hessian + 0.01 * hessian.diagonal().mean() * torch.eye(columns, dtype=torch.float64)
+    inverse = torch.linalg.inv(damped[factor.order][:, factor.order])
+    upper = torch.linalg.cholesky(inverse, upper=True)
+    upper = (upper / upper.diagonal()[:, None]).float()
+    torch.testing.assert_close(factor.upper, upper, rtol=1e-3, atol=1e-4)
+
+
+def test_layer_loss_is_the_output_error(columns=100):
+    inputs, weight = correlated_inputs(400, columns), weights(7, columns)
+    quantized = weight + 0.01 * weights(7, columns, seed=3)
+    error = (inputs.double() @ (weight - quantized).double().T).square().sum() / len(inputs)
+    loss = layer_loss(weight, quantized, hessian_of(inputs).float())
+    assert loss == pytest.approx(float(error), rel=1e-5)
 
 
 def test_importance_is_the_reciprocal_diagonal_of_the_inverse_in_column_order():

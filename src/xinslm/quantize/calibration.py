@@ -21,6 +21,7 @@ from xinslm.model.transformer import Block, Transformer
 from xinslm.quantize.gptq import Hessian
 
 _TOKENS_A_BATCH = 2048
+_KEPT_BYTES = 512 * 2**20
 
 
 def read_rows(
@@ -60,30 +61,50 @@ class Calibration:
             self._model = Transformer(config)
         rebuild_buffers(self._model)  # only its rotary tables and masks are used
         self._batches, self._states = batches, states
+        self._kept: dict[tuple[nn.Module, int], Tensor] = {}
 
     def hessian(self, block: Block, half: nn.Module, linear: nn.Linear) -> Hessian:
-        """Run the rows through a half of `block` up to `linear`; return X^T X of its inputs."""
+        """Run the rows through a half of `block` up to `linear`; return X^T X of its inputs.
+
+        The first 512 MiB of the inputs are kept until the next call, for `advance`.
+        """
         hessian = Hessian(linear.in_features)
-        kept = torch.empty(0)
+        self._kept.clear()
+        room = _KEPT_BYTES
+        for index, batch in enumerate(self._batches):
+            inputs = self._inputs(block, half, linear, index)
+            written = torch.from_numpy(batch.segments >= 0)
+            hessian.add(inputs.flatten(0, 1) if written.all() else inputs[written])
+            room -= inputs.nbytes
+            if room >= 0:
+                self._kept[linear, index] = inputs
+        return hessian
+
+    def advance(self, block: Block, half: nn.Module, linear: nn.Linear) -> None:
+        """Add the output of a half of `block`, attention or feed-forward, to the states; `linear`
+        is the half's last.
+        """
+        for index in range(len(self._batches)):
+            inputs = self._kept.pop((linear, index), None)
+            if inputs is None:
+                inputs = self._inputs(block, half, linear, index)
+            self._states[index] += linear(inputs)
+
+    def _inputs(self, block: Block, half: nn.Module, linear: nn.Linear, index: int) -> Tensor:
+        """Inputs of `linear` in a half of `block` for one batch."""
+        captured: list[Tensor] = []
 
         def capture(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            hessian.add(inputs[0][kept])
+            captured.append(inputs[0])
             raise _Captured
 
         handle = linear.register_forward_pre_hook(capture)
         try:
-            for batch, states in zip(self._batches, self._states, strict=True):
-                kept = torch.from_numpy(batch.segments >= 0)
-                with contextlib.suppress(_Captured):
-                    self._run(block, half, batch, states)
+            with contextlib.suppress(_Captured):
+                self._run(block, half, self._batches[index], self._states[index])
         finally:
             handle.remove()
-        return hessian
-
-    def advance(self, block: Block, half: nn.Module) -> None:
-        """Add the output of a half of `block`, attention or feed-forward, to the states."""
-        for index, (batch, states) in enumerate(zip(self._batches, self._states, strict=True)):
-            self._states[index] = states + self._run(block, half, batch, states)
+        return captured[0]
 
     def _run(self, block: Block, half: nn.Module, batch: Batch, states: Tensor) -> Tensor:
         """Output of one half of `Block.forward`; with halves, nothing is computed twice."""

@@ -6,20 +6,24 @@ original weights ("static groups"), so columns can be rounded in order of import
 If rounding to nearest has the smaller layer loss, its result is kept instead.
 
     hessian = Hessian(columns); hessian.add(inputs)
-    result = quantize_weight(weight, factorise(hessian.mean()))
+    results = quantize_weights([query, key, value], factorise(hessian.mean()))
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from xinslm.model.grids import BLOCK, Q4_0, decode, encode, fit_scales
+from xinslm.model.grids import BLOCK, Q4_0, Grid, decode, encode, fit_scales
 
 DAMPING_LADDER = (0.01, 0.02, 0.05, 0.1)
 _CHUNK_ROWS = 2048
-_LAZY_COLUMNS = 128
+_STRIPS = 6  # 7/12 of a full product
+_FEW_COLUMNS = 32
+_SMALL_TRIANGLE = 128
 
 
 class Hessian:
@@ -32,11 +36,14 @@ class Hessian:
     def add(self, inputs: Tensor) -> None:
         """Add inputs (tokens, columns), without padding."""
         for chunk in inputs.float().split(_CHUNK_ROWS):
-            self.sum += chunk.T @ chunk
+            for strip in _strips(len(self.sum)):
+                self.sum[strip, strip.start :] += chunk[:, strip].T @ chunk[:, strip.start :]
         self.tokens += len(inputs)
 
     def mean(self) -> Tensor:
         """Mean over tokens, float64 (columns, columns)."""
+        for strip in _strips(len(self.sum)):
+            self.sum[strip.stop :, strip] = self.sum[strip, strip.stop :].T
         return self.sum / max(self.tokens, 1)
 
 
@@ -49,7 +56,8 @@ class Factor:
     order: Tensor
     """Columns in rounding order, int64."""
     upper: Tensor
-    """Upper Cholesky factor of the damped inverse Hessian, float32, in `order`."""
+    """Upper Cholesky factor of the damped inverse Hessian, float32, in `order`; each row over its
+    diagonal element, so that it moves a column's error onto the later columns."""
     importance: Tensor
     """1 / diag(H^-1), float32 (columns,): cost of an error that later columns compensate."""
     damping: float
@@ -65,28 +73,42 @@ def factorise(hessian: Tensor) -> Factor | None:
     """Invert and factorize a float64 Hessian (columns, columns); None if no damping suffices."""
     diagonal = hessian.diagonal()
     mean = float(diagonal.mean())
-    if not torch.isfinite(hessian).all() or mean <= 0:
+    if not torch.isfinite(hessian.sum()) or mean <= 0:
         return None
     order = rounding_order(diagonal)
-    ordered = hessian[order[:, None], order]
+    # with H backwards = L L^T, the wanted factor of H^-1 is the inverse of L backwards
+    backwards = order.flip(0)
+    damped = hessian[backwards]
+    damped = damped.gather(1, backwards.expand_as(damped))
     # inputs that were always zero: their weights are rounded, not dropped
-    dead = ordered.diagonal() == 0
+    diagonal = diagonal[backwards]
+    dead = diagonal == 0
     for damping in DAMPING_LADDER:
-        damped = ordered.clone()
-        damped.diagonal().add_(damping * mean)
-        damped.diagonal()[dead] = mean
+        damped.diagonal().copy_((diagonal + damping * mean).masked_fill_(dead, mean))
         lower, failed = torch.linalg.cholesky_ex(damped)
         if failed:
             continue
-        del damped
-        inverse = torch.cholesky_inverse(lower)
-        del lower
+        inverse = invert_triangle(lower.float())  # its condition is only the root of H's
         importance = torch.empty(len(hessian))
-        importance[order] = inverse.diagonal().reciprocal().float()
-        upper, failed = torch.linalg.cholesky_ex(inverse, upper=True)
-        if not failed and torch.isfinite(upper).all() and torch.isfinite(importance).all():
-            return Factor(hessian.float(), order, upper.float(), importance, damping)
+        importance[backwards] = inverse.square().sum(0).reciprocal()
+        upper = (inverse / inverse.diagonal()[:, None]).flip(0, 1)
+        if torch.isfinite(upper.sum()) and torch.isfinite(importance.sum()):
+            return Factor(hessian.float(), order, upper, importance, damping)
     return None
+
+
+def invert_triangle(lower: Tensor) -> Tensor:
+    """Invert a lower triangular matrix by halves, in a third of a general solver's products."""
+    size = len(lower)
+    if size <= _SMALL_TRIANGLE:
+        identity = torch.eye(size, dtype=lower.dtype)
+        return torch.linalg.solve_triangular(lower, identity, upper=False)
+    half = size // 2
+    inverse = torch.zeros_like(lower)
+    top, bottom = invert_triangle(lower[:half, :half]), invert_triangle(lower[half:, half:])
+    inverse[:half, :half], inverse[half:, half:] = top, bottom
+    inverse[half:, :half] = bottom @ (lower[half:, :half] @ top).neg_()
+    return inverse
 
 
 @dataclass(frozen=True)
@@ -105,47 +127,83 @@ class QuantizedLinear:
     """The same for rounding to nearest with scales fitted without inputs."""
 
 
-def round_to_nearest(weight: Tensor) -> QuantizedLinear:
+def round_to_nearest(weight: Tensor, grid: Grid = Q4_0) -> QuantizedLinear:
     """Quantize float32 weights (rows, columns) without calibration."""
-    scales = fit_scales(weight, Q4_0)
-    return QuantizedLinear(encode(weight, scales, Q4_0), scales, "rtn")
+    scales = fit_scales(weight, grid)
+    return QuantizedLinear(encode(weight, scales, grid), scales, "rtn")
 
 
-def quantize_weight(weight: Tensor, factor: Factor | None) -> QuantizedLinear:
-    """Quantize (rows, columns) with GPTQ, or round to nearest if that has the smaller loss."""
-    nearest = round_to_nearest(weight)
-    if factor is None:
-        return nearest
-    rtn_loss = layer_loss(weight, decode(nearest.codes, nearest.scales), factor.hessian)
-    scales = fit_scales(weight, Q4_0, factor.importance)
-    codes = feed_back_errors(weight, scales, factor)
-    loss = layer_loss(weight, decode(codes, scales), factor.hessian)
-    if loss <= rtn_loss:
-        return QuantizedLinear(codes, scales, "gptq", loss, rtn_loss)
-    return QuantizedLinear(nearest.codes, nearest.scales, "rtn", rtn_loss, rtn_loss)
+def quantize_weights(weights: Sequence[Tensor], factor: Factor | None) -> list[QuantizedLinear]:
+    """Quantize matrices (rows, columns) that read the same inputs with GPTQ, or round to nearest
+    where that has the smaller loss.
+    """
+    if factor is None or not weights:
+        return [round_to_nearest(weight) for weight in weights]
+    stacked, importance = torch.cat(list(weights)), factor.importance
+    nearest, scales = fit_scales(
+        stacked, Q4_0, torch.stack((torch.ones_like(importance), importance))
+    )
+    codes = feed_back_errors(stacked, scales, factor)
+    results, start = [], 0
+    for weight in weights:
+        rows = slice(start, start := start + len(weight))
+        gptq = codes[rows], scales[rows]
+        rtn = encode(weight, nearest[rows], Q4_0), nearest[rows]
+        loss, rtn_loss = (layer_loss(weight, decode(*kept), factor.hessian) for kept in (gptq, rtn))
+        if loss <= rtn_loss:
+            results.append(QuantizedLinear(*gptq, "gptq", loss, rtn_loss))
+        else:
+            results.append(QuantizedLinear(*rtn, "rtn", rtn_loss, rtn_loss))
+    return results
 
 
 def feed_back_errors(weight: Tensor, scales: Tensor, factor: Factor) -> Tensor:
-    """Choose int8 codes (rows, columns) for fixed scales, in blocks of 128 columns."""
-    order, upper = factor.order, factor.upper
+    """Choose int8 codes (rows, columns) for fixed scales."""
+    order = factor.order
     work = weight.T[order].contiguous()  # (columns, rows): a column's weights lie together
     groups, codes = scales.T[order // BLOCK], torch.empty_like(work, dtype=torch.int8)
-    for start in range(0, len(work), _LAZY_COLUMNS):
-        stop = min(start + _LAZY_COLUMNS, len(work))
-        errors = torch.empty_like(work[start:stop])
-        for i in range(start, stop):
-            chosen = (work[i] / groups[i]).round_().clamp_(Q4_0.lowest, Q4_0.highest)
-            codes[i] = chosen
-            error = (work[i] - chosen * groups[i]) / upper[i, i]
-            errors[i - start] = error
-            work[i + 1 : stop].addr_(upper[i, i + 1 : stop], error, alpha=-1)
-        work[stop:].addmm_(upper[start:stop, stop:].T, errors, alpha=-1)
+    _round_columns(work, groups, factor.upper, codes)
     restored = torch.empty_like(codes)
     restored[order] = codes
     return restored.T.contiguous()
 
 
+def _round_columns(work: Tensor, scales: Tensor, upper: Tensor, codes: Tensor) -> None:
+    """Fill `codes` for columns of weights `work` (columns, rows), which becomes their errors.
+
+    By halves: the errors of the first half reach the second in one matrix product.
+    """
+    if len(work) > _FEW_COLUMNS:
+        half = len(work) // 2
+        _round_columns(work[:half], scales[:half], upper[:half, :half], codes[:half])
+        work[half:].addmm_(upper[:half, half:].T, work[:half], alpha=-1)
+        _round_columns(work[half:], scales[half:], upper[half:, half:], codes[half:])
+        return
+    _round_few(work.numpy(), scales.numpy(), upper.numpy(), codes.numpy())
+
+
+def _round_few(work: np.ndarray, scales: np.ndarray, upper: np.ndarray, codes: np.ndarray) -> None:
+    """`_round_columns` one by one, in numpy: for a single column calls of torch take longer."""
+    chosen = np.empty_like(work)
+    for i, (column, scale, code) in enumerate(zip(work, scales, chosen, strict=True)):
+        column -= upper[:i, i] @ work[:i]
+        np.rint(column / scale, out=code)
+        np.clip(code, Q4_0.lowest, Q4_0.highest, out=code)
+        column -= code * scale
+    codes[:] = chosen
+
+
 def layer_loss(weight: Tensor, quantized: Tensor, hessian: Tensor) -> float:
     """Mean squared output error per token, tr((W - Q) H (W - Q)^T)."""
-    error = weight - quantized
-    return float(((error @ hessian) * error).sum(dtype=torch.float64))
+    error, total = weight - quantized, 0.0
+    for strip in _strips(len(hessian)):
+        product = error[:, strip.stop :] @ hessian[strip.stop :, strip]  # and its transpose
+        product.mul_(2).addmm_(error[:, strip], hessian[strip, strip])
+        total += float(product.mul_(error[:, strip]).sum(dtype=torch.float64))
+    return total
+
+
+def _strips(columns: int) -> list[slice]:
+    """Split columns into ranges: a symmetric product needs none with an earlier range."""
+    starts = range(0, columns, -(-columns // _STRIPS))
+    return [slice(start, min(start + starts.step, columns)) for start in starts]

@@ -30,7 +30,7 @@ from xinslm.model.source import QUANTIZED_WEIGHTS, ModelSource, weight_shapes
 from xinslm.model.transformer import Block
 from xinslm.progress import Listener, Progress, ignore
 from xinslm.quantize.calibration import Calibration
-from xinslm.quantize.gptq import Factor, QuantizedLinear, factorise, quantize_weight
+from xinslm.quantize.gptq import Factor, factorise, quantize_weights, round_to_nearest
 
 LINEARS = {
     "self_attn": (("q_proj", "k_proj", "v_proj"), ("o_proj",)),
@@ -112,11 +112,9 @@ class Quantization:
             for group in groups:
                 linears = [cast(nn.Linear, half.get_submodule(stem)) for stem in group]
                 factor = self._factor(block, half, linears[0], f"{prefix}{part}.{group[0]}")
-                for stem, linear in zip(group, linears, strict=True):
-                    stored = self._linear(f"{prefix}{part}.{stem}", linear.weight.data, factor)
-                    linear.weight = nn.Parameter(stored)
+                self._linears([f"{prefix}{part}.{stem}" for stem in group], linears, factor)
             if self._calibration is not None:
-                self._calibration.advance(block, half)
+                self._calibration.advance(block, half, linears[-1])
 
     def _factor(self, block: Block, half: nn.Module, linear: nn.Linear, name: str) -> Factor | None:
         """Factorize the Hessian of a linear's inputs; None without calibration."""
@@ -127,26 +125,31 @@ class Quantization:
             self._note(name, "no damping makes its inputs' Hessian invertible, rounded to nearest")
         return factor
 
-    def _linear(self, name: str, weight: Tensor, factor: Factor | None) -> Tensor:
-        """Quantize and write one linear's float32 weight; return the dequantized result."""
-        if not self._fits(name, weight, self.grid):
-            return self._half(f"{name}.weight", weight)
-        if self.grid is Q8_0:
-            scales = fit_scales(weight, Q8_0)
-            result = QuantizedLinear(encode(weight, scales, Q8_0), scales, "rtn")
+    def _linears(self, names: list[str], linears: list[nn.Linear], factor: Factor | None) -> None:
+        """Quantize and write linears that read the same inputs; load the dequantized results."""
+        coded: dict[str, nn.Linear] = {}
+        for name, linear in zip(names, linears, strict=True):
+            if self._fits(name, linear.weight.data, self.grid):
+                coded[name] = linear
+            else:
+                linear.weight = nn.Parameter(self._half(f"{name}.weight", linear.weight.data))
+        weights = [linear.weight.data for linear in coded.values()]
+        if self.grid is Q4_0:
+            results = quantize_weights(weights, factor)
         else:
-            result = quantize_weight(weight, factor)
-        if factor is not None:
-            self.losses[name] = {
-                "method": result.method,
-                "loss": result.loss,
-                "rtn_loss": result.rtn_loss,
-            }
-            if result.method == "rtn":
-                self._note(name, "GPTQ did not beat rounding to nearest, which was kept")
-        codes = pack_nibbles(result.codes) if self.grid is Q4_0 else result.codes
-        self._coded(name, self.grid, codes, result.scales)
-        return decode(result.codes, result.scales)
+            results = [round_to_nearest(weight, self.grid) for weight in weights]
+        for (name, linear), result in zip(coded.items(), results, strict=True):
+            if factor is not None:
+                self.losses[name] = {
+                    "method": result.method,
+                    "loss": result.loss,
+                    "rtn_loss": result.rtn_loss,
+                }
+                if result.method == "rtn":
+                    self._note(name, "GPTQ did not beat rounding to nearest, which was kept")
+            codes = pack_nibbles(result.codes) if self.grid is Q4_0 else result.codes
+            self._coded(name, self.grid, codes, result.scales)
+            linear.weight = nn.Parameter(decode(result.codes, result.scales))
 
     def _table(self, name: str) -> Callable[[Tensor], Tensor]:
         """Write the embedding or LM head at 8 bits in blocks of rows; return a lookup of the stored
