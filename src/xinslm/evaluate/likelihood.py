@@ -25,7 +25,7 @@ from xinslm.evaluate.trie import Group, Row, plan, size
 from xinslm.model.transformer import Transformer
 from xinslm.model.tree import Prefix, read_prefix, read_rows
 
-BATCH_TOKENS = 2048
+BATCH_TOKENS = 1024
 """Most tokens in a forward pass, padding included; a single longer row is a pass of its own."""
 PREFIX_FACTOR = 8
 """The keys of a pass, prefixes included, are at most this many times `BATCH_TOKENS`."""

@@ -53,7 +53,7 @@ class XinslmLM(TemplateLM):
         dtype: str = "float32",
         max_length: int | None = None,
         add_bos_token: bool | None = None,
-        batch_tokens: int = 2048,
+        batch_tokens: int = 1024,
         **ignored: Any,
     ) -> None:
         super().__init__()
