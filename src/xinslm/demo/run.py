@@ -21,6 +21,7 @@ from xinslm.demo.config import DemoConfig
 from xinslm.demo.package import PACKAGE, find_gguf
 from xinslm.demo.screen import StageLine, results
 from xinslm.demo.stages import (
+    INSTRUCTIONS,
     SMALL,
     TEACHER,
     VOCAB_SIZE,
@@ -55,12 +56,14 @@ class DemoResult:
     """Rows of the student's evaluation.json."""
     samples: tuple[dict[str, Any], ...]
     """Rows of its samples.json."""
+    benchmark: tuple[dict[str, Any], ...]
+    """Rows of its benchmark.json."""
     seconds: float
 
     def describe(self) -> str:
         """One screen: the table, three answers side by side, what to do next."""
         chat = any(row.get("chat") for row in self.samples)
-        return results(self.folder, self.rows, self.samples, self.seconds, chat)
+        return results(self, chat)
 
 
 def run(
@@ -83,8 +86,10 @@ def run(
         with line.stage(stage) as on_progress:
             _perform(stage, perform, on_progress)
     run_folder = config.output_dir / "student"
-    rows, samples = (read_rows(run_folder, f) for f in ("evaluation.json", "samples.json"))
-    return DemoResult(config.output_dir, tuple(rows), tuple(samples), time.monotonic() - began)
+    rows = tuple(read_rows(run_folder, "evaluation.json"))
+    samples = tuple(read_rows(run_folder, "samples.json"))
+    benchmark = tuple(read_rows(run_folder, "benchmark.json"))
+    return DemoResult(config.output_dir, rows, samples, benchmark, time.monotonic() - began)
 
 
 def _perform(stage: Stage, perform: Perform, on_progress: Listener) -> None:
@@ -137,6 +142,7 @@ def _prepare(config: DemoConfig, perform: Perform, write: Callable[[str], None])
         texts.write_chats(folder / "held-out.jsonl", held_out)
         texts.write_chats(folder / "questions.jsonl", texts.read_lines("questions.txt"))
         texts.write_paragraphs(folder / "paragraphs.jsonl")
+        texts.copy(INSTRUCTIONS, folder)
         teacher = _teacher_folder(config, perform, write)
         vocab_size = config.vocab_size or VOCAB_SIZE
         shape = shape_for(read_json(teacher / "config.json"), vocab_size, config.num_layers)

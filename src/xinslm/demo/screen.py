@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from xinslm.demo.stages import PLAIN, PRUNED, SMALL, STUDENT, TEACHER, Stage
 from xinslm.display import printable
@@ -72,16 +72,35 @@ def _minutes(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds >= 90 else f"{seconds:.0f} s"
 
 
-def results(
-    folder: Path,
-    rows: Sequence[dict[str, Any]],
-    samples: Sequence[dict[str, Any]],
-    seconds: float,
-    chat: bool,
-) -> str:
+class Demo(Protocol):
+    """What the screen shows."""
+
+    @property
+    def folder(self) -> Path:
+        """Where the demo wrote everything."""
+
+    @property
+    def rows(self) -> Sequence[dict[str, Any]]:
+        """Rows of the student's evaluation.json."""
+
+    @property
+    def samples(self) -> Sequence[dict[str, Any]]:
+        """Rows of its samples.json."""
+
+    @property
+    def benchmark(self) -> Sequence[dict[str, Any]]:
+        """Rows of its benchmark.json."""
+
+    @property
+    def seconds(self) -> float:
+        """How long the demo took."""
+
+
+def results(demo: Demo, chat: bool) -> str:
     """One screen: models and their bits per byte, answers side by side, and where to go on."""
+    folder, seconds = demo.folder, demo.seconds
     student = folder / "student"
-    lines = ["", *_table(rows), "", *_answers(samples)]
+    lines = ["", *_table(demo.rows), "", *_answers(demo.samples), *_followed(demo.benchmark)]
     lines += [
         f"report  {student / 'report.html'}: all answers, curves, what was gained and lost",
         f"time    {seconds / 60:.1f} minutes; every command is in {folder / 'commands.sh'}",
@@ -123,6 +142,19 @@ def _table(rows: Sequence[dict[str, Any]]) -> list[str]:
             for i, (cell, width) in enumerate(zip(line, widths, strict=True))
         )
         for line in cells
+    ]
+
+
+def _followed(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """How many of the instructions both models followed, and what so few of them can show."""
+    task = next((task for row in rows for task in row["tasks"] if task["metric"] == "score"), None)
+    if task is None:
+        return []
+    other, needed = task["other"], task["other"]["detectable"]
+    doubt = f"; so few show differences above {needed:.2f} only" if needed else ""
+    return [
+        f"instructions  score of {task['items']} simple ones: {SMALL} {task['value']:.2f}, "
+        f"{TEACHER} {other['value']:.2f}{doubt}"
     ]
 
 

@@ -5,10 +5,12 @@ prompts.
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from typing import Any
 
 from xinslm.demo.config import DemoConfig
 
+INSTRUCTIONS = "instructions.jsonl"
 TEACHER, PRUNED, STUDENT, PLAIN, SMALL = (
     "teacher",
     "pruned, not trained",
@@ -112,7 +114,7 @@ def real_stages(
         "--max-seq-length 512",
     )
     _train(plan, 1.5 * prompts * slow, f"--max-seq-length 512 --batch-size 2 {seed}")
-    _small(plan, 50 * slow)
+    _small(plan, 40 * slow)
     texts = (("held-out answers", "held-out/text.jsonl"), ("other text", "paragraphs.jsonl"))
     models = ((TEACHER, teacher), *_models(path))
     for title, file in texts:
@@ -238,5 +240,12 @@ def _answer(plan: Plan, seconds: float, teacher: str) -> None:
             seconds,
             f"synthesize {model} --prompts {path('questions.jsonl')} --output-dir {path(folder)}",
             f"{WRITING} --validation-fraction 0 --no-keep-cache --seed {plan.config.seed}",
+        )
+    if not plan.config.built_in and find_spec("lm_eval"):
+        plan.add(
+            "teacher and 4-bit student follow instructions",
+            seconds,
+            f"benchmark {path('student.gguf')} --against {teacher} --run {path('student')}",
+            f"--tasks {path(INSTRUCTIONS)} --max-new-tokens 40 --name {shlex.quote(SMALL)}",
         )
     plan.add("write the report", 1, f"report {path('student')} --compare {path('undistilled')}")

@@ -33,6 +33,11 @@ def expand(line: str) -> list[str]:
     return prompts
 
 
+def copy(name: str, folder: Path) -> None:
+    """Write a file of this package into a folder."""
+    write_text(folder / name, resources.files(__package__).joinpath(name).read_text("utf-8"))
+
+
 def read_lines(name: str) -> list[str]:
     """Lines of a file of this package, without comments and empty lines."""
     text = resources.files(__package__).joinpath(name).read_text(encoding="utf-8")
