@@ -5,6 +5,7 @@ folder, the quantized folder they come from, and a GGUF file of it.
 """
 
 import dataclasses
+import json
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from xinslm.cache.config import CacheConfig
 from xinslm.commands import COMMANDS, run
 from xinslm.data.config import PrepareConfig
 from xinslm.doctor.config import DoctorConfig
+from xinslm.evaluate.benchmark.config import BenchmarkConfig
 from xinslm.evaluate.config import EvaluateConfig
 from xinslm.export.config import GgufConfig, ImportConfig
 from xinslm.inference.config import ChatConfig, GenerateConfig
@@ -59,6 +61,15 @@ def kinds(world, tmp_path_factory) -> Kinds:
 def evaluate(w: World, m: Path, out: Path) -> object:
     config = EvaluateConfig(m, (str(w.data),), max_documents=3, device="cpu", max_seq_length=64)
     return round(run(config).bits_per_byte, 6)
+
+
+def benchmark(w: World, m: Path, out: Path) -> object:
+    pytest.importorskip("lm_eval")
+    task = out.with_suffix(".jsonl")
+    task.parent.mkdir(parents=True, exist_ok=True)
+    task.write_text('{"prompt": "Say yes.", "reference": "yes"}\n')
+    run(BenchmarkConfig(m, (str(task),), device="cpu", max_new_tokens=4, output_path=out))
+    return json.loads(out.read_text())["items"][task.name][0]["answers"]
 
 
 def synthesize(w: World, m: Path, out: Path) -> object:
@@ -139,6 +150,7 @@ def made(config: Callable[[World, Path, Path], object]) -> Callable[[World, Path
 
 
 USES: dict[str, dict[str, Callable[[World, Path, Path], object]]] = {
+    "benchmark": {"model": benchmark},
     "tokenizer train": {
         "prefix_of": lambda w, m, out: (
             run(TokenizerConfig(out, prefix_of=m, vocab_size=300))

@@ -144,7 +144,7 @@ COMMANDS = {
         "evaluate.benchmark.config:BenchmarkConfig",
         "evaluate.benchmark.run:run",
         example="student --tasks hellaswag mmlu --data bench --against teacher",
-        most_used="model tasks data against max_minutes run",
+        most_used="model tasks data against run",
     ),
     "quantize": Command(
         "4-bit weights by GPTQ, or 8-bit",

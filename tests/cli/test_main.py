@@ -106,6 +106,7 @@ NEEDED = {
     "import": ["x"],
     "export gguf": ["x"],
     "report": ["x"],
+    "benchmark": ["x"],
     "demo": [],
 }
 

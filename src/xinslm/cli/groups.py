@@ -12,6 +12,8 @@ GROUPS = {
         validation_path validation_fraction document_end max_tokens keep_duplicates
         split_documents text_field dataset_name dataset_split train_on_prompts prefix_of
         domain_weights mix_data mix_cache compare tokens built_in num_prompts
+        tasks data against apply_chat_template max_minutes speed allow_code_execution judge
+        judge_model
     """,
     "Output": """
         output_dir output_path force run name show num_pieces keep_cache outtype x log_x repair

@@ -72,7 +72,7 @@ def test_everything_in_one_report(world):
         max_new_tokens=6,
         device="cpu",
         run=world / "run",
-        output=world / "all.json",
+        output_path=world / "all.json",
     )
     result = run(config)
     rows = {(row["task"], row["metric"]): row for row in result.tasks}
@@ -109,7 +109,7 @@ def test_bits_per_byte_of_the_right_choice(world):
         data=world / "data",
         device="cpu",
         dtype="float64",
-        output=world / "bits.json",
+        output_path=world / "bits.json",
     )
     row = run(config).tasks[0]
     items = json.loads((world / "bits.json").read_text())["items"]["hellaswag"]
@@ -138,7 +138,6 @@ def test_a_time_limit_is_told(world):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ([], "there is nothing to measure"),
         (["--tasks", "humaneval"], "--allow-code-execution"),
         (["--tasks", "hellaswag", "--max-minutes", "0"], "max_minutes is 0"),
         (["--tasks", "nothing_like_it"], "no task 'nothing_like_it'"),

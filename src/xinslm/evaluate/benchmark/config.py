@@ -27,7 +27,7 @@ class BenchmarkConfig(Settings):
 
     model: Annotated[Path, tyro.conf.Positional]
     """Any causal model: a model, run or quantized folder, a GGUF file, or a Hub name."""
-    tasks: tuple[str, ...] = ()
+    tasks: tuple[str, ...] = ("hellaswag", "truthfulqa_mc1", "truthfulqa_mc2", "mmlu:5")
     """Tasks of lm-evaluation-harness by its names (hellaswag, truthfulqa_mc2, ...), with the number
     of examples in the prompt after a colon (mmlu:5), or as a YAML file; humaneval, ifeval; a .jsonl
     file with instructions of your own (docs/tasks.md).
@@ -65,7 +65,7 @@ class BenchmarkConfig(Settings):
     """Type to compute in; float64 gives the values of the harness to 1e-9."""
     seed: int = 0
     """Of the order of the items with --max-minutes, and of the bootstrap."""
-    output: Path | None = None
+    output_path: Path | None = None
     """JSON file to write: all results, with every item of every task."""
     run: Path | None = None
     """Run folder whose benchmark.json receives the results, for `xinslm report`."""

@@ -53,8 +53,8 @@ def run(config: BenchmarkConfig, on_progress: Listener = ignore) -> Result:
     from xinslm.runs import add_row, require_run
 
     config.check()
-    if config.output is not None and config.output.exists() and not config.force:
-        raise UsageError(f"{config.output} exists; pass --force to replace it")
+    if config.output_path is not None and config.output_path.exists() and not config.force:
+        raise UsageError(f"{config.output_path} exists; pass --force to replace it")
     if config.run is not None:
         require_run(config.run)
     measured = _tasks(config, on_progress) if config.tasks else _paths(config)
@@ -64,8 +64,8 @@ def run(config: BenchmarkConfig, on_progress: Listener = ignore) -> Result:
         environment=environment(pick_device(config.device)),
         **measured,
     )
-    if config.output is not None:
-        write_json(config.output, asdict(result))
+    if config.output_path is not None:
+        write_json(config.output_path, asdict(result))
     if config.run is not None:
         add_row(config.run, "benchmark.json", result.row())
     return result
