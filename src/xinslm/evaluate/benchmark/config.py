@@ -65,7 +65,7 @@ class BenchmarkConfig(Settings):
     """Type to compute in; float64 gives the values of the harness to 1e-9."""
     seed: int = 0
     """Of the order of the items with --max-minutes, and of the bootstrap."""
-    output_path: Path | None = None
+    output_path: Annotated[Path | None, tyro.conf.arg(aliases=["-o"])] = None
     """JSON file to write: all results, with every item of every task."""
     run: Path | None = None
     """Run folder whose benchmark.json receives the results, for `xinslm report`."""
