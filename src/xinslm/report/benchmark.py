@@ -50,9 +50,12 @@ def notes(rows: Sequence[Row]) -> list[str]:
 
 
 def _main_rows(row: Row) -> list[Row]:
-    """One metric a task: the last one, which is acc_norm where there are both."""
-    last = {task["task"]: task for task in row["tasks"]}
-    return list(last.values())
+    """One metric a task: acc_norm if there is one, else the first."""
+    chosen: dict[str, Row] = {}
+    for task in row["tasks"]:
+        if task["metric"] == "acc_norm" or task["task"] not in chosen:
+            chosen[task["task"]] = task
+    return list(chosen.values())
 
 
 def _tasks(row: Row) -> Table:
@@ -83,9 +86,10 @@ def _tasks(row: Row) -> Table:
         smallest = [t["other"].get("detectable") for t in row["tasks"]]
         known = [x for x in smallest if x]
         if known:
+            limits = sorted({f"{min(known):.3f}", f"{max(known):.3f}"})
             sentences.append(
-                f"Differences below {min(known):.3f} to {max(known):.3f}, by task, cannot be "
-                "seen with these items (power .8)."
+                f"Differences below {' to '.join(limits)} cannot be seen with these items "
+                "(power .8)."
             )
     return Table(head, lines, " ".join(sentences), left=(0, 1))
 
