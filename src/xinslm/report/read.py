@@ -17,6 +17,8 @@ from xinslm.errors import UsageError, XinslmError
 from xinslm.files import read_json
 from xinslm.runs import read_rows
 
+BENCHMARK_KEYS = ("model", "against", "tasks", "samples", "speed", "settings", "notes")
+
 
 @dataclass
 class RunData:
@@ -69,7 +71,7 @@ def read_run(folder: Path) -> RunData:
         baseline = row.get("unigram_bits_per_byte")
         if warning := uninformed(row["name"], row["bits_per_byte"], baseline, "bits per byte"):
             run.notes.append(warning)
-    run.benchmark = read_rows(folder, "benchmark.json")
+    run.benchmark = _benchmark(folder)
     run.samples = _checked(folder, "samples.json", ())
     run.files = _checked(folder, "files.json", ("bytes",))
     if not (
@@ -141,6 +143,19 @@ def _read_metrics(run: RunData, path: Path) -> None:
         list(steps["loss"].values()),
         list(steps["validation_ce"].values()),
     )
+
+
+def _benchmark(folder: Path) -> list[dict[str, Any]]:
+    """Read benchmark.json, whose rows another version may have written."""
+    rows = read_rows(folder, "benchmark.json")
+    for row in rows:
+        lacking = [key for key in BENCHMARK_KEYS if key not in row]
+        if lacking:
+            raise XinslmError(
+                f"{folder / 'benchmark.json'}: row '{row['name']}' has no '{lacking[0]}'; run "
+                "`xinslm benchmark` again"
+            )
+    return rows
 
 
 def _checked(folder: Path, table: Any, numbers: tuple[str, ...]) -> list[dict[str, Any]]:

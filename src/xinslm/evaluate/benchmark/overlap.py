@@ -38,7 +38,7 @@ def words_in_common(texts: Mapping[str, Sequence[str]], folders: Sequence[Path])
 
 def training_folders(model: Path) -> list[Path]:
     """Datasets that a run folder's config.yaml names; none for other models."""
-    folder = model if (model / "config.yaml").is_file() else model.parent.parent
+    folder = model.parent.parent if model.parent.name == "checkpoints" else model
     try:
         config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError):

@@ -7,11 +7,13 @@ scored (`full_set`), and how far the value would move with other items of the sa
 
 import math
 from collections.abc import Hashable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
 
+from xinslm.errors import XinslmError
+from xinslm.evaluate.benchmark.written import means
 from xinslm.evaluate.harness.run import Item, TaskScore
 from xinslm.evaluate.statistics import (
     bits_per_byte,
@@ -44,7 +46,28 @@ class Pairing:
 
 def task_rows(score: TaskScore, other: TaskScore | None, seed: int) -> list[dict[str, Any]]:
     """A row for each metric of a task, compared with the other model's score on the same items."""
+    if other is not None:
+        score, other = _common(score, other)
     return [_row(score, other, metric, value, seed) for metric, value in score.metrics.items()]
+
+
+def _common(score: TaskScore, other: TaskScore) -> tuple[TaskScore, TaskScore]:
+    """Both scores on the items that both models have one for: a judge may have graded only one of
+    two answers. Raises XinslmError if there are none.
+    """
+    keys = [{(item.task, item.index) for item in side.items} for side in (score, other)]
+    both = keys[0] & keys[1]
+    if keys[0] == keys[1]:
+        return score, other
+    if not both:
+        raise XinslmError(f"{score.name}: no item has a score for both models")
+    first, second = (
+        [item for item in side.items if (item.task, item.index) in both] for side in (score, other)
+    )
+    return (
+        replace(score, items=first, metrics=means(first)),
+        replace(other, items=second, metrics=means(second)),
+    )
 
 
 def _row(

@@ -80,7 +80,7 @@ def write_and_score(
         version="",
         num_fewshot=0,
         total=total,
-        metrics=_means(items),
+        metrics=means(items),
         items=items,
         seconds=time.perf_counter() - began,
         truncated=0,
@@ -91,7 +91,7 @@ def write_and_score(
     )
 
 
-def _means(items: Sequence[Item]) -> dict[str, float]:
+def means(items: Sequence[Item]) -> dict[str, float]:
     """Mean of each metric over the items that have it; lists are joined first."""
     names = list(dict.fromkeys(name for item in items for name in item.metrics))
     values = {

@@ -40,7 +40,7 @@ class LocalDatasets:
 
     def __init__(self, folder: Path) -> None:
         if not folder.is_dir():
-            raise UsageError(f"{folder} is not a folder; --task-data names one with task data")
+            raise UsageError(f"{folder} is not a folder; --data names one with the tasks' data")
         self.folder = folder
         self.files = {
             _plain(path.name.removesuffix(suffix)): path
@@ -69,7 +69,7 @@ class LocalDatasets:
             raise UsageError(
                 f"{self.folder} has no data of {path}"
                 + (f" ({name})" if name else "")
-                + f": put {dataset}_{{split}}.jsonl there, or leave out --task-data to load it "
+                + f": put {dataset}_{{split}}.jsonl there, or leave out --data to load it "
                 "from the Hub"
             )
         return _Splits(path, found)

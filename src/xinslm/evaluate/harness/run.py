@@ -153,7 +153,7 @@ class _Unit:
                 items += self._items(name, task, values)
         first = next(iter(self.tasks.values()))
         metrics = {
-            metric: float(_aggregation(first, metric)(numbers))
+            metric: float(first.aggregation()[_plain(metric)](numbers))
             for metric, numbers in values.items()
         }
         return TaskScore(
@@ -165,16 +165,16 @@ class _Unit:
             items,
             self.seconds,
             self.truncated,
-            {name: len(list(task.eval_docs)) for name, task in self.tasks.items()},
+            dict(Counter(name for name, _ in self.order)),
         )
 
     def _items(self, name: str, task: Any, values: dict[str, list[Any]]) -> Iterator[Item]:
         by_item: dict[int, list[Any]] = {}
         for instance in task.instances:
             by_item.setdefault(instance.doc_id, []).append(instance)
-        docs = task.eval_docs
         for index in sorted(by_item):
-            requests, doc = sorted(by_item[index], key=lambda r: r.idx), docs[index]
+            requests = sorted(by_item[index], key=lambda r: r.idx)
+            doc = requests[0].doc
             metrics: dict[str, Any] = {}
             for key in requests[0].filtered_resps:
                 found = task.process_results(doc, [r.filtered_resps[key] for r in requests])
@@ -211,9 +211,9 @@ def _item(
     )
 
 
-def _aggregation(task: Any, metric: str) -> Callable[[Sequence[Any]], float]:
-    found: Callable[[Sequence[Any]], float] = task.aggregation()[metric.partition(" (")[0]]
-    return found
+def _plain(metric: str) -> str:
+    """A metric's name without its filter."""
+    return metric.partition(" (")[0]
 
 
 def score_tasks(
@@ -300,11 +300,12 @@ def _require_finite(request: Any, response: Any) -> None:
 
 
 def units_of(loaded: LoadedTasks) -> dict[str, dict[str, Any]]:
-    """The largest groups with their tasks, then single tasks."""
+    """The largest groups whose tasks have the same metrics, then single tasks."""
     units: dict[str, dict[str, Any]] = {}
     placed: set[str] = set()
     for group, names in sorted(loaded.groups.items(), key=lambda entry: -len(entry[1])):
-        if names and not placed & set(names):
+        metrics = {frozenset(loaded.tasks[name].aggregation()) for name in names}
+        if len(metrics) == 1 and not placed & set(names):
             units[group] = {name: loaded.tasks[name] for name in names}
             placed |= set(names)
     return units | {name: {name: task} for name, task in loaded.tasks.items() if name not in placed}

@@ -132,7 +132,7 @@ def _like(name: str, known: set[str]) -> str:
 
 def _load_error(names: Sequence[str], data: Path | None, error: Exception) -> str:
     first = (str(error).strip() or type(error).__name__).splitlines()[0]
-    hint = "give a folder with their files as --task-data" if data is None else f"look at {data}"
+    hint = "give a folder with their files as --data" if data is None else f"look at {data}"
     return f"the data of {', '.join(names)} cannot be loaded: {first}. Go online, or {hint}"
 
 

@@ -60,8 +60,8 @@ def group_mean_score(scores: ArrayLike, tasks: Sequence[Hashable]) -> MeanScore:
 def generalisation_interval(scores: ArrayLike, confidence: float = 0.95) -> Interval:
     """In which interval the mean over all items of this kind is; scores are between 0 and 1.
 
-    Wilson's interval for right and wrong answers, else Student's inside [0, 1]. One score that is
-    neither 0 nor 1 says nothing about the spread: the interval is [0, 1].
+    Wilson's interval for right and wrong answers, else Student's inside [0, 1]. The spread is
+    unknown with one score that is neither 0 nor 1: the interval is [0, 1].
     """
     values = score_array(scores)
     if is_binary(values):

@@ -31,8 +31,8 @@ class FullSetEstimate:
 
     mean: float
     interval: Interval
-    """Holds the full set's mean; no width if all items were scored. It says nothing about other
-    items: see `MeanScore` for that.
+    """Contains the full set's mean; no width if all items were scored. How far the mean would move
+    with other items is in `MeanScore`.
     """
     num_items: int
     population: int
