@@ -57,7 +57,8 @@ svg { display: block; width: 100%; height: auto; }
 polyline { fill: none; stroke: var(--k); stroke-linejoin: round; }
 polyline.fine { stroke-width: 1.1; opacity: .75; } polyline.strong { stroke-width: 2.2; }
 circle, rect { fill: var(--k); }
-.chance { stroke: var(--ink); stroke-dasharray: 2 3; } .reference { stroke: var(--soft); stroke-dasharray: 6 4; }
+.chance { stroke: var(--ink); stroke-dasharray: 2 3; }
+.reference { stroke: var(--soft); stroke-dasharray: 6 4; }
 details article { background: var(--panel); border-radius: 8px; padding: 16px 18px; margin-bottom: 14px; }
 .c0 { --k: var(--c0); } .c1 { --k: var(--c1); } .c2 { --k: var(--c2); }
 .c3 { --k: var(--c3); } .c4 { --k: var(--c4); } .c5 { --k: var(--c5); }
