@@ -139,8 +139,8 @@ shape = ModelConfig(vocab_size=vocabulary, **vars(PRESETS[config.preset]), max_p
 with torch.device("meta"):
     model = Transformer(shape, config.gradient_checkpointing)
 model.to_empty(device="cpu")
-from xinslm.model.source import rebuild_buffers
-rebuild_buffers(model)
+from xinslm.model.transformer import rotary_frequencies
+model.frequencies = rotary_frequencies(model.config)
 model.initialise(torch.Generator().manual_seed(0))
 if config.param_dtype == "bfloat16":
     cast_matrices_to_bfloat16(model)

@@ -1,6 +1,8 @@
 """The student against transformers' Llama and Mistral, on random shapes and weights, in float32."""
 
 import dataclasses
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -190,3 +192,18 @@ def test_impossible_shapes_are_all_named() -> None:
         Transformer(shape(num_key_value_heads=3, head_dim=7, sliding_window=0))
     for field in ("num_key_value_heads", "head_dim", "sliding_window"):
         assert field in str(error.value)
+
+
+def test_a_model_without_memory_needs_no_compiler_of_torch():
+    """Its import takes longer than loading a small model."""
+    program = (
+        "import sys, torch\n"
+        "from xinslm.model.config import ModelConfig\n"
+        "from xinslm.model.transformer import Transformer\n"
+        "with torch.device('meta'):\n"
+        "    model = Transformer(ModelConfig(64, 32, 48, 2, 2, 1, 16))\n"
+        "assert model.model.embed_tokens.weight.is_meta\n"
+        "assert model.frequencies.device.type == 'cpu'\n"
+        "sys.exit('torch._dynamo' in sys.modules)\n"
+    )
+    assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0

@@ -21,7 +21,7 @@ from torch import Tensor
 from xinslm.errors import UsageError, XinslmError
 from xinslm.files import read_json, sha256_file, sha256_json, write_json
 from xinslm.model.config import ModelConfig, UnsupportedModelError
-from xinslm.model.transformer import Transformer, rotary_frequencies
+from xinslm.model.transformer import Transformer
 
 CONFIG, GENERATION = "config.json", "generation_config.json"
 WEIGHTS = "model.safetensors"
@@ -176,7 +176,6 @@ class ModelSource:
         names = self.require_weights(shapes)
         loaded = {name: self.tensor(name).to(dtype) for name in names}
         model.load_state_dict(loaded, assign=True)
-        rebuild_buffers(model)
         return model.eval()
 
     def pretrained_arguments(self) -> dict[str, Any]:
@@ -318,8 +317,3 @@ def weight_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     with torch.device("meta"):
         model = Transformer(config)
     return {name: tuple(weight.shape) for name, weight in model.state_dict().items()}
-
-
-def rebuild_buffers(model: Transformer) -> None:
-    """Compute the rotary frequencies of a model that was created on the meta device."""
-    model.frequencies = rotary_frequencies(model.config)

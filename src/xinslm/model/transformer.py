@@ -63,8 +63,11 @@ def _scaled(x: Tensor, by: Tensor) -> Tensor:
 
 
 def rotary_frequencies(config: ModelConfig) -> Tensor:
-    """Return radians per position of the head's D/2 pairs, float32, with LLaMA-3's rescaling."""
-    exponents = torch.arange(0, config.head_dim, 2, dtype=torch.int64).float() / config.head_dim
+    """Return radians per position of the head's D/2 pairs, float32, with LLaMA-3's rescaling; on
+    the CPU, also where the model is made on the meta device.
+    """
+    pairs = torch.arange(0, config.head_dim, 2, dtype=torch.int64, device="cpu")
+    exponents = pairs.float() / config.head_dim
     frequencies = 1.0 / (config.rope_theta**exponents)
     if config.rope_scaling is None:
         return frequencies
@@ -189,12 +192,21 @@ class Block(nn.Module):
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
+class Embedding(nn.Embedding):
+    """nn.Embedding that needs no import of torch's compiler on the meta device."""
+
+    def reset_parameters(self) -> None:
+        """Draw initial values, unless the weight has no memory yet."""
+        if not self.weight.is_meta:
+            super().reset_parameters()
+
+
 class Decoder(nn.Module):
     """Embedding, blocks and final norm; `model` in Hugging Face's names."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(
             Block(config, layer) for layer in range(config.num_hidden_layers)
         )

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from xinslm.errors import UsageError
 from xinslm.model.config import ModelConfig
-from xinslm.model.source import rebuild_buffers
 from xinslm.model.transformer import Transformer
 
 Weights = dict[str, Tensor]
@@ -25,7 +24,6 @@ def assemble(config: ModelConfig, weights: Weights) -> Transformer:
     with torch.device("meta"):
         model = Transformer(config)
     model.load_state_dict(weights, assign=True)
-    rebuild_buffers(model)
     return model.to(weights[EMBEDDING].device).eval().requires_grad_(False)
 
 

@@ -16,7 +16,6 @@ from xinslm.data.dataset import open_dataset, require_tokenizer
 from xinslm.data.packing import Batch, PackedDataset
 from xinslm.errors import UsageError
 from xinslm.model.config import ModelConfig
-from xinslm.model.source import rebuild_buffers
 from xinslm.model.transformer import Block, Transformer
 from xinslm.quantize.gptq import Hessian
 
@@ -58,8 +57,7 @@ class Calibration:
 
     def __init__(self, config: ModelConfig, batches: list[Batch], states: list[Tensor]) -> None:
         with torch.device("meta"):
-            self._model = Transformer(config)
-        rebuild_buffers(self._model)  # only its rotary tables and masks are used
+            self._model = Transformer(config)  # only its rotary tables and masks are used
         self._batches, self._states = batches, states
         self._kept: dict[tuple[nn.Module, int], Tensor] = {}
 

@@ -27,8 +27,7 @@ from xinslm.folders import Plan, claim, differing_keys, locked, refuse_output_in
 from xinslm.machine import environment
 from xinslm.model.files import open_model, read_tensors, require_context, save_model
 from xinslm.model.param_dtype import cast_matrices_to_bfloat16
-from xinslm.model.source import rebuild_buffers
-from xinslm.model.transformer import Transformer
+from xinslm.model.transformer import Transformer, rotary_frequencies
 from xinslm.precision import compute_dtype
 from xinslm.progress import Listener, Progress, ignore
 from xinslm.tokenizer.load import load_tokenizer
@@ -298,7 +297,7 @@ def _make_model(config: PretrainConfig, dataset: Dataset, tokenizer: Any) -> Tra
         with torch.device("meta"):
             model = Transformer(shape(config, tokenizer), config.gradient_checkpointing)
         model.to_empty(device="cpu")
-        rebuild_buffers(model)
+        model.frequencies = rotary_frequencies(model.config)  # not a weight, so emptied above
         model.initialise(torch.Generator().manual_seed(config.seed))
         return model
     source = open_model(config.init_from)

@@ -154,6 +154,29 @@ def test_generated_answers_equal_the_harness(hf, ours, data):
     }
 
 
+def test_a_prompt_is_the_same_in_a_part_and_for_a_second_model(ours, data, tmp_path):
+    for file in data.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    examples = [{"question": sentence(i), "answer": f"so\n#### {i}"} for i in range(9, 29)]
+    write(tmp_path, "gsm8k_train.jsonl", examples)
+    names = ["hellaswag", "mmlu_anatomy:3", "gsm8k:2"]  # gsm8k draws its examples at random
+    loaded = load_tasks(names, tmp_path)
+
+    def prompts(loaded, chosen=None):
+        return {
+            (score.name, item.index): (item.prompt, item.choices)
+            for score in score_tasks(ours, loaded, chosen=chosen)
+            for item in score.items
+        }
+
+    everything = prompts(loaded)
+    assert everything == prompts(loaded)
+    keys = {name: [(name, 3), (name, 1)] for name in loaded.tasks}
+    part = prompts(load_tasks(names, tmp_path), keys)
+    assert sorted(part) == sorted(key for found in keys.values() for key in found)
+    assert part == {key: everything[key] for key in part}
+
+
 def test_tasks_that_are_named_alone_stay_apart(ours, data):
     loaded = load_tasks(["mmlu_anatomy:5", "mmlu_astronomy:5"], data)
     apart = score_tasks(ours, loaded)

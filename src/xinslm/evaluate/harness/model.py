@@ -26,7 +26,7 @@ from xinslm.device import pick_device
 from xinslm.evaluate.harness.generate import answer
 from xinslm.evaluate.likelihood import LikelihoodScorer, Pair, Tell
 from xinslm.evaluate.scorers import load_scorer
-from xinslm.tokenizer.load import load_tokenizer
+from xinslm.tokenizer.base import Tokenizer
 
 ENCODE_AT_ONCE = 1024
 """Strings in one call of the tokenizer."""
@@ -61,7 +61,7 @@ class XinslmLM(TemplateLM):
         context = None if max_length is None else int(max_length)
         self.model, self.facts = load_scorer(Path(pretrained), place, dtype, context)
         self.scorer = LikelihoodScorer(self.model, int(batch_tokens))
-        self.tokenizer = _tokenizer(pretrained)
+        self.tokenizer = _tokenizer(self.model.tokenizer)
         self.add_bos_token, self._device = add_bos_token, place
         self.tell: Tell = lambda done, total, unit: None
         """Receives the progress of the present call."""
@@ -205,10 +205,10 @@ def _move_spaces(context: str, continuation: str) -> tuple[str, str]:
     return (kept, context[len(kept) :] + continuation) if context else (context, continuation)
 
 
-def _tokenizer(name: str) -> Any:
-    """The tokenizer of any model as transformers' class; one that cuts texts was refused before."""
+def _tokenizer(tokenizer: Tokenizer) -> Any:
+    """A tokenizer as transformers' class; one that cuts texts was refused before."""
     from transformers import AutoTokenizer
 
     with tempfile.TemporaryDirectory() as folder:
-        load_tokenizer(name).save(Path(folder))
+        tokenizer.save(Path(folder))
         return AutoTokenizer.from_pretrained(folder)

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from xinslm.errors import XinslmError
-from xinslm.evaluate.harness.tasks import LoadedTasks, build_requests, quiet
+from xinslm.evaluate.harness.tasks import LoadedTasks, build_requests, num_docs, quiet
 from xinslm.evaluate.statistics.order import stratified_order
 
 FIRST_ITEMS = 8
@@ -73,13 +73,13 @@ Key = tuple[str, int]
 class _Unit:
     """A task, or the tasks of a group, whose items are scored in a given order."""
 
-    def __init__(self, name: str, tasks: dict[str, Any], lm: Any, seed: int) -> None:
-        self.name, self.tasks, self.lm = name, tasks, lm
+    def __init__(
+        self, name: str, tasks: dict[str, Any], lm: Any, seed: int, chat: bool = False
+    ) -> None:
+        self.name, self.tasks, self.lm, self.chat = name, tasks, lm, chat
         self.instances: dict[Key, list[Any]] = {}
-        for task_name, task in tasks.items():
-            for instance in task.instances:
-                self.instances.setdefault((task_name, instance.doc_id), []).append(instance)
-        keys = list(self.instances)
+        """Requests of the items whose prompts are built."""
+        keys = [(name, number) for name, task in tasks.items() for number in range(num_docs(task))]
         order = stratified_order([task for task, _ in keys], seed)
         self.order = [keys[number] for number in order]
         self.done: list[Key] = []
@@ -102,8 +102,22 @@ class _Unit:
     def score(self, keys: Sequence[Key]) -> None:
         """Send the items' requests to the model."""
         began = time.perf_counter()
-        cut = _send(self.lm, [instance for key in keys for instance in self.instances[key]])
+        cut = _send(self.lm, self.requests(keys))
         self.finish(keys, time.perf_counter() - began, cut)
+
+    def requests(self, keys: Sequence[Key]) -> list[Any]:
+        """The requests of items; their prompts are built when first asked for."""
+        missing: dict[str, list[int]] = {}
+        for task, number in keys:
+            if (task, number) not in self.instances:
+                missing.setdefault(task, []).append(number)
+        lm = self.lm if self.chat else None
+        for name, numbers in missing.items():
+            built: dict[Key, list[Any]] = {(name, number): [] for number in numbers}
+            for instance in build_requests(self.tasks[name], numbers, lm):
+                built.setdefault((name, instance.doc_id), []).append(instance)
+            self.instances = built | self.instances  # those that were scored stay
+        return [instance for key in keys for instance in self.instances[key]]
 
     def finish(self, keys: Sequence[Key], seconds: float, cut: Mapping[str, int]) -> None:
         """Note that items were scored; `cut` holds truncated requests by task."""
@@ -115,7 +129,7 @@ class _Unit:
         """How many of the next items fit into `seconds`, by the speed so far."""
         left = self.order[len(self.done) :]
         spent = self.seconds / len(self.done)
-        if any(i.request_type == "generate_until" for i in self.instances[left[0]]):
+        if any(i.request_type == "generate_until" for i in self.requests(left[:1])):
             return min(len(left), int(SAFETY * seconds / spent))
         counts = self.lm.scorer.counts
         rate = counts.computed_tokens / max(counts.seconds, 1e-9)
@@ -134,8 +148,7 @@ class _Unit:
         """Tokens that scoring the items would compute."""
         texts = [
             instance.args
-            for key in keys
-            for instance in self.instances[key]
+            for instance in self.requests(keys)
             if instance.request_type == "loglikelihood"
         ]
         cost: int = self.lm.scorer.cost(self.lm.pairs(texts))
@@ -143,11 +156,11 @@ class _Unit:
 
     def result(self) -> TaskScore:
         """Items and metrics of what was scored."""
-        scored = set(self.done)
         items: list[Item] = []
         values: dict[str, list[Any]] = {}
         for name, task in self.tasks.items():
-            task._instances = [i for i in task.instances if (name, i.doc_id) in scored]
+            keys = sorted(key for key in self.done if key[0] == name)
+            task._instances = self.requests(keys)
             if task._instances:
                 task.apply_filters()
                 items += self._items(name, task, values)
@@ -241,9 +254,7 @@ def score_tasks(
     found, began = [], time.perf_counter()
     units = list(units_of(loaded).items())
     for number, (name, tasks) in enumerate(units):
-        for task in tasks.values():
-            build_requests(task, lm if chat else None)
-        unit = _Unit(name, tasks, lm, seed)
+        unit = _Unit(name, tasks, lm, seed, chat)
         found.append(unit)
         if seconds is not None:
             tell(name)
@@ -261,10 +272,7 @@ def _score_together(
 ) -> None:
     """Score all units in one call, because tasks share texts; time is split by their requests."""
     keys = [unit.order if chosen is None else chosen[unit.name] for unit in units]
-    parts = [
-        [instance for key in part for instance in unit.instances[key]]
-        for unit, part in zip(units, keys, strict=True)
-    ]
+    parts = [unit.requests(part) for unit, part in zip(units, keys, strict=True)]
     began = time.perf_counter()
     cut = _send(lm, [instance for part in parts for instance in part])
     spent = (time.perf_counter() - began) / max(1, sum(map(len, parts)))

@@ -68,8 +68,22 @@ def load_tasks(names: Sequence[str], data: Path | None = None) -> LoadedTasks:
     return LoadedTasks(loaded["tasks"], groups, local.used if local else {})
 
 
-def build_requests(task: Any, lm: Any = None) -> None:
-    """Build the prompts of all items of a task, as chats if `lm` is given."""
+def num_docs(task: Any) -> int:
+    """Number of items of a task."""
+    return len(_docs(task))
+
+
+def build_requests(task: Any, numbers: Sequence[int], lm: Any = None) -> list[Any]:
+    """The requests of items `numbers` of a task, or of all if the prompt of an item depends on
+    those before it; as chats if `lm` is given.
+    """
+    docs = _docs(task)
+    if _draws_examples(task) or len(numbers) == len(docs):
+        items = list(enumerate(docs))
+        task.set_fewshot_seed(seed=FEWSHOT_SEED)  # each model gets the same examples
+    else:
+        items = [(number, docs[number]) for number in numbers]
+    task.doc_iterator = lambda **ignored: iter(items)
     with _quick_templates(), quiet():
         chat = {} if lm is None else {"apply_chat_template": True, "fewshot_as_multiturn": True}
         task.build_all_requests(
@@ -77,6 +91,21 @@ def build_requests(task: Any, lm: Any = None) -> None:
             tokenizer_name="" if lm is None else lm.tokenizer_name,
             **chat,
         )
+    return list(task.instances)
+
+
+def _docs(task: Any) -> Any:
+    """The items of a task; the harness keeps them, and would prepare them again in `eval_docs`."""
+    return task.task_docs if hasattr(task, "task_docs") else task.eval_docs
+
+
+def _draws_examples(task: Any) -> bool:
+    """Whether the examples in the prompts come from one random sequence."""
+    from lm_eval.api.samplers import FirstNSampler
+
+    return bool(task.get_config("num_fewshot")) and not isinstance(
+        getattr(task, "sampler", None), FirstNSampler
+    )
 
 
 def _parse(name: str) -> tuple[str, int | None]:
