@@ -106,7 +106,10 @@ CE = Arm("cross-entropy", ("pretrain",))
 ROWS: dict[str, list[Arm]] = {
     "main": [CE, kd("KD", 0.5, quantized=True)],
     "mix": [kd("KD, alpha .1", 0.1), kd("KD, alpha .7", 0.7), kd("KD, alpha 0", 0)],
-    "time": [Arm("cross-entropy, longer", ("pretrain",), longer=2.4)],
+    "time": [
+        Arm("cross-entropy, longer", ("pretrain",), longer=2.4),
+        kd("KD, longer", 0.5, longer=2.4),
+    ],
     "start": [Arm("cross-entropy, random start", ("pretrain",), start="")],
     "written": [
         kd("KD on the teacher's text", 0.5, cache="{answers}/cache", **WRITTEN),

@@ -7,9 +7,12 @@ from html import escape
 from typing import Any
 
 from xinslm.report.bars import Bar, bar_chart
+from xinslm.report.scatter import Point, scatter
 from xinslm.report.tables import DASH, Table, size
 
 Row = dict[str, Any]
+QUANTIZED = ("quantized", "gguf")
+"""Kinds of models whose weights are rounded."""
 
 
 def tables(rows: Sequence[Row]) -> list[Table]:
@@ -24,11 +27,15 @@ def tables(rows: Sequence[Row]) -> list[Table]:
 
 
 def charts(rows: Sequence[Row]) -> str:
-    """Scores of all models by task, and the share of the other model's score that was kept."""
-    scores, shares = _scores(rows), _retained(rows)
+    """Scores of all models by task, the share of the other model's score that was kept, what
+    quantization costs, and speed against quality.
+    """
     parts = [
-        bar_chart(scores, "Score, with the interval of 95 %"),
-        bar_chart(shares, "Share of the other model's score above chance", line=1.0),
+        bar_chart(_scores(rows), "Score, with the interval of 95 %"),
+        bar_chart(_retained(rows), "Share of the other model's score above chance", line=1.0),
+        bar_chart(_bits(rows), "Bits per byte of the right answer (less is better)"),
+        bar_chart(_damage(rows), "Bits per byte that quantization adds to the right answer"),
+        scatter(_speed_points(rows), "tokens generated per second", "Mean score of the tasks"),
     ]
     return f"<div class=charts>{''.join(parts)}</div>" if any(parts) else ""
 
@@ -167,6 +174,64 @@ def _retained(rows: Sequence[Row]) -> list[Bar]:
                 name = row["model"]["name"]
                 bars.append(Bar(task["task"], name, share["share"], ends, None))
     return bars
+
+
+def _bits(rows: Sequence[Row]) -> list[Bar]:
+    """Of the right answers, by task; the other model's once."""
+    bars, seen = [], set()
+    for row in rows:
+        for task in _main_rows(row):
+            found = task.get("bits_per_byte")
+            if not found:
+                continue
+            name = row["model"]["name"]
+            bars.append(Bar(task["task"], name, found["value"], found["interval"], None))
+            other = (task.get("other") or {}).get("bits_per_byte")
+            if other and (key := (task["task"], row["against"]["name"])) not in seen:
+                bars.append(Bar(*key, other["value"], None, None))
+                seen.add(key)
+    return bars
+
+
+def _damage(rows: Sequence[Row]) -> list[Bar]:
+    """Difference in bits per byte between a quantized model and the model it came from: a row of
+    the same number of parameters with the same items.
+    """
+    bars = []
+    for row in rows:
+        full = next((r for r in rows if _is_origin(r["model"], row["model"])), None)
+        if row["model"].get("kind") not in QUANTIZED or full is None:
+            continue
+        before = {(t["task"], t["items"]): t.get("bits_per_byte") for t in _main_rows(full)}
+        for task in _main_rows(row):
+            old, new = before.get((task["task"], task["items"])), task.get("bits_per_byte")
+            if old and new:
+                name = row["model"]["name"]
+                bars.append(Bar(task["task"], name, new["value"] - old["value"], None, None))
+    return bars
+
+
+def _is_origin(full: Row, small: Row) -> bool:
+    same = full.get("parameters") == small.get("parameters")
+    return same and full.get("kind") not in QUANTIZED
+
+
+def _speed_points(rows: Sequence[Row]) -> list[Point]:
+    """Decoding speed at the smallest depth and mean main score, of each model and engine."""
+    points = []
+    for row in rows:
+        tasks = _main_rows(row)
+        scores = {row["model"]["path"]: (row["model"], [task["value"] for task in tasks])}
+        if row["against"]:
+            other = [task["other"]["value"] for task in tasks]
+            scores[row["against"]["path"]] = (row["against"], other)
+        for speed in row["speed"]:
+            model, numbers = scores.get(speed["model"], (None, None))
+            measured = [depth["decode"] for depth in speed["speeds"] if depth["decode"]]
+            if model and numbers and measured:
+                name = f"{model['name']}, {speed['engine']}"
+                points.append(Point(name, measured[0]["median"], sum(numbers) / len(numbers)))
+    return list({point.name: point for point in points}.values())
 
 
 def _item(sample: Row, names: Sequence[str]) -> str:
