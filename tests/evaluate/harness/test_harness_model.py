@@ -78,6 +78,16 @@ def data(tmp_path_factory):
         "gsm8k_test.jsonl",
         [{"question": sentence(i), "answer": f"so\n#### {i}"} for i in range(4)],
     )
+    answers = {
+        "best_answer": "we learn",
+        "correct_answers": ["we learn", "lazy dogs"],
+        "incorrect_answers": ["the fox", "quick"],
+    }
+    write(
+        folder,
+        "truthfulqa_generation_validation.jsonl",
+        [{"question": f"{sentence(i)}?"} | answers for i in range(3)],
+    )
     return folder
 
 
@@ -152,6 +162,18 @@ def test_generated_answers_equal_the_harness(hf, ours, data):
         "exact_match (strict-match)",
         "exact_match (flexible-extract)",
     }
+
+
+def test_truthfulqa_gen_equals_the_harness(hf, ours, data):
+    expected = reference(hf, ["truthfulqa_gen"], data)
+    (score,) = score_tasks(ours, load_tasks(["truthfulqa_gen"], data))
+    rows = sorted(expected["samples"]["truthfulqa_gen"], key=lambda row: row["doc_id"])
+    assert [item.answers[0] for item in score.items] == [row["resps"][0][0] for row in rows]
+    values = expected["results"]["truthfulqa_gen"]
+    assert score.metrics == {
+        name: pytest.approx(values[f"{name},none"], abs=1e-12) for name in score.metrics
+    }
+    assert len(score.metrics) == 12
 
 
 def test_a_prompt_is_the_same_in_a_part_and_for_a_second_model(ours, data, tmp_path):
