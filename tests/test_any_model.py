@@ -1,7 +1,8 @@
 """Any model file is a model: each command with each kind of model, and the same results.
 
-The four kinds hold the same weights: values of a 4-bit grid, as a Hugging Face folder, a run
-folder, the quantized folder they come from, and a GGUF file of it.
+The kinds hold the same weights: values of a grid, as a Hugging Face folder, a run folder, the
+quantized folder they come from, and what is exported of it: a GGUF file, a folder of
+compressed-tensors, one of MLX.
 """
 
 import dataclasses
@@ -21,7 +22,7 @@ from xinslm.data.config import PrepareConfig
 from xinslm.doctor.config import DoctorConfig
 from xinslm.evaluate.benchmark.config import BenchmarkConfig
 from xinslm.evaluate.config import EvaluateConfig
-from xinslm.export.config import GgufConfig, ImportConfig
+from xinslm.export.config import GgufConfig, HfConfig, ImportConfig, MlxConfig
 from xinslm.inference.config import ChatConfig, GenerateConfig
 from xinslm.model.files import load_model, open_model
 from xinslm.plan.config import PlanConfig
@@ -33,7 +34,7 @@ from xinslm.tokenizer.config import ShowConfig, TokenizerConfig
 from xinslm.tokenizer.load import load_tokenizer
 from xinslm.train.lora_config import AdaptConfig
 
-KINDS = ("folder", "run", "quantized", "gguf")
+KINDS = ("folder", "run", "quantized", "gguf", "compressed-tensors", "mlx")
 TRAIN = {"max_seq_length": 64, "batch_size": 4}
 FREE = {**TRAIN, "max_steps": 2, "device": "cpu"}
 World = Any
@@ -53,9 +54,15 @@ def kinds(world, tmp_path_factory) -> Kinds:
     run(QuantizeConfig(world.teacher, paths["quantized"], method="rtn", bits=8))
     run(GgufConfig(paths["quantized"], paths["gguf"]))
     run(ImportConfig(paths["gguf"], paths["folder"]))
+    run(HfConfig(paths["quantized"], paths["compressed-tensors"]))
+    run(MlxConfig(paths["quantized"], paths["mlx"]))
     (paths["run"] / "checkpoints").mkdir(parents=True)
     shutil.copytree(paths["folder"], paths["run"] / "checkpoints" / "best")
     return Kinds(world, paths)
+
+
+def first_weight(model: Path) -> torch.Tensor:
+    return next(iter(load_model(model).parameters())).detach()
 
 
 def evaluate(w: World, m: Path, out: Path) -> object:
@@ -206,9 +213,11 @@ USES: dict[str, dict[str, Callable[[World, Path, Path], object]]] = {
     "export gguf": {
         "model": lambda w, m, out: (
             run(GgufConfig(m, out.with_suffix(".gguf"), outtype="f32"))
-            and next(iter(load_model(out.with_suffix(".gguf")).parameters())).detach()
+            and first_weight(out.with_suffix(".gguf"))
         )
     },
+    "export hf": {"model": lambda w, m, out: run(HfConfig(m, out)) and first_weight(out)},
+    "export mlx": {"model": lambda w, m, out: run(MlxConfig(m, out)) and first_weight(out)},
 }
 TAKE_MODELS = {"model", "teacher", "student", "init_from", "tokenizer_path", "prefix_of"}
 """Options of commands that are a model or a tokenizer."""
@@ -241,5 +250,6 @@ def test_the_kinds_hold_the_same_weights(kinds):
     expected = load_model(kinds.paths["folder"]).state_dict()
     for kind, path in kinds.paths.items():
         source, found = open_model(path), load_model(path).state_dict()
-        assert source.kind == {"run": "model", "folder": "model"}.get(kind, kind)
+        names = {"run": "model", "folder": "model", "gguf": "gguf"}
+        assert source.kind == names.get(kind, "quantized")
         assert all(torch.equal(found[name], weight) for name, weight in expected.items()), kind

@@ -167,6 +167,20 @@ COMMANDS = {
         example="student-4bit -o student.gguf --run student",
         most_used="model output_path run outtype force",
     ),
+    "export hf": Command(
+        "write a model, 4-bit or not, for transformers and vLLM",
+        "export.config:HfConfig",
+        "export.packed_folder:run_hf",
+        example="student-4bit -o student-hf",
+        most_used="model output_dir format dtype run",
+    ),
+    "export mlx": Command(
+        "write a model, 4-bit or not, for mlx-lm",
+        "export.config:MlxConfig",
+        "export.packed_folder:run_mlx",
+        example="student-4bit -o student-mlx",
+        most_used="model output_dir dtype run force",
+    ),
     "generate": Command(
         "continue a prompt",
         "inference.config:GenerateConfig",

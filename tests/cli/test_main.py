@@ -105,6 +105,8 @@ NEEDED = {
     "quantize": ["x"],
     "import": ["x"],
     "export gguf": ["x"],
+    "export hf": ["x"],
+    "export mlx": ["x"],
     "report": ["x"],
     "benchmark": ["x"],
     "demo": [],

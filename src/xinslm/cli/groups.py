@@ -16,7 +16,8 @@ GROUPS = {
         judge_model
     """,
     "Output": """
-        output_dir output_path force run name show num_pieces keep_cache outtype x log_x repair
+        output_dir output_path force run name show num_pieces keep_cache outtype format x
+        log_x repair
     """,
     "Model": """
         preset vocab_size hidden_size num_layers num_heads num_kv_heads head_dim intermediate_size

@@ -26,6 +26,39 @@ class GgufConfig(Settings):
 
 
 @dataclass(frozen=True)
+class FolderConfig(Settings):
+    """What the folders for other runtimes have in common."""
+
+    model: Annotated[Path, tyro.conf.Positional]
+    """Any model; the codes of a quantized folder are kept, others are written unquantized."""
+    output_dir: Annotated[Path, tyro.conf.arg(aliases=["-o"])]
+    """Folder to write: config.json, model.safetensors, tokenizer and chat template."""
+    dtype: Literal["float32", "float16", "bfloat16"] = "float32"
+    """Type of the scales and of weights that stay unquantized, which the runtime computes in.
+    Codes and scales are exact in each; norms and the embedding only in float32.
+    """
+    run: Path | None = None
+    """Run folder whose report lists the folder."""
+    force: bool = False
+    """Replace the output folder if it already holds something."""
+
+
+@dataclass(frozen=True)
+class HfConfig(FolderConfig):
+    """Write a model for transformers and vLLM; a quantized folder keeps its codes."""
+
+    format: Literal["compressed-tensors", "gptq"] = "compressed-tensors"
+    """Of quantized weights. compressed-tensors: read by transformers with that package, exact in
+    float32, and by vLLM. gptq: read with gptqmodel, which keeps 4 bits in memory on a processor.
+    """
+
+
+@dataclass(frozen=True)
+class MlxConfig(FolderConfig):
+    """Write a model for mlx-lm on Apple silicon; a quantized folder keeps its codes."""
+
+
+@dataclass(frozen=True)
 class ImportConfig(Settings):
     """Write a GGUF file, or any other model, as an ordinary Hugging Face folder."""
 

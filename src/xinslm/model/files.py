@@ -17,6 +17,7 @@ from xinslm.files import new_file
 from xinslm.gguf_file import is_gguf
 from xinslm.model.config import ModelConfig
 from xinslm.model.gguf import GgufSource
+from xinslm.model.packed_source import PackedSource, packed_format
 from xinslm.model.quantized import QuantizedSource, is_quantized
 from xinslm.model.source import CONFIG, WEIGHTS, FolderSource, ModelSource, write_config
 from xinslm.model.transformer import Transformer
@@ -35,8 +36,10 @@ def open_model(name: Path | str, revision: str | None = None) -> ModelSource:
     if is_gguf(path):
         return GgufSource(str(name), path)
     path = find(name, "model", lambda place: (place / CONFIG).is_file(), HUB_FILES, revision)
-    kind = QuantizedSource if is_quantized(path) else FolderSource
-    return kind(str(name), path)
+    if is_quantized(path):
+        return QuantizedSource(str(name), path)
+    packed = packed_format(path)
+    return PackedSource(str(name), path, *packed) if packed else FolderSource(str(name), path)
 
 
 def load_model(

@@ -14,6 +14,9 @@ from torch import Tensor
 _NAMES = {
     torch.uint8: "U8",
     torch.int8: "I8",
+    torch.int32: "I32",
+    torch.uint32: "U32",
+    torch.int64: "I64",
     torch.float16: "F16",
     torch.bfloat16: "BF16",
     torch.float32: "F32",

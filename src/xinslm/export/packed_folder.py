@@ -1,0 +1,204 @@
+"""`xinslm export hf` and `xinslm export mlx`: a model for transformers, vLLM or mlx-lm.
+
+Codes and scales of a quantized folder are transcribed; any other model is written without
+quantization. Before the folder is put in place its weights are read back,
+decoded by the format's definition, and compared with the quantized folder's; a single value that
+differs is an error. Memory holds one tensor at a time.
+"""
+
+import math
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from xinslm.config import to_dict
+from xinslm.errors import UsageError, XinslmError
+from xinslm.export.config import FolderConfig, HfConfig, MlxConfig
+from xinslm.export.layouts import CompressedTensors, Gptq, Layout, Mlx
+from xinslm.export.packing import BITS
+from xinslm.files import read_json, write_json, write_manifest
+from xinslm.folders import new_folder, refuse_existing, refuse_inside
+from xinslm.model.files import check_vocabulary, open_model
+from xinslm.model.quantized import QuantizedSource, StoredWeight
+from xinslm.model.safetensors_writer import SafetensorsWriter
+from xinslm.model.source import CONFIG, WEIGHTS, ModelSource, open_tensors, weight_shapes
+from xinslm.progress import Listener, Progress, ignore
+from xinslm.runs import add_row, require_run
+from xinslm.tokenizer.base import Tokenizer
+from xinslm.tokenizer.load import load_tokenizer
+
+KIND, VERSION = "export", 1
+SAMPLE = "Hello, World! naïve 東京 🙂\n  def f(x):\treturn x + 123\r\n"
+"""Text whose ids the exported tokenizer must give, too."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """The folder that was written."""
+
+    folder: Path
+    runtimes: str
+    types: dict[str, int]
+    """Number of weights by how they are stored: '4-bit', '8-bit', or a type."""
+    file_bytes: int
+    weights: int
+    rounded: int
+    """Weights outside the codes that the chosen type does not hold exactly."""
+
+    def describe(self) -> str:
+        """Lines for the terminal."""
+        census = ", ".join(f"{count} {kind}" for kind, count in sorted(self.types.items()))
+        equal = f"all {self.weights:,} values equal the model's"
+        if self.rounded:
+            equal = (
+                f"{self.rounded:,} of {self.weights:,} values rounded to the chosen type, all "
+                "codes and scales equal"
+            )
+        return "\n".join(
+            [
+                f"tensors {census}",
+                f"size    {self.file_bytes / 2**20:.2f} MiB",
+                f"check   read back: {equal}",
+                f"reads   {self.runtimes}",
+                f"output  {self.folder}",
+            ]
+        )
+
+
+def run_hf(config: HfConfig, on_progress: Listener = ignore) -> Result:
+    """Write a quantized folder as transformers reads it."""
+    layout = Gptq() if config.format == "gptq" else CompressedTensors()
+    return _run(config, layout, on_progress)
+
+
+def run_mlx(config: MlxConfig, on_progress: Listener = ignore) -> Result:
+    """Write a quantized folder as mlx-lm reads it."""
+    return _run(config, Mlx(), on_progress)
+
+
+def _run(config: FolderConfig, layout: Layout, on_progress: Listener) -> Result:
+    config.check()
+    refuse_existing(config.output_dir, config.force)
+    if config.force:
+        refuse_inside(config.output_dir, (config.model,))
+    if config.run is not None:
+        require_run(config.run)
+    source = _Source(open_model(config.model), layout)
+    tokenizer = load_tokenizer(config.model)
+    check_vocabulary(source.model.config.vocab_size, tokenizer, str(config.model))
+    dtype = getattr(torch, config.dtype)
+    with new_folder(config.output_dir, config.force) as folder:
+        _write(source, dtype, folder, on_progress)
+        tokenizer.save(folder)
+        types, rounded = _compare(source, dtype, folder, on_progress)
+        _compare_tokenizers(tokenizer, folder)
+        write_manifest(folder, KIND, VERSION, to_dict(config), {"model": source.model.fingerprint})
+    result = Result(
+        config.output_dir,
+        layout.runtimes,
+        types,
+        (config.output_dir / WEIGHTS).stat().st_size,
+        sum(map(math.prod, source.shapes.values())),
+        rounded,
+    )
+    if config.run is not None:
+        row = {"name": config.output_dir.name, "path": str(config.output_dir)}
+        bits = 8 * result.file_bytes / result.weights
+        add_row(
+            config.run, "files.json", row | {"bytes": result.file_bytes, "bits_per_weight": bits}
+        )
+    return result
+
+
+class _Source:
+    """Weights of a model, with codes if it is a quantized folder and the layout has a place for
+    them.
+    """
+
+    def __init__(self, model: ModelSource, layout: Layout) -> None:
+        self.model, self.layout = model, layout
+        model.require()
+        self.shapes = weight_shapes(model.config)
+        model.require_weights(self.shapes)
+        self.quantized = model if isinstance(model, QuantizedSource) else None
+        self.settings: dict[str, Any] = {}
+        if self.quantized is not None:
+            kinds = self.quantized.formats.items()
+            self.settings = layout.settings({n.removesuffix(".weight"): k for n, k in kinds})
+        elif isinstance(layout, Gptq):
+            raise UsageError(
+                f"{model.name} is not quantized: run `xinslm quantize` first, or leave out --format"
+            )
+
+    def read(self, name: str) -> tuple[StoredWeight, bool]:
+        """A weight, and whether its codes are kept."""
+        if self.quantized is None:
+            values = self.model.rows(name, self.shapes[name])
+            return StoredWeight("f32", self.shapes[name], values, None), False
+        weight = self.quantized.stored(name)
+        return weight, self.layout.packs(name.removesuffix(".weight"), weight.format)
+
+
+def _write(source: _Source, dtype: torch.dtype, folder: Path, on_progress: Listener) -> None:
+    names = list(source.shapes)
+    with SafetensorsWriter(folder / WEIGHTS, [f"{n}_{i}" for n in names for i in range(4)]) as out:
+        for done, name in enumerate(names):
+            on_progress(Progress("export", done, len(names), "tensors"))
+            weight, is_packed = source.read(name)
+            if is_packed:
+                stem = name.removesuffix(".weight")
+                for key, tensor in source.layout.tensors(stem, weight, dtype).items():
+                    out.add(key, tensor)
+            else:
+                out.add(name, _plain(weight.dequantize(), dtype, name))
+    source.model.save_config(folder, dtype)
+    write_json(folder / CONFIG, read_json(folder / CONFIG) | source.settings)
+
+
+def _plain(values: Tensor, dtype: torch.dtype, name: str) -> Tensor:
+    stored = values.to(dtype)
+    if not torch.isfinite(stored).all():
+        raise UsageError(f"weight '{name}' has values beyond float16: use --dtype float32")
+    return stored
+
+
+def _compare(
+    source: _Source, dtype: torch.dtype, folder: Path, on_progress: Listener
+) -> tuple[dict[str, int], int]:
+    """Read the folder back: weights by how they are stored, and values that `dtype` rounded.
+
+    XinslmError if any other value differs.
+    """
+    file = open_tensors(folder / WEIGHTS)
+    types: Counter[str] = Counter()
+    rounded = 0
+    for done, name in enumerate(source.shapes):
+        on_progress(Progress("read back", done, len(source.shapes), "tensors"))
+        weight, is_packed = source.read(name)
+        expected = weight.dequantize()
+        if is_packed:
+            bits = BITS[weight.format]
+            found = source.layout.decode(file.get_tensor, name.removesuffix(".weight"), bits)
+            types[f"{bits}-bit"] += 1
+        else:
+            found = file.get_tensor(name).float()
+            rounded += int((found != expected).sum())
+            expected = expected.to(dtype).float()
+            types[str(dtype).removeprefix("torch.")] += 1
+        if not torch.equal(found, expected):
+            count = int((found != expected).sum()) if found.shape == expected.shape else "all"
+            raise XinslmError(f"{name}: {count} values differ after the export; nothing is written")
+    count = len(source.shapes)
+    on_progress(Progress("read back", count, count, "tensors"))
+    return dict(types), rounded
+
+
+def _compare_tokenizers(tokenizer: Tokenizer, folder: Path) -> None:
+    copy = load_tokenizer(folder)
+    same = list(copy.encode(SAMPLE)) == list(tokenizer.encode(SAMPLE))
+    if not same or copy.chat_template != tokenizer.chat_template:
+        raise XinslmError("the exported tokenizer differs from the model's; nothing is written")

@@ -1,0 +1,155 @@
+"""Quantized folders as transformers and mlx-lm read them: the same weights, the same logits."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from small_models import TEXT, make_config, save_random_model
+from xinslm.errors import UsageError, XinslmError
+from xinslm.export import packed_folder
+from xinslm.export.config import HfConfig, MlxConfig
+from xinslm.export.packed_folder import run_hf, run_mlx
+from xinslm.model.files import load_model, read_tensors
+from xinslm.quantize.config import QuantizeConfig
+from xinslm.quantize.run import run as quantize
+
+IDS = np.random.default_rng(0).integers(5, 320, 24)
+
+
+@pytest.fixture(scope="module", params=["tied", "untied", "8-bit", "odd width"])
+def model(request, tmp_path_factory):
+    """A quantized folder; an intermediate size that is no multiple of 32 leaves down_proj plain."""
+    folder = tmp_path_factory.mktemp("model")
+    changes = {"tie_word_embeddings": request.param != "untied"}
+    if request.param == "odd width":
+        changes["intermediate_size"] = 80
+    save_random_model(folder / "full", **changes)
+    bits = 8 if request.param == "8-bit" else 4
+    quantize(QuantizeConfig(folder / "full", folder / "q", method="rtn", bits=bits))
+    return folder / "q"
+
+
+def our_logits(folder):
+    with torch.no_grad():
+        model = load_model(folder)
+        return model.logits(model.hidden(torch.tensor(IDS[None])))[0]
+
+
+def test_transformers_reads_the_same_weights(model, tmp_path):
+    pytest.importorskip("compressed_tensors")
+    result = run_hf(HfConfig(model, tmp_path / "hf"))
+    assert "all" in result.describe() and result.rounded == 0
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype=torch.float32)
+    with torch.no_grad():
+        logits = loaded(torch.tensor(IDS[None])).logits[0]
+    assert torch.allclose(logits, our_logits(model), atol=2e-5)
+    weights = dict(loaded.named_parameters())  # decompressed by the first call
+    for name, weight in read_tensors(model):
+        assert torch.equal(weights[name].data, weight), name
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "hf")
+    assert tokenizer.encode(TEXT) == AutoTokenizer.from_pretrained(model).encode(TEXT)
+
+
+def test_mlx_reads_the_same_weights(model, tmp_path):
+    mx = pytest.importorskip("mlx.core")
+    utils = pytest.importorskip("mlx_lm.utils")
+    run_mlx(MlxConfig(model, tmp_path / "mlx"))
+    loaded, _ = utils.load_model(tmp_path / "mlx")
+    logits = np.array(loaded(mx.array(IDS[None].astype(np.int32)))[0].astype(mx.float32))
+    assert np.abs(logits - our_logits(model).numpy()).max() < 2e-4
+    expected = dict(read_tensors(model))
+    count = 0
+    for name, module in loaded.named_modules():
+        if hasattr(module, "scales"):
+            weight = mx.dequantize(
+                module.weight, module.scales, module.biases, module.group_size, module.bits
+            )
+            assert np.array_equal(np.array(weight), expected[f"{name}.weight"].numpy()), name
+            count += 1
+    formats = json.loads((model / "manifest.json").read_text())["formats"]
+    assert count == sum(kind in ("q4_0", "q8_0") for kind in formats.values())
+
+
+def test_gptq_is_decoded_by_its_definition(model, tmp_path):
+    formats = json.loads((model / "manifest.json").read_text())["formats"]
+    layers = [k for s, k in formats.items() if s.startswith("model.layers.") and "norm" not in s]
+    config = HfConfig(model, tmp_path / "gptq", format="gptq")
+    if set(layers) != {"q4_0"}:
+        with pytest.raises(UsageError, match=r"not in 4 bits.*compressed-tensors"):
+            run_hf(config)
+        assert not (tmp_path / "gptq").exists()
+        return
+    run_hf(config)
+    expected = dict(read_tensors(model))
+    with safe_open(tmp_path / "gptq" / "model.safetensors", "pt") as file:
+        names = set(file.keys())
+        for stem in [s for s in formats if f"{s}.qweight" in names]:
+            words, zeros, scales, group = (
+                file.get_tensor(f"{stem}.{part}").numpy()
+                for part in ("qweight", "qzeros", "scales", "g_idx")
+            )
+            columns, rows = 8 * words.shape[0], words.shape[1]
+            weight = np.empty((rows, columns), np.float32)
+            for column in range(columns):  # one value at a time, as the format is described
+                code = words[column // 8].view(np.uint32) >> (4 * (column % 8)) & 15
+                g = group[column]
+                zero = np.array(
+                    [
+                        zeros[g, row // 8].view(np.uint32) >> (4 * (row % 8)) & 15
+                        for row in range(rows)
+                    ]
+                )
+                weight[:, column] = (code.astype(int) - zero.astype(int) - 1) * scales[g]
+            assert np.array_equal(weight, expected[f"{stem}.weight"].numpy()), stem
+        assert not any("lm_head.q" in name for name in names)
+
+
+def test_half_precision_rounds_only_what_has_no_codes(model, tmp_path):
+    result = run_hf(HfConfig(model, tmp_path / "hf", dtype="bfloat16"))
+    assert 0 < result.rounded < result.weights
+    assert "codes and scales equal" in result.describe()
+    assert json.loads((tmp_path / "hf" / "config.json").read_text())["dtype"] == "bfloat16"
+
+
+def test_a_wrong_word_is_found_before_the_folder_is_there(model, tmp_path, monkeypatch):
+    class Broken(packed_folder.Mlx):
+        def tensors(self, stem, weight, dtype):
+            found = super().tensors(stem, weight, dtype)
+            if "k_proj" in stem:
+                found[f"{stem}.weight"].view(torch.int32)[0, 0] ^= 1
+            return found
+
+    monkeypatch.setattr(packed_folder, "Mlx", Broken)
+    with pytest.raises(XinslmError, match=r"k_proj.weight: 1 values differ"):
+        run_mlx(MlxConfig(model, tmp_path / "mlx"))
+    assert not any(tmp_path.iterdir())
+
+
+def test_what_cannot_be_exported_is_named(tmp_path):
+    save_random_model(tmp_path / "full")
+    with pytest.raises(UsageError, match="is not quantized: run `xinslm quantize` first"):
+        run_hf(HfConfig(tmp_path / "full", tmp_path / "out", format="gptq"))
+    quantize(QuantizeConfig(tmp_path / "full", tmp_path / "q", method="rtn"))
+    with pytest.raises(UsageError, match="already holds something"):
+        run_mlx(MlxConfig(tmp_path / "q", tmp_path / "full"))
+    with pytest.raises(UsageError, match=r"would|lies in"):
+        run_mlx(MlxConfig(tmp_path / "q", tmp_path / "q", force=True))
+    weights = load_file(tmp_path / "q" / "quantized.safetensors")
+    name = next(n for n in weights if n.endswith("k_proj.scales"))
+    weights[name][:] = 60000.0
+    save_file(weights, tmp_path / "q" / "quantized.safetensors")
+    manifest = json.loads((tmp_path / "q" / "manifest.json").read_text())
+    manifest["files"].pop("quantized.safetensors", None)
+    (tmp_path / "q" / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(UsageError, match="too large for float16: use --dtype float32"):
+        run_mlx(MlxConfig(tmp_path / "q", tmp_path / "mlx", dtype="float16"))
+
+
+def test_the_shape_of_the_test_model_has_grouped_queries():
+    config = make_config()
+    assert config.num_key_value_heads < config.num_attention_heads
