@@ -12,7 +12,7 @@ from xinslm.errors import UsageError
 from xinslm.export.packing import BITS, by_input, words
 from xinslm.model import words as layouts
 from xinslm.model.grids import BLOCK
-from xinslm.model.quantized import StoredWeight
+from xinslm.model.stored import StoredWeight
 
 EMBEDDING = "model.embed_tokens"
 

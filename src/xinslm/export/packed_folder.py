@@ -1,7 +1,7 @@
 """`xinslm export hf` and `xinslm export mlx`: a model for transformers, vLLM or mlx-lm.
 
-Codes and scales of a quantized folder are transcribed; any other model is written without
-quantization. Before the folder is put in place its weights are read back,
+Codes and scales of a quantized folder, or of another model that has them, are transcribed; what has
+none is written without quantization. Before the folder is put in place its weights are read back,
 decoded by the format's definition, and compared with the quantized folder's; a single value that
 differs is an error. Memory holds one tensor at a time.
 """
@@ -10,7 +10,6 @@ import math
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,9 +22,9 @@ from xinslm.export.packing import BITS
 from xinslm.files import read_json, write_json, write_manifest
 from xinslm.folders import new_folder, refuse_existing, refuse_inside
 from xinslm.model.files import check_vocabulary, open_model
-from xinslm.model.quantized import QuantizedSource, StoredWeight
 from xinslm.model.safetensors_writer import SafetensorsWriter
 from xinslm.model.source import CONFIG, WEIGHTS, ModelSource, open_tensors, weight_shapes
+from xinslm.model.stored import StoredWeight
 from xinslm.progress import Listener, Progress, ignore
 from xinslm.runs import add_row, require_run
 from xinslm.tokenizer.base import Tokenizer
@@ -115,32 +114,32 @@ def _run(config: FolderConfig, layout: Layout, on_progress: Listener) -> Result:
 
 
 class _Source:
-    """Weights of a model, with codes if it is a quantized folder and the layout has a place for
-    them.
-    """
+    """Weights of a model, with codes where it has them and the layout has a place for them."""
 
     def __init__(self, model: ModelSource, layout: Layout) -> None:
         self.model, self.layout = model, layout
         model.require()
         self.shapes = weight_shapes(model.config)
         model.require_weights(self.shapes)
-        self.quantized = model if isinstance(model, QuantizedSource) else None
-        self.settings: dict[str, Any] = {}
-        if self.quantized is not None:
-            kinds = self.quantized.formats.items()
-            self.settings = layout.settings({n.removesuffix(".weight"): k for n, k in kinds})
-        elif isinstance(layout, Gptq):
+        kinds = {name.removesuffix(".weight"): self._stored(name).format for name in self.shapes}
+        is_quantized = bool(set(kinds.values()) & BITS.keys())
+        if not is_quantized and isinstance(layout, Gptq):
             raise UsageError(
                 f"{model.name} is not quantized: run `xinslm quantize` first, or leave out --format"
             )
+        self.settings = layout.settings(kinds) if is_quantized else {}
 
     def read(self, name: str) -> tuple[StoredWeight, bool]:
         """A weight, and whether its codes are kept."""
-        if self.quantized is None:
-            values = self.model.rows(name, self.shapes[name])
-            return StoredWeight("f32", self.shapes[name], values, None), False
-        weight = self.quantized.stored(name)
+        weight = self._stored(name)
         return weight, self.layout.packs(name.removesuffix(".weight"), weight.format)
+
+    def _stored(self, name: str) -> StoredWeight:
+        weight = self.model.stored(name)
+        if weight is None:
+            shape = self.shapes[name]
+            return StoredWeight("f32", shape, self.model.rows(name, shape), None)
+        return weight
 
 
 def _write(source: _Source, dtype: torch.dtype, folder: Path, on_progress: Listener) -> None:

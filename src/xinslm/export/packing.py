@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from xinslm.model.grids import unpack_nibbles
-from xinslm.model.quantized import StoredWeight
+from xinslm.model.stored import StoredWeight
 
 BITS = {"q4_0": 4, "q8_0": 8}
 """Bits of a code by format; the other formats are not quantized."""

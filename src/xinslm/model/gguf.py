@@ -19,7 +19,9 @@ from xinslm.files import sha256_file
 from xinslm.gguf_file import GgufFile
 from xinslm.model.config import ModelConfig
 from xinslm.model.gguf_families import FAMILIES, Family, shared_settings
+from xinslm.model.grids import GRIDS, Q4_0
 from xinslm.model.source import ModelSource
+from xinslm.model.stored import StoredWeight
 from xinslm.model.transformer import rotary_frequencies
 
 _ROPE_FACTORS = "rope_freqs.weight"
@@ -153,6 +155,26 @@ class GgufSource(ModelSource):
         if self._family.norm_offset and "norm" in name:
             values = values - np.float32(self._family.norm_offset)
         return torch.from_numpy(np.ascontiguousarray(values))
+
+    def stored(self, name: str) -> StoredWeight | None:
+        """A weight of type Q4_0 or Q8_0: its blocks."""
+        place = self._places[name]
+        grid = GRIDS.get(place.tensor_type.name.lower())
+        if grid is None:
+            return None
+        blocks = np.array(place.data).reshape(len(place.data), -1, grid.block_bytes)
+        scales = torch.from_numpy(blocks[..., :2].copy().view(np.float16)[..., 0])
+        data = torch.from_numpy(np.ascontiguousarray(blocks[..., 2:])).flatten(1)
+        data = data if grid is Q4_0 else data.view(torch.int8)
+        if self._family.is_permuted and (".q_proj." in name or ".k_proj." in name):
+            half = self.config.head_dim // 2
+            data, scales = (
+                part.reshape(-1, half, 2, part.shape[1]).transpose(1, 2).reshape(part.shape)
+                for part in (data, scales)
+            )
+        if not torch.isfinite(scales).all():
+            raise XinslmError(f"{self.path}: weight '{name}' holds NaN or infinity")
+        return StoredWeight(grid.name, self.shape_of(name), data.contiguous(), scales.contiguous())
 
     def _values(self, tensor: Any, start: int = 0, stop: int | None = None) -> np.ndarray:
         from gguf import quants

@@ -17,7 +17,9 @@ from torch import Tensor
 from xinslm.errors import XinslmError
 from xinslm.files import read_json
 from xinslm.model import words
+from xinslm.model.grids import BLOCK, Q4_0, Q8_0
 from xinslm.model.source import CONFIG, FolderSource, ModelSource
+from xinslm.model.stored import StoredWeight
 
 _PACKED = {
     "compressed-tensors": ".weight_packed",
@@ -134,6 +136,35 @@ class PackedSource(FolderSource):
             return words.gptq(self._read, stem, bits, version)
         decode = words.mlx if self.layout == "mlx" else words.compressed_tensors
         return decode(self._read, stem, bits)
+
+    def stored(self, name: str) -> StoredWeight | None:
+        """A weight of 4 or 8 bits in symmetric groups of 32 neighbours; None for any other."""
+        stem = name.removesuffix(".weight")
+        if stem not in self.stems or (bits := self.bits(stem)) not in (4, 8):
+            return None
+        rows, columns = self.shape_of(name)
+        scales = self._scales(stem, 1 << (bits - 1))
+        if columns % BLOCK or scales is None or tuple(scales.shape) != (rows, columns // BLOCK):
+            return None
+        values = self.tensor(name).unflatten(1, (-1, BLOCK))
+        codes = (values.double() / scales.double()[..., None]).round().flatten(1)
+        grid = Q4_0 if bits == 4 else Q8_0
+        found = StoredWeight.of(codes, scales, grid)
+        same = found is not None and torch.equal(found.dequantize(), values.flatten(1))
+        return found if same else None
+
+    def _scales(self, stem: str, middle: int) -> Tensor | None:
+        """Scales (rows, groups) of symmetric codes whose value 0 is `middle`; else None."""
+        if self.layout == "compressed-tensors":
+            is_ordered = f"{stem}.weight_g_idx" not in self._handles
+            return self._read(f"{stem}.weight_scale").float() if is_ordered else None
+        scales = self._read(f"{stem}.scales").float()
+        if self.layout == "mlx":
+            biases = self._read(f"{stem}.biases").float()
+            return scales if torch.equal(biases, -middle * scales) else None
+        order = self._read(f"{stem}.g_idx").long()
+        is_ordered = torch.equal(order, torch.arange(len(order)) // BLOCK)
+        return scales.T.contiguous() if is_ordered else None
 
     def pretrained_arguments(self) -> dict[str, Any]:
         """Return the arguments with which `from_pretrained` of transformers' class loads this."""

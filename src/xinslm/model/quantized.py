@@ -7,17 +7,15 @@ nibble order, or int8 (rows, columns)) and `NAME.scales` (float16 (rows, columns
 weights whose rows are not a multiple of 32, are stored unquantized.
 """
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from xinslm.errors import XinslmError
 from xinslm.files import MANIFEST, read_json, read_manifest
-from xinslm.model.grids import BLOCK, GRIDS, Q4_0, decode, to_ggml, unpack_nibbles
+from xinslm.model.grids import BLOCK, GRIDS, Q4_0
 from xinslm.model.source import (
     CONFIG,
     QUANTIZED_WEIGHTS,
@@ -26,36 +24,11 @@ from xinslm.model.source import (
     open_tensors,
     weight_shapes,
 )
+from xinslm.model.stored import StoredWeight
 
 KIND, VERSION = "quantized", 2
 _MADE_BY = "xinslm quantize"
 _PLAIN = {"f16": torch.float16, "f32": torch.float32}
-
-
-@dataclass(frozen=True)
-class StoredWeight:
-    """One weight as it is stored in the folder."""
-
-    format: str
-    """'q4_0', 'q8_0', 'f16' or 'f32'."""
-    shape: tuple[int, ...]
-    """Shape of the dequantized weight."""
-    data: Tensor
-    """Codes as stored (packed uint8, or int8), or the plain tensor."""
-    scales: Tensor | None
-    """Float16 (rows, columns / 32); None for a plain tensor."""
-
-    def dequantize(self) -> Tensor:
-        """The weight in float32."""
-        if self.scales is None:
-            return self.data.float()
-        return decode(
-            unpack_nibbles(self.data) if self.format == Q4_0.name else self.data, self.scales
-        )
-
-    def ggml_rows(self) -> np.ndarray:
-        """Codes and scales as llama.cpp's blocks, uint8 (rows, bytes), or the plain array."""
-        return self.data.numpy() if self.scales is None else to_ggml(self.data, self.scales)
 
 
 class QuantizedSource(FolderSource):

@@ -21,6 +21,7 @@ from torch import Tensor
 from xinslm.errors import UsageError, XinslmError
 from xinslm.files import read_json, sha256_file, sha256_json, write_json
 from xinslm.model.config import ModelConfig, UnsupportedModelError
+from xinslm.model.stored import StoredWeight
 from xinslm.model.transformer import Transformer
 
 CONFIG, GENERATION = "config.json", "generation_config.json"
@@ -56,6 +57,10 @@ class ModelSource:
     def tensor(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
         """Read one weight, or its rows [start, stop), as stored; float32 if it was quantized."""
         raise NotImplementedError
+
+    def stored(self, name: str) -> StoredWeight | None:
+        """One weight as codes of our grids, without rounding; None if it has none."""
+        return None
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Yield the name and tensor of each weight."""

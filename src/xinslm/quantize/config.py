@@ -23,8 +23,11 @@ class QuantizeConfig(Settings):
     """Dataset folder made with this model's tokenizer; its train split calibrates GPTQ (4 bits)."""
     bits: int = 4
     """Bits per weight of the linear layers, 4 or 8; embedding and LM head always have 8 bits."""
-    method: Literal["gptq", "rtn"] = "gptq"
-    """gptq feeds rounding errors forward (needs --data-path); rtn, and 8 bits, only round."""
+    method: Literal["gptq", "rtn", "keep"] = "gptq"
+    """gptq feeds rounding errors forward (needs --data-path); rtn, and 8 bits, only round; keep
+    takes over the codes of a GGUF of Q4_0 or Q8_0, or of a folder of compressed-tensors, GPTQ or
+    MLX with symmetric groups of 32.
+    """
     num_calibration_samples: int = 128
     """Number of packed rows of the train split that calibrate GPTQ."""
     max_seq_length: int | None = None

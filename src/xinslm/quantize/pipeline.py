@@ -66,6 +66,11 @@ class Quantization:
         self._calibration: Calibration | None = None
 
     @property
+    def bits(self) -> int:
+        """Bits of the linear layers."""
+        return 4 if self.grid is Q4_0 else 8
+
+    @property
     def notes(self) -> list[str]:
         """Deviations from the request, one sentence per reason with the weights it concerns."""
         return [

@@ -19,12 +19,13 @@ from xinslm.files import write_manifest
 from xinslm.folders import new_folder, refuse_existing, refuse_inside
 from xinslm.model.config import ModelConfig
 from xinslm.model.files import check_vocabulary, open_model
-from xinslm.model.grids import GRIDS, Q4_0
+from xinslm.model.grids import GRIDS
 from xinslm.model.quantized import KIND, VERSION
 from xinslm.model.source import QUANTIZED_WEIGHTS
 from xinslm.progress import Listener, ignore
 from xinslm.quantize.calibration import read_rows
 from xinslm.quantize.config import QuantizeConfig
+from xinslm.quantize.keep import Kept
 from xinslm.quantize.pipeline import Quantization
 from xinslm.runs import add_row, require_run
 from xinslm.tokenizer.load import load_tokenizer
@@ -83,8 +84,12 @@ def run(config: QuantizeConfig, on_progress: Listener = ignore) -> Result:
         batches, inputs["dataset"] = _calibration_rows(
             config, tokenizer.fingerprint(), source.config
         )
-    work = Quantization(source, config.bits, batches, on_progress)
+    work: Quantization | Kept = Kept(source, on_progress)
     method = "gptq" if config.calibrates else "rtn"
+    if config.method == "keep":
+        method = "keep"
+    else:
+        work = Quantization(source, config.bits, batches, on_progress)
     with torch.no_grad(), new_folder(config.output_dir, config.force) as folder:
         write_folder(work, tokenizer, folder, to_dict(config), inputs, method)
     result = _result(work, config.output_dir)
@@ -96,7 +101,7 @@ def run(config: QuantizeConfig, on_progress: Listener = ignore) -> Result:
 
 
 def write_folder(
-    work: Quantization,
+    work: Quantization | Kept,
     tokenizer: Any,
     folder: Path,
     config: dict[str, Any],
@@ -113,9 +118,7 @@ def write_folder(
         "layers": work.losses,
         "notes": work.notes,
     }
-    write_manifest(
-        folder, KIND, VERSION, config, inputs, bits=4 if work.grid is Q4_0 else 8, **content
-    )
+    write_manifest(folder, KIND, VERSION, config, inputs, bits=work.bits, **content)
 
 
 def _calibration_rows(
@@ -136,7 +139,7 @@ def _calibration_rows(
     )
 
 
-def _result(work: Quantization, folder: Path) -> Result:
+def _result(work: Quantization | Kept, folder: Path) -> Result:
     bits = {"f16": 16.0, "f32": 32.0} | {grid.name: grid.bits_per_weight for grid in GRIDS.values()}
     tensors, weights = Counter(work.formats.values()), Counter[str]()
     for name, kind in work.formats.items():
