@@ -109,6 +109,30 @@ def test_gptq_is_decoded_by_its_definition(model, tmp_path):
         assert not any("lm_head.q" in name for name in names)
 
 
+def test_the_rotation_reaches_runtimes_that_do_not_read_rope_parameters(tmp_path):
+    """transformers 5 writes theta and its rescaling in `rope_parameters` alone."""
+    mx = pytest.importorskip("mlx.core")
+    utils = pytest.importorskip("mlx_lm.utils")
+    scaling = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0}
+    scaling |= {"high_freq_factor": 4.0, "original_max_position_embeddings": 32}
+    save_random_model(tmp_path / "full", rope_theta=300.0, rope_scaling=scaling)
+    path = tmp_path / "full" / "config.json"
+    config = json.loads(path.read_text())
+    config = {k: v for k, v in config.items() if k not in ("rope_theta", "rope_scaling")}
+    path.write_text(json.dumps(config | {"rope_parameters": scaling | {"rope_theta": 300.0}}))
+    quantize(QuantizeConfig(tmp_path / "full", tmp_path / "q", method="rtn"))
+    run_mlx(MlxConfig(tmp_path / "q", tmp_path / "mlx"))
+    loaded, _ = utils.load_model(tmp_path / "mlx")
+    logits = np.array(loaded(mx.array(IDS[None].astype(np.int32)))[0].astype(mx.float32))
+    assert np.abs(logits - our_logits(tmp_path / "q").numpy()).max() < 2e-4
+
+
+def test_a_window_that_mlx_lm_ignores_is_said(tmp_path):
+    save_random_model(tmp_path / "full", sliding_window=16)
+    assert "up to 16 tokens" in run_mlx(MlxConfig(tmp_path / "full", tmp_path / "mlx")).describe()
+    assert "note" not in run_hf(HfConfig(tmp_path / "full", tmp_path / "hf")).describe()
+
+
 def test_half_precision_rounds_only_what_has_no_codes(model, tmp_path):
     result = run_hf(HfConfig(model, tmp_path / "hf", dtype="bfloat16"))
     assert 0 < result.rounded < result.weights

@@ -47,6 +47,8 @@ class Result:
     weights: int
     rounded: int
     """Weights outside the codes that the chosen type does not hold exactly."""
+    note: str = ""
+    """What the runtimes do otherwise than the model."""
 
     def describe(self) -> str:
         """Lines for the terminal."""
@@ -63,6 +65,7 @@ class Result:
                 f"size    {self.file_bytes / 2**20:.2f} MiB",
                 f"check   read back: {equal}",
                 f"reads   {self.runtimes}",
+                *([f"note    {self.note}"] if self.note else []),
                 f"output  {self.folder}",
             ]
         )
@@ -103,6 +106,7 @@ def _run(config: FolderConfig, layout: Layout, on_progress: Listener) -> Result:
         (config.output_dir / WEIGHTS).stat().st_size,
         sum(map(math.prod, source.shapes.values())),
         rounded,
+        _window_note(source) if isinstance(layout, Mlx) else "",
     )
     if config.run is not None:
         row = {"name": config.output_dir.name, "path": str(config.output_dir)}
@@ -111,6 +115,17 @@ def _run(config: FolderConfig, layout: Layout, on_progress: Listener) -> Result:
             config.run, "files.json", row | {"bytes": result.file_bytes, "bits_per_weight": bits}
         )
     return result
+
+
+def _window_note(source: "_Source") -> str:
+    """mlx-lm 0.32 takes a model whose layers all have a window for one without."""
+    window = source.model.config.sliding_window
+    if window is None or window >= source.model.config.max_position_embeddings:
+        return ""
+    return (
+        f"mlx-lm ignores this model's sliding window of {window:,} tokens: its results are the "
+        f"model's own up to {window:,} tokens, not beyond"
+    )
 
 
 class _Source:
@@ -155,7 +170,10 @@ def _write(source: _Source, dtype: torch.dtype, folder: Path, on_progress: Liste
             else:
                 out.add(name, _plain(weight.dequantize(), dtype, name))
     source.model.save_config(folder, dtype)
-    write_json(folder / CONFIG, read_json(folder / CONFIG) | source.settings)
+    # mlx-lm and older versions of transformers do not read `rope_parameters`
+    shape = source.model.config.to_hf()
+    rotation = {key: shape[key] for key in ("rope_theta", "rope_scaling", "head_dim")}
+    write_json(folder / CONFIG, read_json(folder / CONFIG) | rotation | source.settings)
 
 
 def _plain(values: Tensor, dtype: torch.dtype, name: str) -> Tensor:
