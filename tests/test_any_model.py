@@ -22,7 +22,7 @@ from xinslm.data.config import PrepareConfig
 from xinslm.doctor.config import DoctorConfig
 from xinslm.evaluate.benchmark.config import BenchmarkConfig
 from xinslm.evaluate.config import EvaluateConfig
-from xinslm.export.config import GgufConfig, HfConfig, ImportConfig, MlxConfig
+from xinslm.export.config import AllConfig, GgufConfig, HfConfig, ImportConfig, MlxConfig
 from xinslm.inference.config import ChatConfig, GenerateConfig
 from xinslm.model.files import load_model, open_model
 from xinslm.plan.config import PlanConfig
@@ -217,6 +217,9 @@ USES: dict[str, dict[str, Callable[[World, Path, Path], object]]] = {
         )
     },
     "export hf": {"model": lambda w, m, out: run(HfConfig(m, out)) and first_weight(out)},
+    "export all": {
+        "model": lambda w, m, out: run(AllConfig(m, out)) and first_weight(out / "model.gguf")
+    },
     "export mlx": {"model": lambda w, m, out: run(MlxConfig(m, out)) and first_weight(out)},
 }
 TAKE_MODELS = {"model", "teacher", "student", "init_from", "tokenizer_path", "prefix_of"}

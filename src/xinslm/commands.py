@@ -181,6 +181,13 @@ COMMANDS = {
         example="student-4bit -o student-mlx",
         most_used="model output_dir dtype run force",
     ),
+    "export all": Command(
+        "write a model as GGUF, for transformers and vLLM, and for mlx-lm",
+        "export.config:AllConfig",
+        "export.all:run",
+        example="student-4bit -o exports",
+        most_used="model output_dir dtype run force",
+    ),
     "generate": Command(
         "continue a prompt",
         "inference.config:GenerateConfig",

@@ -106,6 +106,7 @@ NEEDED = {
     "import": ["x"],
     "export gguf": ["x"],
     "export hf": ["x"],
+    "export all": ["x"],
     "export mlx": ["x"],
     "report": ["x"],
     "benchmark": ["x"],

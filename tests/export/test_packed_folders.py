@@ -12,7 +12,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from small_models import TEXT, make_config, save_random_model
 from xinslm.errors import UsageError, XinslmError
 from xinslm.export import packed_folder
-from xinslm.export.config import HfConfig, MlxConfig
+from xinslm.export.all import run as run_all
+from xinslm.export.config import AllConfig, HfConfig, MlxConfig
 from xinslm.export.packed_folder import run_hf, run_mlx
 from xinslm.model.files import load_model, read_tensors
 from xinslm.quantize.config import QuantizeConfig
@@ -131,6 +132,17 @@ def test_a_window_that_mlx_lm_ignores_is_said(tmp_path):
     save_random_model(tmp_path / "full", sliding_window=16)
     assert "up to 16 tokens" in run_mlx(MlxConfig(tmp_path / "full", tmp_path / "mlx")).describe()
     assert "note" not in run_hf(HfConfig(tmp_path / "full", tmp_path / "hf")).describe()
+
+
+def test_all_formats_at_once(model, tmp_path):
+    result = run_all(AllConfig(model, tmp_path / "all"))
+    assert sorted(p.name for p in (tmp_path / "all").iterdir()) == ["hf", "mlx", "model.gguf"]
+    expected = dict(read_tensors(model))
+    for path in (tmp_path / "all").iterdir():
+        assert all(torch.equal(w, expected[name]) for name, w in read_tensors(path)), path.name
+    assert result.describe().count("output") == 3
+    with pytest.raises(UsageError, match="already holds something"):
+        run_all(AllConfig(model, tmp_path / "all"))
 
 
 def test_half_precision_rounds_only_what_has_no_codes(model, tmp_path):

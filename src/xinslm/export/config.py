@@ -59,6 +59,11 @@ class MlxConfig(FolderConfig):
 
 
 @dataclass(frozen=True)
+class AllConfig(FolderConfig):
+    """Write a model as GGUF, for transformers and vLLM, and for mlx-lm, into one folder."""
+
+
+@dataclass(frozen=True)
 class ImportConfig(Settings):
     """Write a GGUF file, or any other model, as an ordinary Hugging Face folder."""
 
