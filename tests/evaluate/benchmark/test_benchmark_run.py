@@ -135,6 +135,31 @@ def test_a_time_limit_is_told(world):
     assert any("drawn at random" in note for note in result.notes)
 
 
+def test_with_a_time_limit_the_model_scores_the_items_of_the_other_one(world, monkeypatch):
+    from xinslm.evaluate.benchmark import models
+
+    calls, score = [], models.score_model
+
+    def recorded(path, *rest):
+        calls.append((path.name, *rest[3:]))
+        return score(path, *rest)
+
+    monkeypatch.setattr(models, "score_model", recorded)
+    config = BenchmarkConfig(
+        model=world / "student",
+        against=world / "teacher",
+        tasks=("hellaswag",),
+        data=world / "data",
+        device="cpu",
+        max_minutes=1e-5,
+    )
+    result = run(config)
+    (first, seconds), (second, limit, chosen) = calls
+    assert (first, second, limit) == ("teacher", "student", None)
+    assert seconds == pytest.approx(30e-5) and len(chosen["hellaswag"]) == 8
+    assert "hellaswag: 8 of 40 items" in result.notes[0]
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -185,3 +210,6 @@ def test_overlap_counts_thirteen_words_in_a_row(world, tmp_path):
         "b": [" ".join(words[5:14])],
     }
     assert words_in_common(texts, [folder]) == {"a": 1, "b": 1}
+    # words before each item, such as a system prompt, are not the items
+    before = " ".join(words[10:25])
+    assert words_in_common({"c": [f"{before} one", f"{before} two"]}, [folder]) == {"c": 0}

@@ -1,10 +1,12 @@
 """Benchmark items that are also in a model's training text, by shared runs of words.
 
 Two texts overlap if they share 13 words in a row, without case and punctuation (GPT-3,
-arXiv:2005.14165, appendix C). Shorter items are looked for as a whole if they have 8 words.
+arXiv:2005.14165, appendix C). Shorter items are looked for as a whole if they have 8 words. Words
+that several items of a task have in common, such as a chat template's system prompt, do not count.
 """
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -26,6 +28,7 @@ def words_in_common(texts: Mapping[str, Sequence[str]], folders: Sequence[Path])
         for number, text in enumerate(items):
             for run in _runs(_words(text)):
                 wanted.setdefault(run, set()).add((name, number))
+    wanted = {run: own for run, owners in wanted.items() if (own := _of_one_item(owners))}
     sizes = sorted({len(run) for run in wanted})
     found: set[tuple[str, int]] = set()
     for document in _documents(folders):
@@ -34,6 +37,12 @@ def words_in_common(texts: Mapping[str, Sequence[str]], folders: Sequence[Path])
             for at in range(len(words) - size + 1):
                 found |= wanted.get(tuple(words[at : at + size]), set())
     return {name: sum(owner == name for owner, _ in found) for name in texts}
+
+
+def _of_one_item(owners: set[tuple[str, int]]) -> set[tuple[str, int]]:
+    """The owners of a run without those of tasks in which several items have it."""
+    count = Counter(name for name, _ in owners)
+    return {owner for owner in owners if count[owner[0]] == 1}
 
 
 def training_folders(model: Path) -> list[Path]:

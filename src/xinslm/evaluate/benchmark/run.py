@@ -96,7 +96,8 @@ def _tasks(config: BenchmarkConfig, on_progress: Listener) -> dict[str, Any]:
             name: [(item.task, item.index) for item in score.items]
             for name, score in other.scores.items()
         }
-    own = score_model(config.model, tasks, config, on_progress, seconds, chosen)
+    limit = seconds if chosen is None else None  # the same items, whatever they take
+    own = score_model(config.model, tasks, config, on_progress, limit, chosen)
     pairs = {
         name: (score, other.scores[name] if other else None) for name, score in own.scores.items()
     }
