@@ -51,7 +51,7 @@ def test_help_of_a_command_imports_no_torch():
     [
         (["distil"], "Did you mean 'distill'?"),
         (["tokenizer"], "'tokenizer' needs one of: show, train"),
-        (["export", "pickle"], "'export' needs one of: gguf"),
+        (["export", "pickle"], "'export' needs one of: all, gguf, hf, mlx"),
         (["distill", "--config"], "--config needs a file"),
         (["distill", "--config", "/nowhere.yaml"], "/nowhere.yaml: No such file or directory"),
         (["distill", "--data-path", "x", "-o", "y"], "give --cache"),

@@ -211,7 +211,7 @@ def test_wrong_weights_are_named(folder: Path) -> None:
         ("model_type", "gpt2", "model_type is 'gpt2'"),
         ("hidden_act", "gelu", "hidden_act is 'gelu'"),
         ("attention_bias", True, "attention_bias is True"),
-        ("quantization_config", {"quant_method": "gptq"}, "quantization_config is"),
+        ("quantization_config", {"quant_method": "awq"}, "quantization_config is"),
         ("rope_parameters", {"rope_type": "yarn", "factor": 4.0}, "rope_type is 'yarn'"),
         ("num_key_value_heads", 3, "must divide num_attention_heads"),
     ],
