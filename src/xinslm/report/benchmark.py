@@ -177,7 +177,7 @@ def _retained(rows: Sequence[Row]) -> list[Bar]:
 
 
 def _bits(rows: Sequence[Row]) -> list[Bar]:
-    """Of the right answers, by task; the other model's once."""
+    """Of the right answers, by task; the other model's once for each number of items."""
     bars, seen = [], set()
     for row in rows:
         for task in _main_rows(row):
@@ -187,8 +187,10 @@ def _bits(rows: Sequence[Row]) -> list[Bar]:
             name = row["model"]["name"]
             bars.append(Bar(task["task"], name, found["value"], found["interval"], None))
             other = (task.get("other") or {}).get("bits_per_byte")
-            if other and (key := (task["task"], row["against"]["name"])) not in seen:
-                bars.append(Bar(*key, other["value"], None, None))
+            rival = (row["against"] or {}).get("name", "")
+            key = task["task"], rival, task["items"]
+            if other and key not in seen:
+                bars.append(Bar(task["task"], rival, other["value"], None, None))
                 seen.add(key)
     return bars
 
