@@ -9,7 +9,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from small_models import TEXT, make_config, save_random_model
+from small_models import TEXT, save_random_model
 from xinslm.errors import UsageError, XinslmError
 from xinslm.export import packed_folder
 from xinslm.export.all import run as run_all
@@ -184,8 +184,3 @@ def test_what_cannot_be_exported_is_named(tmp_path):
     (tmp_path / "q" / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(UsageError, match="too large for float16: use --dtype float32"):
         run_mlx(MlxConfig(tmp_path / "q", tmp_path / "mlx", dtype="float16"))
-
-
-def test_the_shape_of_the_test_model_has_grouped_queries():
-    config = make_config()
-    assert config.num_key_value_heads < config.num_attention_heads

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from small_models import make_config, save_random_model
+from small_models import save_random_model
 from xinslm.errors import UsageError, XinslmError
 from xinslm.model.files import load_model, open_model
 
@@ -78,8 +78,8 @@ def test_gptq_with_zero_points_and_any_order_of_columns(full, tmp_path, bits, gr
     assert source.num_weights == sum(w.numel() for w in load_model(full).parameters())
 
 
-@pytest.mark.parametrize("group", [32, 16])
-def test_compressed_tensors_as_the_library_packs_them(full, tmp_path, group):
+@pytest.mark.parametrize(("group", "order"), [(32, None), (16, None), (32, "unused"), (32, "any")])
+def test_compressed_tensors_as_the_library_packs_them(full, tmp_path, group, order):
     helpers = pytest.importorskip("compressed_tensors.compressors.pack_quantized.helpers")
     rng = np.random.default_rng(0)
     tensors, expected = load_file(full / "model.safetensors"), {}
@@ -91,7 +91,13 @@ def test_compressed_tensors_as_the_library_packs_them(full, tmp_path, group):
         tensors[f"{stem}.weight_packed"] = helpers.pack_to_int32(codes, 4)
         tensors[f"{stem}.weight_scale"] = scales
         tensors[f"{stem}.weight_shape"] = torch.tensor([rows, columns])
-        expected[name] = codes.float() * scales.repeat_interleave(group, 1)
+        groups = torch.arange(columns) // group
+        if order == "any":
+            groups = groups[torch.from_numpy(rng.permutation(columns))]
+        if order is not None:
+            index = groups if order == "any" else torch.full((columns,), -1)
+            tensors[f"{stem}.weight_g_idx"] = index.int()
+        expected[name] = codes.float() * scales[:, groups]
     settings = {"quant_method": "compressed-tensors", "format": "pack-quantized"}
     folder = write(full, tmp_path / "ct", tensors, quantization_config=settings)
     found = load_model(folder).state_dict()
@@ -161,4 +167,12 @@ def test_what_is_not_supported_is_named(full, tmp_path):
     path.write_text(json.dumps(config))
     with pytest.raises((UsageError, XinslmError), match="quantization_config"):
         load_model(folder)
-    assert make_config().hidden_size == 64
+
+
+def test_other_formats_of_compressed_tensors_are_not_taken_for_codes(full, tmp_path):
+    settings = {"quant_method": "compressed-tensors", "format": "float-quantized"}
+    tensors = load_file(full / "model.safetensors")
+    folder = write(full, tmp_path / "fp8", tensors, quantization_config=settings)
+    assert open_model(folder).kind == "model"  # transformers reads it
+    with pytest.raises(XinslmError, match="quantization_config"):
+        load_model(folder)

@@ -46,7 +46,9 @@ def packed_format(folder: Path) -> tuple[str, dict[str, Any]] | None:
     quantization = settings.get("quantization_config")
     if isinstance(quantization, dict):
         method = quantization.get("quant_method")
-        if method in ("gptq", "compressed-tensors"):
+        # other formats of compressed-tensors, such as fp8, are left to transformers
+        is_packed = quantization.get("format", "pack-quantized") == "pack-quantized"
+        if method == "gptq" or (method == "compressed-tensors" and is_packed):
             return str(method), quantization
     own = settings.get("quantization")
     return ("mlx", own) if isinstance(own, dict) and {"bits", "group_size"} <= own.keys() else None
@@ -134,8 +136,14 @@ class PackedSource(FolderSource):
         if self.layout == "gptq":
             version = 2 if self.quantization.get("checkpoint_format") == "gptq_v2" else 1
             return words.gptq(self._read, stem, bits, version)
-        decode = words.mlx if self.layout == "mlx" else words.compressed_tensors
-        return decode(self._read, stem, bits)
+        if self.layout == "mlx":
+            return words.mlx(self._read, stem, bits)
+        return words.compressed_tensors(self._read, stem, bits, self._is_ordered(stem))
+
+    def _is_ordered(self, stem: str) -> bool:
+        """Whether groups of compressed-tensors are neighbours; -1 stands for an unused order."""
+        name = f"{stem}.weight_g_idx"
+        return name not in self._handles or bool((self._read(name) < 0).all())
 
     def stored(self, name: str) -> StoredWeight | None:
         """A weight of 4 or 8 bits in symmetric groups of 32 neighbours; None for any other."""
@@ -156,8 +164,7 @@ class PackedSource(FolderSource):
     def _scales(self, stem: str, middle: int) -> Tensor | None:
         """Scales (rows, groups) of symmetric codes whose value 0 is `middle`; else None."""
         if self.layout == "compressed-tensors":
-            is_ordered = f"{stem}.weight_g_idx" not in self._handles
-            return self._read(f"{stem}.weight_scale").float() if is_ordered else None
+            return self._read(f"{stem}.weight_scale").float() if self._is_ordered(stem) else None
         scales = self._read(f"{stem}.scales").float()
         if self.layout == "mlx":
             biases = self._read(f"{stem}.biases").float()

@@ -3,8 +3,8 @@
 Codes lie in 32-bit words, the first one in the lowest bits.
 
 - compressed-tensors, `pack-quantized`: NAME.weight_packed int32 (rows, columns * bits / 32),
-  NAME.weight_scale (rows, columns / group), NAME.weight_shape; weight = (code - 2^(bits - 1)) *
-  scale.
+  NAME.weight_scale (rows, columns / group), NAME.weight_shape; NAME.weight_g_idx (columns), the
+  group of each column, if they are not in order; weight = (code - 2^(bits - 1)) * scale.
 - GPTQ: NAME.qweight int32 (columns * bits / 32, rows), NAME.scales (columns / group,
   rows), NAME.qzeros int32 (columns / group, rows * bits / 32), in version 1 the zero points less 1,
   NAME.g_idx (columns), the group of each column; weight = (code - zero) * scale.
@@ -30,11 +30,14 @@ def unpack(words: Tensor, bits: int) -> Tensor:
     return torch.from_numpy(parts.reshape(*values.shape[:-1], -1).astype(np.int64))
 
 
-def compressed_tensors(read: Read, stem: str, bits: int) -> Tensor:
+def compressed_tensors(read: Read, stem: str, bits: int, is_ordered: bool = True) -> Tensor:
     """One weight of a compressed-tensors file, float32 (rows, columns)."""
     rows, columns = (int(size) for size in read(f"{stem}.weight_shape"))
     signed = unpack(read(f"{stem}.weight_packed"), bits)[:rows, :columns] - (1 << (bits - 1))
-    return _scaled(signed, read(f"{stem}.weight_scale"))
+    scales = read(f"{stem}.weight_scale")
+    if is_ordered:
+        return _scaled(signed, scales)
+    return signed.float() * scales.float()[:, read(f"{stem}.weight_g_idx").long()]
 
 
 def gptq(read: Read, stem: str, bits: int, version: int = 1) -> Tensor:

@@ -118,8 +118,9 @@ def test_bits_per_byte_of_the_right_choice(world):
     assert row["bits_per_byte"]["value"] == pytest.approx(nats / size / 0.6931471805599453)
 
 
-def test_a_time_limit_is_told(world):
-    config = BenchmarkConfig(
+def limited(world) -> BenchmarkConfig:
+    """Both models on the first items only."""
+    return BenchmarkConfig(
         model=world / "student",
         against=world / "teacher",
         tasks=("hellaswag",),
@@ -127,7 +128,10 @@ def test_a_time_limit_is_told(world):
         device="cpu",
         max_minutes=1e-5,
     )
-    result = run(config)
+
+
+def test_a_time_limit_is_told(world):
+    result = run(limited(world))
     row = result.tasks[0]
     assert 0 < row["items"] < row["total"] == 40
     low, high = row["full_set"]["interval"]
@@ -145,15 +149,7 @@ def test_with_a_time_limit_the_model_scores_the_items_of_the_other_one(world, mo
         return score(path, *rest)
 
     monkeypatch.setattr(models, "score_model", recorded)
-    config = BenchmarkConfig(
-        model=world / "student",
-        against=world / "teacher",
-        tasks=("hellaswag",),
-        data=world / "data",
-        device="cpu",
-        max_minutes=1e-5,
-    )
-    result = run(config)
+    result = run(limited(world))
     (first, seconds), (second, limit, chosen) = calls
     assert (first, second, limit) == ("teacher", "student", None)
     assert seconds == pytest.approx(30e-5) and len(chosen["hellaswag"]) == 8
