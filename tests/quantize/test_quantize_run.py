@@ -46,13 +46,13 @@ def options(folders, output, **changes):
 
 @pytest.fixture(scope="module")
 def gptq(folders):
-    result = run(options(folders, folders / "gptq"))
+    result = run(options(folders, folders / "gptq", method="gptq"))
     return folders / "gptq", result
 
 
-def calibration_batches(folders, config):
+def calibration_batches(folders, config, rows=ROWS):
     fingerprint = load_tokenizer(folders / "model").fingerprint()
-    return calibration.read_rows(folders / "data", fingerprint, config, ROWS, LENGTH, 0)[0]
+    return calibration.read_rows(folders / "data", fingerprint, config, rows, LENGTH, 0)[0]
 
 
 def linear_inputs(model, batches):
@@ -141,7 +141,7 @@ def test_sizes_are_counted(gptq):
 
 
 def test_same_input_same_bytes(folders, gptq, tmp_path):
-    run(options(folders, tmp_path / "again"))
+    run(options(folders, tmp_path / "again", method="gptq"))
     assert tree_hash(tmp_path / "again") == tree_hash(gptq[0])
 
 

@@ -22,14 +22,15 @@ GROUPS = {
     "Model": """
         preset vocab_size hidden_size num_layers num_heads num_kv_heads head_dim intermediate_size
         tie_word_embeddings sliding_window max_seq_length min_frequency max_token_length
-        special_tokens layers compensate bits method lora_r lora_alpha lora_dropout target_modules
+        special_tokens layers compensate bits method target_size lora_r lora_alpha lora_dropout
+        target_modules
     """,
     "Training": """
         num_epochs max_steps batch_size micro_batch_size learning_rate warmup_ratio decay_ratio
         weight_decay optimizer max_grad_norm max_eval_samples eval_steps save_steps logging_steps
         teacher_steps student_steps megabytes rounds completions mix_share off_policy_share contrast
         contrast_start contrast_end memory hourly_price teacher_parameters
-        num_calibration_samples num_search_samples
+        num_calibration_samples num_search_samples scale_steps
     """,
     "Sampling": """
         max_new_tokens samples temperature top_k top_p min_p repetition_penalty stop tail_samples

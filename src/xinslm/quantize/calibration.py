@@ -6,7 +6,9 @@ to each other.
 """
 
 import contextlib
+from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
@@ -53,42 +55,90 @@ class _Captured(Exception):
 
 
 class Calibration:
-    """Residual-stream states of all calibration rows, advanced layer by layer."""
+    """All calibration rows, advanced layer by layer through the quantized model and, for GPTAQ,
+    through the original one as well.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        batches: list[Batch],
+        states: list[Tensor],
+        originals: list[Tensor] | None,
+    ) -> None:
+        """`states` are the rows' quantized embeddings, `originals` those before, for GPTAQ."""
+        self._batches = batches
+        self._quantized = _Stream(config, batches, states)
+        self._original = None if originals is None else _Stream(config, batches, originals)
+
+    def hessian(self, blocks: "Blocks", part: str, stem: str) -> Hessian:
+        """Run the rows through half `part` of the block up to linear `stem`; return X^T X of its
+        inputs, with their drift if the original model runs along.
+        """
+        linear = cast(nn.Linear, blocks.quantized.get_submodule(f"{part}.{stem}"))
+        hessian = Hessian(linear.in_features)
+        self._quantized.forget()
+        for index, batch in enumerate(self._batches):
+            inputs = self._quantized.inputs(blocks.quantized, part, stem, index)
+            written = torch.from_numpy(batch.segments >= 0)
+            rows = inputs.flatten(0, 1) if written.all() else inputs[written]
+            hessian.add(rows)
+            if self._original is not None:
+                original = self._original.inputs(blocks.original, part, stem, index)
+                hessian.add_drift(original[written] - rows, rows)
+        return hessian
+
+    def advance(self, blocks: "Blocks", part: str, stem: str) -> None:
+        """Add the output of half `part` of the block to the states; `stem` is its last linear."""
+        self._quantized.advance(blocks.quantized, part, stem)
+        if self._original is not None:
+            self._original.advance(blocks.original, part, stem)
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """One block twice: with the weights that are quantized so far, and as it was."""
+
+    quantized: Block
+    original: Block
+
+
+class _Stream:
+    """Residual-stream states of all rows in one model."""
 
     def __init__(self, config: ModelConfig, batches: list[Batch], states: list[Tensor]) -> None:
         with torch.device("meta"):
             self._model = Transformer(config)  # only its rotary tables and masks are used
         self._batches, self._states = batches, states
-        self._kept: dict[tuple[nn.Module, int], Tensor] = {}
+        self._kept: dict[int, Tensor] = {}
+        self._of: tuple[Block, str, str] | None = None
 
-    def hessian(self, block: Block, half: nn.Module, linear: nn.Linear) -> Hessian:
-        """Run the rows through a half of `block` up to `linear`; return X^T X of its inputs.
-
-        The first 512 MiB of the inputs are kept until the next call, for `advance`.
-        """
-        hessian = Hessian(linear.in_features)
+    def forget(self) -> None:
+        """Drop the kept inputs: the weights before them have changed."""
         self._kept.clear()
-        room = _KEPT_BYTES
-        for index, batch in enumerate(self._batches):
-            inputs = self._inputs(block, half, linear, index)
-            written = torch.from_numpy(batch.segments >= 0)
-            hessian.add(inputs.flatten(0, 1) if written.all() else inputs[written])
-            room -= inputs.nbytes
-            if room >= 0:
-                self._kept[linear, index] = inputs
-        return hessian
 
-    def advance(self, block: Block, half: nn.Module, linear: nn.Linear) -> None:
-        """Add the output of a half of `block`, attention or feed-forward, to the states; `linear`
-        is the half's last.
-        """
+    def advance(self, block: Block, part: str, stem: str) -> None:
+        """Add a half's output to the states."""
+        linear = block.get_submodule(f"{part}.{stem}")
         for index in range(len(self._batches)):
-            inputs = self._kept.pop((linear, index), None)
-            if inputs is None:
-                inputs = self._inputs(block, half, linear, index)
-            self._states[index] += linear(inputs)
+            self._states[index] += linear(self.inputs(block, part, stem, index))
+        self._kept.clear()
 
-    def _inputs(self, block: Block, half: nn.Module, linear: nn.Linear, index: int) -> Tensor:
+    def inputs(self, block: Block, part: str, stem: str, index: int) -> Tensor:
+        """Inputs of a linear for one batch; the first 512 MiB are kept for `advance`."""
+        if self._of != (block, part, stem):
+            self._kept.clear()
+            self._of = (block, part, stem)
+        if index in self._kept:
+            return self._kept[index]
+        inputs = self._inputs(
+            block, block.get_submodule(part), block.get_submodule(f"{part}.{stem}"), index
+        )
+        if sum(kept.nbytes for kept in self._kept.values()) + inputs.nbytes <= _KEPT_BYTES:
+            self._kept[index] = inputs
+        return inputs
+
+    def _inputs(self, block: Block, half: nn.Module, linear: nn.Module, index: int) -> Tensor:
         """Inputs of `linear` in a half of `block` for one batch."""
         captured: list[Tensor] = []
 

@@ -1,5 +1,6 @@
 """Options of `xinslm quantize`."""
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -8,7 +9,13 @@ import tyro
 
 from xinslm.ranges import SEED, Range, Settings, range_errors
 
-_QUANTIZE = {"num_calibration_samples": Range(1), "max_seq_length": Range(1), "seed": SEED}
+_QUANTIZE = {
+    "num_calibration_samples": Range(1),
+    "max_seq_length": Range(1),
+    "scale_steps": Range(0),
+    "seed": SEED,
+}
+_UNITS = {"kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 
 
 @dataclass(frozen=True)
@@ -22,11 +29,22 @@ class QuantizeConfig(Settings):
     data_path: Path | None = None
     """Dataset folder made with this model's tokenizer; its train split calibrates GPTQ (4 bits)."""
     bits: int = 4
-    """Bits per weight of the linear layers, 4 or 8; embedding and LM head always have 8 bits."""
-    method: Literal["gptq", "rtn", "keep"] = "gptq"
-    """gptq feeds rounding errors forward (needs --data-path); rtn, and 8 bits, only round; keep
+    """Bits per weight of the linear layers, 4 or 8; embedding and LM head have 8 bits, unless
+    --target-size chooses.
+    """
+    method: Literal["gptaq", "gptq", "rtn", "keep"] = "gptaq"
+    """gptq feeds rounding errors forward (needs --data-path); gptaq also corrects what earlier
+    layers' errors did to a layer's inputs, in twice the time; rtn, and 8 bits, only round; keep
     takes over the codes of a GGUF of Q4_0 or Q8_0, or of a folder of compressed-tensors, GPTQ or
     MLX with symmetric groups of 32.
+    """
+    target_size: str | None = None
+    """Size of the weights, such as 80MB: the matrices that lose most by 4 bits get 8 instead, as
+    many as fit. A GGUF file takes a few MB more, for the tokenizer.
+    """
+    scale_steps: int = 0
+    """Steps that train the scales against the unquantized model, codes and size unchanged; 100
+    pay. Memory then holds the whole model in float32.
     """
     num_calibration_samples: int = 128
     """Number of packed rows of the train split that calibrate GPTQ."""
@@ -44,14 +62,42 @@ class QuantizeConfig(Settings):
         wrong = range_errors(self, _QUANTIZE)
         if self.bits not in (4, 8):
             wrong.append(f"bits is {self.bits}, but must be 4 or 8")
+        if self.target_size is not None and parse_size(self.target_size) is None:
+            wrong.append(
+                f"target_size is '{self.target_size}', but must be a size such as 80MB or 0.5GB"
+            )
+        if self.bits == 8 or self.method == "keep":
+            wrong += [
+                f"{option} needs 4 bits that are chosen here: leave it out, or choose "
+                "--bits 4 and --method gptaq"
+                for option, value in (
+                    ("--target-size", self.target_size),
+                    ("--scale-steps", self.scale_steps),
+                )
+                if value
+            ]
         if self.calibrates and self.data_path is None:
             wrong.append(
-                "GPTQ at 4 bits needs text to calibrate on: add --data-path DATASET (a folder that "
-                "`xinslm prepare` made), or choose --method rtn, which needs none and loses more"
+                "GPTQ, --target-size and --scale-steps need text to calibrate on: add --data-path "
+                "DATASET (a folder that `xinslm prepare` made), or choose --method rtn alone, "
+                "which needs none and loses more"
             )
         return wrong
 
     @property
+    def feeds_back_errors(self) -> bool:
+        """Whether GPTQ chooses the codes."""
+        return self.bits == 4 and self.method in ("gptaq", "gptq")
+
+    @property
     def calibrates(self) -> bool:
         """Whether calibration text is used."""
-        return self.bits == 4 and self.method == "gptq"
+        return self.feeds_back_errors or self.target_size is not None or self.scale_steps > 0
+
+
+def parse_size(text: str) -> int | None:
+    """Bytes of '80MB', '0.5 GiB' or '80000000'; None if it is no such size."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", text.lower())
+    if match is None or match[2] not in {"", "b", *_UNITS}:
+        return None
+    return int(float(match[1]) * _UNITS.get(match[2], 1))

@@ -7,6 +7,10 @@ If rounding to nearest has the smaller layer loss, its result is kept instead.
 
     hessian = Hessian(columns); hessian.add(inputs)
     results = quantize_weights([query, key, value], factorise(hessian.mean()))
+
+GPTAQ (Li et al., arXiv:2504.02692) aims at the outputs of the original model instead of those of
+the original weights on the quantized model's inputs, which have drifted: with the drift of the
+inputs known, `quantize_weights` moves the weights to the least-squares solution for them first.
 """
 
 from collections.abc import Sequence
@@ -31,6 +35,7 @@ class Hessian:
 
     def __init__(self, columns: int) -> None:
         self.sum = torch.zeros(columns, columns, dtype=torch.float64)
+        self.drift_sum: Tensor | None = None
         self.tokens = 0
 
     def add(self, inputs: Tensor) -> None:
@@ -39,6 +44,17 @@ class Hessian:
             for strip in _strips(len(self.sum)):
                 self.sum[strip, strip.start :] += chunk[:, strip].T @ chunk[:, strip.start :]
         self.tokens += len(inputs)
+
+    def add_drift(self, drift: Tensor, inputs: Tensor) -> None:
+        """Add how far the original model's inputs are from `inputs`, both (tokens, columns)."""
+        if self.drift_sum is None:
+            self.drift_sum = torch.zeros_like(self.sum)
+        for rows, others in zip(drift.split(_CHUNK_ROWS), inputs.split(_CHUNK_ROWS), strict=True):
+            self.drift_sum += rows.float().T @ others.float()
+
+    def drift(self) -> Tensor | None:
+        """Mean over tokens of drift^T X, float64 (columns, columns); None if none was added."""
+        return None if self.drift_sum is None else self.drift_sum / max(self.tokens, 1)
 
     def mean(self) -> Tensor:
         """Mean over tokens, float64 (columns, columns)."""
@@ -62,6 +78,8 @@ class Factor:
     """1 / diag(H^-1), float32 (columns,): cost of an error that later columns compensate."""
     damping: float
     """Fraction of the mean diagonal that was added to make the Hessian invertible."""
+    shift: Tensor | None = None
+    """drift^T X H^-1, float32 (columns, columns): weights W become W + W shift for GPTAQ."""
 
 
 def rounding_order(diagonal: Tensor) -> Tensor:
@@ -69,8 +87,11 @@ def rounding_order(diagonal: Tensor) -> Tensor:
     return diagonal.argsort(descending=True, stable=True)
 
 
-def factorise(hessian: Tensor) -> Factor | None:
-    """Invert and factorize a float64 Hessian (columns, columns); None if no damping suffices."""
+def factorise(hessian: Tensor, drift: Tensor | None = None) -> Factor | None:
+    """Invert and factorize a float64 Hessian (columns, columns); None if no damping suffices.
+
+    `drift` is that of the inputs, by `Hessian.drift`.
+    """
     diagonal = hessian.diagonal()
     mean = float(diagonal.mean())
     if not torch.isfinite(hessian.sum()) or mean <= 0:
@@ -93,8 +114,16 @@ def factorise(hessian: Tensor) -> Factor | None:
         importance[backwards] = inverse.square().sum(0).reciprocal()
         upper = (inverse / inverse.diagonal()[:, None]).flip(0, 1)
         if torch.isfinite(upper.sum()) and torch.isfinite(importance.sum()):
-            return Factor(hessian.float(), order, upper, importance, damping)
+            shift = None if drift is None else _shift(drift, inverse, backwards)
+            return Factor(hessian.float(), order, upper, importance, damping, shift)
     return None
+
+
+def _shift(drift: Tensor, inverse: Tensor, backwards: Tensor) -> Tensor:
+    """Return drift H^-1; `inverse` is the inverse of H's Cholesky factor in the order given."""
+    shift = torch.empty_like(inverse)
+    shift[:, backwards] = drift[:, backwards].float() @ inverse.T @ inverse
+    return shift
 
 
 def invert_triangle(lower: Tensor) -> Tensor:
@@ -140,16 +169,23 @@ def quantize_weights(weights: Sequence[Tensor], factor: Factor | None) -> list[Q
     if factor is None or not weights:
         return [round_to_nearest(weight) for weight in weights]
     stacked, importance = torch.cat(list(weights)), factor.importance
-    nearest, scales = fit_scales(
-        stacked, Q4_0, torch.stack((torch.ones_like(importance), importance))
-    )
-    codes = feed_back_errors(stacked, scales, factor)
+    even = torch.ones_like(importance)
+    wanted = stacked
+    if factor.shift is None:
+        nearest, scales = fit_scales(stacked, Q4_0, torch.stack((even, importance)))
+    else:
+        wanted = stacked + stacked @ factor.shift
+        nearest = fit_scales(stacked, Q4_0, even)
+        scales = fit_scales(wanted, Q4_0, importance)
+    codes = feed_back_errors(wanted, scales, factor)
     results, start = [], 0
     for weight in weights:
         rows = slice(start, start := start + len(weight))
         gptq = codes[rows], scales[rows]
         rtn = encode(weight, nearest[rows], Q4_0), nearest[rows]
-        loss, rtn_loss = (layer_loss(weight, decode(*kept), factor.hessian) for kept in (gptq, rtn))
+        loss, rtn_loss = (
+            layer_loss(wanted[rows], decode(*kept), factor.hessian) for kept in (gptq, rtn)
+        )
         if loss <= rtn_loss:
             results.append(QuantizedLinear(*gptq, "gptq", loss, rtn_loss))
         else:

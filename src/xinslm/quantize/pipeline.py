@@ -29,7 +29,7 @@ from xinslm.model.safetensors_writer import SafetensorsWriter
 from xinslm.model.source import QUANTIZED_WEIGHTS, ModelSource, weight_shapes
 from xinslm.model.transformer import Block
 from xinslm.progress import Listener, Progress, ignore
-from xinslm.quantize.calibration import Calibration
+from xinslm.quantize.calibration import Blocks, Calibration
 from xinslm.quantize.gptq import Factor, factorise, quantize_weights, round_to_nearest
 
 LINEARS = {
@@ -44,6 +44,7 @@ class Quantization:
     """One run: reads weights from `source`, quantizes them, writes `quantized.safetensors`.
 
     `batches` are the calibration rows; without any, weights are rounded to nearest.
+    `follows_original` runs the original model along, for GPTAQ.
     """
 
     def __init__(
@@ -52,10 +53,11 @@ class Quantization:
         bits: int,
         batches: list[Batch],
         on_progress: Listener = ignore,
+        follows_original: bool = False,
     ) -> None:
         self.model, self.source, self.on_progress = source.config, source, on_progress
         self.grid = Q4_0 if bits == 4 else Q8_0
-        self.batches = batches
+        self.batches, self.follows_original = batches, follows_original
         source.require()
         self.shapes = weight_shapes(self.model)
         self.formats: dict[str, str] = {}
@@ -88,7 +90,8 @@ class Quantization:
             look_up = self._table("model.embed_tokens.weight")
             if self.batches:
                 states = [look_up(torch.from_numpy(batch.input_ids)) for batch in self.batches]
-                self._calibration = Calibration(self.model, self.batches, states)
+                originals = self._originals(states) if self.follows_original else None
+                self._calibration = Calibration(self.model, self.batches, states, originals)
             for layer in range(layers):
                 self.on_progress(Progress("quantize", layer, layers, "layers"))
                 self._layer(layer)
@@ -105,29 +108,36 @@ class Quantization:
         prefix = f"model.layers.{index}."
         names = [name for name in self.shapes if name.startswith(prefix)]
         with torch.device("meta"):
-            block = Block(self.model, index)
+            blocks = Blocks(Block(self.model, index), Block(self.model, index))
         weights = {
             name.removeprefix(prefix): self.source.rows(name, self.shapes[name]) for name in names
         }
-        block.load_state_dict(weights, assign=True)
+        for block in (blocks.quantized, blocks.original):  # the same tensors, until one is replaced
+            block.load_state_dict(weights, assign=True)
         for stem in ("input_layernorm", "post_attention_layernorm"):
             self._plain(f"{prefix}{stem}.weight", weights[f"{stem}.weight"])
         for part, groups in LINEARS.items():
-            half = block.get_submodule(part)
+            half = blocks.quantized.get_submodule(part)
             for group in groups:
                 linears = [cast(nn.Linear, half.get_submodule(stem)) for stem in group]
-                factor = self._factor(block, half, linears[0], f"{prefix}{part}.{group[0]}")
+                factor = None
+                if linears[0].in_features % BLOCK == 0:
+                    factor = self._factor(blocks, part, group[0], prefix)
                 self._linears([f"{prefix}{part}.{stem}" for stem in group], linears, factor)
             if self._calibration is not None:
-                self._calibration.advance(block, half, linears[-1])
+                self._calibration.advance(blocks, part, groups[-1][-1])
 
-    def _factor(self, block: Block, half: nn.Module, linear: nn.Linear, name: str) -> Factor | None:
+    def _factor(self, blocks: Blocks, part: str, stem: str, prefix: str) -> Factor | None:
         """Factorize the Hessian of a linear's inputs; None without calibration."""
-        if self._calibration is None or linear.in_features % BLOCK:
+        if self._calibration is None:
             return None
-        factor = factorise(self._calibration.hessian(block, half, linear).mean())
+        hessian = self._calibration.hessian(blocks, part, stem)
+        factor = factorise(hessian.mean(), hessian.drift())
         if factor is None:
-            self._note(name, "no damping makes its inputs' Hessian invertible, rounded to nearest")
+            self._note(
+                f"{prefix}{part}.{stem}",
+                "no damping makes its inputs' Hessian invertible, rounded to nearest",
+            )
         return factor
 
     def _linears(self, names: list[str], linears: list[nn.Linear], factor: Factor | None) -> None:
@@ -161,8 +171,7 @@ class Quantization:
         table.
         """
         shape, stem = self.shapes[name], name.removesuffix(".weight")
-        starts = range(0, shape[0], _TABLE_ROWS)
-        parts = [(start, min(start + _TABLE_ROWS, shape[0])) for start in starts]
+        parts = self._parts(name)
         if not all(self._fits(stem, self.source.rows(name, shape, *part), Q8_0) for part in parts):
             kept = self._half(name, self.source.rows(name, shape))
             return lambda ids: kept[ids]
@@ -178,6 +187,23 @@ class Quantization:
         return lambda ids: decode(codes[ids].flatten(0, -2), scales[ids].flatten(0, -2)).view(
             *ids.shape, -1
         )
+
+    def _originals(self, states: list[Tensor]) -> list[Tensor]:
+        """The batches' embeddings before quantization, shaped as `states`."""
+        name = "model.embed_tokens.weight"
+        originals = [torch.empty_like(state) for state in states]
+        ids = [torch.from_numpy(batch.input_ids) for batch in self.batches]
+        for start, stop in self._parts(name):
+            rows = self.source.rows(name, self.shapes[name], start, stop)
+            for chosen, state in zip(ids, originals, strict=True):
+                inside = (chosen >= start) & (chosen < stop)
+                state[inside] = rows[chosen[inside] - start]
+        return originals
+
+    def _parts(self, name: str) -> list[tuple[int, int]]:
+        """Ranges of rows in which a table is read."""
+        count = self.shapes[name][0]
+        return [(i, min(i + _TABLE_ROWS, count)) for i in range(0, count, _TABLE_ROWS)]
 
     def _fits(self, name: str, weight: Tensor, grid: Grid) -> bool:
         """Whether a matrix fits this grid; if not, a note says why."""

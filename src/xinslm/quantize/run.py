@@ -10,12 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from xinslm.config import to_dict
 from xinslm.data.packing import Batch
 from xinslm.errors import UsageError
-from xinslm.files import write_manifest
+from xinslm.files import MANIFEST, read_json, write_manifest
 from xinslm.folders import new_folder, refuse_existing, refuse_inside
 from xinslm.model.config import ModelConfig
 from xinslm.model.files import check_vocabulary, open_model
@@ -27,6 +25,7 @@ from xinslm.quantize.calibration import read_rows
 from xinslm.quantize.config import QuantizeConfig
 from xinslm.quantize.keep import Kept
 from xinslm.quantize.pipeline import Quantization
+from xinslm.quantize.refine import refine
 from xinslm.runs import add_row, require_run
 from xinslm.tokenizer.load import load_tokenizer
 
@@ -42,6 +41,8 @@ class Result:
     """Of all weights, including scales and unquantized tensors."""
     file_bytes: int
     source_bytes: int
+    refinements: tuple[str, ...]
+    """What followed the codes, a line each."""
     loss_ratio: float | None
     """Layer loss of GPTQ relative to rounding to nearest, geometric mean over the linears."""
     notes: tuple[str, ...]
@@ -62,6 +63,7 @@ class Result:
                 f"loss   {self.loss_ratio:.3f} of what rounding to nearest costs a layer "
                 "(geometric mean)"
             )
+        lines += self.refinements
         lines += [f"note   {note}" for note in self.notes]
         return "\n".join([*lines, f"output {self.folder}"])
 
@@ -84,15 +86,15 @@ def run(config: QuantizeConfig, on_progress: Listener = ignore) -> Result:
         batches, inputs["dataset"] = _calibration_rows(
             config, tokenizer.fingerprint(), source.config
         )
+    method = "rtn" if config.bits == 8 else config.method
     work: Quantization | Kept = Kept(source, on_progress)
-    method = "gptq" if config.calibrates else "rtn"
-    if config.method == "keep":
-        method = "keep"
-    else:
-        work = Quantization(source, config.bits, batches, on_progress)
-    with torch.no_grad(), new_folder(config.output_dir, config.force) as folder:
+    if config.method != "keep":
+        rows = batches if config.feeds_back_errors else []
+        work = Quantization(source, config.bits, rows, on_progress, method == "gptaq")
+    with new_folder(config.output_dir, config.force) as folder:
         write_folder(work, tokenizer, folder, to_dict(config), inputs, method)
-    result = _result(work, config.output_dir)
+        lines = refine(config, source, folder, batches, on_progress)
+    result = _result(work, config.output_dir, lines)
     if config.run is not None:
         row = {"name": f"quantized {result.folder.name}", "path": str(result.folder)}
         size = {"bytes": result.file_bytes, "bits_per_weight": result.bits_per_weight}
@@ -139,10 +141,11 @@ def _calibration_rows(
     )
 
 
-def _result(work: Quantization | Kept, folder: Path) -> Result:
+def _result(work: Quantization | Kept, folder: Path, lines: list[str]) -> Result:
+    formats: dict[str, str] = read_json(folder / MANIFEST)["formats"]
     bits = {"f16": 16.0, "f32": 32.0} | {grid.name: grid.bits_per_weight for grid in GRIDS.values()}
-    tensors, weights = Counter(work.formats.values()), Counter[str]()
-    for name, kind in work.formats.items():
+    tensors, weights = Counter(formats.values()), Counter[str]()
+    for name, kind in formats.items():
         weights[kind] += math.prod(work.shapes[f"{name}.weight"])
     ratios = [
         loss["loss"] / loss["rtn_loss"]
@@ -155,6 +158,7 @@ def _result(work: Quantization | Kept, folder: Path) -> Result:
         sum(bits[kind] * count for kind, count in weights.items()) / sum(weights.values()),
         (folder / QUANTIZED_WEIGHTS).stat().st_size,
         work.source.weight_bytes,
+        tuple(lines),
         math.exp(sum(map(math.log, ratios)) / len(ratios)) if ratios else None,
         tuple(work.notes),
     )

@@ -1,0 +1,25 @@
+"""Calibration rows one at a time, through a whole model."""
+
+import torch
+from torch import Tensor
+
+from xinslm.data.packing import Batch
+from xinslm.model.transformer import Transformer
+
+
+def single_rows(batches: list[Batch]) -> list[Batch]:
+    """The rows of all batches, each as a batch of one."""
+    return [
+        Batch(*(array[i : i + 1] for array in vars(batch).values()))
+        for batch in batches
+        for i in range(len(batch.input_ids))
+    ]
+
+
+def hidden_states(model: Transformer, row: Batch) -> Tensor:
+    """Last hidden states (n, hidden) of a row's n positions without padding."""
+    ids, positions, segments = (
+        torch.from_numpy(array) for array in (row.input_ids, row.positions, row.segments)
+    )
+    hidden: Tensor = model.hidden(ids, positions, segments)
+    return hidden[segments >= 0]

@@ -1,0 +1,201 @@
+"""Train the scales of a quantized model against the full-precision model; its codes stay.
+
+The loss is the KL divergence of the quantized model's next-token distributions from those of the
+original, over all positions of the calibration rows, and the trained numbers are one relative
+change for each scale: what distilled weight quantization (DWQ) of mlx-lm does. A scale is rounded
+to what is stored in every forward pass and gets its gradient as if it were not (the
+straight-through estimator, arXiv:1308.3432), so the measured loss is that of the stored model.
+
+An eighth of the rows is not trained on. If the divergence there does not fall, the scales are left
+as they were.
+
+    tuned = distill_scales(source, quantized, batches, steps=100)
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from xinslm.data.packing import Batch
+from xinslm.errors import UsageError
+from xinslm.losses.config import LossConfig
+from xinslm.losses.fused import fused_loss
+from xinslm.losses.targets import DenseTargets
+from xinslm.model.grids import BLOCK, GRIDS, Q4_0, decode, storable, unpack_nibbles
+from xinslm.model.quantized import QuantizedSource
+from xinslm.model.source import ModelSource
+from xinslm.model.transformer import Transformer
+from xinslm.progress import Listener, Progress, ignore
+from xinslm.quantize.rows import hidden_states, single_rows
+
+LEARNING_RATE = 1e-3
+"""Largest relative change of a scale in one step."""
+HELD_OUT = 8
+"""One row in this many is measured and not trained on."""
+_KL = LossConfig(alpha=0.0, beta=1.0)
+_STAGE = "train scales"
+
+
+@dataclass(frozen=True)
+class TunedScales:
+    """Scales after training, and what it brought on the rows that were not trained on."""
+
+    scales: dict[str, Tensor]
+    """Float16 (rows, columns / 32) by weight name without '.weight'; empty if nothing improved."""
+    before: float
+    """KL divergence from the original with the given scales, nats per token."""
+    after: float
+    """The same with the trained scales."""
+    tokens: int
+    """Positions that both were measured on."""
+
+
+class _Decode(torch.autograd.Function):
+    """Weights from codes and relative changes of scales; keeps no float copy of the codes."""
+
+    @staticmethod
+    def forward(ctx: Any, change: Tensor, codes: Tensor, scales: Tensor) -> Tensor:
+        stored = storable(scales * change.exp())
+        ctx.save_for_backward(codes, stored)
+        return decode(codes, stored)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        codes, stored = ctx.saved_tensors
+        by_code = grad.unflatten(-1, (-1, BLOCK)).mul(codes.unflatten(-1, (-1, BLOCK)))
+        return by_code.sum(-1).mul_(stored), None, None
+
+
+class _Scales(nn.Module):
+    """Parametrization of a linear's weight by one relative change for each of its scales."""
+
+    codes: Tensor
+    scales: Tensor
+
+    def __init__(self, codes: Tensor, scales: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("codes", codes, persistent=False)
+        self.register_buffer("scales", scales, persistent=False)
+
+    def forward(self, change: Tensor) -> Tensor:
+        """Changes (rows, columns / 32) -> weights (rows, columns), float32."""
+        return cast(Tensor, _Decode.apply(change, self.codes, self.scales))
+
+    def right_inverse(self, _: Tensor) -> Tensor:
+        """No change, whatever the weight."""
+        return torch.zeros_like(self.scales)
+
+
+def distill_scales(
+    source: ModelSource,
+    quantized: QuantizedSource,
+    batches: list[Batch],
+    steps: int,
+    on_progress: Listener = ignore,
+) -> TunedScales:
+    """Train the scales of the linear layers for `steps` steps of AdamW.
+
+    A step takes one batch of `batches`, in turn; the rate falls to 0 along a cosine. One model is
+    in memory at a time, in float32, and the original's last hidden states of all rows. UsageError
+    if there are too few rows to hold some back.
+    """
+    train, held_out = _split(batches)
+    on_progress(Progress(_STAGE, 0, steps, "steps"))
+    teacher = source.transformer()
+    head = teacher.head_weight.detach()
+    with torch.no_grad():
+        learned = [hidden_states(teacher, row) for row in train]
+        measured = [hidden_states(teacher, row) for row in held_out]
+    del teacher
+    model = quantized.transformer().requires_grad_(False).train()
+    trained = _parametrize(model, quantized)
+    pairs = list(zip(held_out, measured, strict=True))
+    before = _divergence(model, head, pairs)
+    optimizer = torch.optim.Adam(trained.values(), lr=LEARNING_RATE, betas=(0.9, 0.95))
+    rows = _batches(len(train), max(len(batches[0].input_ids), 1))
+    for step in range(steps):
+        for group in optimizer.param_groups:
+            group["lr"] = LEARNING_RATE * 0.5 * (1 + math.cos(math.pi * step / steps))
+        optimizer.zero_grad()
+        chosen = next(rows)
+        count = sum(len(learned[row]) for row in chosen)
+        for row in chosen:
+            loss = _loss(model, head, train[row], learned[row], count)
+            loss.backward()
+        optimizer.step()
+        on_progress(Progress(_STAGE, step + 1, steps, "steps"))
+    after = _divergence(model, head, pairs)
+    tokens = sum(map(len, measured))
+    if not after < before:
+        return TunedScales({}, before, after, tokens)
+    return TunedScales(_stored(model, trained), before, after, tokens)
+
+
+def _split(batches: list[Batch]) -> tuple[list[Batch], list[Batch]]:
+    """Single rows to train on, and every eighth to measure on."""
+    rows = single_rows(batches)
+    held_out = rows[HELD_OUT - 1 :: HELD_OUT]
+    if not held_out:
+        raise UsageError(
+            f"training scales needs at least {HELD_OUT} calibration rows, there are {len(rows)}: "
+            "raise --num-calibration-samples, or leave out --scale-steps"
+        )
+    return [row for i, row in enumerate(rows) if i % HELD_OUT != HELD_OUT - 1], held_out
+
+
+def _batches(count: int, size: int) -> Iterator[list[int]]:
+    """Numbers of rows, `size` at a time, around without end."""
+    start = 0
+    while True:
+        yield [(start + i) % count for i in range(min(size, count))]
+        start = (start + size) % count
+
+
+def _loss(
+    model: Transformer, head: Tensor, row: Batch, teacher: Tensor, normaliser: float
+) -> Tensor:
+    """KL divergence from the original whose hidden states `teacher` are, over `normaliser`."""
+    labels = torch.zeros(len(teacher), dtype=torch.int64)  # without a weight in this loss
+    targets = DenseTargets(lambda rows: teacher[rows] @ head.T)
+    loss, _ = fused_loss(
+        hidden_states(model, row), model.head_weight.detach(), labels, targets, _KL, normaliser
+    )
+    return loss
+
+
+@torch.no_grad()
+def _divergence(model: Transformer, head: Tensor, pairs: list[tuple[Batch, Tensor]]) -> float:
+    """KL divergence from the original, nats per token."""
+    count = sum(len(teacher) for _, teacher in pairs)
+    return sum(float(_loss(model, head, row, teacher, count)) for row, teacher in pairs)
+
+
+def _parametrize(model: Transformer, quantized: QuantizedSource) -> dict[str, nn.Parameter]:
+    """Replace the weights of the quantized linears in the blocks; returns their changes by name."""
+    trained: dict[str, nn.Parameter] = {}
+    for name, kind in quantized.formats.items():
+        stem = name.removesuffix(".weight")
+        if kind not in GRIDS or not stem.startswith("model.layers."):
+            continue
+        weight = quantized.stored(name)
+        assert weight.scales is not None, "a weight with codes has scales"
+        codes = unpack_nibbles(weight.data) if kind == Q4_0.name else weight.data
+        module = model.get_submodule(stem)
+        scales = _Scales(codes, weight.scales.float())
+        parametrize.register_parametrization(module, "weight", scales, unsafe=True)
+        change = cast(Any, module).parametrizations.weight.original
+        trained[stem] = change.requires_grad_(True)
+    return trained
+
+
+def _stored(model: Transformer, trained: dict[str, nn.Parameter]) -> dict[str, Tensor]:
+    scales = {}
+    for stem, change in trained.items():
+        module = cast(Any, model.get_submodule(stem)).parametrizations.weight[0]
+        scales[stem] = storable(module.scales * change.detach().exp()).half()
+    return scales

@@ -1,0 +1,113 @@
+"""GPTAQ against least squares in float64, and against inputs captured in both finished models."""
+
+import json
+
+import pytest
+import torch
+from test_quantize_run import calibration_batches, divergence, linear_inputs, options
+
+from small_models import save_dataset, save_random_model
+from xinslm.model.files import load_model, read_tensors
+from xinslm.model.grids import decode
+from xinslm.quantize import gptq
+from xinslm.quantize.gptq import Hessian, factorise, layer_loss, quantize_weights
+from xinslm.quantize.run import run
+from xinslm.tokenizer.load import load_tokenizer
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    root = tmp_path_factory.mktemp("gptaq")
+    save_random_model(root / "model")
+    save_dataset(root / "data", load_tokenizer(root / "model").fingerprint())
+    return root
+
+
+def drifting_inputs(tokens=600, columns=96):
+    torch.manual_seed(0)
+    original = torch.randn(tokens, 24) @ torch.randn(24, columns) + torch.randn(tokens, columns)
+    return original, original * 0.9 + 0.3 * torch.randn(tokens, columns)
+
+
+def hessian_of(original, inputs):
+    hessian = Hessian(inputs.shape[1])
+    for start in range(0, len(inputs), 250):  # in chunks, as batches come
+        rows = slice(start, start + 250)
+        hessian.add(inputs[rows])
+        hessian.add_drift(original[rows] - inputs[rows], inputs[rows])
+    return hessian
+
+
+def least_squares(weight, original, inputs, damping):
+    """Weights whose outputs on `inputs` are nearest to those of `weight` on `original`, with the
+    damping that pulls towards `weight` itself.
+    """
+    x, y = inputs.double(), original.double()
+    h = x.T @ x / len(x)
+    h += damping * h.diagonal().mean() * torch.eye(len(h), dtype=torch.float64)
+    return weight + weight.double() @ ((y - x).T @ x / len(x)) @ torch.linalg.inv(h)
+
+
+def test_the_weights_move_to_the_least_squares_solution():
+    original, inputs = drifting_inputs()
+    hessian = hessian_of(original, inputs)
+    factor = factorise(hessian.mean(), hessian.drift())
+    weight = torch.randn(32, 96)
+    expected = least_squares(weight, original, inputs, factor.damping)
+    torch.testing.assert_close(
+        (weight + weight @ factor.shift).double(), expected, rtol=1e-4, atol=1e-4
+    )
+
+
+def test_outputs_are_nearer_to_the_original_models():
+    original, inputs = drifting_inputs()
+    weight = torch.randn(32, 96)
+    errors = []
+    for with_drift in (True, False):
+        hessian = hessian_of(original, inputs)
+        factor = factorise(hessian.mean(), hessian.drift() if with_drift else None)
+        result = quantize_weights([weight], factor)[0]
+        outputs = inputs @ decode(result.codes, result.scales).T
+        errors.append(float((original @ weight.T - outputs).square().mean()))
+    assert errors[0] < 0.8 * errors[1]
+
+
+def test_drift_is_that_of_the_two_finished_models(folders, monkeypatch):
+    """What the pipeline measures for each linear equals captured inputs of the original model and
+    of the finished quantized one, each document run alone.
+    """
+    seen = []
+    real = gptq.factorise
+    monkeypatch.setattr(
+        "xinslm.quantize.pipeline.factorise",
+        lambda hessian, drift: seen.append((hessian, drift)) or real(hessian, drift),
+    )
+    run(options(folders, folders / "drift"))
+    quantized, original = load_model(folders / "drift"), load_model(folders / "model")
+    batches = calibration_batches(folders, original.config)
+    weights = dict(original.named_parameters())
+    a, b = linear_inputs(original, batches), linear_inputs(quantized, batches)
+    firsts = [name for name in a if name.endswith(("q_proj", "o_proj", "gate_proj", "down_proj"))]
+    assert len(firsts) == len(seen) == 8
+    recorded = json.loads((folders / "drift" / "manifest.json").read_text())["layers"]
+    stored = dict(read_tensors(folders / "drift"))
+    for name, (hessian, drift) in zip(firsts, seen, strict=True):
+        x = b[name].double()
+        torch.testing.assert_close(hessian, x.T @ x / len(x), rtol=1e-4, atol=1e-5)
+        expected = (a[name].double() - x).T @ x / len(x)
+        torch.testing.assert_close(drift, expected, rtol=1e-3, atol=1e-5)
+        factor = real(hessian, drift)
+        wanted = least_squares(weights[f"{name}.weight"].detach(), a[name], b[name], factor.damping)
+        loss = layer_loss(wanted.float(), stored[f"{name}.weight"], hessian.float())
+        assert recorded[name]["loss"] == pytest.approx(loss, rel=1e-2), name
+        assert recorded[name]["loss"] <= recorded[name]["rtn_loss"], name
+
+
+def test_the_model_is_nearer_to_the_original(folders):
+    original = load_model(folders / "model")
+    batches = calibration_batches(folders, original.config)
+    kl = []
+    for method in ("gptaq", "gptq"):
+        run(options(folders, folders / method, method=method))
+        kl.append(divergence(original, load_model(folders / method), batches))
+    assert kl[0] < kl[1]
