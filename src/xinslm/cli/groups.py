@@ -30,7 +30,7 @@ GROUPS = {
         weight_decay optimizer max_grad_norm max_eval_samples eval_steps save_steps logging_steps
         teacher_steps student_steps megabytes rounds completions mix_share off_policy_share contrast
         contrast_start contrast_end memory hourly_price teacher_parameters
-        num_calibration_samples num_search_samples scale_steps
+        num_calibration_samples num_search_samples scale_steps quantization_aware
     """,
     "Sampling": """
         max_new_tokens samples temperature top_k top_p min_p repetition_penalty stop tail_samples

@@ -67,6 +67,14 @@ def decode(codes: Tensor, scales: Tensor) -> Tensor:
     return (codes.unflatten(-1, (-1, BLOCK)).float() * scales.float()[..., None]).flatten(-2)
 
 
+def largest_scales(weight: Tensor) -> Tensor:
+    """Storable Q4_0 scales, float32 (rows, columns / 32), that give each block's largest weight the
+    code -8: llama.cpp's rule. A matrix that is decoded from them has the same scales again.
+    """
+    low, high = weight.float().unflatten(-1, (-1, BLOCK)).aminmax(dim=-1)
+    return storable(torch.where(high >= -low, high, low) / -8)
+
+
 def fit_scales(weight: Tensor, grid: Grid, importance: Tensor | None = None) -> Tensor:
     """Choose storable scales, float32 (rows, columns / 32), for float32 weights (rows, columns).
 

@@ -6,6 +6,10 @@
   arXiv:1710.03740): a layer's bfloat16 copy is made once and kept until `forget_copies`, so it
   serves all micro-batches of an optimizer step.
 
+- Rounded to 4 bits in the forward pass (quantization-aware training): a layer's rounded copy is
+  kept like a bfloat16 one, and the gradient is that of the copy (the straight-through estimator,
+  Bengio et al., arXiv:1308.3432).
+
 Gradients have the weight's type and are rounded once. If the types are equal, or under autocast,
 the layers behave like PyTorch's.
 """
@@ -16,24 +20,49 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from xinslm.model.grids import BLOCK, Q4_0, decode, encode, largest_scales
+
 
 class Linear(nn.Linear):
     """A linear layer without bias that computes in its input's type."""
 
+    rounds = False
+    """Whether it multiplies with its weight rounded to Q4_0."""
     _copy: Tensor | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out), in x's dtype."""
         weight = self.weight
+        if self.rounds:
+            if self._copy is None:
+                self._copy = rounded(weight.detach()).to(x.dtype)
+            result: Tensor = _NarrowLinear.apply(x, weight, self._copy)
+            return result
         if x.dtype == weight.dtype or torch.is_autocast_enabled(x.device.type):
             return F.linear(x, weight)
         if x.dtype.itemsize >= weight.dtype.itemsize:
-            result: Tensor = _WideLinear.apply(x, weight)
+            result = _WideLinear.apply(x, weight)
             return result
         if self._copy is None:
             self._copy = weight.detach().to(x.dtype)
         result = _NarrowLinear.apply(x, weight, self._copy)
         return result
+
+
+def rounded(weight: Tensor) -> Tensor:
+    """The float32 values that Q4_0 codes of a matrix stand for, the largest weight at -8."""
+    scales = largest_scales(weight)
+    return decode(encode(weight.float(), scales, Q4_0), scales)
+
+
+def round_in_forward(model: nn.Module) -> None:
+    """Make the linear layers compute with their weights at 4 bits, where rows are in blocks of 32.
+
+    Their stored weights, which the optimizer moves, keep their type.
+    """
+    for module in model.modules():
+        if isinstance(module, Linear):
+            module.rounds = module.in_features % BLOCK == 0
 
 
 def forget_copies(model: nn.Module) -> None:

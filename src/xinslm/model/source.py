@@ -30,6 +30,8 @@ QUANTIZED_WEIGHTS = "quantized.safetensors"
 """Codes and scales that `xinslm quantize` writes. If they were named `WEIGHTS`, transformers would
 load the folder with random weights; with this name it refuses the folder.
 """
+TRAINED_FOR_Q4_0 = {"quantization_aware": "q4_0"}
+"""Entry of config.json: these weights were trained with `rounded` (param_dtype.py) of them."""
 _LAYER_COUNTS = {"num_hidden_layers", "num_layers", "num_decoder_layers", "n_layer", "n_layers"}
 
 

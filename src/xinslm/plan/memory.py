@@ -98,9 +98,11 @@ def step_memory(shape: ModelConfig, config: PretrainConfig) -> Memory:
     all_matrices, vectors = matrices(shape), num_vectors(shape)
     states = sum(m.count * state_bytes(m, config.optimizer) for m in all_matrices) + 8 * vectors
     always = {"weights": _param_bytes(shape, config), "optimizer states": states}
-    if _width(config) < _stored_bytes(config):
-        copies = 2 * sum(m.size * m.count for m in all_matrices if m.hidden)
-        always["bfloat16 copies of the weights"] = copies
+    hidden = sum(m.size * m.count for m in all_matrices if m.hidden)
+    if config.quantization_aware:
+        always["4-bit copies of the weights"] = _width(config) * hidden
+    elif _width(config) < _stored_bytes(config):
+        always["bfloat16 copies of the weights"] = 2 * hidden
     moments = _moments(shape, config)
     if config.gradient_checkpointing:
         found = [Memory(moment, always | parts) for moment, parts in moments.items()]

@@ -32,10 +32,12 @@ class QuantizeConfig(Settings):
     """Bits per weight of the linear layers, 4 or 8; embedding and LM head have 8 bits, unless
     --target-size chooses.
     """
-    method: Literal["gptaq", "gptq", "rtn", "keep"] = "gptaq"
-    """gptq feeds rounding errors forward (needs --data-path); gptaq also corrects what earlier
-    layers' errors did to a layer's inputs, in twice the time; rtn, and 8 bits, only round; keep
-    takes over the codes of a GGUF of Q4_0 or Q8_0, or of a folder of compressed-tensors, GPTQ or
+    method: Literal["gptaq", "gptq", "rtn", "absmax", "keep"] | None = None
+    """gptaq is the default. gptq feeds rounding errors forward (needs --data-path); gptaq also
+    corrects what earlier layers' errors did to a layer's inputs, in twice the time; rtn, and 8
+    bits, only round; absmax gives the largest of 32 weights the code -8, as llama.cpp does, and is
+    the default for a model that was trained with --quantization-aware, which it suits; keep takes
+    over the codes of a GGUF of Q4_0 or Q8_0, or of a folder of compressed-tensors, GPTQ or
     MLX with symmetric groups of 32.
     """
     target_size: str | None = None
@@ -87,7 +89,7 @@ class QuantizeConfig(Settings):
     @property
     def feeds_back_errors(self) -> bool:
         """Whether GPTQ chooses the codes."""
-        return self.bits == 4 and self.method in ("gptaq", "gptq")
+        return self.bits == 4 and self.method in (None, "gptaq", "gptq")
 
     @property
     def calibrates(self) -> bool:

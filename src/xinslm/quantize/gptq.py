@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from xinslm.model.grids import BLOCK, Q4_0, Grid, decode, encode, fit_scales
+from xinslm.model.grids import BLOCK, Q4_0, Grid, decode, encode, fit_scales, largest_scales
 
 DAMPING_LADDER = (0.01, 0.02, 0.05, 0.1)
 _CHUNK_ROWS = 2048
@@ -148,7 +148,7 @@ class QuantizedLinear:
     """Int8 (rows, columns)."""
     scales: Tensor
     """Float32 values that float16 represents exactly, (rows, columns / 32)."""
-    method: Literal["gptq", "rtn"]
+    method: Literal["gptq", "rtn", "absmax"]
     """Method of the codes that were kept."""
     loss: float | None = None
     """Mean squared output error per token, tr(E H E^T); None without a Hessian."""
@@ -160,6 +160,12 @@ def round_to_nearest(weight: Tensor, grid: Grid = Q4_0) -> QuantizedLinear:
     """Quantize float32 weights (rows, columns) without calibration."""
     scales = fit_scales(weight, grid)
     return QuantizedLinear(encode(weight, scales, grid), scales, "rtn")
+
+
+def place_largest(weight: Tensor) -> QuantizedLinear:
+    """Quantize float32 weights (rows, columns) to Q4_0 with each block's largest at code -8."""
+    scales = largest_scales(weight)
+    return QuantizedLinear(encode(weight, scales, Q4_0), scales, "absmax")
 
 
 def quantize_weights(weights: Sequence[Tensor], factor: Factor | None) -> list[QuantizedLinear]:

@@ -30,7 +30,13 @@ from xinslm.model.source import QUANTIZED_WEIGHTS, ModelSource, weight_shapes
 from xinslm.model.transformer import Block
 from xinslm.progress import Listener, Progress, ignore
 from xinslm.quantize.calibration import Blocks, Calibration
-from xinslm.quantize.gptq import Factor, factorise, quantize_weights, round_to_nearest
+from xinslm.quantize.gptq import (
+    Factor,
+    factorise,
+    place_largest,
+    quantize_weights,
+    round_to_nearest,
+)
 
 LINEARS = {
     "self_attn": (("q_proj", "k_proj", "v_proj"), ("o_proj",)),
@@ -44,7 +50,7 @@ class Quantization:
     """One run: reads weights from `source`, quantizes them, writes `quantized.safetensors`.
 
     `batches` are the calibration rows; without any, weights are rounded to nearest.
-    `follows_original` runs the original model along, for GPTAQ.
+    `method` is gptq, gptaq, which runs the original model along, rtn or absmax.
     """
 
     def __init__(
@@ -53,11 +59,11 @@ class Quantization:
         bits: int,
         batches: list[Batch],
         on_progress: Listener = ignore,
-        follows_original: bool = False,
+        method: str = "gptq",
     ) -> None:
         self.model, self.source, self.on_progress = source.config, source, on_progress
         self.grid = Q4_0 if bits == 4 else Q8_0
-        self.batches, self.follows_original = batches, follows_original
+        self.batches, self.method = batches, method
         source.require()
         self.shapes = weight_shapes(self.model)
         self.formats: dict[str, str] = {}
@@ -90,7 +96,7 @@ class Quantization:
             look_up = self._table("model.embed_tokens.weight")
             if self.batches:
                 states = [look_up(torch.from_numpy(batch.input_ids)) for batch in self.batches]
-                originals = self._originals(states) if self.follows_original else None
+                originals = self._originals(states) if self.method == "gptaq" else None
                 self._calibration = Calibration(self.model, self.batches, states, originals)
             for layer in range(layers):
                 self.on_progress(Progress("quantize", layer, layers, "layers"))
@@ -149,7 +155,9 @@ class Quantization:
             else:
                 linear.weight = nn.Parameter(self._half(f"{name}.weight", linear.weight.data))
         weights = [linear.weight.data for linear in coded.values()]
-        if self.grid is Q4_0:
+        if self.method == "absmax" and self.grid is Q4_0:
+            results = [place_largest(weight) for weight in weights]
+        elif self.grid is Q4_0:
             results = quantize_weights(weights, factor)
         else:
             results = [round_to_nearest(weight, self.grid) for weight in weights]

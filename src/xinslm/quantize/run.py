@@ -6,7 +6,7 @@ run(QuantizeConfig(model=Path("model"), output_dir=Path("model-4bit"), data_path
 
 import math
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from xinslm.model.config import ModelConfig
 from xinslm.model.files import check_vocabulary, open_model
 from xinslm.model.grids import GRIDS
 from xinslm.model.quantized import KIND, VERSION
-from xinslm.model.source import QUANTIZED_WEIGHTS
+from xinslm.model.source import QUANTIZED_WEIGHTS, TRAINED_FOR_Q4_0
 from xinslm.progress import Listener, ignore
 from xinslm.quantize.calibration import read_rows
 from xinslm.quantize.config import QuantizeConfig
@@ -70,13 +70,16 @@ class Result:
 
 def run(config: QuantizeConfig, on_progress: Listener = ignore) -> Result:
     """Quantize a model folder into the canonical folder."""
-    config.check()
     refuse_existing(config.output_dir, config.force)
     if config.force:
         refuse_inside(config.output_dir, (config.model, config.data_path))
     if config.run is not None:
         require_run(config.run)
     source = open_model(config.model)
+    if config.method is None and config.bits == 4:
+        is_trained = TRAINED_FOR_Q4_0.items() <= source.settings.items()
+        config = replace(config, method="absmax" if is_trained else "gptaq")
+    config.check()
     # for rounding alone, too: no later stage has a use for a folder without one
     tokenizer = load_tokenizer(config.model)
     check_vocabulary(source.config.vocab_size, tokenizer, str(source.path))
@@ -86,11 +89,11 @@ def run(config: QuantizeConfig, on_progress: Listener = ignore) -> Result:
         batches, inputs["dataset"] = _calibration_rows(
             config, tokenizer.fingerprint(), source.config
         )
-    method = "rtn" if config.bits == 8 else config.method
+    method = "rtn" if config.bits == 8 else str(config.method)
     work: Quantization | Kept = Kept(source, on_progress)
     if config.method != "keep":
         rows = batches if config.feeds_back_errors else []
-        work = Quantization(source, config.bits, rows, on_progress, method == "gptaq")
+        work = Quantization(source, config.bits, rows, on_progress, method)
     with new_folder(config.output_dir, config.force) as folder:
         write_folder(work, tokenizer, folder, to_dict(config), inputs, method)
         lines = refine(config, source, folder, batches, on_progress)

@@ -160,6 +160,10 @@ class PretrainConfig(TrainingConfig):
     """Type the matrices are stored in; bfloat16 halves their memory, and their updates are rounded
     stochastically.
     """
+    quantization_aware: bool = False
+    """Compute with the linear layers at 4 bits while the weights learn in full precision: for the
+    last steps, from a trained model (--init-from). `quantize` then rounds in the same way.
+    """
     optimizer_in_backward: bool = False
     """Step each weight inside the backward pass and free its gradient: no memory for gradients, no
     micro-batches; max_grad_norm then acts on the norm of the step before, or on that of the
@@ -178,6 +182,8 @@ class PretrainConfig(TrainingConfig):
                 "micro-batches: drop micro_batch_size and take a smaller batch_size, or drop "
                 "optimizer_in_backward"
             )
+        if self.quantization_aware and self.compile:
+            wrong.append("compile does not work with quantization_aware: drop one of them")
         if self.vocab_size is not None and self.tokenizer_path is not None:
             wrong.append(
                 "vocab_size is for a tokenizer trained on the way, tokenizer_path gives one: drop "

@@ -26,7 +26,9 @@ from xinslm.files import MANIFEST, read_json, write_json, write_text
 from xinslm.folders import Plan, claim, differing_keys, locked, refuse_output_in
 from xinslm.machine import environment
 from xinslm.model.files import open_model, read_tensors, require_context, save_model
-from xinslm.model.param_dtype import cast_matrices_to_bfloat16
+from xinslm.model.param_dtype import cast_matrices_to_bfloat16, round_in_forward
+from xinslm.model.source import CONFIG as MODEL_CONFIG
+from xinslm.model.source import TRAINED_FOR_Q4_0
 from xinslm.model.transformer import Transformer, rotary_frequencies
 from xinslm.precision import compute_dtype
 from xinslm.progress import Listener, Progress, ignore
@@ -156,6 +158,8 @@ def _set_up(
     model = _make_model(config, dataset, tokenizer)
     if config.param_dtype == "bfloat16":
         cast_matrices_to_bfloat16(model)
+    if config.quantization_aware:
+        round_in_forward(model)
     model.compute_dtype = begun_dtype(config, device)
     model = model.to(device)
     make = supervision.make_auxiliary_loss
@@ -179,13 +183,18 @@ def _set_up(
     }
     note_facts(config.output_dir, facts, device, supervision.warnings)
     return _Setup(
-        trainer, supervision, model.config.num_parameters, partial(write_model, model, tokenizer)
+        trainer,
+        supervision,
+        model.config.num_parameters,
+        partial(write_model, model, tokenizer, rounds=config.quantization_aware),
     )
 
 
-def write_model(model: Transformer, tokenizer: Any, folder: Path) -> None:
-    """Write a model and its tokenizer into a folder."""
+def write_model(model: Transformer, tokenizer: Any, folder: Path, rounds: bool = False) -> None:
+    """Write a model and its tokenizer into a folder; `rounds` says that it learned at 4 bits."""
     save_model(model, folder)
+    if rounds:
+        write_json(folder / MODEL_CONFIG, read_json(folder / MODEL_CONFIG) | TRAINED_FOR_Q4_0)
     tokenizer.save(folder)
 
 
