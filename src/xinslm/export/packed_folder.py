@@ -29,10 +29,9 @@ from xinslm.progress import Listener, Progress, ignore
 from xinslm.runs import add_row, require_run
 from xinslm.tokenizer.base import Tokenizer
 from xinslm.tokenizer.load import load_tokenizer
+from xinslm.tokenizer.sample import SAMPLE
 
 KIND, VERSION = "export", 1
-SAMPLE = "Hello, World! naïve 東京 🙂\n  def f(x):\treturn x + 123\r\n"
-"""Text whose ids the exported tokenizer must give, too."""
 
 
 @dataclass(frozen=True)
