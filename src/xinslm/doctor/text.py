@@ -6,7 +6,7 @@ Each check returns what it found; XinslmError names the first difference.
 from typing import Any
 
 from xinslm.doctor.checks import Skipped, require
-from xinslm.errors import UsageError, XinslmError
+from xinslm.errors import XinslmError
 from xinslm.files import read_json
 from xinslm.model.source import GENERATION, ModelSource
 from xinslm.tokenizer.base import Tokenizer
@@ -50,7 +50,7 @@ def open_tokenizers(a: ModelSource, b: ModelSource) -> tuple[Tokenizer, Tokenize
     for side, source in (("A", a), ("B", b)):
         try:
             found.append(load_tokenizer(source.path))
-        except UsageError as error:
+        except XinslmError as error:
             missing.append(f"{side}: {error}")
     if len(missing) == 2:
         raise Skipped(f"neither model has a tokenizer to load; {missing[0]}")
