@@ -27,6 +27,7 @@ from xinslm.files import new_file
 from xinslm.gguf_file import GgufFile
 from xinslm.model.config import ModelConfig
 from xinslm.model.files import open_model
+from xinslm.model.gguf import CALIBRATION
 from xinslm.model.grids import BLOCK, GRIDS
 from xinslm.model.source import ModelSource, weight_shapes
 from xinslm.model.transformer import rotary_frequencies
@@ -137,6 +138,8 @@ def run(config: GgufConfig, on_progress: Listener = ignore) -> Result:
         writer.add_quantization_version(2)
         _write_shape(writer, model, context)
         vocabulary.write(writer)
+        if source.calibration:
+            writer.add_array(CALIBRATION, source.calibration)
         try:
             _write_tensors(writer, partial, entries, on_progress)
         finally:

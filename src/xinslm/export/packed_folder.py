@@ -97,7 +97,8 @@ def _run(config: FolderConfig, layout: Layout, on_progress: Listener) -> Result:
         tokenizer.save(folder)
         types, rounded = _compare(source, dtype, folder, on_progress)
         _compare_tokenizers(tokenizer, folder)
-        write_manifest(folder, KIND, VERSION, to_dict(config), {"model": source.model.fingerprint})
+        inputs, calibration = {"model": source.model.fingerprint}, source.model.calibration
+        write_manifest(folder, KIND, VERSION, to_dict(config), inputs, calibration=calibration)
     result = Result(
         config.output_dir,
         layout.runtimes,
