@@ -19,7 +19,7 @@ import torch
 from xinslm.cache.config import CacheConfig
 from xinslm.commands import COMMANDS, run
 from xinslm.data.config import PrepareConfig
-from xinslm.doctor.config import DoctorConfig
+from xinslm.doctor.config import CompareConfig, DoctorConfig
 from xinslm.evaluate.benchmark.config import BenchmarkConfig
 from xinslm.evaluate.config import EvaluateConfig
 from xinslm.export.config import AllConfig, GgufConfig, HfConfig, ImportConfig, MlxConfig
@@ -127,6 +127,11 @@ def doctor(w: World, m: Path, out: Path) -> object:
     return run(config).failed
 
 
+def compare(w: World, m: Path, out: Path) -> object:
+    """With itself, and with the model that was quantized."""
+    return [run(CompareConfig(m, other)).failed for other in (m, w.teacher)]
+
+
 def talk(w: World, m: Path, out: Path) -> object:
     said, typed = [], iter(["Hi"])
 
@@ -178,6 +183,7 @@ USES: dict[str, dict[str, Callable[[World, Path, Path], object]]] = {
     "synthesize": {"teacher": synthesize},
     "onpolicy": {"student": onpolicy},
     "doctor": {"teacher": doctor},
+    "doctor compare": {"model": compare},
     "plan": {"teacher": plan},
     "evaluate": {"model": evaluate},
     "generate": {

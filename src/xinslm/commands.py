@@ -111,6 +111,14 @@ COMMANDS = {
         most_used="data_path cache teacher student adapter",
         present="diagnose",
     ),
+    "doctor compare": Command(
+        "compare two model files of any kind: weights, codes, tokenizer, chats",
+        "doctor.config:CompareConfig",
+        "doctor.compare:run",
+        example="student-4bit student.gguf",
+        most_used="model other predictions device",
+        present="diagnose",
+    ),
     "distill": Command(
         "train a student from a teacher",
         "distill.config:DistillConfig",

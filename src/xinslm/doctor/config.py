@@ -1,7 +1,10 @@
-"""Configuration of `doctor`."""
+"""Configuration of `doctor` and `doctor compare`."""
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
+
+import tyro
 
 from xinslm.ranges import SEED, Device, Dtype, Range, Settings, range_errors
 
@@ -48,3 +51,19 @@ class DoctorConfig(Settings):
         if self.adapter is not None and self.teacher is None:
             wrong.append("adapter is for a teacher: give --teacher as well")
         return wrong
+
+
+@dataclass(frozen=True)
+class CompareConfig(Settings):
+    """Compare two model files of any kind: whether they hold the same model."""
+
+    model: Annotated[Path, tyro.conf.Positional]
+    """Model A: a model, run or quantized folder, a folder of another format, a GGUF file, or a Hub
+    name.
+    """
+    other: Annotated[Path, tyro.conf.Positional]
+    """Model B, of the same or another kind."""
+    predictions: bool = False
+    """Load both models, one after the other, and compare their next-token distributions too."""
+    device: Device = "auto"
+    """Where to compute; auto takes cuda, then mps, then cpu."""

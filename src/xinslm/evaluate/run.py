@@ -84,8 +84,12 @@ class Result:
 
 
 def run(config: EvaluateConfig, on_progress: Listener = ignore) -> Result:
-    """Measure bits per byte and perplexity of a model on a dataset or on raw files."""
+    """Measure bits per byte and perplexity of a model on a dataset or on raw files.
+
+    UsageError if the model is quantized and text among them calibrated it.
+    """
     from xinslm.device import pick_device
+    from xinslm.evaluate.calibration import refuse_calibration_text
     from xinslm.evaluate.documents import frequencies_bits_per_byte, read_items
     from xinslm.evaluate.perplexity import score
     from xinslm.evaluate.scorers import load_scorer
@@ -99,6 +103,7 @@ def run(config: EvaluateConfig, on_progress: Listener = ignore) -> Result:
     scorer, facts = load_scorer(config.model, device, config.dtype, config.max_seq_length)
     on_progress(Progress("read documents"))
     items = read_items(config.data_path, config.split, scorer.tokenizer, config.max_documents)
+    refuse_calibration_text(config.model, items, scorer.tokenizer)
     total = sum(len(item.tokens) - 1 for item in items)
     done = 0
     start = time.perf_counter()

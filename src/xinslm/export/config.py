@@ -18,7 +18,9 @@ class GgufConfig(Settings):
     output_path: Annotated[Path, tyro.conf.arg(aliases=["-o"])]
     """File to write; by convention its name ends in .gguf."""
     outtype: Literal["f32", "f16", "bf16"] | None = None
-    """Type of the matrices, by default f16; a quantized folder keeps its own."""
+    """Type of all matrices. By default those with codes on llama.cpp's grids, Q4_0 and Q8_0, keep
+    them, whatever format holds them; the others are f16.
+    """
     run: Path | None = None
     """Run folder whose report lists the file."""
     force: bool = False

@@ -75,7 +75,9 @@ def run(config: ImportConfig, on_progress: Listener = ignore) -> Result:
         source.save_config(folder, dtype)
         tokenizer.save(folder)
         inputs = {"model": source.fingerprint}
-        write_manifest(folder, KIND, VERSION, to_dict(config), inputs)
+        write_manifest(
+            folder, KIND, VERSION, to_dict(config), inputs, calibration=source.calibration
+        )
     return Result(
         config.output_dir,
         source.settings["model_type"],

@@ -1,9 +1,10 @@
 """`xinslm export gguf`: one file for llama.cpp and programs built on it.
 
-A quantized folder is transcribed: its codes and scales become llama.cpp's Q4_0 and Q8_0 blocks bit
-for bit, without rounding again. Query and key rows are reordered, because llama.cpp rotates
-neighbouring pairs and Hugging Face rotates (i, i + D/2); blocks run along columns, so this works on
-packed bytes. Memory holds one tensor at a time.
+The codes and scales of a quantized folder, and of any other model that has codes on these grids
+(`ModelSource.stored`), become llama.cpp's Q4_0 and Q8_0 blocks bit for bit, without rounding again.
+Query and key rows are reordered, because llama.cpp rotates neighbouring pairs and Hugging Face
+rotates (i, i + D/2); blocks run along columns, so this works on packed bytes. The file is read back
+by llama.cpp's own package before it is put in place. Memory holds one tensor at a time.
 
     run(GgufConfig(model=Path("model-4bit"), output_path=Path("model.gguf")))
 """
@@ -16,17 +17,18 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from gguf import GGMLQuantizationType, GGUFWriter, LlamaFileType
+from gguf import GGMLQuantizationType, GGUFWriter, LlamaFileType, quants
 from torch import Tensor
 
 from xinslm.errors import UsageError, XinslmError
 from xinslm.export.config import GgufConfig
 from xinslm.export.vocabulary import read_vocabulary
 from xinslm.files import new_file
+from xinslm.gguf_file import GgufFile
 from xinslm.model.config import ModelConfig
 from xinslm.model.files import open_model
+from xinslm.model.gguf import CALIBRATION
 from xinslm.model.grids import BLOCK, GRIDS
-from xinslm.model.quantized import QuantizedSource
 from xinslm.model.source import ModelSource, weight_shapes
 from xinslm.model.transformer import rotary_frequencies
 from xinslm.progress import Listener, Progress, ignore
@@ -53,12 +55,16 @@ _FILE_TYPES = {
     "q4_0": LlamaFileType.MOSTLY_Q4_0,
     "q8_0": LlamaFileType.MOSTLY_Q8_0,
 }
+_ROUNDED = {"F16": torch.float16, "BF16": torch.bfloat16}
+"""Types of the file that values without codes are rounded to."""
 
 
 @dataclass(frozen=True)
 class Entry:
     """One tensor of the file."""
 
+    weight: str
+    """Its Hugging Face name; empty for what no weight of the model is."""
     name: str
     kind: GGMLQuantizationType
     shape: tuple[int, ...]
@@ -82,17 +88,24 @@ class Result:
     """Number of tensors by ggml type."""
     bits_per_weight: float
     context_length: int
+    weights: int
+    rounded: int
+    """Values that the types of the file do not hold exactly; none has codes."""
     notes: tuple[str, ...]
 
     def describe(self) -> str:
         """A few lines for the terminal."""
         census = ", ".join(f"{count} {kind}" for kind, count in sorted(self.types.items()))
+        equal = f"all {self.weights:,} values equal the model's"
+        if self.rounded:
+            equal = f"{self.rounded:,} of {self.weights:,} values rounded, all others equal"
         return "\n".join(
             [
                 f"tensors {census}",
                 f"size    {self.file_bytes / 2**20:.2f} MiB, {self.bits_per_weight:.3f} bits a "
                 "weight",
                 f"context {self.context_length:,} tokens",
+                f"check   read back: {equal}",
                 *(f"note    {note}" for note in self.notes),
                 f"output  {self.path}",
             ]
@@ -100,7 +113,7 @@ class Result:
 
 
 def run(config: GgufConfig, on_progress: Listener = ignore) -> Result:
-    """Write a GGUF file of a quantized folder, bit for bit, or of any other model."""
+    """Write a GGUF file of any model; without `outtype`, what has codes keeps them bit for bit."""
     if config.output_path.is_dir():
         raise UsageError(
             f"--output-path {config.output_path} is a folder; name a file, such as model.gguf in it"
@@ -114,34 +127,34 @@ def run(config: GgufConfig, on_progress: Listener = ignore) -> Result:
         require_run(config.run)
     source = open_model(config.model)
     model = source.config
-    entries = _rope_factors(model)
-    if isinstance(source, QuantizedSource) and config.outtype is None:
-        entries += list(_stored(source))
-        file_type = "q4_0" if source.manifest["bits"] == 4 else "q8_0"
-    else:
-        file_type = config.outtype or "f16"
-        entries += list(_plain(source, file_type))
+    entries = _rope_factors(model) + list(_entries(source, config.outtype, on_progress))
+    types = Counter(entry.kind.name for entry in entries)
     vocabulary = read_vocabulary(source.path, model)
     context, notes = _context(model)
     with new_file(config.output_path) as partial:
         writer = GGUFWriter(None, "llama")
         writer.add_name(config.output_path.stem)
-        writer.add_file_type(_FILE_TYPES[file_type])
+        writer.add_file_type(_file_type(types, config.outtype))
         writer.add_quantization_version(2)
         _write_shape(writer, model, context)
         vocabulary.write(writer)
+        if source.calibration:
+            writer.add_array(CALIBRATION, source.calibration)
         try:
             _write_tensors(writer, partial, entries, on_progress)
         finally:
             writer.close()
+        rounded = _compare(source, entries, partial, on_progress)
     weights = sum(_num_weights(entry) for entry in entries)
     result = Result(
         config.output_path,
         config.output_path.stat().st_size,
-        dict(Counter(entry.kind.name for entry in entries)),
+        dict(types),
         sum(entry.nbytes for entry in entries) * 8 / weights,
         context,
-        (*notes, *vocabulary.notes),
+        weights,
+        rounded,
+        (*notes, *_code_notes(entries), *vocabulary.notes),
     )
     if config.run is not None:
         row = {"name": result.path.name, "path": str(result.path), "bytes": result.file_bytes}
@@ -194,41 +207,92 @@ def _write_tensors(
     on_progress(Progress("export", len(entries), len(entries), "tensors"))
 
 
-def _stored(model: QuantizedSource) -> Iterator[Entry]:
-    """Entries of a quantized folder: blocks are copied."""
-    for name, kind in model.formats.items():
-
-        def load(name: str = name) -> np.ndarray:
-            return _for_rotary(model.stored(name).ggml_rows(), name, model.config)
-
-        shape, dtype = model.shape_of(name), np.dtype(np.float16 if kind == "f16" else np.float32)
-        if kind in GRIDS:
-            shape, dtype = (
-                (shape[0], shape[1] // BLOCK * GRIDS[kind].block_bytes),
-                np.dtype(np.uint8),
-            )
-        yield Entry(gguf_name(name), GGMLQuantizationType[kind.upper()], shape, dtype, load)
-
-
-def _plain(source: ModelSource, dtype: str) -> Iterator[Entry]:
-    """Entries of any model: matrices in `dtype`, norms in float32."""
+def _entries(source: ModelSource, outtype: str | None, on_progress: Listener) -> Iterator[Entry]:
+    """Entries of all weights: codes and scales where the model has them and no type is asked for;
+    else matrices in that type, by default float16, and norms in float32.
+    """
     source.require()
-    for name, shape in weight_shapes(source.config).items():
-        kind = "f32" if len(shape) == 1 else dtype
+    shapes = weight_shapes(source.config)
+    source.require_weights(shapes)
+    for done, (name, shape) in enumerate(shapes.items()):
+        on_progress(Progress("read", done, len(shapes), "tensors"))
+        weight = source.stored(name) if outtype is None else None
+        if weight is None:
+            yield _plain(source, name, shape, "f32" if len(shape) == 1 else outtype or "f16")
+        else:
+            yield _stored(source, name, shape, weight.format)
 
-        def load(name: str = name, shape: tuple[int, ...] = shape, kind: str = kind) -> np.ndarray:
-            return _for_rotary(_convert(source.rows(name, shape), kind, name), name, source.config)
 
-        if name not in source.names:
-            raise XinslmError(f"{source.path}: weight '{name}' is missing")
-        entry = Entry(
-            gguf_name(name), GGMLQuantizationType[kind.upper()], shape, np.dtype(np.float32), load
-        )
-        if kind == "f16":
-            entry = replace(entry, dtype=np.dtype(np.float16))
-        elif kind == "bf16":
-            entry = replace(entry, dtype=np.dtype(np.uint8), shape=(shape[0], 2 * shape[1]))
-        yield entry
+def _stored(source: ModelSource, name: str, shape: tuple[int, ...], kind: str) -> Entry:
+    """A weight as it is stored: blocks are copied."""
+
+    def load() -> np.ndarray:
+        weight = source.stored(name)
+        assert weight is not None, "it had codes when the file was planned"
+        return _for_rotary(weight.ggml_rows(), name, source.config)
+
+    dtype = np.dtype(np.float16 if kind == "f16" else np.float32)
+    if kind in GRIDS:
+        shape = (shape[0], shape[1] // BLOCK * GRIDS[kind].block_bytes)
+        dtype = np.dtype(np.uint8)
+    return Entry(name, gguf_name(name), GGMLQuantizationType[kind.upper()], shape, dtype, load)
+
+
+def _plain(source: ModelSource, name: str, shape: tuple[int, ...], kind: str) -> Entry:
+    """A weight as values of a type."""
+
+    def load() -> np.ndarray:
+        return _for_rotary(_convert(source.rows(name, shape), kind, name), name, source.config)
+
+    dtype, written = np.dtype(np.float16 if kind == "f16" else np.float32), shape
+    if kind == "bf16":
+        dtype, written = np.dtype(np.uint8), (shape[0], 2 * shape[1])
+    return Entry(name, gguf_name(name), GGMLQuantizationType[kind.upper()], written, dtype, load)
+
+
+def _file_type(types: Counter[str], outtype: str | None) -> LlamaFileType:
+    """llama.cpp's name for the whole: the type asked for, else that of most codes."""
+    if outtype is None and (types["Q4_0"] or types["Q8_0"]):
+        outtype = "q4_0" if types["Q4_0"] > types["Q8_0"] else "q8_0"
+    return _FILE_TYPES[outtype or "f16"]
+
+
+def _code_notes(entries: list[Entry]) -> tuple[str, ...]:
+    """Matrices without codes next to others that have them."""
+    matrices = [entry for entry in entries if len(entry.shape) == 2]
+    plain = [entry.weight for entry in matrices if entry.kind.name.lower() not in GRIDS]
+    if not plain or len(plain) == len(matrices):
+        return ()
+    more = f" and {len(plain) - 1} more" if len(plain) > 1 else ""
+    return (f"{plain[0]}{more}: no codes of Q4_0 or Q8_0 in the model, written as values",)
+
+
+def _compare(source: ModelSource, entries: list[Entry], path: Path, on_progress: Listener) -> int:
+    """Read the file back; return the number of values that its types rounded.
+
+    XinslmError if any other value differs.
+    """
+    written = GgufFile(path).tensors
+    rounded = 0
+    for done, entry in enumerate(entries):
+        on_progress(Progress("read back", done, len(entries), "tensors"))
+        if not entry.weight:
+            continue
+        tensor = written[entry.name]
+        found = quants.dequantize(tensor.data, tensor.tensor_type).astype(np.float32)
+        values = source.rows(entry.weight, source.shape_of(entry.weight))
+        expected = _for_rotary(values.numpy(), entry.weight, source.config)
+        if entry.kind.name in _ROUNDED:
+            rounded += int((found != expected).sum())
+            rounding = _ROUNDED[entry.kind.name]
+            expected = torch.from_numpy(expected).to(rounding).float().numpy()
+        if not np.array_equal(found, expected):
+            count = int((found != expected).sum()) if found.shape == expected.shape else "all"
+            raise XinslmError(
+                f"{entry.weight}: {count} values differ after the export; nothing is written"
+            )
+    on_progress(Progress("read back", len(entries), len(entries), "tensors"))
+    return rounded
 
 
 def _convert(weight: Tensor, kind: str, name: str) -> np.ndarray:
@@ -252,6 +316,7 @@ def _rope_factors(model: ModelConfig) -> list[Entry]:
     ).numpy()
     return [
         Entry(
+            "",
             "rope_freqs.weight",
             GGMLQuantizationType.F32,
             factors.shape,

@@ -29,10 +29,9 @@ from xinslm.progress import Listener, Progress, ignore
 from xinslm.runs import add_row, require_run
 from xinslm.tokenizer.base import Tokenizer
 from xinslm.tokenizer.load import load_tokenizer
+from xinslm.tokenizer.sample import SAMPLE
 
 KIND, VERSION = "export", 1
-SAMPLE = "Hello, World! naïve 東京 🙂\n  def f(x):\treturn x + 123\r\n"
-"""Text whose ids the exported tokenizer must give, too."""
 
 
 @dataclass(frozen=True)
@@ -98,7 +97,8 @@ def _run(config: FolderConfig, layout: Layout, on_progress: Listener) -> Result:
         tokenizer.save(folder)
         types, rounded = _compare(source, dtype, folder, on_progress)
         _compare_tokenizers(tokenizer, folder)
-        write_manifest(folder, KIND, VERSION, to_dict(config), {"model": source.model.fingerprint})
+        inputs, calibration = {"model": source.model.fingerprint}, source.model.calibration
+        write_manifest(folder, KIND, VERSION, to_dict(config), inputs, calibration=calibration)
     result = Result(
         config.output_dir,
         layout.runtimes,

@@ -25,6 +25,8 @@ from xinslm.model.stored import StoredWeight
 from xinslm.model.transformer import rotary_frequencies
 
 _ROPE_FACTORS = "rope_freqs.weight"
+CALIBRATION = "xinslm.calibration"
+"""Key with the ids of the texts that calibrated the model's quantization, an array of strings."""
 _ROLES = {"bos": "bos", "eos": "eos", "pad": "padding"}
 
 
@@ -54,6 +56,12 @@ class GgufSource(ModelSource):
     def fingerprint(self) -> str:
         """Hash of the file."""
         return sha256_file(self.path)
+
+    @property
+    def calibration(self) -> list[str]:
+        """Ids of the texts that calibrated the model's quantization, if an export wrote them."""
+        found = self._file.keys.get(CALIBRATION)
+        return [str(id) for id in found] if isinstance(found, list) else []
 
     @cached_property
     def settings(self) -> dict[str, Any]:  # type: ignore[override]

@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from xinslm.errors import UsageError, XinslmError
-from xinslm.files import read_json, sha256_file, sha256_json, write_json
+from xinslm.files import MANIFEST, read_json, sha256_file, sha256_json, write_json
 from xinslm.model.config import ModelConfig, UnsupportedModelError
 from xinslm.model.stored import StoredWeight
 from xinslm.model.transformer import Transformer
@@ -59,6 +59,11 @@ class ModelSource:
     def tensor(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
         """Read one weight, or its rows [start, stop), as stored; float32 if it was quantized."""
         raise NotImplementedError
+
+    @property
+    def calibration(self) -> list[str]:
+        """Ids of the texts that calibrated the model's quantization (`data/text_ids.py`)."""
+        return []
 
     def stored(self, name: str) -> StoredWeight | None:
         """One weight as codes of our grids, without rounding; None if it has none."""
@@ -219,6 +224,14 @@ class FolderSource(ModelSource):
                 f"{self.where}: must hold an object, but holds {type(settings).__name__}"
             )
         return settings
+
+    @property
+    def calibration(self) -> list[str]:
+        """Ids of the texts that calibrated the model's quantization, from the manifest."""
+        path = self.path / MANIFEST
+        manifest = read_json(path) if path.is_file() else None
+        found = manifest.get("calibration") if isinstance(manifest, dict) else None
+        return [str(id) for id in found] if isinstance(found, list) else []
 
     @cached_property
     def files(self) -> list[Path]:  # type: ignore[override]

@@ -22,13 +22,13 @@ class StoredWeight:
     scales: Tensor | None
     """Float16 (rows, columns / 32); None for a plain tensor."""
 
+    def codes(self) -> Tensor:
+        """Signed codes of a weight that has them, int8 (rows, columns)."""
+        return unpack_nibbles(self.data) if self.format == Q4_0.name else self.data
+
     def dequantize(self) -> Tensor:
         """The weight in float32."""
-        if self.scales is None:
-            return self.data.float()
-        return decode(
-            unpack_nibbles(self.data) if self.format == Q4_0.name else self.data, self.scales
-        )
+        return self.data.float() if self.scales is None else decode(self.codes(), self.scales)
 
     def ggml_rows(self) -> np.ndarray:
         """Codes and scales as llama.cpp's blocks, uint8 (rows, bytes), or the plain array."""

@@ -8,7 +8,7 @@ to each other.
 import contextlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from xinslm.data.dataset import open_dataset, require_tokenizer
 from xinslm.data.packing import Batch, PackedDataset
+from xinslm.data.text_ids import document_ids
 from xinslm.errors import UsageError
 from xinslm.model.config import ModelConfig
 from xinslm.model.transformer import Block, Transformer
@@ -48,6 +49,14 @@ def read_rows(
     chosen = np.sort(np.random.default_rng(seed).choice(len(rows), num_rows, replace=False))
     step = max(_TOKENS_A_BATCH // length, 1)
     return [rows.batch(chosen[i : i + step]) for i in range(0, num_rows, step)], dataset.fingerprint
+
+
+def text_ids_of(data: Path | None, batches: list[Batch], tokenizer: Any) -> list[str]:
+    """Ids of the documents of the train split that are in the batches, whole or in part."""
+    assert data is not None, "batches come from a dataset"
+    stream = np.concatenate([batch.stream[batch.stream >= 0] for batch in batches])
+    special = list(tokenizer.special_tokens.values())
+    return document_ids(open_dataset(data).split("train"), stream, special)
 
 
 class _Captured(Exception):

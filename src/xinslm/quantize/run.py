@@ -6,6 +6,7 @@ run(QuantizeConfig(model=Path("model"), output_dir=Path("model-4bit"), data_path
 
 import math
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from xinslm.model.grids import GRIDS
 from xinslm.model.quantized import KIND, VERSION
 from xinslm.model.source import QUANTIZED_WEIGHTS, TRAINED_FOR_Q4_0
 from xinslm.progress import Listener, ignore
-from xinslm.quantize.calibration import read_rows
+from xinslm.quantize.calibration import read_rows, text_ids_of
 from xinslm.quantize.config import QuantizeConfig
 from xinslm.quantize.keep import Kept
 from xinslm.quantize.pipeline import Quantization
@@ -85,17 +86,19 @@ def run(config: QuantizeConfig, on_progress: Listener = ignore) -> Result:
     check_vocabulary(source.config.vocab_size, tokenizer, str(source.path))
     inputs = {"model": source.fingerprint}
     batches: list[Batch] = []
+    calibration = source.calibration
     if config.calibrates:
         batches, inputs["dataset"] = _calibration_rows(
             config, tokenizer.fingerprint(), source.config
         )
+        calibration = calibration + text_ids_of(config.data_path, batches, tokenizer)
     method = "rtn" if config.bits == 8 else str(config.method)
     work: Quantization | Kept = Kept(source, on_progress)
     if config.method != "keep":
         rows = batches if config.feeds_back_errors else []
         work = Quantization(source, config.bits, rows, on_progress, method)
     with new_folder(config.output_dir, config.force) as folder:
-        write_folder(work, tokenizer, folder, to_dict(config), inputs, method)
+        write_folder(work, tokenizer, folder, to_dict(config), inputs, method, calibration)
         lines = refine(config, source, folder, batches, on_progress)
     result = _result(work, config.output_dir, lines)
     if config.run is not None:
@@ -112,8 +115,12 @@ def write_folder(
     config: dict[str, Any],
     inputs: dict[str, str],
     method: str,
+    calibration: Sequence[str] = (),
 ) -> None:
-    """Quantize into an empty `folder`: weights, config and tokenizer, manifest."""
+    """Quantize into an empty `folder`: weights, config and tokenizer, manifest.
+
+    `calibration` are the ids of the texts that were used, which evaluations refuse.
+    """
     work.write(folder)
     work.source.save_config(folder)
     tokenizer.save(folder)
@@ -122,6 +129,7 @@ def write_folder(
         "formats": work.formats,
         "layers": work.losses,
         "notes": work.notes,
+        "calibration": sorted(set(calibration)),
     }
     write_manifest(folder, KIND, VERSION, config, inputs, bits=work.bits, **content)
 

@@ -77,9 +77,9 @@ def _compile(template: str) -> jinja2.Template:
     return environment.compile_limited(template)
 
 
-def _render(template: str, messages: list[Message], prompt: bool, special: dict[str, str]) -> str:
+def _render(template: str, messages: list[Message], prompt: bool, other: dict[str, Any]) -> str:
     try:
-        names = {"messages": messages, "add_generation_prompt": prompt, **special}
+        names = {"messages": messages, "add_generation_prompt": prompt, **other}
         return render(_compile(template), names)
     except Exception as error:  # a template is third-party code
         if isinstance(error, LimitError):
@@ -102,16 +102,20 @@ def _check(messages: list[Message]) -> None:
         raise XinslmError("the conversation has no messages")
 
 
-def encode_chat(
-    tokenizer: Tokenizer, messages: list[Message], add_generation_prompt: bool
-) -> tuple[list[int], list[int]]:
-    """Turn a conversation into ids and a loss mask of the same length."""
-    template, names = tokenizer.chat_template, tokenizer.named_tokens
-    if template is None:
+def _require_template(tokenizer: Tokenizer) -> str:
+    if tokenizer.chat_template is None:
         raise XinslmError(
             "this tokenizer has no chat template. Put a chat_template.jinja in the folder of its "
             "tokenizer.json, or use plain text instead of messages"
         )
+    return tokenizer.chat_template
+
+
+def encode_chat(
+    tokenizer: Tokenizer, messages: list[Message], add_generation_prompt: bool
+) -> tuple[list[int], list[int]]:
+    """Turn a conversation into ids and a loss mask of the same length."""
+    template, names = _require_template(tokenizer), tokenizer.named_tokens
     _check(messages)
     tokens = sorted(tokenizer.special_tokens, key=len, reverse=True)
     finder = regex.compile("|".join(map(regex.escape, tokens)) or r"(?!)")
@@ -131,6 +135,22 @@ def encode_chat(
     for begin, end in ranges:
         mask[(starts < moved(end)) & (ends > moved(begin))] = 1
     return ids, mask.tolist()
+
+
+def render_chat(
+    tokenizer: Tokenizer,
+    messages: list[Message],
+    add_generation_prompt: bool = False,
+    tools: list[dict[str, Any]] | None = None,
+) -> str:
+    """Turn a conversation, and functions that the model may call, into the template's text.
+
+    XinslmError if there is no template, or if it refuses the conversation.
+    """
+    template = _require_template(tokenizer)
+    _check(messages)
+    other = tokenizer.named_tokens | ({} if tools is None else {"tools": tools})
+    return _MARKS.sub("", _render(template, messages, add_generation_prompt, other))
 
 
 def with_start(template: str, names: dict[str, str]) -> str:

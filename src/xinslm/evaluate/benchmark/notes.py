@@ -32,7 +32,7 @@ def notes(config: BenchmarkConfig, scores: Mapping[str, TaskScore]) -> list[str]
 
 
 def _overlaps(config: BenchmarkConfig, scores: Mapping[str, TaskScore]) -> list[str]:
-    """Items whose text is also in the datasets that the model was trained on."""
+    """Items whose text is also in the datasets that trained the model or calibrated it."""
     folders = training_folders(config.model)
     if not folders:
         return []
@@ -43,7 +43,7 @@ def _overlaps(config: BenchmarkConfig, scores: Mapping[str, TaskScore]) -> list[
     where = ", ".join(str(folder) for folder in folders)
     return [
         f"{name}: {count:,} of {len(texts[name]):,} items share 13 words in a row with the "
-        f"training data ({where}); their scores may be memory"
+        f"training or calibration data ({where}); their scores may be memory"
         for name, count in counts.items()
         if count
     ]

@@ -9,12 +9,13 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import yaml
 
 from xinslm.data.dataset import open_dataset
 from xinslm.errors import XinslmError
-from xinslm.files import MANIFEST
+from xinslm.files import MANIFEST, read_json
 from xinslm.tokenizer.load import load_tokenizer
 
 RUN = 13
@@ -46,15 +47,41 @@ def _of_one_item(owners: set[tuple[str, int]]) -> set[tuple[str, int]]:
 
 
 def training_folders(model: Path) -> list[Path]:
-    """Datasets that a run folder's config.yaml names; none for other models."""
-    folder = model.parent.parent if model.parent.name == "checkpoints" else model
+    """Datasets that a run folder's config.yaml names, and those that calibrated a quantized folder;
+    those of the models that folders were made from, too; none for other models.
+    """
+    found: list[Path] = []
+    seen: set[Path] = set()
+    while model.resolve() not in seen:
+        seen.add(model.resolve())
+        folder = model.parent.parent if model.parent.name == "checkpoints" else model
+        made = _made_by(model)
+        named = _run_settings(folder).get("data_path") or []
+        if "dataset" in made["inputs"]:  # without it, rounding had no use for --data-path
+            named = made["config"].get("data_path") or []
+        paths = [Path(path) for path in ([named] if isinstance(named, str) else named)]
+        found += [path for path in paths if (path / MANIFEST).is_file() and path not in found]
+        model = Path(made["config"].get("model") or model)
+    return found
+
+
+def _run_settings(folder: Path) -> dict[str, Any]:
     try:
         config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError):
-        return []
-    named = config.get("data_path", []) if isinstance(config, dict) else []
-    paths = [named] if isinstance(named, str) else named or []
-    return [Path(path) for path in paths if (Path(path) / MANIFEST).is_file()]
+        return {}
+    return config if isinstance(config, dict) else {}
+
+
+def _made_by(folder: Path) -> dict[str, dict[str, Any]]:
+    """Configuration and inputs in the manifest of a quantized, exported or imported folder."""
+    path = folder / MANIFEST
+    manifest = read_json(path) if path.is_file() else {}
+    parts = manifest if isinstance(manifest, dict) else {}
+    return {
+        key: found if isinstance(found := parts.get(key), dict) else {}
+        for key in ("config", "inputs")
+    }
 
 
 def _documents(folders: Iterable[Path]) -> Iterator[str]:
