@@ -8,9 +8,10 @@ Control tokens inside a message are encoded as ordinary text, so that no message
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import datetime
 from functools import lru_cache
+from types import MappingProxyType
 from typing import Any
 
 import jinja2
@@ -77,9 +78,15 @@ def _compile(template: str) -> jinja2.Template:
     return environment.compile_limited(template)
 
 
-def _render(template: str, messages: list[Message], prompt: bool, special: dict[str, str]) -> str:
+def _render(
+    template: str,
+    messages: list[Message],
+    prompt: bool,
+    special: dict[str, str],
+    extra: Mapping[str, Any] = MappingProxyType({}),
+) -> str:
     try:
-        names = {"messages": messages, "add_generation_prompt": prompt, **special}
+        names = {"messages": messages, "add_generation_prompt": prompt, **special, **extra}
         return render(_compile(template), names)
     except Exception as error:  # a template is third-party code
         if isinstance(error, LimitError):
@@ -131,6 +138,22 @@ def encode_chat(
     for begin, end in ranges:
         mask[(starts < moved(end)) & (ends > moved(begin))] = 1
     return ids, mask.tolist()
+
+
+def render_chat(
+    tokenizer: Tokenizer, messages: list[Message], add_generation_prompt: bool, **extra: Any
+) -> str:
+    """Text of a conversation by the tokenizer's chat template, BOS included where it writes it.
+
+    `extra` are further variables of the template, such as `tools`. XinslmError if the template
+    refuses the conversation, or there is none.
+    """
+    if tokenizer.chat_template is None:
+        raise XinslmError("this tokenizer has no chat template")
+    text = _render(
+        tokenizer.chat_template, messages, add_generation_prompt, tokenizer.named_tokens, extra
+    )
+    return _MARKS.sub("", text)
 
 
 def with_start(template: str, names: dict[str, str]) -> str:
