@@ -20,6 +20,7 @@ from gguf import GGMLQuantizationType, GGUFWriter, LlamaFileType
 from torch import Tensor
 
 from xinslm.errors import UsageError, XinslmError
+from xinslm.export import companions
 from xinslm.export.config import GgufConfig
 from xinslm.export.vocabulary import read_vocabulary
 from xinslm.files import new_file
@@ -83,6 +84,8 @@ class Result:
     bits_per_weight: float
     context_length: int
     notes: tuple[str, ...]
+    written: tuple[Path, ...] = ()
+    """What was written with it: the Modelfile, LM Studio's link."""
 
     def describe(self) -> str:
         """A few lines for the terminal."""
@@ -94,7 +97,7 @@ class Result:
                 "weight",
                 f"context {self.context_length:,} tokens",
                 *(f"note    {note}" for note in self.notes),
-                f"output  {self.path}",
+                *(f"output  {path}" for path in (self.path, *self.written)),
             ]
         )
 
@@ -112,6 +115,7 @@ def run(config: GgufConfig, on_progress: Listener = ignore) -> Result:
         )
     if config.run is not None:
         require_run(config.run)
+    linked = companions.check_places(config)
     source = open_model(config.model)
     model = source.config
     entries = _rope_factors(model)
@@ -123,6 +127,7 @@ def run(config: GgufConfig, on_progress: Listener = ignore) -> Result:
         entries += list(_plain(source, file_type))
     vocabulary = read_vocabulary(source.path, model)
     context, notes = _context(model)
+    others = companions.plan(config, source, context, vocabulary.add_bos, linked)
     with new_file(config.output_path) as partial:
         writer = GGUFWriter(None, "llama")
         writer.add_name(config.output_path.stem)
@@ -141,7 +146,8 @@ def run(config: GgufConfig, on_progress: Listener = ignore) -> Result:
         dict(Counter(entry.kind.name for entry in entries)),
         sum(entry.nbytes for entry in entries) * 8 / weights,
         context,
-        (*notes, *vocabulary.notes),
+        (*notes, *vocabulary.notes, *others.notes),
+        others.write(),
     )
     if config.run is not None:
         row = {"name": result.path.name, "path": str(result.path), "bytes": result.file_bytes}

@@ -73,7 +73,7 @@ def make_modelfile(
     if template is not None:
         lines.append(f'TEMPLATE """{template.text}"""')
         system = template.pieces.default_system
-        if system is not None and system.isprintable():
+        if system is not None and _is_readable(system):
             lines.append(f"SYSTEM {_quoted(system)}")
     lines.append(f"PARAMETER num_ctx {length}")
     lines += [f"PARAMETER {name} {value}" for name, value in _sampling(source.path)]
@@ -130,22 +130,28 @@ def _sampling(folder: Path) -> Iterator[tuple[str, Any]]:
 
 
 def _stop_words(template: OllamaTemplate | None, tokenizer: Tokenizer) -> list[str]:
-    """The end token, and what begins or ends a turn: control tokens, else the words of its marks."""
+    """The end token, and the control tokens around messages; where there are none, their marks."""
     words = dict.fromkeys(filter(None, [tokenizer.named_tokens.get("eos_token")]))
-    if template is not None:
-        pieces = template.pieces
-        texts = [*pieces.after.values(), *pieces.prompt.values()]
-        texts += [text for by_last in pieces.before.values() for text in by_last.values()]
-        bos = tokenizer.named_tokens.get("bos_token")
-        for text in texts:
-            found = [token for token in tokenizer.special_tokens if token in text]
-            begins = text.strip().split("\n")[0].strip()
-            if not found and len(begins) > 2 and not begins[0].isalnum():
-                found = [begins]
-            opens = not pieces.start and text == pieces.before.get("user", {}).get("")
-            words |= dict.fromkeys(word for word in found if word != bos or not opens)
+    if template is None:
+        return [word for word in words if word.isprintable()]
+    pieces = template.pieces
+    texts = [*pieces.after.values(), *pieces.prompt.values()]
+    for by_last in pieces.before.values():
+        # the first message's text has BOS and a default system message, too
+        texts += [text for last, text in by_last.items() if last] or by_last.values()
+    for text in texts:
+        tokens = [token for token in tokenizer.special_tokens if token in text]
+        mark = text.strip().partition("\n")[0].strip()
+        if not tokens and len(mark) > 2 and not mark[0].isalnum():
+            tokens = [mark]
+        words |= dict.fromkeys(sorted(tokens, key=text.find))
     return [word for word in words if word.isprintable()]
 
 
+def _is_readable(text: str) -> bool:
+    """Whether Ollama reads a text in a Modelfile as it is."""
+    return text.replace("\n", "").isprintable() and '"""' not in text
+
+
 def _quoted(text: str) -> str:
-    return f'"""{text}"""' if '"' in text else f'"{text}"'
+    return f'"""{text}"""' if '"' in text or "\n" in text else f'"{text}"'

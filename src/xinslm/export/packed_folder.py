@@ -16,6 +16,7 @@ from torch import Tensor
 
 from xinslm.config import to_dict
 from xinslm.errors import UsageError, XinslmError
+from xinslm.export.card import Export, commands, write_card
 from xinslm.export.config import FolderConfig, HfConfig, MlxConfig
 from xinslm.export.layouts import CompressedTensors, Gptq, Layout, Mlx
 from xinslm.export.packing import BITS
@@ -98,6 +99,7 @@ def _run(config: FolderConfig, layout: Layout, on_progress: Listener) -> Result:
         tokenizer.save(folder)
         types, rounded = _compare(source, dtype, folder, on_progress)
         _compare_tokenizers(tokenizer, folder)
+        _write_card(source, types, folder, config.run, tokenizer.chat_template is not None)
         write_manifest(folder, KIND, VERSION, to_dict(config), {"model": source.model.fingerprint})
     result = Result(
         config.output_dir,
@@ -115,6 +117,24 @@ def _run(config: FolderConfig, layout: Layout, on_progress: Listener) -> Result:
             config.run, "files.json", row | {"bytes": result.file_bytes, "bits_per_weight": bits}
         )
     return result
+
+
+def _write_card(
+    source: "_Source", types: dict[str, int], folder: Path, run: Path | None, has_chat: bool
+) -> None:
+    library = "mlx" if isinstance(source.layout, Mlx) else "transformers"
+    method = source.settings.get("quantization_config", {}).get("quant_method")
+    export = Export(
+        source.model,
+        library,
+        WEIGHTS,
+        (folder / WEIGHTS).stat().st_size,
+        types,
+        source.model.config.max_position_embeddings,
+        commands(library, method, has_chat),
+        run,
+    )
+    write_card(folder, export)
 
 
 def _window_note(source: "_Source") -> str:
