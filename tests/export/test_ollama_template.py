@@ -6,9 +6,9 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from chat_templates import TEMPLATES, UNKNOWN
 from transformers import PreTrainedTokenizerFast
 
-from chat_templates import TEMPLATES, UNKNOWN
 from small_models import save_tokenizer
 from xinslm.export.chat_pieces import UnknownTemplateError
 from xinslm.export.go_template import GoTemplateError, execute, quote
@@ -48,9 +48,7 @@ def with_template(folder: Path, template: str, path: Path):
 def by_transformers(path: Path, messages) -> str | None:
     """The text that transformers makes of messages as Ollama merges them; None if refused."""
     tokenizer = PreTrainedTokenizerFast.from_pretrained(path)
-    merged = [
-        {"role": m["Role"], "content": m["Content"]} for m in collate(messages)["Messages"]
-    ]
+    merged = [{"role": m["Role"], "content": m["Content"]} for m in collate(messages)["Messages"]]
     try:
         return tokenizer.apply_chat_template(merged, tokenize=False, add_generation_prompt=True)
     except Exception as error:
@@ -125,13 +123,16 @@ def test_a_default_system_message_is_found(folder, tmp_path):
     "source",
     [
         "a {{- if .System }} b {{ else if eq .X 1 2 }} c {{- else }}d{{ end }} e",
-        '{{ define "f" }}[{{ . }}]{{ end }}{{ template "f" .System }}{{ template "f" (slice .System 1) }}',
-        '{{ $x := "q" }}{{ range $i, $m := .Messages }}{{ $i }}{{ $x }}{{ $x = $m.Role }}{{ end }}{{ $x }}',
+        '{{ define "f" }}[{{ . }}]{{ end }}{{ template "f" .System }}'
+        '{{ template "f" (slice .System 1) }}',
+        '{{ $x := "q" }}{{ range $i, $m := .Messages }}{{ $i }}{{ $x }}{{ $x = $m.Role }}{{ end }}'
+        "{{ $x }}",
         "{{ range .Messages }} {{- .Content -}} {{ end }}",
         '{{ if and .System (ne .System "x") (ge (len .Messages) 2) }}yes{{ end }}{{ len .System }}',
         '{{ if or (not .System) (eq (len (slice $.Messages 1)) 1) }}{{ "\\u00e9\\n\\"" }}{{ end }}',
         "{{ range $m := .Messages }}{{ if $m.Content }}{{ $m.Content }},{{ end }}{{ end }}",
-        '{{ slice .System 1 2 }}{{ $x := 1 }}{{ if .System }}{{ $x := 2 }}{{ $x }}{{ end }}{{ $x }}',
+        "{{ slice .System 1 2 }}{{ $x := 1 }}{{ if .System }}{{ $x := 2 }}{{ $x }}{{ end }}"
+        "{{ $x }}",
     ],
 )
 def test_the_evaluator_agrees_with_go(source, go):

@@ -6,17 +6,18 @@ from typing import Any
 
 from xinslm.config import to_dict
 from xinslm.errors import UsageError
-from xinslm.export.card import CARD, Export, commands, write_card
+from xinslm.export.card import Export, commands, write_card
 from xinslm.export.config import AllConfig, GgufConfig, HfConfig, MlxConfig
 from xinslm.export.gguf import Result as GgufResult
 from xinslm.export.gguf import run as run_gguf
+from xinslm.export.kinds import CARD, EXPORTS
 from xinslm.export.packed_folder import run_hf, run_mlx
 from xinslm.files import write_manifest
 from xinslm.folders import manifest_kind, refuse_existing, refuse_inside
 from xinslm.model.files import open_model
 from xinslm.progress import Listener, ignore
 
-KIND, VERSION = "exports", 1
+VERSION = 1
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ def run(config: AllConfig, on_progress: Listener = ignore) -> Result:
     What is complete stays if a later one fails.
     """
     refuse_existing(config.output_dir, config.force)
-    if (config.output_dir / CARD).exists() and manifest_kind(config.output_dir) != KIND:
+    if (config.output_dir / CARD).exists() and manifest_kind(config.output_dir) != EXPORTS:
         raise UsageError(f"{config.output_dir / CARD} is not xinslm's. Choose another --output-dir")
     if config.force:
         refuse_inside(config.output_dir, (config.model,))
@@ -64,4 +65,4 @@ def _complete(config: AllConfig, gguf: GgufResult) -> None:
     write_card(folder, Export(source, "gguf", *sizes, run_with, config.run))
     inner = tuple(path.name for path in folder.iterdir() if path.is_dir())
     inputs = {"model": source.fingerprint}
-    write_manifest(folder, KIND, VERSION, to_dict(config), inputs, skip=inner)
+    write_manifest(folder, EXPORTS, VERSION, to_dict(config), inputs, skip=inner)

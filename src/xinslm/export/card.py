@@ -5,16 +5,16 @@ Each statement is read from a file: the weights that were written, or the record
 `provenance.py` follows. What no file says is not mentioned.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from xinslm.export.kinds import CARD
 from xinslm.export.provenance import Provenance, Step, front_matter, short_name, trace
 from xinslm.files import MANIFEST, manifest_fingerprint, read_json, write_text
 from xinslm.model.source import ModelSource
 
-CARD = "README.md"
 _QUANTIZED = {"4-bit": "4-bit", "8-bit": "8-bit", "Q4_0": "4-bit", "Q8_0": "8-bit"}
 
 
@@ -93,7 +93,7 @@ def _section(title: str, lines: list[str]) -> list[str]:
     return [f"## {title}\n", "\n".join(lines) + "\n"] if lines else []
 
 
-def _table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> list[str]:
+def _table(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> list[str]:
     lines = [header, ("---",) * len(header), *rows]
     return ["| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines]
 
@@ -111,7 +111,8 @@ def _facts(export: Export) -> list[tuple[str, ...]]:
         ("tensors", census),
         (
             export.file,
-            f"{export.file_bytes / 1e6:,.1f} MB, {8 * export.file_bytes / weights:.2f} bits a weight",
+            f"{export.file_bytes / 1e6:,.1f} MB, {8 * export.file_bytes / weights:.2f} bits a "
+            "weight",
         ),
     ]
 
@@ -155,34 +156,37 @@ def _teacher_of(cache: Path, fingerprint: str | None) -> str | None:
 
 def _measured(history: Provenance) -> list[str]:
     """Tables of what the run folder holds."""
-    lines: list[str] = []
-    if history.evaluations:
-        rows = [
-            (
-                str(row["name"]),
-                short_name(row.get("data", "")),
-                f"{row['bits_per_byte']:.4f}",
-                f"{row['perplexity']:.3f}",
-            )
-            for row in history.evaluations
-            if "bits_per_byte" in row and "perplexity" in row
-        ]
-        lines += _table(("model", "text", "bits per byte", "perplexity"), rows)
-    rows = [
+    texts = [
         (
             str(row["name"]),
-            f"{task['task']} ({task['num_fewshot']}-shot)",
-            str(task["metric"]),
+            short_name(row.get("data", "")),
+            f"{row['bits_per_byte']:.4f}",
+            f"{row['perplexity']:.3f}",
+        )
+        for row in history.evaluations
+        if _numbers(row, "bits_per_byte", "perplexity")
+    ]
+    tasks = [
+        (
+            str(row["name"]),
+            f"{task.get('task')} ({task.get('num_fewshot')}-shot)",
+            str(task.get("metric")),
             f"{task['value']:.4f}",
             str(task["items"]),
         )
         for row in history.benchmarks
         for task in row.get("tasks", [])
-        if {"task", "num_fewshot", "metric", "value", "items"} <= task.keys()
+        if _numbers(task, "value", "items")
     ]
-    if rows:
-        lines += ["", *_table(("model", "task", "metric", "value", "items"), rows)]
+    lines = _table(("model", "text", "bits per byte", "perplexity"), texts) if texts else []
+    if tasks:
+        lines += [""] if lines else []
+        lines += _table(("model", "task", "metric", "value", "items"), tasks)
     return lines
+
+
+def _numbers(row: Mapping[str, Any], *names: str) -> bool:
+    return all(isinstance(row.get(name), int | float) for name in names)
 
 
 def _commands(export: Export) -> list[str]:

@@ -8,7 +8,7 @@ whether contents are trimmed. A template that does not work this way is refused,
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from os.path import commonprefix
+from itertools import pairwise
 
 Message = dict[str, str]
 Render = Callable[[list[Message], bool], str | None]
@@ -97,7 +97,9 @@ def derive(render: Render) -> ChatPieces:
     notes: tuple[str, ...] = ()
     if with_system is None or 0 not in with_system.order:
         what = "refuses" if with_system is None else "leaves out"
-        notes = (f"the chat template {what} system messages; so does TEMPLATE, by leaving them out",)
+        notes = (
+            f"the chat template {what} system messages; so does TEMPLATE, by leaving them out",
+        )
     elif with_system.order != (0, 1, 2, 3):
         raise UnknownTemplateError("it moves messages")
     has_system = not notes
@@ -112,7 +114,7 @@ def derive(render: Render) -> ChatPieces:
     prompt: dict[str, str] = {}
     for (previous, role), text in gaps.items():
         rest = text[len(after[previous]) :] if previous else text
-        (before[role] if role else prompt)[previous if role else previous] = rest
+        (before[role] if role else prompt)[previous] = rest
     if not has_system:
         del before["system"], after["system"]
     return ChatPieces(
@@ -137,7 +139,7 @@ def _gaps(render: Render, has_system: bool) -> dict[tuple[str, str], str]:
                 raise UnknownTemplateError(f"it refuses the roles {_named(roles)}")
             continue
         names = ["", *(ROLES[r] for r in roles), ""]
-        for pair, text in zip(zip(names, names[1:], strict=False), seen.texts, strict=True):
+        for pair, text in zip(pairwise(names), seen.texts, strict=True):
             if gaps.setdefault(pair, text) != text and roles not in ("uasu", "au"):
                 first, second = (name or "the end" for name in pair)
                 raise UnknownTemplateError(
@@ -153,7 +155,11 @@ def _named(roles: str) -> str:
 def _after(role: str, gaps: Mapping[tuple[str, str], str], closed: Mapping[str, str]) -> str:
     """Longest text that follows a message of a role in any case; at most what ends it."""
     found = [text for (previous, _), text in gaps.items() if previous == role]
-    return commonprefix([*found, *([closed[role]] if role in closed else [])])
+    if role in closed:
+        found.append(closed[role])
+    first, last = min(found, default=""), max(found, default="")
+    equal = [a == b for a, b in zip(first, last, strict=False)]
+    return first[: [*equal, False].index(False)]
 
 
 def _in_last_user(render: Render, seen: _Seen) -> ChatPieces:
@@ -173,9 +179,7 @@ def _in_last_user(render: Render, seen: _Seen) -> ChatPieces:
         if not gaps["assistant", "user"].endswith(first):
             raise UnknownTemplateError("its first turn begins in a way of its own")
     before_system = seen.texts[2][len(after["assistant"]) :]
-    prompt = {
-        role: gaps[role, ""][len(after[role]) :] for role in after if (role, "") in gaps
-    }
+    prompt = {role: gaps[role, ""][len(after[role]) :] for role in after if (role, "") in gaps}
     before = {"user": {"": usual, "assistant": usual}, "assistant": {"user": answer}}
     return ChatPieces(
         before,
@@ -187,9 +191,7 @@ def _in_last_user(render: Render, seen: _Seen) -> ChatPieces:
     )
 
 
-def _trims(
-    render: Render, before: Mapping[str, Mapping[str, str]]
-) -> dict[str, dict[str, str]]:
+def _trims(render: Render, before: Mapping[str, Mapping[str, str]]) -> dict[str, dict[str, str]]:
     """What happens to contents, by role and previous role."""
     trims: dict[str, dict[str, str]] = {role: {} for role in before}
     for roles in ("u", "uau", "su", "uasu", "au"):

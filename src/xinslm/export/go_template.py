@@ -114,8 +114,7 @@ class _Parser:
             name, _, value = rest.partition(" ")
             return _Node("template", (json.loads(name), _expression(value)))
         if assigned := re.fullmatch(r"(\$\w+)\s*(:?=)\s*(.*)", text, re.S):
-            names = (assigned[1], assigned[2])
-            return _Node("set", _expression(assigned[3]), names=names)
+            return _Node("set", _expression(assigned[3]), names=(assigned[1], assigned[2]))
         return _Node("output", _expression(text))
 
     def _branch(self, condition: Any) -> _Node:
@@ -130,9 +129,7 @@ class _Parser:
 
 def _expression(source: str) -> Any:
     """A constant (tagged tuple), a path, or a call ('call', name, arguments)."""
-    tokens = [
-        (str(match.lastgroup), match[0].strip()) for match in _TOKEN.finditer(source.strip())
-    ]
+    tokens = [(str(match.lastgroup), match[0].strip()) for match in _TOKEN.finditer(source.strip())]
     value, rest = _call(tokens)
     if rest:
         raise GoTemplateError(f"cannot read '{source}'")

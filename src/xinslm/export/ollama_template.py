@@ -133,7 +133,9 @@ def _check(text: str, render: Render, default_system: str | None) -> tuple[str, 
 
 def _source(pieces: ChatPieces) -> Iterator[str]:
     """The template's text. `{{-` and a line break in front of it write nothing."""
-    yield from _definitions({trim for by_last in pieces.trims.values() for trim in by_last.values()})
+    yield from _definitions(
+        {trim for by_last in pieces.trims.values() for trim in by_last.values()}
+    )
     varied = [*pieces.before.values(), *pieces.trims.values(), pieces.prompt]
     has_last = any(len(set(texts.values())) > 1 for texts in varied)
     if has_last:
@@ -206,11 +208,11 @@ def _definitions(trims: set[str]) -> Iterator[str]:
     the string from n on, and a loop is a definition that calls itself.
     """
     spaces = [chr(code) for code in range(0x3001) if chr(code).isspace()]
-    by_width = {n: [s for s in spaces if len(s.encode()) == n] for n in (1, 2, 3)}
+    by_width = {n: " ".join(quote(s) for s in spaces if len(s.encode()) == n) for n in (1, 2, 3)}
 
     def cuts(found: Callable[[int], str], variable: str, value: Callable[[int], str]) -> str:
         return "".join(
-            f"{{{{- if ge (len .) {n} }}}}{{{{ if eq ({found(n)}) {' '.join(map(quote, among))} }}}}"
+            f"{{{{- if ge (len .) {n} }}}}{{{{ if eq ({found(n)}) {among} }}}}"
             f"{{{{ {variable} = {value(n)} }}}}{{{{ end }}}}{{{{ end }}}}\n"
             for n, among in by_width.items()
         )

@@ -18,6 +18,7 @@ from xinslm.config import to_dict
 from xinslm.errors import UsageError, XinslmError
 from xinslm.export.card import Export, commands, write_card
 from xinslm.export.config import FolderConfig, HfConfig, MlxConfig
+from xinslm.export.kinds import EXPORT
 from xinslm.export.layouts import CompressedTensors, Gptq, Layout, Mlx
 from xinslm.export.packing import BITS
 from xinslm.files import read_json, write_json, write_manifest
@@ -31,7 +32,7 @@ from xinslm.runs import add_row, require_run
 from xinslm.tokenizer.base import Tokenizer
 from xinslm.tokenizer.load import load_tokenizer
 
-KIND, VERSION = "export", 1
+VERSION = 1
 SAMPLE = "Hello, World! naïve 東京 🙂\n  def f(x):\treturn x + 123\r\n"
 """Text whose ids the exported tokenizer must give, too."""
 
@@ -100,7 +101,9 @@ def _run(config: FolderConfig, layout: Layout, on_progress: Listener) -> Result:
         types, rounded = _compare(source, dtype, folder, on_progress)
         _compare_tokenizers(tokenizer, folder)
         _write_card(source, types, folder, config.run, tokenizer.chat_template is not None)
-        write_manifest(folder, KIND, VERSION, to_dict(config), {"model": source.model.fingerprint})
+        write_manifest(
+            folder, EXPORT, VERSION, to_dict(config), {"model": source.model.fingerprint}
+        )
     result = Result(
         config.output_dir,
         layout.runtimes,

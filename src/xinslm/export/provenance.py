@@ -100,9 +100,7 @@ def _is_downloaded(name: str) -> bool:
     """Whether a name that is no path here is one of the Hub, and not a path that is gone."""
     from huggingface_hub import try_to_load_from_cache
 
-    return bool(_HUB_NAME.fullmatch(name)) and isinstance(
-        try_to_load_from_cache(name, CONFIG), str
-    )
+    return bool(_HUB_NAME.fullmatch(name)) and isinstance(try_to_load_from_cache(name, CONFIG), str)
 
 
 def _run_of(model: Path) -> Path | None:
