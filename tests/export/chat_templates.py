@@ -98,7 +98,7 @@ UNKNOWN = {
     ),
     "upper case": (
         "{% for m in messages %}<{{ m.role }}>{{ m.content | upper }}{% endfor %}",
-        "",
+        "changes the content|refuses the roles",
     ),
     "numbered": (
         "{% for m in messages %}{{ loop.index }} {{ m.role }}: {{ m.content }}\n{% endfor %}",
@@ -106,7 +106,7 @@ UNKNOWN = {
     ),
     "last three": (
         "{% for m in messages[-3:] %}<{{ m.role }}>{{ m.content }}{% endfor %}",
-        "",
+        "refuses the roles",
     ),
     "twice": (
         "{% for m in messages %}<{{ m.role }}>{{ m.content }}{{ m.content }}{% endfor %}",

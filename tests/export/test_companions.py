@@ -201,6 +201,11 @@ def test_lm_studio_gets_a_link(model, tmp_path):
     assert there.read_bytes() == content and not (tmp_path / "m.gguf").exists()
 
 
+def test_an_option_without_effect_is_an_error(model, tmp_path):
+    with pytest.raises(UsageError, match="no effect without --lmstudio"):
+        run(GgufConfig(model, tmp_path / "m.gguf", lmstudio_dir=tmp_path))
+
+
 def test_lm_studio_gets_a_copy_on_another_disk(tmp_path, monkeypatch):
     (tmp_path / "m.gguf").write_bytes(b"GGUF")
 

@@ -30,6 +30,12 @@ class GgufConfig(Settings):
     lmstudio_dir: Path | None = None
     """LM Studio's folder of models, if it is not that of this user's installation."""
 
+    def errors(self) -> list[str]:
+        """What cannot work, a sentence each."""
+        if self.lmstudio_dir is not None and self.lmstudio is None:
+            return ["lmstudio_dir has no effect without --lmstudio PUBLISHER/NAME"]
+        return []
+
 
 @dataclass(frozen=True)
 class FolderConfig(Settings):

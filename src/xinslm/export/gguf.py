@@ -104,6 +104,7 @@ class Result:
 
 def run(config: GgufConfig, on_progress: Listener = ignore) -> Result:
     """Write a GGUF file of a quantized folder, bit for bit, or of any other model."""
+    config.check()
     if config.output_path.is_dir():
         raise UsageError(
             f"--output-path {config.output_path} is a folder; name a file, such as model.gguf in it"

@@ -97,7 +97,8 @@ def _template(
     if re.search(r"\btools\b", tokenizer.chat_template):
         notes += (
             "TEMPLATE has no tools: the chat template writes them as JSON with spaces, Ollama "
-            "without, which is other tokens",
+            "without, which is other tokens. Newer versions of Ollama take the GGUF's chat "
+            "template for such a model",
         )
     return template, notes
 
