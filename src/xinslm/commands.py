@@ -172,8 +172,8 @@ COMMANDS = {
         "write a GGUF file for llama.cpp",
         "export.config:GgufConfig",
         "export.gguf:run",
-        example="student-4bit -o student.gguf --run student",
-        most_used="model output_path run outtype force",
+        example="student-4bit -o student.gguf --run student --ollama",
+        most_used="model output_path run ollama lmstudio",
     ),
     "export hf": Command(
         "write a model, 4-bit or not, for transformers and vLLM",
@@ -195,6 +195,13 @@ COMMANDS = {
         "export.all:run",
         example="student-4bit -o exports",
         most_used="model output_dir dtype run force",
+    ),
+    "publish": Command(
+        "upload an exported folder to the Hugging Face Hub",
+        "export.config:PublishConfig",
+        "export.publish:run",
+        example="exports/hf me/student --dry-run",
+        most_used="folder repo public dry_run message",
     ),
     "generate": Command(
         "continue a prompt",

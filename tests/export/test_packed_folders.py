@@ -136,11 +136,13 @@ def test_a_window_that_mlx_lm_ignores_is_said(tmp_path):
 
 def test_all_formats_at_once(model, tmp_path):
     result = run_all(AllConfig(model, tmp_path / "all"))
-    assert sorted(p.name for p in (tmp_path / "all").iterdir()) == ["hf", "mlx", "model.gguf"]
+    files = ["Modelfile", "README.md", "hf", "manifest.json", "mlx", "model.gguf"]
+    assert sorted(p.name for p in (tmp_path / "all").iterdir()) == files
     expected = dict(read_tensors(model))
-    for path in (tmp_path / "all").iterdir():
-        assert all(torch.equal(w, expected[name]) for name, w in read_tensors(path)), path.name
-    assert result.describe().count("output") == 3
+    for name in ("hf", "mlx", "model.gguf"):
+        path = tmp_path / "all" / name
+        assert all(torch.equal(w, expected[key]) for key, w in read_tensors(path)), name
+    assert result.describe().count("output") == 4
     with pytest.raises(UsageError, match="already holds something"):
         run_all(AllConfig(model, tmp_path / "all"))
 

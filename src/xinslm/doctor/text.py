@@ -128,7 +128,8 @@ def _rendered(
     tools: list[dict[str, Any]] | None,
 ) -> str | None:
     try:
-        return render_chat(tokenizer, messages, prompt, tools)
+        extra = {} if tools is None else {"tools": tools}
+        return render_chat(tokenizer, messages, prompt, **extra)
     except XinslmError:
         return None
 

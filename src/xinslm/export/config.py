@@ -24,7 +24,19 @@ class GgufConfig(Settings):
     run: Path | None = None
     """Run folder whose report lists the file."""
     force: bool = False
-    """Replace the file if it exists."""
+    """Replace the file, and the Modelfile, if they exist."""
+    ollama: bool = False
+    """Also write a Modelfile next to the file: chat template, stop words, sampling."""
+    lmstudio: str | None = None
+    """PUBLISHER/NAME under which LM Studio finds the file: links it into LM Studio's folder."""
+    lmstudio_dir: Path | None = None
+    """LM Studio's folder of models, if it is not that of this user's installation."""
+
+    def errors(self) -> list[str]:
+        """What cannot work, a sentence each."""
+        if self.lmstudio_dir is not None and self.lmstudio is None:
+            return ["lmstudio_dir has no effect without --lmstudio PUBLISHER/NAME"]
+        return []
 
 
 @dataclass(frozen=True)
@@ -62,7 +74,9 @@ class MlxConfig(FolderConfig):
 
 @dataclass(frozen=True)
 class AllConfig(FolderConfig):
-    """Write a model as GGUF, for transformers and vLLM, and for mlx-lm, into one folder."""
+    """Write a model as GGUF with a Modelfile, for transformers and vLLM, and for mlx-lm, into one
+    folder.
+    """
 
 
 @dataclass(frozen=True)
@@ -79,3 +93,21 @@ class ImportConfig(Settings):
     """Tokenizer to use instead of the model's own."""
     force: bool = False
     """Replace the output folder if it already holds something."""
+
+
+@dataclass(frozen=True)
+class PublishConfig(Settings):
+    """Upload an exported folder to the Hugging Face Hub."""
+
+    folder: Annotated[Path, tyro.conf.Positional]
+    """What `export hf`, `export mlx` or `export all` wrote (of the last one the GGUF's files)."""
+    repo: Annotated[str, tyro.conf.Positional]
+    """Name on the Hub, USER/NAME; a new repository is private."""
+    public: bool = False
+    """Make a new repository public."""
+    message: str | None = None
+    """Message of the commit."""
+    dry_run: bool = False
+    """Check everything here, show what would be uploaded, and stop."""
+    force: bool = False
+    """Replace files of the repository that have another content; others stay."""

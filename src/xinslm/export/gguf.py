@@ -21,6 +21,7 @@ from gguf import GGMLQuantizationType, GGUFWriter, LlamaFileType, quants
 from torch import Tensor
 
 from xinslm.errors import UsageError, XinslmError
+from xinslm.export import companions
 from xinslm.export.config import GgufConfig
 from xinslm.export.vocabulary import read_vocabulary
 from xinslm.files import new_file
@@ -92,6 +93,8 @@ class Result:
     rounded: int
     """Values that the types of the file do not hold exactly; none has codes."""
     notes: tuple[str, ...]
+    written: tuple[Path, ...] = ()
+    """What was written with it: the Modelfile, LM Studio's link."""
 
     def describe(self) -> str:
         """A few lines for the terminal."""
@@ -107,13 +110,14 @@ class Result:
                 f"context {self.context_length:,} tokens",
                 f"check   read back: {equal}",
                 *(f"note    {note}" for note in self.notes),
-                f"output  {self.path}",
+                *(f"output  {path}" for path in (self.path, *self.written)),
             ]
         )
 
 
 def run(config: GgufConfig, on_progress: Listener = ignore) -> Result:
     """Write a GGUF file of any model; without `outtype`, what has codes keeps them bit for bit."""
+    config.check()
     if config.output_path.is_dir():
         raise UsageError(
             f"--output-path {config.output_path} is a folder; name a file, such as model.gguf in it"
@@ -125,12 +129,14 @@ def run(config: GgufConfig, on_progress: Listener = ignore) -> Result:
         )
     if config.run is not None:
         require_run(config.run)
+    linked = companions.check_places(config)
     source = open_model(config.model)
     model = source.config
     entries = _rope_factors(model) + list(_entries(source, config.outtype, on_progress))
     types = Counter(entry.kind.name for entry in entries)
     vocabulary = read_vocabulary(source.path, model)
     context, notes = _context(model)
+    others = companions.plan(config, source, context, vocabulary.add_bos, linked)
     with new_file(config.output_path) as partial:
         writer = GGUFWriter(None, "llama")
         writer.add_name(config.output_path.stem)
@@ -154,7 +160,8 @@ def run(config: GgufConfig, on_progress: Listener = ignore) -> Result:
         context,
         weights,
         rounded,
-        (*notes, *_code_notes(entries), *vocabulary.notes),
+        (*notes, *_code_notes(entries), *vocabulary.notes, *others.notes),
+        others.write(),
     )
     if config.run is not None:
         row = {"name": result.path.name, "path": str(result.path), "bytes": result.file_bytes}

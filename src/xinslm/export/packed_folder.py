@@ -16,7 +16,9 @@ from torch import Tensor
 
 from xinslm.config import to_dict
 from xinslm.errors import UsageError, XinslmError
+from xinslm.export.card import Export, commands, write_card
 from xinslm.export.config import FolderConfig, HfConfig, MlxConfig
+from xinslm.export.kinds import EXPORT
 from xinslm.export.layouts import CompressedTensors, Gptq, Layout, Mlx
 from xinslm.export.packing import BITS
 from xinslm.files import read_json, write_json, write_manifest
@@ -31,7 +33,7 @@ from xinslm.tokenizer.base import Tokenizer
 from xinslm.tokenizer.load import load_tokenizer
 from xinslm.tokenizer.sample import SAMPLE
 
-KIND, VERSION = "export", 1
+VERSION = 1
 
 
 @dataclass(frozen=True)
@@ -97,8 +99,9 @@ def _run(config: FolderConfig, layout: Layout, on_progress: Listener) -> Result:
         tokenizer.save(folder)
         types, rounded = _compare(source, dtype, folder, on_progress)
         _compare_tokenizers(tokenizer, folder)
+        _write_card(source, types, folder, config.run, tokenizer.chat_template is not None)
         inputs, calibration = {"model": source.model.fingerprint}, source.model.calibration
-        write_manifest(folder, KIND, VERSION, to_dict(config), inputs, calibration=calibration)
+        write_manifest(folder, EXPORT, VERSION, to_dict(config), inputs, calibration=calibration)
     result = Result(
         config.output_dir,
         layout.runtimes,
@@ -115,6 +118,24 @@ def _run(config: FolderConfig, layout: Layout, on_progress: Listener) -> Result:
             config.run, "files.json", row | {"bytes": result.file_bytes, "bits_per_weight": bits}
         )
     return result
+
+
+def _write_card(
+    source: "_Source", types: dict[str, int], folder: Path, run: Path | None, has_chat: bool
+) -> None:
+    library = "mlx" if isinstance(source.layout, Mlx) else "transformers"
+    method = source.settings.get("quantization_config", {}).get("quant_method")
+    export = Export(
+        source.model,
+        library,
+        WEIGHTS,
+        (folder / WEIGHTS).stat().st_size,
+        types,
+        source.model.config.max_position_embeddings,
+        commands(library, method, has_chat),
+        run,
+    )
+    write_card(folder, export)
 
 
 def _window_note(source: "_Source") -> str:

@@ -141,15 +141,15 @@ def render_chat(
     tokenizer: Tokenizer,
     messages: list[Message],
     add_generation_prompt: bool = False,
-    tools: list[dict[str, Any]] | None = None,
+    **extra: Any,
 ) -> str:
-    """Turn a conversation, and functions that the model may call, into the template's text.
+    """Turn a conversation into the text of the template, BOS included where it writes it.
 
-    XinslmError if there is no template, or if it refuses the conversation.
+    `extra` are further variables of the template, such as `tools`. XinslmError if there is no
+    template, or if it refuses the conversation.
     """
     template = _require_template(tokenizer)
-    _check(messages)
-    other = tokenizer.named_tokens | ({} if tools is None else {"tools": tools})
+    other = tokenizer.named_tokens | extra
     return _MARKS.sub("", _render(template, messages, add_generation_prompt, other))
 
 

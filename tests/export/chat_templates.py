@@ -1,0 +1,117 @@
+"""Chat templates of the common families, each written here after the family's format."""
+
+from xinslm.tokenizer.chat import CHATML as OWN
+
+CHATML = (
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+DEFAULT_SYSTEM = (
+    "{% if messages[0].role != 'system' %}<|im_start|>system\nYou are a {{ '{{' }}test{{ '}}' }} "
+    "robot.<|im_end|>\n{% endif %}" + CHATML
+)
+LLAMA3 = (
+    "{{ bos_token }}{% for m in messages %}<|start_header_id|>{{ m.role }}<|end_header_id|>\n\n"
+    "{{ m.content | trim }}<|eot_id|>{% endfor %}"
+    "{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}"
+)
+LLAMA31 = (
+    "{% if messages[0].role == 'system' %}{% set system = messages[0].content | trim %}"
+    "{% set messages = messages[1:] %}{% else %}{% set system = '' %}{% endif %}"
+    "{{ bos_token }}<|start_header_id|>system<|end_header_id|>\n\n"
+    "Cutting Knowledge Date: December 2023\nToday Date: DATE\n\n{{ system }}<|eot_id|>"
+    "{% for m in messages %}<|start_header_id|>{{ m.role }}<|end_header_id|>\n\n"
+    "{{ m.content | trim }}<|eot_id|>{% endfor %}"
+    "{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}"
+)
+_ALTERNATE = (
+    "{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('roles must alternate') }}{% endif %}"
+)
+MISTRAL = (
+    "{{ bos_token }}{% for m in messages %}" + _ALTERNATE + "{% if m.role == 'user' %}"
+    "{{ '[INST] ' + m.content + ' [/INST]' }}{% else %}{{ m.content + eos_token + ' ' }}{% endif %}"
+    "{% endfor %}"
+)
+MISTRAL_SYSTEM_LAST = (
+    "{% if messages[0].role == 'system' %}{% set system = messages[0].content %}"
+    "{% set turns = messages[1:] %}{% else %}{% set turns = messages %}{% endif %}"
+    "{{ bos_token }}{% for m in turns %}" + _ALTERNATE + "{% if m.role == 'user' %}"
+    "{% if loop.last and system is defined %}{{ '[INST] ' + system + '\n\n' + m.content + "
+    "'[/INST]' }}{% else %}{{ '[INST] ' + m.content + '[/INST]' }}{% endif %}"
+    "{% else %}{{ ' ' + m.content | trim + eos_token }}{% endif %}{% endfor %}"
+)
+LLAMA2 = (
+    "{% if messages[0].role == 'system' %}{% set system = messages[0].content %}"
+    "{% set turns = messages[1:] %}{% else %}{% set turns = messages %}{% endif %}"
+    "{% for m in turns %}" + _ALTERNATE + "{% if loop.first and system is defined %}"
+    "{% set content = '<<SYS>>\n' + system + '\n<</SYS>>\n\n' + m.content %}"
+    "{% else %}{% set content = m.content %}{% endif %}"
+    "{% if m.role == 'user' %}{{ bos_token + '[INST] ' + content.strip() + ' [/INST]' }}"
+    "{% else %}{{ ' ' + content.strip() + ' ' + eos_token }}{% endif %}{% endfor %}"
+)
+ZEPHYR = (
+    "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content + eos_token }}\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+)
+GEMMA = (
+    "{{ bos_token }}{% if messages[0].role == 'system' %}{% set first = messages[0].content + "
+    "'\n\n' %}{% set turns = messages[1:] %}{% else %}{% set first = '' %}{% set turns = messages "
+    "%}{% endif %}{% for m in turns %}" + _ALTERNATE + "{{ '<start_of_turn>' + ('model' if m.role "
+    "== 'assistant' else m.role) + '\n' + (first if loop.first else '') }}{{ m.content | trim }}"
+    "{{ '<end_of_turn>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}"
+)
+DEEPSEEK = (
+    "{{ bos_token }}{% for m in messages %}{% if m.role == 'system' %}{{ m.content }}\n\n"
+    "{% elif m.role == 'user' %}<｜User｜>{{ m.content }}{% else %}<｜Assistant｜>{{ m.content }}"
+    "<｜end▁of▁sentence｜>{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<｜Assistant｜>{% endif %}"
+)
+ODD = (
+    "{% for m in messages %}{{ '{{' }}\u00a0\"\"\"{{ m.role }}:{{ ' {' }}{{ m.content.rstrip() }}"
+    "\u200b{% endfor %}{% if add_generation_prompt %} {{ '\"' }}{% endif %}"
+)
+
+TEMPLATES = {
+    "own": "{{ bos_token }}" + OWN,
+    "ChatML": CHATML,
+    "default system": DEFAULT_SYSTEM,
+    "LLaMA 3": LLAMA3,
+    "LLaMA 3.1": LLAMA31,
+    "Mistral": MISTRAL,
+    "Mistral, system last": MISTRAL_SYSTEM_LAST,
+    "LLaMA 2": LLAMA2,
+    "Zephyr": ZEPHYR,
+    "Gemma": GEMMA,
+    "DeepSeek": DEEPSEEK,
+    "odd characters": ODD,
+}
+UNKNOWN = {
+    "today's date": (
+        "{{ strftime_now('%d %b %Y') }}" + CHATML,
+        "it writes today's date",
+    ),
+    "strips reasoning": (
+        "{% for m in messages %}<{{ m.role }}>{{ m.content.split('</think>')[-1] }}{% endfor %}",
+        "pieces do not describe",
+    ),
+    "upper case": (
+        "{% for m in messages %}<{{ m.role }}>{{ m.content | upper }}{% endfor %}",
+        "changes the content|refuses the roles",
+    ),
+    "numbered": (
+        "{% for m in messages %}{{ loop.index }} {{ m.role }}: {{ m.content }}\n{% endfor %}",
+        "depends on the place",
+    ),
+    "last three": (
+        "{% for m in messages[-3:] %}<{{ m.role }}>{{ m.content }}{% endfor %}",
+        "refuses the roles",
+    ),
+    "twice": (
+        "{% for m in messages %}<{{ m.role }}>{{ m.content }}{{ m.content }}{% endfor %}",
+        "more than once",
+    ),
+    "refuses all": ("{{ raise_exception('no') }}", "it refuses the roles user"),
+}
+"""Templates that pieces cannot describe, and what is said."""
