@@ -129,7 +129,7 @@ def test_a_model_without_codes_is_written_in_float16(tmp_path):
     tensors["model.norm.weight"][:] = 1
     first, second = (f"model.layers.{i}.self_attn.q_proj.weight" for i in (0, 1))
     tensors[second] = tensors[first].clone()
-    tensors["model.layers.0.input_layernorm.weight"][3] = 1e-7
+    tensors["model.layers.0.input_layernorm.weight"][3] = 2e-8
     save_file(tensors, tmp_path / "full" / "model.safetensors", {"format": "pt"})
     result = coreml.run(CoremlConfig(tmp_path / "full", tmp_path / "out", compute_units="all"))
     assert result.types == {"float16": len(tensors)} and result.rounded > 0
