@@ -67,9 +67,9 @@ class Result:
         census = ", ".join(f"{count} {kind}" for kind, count in sorted(self.types.items()))
         equal = f"all {self.weights:,} values equal the model's"
         if self.rounded:
+            others = "all codes and scales" if len(self.types) > 1 else "all others"
             equal = (
-                f"{self.rounded:,} of {self.weights:,} values rounded to float16, all codes and "
-                "scales equal"
+                f"{self.rounded:,} of {self.weights:,} values rounded to float16, {others} equal"
             )
         return "\n".join(
             [
