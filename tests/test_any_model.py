@@ -22,9 +22,18 @@ from xinslm.data.config import PrepareConfig
 from xinslm.doctor.config import CompareConfig, DoctorConfig
 from xinslm.evaluate.benchmark.config import BenchmarkConfig
 from xinslm.evaluate.config import EvaluateConfig
-from xinslm.export.config import AllConfig, GgufConfig, HfConfig, ImportConfig, MlxConfig
+from xinslm.export.config import (
+    AllConfig,
+    CoremlConfig,
+    GgufConfig,
+    HfConfig,
+    ImportConfig,
+    MlxConfig,
+)
+from xinslm.export.coreml.package import Package
 from xinslm.inference.config import ChatConfig, GenerateConfig
 from xinslm.model.files import load_model, open_model
+from xinslm.model.grids import decode
 from xinslm.plan.config import PlanConfig
 from xinslm.prune.config import PruneConfig
 from xinslm.quantize.config import QuantizeConfig
@@ -63,6 +72,18 @@ def kinds(world, tmp_path_factory) -> Kinds:
 
 def first_weight(model: Path) -> torch.Tensor:
     return next(iter(load_model(model).parameters())).detach()
+
+
+def coreml_weight(w: World, m: Path, out: Path) -> torch.Tensor:
+    """The embedding, as float16 holds it."""
+    pytest.importorskip("coremltools")
+    run(CoremlConfig(m, out, max_seq_length=16))
+    package, name = Package(out / "model.mlpackage"), "model.embed_tokens.weight"
+    found = package.quantized(name)
+    if found is None:
+        return torch.from_numpy(package.plain(name).copy())
+    codes, scales = (torch.from_numpy(part.copy()) for part in found)
+    return decode(codes, scales).half()
 
 
 def evaluate(w: World, m: Path, out: Path) -> object:
@@ -227,6 +248,7 @@ USES: dict[str, dict[str, Callable[[World, Path, Path], object]]] = {
         "model": lambda w, m, out: run(AllConfig(m, out)) and first_weight(out / "model.gguf")
     },
     "export mlx": {"model": lambda w, m, out: run(MlxConfig(m, out)) and first_weight(out)},
+    "export coreml": {"model": coreml_weight},
 }
 TAKE_MODELS = {"model", "teacher", "student", "init_from", "tokenizer_path", "prefix_of"}
 """Options of commands that are a model or a tokenizer."""

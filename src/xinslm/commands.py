@@ -189,6 +189,13 @@ COMMANDS = {
         example="student-4bit -o student-mlx",
         most_used="model output_dir dtype run force",
     ),
+    "export coreml": Command(
+        "write a model, 4-bit or not, as a Core ML program",
+        "export.config:CoremlConfig",
+        "export.coreml.run:run",
+        example="student-4bit -o student-coreml",
+        most_used="model output_dir max_seq_length compute_units force",
+    ),
     "export all": Command(
         "write a model as GGUF, for transformers and vLLM, and for mlx-lm",
         "export.config:AllConfig",

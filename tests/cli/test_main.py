@@ -51,7 +51,7 @@ def test_help_of_a_command_imports_no_torch():
     [
         (["distil"], "Did you mean 'distill'?"),
         (["tokenizer"], "'tokenizer' needs one of: show, train"),
-        (["export", "pickle"], "'export' needs one of: all, gguf, hf, mlx"),
+        (["export", "pickle"], "'export' needs one of: all, coreml, gguf, hf, mlx"),
         (["distill", "--config"], "--config needs a file"),
         (["distill", "--config", "/nowhere.yaml"], "/nowhere.yaml: No such file or directory"),
         (["distill", "--data-path", "x", "-o", "y"], "give --cache"),
@@ -108,6 +108,7 @@ NEEDED = {
     "export hf": ["x"],
     "export all": ["x"],
     "export mlx": ["x"],
+    "export coreml": ["x"],
     "report": ["x"],
     "benchmark": ["x"],
     "demo": [],

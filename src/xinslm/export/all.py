@@ -1,4 +1,7 @@
-"""`xinslm export all`: a model in every format, next to each other in one folder."""
+"""`xinslm export all`: GGUF, Hugging Face folder and MLX next to each other in one folder.
+
+Core ML is left out: coremltools takes longer than the others together.
+"""
 
 from dataclasses import dataclass
 from pathlib import Path

@@ -24,7 +24,7 @@ class Export:
 
     source: ModelSource
     library: str
-    """The Hub's name of the library: transformers, mlx, gguf."""
+    """The Hub's name of the library: transformers, mlx, gguf, coreml."""
     file: str
     """The file with the weights."""
     file_bytes: int
@@ -45,6 +45,10 @@ def commands(library: str, method: str | None, has_chat: bool) -> dict[str, str]
             "Ollama": "ollama create NAME -f Modelfile\nollama run NAME",
             "LM Studio": "lms import model.gguf",
         }
+    if library == "coreml":
+        program = "'FOLDER/model.mlpackage', compute_units=ct.ComputeUnit.CPU_AND_GPU"
+        load = f"print(ct.models.MLModel({program}))"
+        return {"Core ML": f'pip install coremltools\npython -c "import coremltools as ct; {load}"'}
     if library == "mlx":
         last = "mlx_lm.chat --model FOLDER"
         if not has_chat:

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from xinslm.ranges import Settings
+from xinslm.ranges import CONTEXT, Settings, range_errors
 
 
 @dataclass(frozen=True)
@@ -70,6 +70,34 @@ class HfConfig(FolderConfig):
 @dataclass(frozen=True)
 class MlxConfig(FolderConfig):
     """Write a model for mlx-lm on Apple silicon; a quantized folder keeps its codes."""
+
+
+@dataclass(frozen=True)
+class CoremlConfig(Settings):
+    """Write a model as a Core ML program (macOS 15, iOS 18); a quantized folder keeps its codes."""
+
+    model: Annotated[Path, tyro.conf.Positional]
+    """Any LLaMA or Mistral model; the codes of a quantized folder are kept, others are written in
+    float16.
+    """
+    output_dir: Annotated[Path, tyro.conf.arg(aliases=["-o"])]
+    """Folder to write: model.mlpackage, tokenizer and chat template."""
+    max_seq_length: int | None = None
+    """Tokens that the key-value cache holds, prompt and answer together; by default what the model
+    allows, at most 2048. The cache takes its full size in memory.
+    """
+    compute_units: Literal["cpu-and-gpu", "cpu-only", "all"] = "cpu-and-gpu"
+    """What is to run the model, written into its metadata; the program that loads the model sets
+    it. `all` includes the Neural Engine and is refused for codes.
+    """
+    run: Path | None = None
+    """Run folder whose report lists the folder."""
+    force: bool = False
+    """Replace the output folder if it already holds something."""
+
+    def errors(self) -> list[str]:
+        """What cannot work, a sentence each."""
+        return range_errors(self, {"max_seq_length": CONTEXT})
 
 
 @dataclass(frozen=True)

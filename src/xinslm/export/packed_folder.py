@@ -20,7 +20,7 @@ from xinslm.export.card import Export, commands, write_card
 from xinslm.export.config import FolderConfig, HfConfig, MlxConfig
 from xinslm.export.kinds import EXPORT
 from xinslm.export.layouts import CompressedTensors, Gptq, Layout, Mlx
-from xinslm.export.packing import BITS
+from xinslm.export.packing import BITS, stored_weight
 from xinslm.files import read_json, write_json, write_manifest
 from xinslm.folders import new_folder, refuse_existing, refuse_inside
 from xinslm.model.files import check_vocabulary, open_model
@@ -98,7 +98,7 @@ def _run(config: FolderConfig, layout: Layout, on_progress: Listener) -> Result:
         _write(source, dtype, folder, on_progress)
         tokenizer.save(folder)
         types, rounded = _compare(source, dtype, folder, on_progress)
-        _compare_tokenizers(tokenizer, folder)
+        compare_tokenizers(tokenizer, folder)
         _write_card(source, types, folder, config.run, tokenizer.chat_template is not None)
         inputs, calibration = {"model": source.model.fingerprint}, source.model.calibration
         write_manifest(folder, EXPORT, VERSION, to_dict(config), inputs, calibration=calibration)
@@ -171,11 +171,7 @@ class _Source:
         return weight, self.layout.packs(name.removesuffix(".weight"), weight.format)
 
     def _stored(self, name: str) -> StoredWeight:
-        weight = self.model.stored(name)
-        if weight is None:
-            shape = self.shapes[name]
-            return StoredWeight("f32", shape, self.model.rows(name, shape), None)
-        return weight
+        return stored_weight(self.model, name, self.shapes[name])
 
 
 def _write(source: _Source, dtype: torch.dtype, folder: Path, on_progress: Listener) -> None:
@@ -235,7 +231,8 @@ def _compare(
     return dict(types), rounded
 
 
-def _compare_tokenizers(tokenizer: Tokenizer, folder: Path) -> None:
+def compare_tokenizers(tokenizer: Tokenizer, folder: Path) -> None:
+    """XinslmError unless the copy in `folder` gives the same ids and has the same template."""
     copy = load_tokenizer(folder)
     same = list(copy.encode(SAMPLE)) == list(tokenizer.encode(SAMPLE))
     if not same or copy.chat_template != tokenizer.chat_template:

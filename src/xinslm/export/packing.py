@@ -9,10 +9,19 @@ import torch
 from torch import Tensor
 
 from xinslm.model.grids import unpack_nibbles
+from xinslm.model.source import ModelSource
 from xinslm.model.stored import StoredWeight
 
 BITS = {"q4_0": 4, "q8_0": 8}
 """Bits of a code by format; the other formats are not quantized."""
+
+
+def stored_weight(model: ModelSource, name: str, shape: tuple[int, ...]) -> StoredWeight:
+    """A weight with its codes, or in float32 if it has none."""
+    weight = model.stored(name)
+    if weight is None:
+        return StoredWeight("f32", shape, model.rows(name, shape), None)
+    return weight
 
 
 def codes(weight: StoredWeight) -> Tensor:

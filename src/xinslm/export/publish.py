@@ -80,7 +80,9 @@ def _files(folder: Path, on_progress: Listener) -> dict[str, str]:
     kind = manifest_kind(folder) if folder.is_dir() else None
     if kind not in (EXPORT, EXPORTS):
         what = "does not exist" if not folder.exists() else "is not an exported folder"
-        hint = _INSTEAD.get(kind or "", "make one with `xinslm export hf`, `mlx` or `all`")
+        hint = _INSTEAD.get(
+            kind or "", "make one with `xinslm export hf`, `mlx`, `coreml` or `all`"
+        )
         raise UsageError(f"{folder} {what}: {hint}")
     manifest = read_json(folder / MANIFEST)
     listed = manifest.get("files")
@@ -109,13 +111,19 @@ def _files(folder: Path, on_progress: Listener) -> dict[str, str]:
 def _reason(path: Path) -> str:
     if re.search(r"\.(partial|old)-\d+$|\.incomplete$|\.tmp$", path.name):
         return "is half-written"
-    if path.suffix in _PICKLES:
+    if _may_be_pickle(path):
         return "may be a pickle, which can run code when it is opened"
     return "is not part of the export"
 
 
+def _may_be_pickle(path: Path) -> bool:
+    """By its name; Core ML's packages have their weights in a `.bin` that is none."""
+    in_package = any(parent.suffix == ".mlpackage" for parent in path.parents)
+    return path.suffix in _PICKLES and not in_package
+
+
 def _refuse_secrets(path: Path) -> None:
-    if path.suffix in _PICKLES:
+    if _may_be_pickle(path):
         raise UsageError(f"{path} {_reason(path)}; remove it, or export again")
     if path.suffix in _TEXTS and _TOKEN.search(path.read_bytes()):
         raise UsageError(f"{path} contains what looks like an access token; remove it there")

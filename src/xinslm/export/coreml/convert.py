@@ -1,0 +1,151 @@
+"""From weights to a package, by coremltools.
+
+coremltools takes codes and scales from buffers whose names begin with `_COREML_`: it divides the
+weight by the scale again, which gives the code exactly, because code times scale has at most 19
+significant bits. The buffers hold float32 scales; its float16 pass then narrows them, which rounds
+nothing. With float16 buffers the products become `matmul` of a cast weight, not `linear`.
+"""
+
+import io
+import logging
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, redirect_stderr
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from xinslm.errors import UsageError, XinslmError
+from xinslm.export.coreml.program import (
+    INPUT_IDS,
+    KEYS,
+    LOGITS,
+    MASK,
+    VALUES,
+    RootMean,
+    StatefulTransformer,
+    causal_mask,
+)
+from xinslm.export.packing import BITS
+from xinslm.model.config import ModelConfig
+from xinslm.model.stored import StoredWeight
+
+_QUANTIZATION = 3
+"""coremltools' number for weights made of codes and scales."""
+_PASSES_LEFT_OUT = {
+    "common::add_int16_cast",  # positions and token ids may be beyond 16 bits
+    "common::const_deduplication",  # a weight that equals another one would lose its name
+}
+
+
+def require_coremltools() -> None:
+    """UsageError with the install command if coremltools is missing."""
+    try:
+        with quiet():
+            import coremltools  # noqa: F401
+    except ImportError as error:
+        raise UsageError(
+            f"Core ML packages need coremltools ({error}): pip install 'xinslm[coreml]'"
+        ) from None
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keep coremltools' bars and remarks off the terminal: missing runtimes of macOS, versions."""
+    logger = logging.getLogger("coremltools")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with redirect_stderr(io.StringIO()), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+def build(
+    config: ModelConfig, length: int, weights: Iterator[tuple[str, StoredWeight]]
+) -> StatefulTransformer:
+    """The module with its weights: codes times scales, and all others as float16 holds them."""
+    with torch.device("meta"):
+        model = StatefulTransformer(config, length)
+    loaded: dict[str, Tensor] = {}
+    for name, weight in weights:
+        loaded[name] = _values(name, weight)
+        if weight.format in BITS:
+            module = model.get_submodule(name.removesuffix(".weight"))
+            for key, value in _marks(weight).items():
+                module.register_buffer(f"_COREML_/weight/{key}", value)
+    model.register_buffer("_COREML_/metadata_version", torch.tensor(1))
+    own = {name for name, _ in model.named_parameters()}
+    if odd := sorted(own ^ loaded.keys()):
+        raise XinslmError(f"the Core ML program has no place for weight '{odd[0]}'")
+    model.load_state_dict(loaded, strict=False, assign=True)
+    return model.eval()
+
+
+def convert(model: StatefulTransformer, path: Path) -> None:
+    """Write the package `path`, whose name ends in .mlpackage."""
+    require_coremltools()
+    import coremltools as ct
+
+    example = torch.zeros(1, 2, dtype=torch.int32), causal_mask(2, past=1)
+    new = ct.RangeDim(1, model.length, default=1)
+    total = ct.RangeDim(1, model.length, default=1)
+    passes = ct.PassPipeline.DEFAULT
+    passes.remove_passes(_PASSES_LEFT_OUT)
+    try:
+        with quiet(), torch.no_grad():
+            traced = torch.jit.trace(model, example, check_trace=False)
+            ct.convert(
+                traced,
+                inputs=[
+                    ct.TensorType(INPUT_IDS, (1, new), np.int32),
+                    ct.TensorType(MASK, (1, 1, new, total), np.float16),
+                ],
+                outputs=[ct.TensorType(LOGITS, dtype=np.float16)],
+                states=[_state(ct, model, name) for name in (KEYS, VALUES)],
+                minimum_deployment_target=ct.target.iOS18,
+                compute_precision=ct.transform.FP16ComputePrecision(_is_half),
+                pass_pipeline=passes,
+                skip_model_load=True,
+                package_dir=str(path),
+            )
+    except Exception as error:  # coremltools raises many types
+        raise XinslmError(f"coremltools could not convert the model: {error!s:.300}") from error
+
+
+def _state(ct: Any, model: nn.Module, name: str) -> Any:
+    shape = tuple(model.get_buffer(name).shape)
+    return ct.StateType(ct.TensorType(shape=shape, dtype=np.float16), name=name)
+
+
+def _is_half(op: Any) -> bool:
+    """Whether an operation computes in float16: all but the sum of squares of RMSNorm."""
+    from coremltools.converters.mil.mil.scope import ScopeSource
+
+    return RootMean.__name__ not in op.scopes.get(ScopeSource.TORCHSCRIPT_MODULE_TYPE, [])
+
+
+def _marks(weight: StoredWeight) -> Mapping[str, Tensor]:
+    assert weight.scales is not None, "a weight with codes has scales"
+    return {
+        "compression_type": torch.tensor([_QUANTIZATION]),
+        "quantization_n_bits": torch.tensor(BITS[weight.format]),
+        "quantization_scale": weight.scales.float(),
+    }
+
+
+def _values(name: str, weight: StoredWeight) -> Tensor:
+    """Float32 values of a weight; UsageError if float16, which Core ML computes in, holds less."""
+    values = weight.dequantize()
+    half = values.half()
+    if not torch.isfinite(half).all():
+        raise UsageError(
+            f"weight '{name}' has values beyond float16, which Core ML computes in: export the "
+            "model as GGUF"
+        )
+    return values if weight.format in BITS else half.float()
