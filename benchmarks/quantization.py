@@ -1,53 +1,91 @@
 """What quantization costs a model, and what each part of GPTQ brings, in the same bytes.
 
-    python benchmarks/quantization.py --model MODEL --data DATASET > quantization.jsonl
+    python benchmarks/quantization.py --model MODEL --data DATASET [OTHER ...] > quantization.jsonl
 
-Each variant quantizes MODEL with rows of DATASET's train split and is measured on the whole
-validation split against the unquantized model: KL divergence a token (nats), how often the most
-likely token is the same, bits per byte. The unquantized model is its own first row; its KL is
-exactly 0, which checks the measuring. One JSON line a variant; the seeds of a calibrated variant
-choose other calibration rows.
+Each variant quantizes MODEL with rows of the first DATASET's train split and is measured on the
+validation split of each against the unquantized model: KL divergence a token (nats), how often the
+most likely token is the same, bits per byte. The unquantized model is its own first row; its KL is
+exactly 0, which checks the measuring. One JSON line a variant and dataset; the seeds of a calibrated
+variant choose other calibration rows.
+
+Rows of llama.cpp come from its own quantizer (`ggml_quantize_chunk` in the library of xllamacpp),
+with the importance matrix that llama-imatrix computes: mean squares of the unquantized model's
+activations, here over the same calibration rows. Their embedding is ours, at 8 bits.
 """
 
 import argparse
 import contextlib
+import ctypes
 import json
 import math
 import platform
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import gguf
 import numpy as np
 import torch
+import xllamacpp
 from torch import Tensor
 
 from xinslm.data.dataset import open_dataset
 from xinslm.data.packing import Batch, PackedDataset
 from xinslm.model import grids
-from xinslm.model.files import load_model, open_model
-from xinslm.model.grids import Q4_0, decode, encode, fit_scales
+from xinslm.model.files import open_model
+from xinslm.model.grids import Q4_0, Q8_0, decode, encode, fit_scales
+from xinslm.model.quantized import QuantizedSource
 from xinslm.model.transformer import Transformer
 from xinslm.quantize import gptq
 from xinslm.quantize.calibration import read_rows
 from xinslm.quantize.pipeline import Quantization
+from xinslm.quantize.refine import rewrite
 from xinslm.quantize.run import write_folder
+from xinslm.quantize.scale_distillation import distill_scales
 from xinslm.tokenizer.load import load_tokenizer
 
 ROWS_A_BATCH = 4
-VARIANTS: list[tuple[str, int, bool, tuple[str, ...]]] = [
-    ("Q8_0", 8, False, ()),
-    ("Q4_0, nearest, largest weight / -8 (llama.cpp's rule)", 4, False, ("search",)),
-    ("Q4_0, nearest, searched scales", 4, False, ()),
-    ("Q4_0, GPTQ, largest weight / -8", 4, True, ("search", "act_order")),
-    ("Q4_0, GPTQ, largest weight / -8, act-order", 4, True, ("search",)),
-    ("Q4_0, GPTQ, searched scales", 4, True, ("act_order",)),
-    ("Q4_0, GPTQ, searched scales, act-order (the default)", 4, True, ()),
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to quantize."""
+
+    name: str
+    method: str
+    """gptaq, gptq, rtn, absmax; or llama.cpp's name of a type."""
+    bits: int = 4
+    off: tuple[str, ...] = ()
+    """Steps that are switched off."""
+    scale_steps: int = 0
+    has_importance: bool = False
+    """Of llama.cpp: whether it gets the importance matrix."""
+
+    @property
+    def calibrates(self) -> bool:
+        """Whether it reads calibration rows."""
+        return self.method in ("gptaq", "gptq") or self.has_importance
+
+
+VARIANTS = [
+    Variant("Q8_0", "rtn", 8),
+    Variant("Q4_0, nearest, largest weight / -8 (llama.cpp's rule)", "absmax"),
+    Variant("Q4_0, nearest, searched scales", "rtn"),
+    Variant("llama.cpp Q4_0", "Q4_0"),
+    Variant("llama.cpp Q4_0, importance matrix", "Q4_0", has_importance=True),
+    Variant("llama.cpp IQ4_NL, importance matrix", "IQ4_NL", has_importance=True),
+    Variant("llama.cpp Q4_K, importance matrix", "Q4_K", has_importance=True),
+    Variant("GPTQ, largest weight / -8", "gptq", off=("search", "act_order")),
+    Variant("GPTQ, largest weight / -8, act-order", "gptq", off=("search",)),
+    Variant("GPTQ, searched scales", "gptq", off=("act_order",)),
+    Variant("GPTQ, searched scales, act-order", "gptq"),
+    Variant("GPTAQ (the default)", "gptaq"),
+    Variant("GPTAQ, 100 scale steps", "gptaq", scale_steps=100),
 ]
-"""Name, bits, whether GPTQ calibrates, and the steps that are switched off."""
 
 
 def _half(scales: Tensor) -> Tensor:
@@ -80,77 +118,186 @@ def without(*steps: str) -> Iterator[None]:
 
 
 def main() -> None:
+    options = _options()
+    source = open_model(options.model)
+    length = min(source.config.max_position_embeddings, 512)
+    held_out = {str(folder): _held_out(folder, length, options.rows) for folder in options.data}
+    fingerprint = load_tokenizer(options.model).fingerprint()
+    original = source.transformer()
+    report(original, original, held_out, {"variant": "not quantized", "model": source.path.name})
+    report_scale_precision(original)
+    for variant in VARIANTS:
+        if not any(text in variant.name for text in options.only):
+            continue
+        for seed in range(options.seeds if variant.name.startswith("GPTAQ") else 1):
+            calibration: list[Batch] = []
+            if variant.calibrates:
+                count = options.num_calibration_samples
+                calibration, _ = read_rows(
+                    options.data[0], fingerprint, source.config, count, length, seed
+                )
+            start = time.perf_counter()
+            model, size = quantize(variant, options.model, calibration)
+            facts = {
+                "variant": variant.name,
+                "seed": seed,
+                "num_calibration_samples": len(calibration) and options.num_calibration_samples,
+                "linear_bytes": size,
+                "quantize_seconds": round(time.perf_counter() - start, 1),
+            }
+            report(original, model, held_out, facts)
+
+
+def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", type=Path, required=True, help="model folder, not quantized")
     parser.add_argument(
-        "--data", type=Path, required=True, help="dataset folder made with the model's tokenizer"
+        "--data",
+        type=Path,
+        required=True,
+        nargs="+",
+        help="dataset folders made with the model's tokenizer; the first calibrates",
     )
     parser.add_argument("--num-calibration-samples", type=int, default=128)
+    parser.add_argument("--rows", type=int, default=0, help="validation rows to use; 0 for all")
     parser.add_argument(
-        "--seeds", type=int, default=3, help="draws of calibration rows for the default variant"
+        "--seeds", type=int, default=3, help="draws of calibration rows for GPTAQ's variants"
     )
     parser.add_argument(
-        "--only", default="", help="measure only variants whose name holds this text"
+        "--only", default=[""], nargs="+", help="measure variants whose name holds one of these"
     )
-    options = parser.parse_args()
-    source = open_model(options.model)
-    config = source.config
-    length = min(config.max_position_embeddings, 512)
-    split = open_dataset(options.data).split("validation")
+    return parser.parse_args()
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Validation rows of one dataset."""
+
+    batches: list[Batch]
+    num_bytes: int | None
+    """Of text, if all rows are used."""
+
+
+def _held_out(folder: Path, length: int, limit: int) -> HeldOut:
+    split = open_dataset(folder).split("validation")
     rows = PackedDataset(split, length)
+    count = min(limit or len(rows), len(rows))
     batches = [
-        rows.batch(np.arange(i, min(i + ROWS_A_BATCH, len(rows))))
-        for i in range(0, len(rows), ROWS_A_BATCH)
+        rows.batch(np.arange(i, min(i + ROWS_A_BATCH, count)))
+        for i in range(0, count, ROWS_A_BATCH)
     ]
-    num_bytes = int(split.document_bytes.sum())
-    fingerprint = load_tokenizer(options.model).fingerprint()
-    original = source.transformer()
-    report(
-        original,
-        original,
-        batches,
-        num_bytes,
-        {"variant": "not quantized", "model": source.path.name},
-    )
-    report_scale_precision(original)
-    for name, bits, calibrates, off in VARIANTS:
-        if options.only not in name:
+    return HeldOut(batches, int(split.document_bytes.sum()) if count == len(rows) else None)
+
+
+def quantize(variant: Variant, folder: Path, calibration: list[Batch]) -> tuple[Transformer, int]:
+    """The dequantized model of a variant, and the bytes of its linear layers."""
+    source = open_model(folder)
+    if variant.method in ("Q4_0", "IQ4_NL", "Q4_K"):
+        return by_llama_cpp(variant, source.transformer(), calibration)
+    with tempfile.TemporaryDirectory() as name, without(*variant.off):
+        path = Path(name)
+        rows = calibration if variant.calibrates else []
+        work = Quantization(source, variant.bits, rows, method=variant.method)
+        write_folder(work, load_tokenizer(folder), path, {}, {}, "benchmark")
+        quantized = QuantizedSource(name, path)
+        if variant.scale_steps:
+            tuned = distill_scales(source, quantized, calibration, variant.scale_steps)
+            print(json.dumps({"kl_of_its_own_check": [tuned.before, tuned.after]}), flush=True)
+            stored = {
+                stem: replace(quantized.stored(f"{stem}.weight"), scales=scales)
+                for stem, scales in tuned.scales.items()
+            }
+            rewrite(quantized, stored, {})
+            quantized = QuantizedSource(name, path)
+        weights = [quantized.stored(n) for n in quantized.names if n.endswith("_proj.weight")]
+        size = sum(w.data.nbytes + (0 if w.scales is None else w.scales.nbytes) for w in weights)
+        return quantized.transformer(), size
+
+
+def by_llama_cpp(
+    variant: Variant, model: Transformer, calibration: list[Batch]
+) -> tuple[Transformer, int]:
+    """Round the linear layers in place by ggml; rows that are no multiple of a type's block get
+    IQ4_NL, as llama-quantize does for Q4_K.
+    """
+    squares = _mean_squares(model, calibration)
+    size = 0
+    for name, module in model.named_modules():
+        if not name.endswith("_proj"):
             continue
-        seeds = range(options.seeds if name.endswith("(the default)") else 1)
-        for seed in seeds:
-            calibration: list[Batch] = []
-            if calibrates:
-                calibration, _ = read_rows(
-                    options.data, fingerprint, config, options.num_calibration_samples, length, seed
-                )
-            with tempfile.TemporaryDirectory() as folder, torch.no_grad(), without(*off):
-                start = time.perf_counter()
-                work = Quantization(source, bits, calibration)
-                write_folder(work, load_tokenizer(options.model), Path(folder), {}, {}, "benchmark")
-                seconds = time.perf_counter() - start
-                facts = {
-                    "variant": name,
-                    "seed": seed,
-                    "num_calibration_samples": len(calibration) and options.num_calibration_samples,
-                }
-                report(
-                    original,
-                    load_model(Path(folder)),
-                    batches,
-                    num_bytes,
-                    facts | {"quantize_seconds": round(seconds, 1)},
-                )
+        weight = module.weight.detach().numpy()
+        kind = gguf.GGMLQuantizationType[variant.method]
+        if weight.shape[1] % gguf.GGML_QUANT_SIZES[kind][0]:
+            kind = gguf.GGMLQuantizationType.IQ4_NL
+        blocks = _ggml_quantize(weight, kind, squares.get(name))
+        size += blocks.nbytes
+        values = gguf.quants.dequantize(blocks, kind)
+        module.weight.data = torch.from_numpy(values)
+    table = model.model.embed_tokens.weight
+    scales = fit_scales(table.detach(), Q8_0)
+    table.data = decode(encode(table.detach(), scales, Q8_0), scales)
+    return model, size
+
+
+@torch.no_grad()
+def _mean_squares(model: Transformer, calibration: list[Batch]) -> dict[str, np.ndarray]:
+    sums: dict[str, Tensor] = {}
+    handles = [
+        module.register_forward_pre_hook(
+            lambda _, inputs, name=name: sums.__setitem__(
+                name, sums.get(name, 0) + inputs[0].flatten(0, 1).square().sum(0)
+            )
+        )
+        for name, module in model.named_modules()
+        if name.endswith("_proj")
+    ]
+    tokens = 0
+    for batch in calibration:
+        _logprobs(model, batch)
+        tokens += batch.input_ids.size
+    for handle in handles:
+        handle.remove()
+    return {name: (total / tokens).numpy() for name, total in sums.items()}
+
+
+def _ggml_quantize(weight: np.ndarray, kind: Any, importance: np.ndarray | None) -> np.ndarray:
+    library = ctypes.CDLL(str(next(Path(xllamacpp.__file__).parent.glob("*.so"))))
+    library.ggml_quantize_chunk.restype = ctypes.c_size_t
+    floats = ctypes.POINTER(ctypes.c_float)
+    rows, columns = weight.shape
+    block, block_bytes = gguf.GGML_QUANT_SIZES[kind]
+    out = np.empty((rows, columns // block * block_bytes), np.uint8)
+    source = np.ascontiguousarray(weight, np.float32)
+    matrix = None if importance is None else importance.astype(np.float32).ctypes.data_as(floats)
+    written = library.ggml_quantize_chunk(
+        ctypes.c_int(int(kind)),
+        source.ctypes.data_as(floats),
+        out.ctypes.data_as(ctypes.c_void_p),
+        ctypes.c_int64(0),
+        ctypes.c_int64(rows),
+        ctypes.c_int64(columns),
+        matrix,
+    )
+    assert written == out.nbytes
+    return out
 
 
 @torch.no_grad()
 def report(
     original: Transformer,
     model: Transformer,
-    batches: list[Batch],
-    num_bytes: int,
+    held_out: dict[str, HeldOut],
     facts: dict[str, Any],
 ) -> None:
-    """Print one JSON line: divergence and bits per byte of `model` over all validation rows."""
+    """Print a JSON line for each dataset: divergence and bits per byte of `model`."""
+    for name, rows in held_out.items():
+        _report(original, model, rows, facts | {"data": Path(name).name})
+
+
+def _report(
+    original: Transformer, model: Transformer, rows: HeldOut, facts: dict[str, Any]
+) -> None:
+    batches, num_bytes = rows.batches, rows.num_bytes
     totals = {"kl": 0.0, "same": 0.0, "nats": 0.0}
     tokens = targets = 0
     for batch in batches:
@@ -170,7 +317,7 @@ def report(
                 "kl": totals["kl"] / tokens,
                 "same_top": totals["same"] / tokens,
                 "nats_per_token": totals["nats"] / targets,
-                "bits_per_byte": totals["nats"] / math.log(2) / num_bytes,
+                "bits_per_byte": num_bytes and totals["nats"] / math.log(2) / num_bytes,
                 "tokens": tokens,
                 "machine": platform.processor() or platform.machine(),
                 "threads": torch.get_num_threads(),
