@@ -39,9 +39,10 @@ def hessian_of(original, inputs):
 
 
 def least_squares(weight, original, inputs, damping):
-    """Weights whose outputs on `inputs` are nearest to those of `weight` on `original`, with the
-    damping that pulls towards `weight` itself.
+    """Weights whose outputs on `inputs` are nearest to those of `weight` on inputs halfway to
+    `original`, with the damping that pulls towards `weight` itself.
     """
+    original = inputs + (original - inputs) / 2
     x, y = inputs.double(), original.double()
     h = x.T @ x / len(x)
     h += damping * h.diagonal().mean() * torch.eye(len(h), dtype=torch.float64)
@@ -69,7 +70,7 @@ def test_outputs_are_nearer_to_the_original_models():
         result = quantize_weights([weight], factor)[0]
         outputs = inputs @ decode(result.codes, result.scales).T
         errors.append(float((original @ weight.T - outputs).square().mean()))
-    assert errors[0] < 0.8 * errors[1]
+    assert errors[0] < 0.9 * errors[1]
 
 
 def test_drift_is_that_of_the_two_finished_models(folders, monkeypatch):

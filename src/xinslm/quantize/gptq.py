@@ -23,6 +23,11 @@ from torch import Tensor
 
 from xinslm.model.grids import BLOCK, Q4_0, Grid, decode, encode, fit_scales, largest_scales
 
+DRIFT_SHARE = 0.5
+"""Share of the measured drift that GPTAQ corrects (alpha in its paper): it is estimated from few
+tokens. On SmolLM2-135M with 64 rows, the KL divergence of two texts is .087 and .148 nats with 0,
+.047 and .112 with a half, .052 and .129 with 1.
+"""
 DAMPING_LADDER = (0.01, 0.02, 0.05, 0.1)
 _CHUNK_ROWS = 2048
 _STRIPS = 6  # 7/12 of a full product
@@ -79,7 +84,7 @@ class Factor:
     damping: float
     """Fraction of the mean diagonal that was added to make the Hessian invertible."""
     shift: Tensor | None = None
-    """drift^T X H^-1, float32 (columns, columns): weights W become W + W shift for GPTAQ."""
+    """Half of drift^T X H^-1, float32 (columns, columns): GPTAQ's weights are W + W shift."""
 
 
 def rounding_order(diagonal: Tensor) -> Tensor:
@@ -120,9 +125,9 @@ def factorise(hessian: Tensor, drift: Tensor | None = None) -> Factor | None:
 
 
 def _shift(drift: Tensor, inverse: Tensor, backwards: Tensor) -> Tensor:
-    """Return drift H^-1; `inverse` is the inverse of H's Cholesky factor in the order given."""
+    """Return `DRIFT_SHARE` of drift H^-1; `inverse` is the inverse of H's Cholesky factor in the order given."""
     shift = torch.empty_like(inverse)
-    shift[:, backwards] = drift[:, backwards].float() @ inverse.T @ inverse
+    shift[:, backwards] = DRIFT_SHARE * (drift[:, backwards].float() @ inverse.T @ inverse)
     return shift
 
 
