@@ -125,7 +125,7 @@ def factorise(hessian: Tensor, drift: Tensor | None = None) -> Factor | None:
 
 
 def _shift(drift: Tensor, inverse: Tensor, backwards: Tensor) -> Tensor:
-    """Return `DRIFT_SHARE` of drift H^-1; `inverse` is the inverse of H's Cholesky factor in the order given."""
+    """Return `DRIFT_SHARE` of drift H^-1, from the inverse of H's Cholesky factor in that order."""
     shift = torch.empty_like(inverse)
     shift[:, backwards] = DRIFT_SHARE * (drift[:, backwards].float() @ inverse.T @ inverse)
     return shift
