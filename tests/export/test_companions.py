@@ -275,7 +275,7 @@ def test_cards_say_what_the_files_say(measured):
         card = ModelCard(text)
         assert card.data.license == "apache-2.0" and card.data.base_model == "org/base"
         assert "`distill`; from `base`; 1,234 steps" in text and f"dataset `{'ab' * 8}`" in text
-        assert "`quantize`; of `student`; 4-bit, method rtn" in text
+        assert "`quantize`; of `student`; 4 and 8 bits, method rtn" in text
         assert "| student, 4-bit | held-out | 0.6578 | 4.568 |" in text
         assert "| 4-bit | arc_easy (0-shot) | acc | 0.4322 | 99 |" in text
         assert "/home/me" not in text and str(measured) not in text
@@ -311,3 +311,13 @@ def test_a_foreign_card_is_not_replaced(measured):
     with pytest.raises(UsageError, match=r"README\.md is not xinslm's"):
         run_all(AllConfig(measured / "q", measured / "out", force=True))
     assert (measured / "out" / "README.md").read_text() == "mine"
+
+
+def test_export_all_leaves_other_files_alone(model, tmp_path):
+    """They would be in the manifest, and be uploaded with it."""
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / ".env").write_text("SECRET=1")
+    with pytest.raises(UsageError, match=r"holds \.env, which is not part of such an export"):
+        run_all(AllConfig(model, out, force=True))
+    assert [path.name for path in out.iterdir()] == [".env"]

@@ -23,7 +23,7 @@ def folders(tmp_path_factory):
     return root
 
 
-def drifting_inputs(tokens=600, columns=96):
+def drifting_inputs(tokens=1000, columns=96):
     torch.manual_seed(0)
     original = torch.randn(tokens, 24) @ torch.randn(24, columns) + torch.randn(tokens, columns)
     return original, original * 0.9 + 0.3 * torch.randn(tokens, columns)
@@ -102,6 +102,17 @@ def test_drift_is_that_of_the_two_finished_models(folders, monkeypatch):
         loss = layer_loss(wanted.float(), stored[f"{name}.weight"], hessian.float())
         assert recorded[name]["loss"] == pytest.approx(loss, rel=1e-2), name
         assert recorded[name]["loss"] <= recorded[name]["rtn_loss"], name
+
+
+def test_few_tokens_are_not_trusted(folders):
+    """With fewer than 8 tokens for each column, the codes are GPTQ's, and a note says so."""
+    rows = {"num_calibration_samples": 2}
+    result = run(options(folders, folders / "few", **rows))
+    assert any("too few for GPTAQ" in note for note in result.notes)
+    run(options(folders, folders / "few-gptq", method="gptq", **rows))
+    other = dict(read_tensors(folders / "few-gptq"))
+    for name, tensor in read_tensors(folders / "few"):
+        assert torch.equal(tensor, other[name]), name
 
 
 def test_the_model_is_nearer_to_the_original(folders):

@@ -14,14 +14,15 @@ from xinslm.errors import UsageError
 from xinslm.export.config import GgufConfig
 from xinslm.export.gguf import run as export_gguf
 from xinslm.model.files import load_model, open_model, read_tensors
-from xinslm.model.grids import storable
+from xinslm.model.grids import Q4_0, storable
 from xinslm.model.quantized import QuantizedSource
 from xinslm.quantize import scale_distillation
-from xinslm.quantize.config import parse_size
+from xinslm.quantize.config import QuantizeConfig, parse_size
+from xinslm.quantize.pipeline import Quantization
 from xinslm.quantize.rows import single_rows
 from xinslm.quantize.run import run
 from xinslm.quantize.scale_distillation import _Decode
-from xinslm.quantize.sensitivity import Cost, choose_wide, measure_costs
+from xinslm.quantize.sensitivity import Cost, choose_wide, fit, measure_costs
 from xinslm.tokenizer.load import load_tokenizer
 
 
@@ -102,13 +103,15 @@ def test_costs_are_what_changing_one_matrix_does(folders, monkeypatch):
         for stem, cost in measure_costs(source, quantized, batches, seed).items():
             sums[stem] = sums.get(stem, 0) + cost.divergence / 30
     rows = single_rows(batches)
+    assert "model.embed_tokens" in sums
     for stem, estimate in sums.items():
-        other = load_model(folders / "model")
-        if quantized.formats[f"{stem}.weight"] == "q4_0":
-            with torch.no_grad():
-                other.get_parameter(f"{stem}.weight").copy_(quantized.tensor(f"{stem}.weight"))
-            kl = divergence(original, other, rows)
-            assert estimate == pytest.approx(kl, rel=0.35), stem
+        other, name = load_model(folders / "model"), f"{stem}.weight"
+        with torch.no_grad():
+            weight = other.get_parameter(name)
+            is_narrow = quantized.formats[name] == "q4_0"
+            weight.copy_(quantized.tensor(name) if is_narrow else fit(weight, Q4_0).dequantize())
+        kl = divergence(original, other, rows)
+        assert estimate == pytest.approx(kl, rel=0.35), stem
 
 
 def test_the_best_gain_per_byte_comes_first():
@@ -156,6 +159,7 @@ def test_a_target_size_is_met_and_used(folders):
     everything = options(folders, folders / "wide", method="gptq", target_size="1GB")
     run(everything)
     assert set(open_folder(folders / "wide").formats.values()) == {"q8_0", "f32"}
+    assert manifest(folders / "wide")["bits"] == 8 and manifest(folders / "wide")["layers"] == {}
     largest, kl = stored_bytes(folders / "wide"), []
     smallest = int(largest * 0.65)
     for target in (smallest, (smallest + largest) // 2, largest):
@@ -200,9 +204,15 @@ def test_a_mixed_folder_is_one_gguf_with_the_same_weights(folders, tmp_path):
         ({"scale_steps": 5, "method": "rtn", "data_path": None}, "need text to calibrate on"),
         ({"scale_steps": -1}, "scale_steps is -1"),
         ({"scale_steps": 5, "num_calibration_samples": 4}, "at least 8 calibration rows"),
+        ({"target_size": "1kB"}, "--target-size is 1,000 bytes"),
+        ({"bits": 8, "method": "gptq"}, "--method gptq is for 4 bits"),
     ],
 )
-def test_what_cannot_work_is_said_and_nothing_is_left(folders, tmp_path, changes, message):
+def test_what_cannot_work_is_said_and_nothing_is_left(
+    folders, tmp_path, changes, message, monkeypatch
+):
+    """Before any layer was quantized."""
+    monkeypatch.setattr(Quantization, "write", lambda *_: pytest.fail("it began"))
     with pytest.raises(UsageError, match=message):
         run(options(folders, tmp_path / "out", **changes))
     assert list(tmp_path.iterdir()) == []
@@ -222,3 +232,18 @@ def test_everything_together(folders, tmp_path):
     batches = calibration_batches(folders, original.config, 30)
     kl = [divergence(original, load_model(tmp_path / n), batches) for n in "ab"]
     assert kl[1] < kl[0]
+
+
+@pytest.mark.parametrize("option", [{"target_size": "1MB"}, {"scale_steps": 2}])
+def test_a_model_without_blocks_is_refused(tmp_path, option):
+    sizes = {"hidden_size": 48, "intermediate_size": 72, "head_dim": 12}
+    save_random_model(tmp_path / "model", **sizes)
+    save_dataset(tmp_path / "data", load_tokenizer(tmp_path / "model").fingerprint())
+    with pytest.raises(UsageError, match="has rows in blocks of 32"):
+        run(options(tmp_path, tmp_path / "out", **option))
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_manifest_of_kept_codes_says_so(folders, tmp_path):
+    run(QuantizeConfig(folders / "plain", tmp_path / "kept", bits=8, method="keep"))
+    assert manifest(tmp_path / "kept")["method"] == "keep"

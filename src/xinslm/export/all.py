@@ -15,12 +15,15 @@ from xinslm.export.gguf import Result as GgufResult
 from xinslm.export.gguf import run as run_gguf
 from xinslm.export.kinds import CARD, EXPORTS
 from xinslm.export.packed_folder import run_hf, run_mlx
-from xinslm.files import write_manifest
+from xinslm.files import MANIFEST, write_manifest
 from xinslm.folders import manifest_kind, refuse_existing, refuse_inside
 from xinslm.model.files import open_model
 from xinslm.progress import Listener, ignore
 
 VERSION = 1
+
+
+_OWN = {"model.gguf", "Modelfile", CARD, MANIFEST, "hf", "mlx"}
 
 
 @dataclass(frozen=True)
@@ -43,6 +46,7 @@ def run(config: AllConfig, on_progress: Listener = ignore) -> Result:
     refuse_existing(config.output_dir, config.force)
     if (config.output_dir / CARD).exists() and manifest_kind(config.output_dir) != EXPORTS:
         raise UsageError(f"{config.output_dir / CARD} is not xinslm's. Choose another --output-dir")
+    _refuse_others(config.output_dir)
     if config.force:
         refuse_inside(config.output_dir, (config.model,))
     folder: Path = config.output_dir
@@ -58,6 +62,18 @@ def run(config: AllConfig, on_progress: Listener = ignore) -> Result:
     )
     _complete(config, result.parts[0])
     return result
+
+
+def _refuse_others(folder: Path) -> None:
+    """Raise UsageError for what this command did not write: the manifest would list it, and
+    `publish` upload it.
+    """
+    names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+    if others := [name for name in names if name not in _OWN]:
+        raise UsageError(
+            f"{folder} holds {others[0]}, which is not part of such an export. Choose another "
+            "--output-dir"
+        )
 
 
 def _complete(config: AllConfig, gguf: GgufResult) -> None:

@@ -136,7 +136,9 @@ def _step_facts(step: Step) -> Iterator[str]:
     if cache and (teacher := _teacher_of(Path(str(cache)), step.inputs.get("cache"))):
         yield f"teacher {_named(teacher)}, by its cached distributions"
     if step.command == "quantize":
-        yield f"{facts.get('bits')}-bit, method {facts.get('method')}"
+        kinds = set((facts.get("formats") or {}).values()) & {"q4_0", "q8_0"}
+        bits = sorted(kind[1] for kind in kinds) or [str(facts.get("bits"))]
+        yield f"{' and '.join(bits)} bits, method {facts.get('method')}"
     if isinstance(facts.get("total_steps"), int):
         yield f"{facts['total_steps']:,} steps"
     for key in ("date", "made_by"):

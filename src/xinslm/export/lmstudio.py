@@ -13,6 +13,7 @@ from pathlib import Path
 
 from xinslm.errors import UsageError
 from xinslm.files import new_file
+from xinslm.folders import refuse_uncreatable
 
 _NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 
@@ -43,6 +44,7 @@ def destination(file: Path, name: str, models: Path | None) -> Path:
         raise UsageError(
             f"LM Studio already has {path}. Remove it there first, or give another --lmstudio name"
         )
+    refuse_uncreatable(path)
     return path
 
 

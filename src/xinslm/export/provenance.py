@@ -22,8 +22,10 @@ from xinslm.model.source import CONFIG
 from xinslm.runs import read_rows
 
 _HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
-_LINKS = ("model", "init_from", "student", "teacher")
-"""Settings that name the model that a step read; the first that is there is followed."""
+_LINKS = ("model", "init_from", "student")
+"""Settings that name the model that a step made another of; the first that is there is followed. A
+teacher is none: a student has no weight of it.
+"""
 _MAX_STEPS = 12
 
 
@@ -123,7 +125,7 @@ def _step(path: Path) -> Step | None:
         names.get(str(command), str(command)),
         settings,
         inputs if isinstance(inputs, dict) else {},
-        {key: value for key, value in record.items() if key not in ("files", "formats")},
+        {key: value for key, value in record.items() if key != "files"},
     )
 
 

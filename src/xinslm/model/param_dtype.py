@@ -55,14 +55,16 @@ def rounded(weight: Tensor) -> Tensor:
     return decode(encode(weight.float(), scales, Q4_0), scales)
 
 
-def round_in_forward(model: nn.Module) -> None:
+def round_in_forward(model: nn.Module) -> tuple[int, int]:
     """Make the linear layers compute with their weights at 4 bits, where rows are in blocks of 32.
 
-    Their stored weights, which the optimizer moves, keep their type.
+    Their stored weights, which the optimizer moves, keep their type. Returns how many layers do so,
+    and how many there are.
     """
-    for module in model.modules():
-        if isinstance(module, Linear):
-            module.rounds = module.in_features % BLOCK == 0
+    layers = [module for module in model.modules() if isinstance(module, Linear)]
+    for layer in layers:
+        layer.rounds = layer.in_features % BLOCK == 0
+    return sum(layer.rounds for layer in layers), len(layers)
 
 
 def forget_copies(model: nn.Module) -> None:

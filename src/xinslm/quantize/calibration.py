@@ -132,6 +132,7 @@ class _Stream:
         for index in range(len(self._batches)):
             self._states[index] += linear(self.inputs(block, part, stem, index))
         self._kept.clear()
+        self._of = None  # else this block would live on beside the next
 
     def inputs(self, block: Block, part: str, stem: str, index: int) -> Tensor:
         """Inputs of a linear for one batch; the first 512 MiB are kept for `advance`."""

@@ -42,7 +42,8 @@ class QuantizeConfig(Settings):
     """
     target_size: str | None = None
     """Size of the weights, such as 80MB: the matrices that lose most by 4 bits get 8 instead, as
-    many as fit. A GGUF file takes a few MB more, for the tokenizer.
+    many as fit. A GGUF file takes a few MB more, for the tokenizer. Memory then holds the whole
+    model in float32.
     """
     scale_steps: int = 0
     """Steps that train the scales against the unquantized model, codes and size unchanged; 100
@@ -64,6 +65,10 @@ class QuantizeConfig(Settings):
         wrong = range_errors(self, _QUANTIZE)
         if self.bits not in (4, 8):
             wrong.append(f"bits is {self.bits}, but must be 4 or 8")
+        if self.bits == 8 and self.method in ("gptaq", "gptq", "absmax"):
+            wrong.append(
+                f"--method {self.method} is for 4 bits; 8 bits only round: leave out --method"
+            )
         if self.target_size is not None and parse_size(self.target_size) is None:
             wrong.append(
                 f"target_size is '{self.target_size}', but must be a size such as 80MB or 0.5GB"

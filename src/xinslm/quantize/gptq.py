@@ -28,6 +28,10 @@ DRIFT_SHARE = 0.5
 tokens. On SmolLM2-135M with 64 rows, the KL divergence of two texts is .087 and .148 nats with 0,
 .047 and .112 with a half, .052 and .129 with 1.
 """
+DRIFT_TOKENS = 8
+"""Calibration tokens for each column that the drift of a layer's inputs needs: with fewer, moving
+the weights by it fits the noise, and GPTQ alone is used.
+"""
 DAMPING_LADDER = (0.01, 0.02, 0.05, 0.1)
 _CHUNK_ROWS = 2048
 _STRIPS = 6  # 7/12 of a full product
@@ -58,8 +62,12 @@ class Hessian:
             self.drift_sum += rows.float().T @ others.float()
 
     def drift(self) -> Tensor | None:
-        """Mean over tokens of drift^T X, float64 (columns, columns); None if none was added."""
-        return None if self.drift_sum is None else self.drift_sum / max(self.tokens, 1)
+        """Mean over tokens of drift^T X, float64 (columns, columns); None if none was added, or
+        fewer than `DRIFT_TOKENS` for each column.
+        """
+        if self.drift_sum is None or self.tokens < DRIFT_TOKENS * len(self.sum):
+            return None
+        return self.drift_sum / self.tokens
 
     def mean(self) -> Tensor:
         """Mean over tokens, float64 (columns, columns)."""
@@ -156,7 +164,8 @@ class QuantizedLinear:
     method: Literal["gptq", "rtn", "absmax"]
     """Method of the codes that were kept."""
     loss: float | None = None
-    """Mean squared output error per token, tr(E H E^T); None without a Hessian."""
+    """Mean squared output error per token, tr(E H E^T), with E the distance to the weights that
+    were aimed at: GPTAQ's are the moved ones. None without a Hessian."""
     rtn_loss: float | None = None
     """The same for rounding to nearest with scales fitted without inputs."""
 

@@ -31,6 +31,7 @@ from xinslm.model.transformer import Block
 from xinslm.progress import Listener, Progress, ignore
 from xinslm.quantize.calibration import Blocks, Calibration
 from xinslm.quantize.gptq import (
+    DRIFT_TOKENS,
     Factor,
     factorise,
     place_largest,
@@ -138,7 +139,14 @@ class Quantization:
         if self._calibration is None:
             return None
         hessian = self._calibration.hessian(blocks, part, stem)
-        factor = factorise(hessian.mean(), hessian.drift())
+        drift = hessian.drift()
+        if self.method == "gptaq" and drift is None:
+            self._note(
+                f"{prefix}{part}.{stem}",
+                f"{hessian.tokens:,} calibration tokens for {len(hessian.sum):,} columns are too "
+                f"few for GPTAQ (at least {DRIFT_TOKENS} each): GPTQ was used",
+            )
+        factor = factorise(hessian.mean(), drift)
         if factor is None:
             self._note(
                 f"{prefix}{part}.{stem}",

@@ -10,18 +10,47 @@ from pathlib import Path
 from typing import Any
 
 from xinslm.data.packing import Batch
+from xinslm.errors import UsageError
 from xinslm.files import write_manifest
-from xinslm.model.grids import GRIDS
+from xinslm.model.grids import BLOCK, GRIDS, Q4_0, Q8_0
 from xinslm.model.quantized import KIND, VERSION, QuantizedSource
 from xinslm.model.safetensors_writer import SafetensorsWriter
-from xinslm.model.source import QUANTIZED_WEIGHTS, ModelSource
+from xinslm.model.source import QUANTIZED_WEIGHTS, ModelSource, weight_shapes
 from xinslm.model.stored import StoredWeight
 from xinslm.progress import Listener
 from xinslm.quantize.config import QuantizeConfig, parse_size
-from xinslm.quantize.scale_distillation import distill_scales
-from xinslm.quantize.sensitivity import choose_wide, measure_costs, replacements
+from xinslm.quantize.rows import single_rows
+from xinslm.quantize.scale_distillation import HELD_OUT, distill_scales
+from xinslm.quantize.sensitivity import Cost, choose_wide, measure_costs, replacements
 
 _PLAIN_BYTES = {"f16": 2, "f32": 4}
+
+
+def require_room(config: QuantizeConfig, source: ModelSource, batches: list[Batch]) -> None:
+    """Raise UsageError for what would fail after the codes were chosen: a size below that of 4 bits
+    in all matrices, too few rows to train scales on, no matrix with blocks.
+    """
+    shapes = weight_shapes(source.config)
+    blocks = {n: s for n, s in shapes.items() if len(s) == 2 and s[1] % BLOCK == 0}
+    wanted = "--target-size" if config.target_size is not None else "--scale-steps"
+    is_asked = config.target_size is not None or config.scale_steps > 0
+    if is_asked and not any(name.startswith("model.layers.") for name in blocks):
+        raise UsageError(
+            f"no linear layer of {source.name} has rows in blocks of {BLOCK}, so none gets codes: "
+            f"leave out {wanted}"
+        )
+    if config.scale_steps and (count := len(single_rows(batches))) < HELD_OUT:
+        raise UsageError(
+            f"training scales needs at least {HELD_OUT} calibration rows, there are {count}: "
+            "raise --num-calibration-samples, or leave out --scale-steps"
+        )
+    if config.target_size is not None:
+        budget = parse_size(config.target_size)
+        assert budget is not None, "QuantizeConfig.check sees to it"
+        plain = sum(4 * math.prod(s) for n, s in shapes.items() if len(s) == 1)
+        plain += sum(2 * math.prod(s) for n, s in shapes.items() if len(s) == 2 and n not in blocks)
+        costs = {name: Cost(math.prod(shape), 0.0) for name, shape in blocks.items()}
+        choose_wide(costs, plain, budget)
 
 
 def refine(
@@ -54,7 +83,7 @@ def refine(
         lines.append(
             f"scales KL to the original {tuned.before:.5f} -> {tuned.after:.5f} nats per token, on "
             f"{tuned.tokens:,} tokens that were not trained on"
-            + ("" if stored else "; no gain, so the scales are as GPTQ left them")
+            + ("" if stored else "; no gain, so the scales are as before")
         )
     return lines
 
@@ -82,7 +111,14 @@ def rewrite(
     os.replace(partial, folder / QUANTIZED_WEIGHTS)
     made = {"kind", "version", "made_by", "config", "inputs", "files"}
     content = {key: value for key, value in quantized.manifest.items() if key not in made}
-    content |= {"formats": formats, **facts}
+    layers = {
+        stem: loss
+        for stem, loss in quantized.manifest["layers"].items()
+        if quantized.formats[f"{stem}.weight"] == formats[stem]
+    }
+    linears = [kind for stem, kind in formats.items() if stem.startswith("model.layers.")]
+    bits = 4 if Q4_0.name in linears or Q8_0.name not in linears else 8
+    content |= {"formats": formats, "layers": layers, "bits": bits, **facts}
     old = quantized.manifest
     write_manifest(folder, KIND, VERSION, old["config"], old["inputs"], **content)
 

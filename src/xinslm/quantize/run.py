@@ -26,7 +26,7 @@ from xinslm.quantize.calibration import read_rows, text_ids_of
 from xinslm.quantize.config import QuantizeConfig
 from xinslm.quantize.keep import Kept
 from xinslm.quantize.pipeline import Quantization
-from xinslm.quantize.refine import refine
+from xinslm.quantize.refine import refine, require_room
 from xinslm.runs import add_row, require_run
 from xinslm.tokenizer.load import load_tokenizer
 
@@ -92,7 +92,8 @@ def run(config: QuantizeConfig, on_progress: Listener = ignore) -> Result:
             config, tokenizer.fingerprint(), source.config
         )
         calibration = calibration + text_ids_of(config.data_path, batches, tokenizer)
-    method = "rtn" if config.bits == 8 else str(config.method)
+    method = str(config.method or "rtn")
+    require_room(config, source, batches)
     work: Quantization | Kept = Kept(source, on_progress)
     if config.method != "keep":
         rows = batches if config.feeds_back_errors else []
@@ -153,14 +154,15 @@ def _calibration_rows(
 
 
 def _result(work: Quantization | Kept, folder: Path, lines: list[str]) -> Result:
-    formats: dict[str, str] = read_json(folder / MANIFEST)["formats"]
+    manifest = read_json(folder / MANIFEST)
+    formats: dict[str, str] = manifest["formats"]
     bits = {"f16": 16.0, "f32": 32.0} | {grid.name: grid.bits_per_weight for grid in GRIDS.values()}
     tensors, weights = Counter(formats.values()), Counter[str]()
     for name, kind in formats.items():
         weights[kind] += math.prod(work.shapes[f"{name}.weight"])
     ratios = [
         loss["loss"] / loss["rtn_loss"]
-        for loss in work.losses.values()
+        for loss in manifest["layers"].values()
         if loss["loss"] and loss["rtn_loss"]
     ]
     return Result(

@@ -22,7 +22,6 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from xinslm.data.packing import Batch
-from xinslm.errors import UsageError
 from xinslm.losses.config import LossConfig
 from xinslm.losses.fused import fused_loss
 from xinslm.losses.targets import DenseTargets
@@ -101,8 +100,8 @@ def distill_scales(
     """Train the scales of the linear layers for `steps` steps of AdamW.
 
     A step takes one batch of `batches`, in turn; the rate falls to 0 along a cosine. One model is
-    in memory at a time, in float32, and the original's last hidden states of all rows. UsageError
-    if there are too few rows to hold some back.
+    in memory at a time, in float32, and the original's last hidden states of all rows, of which
+    there must be at least `HELD_OUT`.
     """
     train, held_out = _split(batches)
     on_progress(Progress(_STAGE, 0, steps, "steps"))
@@ -140,11 +139,6 @@ def _split(batches: list[Batch]) -> tuple[list[Batch], list[Batch]]:
     """Single rows to train on, and every eighth to measure on."""
     rows = single_rows(batches)
     held_out = rows[HELD_OUT - 1 :: HELD_OUT]
-    if not held_out:
-        raise UsageError(
-            f"training scales needs at least {HELD_OUT} calibration rows, there are {len(rows)}: "
-            "raise --num-calibration-samples, or leave out --scale-steps"
-        )
     return [row for i, row in enumerate(rows) if i % HELD_OUT != HELD_OUT - 1], held_out
 
 

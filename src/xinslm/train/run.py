@@ -159,7 +159,16 @@ def _set_up(
     if config.param_dtype == "bfloat16":
         cast_matrices_to_bfloat16(model)
     if config.quantization_aware:
-        round_in_forward(model)
+        rounded, layers = round_in_forward(model)
+        if not rounded:
+            raise UsageError(
+                "no linear layer of the model has rows in blocks of 32, so none gets 4 bits: leave "
+                "out --quantization-aware"
+            )
+        if rounded < layers:
+            note = f"{layers - rounded} of {layers} linear layers have no rows in blocks of 32: "
+            note += "they are not rounded in training"
+            supervision = replace(supervision, warnings=(*supervision.warnings, note))
     model.compute_dtype = begun_dtype(config, device)
     model = model.to(device)
     make = supervision.make_auxiliary_loss
