@@ -8,8 +8,8 @@ group of its own.
 GROUPS = {
     "Input": """
         data_path tokenizer_path teacher teacher_tokenizer_path student cache adapter init_from
-        hidden_states use_mock prompts prompt prompt_file chat system split max_documents
-        validation_path validation_fraction document_end max_tokens keep_duplicates
+        hidden_states use_mock self_generate prompts prompt prompt_file chat system split
+        max_documents validation_path validation_fraction document_end max_tokens keep_duplicates
         split_documents text_field dataset_name dataset_split train_on_prompts prefix_of
         domain_weights mix_data mix_cache compare tokens built_in num_prompts
         tasks data against apply_chat_template max_minutes speed allow_code_execution judge

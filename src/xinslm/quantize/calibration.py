@@ -1,4 +1,4 @@
-"""Calibration: packed rows of a dataset's train split and their activations, layer by layer.
+"""Calibration: packed rows of text and their activations, layer by layer.
 
 Rows pass through layers that are already quantized, so that each layer is fitted to its actual
 inputs (GPTQ's "true sequential" order). Padding never enters a Hessian, and documents do not attend
@@ -6,7 +6,7 @@ to each other.
 """
 
 import contextlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
@@ -24,6 +24,49 @@ from xinslm.quantize.gptq import Hessian
 
 _TOKENS_A_BATCH = 2048
 _KEPT_BYTES = 512 * 2**20
+
+
+@dataclass(frozen=True)
+class RowShape:
+    """How much text calibrates."""
+
+    rows: int
+    """Number of packed rows."""
+    length: int
+    """Tokens of a row."""
+
+
+@dataclass(frozen=True)
+class CalibrationRows:
+    """Rows that calibrate, and what the manifest says of them."""
+
+    batches: list[Batch]
+    facts: dict[str, Any]
+    """How the rows were made."""
+    texts: list[str] = field(default_factory=list)
+    """Ids of the dataset's documents in the rows, which evaluations refuse; none for text that the
+    model wrote.
+    """
+    dataset: str | None = None
+    """Fingerprint of the dataset, if there is one."""
+    notes: list[str] = field(default_factory=list)
+    """What is wrong with the rows, a sentence each."""
+
+
+def dataset_rows(
+    data: Path, tokenizer: Any, config: ModelConfig, shape: RowShape, seed: int
+) -> CalibrationRows:
+    """Draw rows from a dataset made with the model's `tokenizer`; errors as in `read_rows`."""
+    batches, fingerprint = read_rows(
+        data, tokenizer.fingerprint(), config, shape.rows, shape.length, seed
+    )
+    facts = {
+        "method": "dataset",
+        "rows": shape.rows,
+        "max_seq_length": shape.length,
+        "seed": seed,
+    }
+    return CalibrationRows(batches, facts, text_ids_of(data, batches, tokenizer), fingerprint)
 
 
 def read_rows(
@@ -47,13 +90,17 @@ def read_rows(
             f"{data} has {rows.split.vocab_size:,} token ids, the model only {config.vocab_size:,}"
         )
     chosen = np.sort(np.random.default_rng(seed).choice(len(rows), num_rows, replace=False))
-    step = max(_TOKENS_A_BATCH // length, 1)
-    return [rows.batch(chosen[i : i + step]) for i in range(0, num_rows, step)], dataset.fingerprint
+    return in_batches(rows, chosen), dataset.fingerprint
 
 
-def text_ids_of(data: Path | None, batches: list[Batch], tokenizer: Any) -> list[str]:
+def in_batches(rows: PackedDataset, chosen: np.ndarray) -> list[Batch]:
+    """The rows with indices `chosen`, in batches of about 2,048 tokens."""
+    step = max(_TOKENS_A_BATCH // rows.row_length, 1)
+    return [rows.batch(chosen[i : i + step]) for i in range(0, len(chosen), step)]
+
+
+def text_ids_of(data: Path, batches: list[Batch], tokenizer: Any) -> list[str]:
     """Ids of the documents of the train split that are in the batches, whole or in part."""
-    assert data is not None, "batches come from a dataset"
     stream = np.concatenate([batch.stream[batch.stream >= 0] for batch in batches])
     special = list(tokenizer.special_tokens.values())
     return document_ids(open_dataset(data).split("train"), stream, special)

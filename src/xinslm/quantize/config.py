@@ -28,17 +28,22 @@ class QuantizeConfig(Settings):
     """Folder to write: codes, scales, config and tokenizer."""
     data_path: Path | None = None
     """Dataset folder made with this model's tokenizer; its train split calibrates GPTQ (4 bits)."""
+    self_generate: bool = False
+    """Calibrate on text that the model writes itself, instead of a dataset: texts or chats drawn
+    from its own predictions (LLM-QAT, arXiv:2305.17888). Memory then holds the whole model in
+    float32, of small models twice.
+    """
     bits: int = 4
     """Bits per weight of the linear layers, 4 or 8; embedding and LM head have 8 bits, unless
     --target-size chooses.
     """
     method: Literal["gptaq", "gptq", "rtn", "absmax", "keep"] | None = None
-    """gptaq is the default. gptq feeds rounding errors forward (needs --data-path); gptaq also
-    corrects what earlier layers' errors did to a layer's inputs, in twice the time; rtn, and 8
-    bits, only round; absmax gives the largest of 32 weights the code -8, as llama.cpp does, and is
-    the default for a model that was trained with --quantization-aware, which it suits; keep takes
-    over the codes of a GGUF of Q4_0 or Q8_0, or of a folder of compressed-tensors, GPTQ or
-    MLX with symmetric groups of 32.
+    """gptaq is the default. gptq feeds rounding errors forward (needs --data-path or
+    --self-generate); gptaq also corrects what earlier layers' errors did to a layer's inputs, in
+    twice the time; rtn, and 8 bits, only round; absmax gives the largest of 32 weights the code -8,
+    as llama.cpp does, and is the default for a model that was trained with --quantization-aware,
+    which it suits; keep takes over the codes of a GGUF of Q4_0 or Q8_0, or of a folder of
+    compressed-tensors, GPTQ or MLX with symmetric groups of 32.
     """
     target_size: str | None = None
     """Size of the weights, such as 80MB: the matrices that lose most by 4 bits get 8 instead, as
@@ -50,11 +55,11 @@ class QuantizeConfig(Settings):
     pay. Memory then holds the whole model in float32.
     """
     num_calibration_samples: int = 128
-    """Number of packed rows of the train split that calibrate GPTQ."""
+    """Number of packed rows that calibrate, of the train split or of what the model writes."""
     max_seq_length: int | None = None
     """Tokens per calibration row; by default the model's context, at most 512."""
     seed: int = 0
-    """Selects the calibration rows."""
+    """Selects the calibration rows, or draws the text that the model writes."""
     run: Path | None = None
     """Run folder whose report lists the result."""
     force: bool = False
@@ -83,11 +88,21 @@ class QuantizeConfig(Settings):
                 )
                 if value
             ]
-        if self.calibrates and self.data_path is None:
+        if self.self_generate and self.data_path is not None:
+            wrong.append(
+                "--data-path and --self-generate both give text to calibrate on: choose one"
+            )
+        if self.self_generate and not self.calibrates:
+            method = "--bits 8" if self.bits == 8 else f"--method {self.method}"
+            wrong.append(
+                f"--self-generate writes text to calibrate on, which {method} does not use: leave "
+                "it out, or choose --bits 4 and --method gptaq"
+            )
+        if self.calibrates and self.data_path is None and not self.self_generate:
             wrong.append(
                 "GPTQ, --target-size and --scale-steps need text to calibrate on: add --data-path "
-                "DATASET (a folder that `xinslm prepare` made), or choose --method rtn alone, "
-                "which needs none and loses more"
+                "DATASET (a folder that `xinslm prepare` made), let the model write it with "
+                "--self-generate, or choose --method rtn alone, which needs none and loses more"
             )
         return wrong
 

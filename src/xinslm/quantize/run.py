@@ -2,31 +2,30 @@
 how).
 
 run(QuantizeConfig(model=Path("model"), output_dir=Path("model-4bit"), data_path=Path("dataset")))
+run(QuantizeConfig(model=Path("model"), output_dir=Path("model-4bit"), self_generate=True))
 """
 
 import math
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from xinslm.config import to_dict
-from xinslm.data.packing import Batch
 from xinslm.errors import UsageError
 from xinslm.files import MANIFEST, read_json, write_manifest
 from xinslm.folders import new_folder, refuse_existing, refuse_inside
-from xinslm.model.config import ModelConfig
 from xinslm.model.files import check_vocabulary, open_model
 from xinslm.model.grids import GRIDS
 from xinslm.model.quantized import KIND, VERSION
-from xinslm.model.source import QUANTIZED_WEIGHTS, TRAINED_FOR_Q4_0
+from xinslm.model.source import QUANTIZED_WEIGHTS, TRAINED_FOR_Q4_0, ModelSource
 from xinslm.progress import Listener, ignore
-from xinslm.quantize.calibration import read_rows, text_ids_of
+from xinslm.quantize.calibration import CalibrationRows, RowShape, dataset_rows
 from xinslm.quantize.config import QuantizeConfig
 from xinslm.quantize.keep import Kept
 from xinslm.quantize.pipeline import Quantization
 from xinslm.quantize.refine import refine, require_room
+from xinslm.quantize.self_generated import write_rows
 from xinslm.runs import add_row, require_run
 from xinslm.tokenizer.load import load_tokenizer
 
@@ -85,13 +84,12 @@ def run(config: QuantizeConfig, on_progress: Listener = ignore) -> Result:
     tokenizer = load_tokenizer(config.model)
     check_vocabulary(source.config.vocab_size, tokenizer, str(source.path))
     inputs = {"model": source.fingerprint}
-    batches: list[Batch] = []
-    calibration = source.calibration
+    calibration = None
     if config.calibrates:
-        batches, inputs["dataset"] = _calibration_rows(
-            config, tokenizer.fingerprint(), source.config
-        )
-        calibration = calibration + text_ids_of(config.data_path, batches, tokenizer)
+        calibration = _calibration_rows(config, source, tokenizer, on_progress)
+        if calibration.dataset is not None:
+            inputs["dataset"] = calibration.dataset
+    batches = [] if calibration is None else calibration.batches
     method = str(config.method or "rtn")
     require_room(config, source, batches)
     work: Quantization | Kept = Kept(source, on_progress)
@@ -116,41 +114,48 @@ def write_folder(
     config: dict[str, Any],
     inputs: dict[str, str],
     method: str,
-    calibration: Sequence[str] = (),
+    calibration: CalibrationRows | None = None,
 ) -> None:
     """Quantize into an empty `folder`: weights, config and tokenizer, manifest.
 
-    `calibration` are the ids of the texts that were used, which evaluations refuse.
+    The manifest has the ids of the texts that calibrated the weights, now or before, which
+    evaluations refuse.
     """
     work.write(folder)
     work.source.save_config(folder)
     tokenizer.save(folder)
-    content: dict[str, Any] = {
+    texts, notes = set(work.source.calibration), list(work.notes)
+    content: dict[str, Any] = {}
+    if calibration is not None:
+        texts |= set(calibration.texts)
+        notes = calibration.notes + notes
+        content["calibration_rows"] = calibration.facts
+    content |= {
         "method": method,
         "formats": work.formats,
         "layers": work.losses,
-        "notes": work.notes,
-        "calibration": sorted(set(calibration)),
+        "notes": notes,
+        "calibration": sorted(texts),
     }
     write_manifest(folder, KIND, VERSION, config, inputs, bits=work.bits, **content)
 
 
 def _calibration_rows(
-    config: QuantizeConfig, tokenizer: str, model: ModelConfig
-) -> tuple[list[Batch], str]:
-    """Read the calibration rows and the dataset's fingerprint; `tokenizer` is the model's
-    fingerprint.
-    """
-    assert config.data_path is not None, "QuantizeConfig.check sees to it"
+    config: QuantizeConfig, source: ModelSource, tokenizer: Any, on_progress: Listener
+) -> CalibrationRows:
+    """Rows of the dataset, or rows that the model writes."""
+    model = source.config
     length = config.max_seq_length or min(model.max_position_embeddings, 512)
     if length > model.max_position_embeddings:
         raise UsageError(
             f"--max-seq-length is {length}, but the model reads at most "
             f"{model.max_position_embeddings}"
         )
-    return read_rows(
-        config.data_path, tokenizer, model, config.num_calibration_samples, length, config.seed
-    )
+    shape = RowShape(config.num_calibration_samples, length)
+    if config.self_generate:
+        return write_rows(source, tokenizer, shape, config.seed, on_progress)
+    assert config.data_path is not None, "QuantizeConfig.check sees to it"
+    return dataset_rows(config.data_path, tokenizer, model, shape, config.seed)
 
 
 def _result(work: Quantization | Kept, folder: Path, lines: list[str]) -> Result:
@@ -173,5 +178,5 @@ def _result(work: Quantization | Kept, folder: Path, lines: list[str]) -> Result
         work.source.weight_bytes,
         tuple(lines),
         math.exp(sum(map(math.log, ratios)) / len(ratios)) if ratios else None,
-        tuple(work.notes),
+        tuple(manifest["notes"]),
     )
