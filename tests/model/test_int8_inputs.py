@@ -2,7 +2,6 @@
 rational numbers, and in every place of a model.
 """
 
-import ctypes
 import platform
 from fractions import Fraction
 
@@ -38,63 +37,39 @@ def random_weight(rows: int, columns: int, grid) -> tuple[torch.Tensor, torch.Te
     return codes.to(torch.int8), scales
 
 
-@pytest.fixture(scope="module")
-def ggml() -> ctypes.CDLL:
-    xllamacpp = pytest.importorskip("xllamacpp")
-    library = ctypes.CDLL(xllamacpp.xllamacpp.__file__)
-    library.ggml_cpu_init()
-    return library
-
-
-def llama_cpp_blocks(ggml: ctypes.CDLL, x: torch.Tensor, name: str) -> np.ndarray:
-    """Rows of `block_q8_0`: uint8 (rows, columns / 32, 34)."""
-    rows, columns = x.shape
-    blocks = np.zeros((rows, columns // 32, 34), np.uint8)
-    for row, target in zip(x.contiguous().numpy(), blocks, strict=True):
-        source = ctypes.c_void_p(row.ctypes.data)
-        getattr(ggml, name)(source, ctypes.c_void_p(target.ctypes.data), ctypes.c_int64(columns))
-    return blocks
-
-
-def test_codes_and_scales_are_llama_cpps(ggml):
+def test_codes_and_scales_are_llama_cpps():
     """Equal on x86, ties included; elsewhere, and in the portable version, the other product of
     the input and the inverse may move a code near a tie by one.
     """
-    x = random_inputs(200, 256)
-    x[0, :32] = torch.arange(32) * 127 / 64 - 32  # multiples of 1/2 after the scaling: ties
+    ggml = pytest.importorskip("ggml")
+    x = random_inputs(4000, 512)
+    x[0, :32] = torch.arange(32) + 0.5  # with the largest 127, codes that are ties
     x[0, 0] = 127.0
     x[1] = 0.0
     x[2, :32] = torch.linspace(-3e-5, 2e-5, 32)  # a subnormal scale
     codes, scales = quantize_inputs(x)
-    blocks = llama_cpp_blocks(ggml, x, "quantize_row_q8_0")
-    assert np.array_equal(blocks[..., :2].copy().view("<f2")[..., 0], scales.half().numpy())
-    difference = np.abs(blocks[..., 2:].view(np.int8).reshape(x.shape) - codes.numpy())
+    blocks = ggml.q8_0_rows(x.numpy())
+    assert np.array_equal(ggml.scales_of(blocks), scales.half().numpy())
+    difference = np.abs(ggml.codes_of(blocks) - codes.numpy())
     if platform.machine() == "x86_64":
         assert not difference.any()
-    portable = llama_cpp_blocks(ggml, x, "quantize_row_q8_0_ref")
-    other = np.abs(portable[..., 2:].view(np.int8).reshape(x.shape) - codes.numpy())
+    portable = ggml.codes_of(ggml.q8_0_rows(x[1:].numpy(), "quantize_row_q8_0_ref"))
+    other = np.abs(portable - codes[1:].numpy())
     assert max(difference.max(), other.max()) <= 1 and (other > 0).mean() < 1e-3
 
 
 @pytest.mark.parametrize("grid", [Q4_0, Q8_0], ids=lambda grid: grid.name)
-def test_products_are_llama_cpps_up_to_its_float32_sums(ggml, grid):
-    columns = 512
-    x = random_inputs(40, columns)
-    codes, scales = random_weight(1, columns, grid)
-    stored = pack_nibbles(codes) if grid is Q4_0 else codes
-    weights = np.ascontiguousarray(to_ggml(stored, scales))
-    found = int8_product(x, decode(codes, scales))[:, 0].numpy()
-    result = ctypes.c_float()
-    dot = getattr(ggml, f"ggml_vec_dot_{grid.name}_q8_0")
-    inputs = llama_cpp_blocks(ggml, x, "quantize_row_q8_0")
-    largest = np.abs(x.numpy()) @ np.abs(decode(codes, scales)[0].numpy())
-    for row in range(len(x)):
-        address = ctypes.c_void_p(inputs[row].ctypes.data)
-        none = ctypes.c_size_t(0)
-        data = ctypes.c_void_p(weights.ctypes.data)
-        dot(ctypes.c_int(columns), ctypes.byref(result), none, data, none, address, none, 1)
-        assert abs(found[row] - result.value) < 1e-6 * largest[row]
-    exact = x.double().numpy() @ decode(codes, scales)[0].double().numpy()
+def test_products_are_llama_cpps_up_to_its_float32_sums(grid):
+    ggml = pytest.importorskip("ggml")
+    x = random_inputs(40, 512)
+    codes, scales = random_weight(3, 512, grid)
+    weight = decode(codes, scales)
+    rows = to_ggml(pack_nibbles(codes) if grid is Q4_0 else codes, scales)
+    theirs = ggml.products(rows, grid.name, ggml.q8_0_rows(x.numpy()))
+    found = int8_product(x, weight).numpy()
+    largest = (x.abs().double() @ weight.abs().double().T).numpy()
+    assert (np.abs(found - theirs) < 1e-6 * largest).all()
+    exact = (x.double() @ weight.double().T).numpy()
     assert np.abs(found - exact).max() > 1e-4 * np.abs(exact).max(), "inputs were not rounded"
 
 

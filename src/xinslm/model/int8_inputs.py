@@ -37,7 +37,8 @@ def quantize_inputs(x: Tensor) -> tuple[Tensor, Tensor]:
     blocks = x.float().unflatten(-1, (-1, BLOCK))
     largest = blocks.abs().amax(-1, keepdim=True)
     scales = (largest / 127).half().float()
-    codes = torch.where(scales == 0, 0.0, (blocks * (127 / largest)).round())
+    inverse = torch.full_like(largest, 127) / largest  # 127 / largest would be rounded twice
+    codes = torch.where(scales == 0, 0.0, (blocks * inverse).round())
     return codes.flatten(-2), scales.squeeze(-1)
 
 
