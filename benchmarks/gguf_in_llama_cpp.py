@@ -19,7 +19,7 @@ from machine import describe
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests" / "export"))
-from test_export_gguf import round_inputs_to_int8, unpermute
+from test_export_gguf import unpermute
 
 from llama_cpp import LlamaCpp
 from xinslm.data.dataset import open_dataset
@@ -73,7 +73,7 @@ def log_probabilities(gguf: Path, folder: Path, prompts: list[list[int]]) -> lis
     """Mean KL and largest difference of log-probability: PyTorch as it is, then with int8
     inputs.
     """
-    models = [load_model(folder), round_inputs_to_int8(load_model(folder))]
+    models = [load_model(folder), load_model(folder, activations="int8")]
     vocab_size = models[0].config.vocab_size
     divergence: list[list[float]] = [[], []]
     largest = [0.0, 0.0]

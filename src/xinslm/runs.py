@@ -44,6 +44,11 @@ def read_rows(folder: Path, table: Table) -> list[dict[str, Any]]:
     return rows
 
 
+def row_name(model: Path, activations: str) -> str:
+    """A row's name if none is given; one with int8 activations does not replace one without."""
+    return model.name + (", int8 activations" if activations == "int8" else "")
+
+
 def add_row(folder: Path, table: Table, row: Mapping[str, Any]) -> None:
     """Put a row into a table, in the place of the one with the same name and text; atomic."""
     rows = read_rows(folder, table)

@@ -12,6 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from small_models import save_random_model, save_tokenizer
+from xinslm.cli.main import main
 from xinslm.data.config import PrepareConfig
 from xinslm.data.prepare import run as prepare
 from xinslm.errors import UsageError, XinslmError
@@ -19,7 +20,10 @@ from xinslm.evaluate import scorers
 from xinslm.evaluate.config import EvaluateConfig
 from xinslm.evaluate.run import Result, run
 from xinslm.machine import OtherLoad
+from xinslm.model.files import load_model
 from xinslm.progress import Progress
+from xinslm.quantize.config import QuantizeConfig
+from xinslm.quantize.run import run as quantize
 
 TEXTS = [
     "The quick brown fox.",
@@ -281,3 +285,41 @@ def test_the_load_is_measured_from_loading_the_model_on(
     monkeypatch.setattr(scorers, "load_scorer", lambda *a: (calls.append("load"), load(*a))[1])
     evaluate(model, text)
     assert calls == ["start", "load"]
+
+
+def test_int8_activations_are_measured_under_a_name_of_their_own(
+    model: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Against the rolling log-likelihood of the model that `load_model` rounds the inputs of."""
+    quantize(QuantizeConfig(model, tmp_path / "q4", method="rtn"))
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").write_text("{}")
+    words = ["evaluate", str(tmp_path / "q4"), "--data-path", str(text), "--device", "cpu"]
+    words += ["--run", str(tmp_path / "run")]
+    assert main(words) == 0 and main([*words, "--activations", "int8"]) == 0
+    assert "int8 in 15 of 15 linear layers" in capsys.readouterr().out
+    table = json.loads((tmp_path / "run" / "evaluation.json").read_text())
+    plain, rounded = table["rows"]
+    assert (plain["name"], rounded["name"]) == ("q4", "q4, int8 activations")
+    assert plain["activations"] == "float"
+    reference = load_model(tmp_path / "q4", activations="int8")
+    tokenizer, nats = AutoTokenizer.from_pretrained(model), 0.0
+    for document in TEXTS:
+        ids = torch.tensor([[0, *tokenizer(document, add_special_tokens=False).input_ids]])
+        with torch.no_grad():
+            log_probs = reference.logits(reference.hidden(ids[:, :-1]))[0].log_softmax(-1)
+        nats -= float(log_probs.gather(1, ids[0, 1:, None]).sum())
+    assert rounded["nats_per_token"] == pytest.approx(nats / rounded["tokens"], rel=1e-4)
+    assert abs(rounded["nats_per_token"] - plain["nats_per_token"]) > 1e-3
+    assert main(["evaluate", str(model), *words[2:6], "--activations", "int8"]) == 2
+    assert "xinslm quantize" in capsys.readouterr().err
+    assert main([*words, "--activations", "int8", "--dtype", "bfloat16"]) == 2
+    assert "pass --dtype float32" in capsys.readouterr().err
+
+
+def test_int8_activations_of_another_architecture_are_refused(text: Path, tmp_path: Path) -> None:
+    save_tokenizer(tmp_path)
+    config = GPT2Config(vocab_size=320, n_positions=64, n_embd=32, n_layer=2, n_head=2)
+    GPT2LMHeadModel(config).save_pretrained(tmp_path)
+    with pytest.raises(XinslmError, match="gpt2"):
+        evaluate(tmp_path, text, activations="int8")

@@ -17,6 +17,9 @@ from xinslm.inference.generate import run
 from xinslm.inference.torch_engine import TorchEngine
 from xinslm.model.files import load_model, save_model
 from xinslm.model.transformer import Transformer
+from xinslm.quantize.config import QuantizeConfig
+from xinslm.quantize.run import run as quantize
+from xinslm.tokenizer.load import load_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -135,3 +138,19 @@ def test_common_prefix() -> None:
     assert common_prefix([1, 2, 3], [1, 2, 4, 5]) == 2
     assert common_prefix([1, 2], [1, 2, 3]) == 2
     assert common_prefix([], [1]) == common_prefix([2], [1]) == 0
+
+
+def test_generation_with_int8_activations(folder: Path, tmp_path: Path) -> None:
+    quantize(QuantizeConfig(folder, tmp_path / "q4", method="rtn"))
+    settings = {"temperature": 0.0, "max_new_tokens": 12, "device": "cpu", "prompt": "The quick"}
+    result = run(GenerateConfig(model=tmp_path / "q4", activations="int8", **settings))
+    model = load_model(tmp_path / "q4", activations="int8")
+    engine = TorchEngine(model, load_tokenizer(folder))
+    ids = list(engine.tokenizer.encode("The quick"))
+    start = len(ids)
+    for _ in range(result.new_tokens):
+        with torch.no_grad():
+            ids.append(int(model.logits(model.hidden(torch.tensor([ids]))[0, -1]).argmax()))
+    assert result.text == engine.tokenizer.decode(ids)[len(engine.tokenizer.decode(ids[:start])) :]
+    with pytest.raises(UsageError, match="xinslm quantize"):
+        run(GenerateConfig(model=folder, activations="int8", **settings))

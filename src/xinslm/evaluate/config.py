@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from xinslm.ranges import Device, Dtype, Range, Settings, range_errors
+from xinslm.ranges import Activations, Device, Dtype, Range, Settings, range_errors
 
 _EVALUATE = dict.fromkeys(("max_documents", "max_seq_length", "batch_tokens"), Range(1))
 
@@ -33,6 +33,10 @@ class EvaluateConfig(Settings):
     """Where to compute; auto takes cuda, then mps, then cpu."""
     dtype: Dtype = "auto"
     """Type to compute in; auto: float32, with products in bfloat16 where those are faster."""
+    activations: Activations = "float"
+    """Inputs of linear layers: as they are, or rounded to int8 blocks, as llama.cpp does to those
+    of 4-bit and 8-bit weights. A slow reference; the model needs such weights.
+    """
     run: Path | None = None
     """Run folder whose evaluation.json receives the metrics, for `xinslm report`."""
     name: str | None = None

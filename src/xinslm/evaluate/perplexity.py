@@ -104,7 +104,7 @@ def score(
                 raise XinslmError(
                     f"{items[index].source}: its log-likelihood is {value}; the model's weights "
                     "are damaged "
-                    f"or its numbers overflow (try --dtype float32)"
+                    "or its numbers overflow (try --dtype float32 and float activations)"
                 )
             sums[index] += value
         on_tokens(sum(window.end - window.begin for _, window in batch))

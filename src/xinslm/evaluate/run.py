@@ -28,6 +28,8 @@ class Result:
     kind: str
     parameters: int
     file_bytes: int
+    activations: str
+    """float, or in how many linear layers they were int8."""
     data: str
     documents: int
     tokens: int
@@ -69,6 +71,8 @@ class Result:
             ("perplexity", f"{self.perplexity:.3f} per token ({self.nats_per_token:.4f} nats)"),
             ("speed", f"{self.tokens_per_second:,.0f} tokens/s{self._shared()}"),
         ]
+        if self.activations != "float":
+            lines.insert(1, ("activations", self.activations))
         warning = uninformed(
             self.name, self.bits_per_byte, self.unigram_bits_per_byte, "bits per byte"
         )
@@ -93,14 +97,16 @@ def run(config: EvaluateConfig, on_progress: Listener = ignore) -> Result:
     from xinslm.evaluate.documents import frequencies_bits_per_byte, read_items
     from xinslm.evaluate.perplexity import score
     from xinslm.evaluate.scorers import load_scorer
-    from xinslm.runs import add_row, require_run
+    from xinslm.runs import add_row, require_run, row_name
 
     config.check()
     if config.run is not None:
         require_run(config.run)
     load = OtherLoad()  # from here, because scoring a small model takes too little time to tell
     device = pick_device(config.device)
-    scorer, facts = load_scorer(config.model, device, config.dtype, config.max_seq_length)
+    scorer, facts = load_scorer(
+        config.model, device, config.dtype, config.max_seq_length, config.activations
+    )
     on_progress(Progress("read documents"))
     items = read_items(config.data_path, config.split, scorer.tokenizer, config.max_documents)
     refuse_calibration_text(config.model, items, scorer.tokenizer)
@@ -120,11 +126,12 @@ def run(config: EvaluateConfig, on_progress: Listener = ignore) -> Result:
     nats, tokens = -sum(s.log_likelihood for s in scores), sum(s.tokens for s in scores)
     num_bytes = sum(item.num_bytes for item in items)
     result = Result(
-        name=config.name or config.model.name,
+        name=config.name or row_name(config.model, config.activations),
         model=str(config.model),
         kind=str(facts["kind"]),
         parameters=int(facts["parameters"]),
         file_bytes=int(facts["file_bytes"]),
+        activations=str(facts["activations"]),
         data=" ".join(config.data_path),
         documents=len(items),
         tokens=tokens,

@@ -6,18 +6,31 @@ import torch
 
 from xinslm.errors import UsageError
 from xinslm.model.files import open_model
+from xinslm.ranges import Activations
 from xinslm.teachers.base import DenseTeacher
 from xinslm.teachers.huggingface import HuggingFaceTeacher
 from xinslm.teachers.own import OwnTeacher
 
 
 def load_scorer(
-    path: Path, device: torch.device, dtype: str = "float32", context: int | None = None
+    path: Path,
+    device: torch.device,
+    dtype: str = "float32",
+    context: int | None = None,
+    activations: Activations = "float",
 ) -> tuple[DenseTeacher, dict[str, str | int]]:
-    """Load any model; also return its kind, parameters and file_bytes."""
+    """Load any model; also return its kind, parameters, file_bytes and activations.
+
+    UsageError if it has no codes and `activations` is int8; UnsupportedModelError if it then is no
+    LLaMA or Mistral model.
+    """
     source = open_model(path)
-    kind = OwnTeacher if source.is_own else HuggingFaceTeacher
-    scorer = kind(source, dtype, device)
+    is_int8 = activations == "int8"
+    scorer: OwnTeacher | HuggingFaceTeacher
+    if source.is_own or is_int8:
+        scorer = OwnTeacher(source, dtype, device, activations=activations)
+    else:
+        scorer = HuggingFaceTeacher(source, dtype, device)
     parameters = sum(weight.numel() for weight in scorer.model.parameters())
     if context is not None:
         if context > scorer.max_length:
@@ -26,4 +39,8 @@ def load_scorer(
             )
         scorer.max_length = context
     facts = {"kind": source.kind, "parameters": parameters, "file_bytes": source.weight_bytes}
+    facts["activations"] = "float"
+    if is_int8:
+        rounded, total = scorer.model.int8_layers
+        facts["activations"] = f"int8 in {rounded} of {total} linear layers"
     return scorer, facts

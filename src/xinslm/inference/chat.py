@@ -104,7 +104,9 @@ def run(
     from xinslm.inference.torch_engine import TorchEngine
 
     config.check()
-    engine = TorchEngine.load(config.model, config.device, config.dtype, config.max_seq_length)
+    engine = TorchEngine.load(
+        config.model, config.device, config.dtype, config.max_seq_length, config.activations
+    )
     conversation = Conversation(engine, config.system)
     write(
         f"{engine.name}, context {engine.context_length:,} tokens. /reset starts anew, /quit "

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import tyro
 
-from xinslm.ranges import Device, Dtype, Range, range_errors
+from xinslm.ranges import Activations, Device, Dtype, Range, range_errors
 from xinslm.sampling import Sampling
 
 _WRITING = {"max_new_tokens": Range(1), "max_seq_length": Range(1)}
@@ -34,6 +34,10 @@ class GenerateConfig(Sampling):
     """Where to compute; auto takes cuda, then mps, then cpu."""
     dtype: Dtype = "auto"
     """Type to compute in; auto: bfloat16 where the processor multiplies it faster."""
+    activations: Activations = "float"
+    """Inputs of linear layers: as they are, or rounded to int8 blocks, as llama.cpp does to those
+    of 4-bit and 8-bit weights. A slow reference; the model needs such weights.
+    """
     run: Path | None = None
     """Run folder whose samples.json receives the text, for `xinslm report`."""
     name: str | None = None
@@ -63,6 +67,10 @@ class ChatConfig(Sampling):
     """Where to compute; auto takes cuda, then mps, then cpu."""
     dtype: Dtype = "auto"
     """Type to compute in; auto: bfloat16 where the processor multiplies it faster."""
+    activations: Activations = "float"
+    """Inputs of linear layers: as they are, or rounded to int8 blocks, as llama.cpp does to those
+    of 4-bit and 8-bit weights. A slow reference; the model needs such weights.
+    """
 
     def errors(self) -> list[str]:
         """What cannot work, a sentence each."""

@@ -198,7 +198,9 @@ def run(config: GenerateConfig, on_text: Callable[[str], None] = lambda text: No
     prompt = _read_prompt(config)
     if config.run is not None:
         require_run(config.run)
-    engine = TorchEngine.load(config.model, config.device, config.dtype, config.max_seq_length)
+    engine = TorchEngine.load(
+        config.model, config.device, config.dtype, config.max_seq_length, config.activations
+    )
     ids = prompt_ids(engine.tokenizer, prompt, config.chat)
     clock = Clock(len(ids))
     pieces = generate(

@@ -17,6 +17,7 @@ from xinslm.model.decode import RowDecoder
 from xinslm.model.files import check_vocabulary, load_model
 from xinslm.model.transformer import Transformer
 from xinslm.precision import compute_dtype
+from xinslm.ranges import Activations
 
 if TYPE_CHECKING:
     from xinslm.tokenizer.base import Tokenizer
@@ -61,13 +62,16 @@ class TorchEngine:
         device: str = "auto",
         dtype: str = "float32",
         context_length: int | None = None,
+        activations: Activations = "float",
     ) -> "TorchEngine":
         """Load a model of any kind with its tokenizer."""
         from xinslm.device import pick_device
         from xinslm.tokenizer.load import load_tokenizer
 
         place = pick_device(device)
-        model = load_model(path, compute_dtype(dtype, place))
+        if activations == "int8" and dtype == "auto":
+            dtype = "float32"
+        model = load_model(path, compute_dtype(dtype, place), activations=activations)
         return cls(model, load_tokenizer(path), str(path), place, context_length)
 
     @property

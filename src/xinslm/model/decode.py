@@ -19,7 +19,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from xinslm.model.int8_inputs import int8_product
 from xinslm.model.packed import Product, can_pack, product
+from xinslm.model.param_dtype import Linear
 from xinslm.model.transformer import Transformer, rotate
 
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
@@ -38,17 +40,23 @@ def token_bytes(model: Transformer) -> int:
     return c.num_hidden_layers * per_layer
 
 
+def _joined(linears: list[Linear], rows: int, pack: bool) -> Product:
+    """The outputs of linear layers one after the other, as one product where nothing is rounded."""
+    if not any(linear.int8_inputs for linear in linears):
+        return product([linear.weight for linear in linears], rows, pack)
+    return lambda x: torch.cat([linear(x) for linear in linears], dim=-1)
+
+
 class _Layer:
     """A block with its matrices joined: queries, keys and values; gate and up."""
 
     def __init__(self, block: Any, rows: int, pack: bool) -> None:
         attention, mlp = block.self_attn, block.mlp
         self.norms = block.input_layernorm, block.post_attention_layernorm
-        inputs = [attention.q_proj.weight, attention.k_proj.weight, attention.v_proj.weight]
-        self.qkv: Product = product(inputs, rows, pack)
-        self.out: Product = product([attention.o_proj.weight], rows, pack)
-        self.gate_up: Product = product([mlp.gate_proj.weight, mlp.up_proj.weight], rows, pack)
-        self.down: Product = product([mlp.down_proj.weight], rows, pack)
+        self.qkv = _joined([attention.q_proj, attention.k_proj, attention.v_proj], rows, pack)
+        self.out = _joined([attention.o_proj], rows, pack)
+        self.gate_up = _joined([mlp.gate_proj, mlp.up_proj], rows, pack)
+        self.down = _joined([mlp.down_proj], rows, pack)
 
 
 class RowDecoder:
@@ -75,7 +83,9 @@ class RowDecoder:
         size = sum(weight.numel() * weight.element_size() for weight in model.parameters())
         pack = rows > 0 and can_pack(head, size)
         self.layers = [_Layer(block, rows, pack) for block in model.model.layers]
-        self.head = product([head[:vocab_size]], rows, pack)
+        self.head = product([head[:vocab_size]], rows, pack and not model.int8_head)
+        if model.int8_head:
+            self.head = lambda x: int8_product(x, head[:vocab_size])
 
     @torch.inference_mode()
     def read(self, rows: Sequence[int], prompts: Sequence[np.ndarray]) -> tuple[Tensor, np.ndarray]:

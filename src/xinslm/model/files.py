@@ -22,6 +22,7 @@ from xinslm.model.quantized import QuantizedSource, is_quantized
 from xinslm.model.source import CONFIG, WEIGHTS, FolderSource, ModelSource, write_config
 from xinslm.model.transformer import Transformer
 from xinslm.places import find
+from xinslm.ranges import Activations
 
 HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.jinja"]
 
@@ -43,10 +44,15 @@ def open_model(name: Path | str, revision: str | None = None) -> ModelSource:
 
 
 def load_model(
-    name: Path | str, dtype: torch.dtype = torch.float32, gradient_checkpointing: bool = False
+    name: Path | str,
+    dtype: torch.dtype = torch.float32,
+    gradient_checkpointing: bool = False,
+    activations: Activations = "float",
 ) -> Transformer:
-    """Load a LLaMA or Mistral model of any kind as a `Transformer`, dequantized to `dtype`."""
-    return open_model(name).transformer(dtype, gradient_checkpointing)
+    """Load a LLaMA or Mistral model of any kind as a `Transformer`, dequantized to `dtype`; its
+    linear layers round their inputs to int8 on request.
+    """
+    return open_model(name).transformer(dtype, gradient_checkpointing, activations)
 
 
 def read_tensors(name: Path | str) -> Iterator[tuple[str, Tensor]]:

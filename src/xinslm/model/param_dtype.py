@@ -9,6 +9,7 @@
 - Rounded to 4 bits in the forward pass (quantization-aware training): a layer's rounded copy is
   kept like a bfloat16 one, and the gradient is that of the copy (the straight-through estimator,
   Bengio et al., arXiv:1308.3432).
+- Multiplied with inputs of 8 bits (`int8_inputs.py`).
 
 Gradients have the weight's type and are rounded once. If the types are equal, or under autocast,
 the layers behave like PyTorch's.
@@ -21,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from xinslm.model.grids import BLOCK, Q4_0, decode, encode, largest_scales
+from xinslm.model.int8_inputs import int8_product
 
 
 class Linear(nn.Linear):
@@ -28,11 +30,15 @@ class Linear(nn.Linear):
 
     rounds = False
     """Whether it multiplies with its weight rounded to Q4_0."""
+    int8_inputs = False
+    """Whether its inputs are rounded to int8; its weight must come from codes."""
     _copy: Tensor | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out), in x's dtype."""
         weight = self.weight
+        if self.int8_inputs:
+            return int8_product(x, weight)
         if self.rounds:
             if self._copy is None:
                 self._copy = rounded(weight.detach()).to(x.dtype)

@@ -23,6 +23,7 @@ from xinslm.files import MANIFEST, read_json, sha256_file, sha256_json, write_js
 from xinslm.model.config import ModelConfig, UnsupportedModelError
 from xinslm.model.stored import StoredWeight
 from xinslm.model.transformer import Transformer
+from xinslm.ranges import Activations
 
 CONFIG, GENERATION = "config.json", "generation_config.json"
 WEIGHTS = "model.safetensors"
@@ -177,17 +178,42 @@ class ModelSource:
         return rows
 
     def transformer(
-        self, dtype: torch.dtype = torch.float32, gradient_checkpointing: bool = False
+        self,
+        dtype: torch.dtype = torch.float32,
+        gradient_checkpointing: bool = False,
+        activations: Activations = "float",
     ) -> Transformer:
-        """Load the model as our `Transformer`, with weights of type `dtype`."""
+        """Load the model as our `Transformer`, with weights of type `dtype`.
+
+        With `activations="int8"` the inputs of linear layers whose weights have codes are rounded
+        (`int8_inputs.py`); UsageError if none has, or if `dtype` is not float32.
+        """
         config = self.config
+        is_int8 = activations == "int8"
+        if is_int8 and dtype != torch.float32:
+            raise UsageError(
+                "--activations int8 computes all else in float32: pass --dtype float32"
+            )
         self.require()
         with torch.device("meta"):
             model = Transformer(config, gradient_checkpointing)
         shapes = {name: tuple(weight.shape) for name, weight in model.state_dict().items()}
         names = self.require_weights(shapes)
-        loaded = {name: self.tensor(name).to(dtype) for name in names}
+        loaded, coded = {}, []
+        for name in names:
+            weight = self.stored(name) if is_int8 else None
+            if weight is not None and weight.scales is not None:
+                loaded[name] = weight.dequantize()
+                coded.append(name)
+            else:
+                loaded[name] = self.tensor(name).to(dtype)
         model.load_state_dict(loaded, assign=True)
+        model.round_inputs(coded)
+        if is_int8 and model.int8_layers[0] == 0:
+            raise UsageError(
+                f"{self.path} has no linear layer with 4-bit or 8-bit codes in symmetric groups of "
+                "32, which --activations int8 needs; make them with `xinslm quantize`"
+            )
         return model.eval()
 
     def pretrained_arguments(self) -> dict[str, Any]:

@@ -10,7 +10,7 @@ sequence length, H query heads, K key heads, D head dimension.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from xinslm.model.config import ModelConfig
+from xinslm.model.int8_inputs import int8_product
 from xinslm.model.param_dtype import Linear, embed
 
 
@@ -226,6 +227,8 @@ class Transformer(nn.Module):
         self.config, self.gradient_checkpointing = config, gradient_checkpointing
         self.compute_dtype: torch.dtype | None = None
         """Type of the residual stream and of the products; None means that of the weights."""
+        self.int8_head = False
+        """Whether the head's inputs are rounded to int8."""
         self.model = Decoder(config)
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
@@ -255,8 +258,26 @@ class Transformer(nn.Module):
             else self.lm_head.weight
         )
 
+    @property
+    def int8_layers(self) -> tuple[int, int]:
+        """Linear layers whose inputs are rounded to int8, and all of them, the head included."""
+        flags = [module.int8_inputs for module in self.modules() if isinstance(module, Linear)]
+        return sum(flags) + self.int8_head, len(flags) + 1
+
+    def round_inputs(self, names: Collection[str]) -> None:
+        """Multiply these weights, named as in the state dict and dequantized from codes in blocks
+        of 32, with inputs rounded to int8. Looking up an embedding is no product.
+        """
+        for name, module in self.named_modules():
+            if isinstance(module, Linear):
+                module.int8_inputs = f"{name}.weight" in names
+        head = "model.embed_tokens" if self.config.tie_word_embeddings else "lm_head"
+        self.int8_head = f"{head}.weight" in names
+
     def logits(self, hidden: Tensor) -> Tensor:
         """(..., hidden) -> (..., vocabulary)."""
+        if self.int8_head:
+            return int8_product(hidden, self.head_weight)
         return F.linear(hidden, self.head_weight.to(hidden.dtype))
 
     def rotary(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

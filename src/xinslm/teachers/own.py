@@ -12,6 +12,7 @@ from xinslm.model.files import check_vocabulary
 from xinslm.model.source import ModelSource
 from xinslm.model.transformer import Transformer
 from xinslm.precision import round_products, rounds_products, weight_dtype
+from xinslm.ranges import Activations
 from xinslm.teachers.local import LocalTeacher
 from xinslm.tokenizer.load import load_tokenizer
 
@@ -25,11 +26,14 @@ class OwnTeacher(LocalTeacher):
         dtype: str = "float32",
         device: torch.device | str = "cpu",
         tokenizer: str | None = None,
+        activations: Activations = "float",
     ) -> None:
         """Load the model; `tokenizer` names the one that replaces its own."""
+        if activations == "int8" and dtype == "auto":
+            dtype = "float32"
         self.source, self.name = source, source.name
         self.tokenizer = load_tokenizer(source.path if tokenizer is None else tokenizer)
-        model = source.transformer(weight_dtype(dtype, device))
+        model = source.transformer(weight_dtype(dtype, device), False, activations)
         check_vocabulary(model.config.vocab_size, self.tokenizer, self.name)
         self.vocab_size: int = self.tokenizer.vocab_size
         self.num_layers, self.hidden_size = model.config.num_hidden_layers, model.config.hidden_size

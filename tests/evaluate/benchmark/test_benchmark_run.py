@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 
@@ -12,6 +13,8 @@ from xinslm.errors import UsageError
 from xinslm.evaluate.benchmark.config import BenchmarkConfig
 from xinslm.evaluate.benchmark.overlap import words_in_common
 from xinslm.evaluate.benchmark.run import run
+from xinslm.quantize.config import QuantizeConfig
+from xinslm.quantize.run import run as quantize
 from xinslm.report import run as report
 from xinslm.report.config import ReportConfig
 
@@ -209,3 +212,24 @@ def test_overlap_counts_thirteen_words_in_a_row(world, tmp_path):
     # words before each item, such as a system prompt, are not the items
     before = " ".join(words[10:25])
     assert words_in_common({"c": [f"{before} one", f"{before} two"]}, [folder]) == {"c": 0}
+
+
+def test_int8_activations_against_float_ones_of_the_same_model(world, tmp_path):
+    quantize(QuantizeConfig(world / "student", tmp_path / "q4", method="rtn"))
+    config = BenchmarkConfig(
+        model=tmp_path / "q4",
+        against=tmp_path / "q4",
+        activations="int8",
+        tasks=("hellaswag", str(world / "own.jsonl")),
+        data=world / "data",
+        device="cpu",
+        max_new_tokens=4,
+    )
+    result = run(config)
+    assert result.model["name"] == result.name == "q4, int8 activations"
+    assert result.model["activations"] == "int8 in 15 of 15 linear layers"
+    assert result.against["name"] == "q4" and result.against["activations"] == "float"
+    (first, *_) = result.samples["hellaswag"]
+    assert first["log_likelihoods"] != first["other"]["log_likelihoods"]
+    with pytest.raises(UsageError, match="speed is measured with float activations"):
+        run(replace(config, speed=True))

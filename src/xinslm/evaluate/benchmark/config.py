@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from xinslm.ranges import POSITIVE, SEED, Device, Range, Settings, range_errors
+from xinslm.ranges import POSITIVE, SEED, Activations, Device, Range, Settings, range_errors
 
 TaskDtype = Literal["float32", "float64", "auto", "bfloat16"]
 """auto: float32, with the factors of matrix products in bfloat16 where those are faster."""
@@ -63,6 +63,10 @@ class BenchmarkConfig(Settings):
     """Where to compute; auto takes cuda, then mps, then cpu."""
     dtype: TaskDtype = "float32"
     """Type to compute in; float64 gives the values of the harness to 1e-9."""
+    activations: Activations = "float"
+    """Inputs of MODEL's linear layers: as they are, or rounded to int8 blocks, as llama.cpp does to
+    those of 4-bit and 8-bit weights. A slow reference; the model needs such weights.
+    """
     seed: int = 0
     """Of the order of the items with --max-minutes, and of the bootstrap."""
     output_path: Annotated[Path | None, tyro.conf.arg(aliases=["-o"])] = None
@@ -79,6 +83,8 @@ class BenchmarkConfig(Settings):
         wrong = range_errors(self, _RANGES)
         if not self.tasks and not self.speed:
             wrong.append("there is nothing to measure: name --tasks, or pass --speed")
+        if self.speed and self.activations == "int8":
+            wrong.append("speed is measured with float activations; leave --activations int8 out")
         if len(set(self.tasks)) < len(self.tasks):
             wrong.append("tasks has a name twice")
         if CODE in self.tasks and not self.allow_code_execution:

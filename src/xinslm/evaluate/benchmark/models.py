@@ -12,6 +12,8 @@ from xinslm.evaluate.benchmark.generated import is_written, open_task
 from xinslm.evaluate.benchmark.written import Written, write_and_score
 from xinslm.evaluate.harness.run import TaskScore
 from xinslm.progress import Listener, Progress
+from xinslm.ranges import Activations
+from xinslm.runs import row_name
 
 
 @dataclass(frozen=True)
@@ -72,6 +74,7 @@ def score_model(
     on_progress: Listener,
     seconds: float | None = None,
     chosen: Mapping[str, Sequence[tuple[str, int]]] | None = None,
+    activations: Activations = "float",
 ) -> ModelScores:
     """Score a model on tasks: on all items, on those that fit into `seconds`, or on `chosen`."""
     require_harness()
@@ -85,8 +88,14 @@ def score_model(
         config.dtype,
         max_length=config.max_seq_length,
         batch_tokens=config.batch_tokens,
+        activations=activations,
     )
-    facts = {"name": path.name, "path": str(path), **lm.facts, "context": lm.max_length}
+    facts = {
+        "name": row_name(path, activations),
+        "path": str(path),
+        **lm.facts,
+        "context": lm.max_length,
+    }
     label = ""
 
     def begin(name: str) -> None:

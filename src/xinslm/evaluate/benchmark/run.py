@@ -50,7 +50,7 @@ class Result:
 def run(config: BenchmarkConfig, on_progress: Listener = ignore) -> Result:
     """Score a model on tasks and measure its speed; UsageError if something is missing."""
     from xinslm.device import pick_device
-    from xinslm.runs import add_row, require_run
+    from xinslm.runs import add_row, require_run, row_name
 
     config.check()
     if config.output_path is not None and config.output_path.exists() and not config.force:
@@ -59,7 +59,7 @@ def run(config: BenchmarkConfig, on_progress: Listener = ignore) -> Result:
         require_run(config.run)
     measured = _tasks(config, on_progress) if config.tasks else _paths(config)
     result = Result(
-        name=config.name or config.model.name,
+        name=config.name or row_name(config.model, config.activations),
         speed=_speed(config, on_progress) if config.speed else [],
         environment=environment(pick_device(config.device)),
         **measured,
@@ -97,7 +97,7 @@ def _tasks(config: BenchmarkConfig, on_progress: Listener) -> dict[str, Any]:
             for name, score in other.scores.items()
         }
     limit = seconds if chosen is None else None  # the same items, whatever they take
-    own = score_model(config.model, tasks, config, on_progress, limit, chosen)
+    own = score_model(config.model, tasks, config, on_progress, limit, chosen, config.activations)
     pairs = {
         name: (score, other.scores[name] if other else None) for name, score in own.scores.items()
     }
@@ -111,6 +111,7 @@ def _tasks(config: BenchmarkConfig, on_progress: Listener) -> dict[str, Any]:
         },
         "settings": {
             "dtype": config.dtype,
+            "activations": config.activations,
             "seed": config.seed,
             "max_minutes": config.max_minutes,
             "apply_chat_template": config.apply_chat_template,

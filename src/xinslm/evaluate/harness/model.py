@@ -26,6 +26,7 @@ from xinslm.device import pick_device
 from xinslm.evaluate.harness.generate import answer
 from xinslm.evaluate.likelihood import LikelihoodScorer, Pair, Tell
 from xinslm.evaluate.scorers import load_scorer
+from xinslm.ranges import Activations
 from xinslm.tokenizer.base import Tokenizer
 
 ENCODE_AT_ONCE = 1024
@@ -44,6 +45,7 @@ class XinslmLM(TemplateLM):
         add_bos_token: Whether to begin texts with BOS; by default as the tokenizer's files say.
         batch_size: Ignored; the harness's command line passes it. See `batch_tokens`.
         batch_tokens: Most tokens in a forward pass.
+        activations: "int8" rounds the inputs of linear layers with codes, as llama.cpp does.
     """
 
     def __init__(
@@ -54,12 +56,13 @@ class XinslmLM(TemplateLM):
         max_length: int | None = None,
         add_bos_token: bool | None = None,
         batch_tokens: int = 1024,
+        activations: Activations = "float",
         **ignored: Any,
     ) -> None:
         super().__init__()
         place = pick_device(device if device in ("cpu", "cuda", "mps") else "auto")
         context = None if max_length is None else int(max_length)
-        self.model, self.facts = load_scorer(Path(pretrained), place, dtype, context)
+        self.model, self.facts = load_scorer(Path(pretrained), place, dtype, context, activations)
         self.scorer = LikelihoodScorer(self.model, int(batch_tokens))
         self.tokenizer = _tokenizer(self.model.tokenizer)
         self.add_bos_token, self._device = add_bos_token, place
