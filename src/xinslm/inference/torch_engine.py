@@ -1,7 +1,7 @@
 """The reference engine: a model in PyTorch with a key-value cache.
 
 Quantized weights are dequantized on loading: results are those of the quantized model, memory and
-speed are those of the unquantized one.
+speed are those of the unquantized one. Int8 activations give llama.cpp's arithmetic, more slowly.
 """
 
 from collections.abc import Sequence

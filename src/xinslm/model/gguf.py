@@ -2,7 +2,7 @@
 
 The `gguf` package, llama.cpp's own, dequantizes. Query and key rows go back from llama.cpp's order
 (neighbouring pairs) to Hugging Face's. What differs from llama.cpp's results is its rounding of
-activations to 8 bits, which is not done here.
+activations to 8 bits, which `int8_inputs.py` does on request.
 """
 
 from dataclasses import replace
