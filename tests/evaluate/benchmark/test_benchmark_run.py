@@ -148,7 +148,7 @@ def test_with_a_time_limit_the_model_scores_the_items_of_the_other_one(world, mo
     calls, score = [], models.score_model
 
     def recorded(path, *rest):
-        calls.append((path.name, *rest[3:]))
+        calls.append((path.name, *rest[3:5]))
         return score(path, *rest)
 
     monkeypatch.setattr(models, "score_model", recorded)
