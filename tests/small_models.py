@@ -14,6 +14,8 @@ from xinslm.files import write_manifest
 from xinslm.model.config import ModelConfig
 from xinslm.model.files import save_model
 from xinslm.model.transformer import Transformer
+from xinslm.quantize.config import QuantizeConfig
+from xinslm.quantize.run import run as quantize
 
 torch.set_num_threads(1)  # models this small are slower with more
 LLAMA3 = (
@@ -104,6 +106,17 @@ def save_random_model(
     save_model(model, folder)
     save_tokenizer(folder, vocabulary)
     return model.eval()
+
+
+QUANTIZED_KINDS = ("tied", "untied", "8-bit", "odd width")
+
+
+def save_quantized(folder: Path, kind: str) -> None:
+    """A random model `full` and its rounded copy `q`; an odd width leaves down_proj plain."""
+    width = {"intermediate_size": 80} if kind == "odd width" else {}
+    save_random_model(folder / "full", tie_word_embeddings=kind != "untied", **width)
+    bits = 8 if kind == "8-bit" else 4
+    quantize(QuantizeConfig(folder / "full", folder / "q", method="rtn", bits=bits))
 
 
 def save_dataset(

@@ -60,5 +60,14 @@ def add_row(folder: Path, table: Table, row: Mapping[str, Any]) -> None:
     write_json(folder / table, {"rows": rows})
 
 
+def add_file(
+    run: Path | None, path: Path, size: int, bits_per_weight: float, name: str = ""
+) -> None:
+    """List a file or folder of `size` bytes in a run's files.json; nothing without a run."""
+    if run is not None:
+        row = {"name": name or path.name, "path": str(path), "bytes": size}
+        add_row(run, "files.json", row | {"bits_per_weight": bits_per_weight})
+
+
 def _key(row: Mapping[str, Any]) -> tuple[Any, ...]:
     return row["name"], row.get("data"), row.get("prompt")

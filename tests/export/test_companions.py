@@ -321,3 +321,32 @@ def test_export_all_leaves_other_files_alone(model, tmp_path):
     with pytest.raises(UsageError, match=r"holds \.env, which is not part of such an export"):
         run_all(AllConfig(model, out, force=True))
     assert [path.name for path in out.iterdir()] == [".env"]
+
+
+def test_a_folder_that_lm_studio_cannot_have_is_refused_before_the_export(model, tmp_path):
+    (tmp_path / "file").write_text("")
+    config = GgufConfig(
+        model, tmp_path / "m.gguf", lmstudio="me/student", lmstudio_dir=tmp_path / "file"
+    )
+    with pytest.raises(UsageError, match="is a file"):
+        run(config)
+    assert not (tmp_path / "m.gguf").exists()
+
+
+def test_a_student_has_not_its_teachers_license(tmp_path):
+    """It has none of the teacher's weights."""
+    teacher, student = tmp_path / "teacher", tmp_path / "student"
+    save_random_model(teacher, seed=1)
+    (teacher / "README.md").write_text("---\nlicense: llama3.2\nbase_model: org/base\n---\n")
+    save_random_model(student)
+    record = {
+        "command": "distill",
+        "settings": {"teacher": str(teacher)},
+        "inputs": {"teacher": open_model(teacher).fingerprint},
+    }
+    (student / "run.json").write_text(json.dumps(record))
+    (student / "config.yaml").write_text("")
+    run_hf(HfConfig(student, tmp_path / "out"))
+    card = ModelCard((tmp_path / "out" / "README.md").read_text(encoding="utf-8"))
+    assert card.data.license is None and card.data.base_model is None
+    assert "teacher" in card.text

@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from small_models import TEXT, save_random_model
+from small_models import QUANTIZED_KINDS, TEXT, save_quantized, save_random_model
 from xinslm.errors import UsageError, XinslmError
 from xinslm.export.config import CoremlConfig
 from xinslm.export.coreml import run as coreml
@@ -49,17 +49,12 @@ def expected_logits(model: Path, ids):
         return loaded.logits(loaded.hidden(ids))
 
 
-@pytest.fixture(scope="module", params=["tied", "untied", "8-bit", "odd width"])
+@pytest.fixture(scope="module", params=QUANTIZED_KINDS)
 def exported(request, tmp_path_factory):
     """A quantized folder and its package; an odd intermediate size leaves down_proj plain."""
     pytest.importorskip("coremltools")
     folder = tmp_path_factory.mktemp("model")
-    changes = {"tie_word_embeddings": request.param != "untied"}
-    if request.param == "odd width":
-        changes["intermediate_size"] = 80
-    save_random_model(folder / "full", **changes)
-    bits = 8 if request.param == "8-bit" else 4
-    quantize(QuantizeConfig(folder / "full", folder / "q", method="rtn", bits=bits))
+    save_quantized(folder, request.param)
     result = coreml.run(CoremlConfig(folder / "q", folder / "out", max_seq_length=32))
     return folder / "q", folder / "out", result
 

@@ -9,7 +9,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from small_models import TEXT, save_random_model
+from small_models import QUANTIZED_KINDS, TEXT, save_quantized, save_random_model
 from xinslm.errors import UsageError, XinslmError
 from xinslm.export import packed_folder
 from xinslm.export.all import run as run_all
@@ -22,16 +22,11 @@ from xinslm.quantize.run import run as quantize
 IDS = np.random.default_rng(0).integers(5, 320, 24)
 
 
-@pytest.fixture(scope="module", params=["tied", "untied", "8-bit", "odd width"])
+@pytest.fixture(scope="module", params=QUANTIZED_KINDS)
 def model(request, tmp_path_factory):
     """A quantized folder; an intermediate size that is no multiple of 32 leaves down_proj plain."""
     folder = tmp_path_factory.mktemp("model")
-    changes = {"tie_word_embeddings": request.param != "untied"}
-    if request.param == "odd width":
-        changes["intermediate_size"] = 80
-    save_random_model(folder / "full", **changes)
-    bits = 8 if request.param == "8-bit" else 4
-    quantize(QuantizeConfig(folder / "full", folder / "q", method="rtn", bits=bits))
+    save_quantized(folder, request.param)
     return folder / "q"
 
 

@@ -1,6 +1,8 @@
 """GPTAQ against least squares in float64, and against inputs captured in both finished models."""
 
+import gc
 import json
+import weakref
 
 import pytest
 import torch
@@ -9,8 +11,10 @@ from test_quantize_run import calibration_batches, divergence, linear_inputs, op
 from small_models import save_dataset, save_random_model
 from xinslm.model.files import load_model, read_tensors
 from xinslm.model.grids import decode
+from xinslm.model.transformer import Block
 from xinslm.quantize import gptq
 from xinslm.quantize.gptq import Hessian, factorise, layer_loss, quantize_weights
+from xinslm.quantize.pipeline import Quantization
 from xinslm.quantize.run import run
 from xinslm.tokenizer.load import load_tokenizer
 
@@ -123,3 +127,24 @@ def test_the_model_is_nearer_to_the_original(folders):
         run(options(folders, folders / method, method=method))
         kl.append(divergence(original, load_model(folders / method), batches))
     assert kl[0] < kl[1]
+
+
+def test_one_block_at_a_time_is_in_memory(folders, monkeypatch):
+    """When a block begins, no matrix of the one before lives on."""
+    alive, seen = weakref.WeakSet(), []
+    layer = Quantization._layer
+
+    def counted(self, index):
+        gc.collect()
+        seen.append(len(alive))
+        layer(self, index)
+
+    def made(*arguments):
+        block = Block(*arguments)
+        alive.add(block)
+        return block
+
+    monkeypatch.setattr(Quantization, "_layer", counted)
+    monkeypatch.setattr("xinslm.quantize.pipeline.Block", made)
+    run(options(folders, folders / "memory"))
+    assert seen == [0, 0]

@@ -115,9 +115,7 @@ def test_gptq_keeps_more_than_rounding(folders, gptq):
     losses = [divergence(original, load_model(folders / name), batches) for name in ("gptq", "rtn")]
     assert losses[0] < 0.8 * losses[1]
     assert gptq[1].loss_ratio < 0.8
-    assert (
-        "q4_0" in gptq[1].describe() and "of what rounding to nearest costs" in gptq[1].describe()
-    )
+    assert "q4_0" in gptq[1].describe() and "of what rounding to nearest adds" in gptq[1].describe()
 
 
 def test_eight_bits_are_nearly_exact(folders):

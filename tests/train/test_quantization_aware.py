@@ -149,6 +149,15 @@ def test_a_continued_run_is_the_same(trained, tmp_path):
     assert all(torch.equal(a[name], b[name]) for name in a)
 
 
+def test_widths_without_blocks_are_refused_or_said(trained, tmp_path):
+    config = replace(trained[1], output_dir=tmp_path / "none", hidden_size=48, num_heads=2)
+    config = replace(config, num_kv_heads=1, intermediate_size=72)
+    with pytest.raises(UsageError, match="none gets 4 bits"):
+        pretrain(config)
+    part = replace(trained[1], output_dir=tmp_path / "part", intermediate_size=72)
+    assert any("2 of 14 linear layers" in warning for warning in pretrain(part).warnings)
+
+
 def test_the_settings_say_it(trained):
     root, _ = trained
     assert open_model(root / "run").settings["quantization_aware"] == "q4_0"

@@ -33,7 +33,7 @@ from xinslm.model.grids import BLOCK, GRIDS
 from xinslm.model.source import ModelSource, weight_shapes
 from xinslm.model.transformer import rotary_frequencies
 from xinslm.progress import Listener, Progress, ignore
-from xinslm.runs import add_row, require_run
+from xinslm.runs import add_file, require_run
 
 _NAMES = {
     "model.embed_tokens": "token_embd",
@@ -163,9 +163,7 @@ def run(config: GgufConfig, on_progress: Listener = ignore) -> Result:
         (*notes, *_code_notes(entries), *vocabulary.notes, *others.notes),
         others.write(),
     )
-    if config.run is not None:
-        row = {"name": result.path.name, "path": str(result.path), "bytes": result.file_bytes}
-        add_row(config.run, "files.json", row | {"bits_per_weight": result.bits_per_weight})
+    add_file(config.run, result.path, result.file_bytes, result.bits_per_weight)
     return result
 
 

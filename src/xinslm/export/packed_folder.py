@@ -28,7 +28,7 @@ from xinslm.model.safetensors_writer import SafetensorsWriter
 from xinslm.model.source import CONFIG, WEIGHTS, ModelSource, open_tensors, weight_shapes
 from xinslm.model.stored import StoredWeight
 from xinslm.progress import Listener, Progress, ignore
-from xinslm.runs import add_row, require_run
+from xinslm.runs import add_file, require_run
 from xinslm.tokenizer.base import Tokenizer
 from xinslm.tokenizer.load import load_tokenizer
 from xinslm.tokenizer.sample import SAMPLE
@@ -111,12 +111,8 @@ def _run(config: FolderConfig, layout: Layout, on_progress: Listener) -> Result:
         rounded,
         _window_note(source) if isinstance(layout, Mlx) else "",
     )
-    if config.run is not None:
-        row = {"name": config.output_dir.name, "path": str(config.output_dir)}
-        bits = 8 * result.file_bytes / result.weights
-        add_row(
-            config.run, "files.json", row | {"bytes": result.file_bytes, "bits_per_weight": bits}
-        )
+    bits = 8 * result.file_bytes / result.weights
+    add_file(config.run, config.output_dir, result.file_bytes, bits)
     return result
 
 

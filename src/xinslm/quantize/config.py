@@ -51,8 +51,8 @@ class QuantizeConfig(Settings):
     model in float32.
     """
     scale_steps: int = 0
-    """Steps that train the scales against the unquantized model, codes and size unchanged; 100
-    pay. Memory then holds the whole model in float32.
+    """Steps that train the scales against the unquantized model, codes and size unchanged; 0 for
+    none. Memory then holds the whole model in float32.
     """
     num_calibration_samples: int = 128
     """Number of packed rows that calibrate, of the train split or of what the model writes."""

@@ -26,7 +26,7 @@ from xinslm.quantize.keep import Kept
 from xinslm.quantize.pipeline import Quantization
 from xinslm.quantize.refine import refine, require_room
 from xinslm.quantize.self_generated import write_rows
-from xinslm.runs import add_row, require_run
+from xinslm.runs import add_file, require_run
 from xinslm.tokenizer.load import load_tokenizer
 
 
@@ -60,7 +60,7 @@ class Result:
         )
         if self.loss_ratio is not None:
             lines.append(
-                f"loss   {self.loss_ratio:.3f} of what rounding to nearest costs a layer "
+                f"loss   {self.loss_ratio:.3f} of what rounding to nearest adds to a layer's error "
                 "(geometric mean)"
             )
         lines += self.refinements
@@ -100,10 +100,8 @@ def run(config: QuantizeConfig, on_progress: Listener = ignore) -> Result:
         write_folder(work, tokenizer, folder, to_dict(config), inputs, method, calibration)
         lines = refine(config, source, folder, batches, on_progress)
     result = _result(work, config.output_dir, lines)
-    if config.run is not None:
-        row = {"name": f"quantized {result.folder.name}", "path": str(result.folder)}
-        size = {"bytes": result.file_bytes, "bits_per_weight": result.bits_per_weight}
-        add_row(config.run, "files.json", row | size)
+    name = f"quantized {result.folder.name}"
+    add_file(config.run, result.folder, result.file_bytes, result.bits_per_weight, name)
     return result
 
 

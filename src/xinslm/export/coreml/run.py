@@ -36,7 +36,7 @@ from xinslm.model.files import check_vocabulary, open_model, require_context
 from xinslm.model.source import ModelSource, weight_shapes
 from xinslm.model.stored import StoredWeight
 from xinslm.progress import Listener, Progress, ignore
-from xinslm.runs import add_row, require_run
+from xinslm.runs import add_file, require_run
 from xinslm.tokenizer.load import load_tokenizer
 
 PACKAGE = "model.mlpackage"
@@ -130,12 +130,8 @@ def run(config: CoremlConfig, on_progress: Listener = ignore) -> Result:
         size,
         {kind: count for kind, count in package.census.items() if kind != "const"},
     )
-    if config.run is not None:
-        row = {"name": config.output_dir.name, "path": str(config.output_dir)}
-        bits = 8 * result.file_bytes / result.weights
-        add_row(
-            config.run, "files.json", row | {"bytes": result.file_bytes, "bits_per_weight": bits}
-        )
+    bits = 8 * result.file_bytes / result.weights
+    add_file(config.run, config.output_dir, result.file_bytes, bits)
     return result
 
 
