@@ -21,6 +21,7 @@ from xinslm.export.go_template import execute
 from xinslm.export.modelfile import make_modelfile
 from xinslm.export.ollama_template import collate
 from xinslm.export.packed_folder import run_hf, run_mlx
+from xinslm.files import write_manifest
 from xinslm.model.files import open_model
 from xinslm.model.source import ModelSource
 from xinslm.quantize.config import QuantizeConfig
@@ -333,20 +334,22 @@ def test_a_folder_that_lm_studio_cannot_have_is_refused_before_the_export(model,
     assert not (tmp_path / "m.gguf").exists()
 
 
-def test_a_student_has_not_its_teachers_license(tmp_path):
-    """It has none of the teacher's weights."""
+@pytest.mark.parametrize("command", ["distill", "prune"])
+def test_a_student_has_its_teachers_license_only_if_it_was_cut_out_of_it(tmp_path, command):
+    """A distilled one has none of the teacher's weights."""
     teacher, student = tmp_path / "teacher", tmp_path / "student"
     save_random_model(teacher, seed=1)
     (teacher / "README.md").write_text("---\nlicense: llama3.2\nbase_model: org/base\n---\n")
     save_random_model(student)
-    record = {
-        "command": "distill",
-        "settings": {"teacher": str(teacher)},
-        "inputs": {"teacher": open_model(teacher).fingerprint},
-    }
-    (student / "run.json").write_text(json.dumps(record))
-    (student / "config.yaml").write_text("")
+    settings, inputs = {"teacher": str(teacher)}, {"teacher": open_model(teacher).fingerprint}
+    if command == "prune":
+        write_manifest(student, "model", 1, settings, inputs, losses={})
+    else:
+        record = {"command": command, "settings": settings, "inputs": inputs}
+        (student / "run.json").write_text(json.dumps(record))
+        (student / "config.yaml").write_text("")
     run_hf(HfConfig(student, tmp_path / "out"))
     card = ModelCard((tmp_path / "out" / "README.md").read_text(encoding="utf-8"))
-    assert card.data.license is None and card.data.base_model is None
-    assert "teacher" in card.text
+    known = ("llama3.2", "org/base") if command == "prune" else (None, None)
+    assert (card.data.license, card.data.base_model) == known
+    assert f"`{command}`; teacher `teacher`" in card.text

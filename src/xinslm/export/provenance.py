@@ -24,7 +24,7 @@ from xinslm.runs import read_rows
 _HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 _LINKS = ("model", "init_from", "student")
 """Settings that name the model that a step made another of; the first that is there is followed. A
-teacher is none: a student has no weight of it.
+teacher is one only for `prune`, which cuts the student out of it.
 """
 _MAX_STEPS = 12
 
@@ -86,7 +86,8 @@ def trace(model: Path, run: Path | None = None) -> Provenance:
 
 def _read_by(step: Step) -> str | None:
     """The model that a step read; None if there is none, or the files there are others now."""
-    role = next((role for role in _LINKS if step.settings.get(role)), None)
+    roles = ("teacher",) if step.command == "prune" else _LINKS
+    role = next((role for role in roles if step.settings.get(role)), None)
     if role is None:
         return None
     name = str(step.settings[role])
