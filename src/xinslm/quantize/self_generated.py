@@ -42,7 +42,6 @@ def write_rows(
     opening, notes = find_opening(tokenizer, shape.length)
     needed, most = shape.rows * shape.length, shape.rows * max(1, shape.length // _LEAST_TOKENS)
     author = Author(source, tokenizer, opening, shape.length, seed)
-    author = Author(source, tokenizer, opening, shape.length, seed)
     documents: list[Document] = []
     inputs, count = 0, shape.rows
 
