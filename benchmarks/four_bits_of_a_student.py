@@ -111,8 +111,7 @@ class Table:
             model = make()
             seconds = time.perf_counter() - start
             bits = [
-                xinslm.run(EvaluateConfig(str(model), (str(text),))).bits_per_byte
-                for text in self.texts
+                xinslm.run(EvaluateConfig(model, (str(text),))).bits_per_byte for text in self.texts
             ]
             found = [{"arm": arm, "seed": seed, "bits_per_byte": bits, "seconds": round(seconds)}]
             self.rows += found
