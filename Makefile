@@ -14,11 +14,16 @@ $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.
   grep -v -e "^WARNING: Location 'file:" -e "does not provide the extra" $(VENV)/pip.log >&2; exit $$status
 endef
 
-.PHONY: venv demo test lint bench clean
+.PHONY: venv demo test lint bench clean native
+
+# The native library alone, after a change to it; `XINSLM_NATIVE_LIBRARY=build/native/libxinslm.so`
+# makes xinslm load it.
+native:
+	@cmake -S native -B build/native && cmake --build build/native -j 2
 
 venv: $(STAMP)
 
-$(STAMP): pyproject.toml constraints.txt
+$(STAMP): pyproject.toml constraints.txt $(shell find native -name '*.cpp' -o -name '*.h' -o -name CMakeLists.txt)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "xinslm needs Python 3.11 or newer; this is `$(PYTHON) --version`. Try: make PYTHON=python3.11 $(MAKECMDGOALS)"; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
