@@ -102,6 +102,14 @@ struct Avx2Base {
         return {_mm256_add_epi32(x.a, all), _mm256_add_epi32(x.b, all)};
     }
 
+    // Keeps gcc from computing all products of a block first, which it has no registers for.
+    static void keep_order(__m256i &a, __m256i &b) {
+#if defined(__GNUC__)
+        __asm__("" : "+x"(a), "+x"(b));
+#else
+        (void)a, (void)b;
+#endif
+    }
     static void prefetch(const void *p) {
         const char *at = static_cast<const char *>(p);
         for (int line = 0; line < 5; line++) _mm_prefetch(at + 64 * line, _MM_HINT_T0);
@@ -132,8 +140,10 @@ struct Avx2 : Avx2Base {
     struct Small { __m256i a, b; };
     static Small small_zero() { return {_mm256_setzero_si256(), _mm256_setzero_si256()}; }
     static Small small_dot(Small s, Bytes w, Dword x) {
-        return {_mm256_add_epi16(s.a, _mm256_maddubs_epi16(w.a, x)),
-                _mm256_add_epi16(s.b, _mm256_maddubs_epi16(w.b, x))};
+        s = {_mm256_add_epi16(s.a, _mm256_maddubs_epi16(w.a, x)),
+             _mm256_add_epi16(s.b, _mm256_maddubs_epi16(w.b, x))};
+        keep_order(s.a, s.b);
+        return s;
     }
     static I small_total(Small s) {
         const __m256i one = _mm256_set1_epi16(1);
@@ -152,8 +162,10 @@ struct Avx2 : Avx2Base {
         const __m256i one = _mm256_set1_epi16(1);
         const __m256i a = _mm256_maddubs_epi16(w.size_a, _mm256_sign_epi8(x, w.a));
         const __m256i b = _mm256_maddubs_epi16(w.size_b, _mm256_sign_epi8(x, w.b));
-        return {_mm256_add_epi32(s.a, _mm256_madd_epi16(a, one)),
-                _mm256_add_epi32(s.b, _mm256_madd_epi16(b, one))};
+        s = {_mm256_add_epi32(s.a, _mm256_madd_epi16(a, one)),
+             _mm256_add_epi32(s.b, _mm256_madd_epi16(b, one))};
+        keep_order(s.a, s.b);
+        return s;
     }
     static I large_total(Large s) { return s; }
 };

@@ -57,7 +57,7 @@ inline void q4_group(const uint8_t *w, size_t blocks, const Inputs &x, int first
     const float *scales = x.scales + first * stride;
     const int32_t *totals = x.sums + first * stride;
     for (size_t b = 0; b < blocks; b++, w += bytes) {
-        S::prefetch(w + 4 * bytes);
+        if (G == 1) S::prefetch(w + 4 * bytes);
         typename S::Small small[G];
         for (int g = 0; g < G; g++) small[g] = S::small_zero();
         for (int c = 0; c < 4; c++) {
@@ -97,7 +97,7 @@ inline void q8_group(const uint8_t *w, size_t blocks, const Inputs &x, int first
     const float *scales = x.scales + first * stride;
     const int32_t *totals = x.sums + first * stride;
     for (size_t b = 0; b < blocks; b++, w += 544) {
-        S::prefetch(w + 2 * 544);
+        if (G == 1) S::prefetch(w + 2 * 544);
         typename S::Large large[G];
         for (int g = 0; g < G; g++) large[g] = S::large_zero();
         for (int c = 0; c < 8; c++) {

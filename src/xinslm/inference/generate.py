@@ -191,15 +191,22 @@ class Result:
 
 def run(config: GenerateConfig, on_text: Callable[[str], None] = lambda text: None) -> Result:
     """Continue a prompt; `on_text` receives the continuation piece by piece."""
-    from xinslm.inference.torch_engine import TorchEngine
+    from xinslm.inference.load import load_engine
     from xinslm.runs import add_row, require_run
 
     config.check()
     prompt = _read_prompt(config)
     if config.run is not None:
         require_run(config.run)
-    engine = TorchEngine.load(
-        config.model, config.device, config.dtype, config.max_seq_length, config.activations
+    engine = load_engine(
+        config.model,
+        config.engine,
+        context_length=config.max_seq_length,
+        device=config.device,
+        dtype=config.dtype,
+        activations=config.activations,
+        threads=config.threads,
+        cache=config.kv_cache,
     )
     ids = prompt_ids(engine.tokenizer, prompt, config.chat)
     clock = Clock(len(ids))

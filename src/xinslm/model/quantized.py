@@ -16,9 +16,14 @@ from torch import Tensor
 from xinslm.errors import XinslmError
 from xinslm.files import MANIFEST, read_json, read_manifest
 from xinslm.model.grids import BLOCK, GRIDS, Q4_0
-from xinslm.model.source import (
+from xinslm.model.names import (
     CONFIG,
+    QUANTIZED_BY,
+    QUANTIZED_KIND,
+    QUANTIZED_VERSION,
     QUANTIZED_WEIGHTS,
+)
+from xinslm.model.source import (
     FolderSource,
     ModelSource,
     open_tensors,
@@ -26,8 +31,7 @@ from xinslm.model.source import (
 )
 from xinslm.model.stored import StoredWeight
 
-KIND, VERSION = "quantized", 2
-_MADE_BY = "xinslm quantize"
+KIND, VERSION, _MADE_BY = QUANTIZED_KIND, QUANTIZED_VERSION, QUANTIZED_BY
 _PLAIN = {"f16": torch.float16, "f32": torch.float32}
 
 

@@ -55,7 +55,10 @@ _FUNCTIONS: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "xl_cache_bytes": (c_int64, (c_void_p, c_int32)),
     "xl_sample": (
         c_int32,
-        (_FLOATS, c_int32, POINTER(SamplingSettings), _TOKENS, c_int64, c_double, POINTER(c_double)),
+        (
+            *(_FLOATS, c_int32, POINTER(SamplingSettings)),
+            *(_TOKENS, c_int64, c_double, POINTER(c_double)),
+        ),
     ),
     "xl_product": (c_int32, (c_char_p, *_DATA, _FLOATS, c_int64, _FLOATS)),
     "xl_decode_row": (c_int32, (*_DATA, c_int64, _FLOATS)),
@@ -112,4 +115,3 @@ def matrix_arguments(
     if scales is not None and scales.dtype != np.float16:
         raise ValueError("scales must be float16")
     return (kind, *shape, data.ctypes.data, data.nbytes, *apart)
-

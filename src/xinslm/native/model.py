@@ -1,10 +1,10 @@
 """A model and its sequences in the native library.
 
-    model = NativeModel(shape, frequencies)
-    model.set("q_proj", 0, Weight(Q4_0, (576, 576), data))
-    context = NativeContext(model, threads=2)
-    sequence = context.add()
-    logits = context.extend([1, 2, 3], [sequence] * 3, wanted=[2])     # (1, vocabulary)
+model = NativeModel(shape, frequencies)
+model.set("q_proj", 0, Weight(Q4_0, (576, 576), data))
+context = NativeContext(model, threads=2)
+sequence = context.add()
+logits = context.extend([1, 2, 3], [sequence] * 3, wanted=[2])     # (1, vocabulary)
 """
 
 import os
@@ -181,4 +181,3 @@ def _quota() -> int | None:
         return None if limit == "max" else max(1, int(limit) // int(period))
     except (OSError, ValueError):
         return None
-

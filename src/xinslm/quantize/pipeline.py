@@ -25,8 +25,9 @@ from xinslm.model.grids import (
     fit_scales,
     pack_nibbles,
 )
+from xinslm.model.names import QUANTIZED_WEIGHTS
 from xinslm.model.safetensors_writer import SafetensorsWriter
-from xinslm.model.source import QUANTIZED_WEIGHTS, ModelSource, weight_shapes
+from xinslm.model.source import ModelSource, weight_shapes
 from xinslm.model.transformer import Block
 from xinslm.progress import Listener, Progress, ignore
 from xinslm.quantize.calibration import Blocks, Calibration

@@ -17,8 +17,9 @@ from xinslm.files import MANIFEST, read_json, write_manifest
 from xinslm.folders import new_folder, refuse_existing, refuse_inside
 from xinslm.model.files import check_vocabulary, open_model
 from xinslm.model.grids import GRIDS
+from xinslm.model.names import QUANTIZED_WEIGHTS
 from xinslm.model.quantized import KIND, VERSION
-from xinslm.model.source import QUANTIZED_WEIGHTS, TRAINED_FOR_Q4_0, ModelSource
+from xinslm.model.source import TRAINED_FOR_Q4_0, ModelSource
 from xinslm.progress import Listener, ignore
 from xinslm.quantize.calibration import CalibrationRows, RowShape, dataset_rows
 from xinslm.quantize.config import QuantizeConfig

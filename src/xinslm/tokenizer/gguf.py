@@ -5,9 +5,8 @@ scores give the merges. Other kinds (WordPiece, Unigram, RWKV) and split rules a
 ids would be wrong.
 """
 
+from enum import IntEnum
 from typing import Any
-
-from gguf import TokenType
 
 from xinslm.errors import UsageError, XinslmError
 from xinslm.tokenizer import sentencepiece
@@ -16,6 +15,18 @@ from xinslm.tokenizer.bpe import BPETokenizer
 from xinslm.tokenizer.files import Definition
 from xinslm.tokenizer.hf import HFTokenizer
 from xinslm.tokenizer.start import start_processor
+
+
+class TokenType(IntEnum):
+    """llama.cpp's kinds of token."""
+
+    NORMAL = 1
+    UNKNOWN = 2
+    CONTROL = 3
+    USER_DEFINED = 4
+    UNUSED = 5
+    BYTE = 6
+
 
 _SAME_SPLIT = {
     "llama-bpe": "llama-bpe llama-v3 llama3 falcon3 pixtral lfm2",
