@@ -38,10 +38,10 @@ GROUPS = {
         support_top_k
     """,
     "Advanced": """
-        device engine threads kv_cache dtype teacher_dtype compute_dtype param_dtype activations
-        compile gradient_checkpointing optimizer_in_backward adam_beta1 adam_beta2 batch_tokens
-        shard_positions alignment hidden_state_depths hidden_state_width ridge documents positions
-        allow_special revision predictions trust_remote_code compute_units seed
+        device engine threads kv_cache draft dtype teacher_dtype compute_dtype param_dtype
+        activations compile gradient_checkpointing optimizer_in_backward adam_beta1 adam_beta2
+        batch_tokens shard_positions alignment hidden_state_depths hidden_state_width ridge
+        documents positions allow_special revision predictions trust_remote_code compute_units seed
     """,
 }
 """Names of the fields by group, in the order of the groups."""

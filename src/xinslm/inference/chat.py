@@ -113,6 +113,7 @@ def run(
         activations=config.activations,
         threads=config.threads,
         cache=config.kv_cache,
+        draft=config.draft,
     )
     conversation = Conversation(engine, config.system)
     write(

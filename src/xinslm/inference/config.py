@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from xinslm.ranges import Activations, Device, Dtype, Range, range_errors
+from xinslm.ranges import Activations, Device, Dtype, Range, Settings, range_errors
 from xinslm.sampling import Sampling
 
 EngineName = Literal["auto", "native", "pytorch"]
@@ -51,6 +51,11 @@ class GenerateConfig(Sampling):
     """
     kv_cache: CacheType = "float16"
     """Type of keys and values in the native engine; int8 takes half the memory."""
+    draft: str | None = None
+    """Guess several tokens and check them at once (speculative decoding), in the native engine; the
+    text is the same. lookup: what followed the last words where they stood before (good for
+    summaries and corrections); or a smaller model with the same tokenizer.
+    """
     threads: int | None = None
     """Threads to compute with; by default one for each processor that the process may use."""
     run: Path | None = None
@@ -92,9 +97,22 @@ class ChatConfig(Sampling):
     """
     kv_cache: CacheType = "float16"
     """Type of keys and values in the native engine; int8 takes half the memory."""
+    draft: str | None = None
+    """Guess several tokens and check them at once (speculative decoding), in the native engine; the
+    text is the same. lookup: what followed the last words where they stood before (good for
+    summaries and corrections); or a smaller model with the same tokenizer.
+    """
     threads: int | None = None
     """Threads to compute with; by default one for each processor that the process may use."""
 
     def errors(self) -> list[str]:
         """What cannot work, a sentence each."""
         return [*super().errors(), *range_errors(self, _WRITING)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class NativeConfig(Settings):
+    """Show what the native library is, and whether it runs a model."""
+
+    model: Annotated[Path | None, tyro.conf.Positional] = None
+    """A model to try: a model, run or quantized folder, a GGUF file, or a Hub name."""

@@ -53,7 +53,7 @@ def generate(
     if no text precedes the continuation, so that a sentencepiece tokenizer's first space is
     dropped. UsageError for a prompt beyond the context.
     """
-    from xinslm.inference.sampling import Sampler, log_probability
+    from xinslm.inference.sampling import Sampler
     from xinslm.tokenizer.base import StreamDecoder
 
     if max_tokens is not None and max_tokens < 1:
@@ -65,9 +65,8 @@ def generate(
     logits = engine.start(prompt_ids)
     count, seen = 0, list(prompt_ids)
     while True:
-        token = sampler.draw(logits, seen)
+        token, likelihood = sampler.draw_with_probability(logits, seen)
         seen.append(token)
-        likelihood = log_probability(logits, token)
         count += 1
         if token in ends:
             yield Piece(watch.add(decoder.finish()) + watch.rest(), token, likelihood, "end token")
@@ -207,6 +206,7 @@ def run(config: GenerateConfig, on_text: Callable[[str], None] = lambda text: No
         activations=config.activations,
         threads=config.threads,
         cache=config.kv_cache,
+        draft=config.draft,
     )
     ids = prompt_ids(engine.tokenizer, prompt, config.chat)
     clock = Clock(len(ids))

@@ -19,22 +19,32 @@ def load_engine(
     activations: Activations | None = None,
     threads: int | None = None,
     cache: CacheType = "float16",
+    draft: str | None = None,
 ) -> Engine:
     """Load `model` with its tokenizer; UsageError if the engine that is asked for cannot run it.
 
-    `activations`: float or int8; None is int8 in the native engine and float in PyTorch.
+    `activations`: float or int8; None is int8 in the native engine and float in PyTorch. `draft`:
+    "lookup" or a smaller model, whose guesses the engine checks several at a time.
     """
     problem = native_problem(model, device, dtype, activations) if engine != "pytorch" else ""
     if engine == "native" and problem:
         raise UsageError(f"--engine native: {problem}")
     if engine == "pytorch" or problem:
-        if cache != "float16":
-            because = f" ({problem})" if problem else ""
-            raise UsageError(f"--kv-cache {cache} needs the native engine{because}")
+        because = f" ({problem})" if problem else ""
+        for wanted, option in ((cache != "float16", f"--kv-cache {cache}"), (draft, "--draft")):
+            if wanted:
+                raise UsageError(f"{option} needs the native engine{because}")
         return _pytorch(model, context_length, device, dtype, activations, threads)
     from xinslm.inference.native_engine import NativeEngine
 
-    return NativeEngine.load(model, context_length, threads, cache)
+    target = NativeEngine.load(model, context_length, threads, cache)
+    if draft is None:
+        return target
+    from xinslm.inference.speculative import LookupDrafter, ModelDrafter, Speculative
+
+    if draft == "lookup":
+        return Speculative(target, LookupDrafter())
+    return Speculative(target, ModelDrafter(NativeEngine.load(draft, None, threads, cache)))
 
 
 def native_problem(

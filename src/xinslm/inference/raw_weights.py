@@ -2,8 +2,8 @@
 
 For a program that only runs a model, importing PyTorch would be most of the time to the first
 token. Read here are a quantized folder, a Hugging Face folder of float32, float16 or bfloat16, and
-a GGUF file of F32, F16, BF16, Q4_0, Q4_1 or Q8_0; `open_raw` returns None for any other, which
-`open_model` reads.
+a GGUF file of F32, F16, BF16, Q4_0, Q4_1 or Q8_0. Any other model of a LLaMA shape comes through
+`open_model`, with PyTorch: codes where it has codes of our grids, else float32.
 """
 
 import json
@@ -56,10 +56,15 @@ class RawModel:
 
 
 def open_raw(name: Path | str) -> RawModel | None:
-    """Open a model; None if it needs PyTorch or transformers to be read.
+    """Open a model; None if the native engine cannot express it.
 
     UsageError or XinslmError for what is no model, or is damaged.
     """
+    return _open(name) or _through_pytorch(name)
+
+
+def _open(name: Path | str) -> RawModel | None:
+    """Open what is read without PyTorch."""
     path = Path(name)
     if is_gguf(path):
         return _gguf(path)
@@ -161,6 +166,27 @@ def _gguf(path: Path) -> RawModel | None:
     names = [name for name in places if name is not None]
     has_codes = any(tensor.number not in (F32, F16, BF16) for tensor in file.tensors.values())
     return RawModel(config, family.is_permuted, names, read, has_codes, factors)
+
+
+def _through_pytorch(name: Path | str) -> RawModel | None:
+    from xinslm.model.files import open_model
+
+    source = open_model(name)
+    if not source.is_own:
+        return None
+
+    def read(name: str) -> Weight:
+        shape = _two(source.shape_of(name))
+        stored = source.stored(name)
+        if stored is None or stored.scales is None:
+            return Weight(F32, shape, source.tensor(name).float().contiguous().numpy())
+        number = _APART[stored.format][0]
+        return Weight(number, shape, stored.data.numpy(), stored.scales.contiguous().numpy())
+
+    names = [name for name in source.names if not name.endswith(".inv_freq")]
+    first = source.stored(next(name for name in names if name.endswith("down_proj.weight")))
+    has_codes = first is not None and first.scales is not None
+    return RawModel(source.config, False, names, read, has_codes)
 
 
 def _two(shape: tuple[int, ...]) -> tuple[int, int]:

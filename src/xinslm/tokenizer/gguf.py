@@ -9,11 +9,9 @@ from enum import IntEnum
 from typing import Any
 
 from xinslm.errors import UsageError, XinslmError
-from xinslm.tokenizer import sentencepiece
 from xinslm.tokenizer.base import Tokenizer
 from xinslm.tokenizer.bpe import BPETokenizer
 from xinslm.tokenizer.files import Definition
-from xinslm.tokenizer.hf import HFTokenizer
 from xinslm.tokenizer.start import start_processor
 
 
@@ -127,7 +125,11 @@ def _sentencepiece(
     named: dict[str, str],
     template: str | None,
     where: str,
-) -> HFTokenizer:
+) -> Tokenizer:
+    # imported here, because a byte-level tokenizer needs none of it
+    from xinslm.tokenizer import sentencepiece
+    from xinslm.tokenizer.hf import HFTokenizer
+
     scores = keys.get("tokenizer.ggml.scores")
     if scores is None or "unk_token" not in named:
         raise XinslmError("its pieces have no scores or no unknown token")

@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from small_models import save_quantized, save_random_model
 from transformers import AutoModelForCausalLM
 
+from small_models import save_quantized, save_random_model
 from xinslm.errors import UsageError, XinslmError
 from xinslm.export.config import GgufConfig
 from xinslm.export.gguf import run as export_gguf
@@ -136,9 +136,7 @@ def test_bits_do_not_depend_on_threads_or_chunks(quantized: Path, int8_cache: bo
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
-def test_long_texts_have_the_same_bits_in_spans_and_together(
-    tmp_path: Path, threads: int
-) -> None:
+def test_long_texts_have_the_same_bits_in_spans_and_together(tmp_path: Path, threads: int) -> None:
     save_random_model(tmp_path, max_position_embeddings=2048, num_hidden_layers=1)
     ids = np.random.default_rng(2).integers(0, 320, 1300).tolist()
     wanted = whole(context_of(tmp_path, 1), ids)
