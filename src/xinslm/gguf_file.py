@@ -39,6 +39,14 @@ def is_gguf(path: Path) -> bool:
         return file.read(4) == b"GGUF"
 
 
+def release(file: mmap.mmap, begin: int, end: int) -> None:
+    """Let the system take back the memory of the whole pages of a map in [begin, end)."""
+    first = -(-begin // mmap.PAGESIZE) * mmap.PAGESIZE
+    length = end // mmap.PAGESIZE * mmap.PAGESIZE - first
+    if length > 0 and hasattr(mmap, "MADV_DONTNEED"):
+        file.madvise(mmap.MADV_DONTNEED, first, length)
+
+
 class GgufTensor:
     """A tensor of a file: where it is, and how it is stored."""
 
@@ -67,6 +75,10 @@ class GgufTensor:
     def raw(self) -> np.ndarray:
         """Its bytes, uint8 (n_bytes,), as a map of the file."""
         return np.frombuffer(self._file, np.uint8, self.n_bytes, self.data_offset)
+
+    def forget(self) -> None:
+        """Let the system take back the memory that the map takes; reading brings it back."""
+        release(self._file, self.data_offset, self.data_offset + self.n_bytes)
 
     @property
     def data(self) -> np.ndarray:

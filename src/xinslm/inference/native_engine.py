@@ -167,8 +167,8 @@ def build(raw: RawModel) -> NativeModel:
         if name == "lm_head.weight" and config.tie_word_embeddings:
             continue
         role, layer = _role(name)
-        weight = raw.read(name)
-        model.set(role, layer, weight)
+        model.set(role, layer, raw.read(name))
+        raw.forget(name)
     if not config.tie_word_embeddings and "lm_head.weight" not in raw.names:
         raise XinslmError("the model's head is not tied to its embedding, but 'lm_head.weight' is "
                           "missing; copy the model again")  # fmt: skip

@@ -18,7 +18,7 @@ import numpy as np
 
 from xinslm.errors import XinslmError
 from xinslm.files import read_json, read_manifest
-from xinslm.gguf_file import GgufFile, is_gguf
+from xinslm.gguf_file import GgufFile, is_gguf, release
 from xinslm.model.config import ModelConfig, UnsupportedModelError
 from xinslm.model.gguf_families import FAMILIES, read_settings
 from xinslm.model.names import (
@@ -53,6 +53,8 @@ class RawModel:
     """Whether some matrix has 4-bit or 8-bit codes, whose inputs are rounded."""
     frequency_divisors: np.ndarray | None = None
     """What divides each rotary frequency, float32 (head size / 2,), if the file says so."""
+    forget: Callable[[str], None] = lambda name: None
+    """Gives back the memory that the map of a weight takes, until it is read again."""
 
 
 def open_raw(name: Path | str) -> RawModel | None:
@@ -109,7 +111,11 @@ def _folder(path: Path, config: ModelConfig) -> RawModel | None:
         assert kind is not None
         return Weight(kind, _two(shape), file.bytes_of(tensor))
 
-    return RawModel(config, False, list(tensors), read, has_codes=False)
+    def forget(name: str) -> None:
+        file, tensor = tensors[name]
+        file.forget(tensor)
+
+    return RawModel(config, False, list(tensors), read, False, forget=forget)
 
 
 def _quantized(path: Path, config: ModelConfig) -> RawModel:
@@ -139,7 +145,15 @@ def _quantized(path: Path, config: ModelConfig) -> RawModel:
         return Weight(number, (rows, 32 * groups), file.bytes_of(codes), values)
 
     has_codes = any(kind in _APART for kind in formats.values())
-    return RawModel(config, False, [f"{name}.weight" for name in formats], read, has_codes)
+    names = [f"{name}.weight" for name in formats]
+    return RawModel(
+        config,
+        False,
+        names,
+        read,
+        has_codes,
+        forget=lambda name: file.forget(f"{name.removesuffix('.weight')}.codes"),
+    )
 
 
 def _gguf(path: Path) -> RawModel | None:
@@ -165,7 +179,15 @@ def _gguf(path: Path) -> RawModel | None:
     factors = None if divisors is None else np.array(divisors.data, np.float32)
     names = [name for name in places if name is not None]
     has_codes = any(tensor.number not in (F32, F16, BF16) for tensor in file.tensors.values())
-    return RawModel(config, family.is_permuted, names, read, has_codes, factors)
+    return RawModel(
+        config,
+        family.is_permuted,
+        names,
+        read,
+        has_codes,
+        factors,
+        lambda name: file.tensors[places[name]].forget(),
+    )
 
 
 def _through_pytorch(name: Path | str) -> RawModel | None:
@@ -245,3 +267,9 @@ class _Safetensors:
         self.dtype(name)
         begin, end = self._entries[name]["data_offsets"]
         return np.frombuffer(self._map, np.uint8, end - begin, self._start + begin)
+
+    def forget(self, name: str) -> None:
+        """Let the system take back the memory of a tensor's map, if there is such a tensor."""
+        if name in self._entries:
+            begin, end = self._entries[name]["data_offsets"]
+            release(self._map, self._start + begin, self._start + end)
