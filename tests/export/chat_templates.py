@@ -139,6 +139,12 @@ LLAMA31_TOOLS = (
     "{% endif %}{{ '<|eot_id|>' }}{% endfor %}"
     "{% if add_generation_prompt %}" + _HEADER.replace("ROLE", "assistant") + "{% endif %}"
 )
+STRIPS_REASONING = HERMES.replace(
+    "{% elif m.role == 'assistant' %}{{ '<|im_start|>assistant\n' + m.content }}",
+    "{% elif m.role == 'assistant' %}{{ '<|im_start|>assistant\n' }}{% if loop.last %}"
+    "{{ '<think>\n\n</think>\n\n' }}{% endif %}{{ m.content.split('</think>')[-1].lstrip('\n') }}",
+)
+assert STRIPS_REASONING != HERMES
 WITH_TOOLS = {
     "Hermes": HERMES,
     "Hermes, default system": HERMES_DEFAULT,
@@ -190,10 +196,6 @@ UNKNOWN = {
     "today's date": (
         "{{ strftime_now('%d %b %Y') }}" + CHATML,
         "it writes today's date",
-    ),
-    "strips reasoning": (
-        "{% for m in messages %}<{{ m.role }}>{{ m.content.split('</think>')[-1] }}{% endfor %}",
-        "pieces do not describe",
     ),
     "upper case": (
         "{% for m in messages %}<{{ m.role }}>{{ m.content | upper }}{% endfor %}",

@@ -4,7 +4,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from chat_templates import TEMPLATES, UNKNOWN
+from chat_templates import STRIPS_REASONING, TEMPLATES, UNKNOWN
 from transformers import PreTrainedTokenizerFast
 
 from small_models import save_tokenizer
@@ -90,6 +90,19 @@ def test_a_template_that_has_no_go_form_is_refused(name, folder, tmp_path):
     tokenizer = with_template(folder, template, tmp_path)
     with pytest.raises(UnknownTemplateError, match=reason):
         make_template(tokenizer, False)
+
+
+def test_reasoning_that_is_stripped_is_a_note(folder, tmp_path):
+    """As Qwen3 does. Ollama gives the template answers without their reasoning."""
+    made = make_template(with_template(folder, STRIPS_REASONING, tmp_path), False)
+    assert made.has_tools and len(made.notes) == 1
+    assert "an answer holds its reasoning" in made.notes[0]
+    assert "the last message is the assistant's" in made.notes[0]
+    for pairs in CONVERSATIONS[:3]:
+        expected = by_transformers(tmp_path, chat(pairs))
+        assert execute(made.text, collate(chat(pairs))) == expected
+    pairs = [("user", "1"), ("assistant", "<think>x</think>y"), ("user", "2")]
+    assert "x" in execute(made.text, collate(chat(pairs))), "what the note says"
 
 
 def test_a_default_system_message_is_found(folder, tmp_path):

@@ -17,6 +17,8 @@ Render = Callable[[list[Message], bool], str | None]
 
 ROLES = {"s": "system", "u": "user", "a": "assistant", "t": "tool"}
 _PLAIN = ("system", "user", "assistant")
+_RARE = ("ua", "sua", "uasu", "au")
+"""Conversations that may differ in what is between two roles; the caller says so."""
 _PADDING = " \n\t\u00a0"
 TRIMS: dict[str, Callable[[str], str]] = {
     "": str,
@@ -143,7 +145,7 @@ def _gaps(render: Render, has_system: bool) -> dict[tuple[str, str], str]:
             continue
         names = ["", *(ROLES[r] for r in roles), ""]
         for pair, text in zip(pairwise(names), seen.texts, strict=True):
-            if gaps.setdefault(pair, text) != text and roles not in ("uasu", "au"):
+            if gaps.setdefault(pair, text) != text and roles not in _RARE:
                 first, second = (name or "the end" for name in pair)
                 raise UnknownTemplateError(
                     f"what it writes between {first} and {second} depends on the place"

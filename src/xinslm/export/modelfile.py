@@ -1,8 +1,9 @@
 """The Modelfile of a GGUF file: `ollama create NAME -f Modelfile` makes a model of it.
 
-TEMPLATE gives the text of the model's own chat template (`ollama_template.py`), tools included where
-their form is known; where that cannot be had, it is left out and the reason is a comment. Sampling comes from generation_config.json.
-Ollama's reader drops characters that are not printable, so none is written.
+TEMPLATE gives the text of the model's own chat template (`ollama_template.py`), tools included
+where their form is known; where that cannot be had, it is left out and the reason is a comment.
+Sampling comes from generation_config.json. Ollama's reader drops characters that are not printable,
+so none is written.
 """
 
 from collections.abc import Iterator, Mapping

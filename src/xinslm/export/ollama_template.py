@@ -1,9 +1,9 @@
 """A chat template as Ollama's: Go's text/template over `.Messages`, checked before it is used.
 
 The text is made (`ollama_source.py`) of the pieces that `chat_pieces.py` and, for tools,
-`tool_pieces.py` find, and executed by `go_template.py` on
-conversations that the pieces were not found with. One that differs from the Jinja template's text
-refuses the template; a rare one that differs (a system message in the middle) becomes a note.
+`tool_pieces.py` find, and executed by `go_template.py` on conversations that the pieces were not
+found with. One that differs from the Jinja template's text refuses the template, or its tools; a
+rare one that differs (a system message in the middle, reasoning in an answer) becomes a note.
 """
 
 import re
@@ -34,10 +34,10 @@ _CONTENTS = (
     "two\n\nlines {{ .Content }} {% if x %} 'single' \"double\" \\ <b>&amp;</b>",
     "  naïve 東京 🙂\t",
     "\u3000\u00a0 wide spaces \u2003\n\n",
-    "<think>\nsure?\n</think>\n\nYes.",
     "x",
     '{"name": "f", "arguments": {}}',
 )
+_REASONING = "<think>\nsure?\n</think>\n\nYes."
 _REQUIRED = ("u", "uau", "uauau", "uauauau", "su", "suau", "suauau")
 _RARE = {
     "ua": "the last message is the assistant's",
@@ -181,9 +181,9 @@ def _renderer(tokenizer: Tokenizer, adds_bos: bool) -> ToolRender:
 def _check(text: str, render: Render, default_system: str | None) -> tuple[str, ...]:
     """Compare with the Jinja template; UnknownTemplateError if they differ, notes if rarely."""
 
-    def differs(roles: str, shift: int, empty: int = -1) -> bool:
+    def differs(roles: str, shift: int, at: int = -1, content: str = "") -> bool:
         messages = conversation(
-            roles, lambda i: "" if i == empty else _CONTENTS[(i + shift) % len(_CONTENTS)]
+            roles, lambda i: content if i == at else _CONTENTS[(i + shift) % len(_CONTENTS)]
         )
         expected = render(messages, True)
         if expected is None:
@@ -206,6 +206,8 @@ def _check(text: str, render: Render, default_system: str | None) -> tuple[str, 
     rare = [what for roles, what in _RARE.items() if any(differs(roles, s) for s in range(3))]
     if any(differs(roles, 0, i) for roles in ("uau", "suau") for i in range(len(roles))):
         rare.append("a message is empty")
+    if differs("uau", 0, 1, _REASONING):
+        rare.append("an answer holds its reasoning in <think>, which Ollama removes if it can")
     if not rare:
         return ()
     return (f"TEMPLATE differs from the chat template if {' or '.join(dict.fromkeys(rare))}",)
@@ -218,7 +220,8 @@ def _check_tools(text: str, render: ToolRender, pieces: ToolPieces) -> None:
         if pieces.system is None and "s" in roles:
             continue
         for shift in range(len(_CONTENTS)):
-            messages = conversation(roles, lambda i, s=shift: _CONTENTS[(i + s) % len(_CONTENTS)])
+            contents = [_CONTENTS[(i + shift) % len(_CONTENTS)] for i in range(len(roles))]
+            messages = conversation(roles, contents.__getitem__)
             at = roles.find("at")
             if at >= 0:
                 calls = [call(i, **_EXAMPLE_ARGUMENTS) for i in range(num_calls)]

@@ -171,7 +171,10 @@ def _around_calls(
     render: Callable[[list[Message], bool], str | None], chat: ChatPieces
 ) -> tuple[tuple[str, str, str], str, str | None]:
     """Texts around name and arguments, between two calls, and between content and first call."""
-    arguments = [{"a": mark(5), "b": [1, True]}, {"a": mark(6), "b": [2, None]}]
+    arguments: list[dict[str, Any]] = [
+        {"a": mark(5), "b": [1, True]},
+        {"a": mark(6), "b": [2, None]},
+    ]
     calls = [call(3, **arguments[0]), call(4, **arguments[1])]
     spelled = [spell(value) for value in arguments]
     head = chat.after["user"] + chat.before["assistant"]["user"]
