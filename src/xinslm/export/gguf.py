@@ -162,7 +162,7 @@ def run(config: GgufConfig, on_progress: Listener = ignore) -> Result:
         context,
         weights,
         check.rounded,
-        (*notes, *_code_notes(entries), *check.notes, *vocabulary.notes, *others.notes),
+        (*notes, *_code_notes(entries, config), *check.notes, *vocabulary.notes, *others.notes),
         others.write(),
     )
     add_file(config.run, result.path, result.file_bytes, result.bits_per_weight)
@@ -274,9 +274,10 @@ def _file_type(types: Counter[str], outtype: str | None) -> LlamaFileType:
     return _FILE_TYPES[outtype or "f16"]
 
 
-def _code_notes(entries: list[Entry]) -> tuple[str, ...]:
-    """Matrices without codes next to others that have them."""
-    matrices = [entry for entry in entries if len(entry.shape) == 2]
+def _code_notes(entries: list[Entry], config: GgufConfig) -> tuple[str, ...]:
+    """Matrices without codes next to others that have them, unless their type was asked for."""
+    asked = tables.TABLES if config.embedding_type else ()
+    matrices = [e for e in entries if len(e.shape) == 2 and e.weight not in asked]
     coded = {*GRIDS, *tables.BLOCKS}
     plain = [entry.weight for entry in matrices if entry.kind.name.lower() not in coded]
     if not plain or len(plain) == len(matrices):
