@@ -16,8 +16,8 @@ GROUPS = {
         judge_model
     """,
     "Output": """
-        output_dir output_path force run name show num_pieces keep_cache outtype format x
-        log_x repair ollama lmstudio lmstudio_dir public message dry_run
+        output_dir output_path force run name show num_pieces keep_cache outtype embedding_type
+        format x log_x repair ollama lmstudio lmstudio_dir public message dry_run
     """,
     "Model": """
         preset vocab_size hidden_size num_layers num_heads num_kv_heads head_dim intermediate_size
