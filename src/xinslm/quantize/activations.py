@@ -167,7 +167,7 @@ class BatchFile:
         """Write one batch's tensor; return its bytes."""
         assert tuple(tensor.shape) == self._shapes[index], "the shape is the batch's"
         view = memoryview(cast(Any, tensor.contiguous().numpy())).cast("B")
-        handle = os.open(self.path, os.O_WRONLY | os.O_CREAT | getattr(os, "O_BINARY", 0))
+        handle = os.open(self.path, os.O_WRONLY | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o666)
         with open(handle, "wb", buffering=0) as file:
             file.seek(self._places[index])
             done = 0
