@@ -66,14 +66,23 @@ class Hessian:
             for strip in _strips(self.columns):
                 self._drift_sum[strip] += rows[:, strip].T @ others
 
+    @property
+    def is_finite(self) -> bool:
+        """Whether no input was NaN, infinite, or too large to square."""
+        return bool(torch.isfinite(self._sum.sum()))
+
+    @property
+    def knows_drift(self) -> bool:
+        """Whether drift was added, of at least `DRIFT_TOKENS` tokens for each column."""
+        return self._drift_sum is not None and self.tokens >= DRIFT_TOKENS * self.columns
+
     def drift(self) -> Tensor | None:
-        """Mean over tokens of drift^T X, float32 (columns, columns); None if none was added, or
-        fewer than `DRIFT_TOKENS` for each column.
+        """Mean over tokens of drift^T X, float32 (columns, columns); None if it is not known well
+        enough.
         """
-        total, self._drift_sum = self._drift_sum, None
-        if total is None or self.tokens < DRIFT_TOKENS * self.columns:
-            return None
-        return total.div_(self.tokens).float()
+        is_known, total = self.knows_drift, self._drift_sum
+        self._drift_sum = None
+        return total.div_(self.tokens).float() if total is not None and is_known else None
 
     def mean(self) -> Tensor:
         """Mean over tokens, float64 (columns, columns)."""

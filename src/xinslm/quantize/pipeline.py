@@ -270,21 +270,20 @@ class Quantization:
             return None
         is_last = stem == LINEARS[part][-1][-1]
         hessian = self._calibration.hessian(blocks, part, stem, is_last)
-        drift = hessian.drift()
-        if self.method == "gptaq" and drift is None:
+        if self.method == "gptaq" and not hessian.knows_drift:
             facts.note(
                 name,
                 f"{hessian.tokens:,} calibration tokens for {hessian.columns:,} columns are too "
                 f"few for GPTAQ (at least {DRIFT_TOKENS} each): GPTQ was used",
             )
-        mean = hessian.mean()
-        if not torch.isfinite(mean.sum()):
+        if not hessian.is_finite:
             raise XinslmError(
                 f"{self.source.path}: on the calibration text, the inputs of {name} are NaN, "
                 "infinite or too large to square in float32. The model is broken in an earlier "
                 "layer, or needs other text; --method rtn rounds without text"
             )
-        factor = factorise(mean, drift)
+        # no name for either here, which would keep them from being freed
+        factor = factorise(hessian.mean(), hessian.drift())
         if factor is None:
             facts.note(name, "no damping makes its inputs' Hessian invertible, rounded to nearest")
         return factor
