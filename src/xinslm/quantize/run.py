@@ -168,8 +168,8 @@ def _require_disk(folder: Path, model: ModelConfig, rows: list[Batch], with_orig
     free = shutil.disk_usage(folder).free
     if needed > found + free:
         raise XinslmError(
-            f"quantizing needs {needed / 1e9:.1f} GB on the disk of {folder.parent} for the time "
-            f"being, but {(found + free) / 1e9:.1f} GB are free: free some, choose another "
+            f"quantizing needs {needed / 1e6:,.0f} MB on the disk of {folder.parent} for the time "
+            f"being, but {(found + free) / 1e6:,.0f} MB are free: free some, choose another "
             "--output-dir, or take fewer --num-calibration-samples"
         )
 
