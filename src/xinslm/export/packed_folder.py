@@ -153,7 +153,8 @@ class _Source:
         model.require()
         self.shapes = weight_shapes(model.config)
         model.require_weights(self.shapes)
-        kinds = {name.removesuffix(".weight"): self._stored(name).format for name in self.shapes}
+        matrices = [name for name, shape in self.shapes.items() if len(shape) == 2]
+        kinds = {name.removesuffix(".weight"): self._stored(name).format for name in matrices}
         is_quantized = bool(set(kinds.values()) & BITS.keys())
         if not is_quantized and isinstance(layout, Gptq):
             raise UsageError(

@@ -3,8 +3,8 @@
 
 Each runtime's format is transcribed from this one without rounding again. For a weight
 `NAME.weight` of (rows, columns) the file holds `NAME.codes` (uint8 (rows, columns / 2) in Q4_0's
-nibble order, or int8 (rows, columns)) and `NAME.scales` (float16 (rows, columns / 32)). Norms, and
-weights whose rows are not a multiple of 32, are stored unquantized.
+nibble order, or int8 (rows, columns)) and `NAME.scales` (float16 (rows, columns / 32)). Norms,
+biases, and weights whose rows are not a multiple of 32, are stored unquantized.
 """
 
 from pathlib import Path
@@ -45,7 +45,7 @@ class QuantizedSource(FolderSource):
                 f"{self.path / MANIFEST}: 'formats' or 'bits' is missing or "
                 f"damaged; run `{_MADE_BY}`"
             )
-        self.formats: dict[str, str] = {f"{name}.weight": kind for name, kind in formats.items()}
+        self.formats: dict[str, str] = {_full_name(stem): kind for stem, kind in formats.items()}
         """Format of every weight, by its Hugging Face parameter name."""
         self._path = self.path / QUANTIZED_WEIGHTS
         self._file = open_tensors(self._path)
@@ -111,6 +111,11 @@ class QuantizedSource(FolderSource):
                 f"but must be {dtype} {shape}; quantize again with `{_MADE_BY}`"
             )
         return tensor
+
+
+def _full_name(stem: str) -> str:
+    """Name of a parameter that the manifest names without '.weight'."""
+    return stem if stem.endswith(".bias") else f"{stem}.weight"
 
 
 def is_quantized(folder: Path) -> bool:

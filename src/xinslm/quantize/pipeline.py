@@ -121,8 +121,9 @@ class Quantization:
         }
         for block in (blocks.quantized, blocks.original):  # the same tensors, until one is replaced
             block.load_state_dict(weights, assign=True)
-        for stem in ("input_layernorm", "post_attention_layernorm"):
-            self._plain(f"{prefix}{stem}.weight", weights[f"{stem}.weight"])
+        for name, weight in weights.items():
+            if weight.dim() == 1:  # norms and biases
+                self._plain(f"{prefix}{name}", weight)
         for part, groups in LINEARS.items():
             half = blocks.quantized.get_submodule(part)
             for group in groups:
