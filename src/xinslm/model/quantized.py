@@ -45,7 +45,7 @@ class QuantizedSource(FolderSource):
                 f"{self.path / MANIFEST}: 'formats' or 'bits' is missing or "
                 f"damaged; run `{_MADE_BY}`"
             )
-        self.formats: dict[str, str] = {_full_name(stem): kind for stem, kind in formats.items()}
+        self.formats: dict[str, str] = {parameter_name(stem): kind for stem, kind in formats.items()}
         """Format of every weight, by its Hugging Face parameter name."""
         self._path = self.path / QUANTIZED_WEIGHTS
         self._file = open_tensors(self._path)
@@ -113,7 +113,7 @@ class QuantizedSource(FolderSource):
         return tensor
 
 
-def _full_name(stem: str) -> str:
+def parameter_name(stem: str) -> str:
     """Name of a parameter that the manifest names without '.weight'."""
     return stem if stem.endswith(".bias") else f"{stem}.weight"
 

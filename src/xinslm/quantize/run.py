@@ -17,7 +17,7 @@ from xinslm.files import MANIFEST, read_json, write_manifest
 from xinslm.folders import new_folder, refuse_existing, refuse_inside
 from xinslm.model.files import check_vocabulary, open_model
 from xinslm.model.grids import GRIDS
-from xinslm.model.quantized import KIND, VERSION
+from xinslm.model.quantized import KIND, VERSION, parameter_name
 from xinslm.model.source import QUANTIZED_WEIGHTS, TRAINED_FOR_Q4_0, ModelSource
 from xinslm.progress import Listener, ignore
 from xinslm.quantize.calibration import CalibrationRows, RowShape, dataset_rows
@@ -162,7 +162,7 @@ def _result(work: Quantization | Kept, folder: Path, lines: list[str]) -> Result
     bits = {"f16": 16.0, "f32": 32.0} | {grid.name: grid.bits_per_weight for grid in GRIDS.values()}
     tensors, weights = Counter(formats.values()), Counter[str]()
     for name, kind in formats.items():
-        weights[kind] += math.prod(work.shapes[f"{name}.weight"])
+        weights[kind] += math.prod(work.shapes[parameter_name(name)])
     ratios = [
         loss["loss"] / loss["rtn_loss"]
         for loss in manifest["layers"].values()
