@@ -112,7 +112,6 @@ def test_gguf_returns_bit_for_bit(model, tmp_path):
 
 def test_greedy_ids_are_llama_cpps(model, tmp_path):
     from llama_cpp import LlamaCpp
-
     from xinslm.model.decode import RowDecoder
 
     folder, _ = model
@@ -160,6 +159,7 @@ def test_mlx_computes_the_same(model, tmp_path):
 def test_the_core_ml_program_computes_the_same(model, tmp_path):
     pytest.importorskip("coremltools")
     from mil import Program
+
     from xinslm.export.coreml.program import causal_mask
     from xinslm.export.coreml.run import PACKAGE
 

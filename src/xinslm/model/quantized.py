@@ -45,7 +45,7 @@ class QuantizedSource(FolderSource):
                 f"{self.path / MANIFEST}: 'formats' or 'bits' is missing or "
                 f"damaged; run `{_MADE_BY}`"
             )
-        self.formats: dict[str, str] = {parameter_name(stem): kind for stem, kind in formats.items()}
+        self.formats: dict[str, str] = {parameter_name(s): kind for s, kind in formats.items()}
         """Format of every weight, by its Hugging Face parameter name."""
         self._path = self.path / QUANTIZED_WEIGHTS
         self._file = open_tensors(self._path)
