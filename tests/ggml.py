@@ -1,4 +1,4 @@
-"""llama.cpp's own functions for blocks of 8 bits, called one by one in the library that `xllamacpp`
+"""llama.cpp's own functions for its blocks, called one by one in the library that `xllamacpp`
 brings.
 """
 
@@ -18,6 +18,12 @@ def library() -> ctypes.CDLL:
     found = ctypes.CDLL(xllamacpp.xllamacpp.__file__)
     found.ggml_cpu_init()  # its table of float16 values
     return found
+
+
+def pointer(array: np.ndarray) -> ctypes.c_void_p:
+    """Address of a contiguous array."""
+    assert array.flags.c_contiguous
+    return ctypes.c_void_p(array.ctypes.data)
 
 
 def q8_0_rows(x: np.ndarray, function: str = "quantize_row_q8_0") -> np.ndarray:

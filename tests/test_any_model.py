@@ -31,7 +31,8 @@ from xinslm.export.config import (
     MlxConfig,
 )
 from xinslm.export.coreml.package import Package
-from xinslm.inference.config import ChatConfig, GenerateConfig
+from xinslm.inference.config import ChatConfig, GenerateConfig, NativeConfig
+from xinslm.inference.native_info import run as native_info
 from xinslm.model.files import load_model, open_model
 from xinslm.model.grids import decode
 from xinslm.plan.config import PlanConfig
@@ -207,6 +208,7 @@ USES: dict[str, dict[str, Callable[[World, Path, Path], object]]] = {
     "doctor compare": {"model": compare},
     "plan": {"teacher": plan},
     "evaluate": {"model": evaluate},
+    "native": {"model": lambda w, m, out: native_info(NativeConfig(model=m)).problem},
     "generate": {
         "model": lambda w, m, out: (
             run(

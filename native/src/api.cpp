@@ -1,5 +1,21 @@
+#include <memory>
+#include <vector>
+
+#include "context.h"
+#include "dispatch.h"
 #include "error.h"
+#include "matrix.h"
+#include "model.h"
+#include "sampler.h"
 #include "xinslm.h"
+
+struct xl_model {
+    xl::Model model;
+};
+
+struct xl_context {
+    xl::Context context;
+};
 
 namespace xl {
 
@@ -8,8 +24,146 @@ std::string &last_error() {
     return text;
 }
 
+namespace {
+
+size_t size_of(int64_t value) {
+    if (value < 0) throw std::runtime_error("a size is negative");
+    return static_cast<size_t>(value);
+}
+
+Matrix packed(int32_t type, int64_t rows, int64_t columns, const uint8_t *data, int64_t bytes, const uint16_t *scales,
+              int64_t scale_count) {
+    if (!data) throw std::runtime_error("there is no data");
+    return pack(static_cast<Source>(type), size_of(rows), size_of(columns), data, size_of(bytes), scales,
+                size_of(scale_count));
+}
+
+}  // namespace
 }  // namespace xl
+
+using xl::guarded;
 
 int32_t xl_abi(void) { return XL_ABI; }
 
 const char *xl_last_error(void) { return xl::last_error().c_str(); }
+
+const char *xl_kernels(void) { return xl::kernels_available(); }
+
+xl_model *xl_model_new(const xl_shape *shape, const float *frequencies) {
+    return guarded(static_cast<xl_model *>(nullptr), [&] { return new xl_model{xl::Model(*shape, frequencies)}; });
+}
+
+void xl_model_free(xl_model *model) { delete model; }
+
+int32_t xl_model_set(xl_model *model, int32_t layer, int32_t role, int32_t type, int64_t rows, int64_t columns,
+                     const uint8_t *data, int64_t bytes, const uint16_t *scales, int64_t scale_count) {
+    return guarded(-1, [&] {
+        if (!data) throw std::runtime_error("there is no data");
+        model->model.set(layer, role, static_cast<xl::Source>(type), xl::size_of(rows), xl::size_of(columns), data,
+                         xl::size_of(bytes), scales, xl::size_of(scale_count));
+        return 0;
+    });
+}
+
+int64_t xl_model_bytes(const xl_model *model) {
+    return guarded(int64_t{-1}, [&] {
+        model->model.require_complete();
+        return static_cast<int64_t>(model->model.bytes());
+    });
+}
+
+xl_context *xl_context_new(const xl_model *model, int32_t threads, const char *kernels, int32_t int8_cache,
+                           int64_t max_tokens) {
+    return guarded(static_cast<xl_context *>(nullptr), [&] {
+        return new xl_context{{model->model, threads, kernels, int8_cache != 0, max_tokens}};
+    });
+}
+
+void xl_context_free(xl_context *context) { delete context; }
+
+const char *xl_context_kernels(const xl_context *context) { return context->context.kernels.name; }
+
+int32_t xl_sequence_new(xl_context *context, int32_t parent, int64_t length) {
+    return guarded(-1, [&] {
+        const auto lock = context->context.claim();
+        return context->context.cache.create(parent, length);
+    });
+}
+
+int32_t xl_sequence_free(xl_context *context, int32_t sequence) {
+    return guarded(-1, [&] {
+        const auto lock = context->context.claim();
+        context->context.cache.remove(sequence);
+        return 0;
+    });
+}
+
+int64_t xl_sequence_length(const xl_context *context, int32_t sequence) {
+    return guarded(int64_t{-1}, [&] { return context->context.cache.length(sequence); });
+}
+
+int64_t xl_sequence_rewind(xl_context *context, int32_t sequence, int64_t length) {
+    return guarded(int64_t{-1}, [&] {
+        const auto lock = context->context.claim();
+        return context->context.cache.rewind(sequence, length);
+    });
+}
+
+int32_t xl_extend(xl_context *context, int32_t count, const int32_t *tokens, const int32_t *sequences,
+                  const uint8_t *wanted, float *logits) {
+    return guarded(-1, [&] {
+        const auto lock = context->context.claim();
+        context->context.extend(count, tokens, sequences, wanted, logits);
+        return 0;
+    });
+}
+
+int64_t xl_cache_bytes(const xl_context *context, int32_t allocated) {
+    return static_cast<int64_t>(context->context.cache.bytes(allocated != 0));
+}
+
+int32_t xl_sample(const float *logits, int32_t vocabulary, const xl_sampling *sampling, const int32_t *seen,
+                  int64_t seen_count, double uniform, double *log_probability) {
+    return guarded(-1, [&] {
+        if (vocabulary < 1) throw std::runtime_error("there are no logits");
+        const xl::Drawn drawn = xl::sample(logits, vocabulary, *sampling, seen, seen_count, uniform);
+        *log_probability = drawn.log_probability;
+        return drawn.token;
+    });
+}
+
+int32_t xl_product(const char *kernels, int32_t type, int64_t rows, int64_t columns, const uint8_t *data, int64_t bytes,
+                   const uint16_t *scales, int64_t scale_count, const float *x, int64_t tokens, float *out) {
+    return guarded(-1, [&] {
+        const xl::Kernels &k = xl::kernels_named(kernels);
+        const xl::Matrix m = xl::packed(type, rows, columns, data, bytes, scales, scale_count);
+        const size_t width = xl::round_up(m.columns, xl::kBlock), blocks = width / xl::kBlock;
+        const size_t count = xl::size_of(tokens);
+        auto values = xl::allocate<float>(count * width), steps = xl::allocate<float>(count * blocks);
+        auto codes = xl::allocate<int8_t>(count * width);
+        auto sums = xl::allocate<int32_t>(count * blocks);
+        for (size_t t = 0; t < count; t++) {
+            std::memcpy(values.get() + t * width, x + t * m.columns, m.columns * sizeof(float));
+            k.quantize(values.get() + t * width, width, codes.get() + t * width, steps.get() + t * blocks,
+                       sums.get() + t * blocks);
+        }
+        const xl::Inputs inputs{codes.get(), steps.get(), sums.get(), values.get(), width};
+        std::vector<float> tile(count * xl::kTileRows);
+        for (size_t i = 0; i < m.tiles(); i++) {
+            k.tile[static_cast<int>(m.format)](m.tile(i), m.columns, inputs, 0, static_cast<int>(count), tile.data());
+            for (size_t t = 0; t < count; t++)
+                for (size_t r = 0; r < xl::kTileRows && i * xl::kTileRows + r < m.rows; r++)
+                    out[t * m.rows + i * xl::kTileRows + r] = tile[t * xl::kTileRows + r];
+        }
+        return 0;
+    });
+}
+
+int32_t xl_decode_row(int32_t type, int64_t rows, int64_t columns, const uint8_t *data, int64_t bytes,
+                      const uint16_t *scales, int64_t scale_count, int64_t row, float *out) {
+    return guarded(-1, [&] {
+        if (row < 0 || row >= rows) throw std::runtime_error("there is no row " + std::to_string(row));
+        xl::packed(type, rows, columns, data, bytes, scales, scale_count).decode_row(static_cast<size_t>(row), out);
+        return 0;
+    });
+}

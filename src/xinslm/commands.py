@@ -218,6 +218,13 @@ COMMANDS = {
         most_used="model prompt max_new_tokens temperature chat",
         present="stream_text",
     ),
+    "native": Command(
+        "show what the native library is, and whether it runs a model",
+        "inference.config:NativeConfig",
+        "inference.native_info:run",
+        example="student-4bit",
+        most_used="model",
+    ),
     "chat": Command(
         "talk to a model",
         "inference.config:ChatConfig",

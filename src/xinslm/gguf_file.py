@@ -1,15 +1,32 @@
 """Open a GGUF file safely: its keys, and its tensors as memory maps.
 
-The `gguf` package, llama.cpp's own, parses the file but checks little. What llama.cpp refuses is
-refused here: split files, and tensors that overlap, are misaligned or end behind the file.
+The header is read here, because a program that only runs a model should start at once: the `gguf`
+package takes half a second to import and to read a vocabulary. That package is still what knows
+the quantized types beyond those listed here. What llama.cpp refuses is refused: split files, and
+tensors that overlap, are misaligned or end behind the file.
+
+Format: GGUF specification, version 2 and 3, little-endian.
 """
 
+import math
+import mmap
+import struct
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from xinslm.errors import UsageError, XinslmError
 
 _AGAIN = "the file is damaged. Copy or download it again"
+_NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 10: "Q", 11: "q", 12: "d"}
+"""struct's letters of the value types that are numbers."""
+_BOOL, _STRING, _ARRAY = 7, 8, 9
+_MOST_NESTED = 8
+_PLAIN = {0: "<f4", 1: "<f2", 24: "i1", 25: "<i2", 26: "<i4", 27: "<i8", 28: "<f8"}
+"""NumPy's types of the tensors that are plain numbers."""
+_BLOCKS = {2: (32, 18), 3: (32, 20), 6: (32, 22), 7: (32, 24), 8: (32, 34), 30: (1, 2)}
+"""Weights and bytes of a block of the commonest other types; `gguf` knows the rest."""
 
 
 def is_gguf(path: Path) -> bool:
@@ -22,50 +39,210 @@ def is_gguf(path: Path) -> bool:
         return file.read(4) == b"GGUF"
 
 
+def release(file: mmap.mmap, begin: int, end: int) -> None:
+    """Let the system take back the memory of the whole pages of a map in [begin, end)."""
+    first = -(-begin // mmap.PAGESIZE) * mmap.PAGESIZE
+    length = end // mmap.PAGESIZE * mmap.PAGESIZE - first
+    if length > 0 and hasattr(mmap, "MADV_DONTNEED"):
+        file.madvise(mmap.MADV_DONTNEED, first, length)
+
+
+class GgufTensor:
+    """A tensor of a file: where it is, and how it is stored."""
+
+    def __init__(
+        self, name: str, number: int, shape: tuple[int, ...], offset: int, file: mmap.mmap
+    ) -> None:
+        self.name, self.number, self.shape = name, number, shape
+        """llama.cpp's number of the type; the shape is in its order, columns first."""
+        self.data_offset = offset
+        """Byte of the file at which it begins."""
+        self._file = file
+        size, block_bytes = _block(number)
+        if shape[0] % size:
+            raise ValueError(f"'{name}' has rows of {shape[0]} weights, not whole blocks of {size}")
+        self._row_bytes = shape[0] // size * block_bytes
+        self.n_bytes = self._row_bytes * math.prod(shape[1:])
+
+    @property
+    def tensor_type(self) -> Any:
+        """`gguf.GGMLQuantizationType` of it."""
+        from gguf import GGMLQuantizationType
+
+        return GGMLQuantizationType(self.number)
+
+    @property
+    def raw(self) -> np.ndarray:
+        """Its bytes, uint8 (n_bytes,), as a map of the file."""
+        return np.frombuffer(self._file, np.uint8, self.n_bytes, self.data_offset)
+
+    def forget(self) -> None:
+        """Let the system take back the memory that the map takes; reading brings it back."""
+        release(self._file, self.data_offset, self.data_offset + self.n_bytes)
+
+    @property
+    def data(self) -> np.ndarray:
+        """A map of the file: numbers in NumPy's order of the shape, or bytes (..., row bytes)."""
+        rows = tuple(reversed(self.shape[1:]))
+        if self.number in _PLAIN:
+            return self.raw.view(_PLAIN[self.number]).reshape(*rows, self.shape[0])
+        return self.raw.reshape(*rows, self._row_bytes)
+
+
 class GgufFile:
     """The keys and tensors of a file."""
 
     def __init__(self, path: Path) -> None:
-        from gguf import GGUFReader
-
         if not path.is_file():
             raise UsageError(f"there is no file {path}")
         self.path = path
         try:
-            reader = GGUFReader(path)
-            self.keys: dict[str, Any] = {
-                name: field.contents() for name, field in reader.fields.items()
-            }
-        except Exception as error:  # the reader raises what it stumbles over
-            if "is not a valid GGMLQuantizationType" in str(error):
-                raise UsageError(
-                    f"{path} has weights of a type that the installed gguf package does not know "
-                    f"({error}). Update it, or take another quantization"
-                ) from None
+            header = _Header(path)
+        except _UnknownTypeError as error:
+            raise UsageError(
+                f"{path} has weights of a type that the installed gguf package does not know "
+                f"({error}). Update it, or take another quantization"
+            ) from None
+        except (ValueError, OSError, struct.error, OverflowError, MemoryError) as error:
             raise XinslmError(
                 f"{path} is not a whole GGUF file ({error}); copy or download it again"
             ) from None
+        self.keys = header.keys
         parts = self.keys.get("split.count")
         if isinstance(parts, int) and parts > 1:
             raise UsageError(
                 f"{path} is one of several parts; join them first: llama-gguf-split "
                 f"--merge {path.name} OUT"
             )
-        _require_sound_places(reader, path)
-        self.tensors: dict[str, Any] = {tensor.name: tensor for tensor in reader.tensors}
-        """gguf's `ReaderTensor` by name: `data`, `tensor_type`, `shape`."""
+        _require_sound_places(header, path)
+        self.tensors = {tensor.name: tensor for tensor in header.tensors}
 
 
-def _require_sound_places(reader: Any, path: Path) -> None:
-    end, before, size = reader.data_offset, "the header", path.stat().st_size
-    for tensor in sorted(reader.tensors, key=lambda tensor: (tensor.data_offset, tensor.n_bytes)):
-        begin, wrong = int(tensor.data_offset), None
-        if (begin - reader.data_offset) % reader.alignment:
-            wrong = f"begins at byte {begin:,}, which is not aligned to {reader.alignment}"
+class _UnknownTypeError(ValueError):
+    """A tensor has a type that nobody here knows."""
+
+
+class _Header:
+    """The parsed beginning of a file; ValueError says what is wrong with it."""
+
+    def __init__(self, path: Path) -> None:
+        with open(path, "rb") as file:
+            self._file = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        self._at, self.size = 0, len(self._file)
+        if self._take(4) != b"GGUF":
+            raise ValueError("its first bytes are not 'GGUF'")
+        version = self._number("I")
+        if version not in (2, 3):
+            raise ValueError(f"version {version} of the format, or big-endian; 2 and 3 are read")
+        tensors, keys = self._number("Q"), self._number("Q")
+        self.keys: dict[str, Any] = {}
+        for _ in range(self._count(keys, 12)):
+            name = self._string()
+            if name in self.keys:
+                raise ValueError(f"key '{name}' stands twice")
+            self.keys[name] = self._value(self._number("I"))
+        alignment = self.keys.get("general.alignment", 32)
+        if not isinstance(alignment, int) or alignment < 1 or alignment & (alignment - 1):
+            raise ValueError(f"its alignment is {alignment!r}, not a power of two")
+        self.alignment = alignment
+        found = [self._tensor() for _ in range(self._count(tensors, 24))]
+        self.data_offset = -(-self._at // alignment) * alignment
+        self.tensors = [
+            GgufTensor(name, kind, shape, self.data_offset + offset, self._file)
+            for name, kind, shape, offset in found
+        ]
+        if len({tensor.name for tensor in self.tensors}) < len(self.tensors):
+            raise ValueError("two tensors have the same name")
+
+    def _tensor(self) -> tuple[str, int, tuple[int, ...], int]:
+        name = self._string()
+        dimensions = self._number("I")
+        if not 1 <= dimensions <= 4:
+            raise ValueError(f"'{name}' has {dimensions} dimensions")
+        shape = tuple(self._number("Q") for _ in range(dimensions))
+        if min(shape) < 1 or math.prod(shape) > 1 << 62:
+            raise ValueError(f"'{name}' has the shape {shape}")
+        return name, self._number("I"), shape, self._number("Q")
+
+    def _take(self, count: int) -> bytes:
+        if count > self.size - self._at:
+            raise ValueError(f"it ends at byte {self.size:,}, in the middle of its header")
+        self._at += count
+        return self._file[self._at - count : self._at]
+
+    def _number(self, letter: str) -> Any:
+        return struct.unpack(f"<{letter}", self._take(struct.calcsize(f"<{letter}")))[0]
+
+    def _count(self, count: int, least_bytes: int) -> int:
+        """Return `count` if that many entries fit into the rest of the file."""
+        if count * least_bytes > self.size - self._at:
+            raise ValueError(f"it has {count:,} entries, which do not fit into the file")
+        return count
+
+    def _string(self) -> str:
+        return self._take(self._number("Q")).decode("utf-8", "replace")
+
+    def _value(self, kind: int, depth: int = 0) -> Any:
+        if kind in _NUMBERS:
+            return self._number(_NUMBERS[kind])
+        if kind == _BOOL:
+            return bool(self._number("B"))
+        if kind == _STRING:
+            return self._string()
+        if kind != _ARRAY or depth == _MOST_NESTED:
+            raise ValueError(f"a key has a value of the unknown type {kind}")
+        inner, count = self._number("I"), self._number("Q")
+        if inner in _NUMBERS:
+            width = struct.calcsize(f"<{_NUMBERS[inner]}")
+            self._count(count, width)
+            return np.frombuffer(self._take(count * width), f"<{_NUMBERS[inner]}").tolist()
+        if inner == _STRING:
+            return self._strings(self._count(count, 8))
+        return [self._value(inner, depth + 1) for _ in range(self._count(count, 1))]
+
+    def _strings(self, count: int) -> list[str]:
+        """`count` strings; a vocabulary has a hundred thousand, so this loop does without calls."""
+        view, at, length = self._file, self._at, struct.Struct("<Q").unpack_from
+        found = []
+        for _ in range(count):
+            if at + 8 > self.size:
+                break
+            end = at + 8 + length(view, at)[0]
+            if end > self.size:
+                break
+            found.append(view[at + 8 : end].decode("utf-8", "replace"))
+            at = end
+        if len(found) < count:
+            raise ValueError(f"it ends at byte {self.size:,}, in the middle of its header")
+        self._at = at
+        return found
+
+
+def _block(number: int) -> tuple[int, int]:
+    """Weights and bytes of a block of llama.cpp's type `number`."""
+    if number in _PLAIN:
+        return 1, np.dtype(_PLAIN[number]).itemsize
+    if number in _BLOCKS:
+        return _BLOCKS[number]
+    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+
+    try:
+        size, block_bytes = GGML_QUANT_SIZES[GGMLQuantizationType(number)]
+    except (ValueError, KeyError):
+        raise _UnknownTypeError(f"type {number}") from None
+    return size, block_bytes
+
+
+def _require_sound_places(header: _Header, path: Path) -> None:
+    end, before = header.data_offset, "the header"
+    for tensor in sorted(header.tensors, key=lambda tensor: (tensor.data_offset, tensor.n_bytes)):
+        begin, wrong = tensor.data_offset, None
+        if (begin - header.data_offset) % header.alignment:
+            wrong = f"begins at byte {begin:,}, which is not aligned to {header.alignment}"
         elif begin < end:
             wrong = f"overlaps {before}"
-        elif begin + tensor.n_bytes > size:
-            wrong = f"ends at byte {begin + tensor.n_bytes:,}, but the file has {size:,}"
+        elif begin + tensor.n_bytes > header.size:
+            wrong = f"ends at byte {begin + tensor.n_bytes:,}, but the file has {header.size:,}"
         if wrong:
             raise XinslmError(f"{path}: weight '{tensor.name}' {wrong}; {_AGAIN}")
-        end, before = begin + int(tensor.n_bytes), f"'{tensor.name}'"
+        end, before = begin + tensor.n_bytes, f"'{tensor.name}'"

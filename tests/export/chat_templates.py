@@ -73,6 +73,111 @@ ODD = (
     "\u200b{% endfor %}{% if add_generation_prompt %} {{ '\"' }}{% endif %}"
 )
 
+_RESULTS = (
+    "{% elif m.role == 'tool' %}{% if loop.first or messages[loop.index0 - 1].role != 'tool' %}"
+    "{{ '<|im_start|>user' }}{% endif %}{{ '\n<result>\n' + m.content + '\n</result>' }}"
+    "{% if loop.last or messages[loop.index0 + 1].role != 'tool' %}{{ '<|im_end|>\n' }}{% endif %}"
+)
+_CALLS = (
+    "{% for call in m.tool_calls or [] %}{% set call = call.function %}GAP"
+    """{{ '<call>\n{"name": "' + call.name + '", "arguments": ' }}{{ call.arguments | tojson }}"""
+    "{{ '}\n</call>' }}{% endfor %}"
+)
+_LIST = (
+    "{{ '# Tools\n\nCall {{these}}:\n<tools>' }}{% for tool in tools %}{{ '\n' }}"
+    """{{ tool | tojson }}{% endfor %}{{ '\n</tools>\nas {"name": <name>}<|im_end|>\n' }}"""
+)
+HERMES = (
+    "{% if tools %}{{ '<|im_start|>system\n' }}{% if messages[0].role == 'system' %}"
+    "{{ messages[0].content + '\n\n' }}{% endif %}"
+    + _LIST
+    + "{% elif messages[0].role == 'system' "
+    "%}{{ '<|im_start|>system\n' + messages[0].content + '<|im_end|>\n' }}{% endif %}"
+    "{% for m in messages %}{% if m.role == 'user' or (m.role == 'system' and not loop.first) %}"
+    "{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}"
+    "{% elif m.role == 'assistant' %}{{ '<|im_start|>assistant\n' + m.content }}"
+    + _CALLS.replace("GAP", "{% if not loop.first or m.content %}{{ '\n' }}{% endif %}")
+    + "{{ '<|im_end|>\n' }}"
+    + _RESULTS
+    + "{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+"""As Qwen3 writes tools."""
+HERMES_DEFAULT = (
+    "{% if messages[0].role == 'system' %}{% set system = messages[0].content %}{% else %}"
+    "{% set system = 'Be of help.' %}{% endif %}{{ '<|im_start|>system\n' + system }}"
+    "{% if tools %}{{ '\n\n' }}" + _LIST + "{% else %}{{ '<|im_end|>\n' }}{% endif %}"
+    "{% for m in messages %}{% if m.role == 'user' or (m.role == 'system' and not loop.first) "
+    "or (m.role == 'assistant' and not m.tool_calls) %}"
+    "{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}"
+    "{% elif m.role == 'assistant' %}{{ '<|im_start|>assistant' }}"
+    "{% if m.content %}{{ '\n' + m.content }}{% endif %}"
+    + _CALLS.replace("GAP", "{{ '\n' }}")
+    + "{{ '<|im_end|>\n' }}"
+    + _RESULTS
+    + "{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+"""As Qwen2.5 does, with a default system message."""
+_HEADER = "{{ '<|start_header_id|>ROLE<|end_header_id|>\n\n' }}"
+LLAMA31_TOOLS = (
+    "{% if messages[0].role == 'system' %}{% set system = messages[0].content | trim %}"
+    "{% set messages = messages[1:] %}{% else %}{% set system = '' %}{% endif %}"
+    "{{ bos_token }}" + _HEADER.replace("ROLE", "system") + "{% if tools %}{{ 'Tools: yes\n' }}"
+    "{% endif %}{{ 'Date: 26 Jul 2024\n\n' + system + '<|eot_id|>' }}"
+    "{% if tools %}{% set first = messages[0].content | trim %}{% set messages = messages[1:] %}"
+    + _HEADER.replace("ROLE", "user")
+    + """{{ 'Answer as {"name": function, "parameters": values}.\n\n' }}"""
+    "{% for t in tools %}{{ t | tojson(indent=4) }}{{ '\n\n' }}{% endfor %}"
+    "{{ first + '<|eot_id|>' }}{% endif %}{% for m in messages %}"
+    "{% if m.role == 'tool' %}" + _HEADER.replace("ROLE", "ipython") + "{{ m.content | tojson }}"
+    "{% elif 'tool_calls' in m %}{% if m.tool_calls | length != 1 %}"
+    "{{ raise_exception('one call at once') }}{% endif %}"
+    "{% set call = m.tool_calls[0].function %}" + _HEADER.replace("ROLE", "assistant") + "{{ "
+    """'{"name": "' + call.name + '", "parameters": ' }}{{ call.arguments | tojson }}{{ '}' }}"""
+    "{% else %}{{ '<|start_header_id|>' + m.role + '<|end_header_id|>\n\n' + m.content | trim }}"
+    "{% endif %}{{ '<|eot_id|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}" + _HEADER.replace("ROLE", "assistant") + "{% endif %}"
+)
+STRIPS_REASONING = HERMES.replace(
+    "{% elif m.role == 'assistant' %}{{ '<|im_start|>assistant\n' + m.content }}",
+    "{% elif m.role == 'assistant' %}{{ '<|im_start|>assistant\n' }}{% if loop.last %}"
+    "{{ '<think>\n\n</think>\n\n' }}{% endif %}{{ m.content.split('</think>')[-1].lstrip('\n') }}",
+)
+assert STRIPS_REASONING != HERMES
+WITH_TOOLS = {
+    "Hermes": HERMES,
+    "Hermes, default system": HERMES_DEFAULT,
+    "LLaMA 3.1": LLAMA31_TOOLS,
+}
+UNKNOWN_TOOLS = {
+    "not JSON": (
+        "{% for t in tools or [] %}{{ t.function.name }}\n{% endfor %}" + CHATML,
+        "does not write tools as JSON",
+    ),
+    "functions alone": (
+        "{% for t in tools or [] %}{{ t.function | tojson }}\n{% endfor %}" + CHATML,
+        "does not write tools as JSON",
+    ),
+    "behind the messages": (
+        CHATML + "{% if tools %}{% for t in tools %}{{ t | tojson }}{% endfor %}{% endif %}",
+        "tools in front of the first user message",
+    ),
+    "no calls": (
+        HERMES.replace(_CALLS.split("GAP")[0], "{% for call in [] %}"),
+        "refuses or rewrites calls of tools",
+    ),
+    "results in capitals": (
+        HERMES.replace("'\n<result>\n' + m.content", "'\n<result>\n' + m.content | upper"),
+        "refuses or rewrites results",
+    ),
+    "sorted keys": (
+        HERMES.replace("tool | tojson", "tool | tojson(sort_keys=true)"),
+        "does not write tools as JSON",
+    ),
+}
+"""Templates whose tools have no known form, and what is said."""
+
 TEMPLATES = {
     "own": "{{ bos_token }}" + OWN,
     "ChatML": CHATML,
@@ -91,10 +196,6 @@ UNKNOWN = {
     "today's date": (
         "{{ strftime_now('%d %b %Y') }}" + CHATML,
         "it writes today's date",
-    ),
-    "strips reasoning": (
-        "{% for m in messages %}<{{ m.role }}>{{ m.content.split('</think>')[-1] }}{% endfor %}",
-        "pieces do not describe",
     ),
     "upper case": (
         "{% for m in messages %}<{{ m.role }}>{{ m.content | upper }}{% endfor %}",

@@ -216,6 +216,9 @@ def test_half_precision_rounds_once(tmp_path, dtype):
     )
     assert written["blk.0.attn_norm.weight"][0] == GGMLQuantizationType.F32
     assert "output.weight" not in written, "a tied table is written once"
+    with LlamaCpp(tmp_path / "m.gguf") as llama:
+        theirs, ours = llama.next_logprobs(prompt(40), 320), our_logprobs(model, prompt(40))
+    assert np.std(theirs - ours) / ours.std() < {"f16": 2e-3, "bf16": 2e-2}[dtype]
 
 
 def test_census_with_a_tied_table_and_rows_that_no_block_fits(tmp_path):

@@ -1,12 +1,10 @@
 """Ollama templates against Go's text/template and transformers' rendering of the Jinja template."""
 
-import json
 import shutil
-import subprocess
 from pathlib import Path
 
 import pytest
-from chat_templates import TEMPLATES, UNKNOWN
+from chat_templates import STRIPS_REASONING, TEMPLATES, UNKNOWN
 from transformers import PreTrainedTokenizerFast
 
 from small_models import save_tokenizer
@@ -60,24 +58,6 @@ def chat(pairs):
     return [{"role": role, "content": content} for role, content in pairs]
 
 
-@pytest.fixture(scope="module")
-def go(tmp_path_factory):
-    """The program that executes templates with Go's own text/template."""
-    if shutil.which("go") is None:
-        pytest.skip("Go is not installed (apt-get install golang-go)")
-    program = tmp_path_factory.mktemp("go") / "render_template"
-    source = Path(__file__).with_name("render_template.go")
-    subprocess.run(["go", "build", "-o", program, source], check=True)
-
-    def render(inputs):
-        done = subprocess.run(
-            [program], input=json.dumps(inputs).encode(), stdout=subprocess.PIPE, check=True
-        )
-        return json.loads(done.stdout)
-
-    return render
-
-
 @pytest.mark.parametrize("adds_bos", [False, True])
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_the_text_is_that_of_the_chat_template(name, adds_bos, folder, tmp_path):
@@ -110,6 +90,19 @@ def test_a_template_that_has_no_go_form_is_refused(name, folder, tmp_path):
     tokenizer = with_template(folder, template, tmp_path)
     with pytest.raises(UnknownTemplateError, match=reason):
         make_template(tokenizer, False)
+
+
+def test_reasoning_that_is_stripped_is_a_note(folder, tmp_path):
+    """As Qwen3 does. Ollama gives the template answers without their reasoning."""
+    made = make_template(with_template(folder, STRIPS_REASONING, tmp_path), False)
+    assert made.has_tools and len(made.notes) == 1
+    assert "an answer holds its reasoning" in made.notes[0]
+    assert "the last message is the assistant's" in made.notes[0]
+    for pairs in CONVERSATIONS[:3]:
+        expected = by_transformers(tmp_path, chat(pairs))
+        assert execute(made.text, collate(chat(pairs))) == expected
+    pairs = [("user", "1"), ("assistant", "<think>x</think>y"), ("user", "2")]
+    assert "x" in execute(made.text, collate(chat(pairs))), "what the note says"
 
 
 def test_a_default_system_message_is_found(folder, tmp_path):
@@ -148,7 +141,8 @@ def test_the_evaluator_agrees_with_go(source, go):
     [
         ("{{ if .A }}x", "end"),
         ("{{ $x = 1 }}", "not declared"),
-        ("{{ json .A }}", "no function 'json'"),
+        ("{{ html .A }}", "no function 'html'"),
+        ('{{ printf "%d" .A }}', "printf knows %s"),
         ("{{ .A", "not closed"),
         ("{{ (len .A }}", "not closed"),
         ("{{ slice .A 5 }}", "slice 5"),

@@ -143,17 +143,6 @@ def test_same_input_same_bytes(folders, gptq, tmp_path):
     assert tree_hash(tmp_path / "again") == tree_hash(gptq[0])
 
 
-@pytest.mark.parametrize("kept", [0, 5 * LENGTH * 64 * 4])
-def test_inputs_that_are_not_kept_are_computed_again(folders, tmp_path, monkeypatch, kept):
-    """The same file without room for the inputs of `advance`, and with room for some."""
-    monkeypatch.setattr(calibration, "_TOKENS_A_BATCH", 4 * LENGTH)  # three batches
-    run(options(folders, tmp_path / "all"))
-    monkeypatch.setattr(calibration, "_KEPT_BYTES", kept)
-    run(options(folders, tmp_path / "out"))
-    names = [tmp_path / name / "quantized.safetensors" for name in ("all", "out")]
-    assert names[0].read_bytes() == names[1].read_bytes()
-
-
 def test_sharded_bfloat16_source_gives_the_same_as_one_file(folders, tmp_path):
     tensors = {
         name: w.bfloat16() for name, w in load_file(folders / "model" / "model.safetensors").items()

@@ -16,8 +16,8 @@ GROUPS = {
         judge_model
     """,
     "Output": """
-        output_dir output_path force run name show num_pieces keep_cache outtype format x
-        log_x repair ollama lmstudio lmstudio_dir public message dry_run
+        output_dir output_path force run name show num_pieces keep_cache outtype embedding_type
+        format x log_x repair ollama lmstudio lmstudio_dir public message dry_run
     """,
     "Model": """
         preset vocab_size hidden_size num_layers num_heads num_kv_heads head_dim intermediate_size
@@ -38,10 +38,10 @@ GROUPS = {
         support_top_k
     """,
     "Advanced": """
-        device dtype teacher_dtype compute_dtype param_dtype activations compile
-        gradient_checkpointing optimizer_in_backward adam_beta1 adam_beta2 batch_tokens
-        shard_positions alignment hidden_state_depths hidden_state_width ridge documents positions
-        allow_special revision predictions trust_remote_code compute_units seed
+        device engine threads kv_cache draft dtype teacher_dtype compute_dtype param_dtype
+        activations compile gradient_checkpointing optimizer_in_backward adam_beta1 adam_beta2
+        batch_tokens shard_positions alignment hidden_state_depths hidden_state_width ridge
+        documents positions allow_special revision predictions trust_remote_code compute_units seed
     """,
 }
 """Names of the fields by group, in the order of the groups."""

@@ -9,12 +9,16 @@ whether contents are trimmed. A template that does not work this way is refused,
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
-Message = dict[str, str]
+Message = dict[str, Any]
 Render = Callable[[list[Message], bool], str | None]
 """Messages, and whether the answer is to follow, to text; None if the template refuses them."""
 
-ROLES = {"s": "system", "u": "user", "a": "assistant"}
+ROLES = {"s": "system", "u": "user", "a": "assistant", "t": "tool"}
+_PLAIN = ("system", "user", "assistant")
+_RARE = ("ua", "sua", "uasu", "au")
+"""Conversations that may differ in what is between two roles; the caller says so."""
 _PADDING = " \n\t\u00a0"
 TRIMS: dict[str, Callable[[str], str]] = {
     "": str,
@@ -53,11 +57,12 @@ class ChatPieces:
 
 def conversation(roles: str, content: Callable[[int], str] | None = None) -> list[Message]:
     """Messages of the roles that `roles` names by their first letters."""
-    make = content or _mark
+    make = content or mark
     return [{"role": ROLES[r], "content": make(i)} for i, r in enumerate(roles)]
 
 
-def _mark(index: int) -> str:
+def mark(index: int) -> str:
+    """A word that no template writes."""
     return f"Qz{index}kW{index}x"
 
 
@@ -75,13 +80,13 @@ def _observe(render: Render, roles: str, prompt: bool = True) -> _Seen | None:
     text = render(conversation(roles), prompt)
     if text is None:
         return None
-    places = sorted((text.find(_mark(i)), i) for i in range(len(roles)) if _mark(i) in text)
-    if any(text.count(_mark(i)) > 1 for _, i in places):
+    places = sorted((text.find(mark(i)), i) for i in range(len(roles)) if mark(i) in text)
+    if any(text.count(mark(i)) > 1 for _, i in places):
         raise UnknownTemplateError("it writes a message more than once")
     texts, done = [], 0
     for place, index in places:
         texts.append(text[done:place])
-        done = place + len(_mark(index))
+        done = place + len(mark(index))
     return _Seen(tuple(i for _, i in places), (*texts, text[done:]))
 
 
@@ -109,8 +114,8 @@ def derive(render: Render) -> ChatPieces:
         for roles, role in (("u", "user"), ("ua", "assistant"), ("s", "system"))
         if (seen := _observe(render, roles, False)) and len(seen.order) == len(roles)
     }
-    after = {role: _after(role, gaps, closed) for role in ROLES.values()}
-    before: dict[str, dict[str, str]] = {role: {} for role in ROLES.values()}
+    after = {role: _after(role, gaps, closed) for role in _PLAIN}
+    before: dict[str, dict[str, str]] = {role: {} for role in _PLAIN}
     prompt: dict[str, str] = {}
     for (previous, role), text in gaps.items():
         rest = text[len(after[previous]) :] if previous else text
@@ -140,7 +145,7 @@ def _gaps(render: Render, has_system: bool) -> dict[tuple[str, str], str]:
             continue
         names = ["", *(ROLES[r] for r in roles), ""]
         for pair, text in zip(pairwise(names), seen.texts, strict=True):
-            if gaps.setdefault(pair, text) != text and roles not in ("uasu", "au"):
+            if gaps.setdefault(pair, text) != text and roles not in _RARE:
                 first, second = (name or "the end" for name in pair)
                 raise UnknownTemplateError(
                     f"what it writes between {first} and {second} depends on the place"
@@ -155,9 +160,12 @@ def _named(roles: str) -> str:
 def _after(role: str, gaps: Mapping[tuple[str, str], str], closed: Mapping[str, str]) -> str:
     """Longest text that follows a message of a role in any case; at most what ends it."""
     found = [text for (previous, _), text in gaps.items() if previous == role]
-    if role in closed:
-        found.append(closed[role])
-    first, last = min(found, default=""), max(found, default="")
+    return common_beginning([*found, *([closed[role]] if role in closed else [])])
+
+
+def common_beginning(texts: list[str]) -> str:
+    """Longest text that all begin with."""
+    first, last = min(texts, default=""), max(texts, default="")
     equal = [a == b for a, b in zip(first, last, strict=False)]
     return first[: [*equal, False].index(False)]
 
@@ -220,9 +228,9 @@ def _default_system(render: Render) -> str | None:
     """System message that is there if the conversation has none."""
     without, given = render(conversation("u"), True), render(conversation("su"), True)
     assert without is not None and given is not None, "both were rendered before"
-    user = _mark(0)
-    before, _, after = given.partition(_mark(0))
-    after = after.replace(_mark(1), user)
+    user = mark(0)
+    before, _, after = given.partition(mark(0))
+    after = after.replace(mark(1), user)
     if len(without) <= len(before) + len(after):
         return None
     text = without[len(before) : len(without) - len(after)]

@@ -21,6 +21,10 @@ class GgufConfig(Settings):
     """Type of all matrices. By default those with codes on llama.cpp's grids, Q4_0 and Q8_0, keep
     them, whatever format holds them; the others are f16.
     """
+    embedding_type: Literal["q8_0", "q6_k", "f16", "bf16", "f32"] | None = None
+    """Type of the embedding and the LM head, by default as --outtype says. q6_k takes 6.56 bits a
+    weight instead of q8_0's 8.5, and needs a hidden size that is a multiple of 256.
+    """
     run: Path | None = None
     """Run folder whose report lists the file."""
     force: bool = False

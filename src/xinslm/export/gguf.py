@@ -22,7 +22,7 @@ from gguf import GGMLQuantizationType, GGUFWriter, LlamaFileType, quants
 from torch import Tensor
 
 from xinslm.errors import UsageError, XinslmError
-from xinslm.export import companions
+from xinslm.export import companions, tables
 from xinslm.export.config import GgufConfig
 from xinslm.export.vocabulary import read_vocabulary
 from xinslm.files import new_file
@@ -37,6 +37,7 @@ from xinslm.model.transformer import rotary_frequencies
 from xinslm.progress import Listener, Progress, ignore
 from xinslm.runs import add_file, require_run
 
+_DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 _FILE_TYPES = {
     "f32": LlamaFileType.ALL_F32,
     "f16": LlamaFileType.MOSTLY_F16,
@@ -44,8 +45,6 @@ _FILE_TYPES = {
     "q4_0": LlamaFileType.MOSTLY_Q4_0,
     "q8_0": LlamaFileType.MOSTLY_Q8_0,
 }
-_ROUNDED = {"F16": torch.float16, "BF16": torch.bfloat16}
-"""Types of the file that values without codes are rounded to."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +59,8 @@ class Entry:
     """Rows and columns as written: blocks counted in bytes (uint8), or values."""
     dtype: np.dtype
     load: Callable[[], np.ndarray]
+    rounding: Callable[[Tensor], Tensor] = lambda values: values
+    """From the model's values to those that the type holds."""
 
     @property
     def nbytes(self) -> int:
@@ -121,7 +122,8 @@ def run(config: GgufConfig, on_progress: Listener = ignore) -> Result:
     source = open_model(config.model)
     model = source.config
     _require_known_rotation(model, source.name)
-    entries = _rope_factors(model) + list(_entries(source, config.outtype, on_progress))
+    tables.require_blocks(model, config.embedding_type)
+    entries = _rope_factors(model) + list(_entries(source, config, on_progress))
     types = Counter(entry.kind.name for entry in entries)
     vocabulary = read_vocabulary(source.path, model)
     context, notes = _context(model)
@@ -139,7 +141,7 @@ def run(config: GgufConfig, on_progress: Listener = ignore) -> Result:
             _write_tensors(writer, partial, entries, on_progress)
         finally:
             writer.close()
-        rounded = _compare(source, entries, partial, on_progress)
+        check = _compare(source, entries, partial, on_progress)
     weights = sum(_num_weights(entry) for entry in entries)
     result = Result(
         config.output_path,
@@ -148,8 +150,8 @@ def run(config: GgufConfig, on_progress: Listener = ignore) -> Result:
         sum(entry.nbytes for entry in entries) * 8 / weights,
         context,
         weights,
-        rounded,
-        (*notes, *_code_notes(entries), *vocabulary.notes, *others.notes),
+        check.rounded,
+        (*notes, *_code_notes(entries, config), *check.notes, *vocabulary.notes, *others.notes),
         others.write(),
     )
     add_file(config.run, result.path, result.file_bytes, result.bits_per_weight)
@@ -214,20 +216,23 @@ def _write_tensors(
     on_progress(Progress("export", len(entries), len(entries), "tensors"))
 
 
-def _entries(source: ModelSource, outtype: str | None, on_progress: Listener) -> Iterator[Entry]:
-    """Entries of all weights: codes and scales where the model has them and no type is asked for;
-    else matrices in that type, by default float16, and norms in float32.
+def _entries(source: ModelSource, config: GgufConfig, on_progress: Listener) -> Iterator[Entry]:
+    """Entries of all weights: codes and scales where the model has them in the type asked for, or
+    none is; else matrices in that type, by default float16, and norms in float32.
     """
     source.require()
     shapes = weight_shapes(source.config)
     source.require_weights(shapes)
     for done, (name, shape) in enumerate(shapes.items()):
         on_progress(Progress("read", done, len(shapes), "tensors"))
-        weight = source.stored(name) if outtype is None else None
-        if weight is None:
-            yield _plain(source, name, shape, "f32" if len(shape) == 1 else outtype or "f16")
-        else:
+        kind: str | None = config.outtype
+        if name in tables.TABLES:
+            kind = config.embedding_type or kind
+        weight = source.stored(name) if kind in (None, *GRIDS) else None
+        if weight is not None and kind in (None, weight.format):
             yield _stored(source, name, shape, weight.format)
+        else:
+            yield _plain(source, name, shape, "f32" if len(shape) == 1 else kind or "f16")
 
 
 def _stored(source: ModelSource, name: str, shape: tuple[int, ...], kind: str) -> Entry:
@@ -247,42 +252,59 @@ def _stored(source: ModelSource, name: str, shape: tuple[int, ...], kind: str) -
 
 
 def _plain(source: ModelSource, name: str, shape: tuple[int, ...], kind: str) -> Entry:
-    """A weight as values of a type."""
+    """A weight as values of a type, or as codes of a table's type."""
 
     def load() -> np.ndarray:
         return _reordered(_convert(source.rows(name, shape), kind, name), name, source.config)
 
+    def rounding(values: Tensor) -> Tensor:
+        if kind in tables.BLOCKS:
+            return tables.rounded(values, kind, name)
+        return values.to(_DTYPES[kind]).float()
+
     dtype, written = np.dtype(np.float16 if kind == "f16" else np.float32), shape
-    if kind == "bf16":
-        dtype, written = np.dtype(np.uint8), (shape[0], 2 * shape[1])
+    if kind == "bf16" or kind in tables.BLOCKS:
+        size, width = tables.BLOCKS.get(kind, (1, 2))
+        dtype, written = np.dtype(np.uint8), (shape[0], shape[1] // size * width)
+    ggml = GGMLQuantizationType[kind.upper()]
     theirs = FAMILIES[_architecture(source.config)].gguf_name(name)
-    return Entry(name, theirs, GGMLQuantizationType[kind.upper()], written, dtype, load)
+    return Entry(name, theirs, ggml, written, dtype, load, rounding)
 
 
 def _file_type(types: Counter[str], outtype: str | None) -> LlamaFileType:
     """llama.cpp's name for the whole: the type asked for, else that of most codes."""
-    if outtype is None and (types["Q4_0"] or types["Q8_0"]):
+    if outtype is None and types["Q4_0"] + types["Q8_0"] > types["F16"]:
         outtype = "q4_0" if types["Q4_0"] > types["Q8_0"] else "q8_0"
     return _FILE_TYPES[outtype or "f16"]
 
 
-def _code_notes(entries: list[Entry]) -> tuple[str, ...]:
-    """Matrices without codes next to others that have them."""
-    matrices = [entry for entry in entries if len(entry.shape) == 2]
-    plain = [entry.weight for entry in matrices if entry.kind.name.lower() not in GRIDS]
+def _code_notes(entries: list[Entry], config: GgufConfig) -> tuple[str, ...]:
+    """Matrices without codes next to others that have them, unless their type was asked for."""
+    asked = tables.TABLES if config.embedding_type else ()
+    matrices = [e for e in entries if len(e.shape) == 2 and e.weight not in asked]
+    coded = {*GRIDS, *tables.BLOCKS}
+    plain = [entry.weight for entry in matrices if entry.kind.name.lower() not in coded]
     if not plain or len(plain) == len(matrices):
         return ()
     more = f" and {len(plain) - 1} more" if len(plain) > 1 else ""
     return (f"{plain[0]}{more}: no codes of Q4_0 or Q8_0 in the model, written as values",)
 
 
-def _compare(source: ModelSource, entries: list[Entry], path: Path, on_progress: Listener) -> int:
-    """Read the file back; return the number of values that its types rounded.
+@dataclass(frozen=True)
+class _Check:
+    """What reading a file back found."""
 
-    XinslmError if any other value differs.
-    """
+    rounded: int
+    """Values that the types of the file do not hold exactly."""
+    notes: tuple[str, ...]
+
+
+def _compare(
+    source: ModelSource, entries: list[Entry], path: Path, on_progress: Listener
+) -> _Check:
+    """Read the file back; XinslmError if a value is not the model's, rounded to its type."""
     written = GgufFile(path).tensors
-    rounded = 0
+    rounded, notes = 0, []
     for done, entry in enumerate(entries):
         on_progress(Progress("read back", done, len(entries), "tensors"))
         if not entry.weight:
@@ -290,21 +312,27 @@ def _compare(source: ModelSource, entries: list[Entry], path: Path, on_progress:
         tensor = written[entry.name]
         found = quants.dequantize(tensor.data, tensor.tensor_type).astype(np.float32)
         values = source.rows(entry.weight, source.shape_of(entry.weight))
-        expected = _reordered(values.numpy(), entry.weight, source.config)
-        if entry.kind.name in _ROUNDED:
-            rounded += int((found != expected).sum())
-            rounding = _ROUNDED[entry.kind.name]
-            expected = torch.from_numpy(expected).to(rounding).float().numpy()
+        expected = _reordered(entry.rounding(values).numpy(), entry.weight, source.config)
         if not np.array_equal(found, expected):
             count = int((found != expected).sum()) if found.shape == expected.shape else "all"
             raise XinslmError(
                 f"{entry.weight}: {count} values differ after the export; nothing is written"
             )
+        original = _reordered(values.numpy(), entry.weight, source.config)
+        changed = int((found != original).sum())
+        rounded += changed
+        if changed and entry.kind.name.lower() in tables.BLOCKS:
+            error = tables.relative_error(found, original)
+            notes.append(
+                f"{entry.weight}: rounded to {entry.kind.name}, relative error {error:.2%}"
+            )
     on_progress(Progress("read back", len(entries), len(entries), "tensors"))
-    return rounded
+    return _Check(rounded, tuple(notes))
 
 
 def _convert(weight: Tensor, kind: str, name: str) -> np.ndarray:
+    if kind in tables.BLOCKS:
+        return tables.to_blocks(weight, kind, name)
     if kind == "bf16":
         return weight.bfloat16().view(torch.uint8).numpy()
     if kind == "f16" and not torch.isfinite(weight.half()).all():

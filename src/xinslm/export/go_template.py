@@ -47,15 +47,46 @@ def execute(source: str, data: dict[str, Any]) -> str:
     root = _Parser(pieces, templates).block(())[0]
     run = _Run(templates)
     start = _encode(data)
-    return run.nodes(root, start, [{"$": start}]).decode("utf-8")
+    return run.output(root, start).decode("utf-8")
 
 
 def _encode(value: Any) -> Any:
     if isinstance(value, str):
         return value.encode("utf-8")
     if isinstance(value, dict):
-        return {key: _encode(item) for key, item in value.items()}
+        return type(value)({key: _encode(item) for key, item in value.items()})
     return [_encode(item) for item in value] if isinstance(value, list) else value
+
+
+class Struct(dict[str, Any]):
+    """A struct with exported fields; in JSON their names are in lower case, and fields that are
+    None are left out.
+    """
+
+
+def _json(value: Any) -> bytes:
+    """Ollama's function: Go's json.Marshal."""
+    text = json.dumps(_decode(value), ensure_ascii=False, separators=(",", ":"))
+    for character in "<>&\u2028\u2029":
+        text = text.replace(character, f"\\u{ord(character):04x}")
+    return text.encode("utf-8")
+
+
+def _decode(value: Any) -> Any:
+    if isinstance(value, bytes):
+        return value.decode("utf-8")
+    if isinstance(value, Struct):
+        return {key.lower(): _decode(item) for key, item in value.items() if item is not None}
+    if isinstance(value, dict):
+        return {key: _decode(item) for key, item in value.items()}
+    return [_decode(item) for item in value] if isinstance(value, list) else value
+
+
+def _printf(pattern: bytes, *values: bytes) -> bytes:
+    parts = pattern.split(b"%s")
+    if len(parts) != len(values) + 1 or b"%" in b"".join(parts):
+        raise GoTemplateError(f"printf knows %s here, once for each value: {pattern!r}")
+    return b"".join(part for pair in zip(parts, (*values, b""), strict=True) for part in pair)
 
 
 def _pieces(source: str) -> Iterator[tuple[bool, str]]:
@@ -212,45 +243,65 @@ _FUNCTIONS = {
     "not": lambda value: not value,
     "len": len,
     "slice": _slice,
+    "json": _json,
+    "printf": _printf,
     "and": None,
     "or": None,
 }
 
 
+_Scopes = list[dict[str, Any]]
+"""The variables, the innermost block's last."""
+_Frame = tuple[Iterator[_Node], Any, _Scopes]
+"""What is left of a block, its dot and its variables."""
+
+
 class _Run:
-    """One execution; `scopes` holds the variables, the innermost last."""
+    """One execution. A stack of its own: definitions that call themselves go deeper than Python."""
 
     def __init__(self, templates: dict[str, list[_Node]]) -> None:
         self._templates = templates
+        self._stack: list[_Frame] = []
 
-    def nodes(self, nodes: list[_Node], dot: Any, scopes: list[dict[str, Any]]) -> bytes:
-        """Output of a block."""
-        return b"".join(self._node(node, dot, scopes) for node in nodes)
+    def output(self, nodes: list[_Node], dot: Any) -> bytes:
+        """Output of a template for the data `dot`."""
+        self._stack = [(iter(nodes), dot, [{"$": dot}])]
+        output: list[bytes] = []
+        while self._stack:
+            rest, dot, scopes = self._stack[-1]
+            node = next(rest, None)
+            if node is None:
+                self._stack.pop()
+            elif node.kind == "text":
+                output.append(node.value)
+            elif node.kind == "output":
+                value = self._value(node.value, dot, scopes)
+                output.append(value if isinstance(value, bytes) else str(value).encode())
+            else:
+                self._enter(node, dot, scopes)
+        return b"".join(output)
 
-    def _node(self, node: _Node, dot: Any, scopes: list[dict[str, Any]]) -> bytes:
-        if node.kind == "text":
-            return bytes(node.value)
+    def _enter(self, node: _Node, dot: Any, scopes: _Scopes) -> None:
+        """Put the blocks that a node executes on the stack."""
         if node.kind == "template":
             name, value = node.value
             argument = self._value(value, dot, scopes)
             if name not in self._templates:
                 raise GoTemplateError(f"there is no template '{name}'")
-            return self.nodes(self._templates[name], argument, [{"$": argument}])
+            self._stack.append((iter(self._templates[name]), argument, [{"$": argument}]))
+            return
         value = self._value(node.value, dot, scopes)
-        if node.kind == "output":
-            return value if isinstance(value, bytes) else str(value).encode()
         if node.kind == "set":
             self._assign(node, value, scopes)
-            return b""
-        if node.kind == "if":
-            return self.nodes(node.body if value else node.otherwise, dot, [*scopes, {}])
-        output = b""
-        for index, item in enumerate(value or []):
-            bound = dict(zip(node.names, (index, item)[-len(node.names) :], strict=False))
-            output += self.nodes(node.body, item, [*scopes, bound])
-        return output
+        elif node.kind == "if":
+            body = node.body if value else node.otherwise
+            self._stack.append((iter(body), dot, [*scopes, {}]))
+        else:
+            for index, item in reversed(list(enumerate(value or []))):
+                bound = dict(zip(node.names, (index, item)[-len(node.names) :], strict=False))
+                self._stack.append((iter(node.body), item, [*scopes, bound]))
 
-    def _assign(self, node: _Node, value: Any, scopes: list[dict[str, Any]]) -> None:
+    def _assign(self, node: _Node, value: Any, scopes: _Scopes) -> None:
         name, operator = node.names
         if operator == ":=":
             scopes[-1][name] = value
@@ -261,7 +312,7 @@ class _Run:
                 return
         raise GoTemplateError(f"{name} is not declared")
 
-    def _value(self, node: Any, dot: Any, scopes: list[dict[str, Any]]) -> Any:
+    def _value(self, node: Any, dot: Any, scopes: _Scopes) -> Any:
         kind, *rest = node
         if kind == "constant":
             return rest[0]
@@ -278,7 +329,7 @@ class _Run:
         values = [self._value(argument, dot, scopes) for argument in arguments]
         return _FUNCTIONS[name](*values)  # type: ignore[misc]
 
-    def _path(self, root: str, fields: list[str], dot: Any, scopes: list[dict[str, Any]]) -> Any:
+    def _path(self, root: str, fields: list[str], dot: Any, scopes: _Scopes) -> Any:
         value = dot
         if root:
             found = [scope[root] for scope in reversed(scopes) if root in scope]

@@ -1,11 +1,11 @@
 """The Modelfile of a GGUF file: `ollama create NAME -f Modelfile` makes a model of it.
 
-TEMPLATE gives the text of the model's own chat template (`ollama_template.py`); where that cannot
-be had, it is left out and the reason is a comment. Sampling comes from generation_config.json.
-Ollama's reader drops characters that are not printable, so none is written.
+TEMPLATE gives the text of the model's own chat template (`ollama_template.py`), tools included
+where their form is known; where that cannot be had, it is left out and the reason is a comment.
+Sampling comes from generation_config.json. Ollama's reader drops characters that are not printable,
+so none is written.
 """
 
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -94,11 +94,11 @@ def _template(
             "takes the GGUF's chat template where it can",
         )
     notes = template.notes
-    if re.search(r"\btools\b", tokenizer.chat_template):
+    if template.has_tools:
         notes += (
-            "TEMPLATE has no tools: the chat template writes them as JSON with spaces, Ollama "
-            "without, which is other tokens. Newer versions of Ollama take the GGUF's chat "
-            "template for such a model",
+            "TEMPLATE writes a tool's keys in the order type, function: name, description, "
+            "parameters (type, properties, required); models get other tokens than their chat "
+            "template's if a tool is given there in another order",
         )
     return template, notes
 

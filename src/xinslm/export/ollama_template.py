@@ -1,12 +1,14 @@
 """A chat template as Ollama's: Go's text/template over `.Messages`, checked before it is used.
 
-The text is made of the pieces that `chat_pieces.py` finds, and executed by `go_template.py` on
-conversations that the pieces were not found with. One that differs from the Jinja template's text
-refuses the template; a rare one that differs (a system message in the middle) becomes a note.
+The text is made (`ollama_source.py`) of the pieces that `chat_pieces.py` and, for tools,
+`tool_pieces.py` find, and executed by `go_template.py` on conversations that the pieces were not
+found with. One that differs from the Jinja template's text refuses the template, or its tools; a
+rare one that differs (a system message in the middle, reasoning in an answer) becomes a note.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from xinslm.errors import XinslmError
@@ -19,7 +21,9 @@ from xinslm.export.chat_pieces import (
     conversation,
     derive,
 )
-from xinslm.export.go_template import GoTemplateError, execute, quote
+from xinslm.export.go_template import GoTemplateError, Struct, execute
+from xinslm.export.ollama_source import template_source
+from xinslm.export.tool_pieces import Tool, ToolPieces, ToolRender, call, derive_tools
 from xinslm.tokenizer.base import Tokenizer
 from xinslm.tokenizer.chat import render_chat
 
@@ -30,12 +34,10 @@ _CONTENTS = (
     "two\n\nlines {{ .Content }} {% if x %} 'single' \"double\" \\ <b>&amp;</b>",
     "  naïve 東京 🙂\t",
     "\u3000\u00a0 wide spaces \u2003\n\n",
-    "<think>\nsure?\n</think>\n\nYes.",
     "x",
     '{"name": "f", "arguments": {}}',
 )
-_USUAL = {"system": "", "user": "assistant", "assistant": "user"}
-"""The role before a message of each role whose texts serve where no other was seen."""
+_REASONING = "<think>\nsure?\n</think>\n\nYes."
 _REQUIRED = ("u", "uau", "uauau", "uauauau", "su", "suau", "suauau")
 _RARE = {
     "ua": "the last message is the assistant's",
@@ -45,6 +47,40 @@ _RARE = {
     "au": "the assistant begins",
     "sau": "the assistant begins",
 }
+_TOOL_CONVERSATIONS = (
+    ("u", 0, ""),
+    ("su", 0, ""),
+    ("uau", 0, ""),
+    ("suau", 0, ""),
+    ("uat", 1, ""),
+    ("suat", 1, ""),
+    ("uat", 1, "Let me see."),
+    ("suatt", 2, ""),
+    ("uattau", 2, "Two of them:"),
+    ("suatau", 1, ""),
+)
+"""Roles, calls in the message before the first result, and the content of that message."""
+_EXAMPLE_TOOL = {
+    "type": "function",
+    "function": {
+        "name": "get_weather",
+        "description": 'Weather of a "place" <b>&amp;</b>:\n\t東京, {x} \\u003c \u2028\x0c',
+        "parameters": {
+            "type": "object",
+            "properties": {
+                "days": {"type": "array", "items": {"type": "integer"}, "description": "a, b"},
+                "unit": {"type": "string", "description": "°", "enum": ["<C>", 'F: "f"']},
+                "where": {"type": "object", "properties": {"lat": {"type": "number"}}},
+            },
+            "required": ["unit", "days"],
+        },
+    },
+}
+_SHORT_TOOL = {
+    "type": "function",
+    "function": {"name": "now", "parameters": {"type": "object", "properties": {}}},
+}
+_EXAMPLE_ARGUMENTS = {"days": [1, 2], "unit": '<C> & "d"\n東', "where": {"lat": -0.5, "on": True}}
 
 
 @dataclass(frozen=True)
@@ -54,6 +90,7 @@ class OllamaTemplate:
     text: str
     pieces: ChatPieces
     notes: tuple[str, ...]
+    has_tools: bool = False
 
 
 def make_template(tokenizer: Tokenizer, adds_bos: bool) -> OllamaTemplate:
@@ -61,34 +98,77 @@ def make_template(tokenizer: Tokenizer, adds_bos: bool) -> OllamaTemplate:
 
     `adds_bos`: llama.cpp puts BOS in front, so the text begins after it.
     """
-    render = _renderer(tokenizer, adds_bos)
+    with_tools = _renderer(tokenizer, adds_bos)
+
+    def render(messages: list[Message], prompt: bool) -> str | None:
+        return with_tools(messages, prompt, ())
+
     pieces = derive(render)
-    text = "".join(_source(pieces))
+    text = template_source(pieces)
     rare = _check(text, render, pieces.default_system)
-    return OllamaTemplate(text, pieces, (*pieces.notes, *rare))
+    plain = OllamaTemplate(text, pieces, (*pieces.notes, *rare))
+    if not re.search(r"\btools\b", tokenizer.chat_template or ""):
+        return plain
+    try:
+        tools = derive_tools(with_tools, pieces)
+        text = template_source(pieces, tools)
+        rare = _check(text, render, pieces.default_system)
+        _check_tools(text, with_tools, tools)
+    except UnknownTemplateError as error:
+        return replace(plain, notes=(*plain.notes, f"TEMPLATE has no tools: {error}"))
+    return OllamaTemplate(text, pieces, (*pieces.notes, *rare), has_tools=True)
 
 
-def collate(messages: Sequence[Message]) -> dict[str, Any]:
-    """The data that Ollama executes a template with: neighbours of one role become one message."""
-    merged: list[dict[str, str]] = []
+def collate(messages: Sequence[Message], tools: Sequence[Tool] = ()) -> dict[str, Any]:
+    """The data that Ollama executes a template with: neighbours of one role become one message,
+    unless they are results of tools.
+    """
+    merged: list[dict[str, Any]] = []
     for message in messages:
-        if merged and merged[-1]["Role"] == message["role"]:
+        role = message["role"]
+        if merged and merged[-1]["Role"] == role != "tool":
             merged[-1]["Content"] += "\n\n" + message["content"]
-        else:
-            merged.append({"Role": message["role"], "Content": message["content"]})
+            continue
+        calls = [
+            {"Function": {name.title(): value for name, value in call["function"].items()}}
+            for call in message.get("tool_calls", ())
+        ]
+        merged.append({"Role": role, "Content": message["content"], "ToolCalls": calls})
     system = [message["content"] for message in messages if message["role"] == "system"]
-    return {"System": "\n\n".join(system), "Messages": merged}
+    return {
+        "System": "\n\n".join(system),
+        "Messages": merged,
+        "Tools": [_struct(tool) for tool in tools],
+    }
 
 
-def _renderer(tokenizer: Tokenizer, adds_bos: bool) -> Render:
+def _struct(tool: Tool) -> Struct:
+    """A tool as Ollama reads it, with its order of keys."""
+    function, known = tool["function"], ("type", "required", "properties")
+    given = function["parameters"]
+    parameters = Struct({name.title(): given.get(name) for name in known})
+    return Struct(
+        Type=tool["type"],
+        Function=Struct(
+            Name=function["name"],
+            Description=function.get("description"),
+            Parameters=parameters,
+        ),
+    )
+
+
+def _renderer(tokenizer: Tokenizer, adds_bos: bool) -> ToolRender:
     bos = tokenizer.named_tokens.get("bos_token") or ""
     if tokenizer.start_ids:
         ids = {token: text for text, token in tokenizer.special_tokens.items()}
         bos = ids.get(tokenizer.start_ids[0], bos)
 
-    def render(messages: list[Message], prompt: bool) -> str | None:
+    def render(messages: list[Message], prompt: bool, tools: Sequence[Tool]) -> str | None:
+        names: dict[str, Any] = {"strftime_now": lambda pattern: _DATE}
+        if tools:
+            names["tools"] = list(tools)
         try:
-            text = render_chat(tokenizer, messages, prompt, strftime_now=lambda pattern: _DATE)
+            text = render_chat(tokenizer, messages, prompt, **names)
         except XinslmError:
             return None
         if _DATE in text:
@@ -101,9 +181,9 @@ def _renderer(tokenizer: Tokenizer, adds_bos: bool) -> Render:
 def _check(text: str, render: Render, default_system: str | None) -> tuple[str, ...]:
     """Compare with the Jinja template; UnknownTemplateError if they differ, notes if rarely."""
 
-    def differs(roles: str, shift: int, empty: int = -1) -> bool:
+    def differs(roles: str, shift: int, at: int = -1, content: str = "") -> bool:
         messages = conversation(
-            roles, lambda i: "" if i == empty else _CONTENTS[(i + shift) % len(_CONTENTS)]
+            roles, lambda i: content if i == at else _CONTENTS[(i + shift) % len(_CONTENTS)]
         )
         expected = render(messages, True)
         if expected is None:
@@ -126,109 +206,51 @@ def _check(text: str, render: Render, default_system: str | None) -> tuple[str, 
     rare = [what for roles, what in _RARE.items() if any(differs(roles, s) for s in range(3))]
     if any(differs(roles, 0, i) for roles in ("uau", "suau") for i in range(len(roles))):
         rare.append("a message is empty")
+    if differs("uau", 0, 1, _REASONING):
+        rare.append("an answer holds its reasoning in <think>, which Ollama removes if it can")
     if not rare:
         return ()
     return (f"TEMPLATE differs from the chat template if {' or '.join(dict.fromkeys(rare))}",)
 
 
-def _source(pieces: ChatPieces) -> Iterator[str]:
-    """The template's text. `{{-` and a line break in front of it write nothing."""
-    yield from _definitions(
-        {trim for by_last in pieces.trims.values() for trim in by_last.values()}
-    )
-    varied = [*pieces.before.values(), *pieces.trims.values(), pieces.prompt]
-    has_last = any(len(set(texts.values())) > 1 for texts in varied)
-    if has_last:
-        yield '{{- $last := "" }}\n'
-    if pieces.start:
-        yield f"{{{{- {quote(pieces.start)} }}}}\n"
-    yield f"{{{{- range {'$i, $_ := ' if pieces.in_last_user else ''}.Messages }}}}\n"
-    word = "{{- if"
-    for role in pieces.before:
-        yield f'{word} eq .Role "{role}" }}}}'
-        yield _before(pieces, role)
-        yield _chosen(pieces.trims[role], _USUAL[role], lambda trim: _content(".Content", trim))
-        yield (after := _literal(pieces.after[role]))
-        is_open = after[-1:].isspace()
-        yield "" if is_open else "\n"
-        word = "{{ else if" if is_open else "{{- else if"
-    yield "{{ end }}\n" if is_open else "{{- end }}\n"
-    if has_last:
-        yield "{{- $last = .Role }}\n"
-    yield "{{- end }}" + _chosen(pieces.prompt, "user", _literal)
+def _check_tools(text: str, render: ToolRender, pieces: ToolPieces) -> None:
+    """Compare conversations with tools; UnknownTemplateError if one differs."""
+    tools = [_EXAMPLE_TOOL, _SHORT_TOOL]
+    for roles, num_calls, start in _TOOL_CONVERSATIONS:
+        if pieces.system is None and "s" in roles:
+            continue
+        for shift in range(len(_CONTENTS)):
+            contents = [_CONTENTS[(i + shift) % len(_CONTENTS)] for i in range(len(roles))]
+            messages = conversation(roles, contents.__getitem__)
+            at = roles.find("at")
+            if at >= 0:
+                calls = [call(i, **_EXAMPLE_ARGUMENTS) for i in range(num_calls)]
+                messages[at] |= {"content": start, "tool_calls": calls}
+            given = (tools, tools[:1], tools[1:])[shift % 3]
+            expected = render(messages, True, given)
+            names = ", ".join(ROLES[r] for r in roles)
+            if expected is None and num_calls < 2:
+                raise UnknownTemplateError(f"it refuses tools with the roles {names}")
+            if expected is not None and not _gives(
+                text, messages, given, expected, pieces.chat.default_system
+            ):
+                raise UnknownTemplateError(
+                    f"pieces do not describe a conversation of {names} with tools"
+                )
 
 
-def _before(pieces: ChatPieces, role: str) -> str:
-    usual = _chosen(pieces.before[role], _USUAL[role], _literal)
-    if role != "user" or pieces.in_last_user is None:
-        return usual
-    start, end = map(_literal, pieces.in_last_user)
-    system = _content("$.System", pieces.trims["system"][""])
-    is_last = "and $.System (eq (len (slice $.Messages $i)) 1)"
-    return f"{{{{ if {is_last} }}}}{start}{system}{end}{{{{ else }}}}{usual}{{{{ end }}}}"
-
-
-def _chosen(texts: Mapping[str, str], usual: str, write: Callable[[str], str]) -> str:
-    """What depends on the previous role, written by `write`; that of `usual` for other roles."""
-    default = texts.get(usual, next(iter(texts.values()), ""))
-    by_text: dict[str, list[str]] = {}
-    for role, text in texts.items():
-        if text != default:
-            by_text.setdefault(text, []).append(role)
-    if not by_text:
-        return write(default)
-    is_shared = write is _literal and all(text.endswith(default) for text in by_text)
-    source, word = "", "if"
-    for text, roles in by_text.items():
-        names = " ".join(f'"{role}"' for role in roles)
-        own = write(text.removesuffix(default) if is_shared else text)
-        source += f"{{{{ {word} eq $last {names} }}}}{own}"
-        word = "else if"
-    if is_shared:
-        return source + "{{ end }}" + write(default)
-    return source + "{{ else }}" + write(default) + "{{ end }}"
-
-
-def _content(path: str, trim: str) -> str:
-    return f'{{{{ template "{trim}" {path} }}}}' if trim else f"{{{{ {path} }}}}"
-
-
-def _literal(text: str) -> str:
-    """Text as it stands; as a Go string where Go or the Modelfile would misread it."""
-    plain = all(c in "\n\t" or c.isprintable() for c in text)
-    if plain and "{{" not in text and not text.endswith("{") and '"""' not in text:
-        return text
-    return f"{{{{ {quote(text)} }}}}"
-
-
-def _definitions(trims: set[str]) -> Iterator[str]:
-    """Go definitions that write a string without white space as Python's `strip` sees it.
-
-    text/template has neither arithmetic nor loops over strings: the length less n is the length of
-    the string from n on, and a loop is a definition that calls itself.
-    """
-    spaces = [chr(code) for code in range(0x3001) if chr(code).isspace()]
-    by_width = {n: " ".join(quote(s) for s in spaces if len(s.encode()) == n) for n in (1, 2, 3)}
-
-    def cuts(found: Callable[[int], str], variable: str, value: Callable[[int], str]) -> str:
-        return "".join(
-            f"{{{{- if ge (len .) {n} }}}}{{{{ if eq ({found(n)}) {among} }}}}"
-            f"{{{{ {variable} = {value(n)} }}}}{{{{ end }}}}{{{{ end }}}}\n"
-            for n, among in by_width.items()
-        )
-
-    right = cuts(lambda n: f"slice . (len (slice . {n}))", "$end", lambda n: f"len (slice . {n})")
-    left = cuts(lambda n: f"slice . 0 {n}", "$start", str)
-    if trims & {"trim", "trimRight"}:
-        yield (
-            f'{{{{- define "trimRight" }}}}{{{{ $end := len . }}}}\n{right}'
-            "{{- if eq $end (len .) }}{{ . }}{{ else }}"
-            '{{ template "trimRight" (slice . 0 $end) }}{{ end }}{{ end }}\n'
-        )
-    for name, rest in (("trim", '{{ template "trimRight" . }}'), ("trimLeft", "{{ . }}")):
-        if name in trims:
-            yield (
-                f'{{{{- define "{name}" }}}}{{{{ $start := 0 }}}}\n{left}'
-                f"{{{{- if eq $start 0 }}}}{rest}{{{{ else }}}}"
-                f'{{{{ template "{name}" (slice . $start) }}}}{{{{ end }}}}{{{{ end }}}}\n'
-            )
+def _gives(
+    text: str,
+    messages: list[Message],
+    tools: Sequence[Tool],
+    expected: str,
+    default_system: str | None,
+) -> bool:
+    """Whether the template writes `expected`, also behind the Modelfile's SYSTEM."""
+    given = [messages]
+    if default_system is not None and messages[0]["role"] != "system":
+        given.append([{"role": "system", "content": default_system}, *messages])
+    try:
+        return all(execute(text, collate(chat, tools)) == expected for chat in given)
+    except GoTemplateError as error:
+        raise UnknownTemplateError(f"its Go form is wrong: {error}") from None

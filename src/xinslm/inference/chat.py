@@ -101,11 +101,19 @@ def run(
 
     `read` receives the prompt to show and returns a line; `write` receives text as it is generated.
     """
-    from xinslm.inference.torch_engine import TorchEngine
+    from xinslm.inference.load import load_engine
 
     config.check()
-    engine = TorchEngine.load(
-        config.model, config.device, config.dtype, config.max_seq_length, config.activations
+    engine = load_engine(
+        config.model,
+        config.engine,
+        context_length=config.max_seq_length,
+        device=config.device,
+        dtype=config.dtype,
+        activations=config.activations,
+        threads=config.threads,
+        cache=config.kv_cache,
+        draft=config.draft,
     )
     conversation = Conversation(engine, config.system)
     write(

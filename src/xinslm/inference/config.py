@@ -2,14 +2,21 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 
-from xinslm.ranges import Activations, Device, Dtype, Range, range_errors
+from xinslm.ranges import Activations, Device, Dtype, Range, Settings, range_errors
 from xinslm.sampling import Sampling
 
-_WRITING = {"max_new_tokens": Range(1), "max_seq_length": Range(1)}
+EngineName = Literal["auto", "native", "pytorch"]
+CacheType = Literal["float16", "int8"]
+
+_WRITING = {
+    "max_new_tokens": Range(1),
+    "max_seq_length": Range(1),
+    "threads": Range(1, 1024),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,10 +41,23 @@ class GenerateConfig(Sampling):
     """Where to compute; auto takes cuda, then mps, then cpu."""
     dtype: Dtype = "auto"
     """Type to compute in; auto: bfloat16 where the processor multiplies it faster."""
-    activations: Activations = "float"
-    """Inputs of linear layers: as they are, or rounded to int8 blocks, as llama.cpp does to those
-    of 4-bit and 8-bit weights. A slow reference; the model needs such weights.
+    engine: EngineName = "auto"
+    """What computes. native: C++, with 4-bit and 8-bit weights as they are; pytorch: any model, on
+    any device, weights dequantized. auto takes native where it can run the model.
     """
+    activations: Activations | None = None
+    """Inputs of 4-bit and 8-bit weights: as they are, or rounded to int8 blocks as llama.cpp does.
+    By default int8 in the native engine, float in PyTorch, where int8 is a slow reference.
+    """
+    kv_cache: CacheType = "float16"
+    """Type of keys and values in the native engine; int8 takes half the memory."""
+    draft: str | None = None
+    """Guess several tokens and check them at once (speculative decoding), in the native engine; the
+    text is the same. lookup: what followed the last words where they stood before (good for
+    summaries and corrections); or a smaller model with the same tokenizer.
+    """
+    threads: int | None = None
+    """Threads to compute with; by default one for each processor that the process may use."""
     run: Path | None = None
     """Run folder whose samples.json receives the text, for `xinslm report`."""
     name: str | None = None
@@ -67,11 +87,32 @@ class ChatConfig(Sampling):
     """Where to compute; auto takes cuda, then mps, then cpu."""
     dtype: Dtype = "auto"
     """Type to compute in; auto: bfloat16 where the processor multiplies it faster."""
-    activations: Activations = "float"
-    """Inputs of linear layers: as they are, or rounded to int8 blocks, as llama.cpp does to those
-    of 4-bit and 8-bit weights. A slow reference; the model needs such weights.
+    engine: EngineName = "auto"
+    """What computes. native: C++, with 4-bit and 8-bit weights as they are; pytorch: any model, on
+    any device, weights dequantized. auto takes native where it can run the model.
     """
+    activations: Activations | None = None
+    """Inputs of 4-bit and 8-bit weights: as they are, or rounded to int8 blocks as llama.cpp does.
+    By default int8 in the native engine, float in PyTorch, where int8 is a slow reference.
+    """
+    kv_cache: CacheType = "float16"
+    """Type of keys and values in the native engine; int8 takes half the memory."""
+    draft: str | None = None
+    """Guess several tokens and check them at once (speculative decoding), in the native engine; the
+    text is the same. lookup: what followed the last words where they stood before (good for
+    summaries and corrections); or a smaller model with the same tokenizer.
+    """
+    threads: int | None = None
+    """Threads to compute with; by default one for each processor that the process may use."""
 
     def errors(self) -> list[str]:
         """What cannot work, a sentence each."""
         return [*super().errors(), *range_errors(self, _WRITING)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class NativeConfig(Settings):
+    """Show what the native library is, and whether it runs a model."""
+
+    model: Annotated[Path | None, tyro.conf.Positional] = None
+    """A model to try: a model, run or quantized folder, a GGUF file, or a Hub name."""

@@ -53,7 +53,7 @@ def generate(
     if no text precedes the continuation, so that a sentencepiece tokenizer's first space is
     dropped. UsageError for a prompt beyond the context.
     """
-    from xinslm.inference.sampling import Sampler, log_probability
+    from xinslm.inference.sampling import Sampler
     from xinslm.tokenizer.base import StreamDecoder
 
     if max_tokens is not None and max_tokens < 1:
@@ -65,9 +65,8 @@ def generate(
     logits = engine.start(prompt_ids)
     count, seen = 0, list(prompt_ids)
     while True:
-        token = sampler.draw(logits, seen)
+        token, likelihood = sampler.draw_with_probability(logits, seen)
         seen.append(token)
-        likelihood = log_probability(logits, token)
         count += 1
         if token in ends:
             yield Piece(watch.add(decoder.finish()) + watch.rest(), token, likelihood, "end token")
@@ -191,15 +190,23 @@ class Result:
 
 def run(config: GenerateConfig, on_text: Callable[[str], None] = lambda text: None) -> Result:
     """Continue a prompt; `on_text` receives the continuation piece by piece."""
-    from xinslm.inference.torch_engine import TorchEngine
+    from xinslm.inference.load import load_engine
     from xinslm.runs import add_row, require_run
 
     config.check()
     prompt = _read_prompt(config)
     if config.run is not None:
         require_run(config.run)
-    engine = TorchEngine.load(
-        config.model, config.device, config.dtype, config.max_seq_length, config.activations
+    engine = load_engine(
+        config.model,
+        config.engine,
+        context_length=config.max_seq_length,
+        device=config.device,
+        dtype=config.dtype,
+        activations=config.activations,
+        threads=config.threads,
+        cache=config.kv_cache,
+        draft=config.draft,
     )
     ids = prompt_ids(engine.tokenizer, prompt, config.chat)
     clock = Clock(len(ids))

@@ -10,10 +10,11 @@ A repetition penalty comes before the filters.
 Nucleus: Holtzman et al., arXiv:1904.09751. Min-p: arXiv:2407.01082.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from xinslm.native import library
 from xinslm.sampling import Sampling
 
 
@@ -24,6 +25,7 @@ class Sampler:
         settings.check()
         self.settings = settings
         self._random = np.random.default_rng(settings.seed)
+        self._native = _native_draw()
 
     def distribution(
         self, logits: np.ndarray, seen: Sequence[int] = ()
@@ -57,6 +59,18 @@ class Sampler:
         place = np.searchsorted(probabilities.cumsum(), self._random.random(), side="right")
         return int(tokens[min(int(place), len(tokens) - 1)])
 
+    def draw_with_probability(
+        self, logits: np.ndarray, seen: Sequence[int] = ()
+    ) -> tuple[int, float]:
+        """Draw one token, and return its `log_probability`; in the native library if it is there,
+        which takes a tenth of the time.
+        """
+        if self._native is None:
+            token = self.draw(logits, seen)
+            return token, log_probability(logits, token)
+        uniform = self._random.random() if self.settings.temperature else 0.0
+        return self._native(logits, self.settings, seen, uniform)
+
 
 def log_probability(logits: np.ndarray, token: int) -> float:
     """Natural logarithm of the model's own probability of `token`, before any filter or
@@ -65,6 +79,14 @@ def log_probability(logits: np.ndarray, token: int) -> float:
     wide = logits.astype(np.float64)
     top = wide.max()
     return float(wide[token] - top - np.log(np.exp(wide - top).sum()))
+
+
+def _native_draw() -> Callable[..., tuple[int, float]] | None:
+    if library() is None:
+        return None
+    from xinslm.native.sampling import draw
+
+    return draw
 
 
 def _most_likely(logits: np.ndarray, top_k: int) -> np.ndarray:

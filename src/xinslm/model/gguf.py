@@ -18,7 +18,7 @@ from xinslm.errors import UsageError, XinslmError
 from xinslm.files import sha256_file
 from xinslm.gguf_file import GgufFile
 from xinslm.model.config import ModelConfig
-from xinslm.model.gguf_families import FAMILIES, Family, shared_settings
+from xinslm.model.gguf_families import FAMILIES, Family, read_settings
 from xinslm.model.grids import GRIDS, Q4_0
 from xinslm.model.source import ModelSource
 from xinslm.model.stored import StoredWeight
@@ -27,7 +27,6 @@ from xinslm.model.transformer import rotary_frequencies
 _ROPE_FACTORS = "rope_freqs.weight"
 CALIBRATION = "xinslm.calibration"
 """Key with the ids of the texts that calibrated the model's quantization, an array of strings."""
-_ROLES = {"bos": "bos", "eos": "eos", "pad": "padding"}
 
 
 class GgufSource(ModelSource):
@@ -40,17 +39,9 @@ class GgufSource(ModelSource):
         self.where = str(path)
         self.files = [path]
         self._file = GgufFile(path)
-        architecture = self._file.keys.get("general.architecture")
-        experts = self._file.keys.get(f"{architecture}.expert_count")
-        if architecture not in FAMILIES or experts:
-            kind = f"mixture-of-experts {architecture}" if experts else architecture
-            raise UsageError(
-                f"{path} holds a {kind} model; GGUF files are read of the architectures "
-                f"{', '.join(FAMILIES)} (llama is also Mistral and alike). Give the model's "
-                "Hugging Face folder instead"
-            )
-        self._architecture: str = architecture
-        self._family: Family = FAMILIES[architecture]
+        self._settings = read_settings(self._file)
+        self._architecture: str = self._file.keys["general.architecture"]
+        self._family: Family = FAMILIES[self._architecture]
 
     @cached_property
     def fingerprint(self) -> str:
@@ -66,52 +57,8 @@ class GgufSource(ModelSource):
     @cached_property
     def settings(self) -> dict[str, Any]:  # type: ignore[override]
         """The content that config.json would have."""
-        keys, missing = self._file.keys, object()
-
-        def get(key: str, default: Any = missing) -> Any:
-            value = keys.get(f"{self._architecture}.{key}", default)
-            if value is missing:
-                raise XinslmError(
-                    f"{self.path}: key '{self._architecture}.{key}' is missing; the file is no "
-                    f"sound {self._architecture} model"
-                )
-            return value
-
-        tokens = {
-            role: token
-            for role, key in _ROLES.items()
-            if (token := keys.get(f"tokenizer.ggml.{key}_token_id")) is not None
-        }
-        try:
-            shared = shared_settings(get, tokens, len(keys.get("tokenizer.ggml.tokens") or ()))
-            self._require_plain_rotation(get, shared["head_dim"])
-            shared["tie_word_embeddings"] = "output.weight" not in self._file.tensors
-            if self._architecture == "llama":
-                shared["attention_bias"] = "blk.0.attn_q.bias" in self._file.tensors
-                shared["attention_output_bias"] = "blk.0.attn_output.bias" in self._file.tensors
-            settings = self._family.settings(get, shared)
-        except XinslmError:
-            raise
-        except (TypeError, ValueError, OverflowError, ZeroDivisionError) as error:
-            raise XinslmError(
-                f"{self.path}: its keys are damaged ({error!r}); copy or download it again"
-            ) from None
-        return self._rescaled(settings) if _ROPE_FACTORS in self._file.tensors else settings
-
-    def _require_plain_rotation(self, get: Any, head_dim: int) -> None:
-        if (
-            get("rope.dimension_count", head_dim) != head_dim
-            or get("attention.value_length", head_dim) != head_dim
-        ):
-            raise UsageError(
-                f"{self.path} turns part of each head only, or has heads of two widths; no model "
-                "here does"
-            )
-        if get("rope.scaling.type", "none") not in ("none", ""):
-            raise UsageError(
-                f"{self.path} stretches its positions ('{get('rope.scaling.type')}'); give the "
-                "model's Hugging Face folder"
-            )
+        rescaled = _ROPE_FACTORS in self._file.tensors
+        return self._rescaled(self._settings) if rescaled else self._settings
 
     def _rescaled(self, settings: dict[str, Any]) -> dict[str, Any]:
         """Return the settings with LLaMA-3's rescaling, from the divisors of its frequencies."""

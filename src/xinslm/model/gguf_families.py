@@ -7,11 +7,16 @@ compared with llama.cpp on the same file in `tests/model/test_gguf_families.py`.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from xinslm.errors import UsageError, XinslmError
+from xinslm.gguf_file import GgufFile
 from xinslm.model.config import ModelConfig
+
+_ROLES = {"bos": "bos", "eos": "eos", "pad": "padding"}
 
 _BLOCK = {
     "attn_norm": "input_layernorm",
@@ -167,3 +172,64 @@ def shared_settings(get: Keys, tokens: Mapping[str, Any], num_tokens: int) -> di
 def shortest(value: float) -> float:
     """What was meant by a number that float32 rounded: 9.999999747378752e-06 -> 1e-05."""
     return float(str(np.float32(value)))
+
+
+def read_settings(file: GgufFile) -> dict[str, Any]:
+    """Return the content that config.json would have, without a rescaling of frequencies.
+
+    UsageError for an architecture that is not read, XinslmError for damaged keys.
+    """
+    keys, path, missing = file.keys, file.path, object()
+    architecture = keys.get("general.architecture")
+    experts = keys.get(f"{architecture}.expert_count")
+    if architecture not in FAMILIES or experts:
+        kind = f"mixture-of-experts {architecture}" if experts else architecture
+        raise UsageError(
+            f"{path} holds a {kind} model; GGUF files are read of the architectures "
+            f"{', '.join(FAMILIES)} (llama is also Mistral and alike). Give the model's "
+            "Hugging Face folder instead"
+        )
+
+    def get(key: str, default: Any = missing) -> Any:
+        value = keys.get(f"{architecture}.{key}", default)
+        if value is missing:
+            raise XinslmError(
+                f"{path}: key '{architecture}.{key}' is missing; the file is no "
+                f"sound {architecture} model"
+            )
+        return value
+
+    tokens = {
+        role: token
+        for role, key in _ROLES.items()
+        if (token := keys.get(f"tokenizer.ggml.{key}_token_id")) is not None
+    }
+    try:
+        shared = shared_settings(get, tokens, len(keys.get("tokenizer.ggml.tokens") or ()))
+        _require_plain_rotation(get, shared["head_dim"], path)
+        shared["tie_word_embeddings"] = "output.weight" not in file.tensors
+        if architecture == "llama":
+            shared["attention_bias"] = "blk.0.attn_q.bias" in file.tensors
+            shared["attention_output_bias"] = "blk.0.attn_output.bias" in file.tensors
+        return FAMILIES[architecture].settings(get, shared)
+    except XinslmError:
+        raise
+    except (TypeError, ValueError, OverflowError, ZeroDivisionError) as error:
+        raise XinslmError(
+            f"{path}: its keys are damaged ({error!r}); copy or download it again"
+        ) from None
+
+
+def _require_plain_rotation(get: Keys, head_dim: int, path: Path) -> None:
+    if (
+        get("rope.dimension_count", head_dim) != head_dim
+        or get("attention.value_length", head_dim) != head_dim
+    ):
+        raise UsageError(
+            f"{path} turns part of each head only, or has heads of two widths; no model here does"
+        )
+    if get("rope.scaling.type", "none") not in ("none", ""):
+        raise UsageError(
+            f"{path} stretches its positions ('{get('rope.scaling.type')}'); give the model's "
+            "Hugging Face folder"
+        )

@@ -16,9 +16,15 @@ from torch import Tensor
 from xinslm.errors import XinslmError
 from xinslm.files import MANIFEST, read_json, read_manifest
 from xinslm.model.grids import BLOCK, GRIDS, Q4_0
-from xinslm.model.source import (
+from xinslm.model.names import (
     CONFIG,
+    QUANTIZED_BY,
+    QUANTIZED_KIND,
+    QUANTIZED_VERSION,
     QUANTIZED_WEIGHTS,
+    parameter_name,
+)
+from xinslm.model.source import (
     FolderSource,
     ModelSource,
     open_tensors,
@@ -26,8 +32,7 @@ from xinslm.model.source import (
 )
 from xinslm.model.stored import StoredWeight
 
-KIND, VERSION = "quantized", 2
-_MADE_BY = "xinslm quantize"
+KIND, VERSION, _MADE_BY = QUANTIZED_KIND, QUANTIZED_VERSION, QUANTIZED_BY
 _PLAIN = {"f16": torch.float16, "f32": torch.float32}
 
 
@@ -111,11 +116,6 @@ class QuantizedSource(FolderSource):
                 f"but must be {dtype} {shape}; quantize again with `{_MADE_BY}`"
             )
         return tensor
-
-
-def parameter_name(stem: str) -> str:
-    """Name of a parameter that the manifest names without '.weight'."""
-    return stem if stem.endswith(".bias") else f"{stem}.weight"
 
 
 def is_quantized(folder: Path) -> bool:

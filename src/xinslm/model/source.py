@@ -21,16 +21,11 @@ from torch import Tensor
 from xinslm.errors import UsageError, XinslmError
 from xinslm.files import MANIFEST, read_json, sha256_file, sha256_json, write_json
 from xinslm.model.config import ModelConfig, UnsupportedModelError
+from xinslm.model.names import CONFIG, GENERATION, WEIGHTS
 from xinslm.model.stored import StoredWeight
 from xinslm.model.transformer import Transformer
 from xinslm.ranges import Activations
 
-CONFIG, GENERATION = "config.json", "generation_config.json"
-WEIGHTS = "model.safetensors"
-QUANTIZED_WEIGHTS = "quantized.safetensors"
-"""Codes and scales that `xinslm quantize` writes. If they were named `WEIGHTS`, transformers would
-load the folder with random weights; with this name it refuses the folder.
-"""
 TRAINED_FOR_Q4_0 = {"quantization_aware": "q4_0"}
 """Entry of config.json: these weights were trained with `rounded` (param_dtype.py) of them."""
 _LAYER_COUNTS = {"num_hidden_layers", "num_layers", "num_decoder_layers", "n_layer", "n_layers"}

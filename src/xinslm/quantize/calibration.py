@@ -1,29 +1,21 @@
-"""Calibration: packed rows of text and their activations, layer by layer.
+"""Calibration text: packed rows of a dataset (`activations.py` passes them through the model).
 
-Rows pass through layers that are already quantized, so that each layer is fitted to its actual
-inputs (GPTQ's "true sequential" order). Padding never enters a Hessian, and documents do not attend
-to each other.
+rows = dataset_rows(Path("data"), tokenizer, config, RowShape(128, 512), seed=0)
 """
 
-import contextlib
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor, nn
 
 from xinslm.data.dataset import open_dataset, require_tokenizer
 from xinslm.data.packing import Batch, PackedDataset
 from xinslm.data.text_ids import document_ids
 from xinslm.errors import UsageError
 from xinslm.model.config import ModelConfig
-from xinslm.model.transformer import Block, Transformer
-from xinslm.quantize.gptq import Hessian
 
 _TOKENS_A_BATCH = 2048
-_KEPT_BYTES = 512 * 2**20
 
 
 @dataclass(frozen=True)
@@ -104,118 +96,3 @@ def text_ids_of(data: Path, batches: list[Batch], tokenizer: Any) -> list[str]:
     stream = np.concatenate([batch.stream[batch.stream >= 0] for batch in batches])
     special = list(tokenizer.special_tokens.values())
     return document_ids(open_dataset(data).split("train"), stream, special)
-
-
-class _Captured(Exception):
-    """Ends a forward pass after the required inputs were captured."""
-
-
-class Calibration:
-    """All calibration rows, advanced layer by layer through the quantized model and, for GPTAQ,
-    through the original one as well.
-    """
-
-    def __init__(
-        self,
-        config: ModelConfig,
-        batches: list[Batch],
-        states: list[Tensor],
-        originals: list[Tensor] | None,
-    ) -> None:
-        """`states` are the rows' quantized embeddings, `originals` those before, for GPTAQ."""
-        self._batches = batches
-        self._quantized = _Stream(config, batches, states)
-        self._original = None if originals is None else _Stream(config, batches, originals)
-
-    def hessian(self, blocks: "Blocks", part: str, stem: str) -> Hessian:
-        """Run the rows through half `part` of the block up to linear `stem`; return X^T X of its
-        inputs, with their drift if the original model runs along.
-        """
-        linear = cast(nn.Linear, blocks.quantized.get_submodule(f"{part}.{stem}"))
-        hessian = Hessian(linear.in_features)
-        self._quantized.forget()
-        for index, batch in enumerate(self._batches):
-            inputs = self._quantized.inputs(blocks.quantized, part, stem, index)
-            written = torch.from_numpy(batch.segments >= 0)
-            rows = inputs.flatten(0, 1) if written.all() else inputs[written]
-            hessian.add(rows)
-            if self._original is not None:
-                original = self._original.inputs(blocks.original, part, stem, index)
-                hessian.add_drift(original[written] - rows, rows)
-        return hessian
-
-    def advance(self, blocks: "Blocks", part: str, stem: str) -> None:
-        """Add the output of half `part` of the block to the states; `stem` is its last linear."""
-        self._quantized.advance(blocks.quantized, part, stem)
-        if self._original is not None:
-            self._original.advance(blocks.original, part, stem)
-
-
-@dataclass(frozen=True)
-class Blocks:
-    """One block twice: with the weights that are quantized so far, and as it was."""
-
-    quantized: Block
-    original: Block
-
-
-class _Stream:
-    """Residual-stream states of all rows in one model."""
-
-    def __init__(self, config: ModelConfig, batches: list[Batch], states: list[Tensor]) -> None:
-        with torch.device("meta"):
-            self._model = Transformer(config)  # only its rotary tables and masks are used
-        self._batches, self._states = batches, states
-        self._kept: dict[int, Tensor] = {}
-        self._of: tuple[Block, str, str] | None = None
-
-    def forget(self) -> None:
-        """Drop the kept inputs: the weights before them have changed."""
-        self._kept.clear()
-
-    def advance(self, block: Block, part: str, stem: str) -> None:
-        """Add a half's output to the states."""
-        linear = block.get_submodule(f"{part}.{stem}")
-        for index in range(len(self._batches)):
-            self._states[index] += linear(self.inputs(block, part, stem, index))
-        self._kept.clear()
-        self._of = None  # else this block would live on beside the next
-
-    def inputs(self, block: Block, part: str, stem: str, index: int) -> Tensor:
-        """Inputs of a linear for one batch; the first 512 MiB are kept for `advance`."""
-        if self._of != (block, part, stem):
-            self._kept.clear()
-            self._of = (block, part, stem)
-        if index in self._kept:
-            return self._kept[index]
-        inputs = self._inputs(
-            block, block.get_submodule(part), block.get_submodule(f"{part}.{stem}"), index
-        )
-        if sum(kept.nbytes for kept in self._kept.values()) + inputs.nbytes <= _KEPT_BYTES:
-            self._kept[index] = inputs
-        return inputs
-
-    def _inputs(self, block: Block, half: nn.Module, linear: nn.Module, index: int) -> Tensor:
-        """Inputs of `linear` in a half of `block` for one batch."""
-        captured: list[Tensor] = []
-
-        def capture(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            captured.append(inputs[0])
-            raise _Captured
-
-        handle = linear.register_forward_pre_hook(capture)
-        try:
-            with contextlib.suppress(_Captured):
-                self._run(block, half, self._batches[index], self._states[index])
-        finally:
-            handle.remove()
-        return captured[0]
-
-    def _run(self, block: Block, half: nn.Module, batch: Batch, states: Tensor) -> Tensor:
-        """Output of one half of `Block.forward`; with halves, nothing is computed twice."""
-        if half is block.mlp:
-            return block.mlp(block.post_attention_layernorm(states))
-        positions, segments = torch.from_numpy(batch.positions), torch.from_numpy(batch.segments)
-        cos, sin = self._model.rotary(positions, states.dtype)
-        mask = self._model.mask(states.shape[1], 0, segments, states.device)
-        return block.self_attn(block.input_layernorm(states), cos, sin, mask, None)

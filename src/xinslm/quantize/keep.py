@@ -13,8 +13,9 @@ import torch
 
 from xinslm.errors import UsageError
 from xinslm.model.grids import Q4_0
+from xinslm.model.names import QUANTIZED_WEIGHTS
 from xinslm.model.safetensors_writer import SafetensorsWriter
-from xinslm.model.source import QUANTIZED_WEIGHTS, ModelSource, weight_shapes
+from xinslm.model.source import ModelSource, weight_shapes
 from xinslm.progress import Listener, Progress, ignore
 
 

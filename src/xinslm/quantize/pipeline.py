@@ -4,32 +4,40 @@ Within a layer the order is q, k, v -> o -> gate, up -> down; each step is fitte
 earlier steps' codes produce. Linear layers get Q4_0 codes by GPTQ; the embedding (and an untied LM
 head) gets Q8_0, because a 4-bit table would cost as much quality as all linear layers. Weights that
 no grid can hold stay at 16 bits, with a note.
+
+A finished layer lies in a file of its own (`finished_layers.py`), so a stopped run continues after
+it with the activations that it left on the disk (`activations.py`). If those are damaged, the rows
+pass through the finished layers again.
 """
 
-from collections.abc import Callable
+import tempfile
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from xinslm.data.packing import Batch
+from xinslm.errors import XinslmError
+from xinslm.model.files import open_model
 from xinslm.model.grids import (
     BLOCK,
+    GRIDS,
     Q4_0,
     Q8_0,
-    Grid,
-    check_range,
     decode,
     encode,
     fit_scales,
     pack_nibbles,
+    unpack_nibbles,
 )
+from xinslm.model.names import QUANTIZED_WEIGHTS
 from xinslm.model.safetensors_writer import SafetensorsWriter
-from xinslm.model.source import QUANTIZED_WEIGHTS, ModelSource, weight_shapes
+from xinslm.model.source import FolderSource, ModelSource, weight_shapes
 from xinslm.model.transformer import Block
 from xinslm.progress import Listener, Progress, ignore
-from xinslm.quantize.calibration import Blocks, Calibration
+from xinslm.quantize.activations import Blocks, Calibration
+from xinslm.quantize.finished_layers import FinishedLayers, Layer
 from xinslm.quantize.gptq import (
     DRIFT_TOKENS,
     Factor,
@@ -38,6 +46,7 @@ from xinslm.quantize.gptq import (
     quantize_weights,
     round_to_nearest,
 )
+from xinslm.quantize.weights import Facts, WeightWriter
 
 LINEARS = {
     "self_attn": (("q_proj", "k_proj", "v_proj"), ("o_proj",)),
@@ -51,7 +60,9 @@ class Quantization:
     """One run: reads weights from `source`, quantizes them, writes `quantized.safetensors`.
 
     `batches` are the calibration rows; without any, weights are rounded to nearest.
-    `method` is gptq, gptaq, which runs the original model along, rtn or absmax.
+    `method` is gptq, gptaq, which runs the original model along, rtn or absmax. `finished` has the
+    layers of a stopped run and gets those of this one; by default they are kept in a temporary
+    folder.
     """
 
     def __init__(
@@ -61,17 +72,15 @@ class Quantization:
         batches: list[Batch],
         on_progress: Listener = ignore,
         method: str = "gptq",
+        finished: FinishedLayers | None = None,
     ) -> None:
         self.model, self.source, self.on_progress = source.config, source, on_progress
         self.grid = Q4_0 if bits == 4 else Q8_0
         self.batches, self.method = batches, method
         source.require()
         self.shapes = weight_shapes(self.model)
-        self.formats: dict[str, str] = {}
-        """Format by weight name without '.weight'."""
-        self.losses: dict[str, dict[str, Any]] = {}
-        """Method and layer losses of each calibrated linear."""
-        self._noted: dict[str, list[str]] = {}
+        source.require_weights(self.shapes)
+        self._facts, self._finished = Facts(), finished
         self._calibration: Calibration | None = None
 
     @property
@@ -80,89 +89,220 @@ class Quantization:
         return 4 if self.grid is Q4_0 else 8
 
     @property
+    def formats(self) -> dict[str, str]:
+        """Format by weight name without '.weight'."""
+        return self._facts.formats
+
+    @property
+    def losses(self) -> dict[str, dict[str, Any]]:
+        """Method and layer losses of each calibrated linear."""
+        return self._facts.losses
+
+    @property
     def notes(self) -> list[str]:
         """Deviations from the request, one sentence per reason with the weights it concerns."""
-        return [
-            f"{names[0]}{f' and {len(names) - 1} more' if len(names) > 1 else ''}: {reason}"
-            for reason, names in self._noted.items()
-        ]
+        return self._facts.notes
 
-    @torch.no_grad()
     def write(self, folder: Path) -> None:
         """Quantize everything into the folder's safetensors file."""
-        layers = self.model.num_hidden_layers
-        stems = [name.removesuffix("weight") for name in self.shapes]
-        names = [stem + end for stem in stems for end in ("codes", "scales")]
-        with SafetensorsWriter(folder / QUANTIZED_WEIGHTS, names) as self._out:
-            look_up = self._table("model.embed_tokens.weight")
-            if self.batches:
-                states = [look_up(torch.from_numpy(batch.input_ids)) for batch in self.batches]
-                originals = self._originals(states) if self.method == "gptaq" else None
-                self._calibration = Calibration(self.model, self.batches, states, originals)
-            for layer in range(layers):
-                self.on_progress(Progress("quantize", layer, layers, "layers"))
-                self._layer(layer)
-            self._plain(
-                "model.norm.weight",
-                self.source.rows("model.norm.weight", self.shapes["model.norm.weight"]),
-            )
-            if not self.model.tie_word_embeddings:
-                self._table("lm_head.weight")
-        self.on_progress(Progress("quantize", layers, layers, "layers"))
+        if self._finished is not None:
+            self._write(folder, self._finished)
+            return
+        with tempfile.TemporaryDirectory(dir=folder) as temporary:
+            self._write(folder, FinishedLayers(Path(temporary)))
 
-    def _layer(self, index: int) -> None:
-        """Quantize one block, and pass the calibration rows through it."""
-        prefix = f"model.layers.{index}."
-        names = [name for name in self.shapes if name.startswith(prefix)]
+    @torch.no_grad()
+    def _write(self, folder: Path, finished: FinishedLayers) -> None:
+        count = self.model.num_hidden_layers
+        self._facts = Facts()
+        self._reopen()
+        self._require_tied()
+        if self.batches:
+            with_original = self.method == "gptaq"
+            self._calibration = Calibration(
+                self.model, self.batches, finished.folder, with_original
+            )
+        with SafetensorsWriter(folder / QUANTIZED_WEIGHTS, self._tensor_names("")) as file:
+            out = WeightWriter(file)
+            self._table("model.embed_tokens.weight", out)
+            self._facts.merge(out.facts)
+            for index, layer in enumerate(self._layers(count, finished)):
+                for name, tensor in finished.tensors(index, layer):
+                    file.add(name, tensor)
+                self._facts.merge(layer.facts)
+            out = WeightWriter(file)
+            norm = "model.norm.weight"
+            out.plain(norm, self.source.rows(norm, self.shapes[norm]))
+            if not self.model.tie_word_embeddings:
+                self._table("lm_head.weight", out)
+            self._facts.merge(out.facts)
+        self.on_progress(Progress("quantize", count, count, "layers"))
+
+    def _layers(self, count: int, finished: FinishedLayers) -> list[Layer]:
+        """Every layer, computed unless a stopped run has finished it."""
+        self._tell_found(count, finished)
+        layers: list[Layer] = []
+        for index in range(count):
+            self.on_progress(Progress("quantize", index, count, "layers"))
+            previous = layers[-1].sha256 if layers else ""
+            layer = finished.read(index)
+            if layer is None or layer.previous != previous:
+                self._bring_states(index, layers, finished)
+                layer = self._compute(index, previous, finished)
+            layers.append(layer)
+        return layers
+
+    def _tell_found(self, count: int, finished: FinishedLayers) -> None:
+        """Report what a stopped run has left."""
+        found = [index for index in range(count) if finished.has(index)]
+        if not found:
+            return
+        note = f"continuing: a stopped run has finished {len(found)} of {count} layers"
+        if damaged := [str(index) for index in found if finished.read(index) is None]:
+            note += f"; the files of {', '.join(damaged)} are damaged, which is computed again"
+        self.on_progress(Progress("quantize", note=note))
+
+    def _bring_states(self, index: int, before: list[Layer], finished: FinishedLayers) -> None:
+        """Bring the calibration rows to the inputs of a layer, for which those `before` are
+        finished.
+        """
+        calibration = self._calibration
+        if calibration is None or calibration.layer == index:
+            return
+        if before and calibration.resume(index, before[-1].states):
+            return
+        if calibration.layer is None:
+            self._begin_states(calibration)
+        for passed in range(cast(int, calibration.layer), index):
+            note = f"computing the activations after layer {passed} again"
+            self.on_progress(Progress("quantize", note=note))
+            blocks = self._blocks(passed)
+            tensors = dict(finished.tensors(passed, before[passed]))
+            for name, kind in before[passed].facts.formats.items():
+                if kind in GRIDS:
+                    codes, scales = tensors[f"{name}.codes"], tensors[f"{name}.scales"]
+                    weight = decode(unpack_nibbles(codes) if kind == Q4_0.name else codes, scales)
+                elif f"{name}.weight" in tensors:
+                    weight = tensors[f"{name}.weight"].float()
+                else:
+                    continue
+                linear = blocks.quantized.get_submodule(name.removeprefix(self._prefix(passed)))
+                linear.weight = nn.Parameter(weight)
+            for part, groups in LINEARS.items():
+                calibration.advance(blocks, part, groups[-1][-1])
+            calibration.finish_layer()
+            calibration.forget_before(passed + 1)
+
+    def _begin_states(self, calibration: Calibration) -> None:
+        """Write the rows' embeddings: those of the stored table, and for GPTAQ those before."""
+        calibration.begin()
+        name = "model.embed_tokens.weight"
+        kind = self.formats[name.removesuffix(".weight")]
+        for start, stop in self._parts(name):
+            rows = self.source.rows(name, self.shapes[name], start, stop)
+            if kind == Q8_0.name:
+                scales = fit_scales(rows, Q8_0)
+                stored = decode(encode(rows, scales, Q8_0), scales)
+            else:
+                stored = rows.half().float() if kind == "f16" else rows
+            for stream, table in zip(calibration.streams, (stored, rows), strict=False):
+                for index, batch in enumerate(self.batches):
+                    ids = torch.from_numpy(batch.input_ids)
+                    inside = (ids >= start) & (ids < stop)
+                    state = (
+                        stream.states.read(index) if start else torch.zeros(*ids.shape, len(rows.T))
+                    )
+                    state[inside] = table[ids[inside] - start]
+                    stream.states.write(index, state)
+
+    def _blocks(self, index: int) -> Blocks:
+        """One layer twice, with the same tensors, until one is replaced."""
+        self._reopen()
+        prefix = self._prefix(index)
         with torch.device("meta"):
             blocks = Blocks(Block(self.model, index), Block(self.model, index))
         weights = {
-            name.removeprefix(prefix): self.source.rows(name, self.shapes[name]) for name in names
+            name.removeprefix(prefix): self.source.rows(name, shape)
+            for name, shape in self.shapes.items()
+            if name.startswith(prefix)
         }
-        for block in (blocks.quantized, blocks.original):  # the same tensors, until one is replaced
+        for block in (blocks.quantized, blocks.original):
             block.load_state_dict(weights, assign=True)
-        for name, weight in weights.items():
-            if weight.dim() == 1:  # norms and biases
-                self._plain(f"{prefix}{name}", weight)
+        return blocks
+
+    def _reopen(self) -> None:
+        """Map the source's files anew: pages that were read of a map count as memory in use."""
+        if isinstance(self.source, FolderSource):
+            self.source = open_model(self.source.path)
+
+    def _compute(self, index: int, previous: str, finished: FinishedLayers) -> Layer:
+        """Quantize one block, and pass the calibration rows through it."""
+        with finished.write(index, self._tensor_names(self._prefix(index))) as out:
+            self._layer(index, out)
+        states = {} if self._calibration is None else self._calibration.finish_layer()
+        layer = finished.finish(index, out, previous, states)
+        if self._calibration is not None:
+            self._calibration.forget_before(index + 1)
+        return layer
+
+    def _layer(self, index: int, out: WeightWriter) -> None:
+        """Quantize the weights of one block into `out`, and advance the states through it."""
+        blocks, prefix = self._blocks(index), self._prefix(index)
+        for name, weight in blocks.original.state_dict().items():
+            if weight.dim() == 1:
+                out.plain(prefix + name, weight)
         for part, groups in LINEARS.items():
             half = blocks.quantized.get_submodule(part)
             for group in groups:
+                names = [f"{prefix}{part}.{stem}" for stem in group]
                 linears = [cast(nn.Linear, half.get_submodule(stem)) for stem in group]
                 factor = None
                 if linears[0].in_features % BLOCK == 0:
-                    factor = self._factor(blocks, part, group[0], prefix)
-                self._linears([f"{prefix}{part}.{stem}" for stem in group], linears, factor)
+                    factor = self._factor(blocks, part, group[0], names[0], out.facts)
+                self._linears(names, linears, factor, out)
             if self._calibration is not None:
                 self._calibration.advance(blocks, part, groups[-1][-1])
 
-    def _factor(self, blocks: Blocks, part: str, stem: str, prefix: str) -> Factor | None:
+    def _factor(
+        self, blocks: Blocks, part: str, stem: str, name: str, facts: Facts
+    ) -> Factor | None:
         """Factorize the Hessian of a linear's inputs; None without calibration."""
         if self._calibration is None:
             return None
-        hessian = self._calibration.hessian(blocks, part, stem)
-        drift = hessian.drift()
-        if self.method == "gptaq" and drift is None:
-            self._note(
-                f"{prefix}{part}.{stem}",
-                f"{hessian.tokens:,} calibration tokens for {len(hessian.sum):,} columns are too "
+        is_last = stem == LINEARS[part][-1][-1]
+        hessian = self._calibration.hessian(blocks, part, stem, is_last)
+        if self.method == "gptaq" and not hessian.knows_drift:
+            facts.note(
+                name,
+                f"{hessian.tokens:,} calibration tokens for {hessian.columns:,} columns are too "
                 f"few for GPTAQ (at least {DRIFT_TOKENS} each): GPTQ was used",
             )
-        factor = factorise(hessian.mean(), drift)
-        if factor is None:
-            self._note(
-                f"{prefix}{part}.{stem}",
-                "no damping makes its inputs' Hessian invertible, rounded to nearest",
+        if not hessian.is_finite:
+            raise XinslmError(
+                f"{self.source.path}: on the calibration text, the inputs of {name} are NaN, "
+                "infinite or too large to square in float32. The model is broken in an earlier "
+                "layer, or needs other text; --method rtn rounds without text"
             )
+        # no name for either here, which would keep them from being freed
+        factor = factorise(hessian.mean(), hessian.drift())
+        if factor is None:
+            facts.note(name, "no damping makes its inputs' Hessian invertible, rounded to nearest")
         return factor
 
-    def _linears(self, names: list[str], linears: list[nn.Linear], factor: Factor | None) -> None:
+    def _linears(
+        self,
+        names: list[str],
+        linears: list[nn.Linear],
+        factor: Factor | None,
+        out: WeightWriter,
+    ) -> None:
         """Quantize and write linears that read the same inputs; load the dequantized results."""
         coded: dict[str, nn.Linear] = {}
         for name, linear in zip(names, linears, strict=True):
-            if self._fits(name, linear.weight.data, self.grid):
+            if out.fits(name, linear.weight.data, self.grid):
                 coded[name] = linear
             else:
-                linear.weight = nn.Parameter(self._half(f"{name}.weight", linear.weight.data))
+                linear.weight = nn.Parameter(out.half(f"{name}.weight", linear.weight.data))
         weights = [linear.weight.data for linear in coded.values()]
         if self.method == "absmax" and self.grid is Q4_0:
             results = [place_largest(weight) for weight in weights]
@@ -172,26 +312,24 @@ class Quantization:
             results = [round_to_nearest(weight, self.grid) for weight in weights]
         for (name, linear), result in zip(coded.items(), results, strict=True):
             if factor is not None:
-                self.losses[name] = {
+                out.facts.losses[name] = {
                     "method": result.method,
                     "loss": result.loss,
                     "rtn_loss": result.rtn_loss,
                 }
                 if result.method == "rtn":
-                    self._note(name, "GPTQ did not beat rounding to nearest, which was kept")
+                    out.facts.note(name, "GPTQ did not beat rounding to nearest, which was kept")
             codes = pack_nibbles(result.codes) if self.grid is Q4_0 else result.codes
-            self._coded(name, self.grid, codes, result.scales)
+            out.coded(name, self.grid, codes, result.scales)
             linear.weight = nn.Parameter(decode(result.codes, result.scales))
 
-    def _table(self, name: str) -> Callable[[Tensor], Tensor]:
-        """Write the embedding or LM head at 8 bits in blocks of rows; return a lookup of the stored
-        table.
-        """
+    def _table(self, name: str, out: WeightWriter) -> None:
+        """Write the embedding or LM head at 8 bits, in blocks of rows."""
         shape, stem = self.shapes[name], name.removesuffix(".weight")
         parts = self._parts(name)
-        if not all(self._fits(stem, self.source.rows(name, shape, *part), Q8_0) for part in parts):
-            kept = self._half(name, self.source.rows(name, shape))
-            return lambda ids: kept[ids]
+        if not all(out.fits(stem, self.source.rows(name, shape, *part), Q8_0) for part in parts):
+            out.half(name, self.source.rows(name, shape))
+            return
         codes, scales = (
             torch.empty(shape, dtype=torch.int8),
             torch.empty(shape[0], shape[1] // BLOCK),
@@ -200,65 +338,34 @@ class Quantization:
             weight = self.source.rows(name, shape, start, stop)
             scales[start:stop] = fit_scales(weight, Q8_0)
             codes[start:stop] = encode(weight, scales[start:stop], Q8_0)
-        self._coded(stem, Q8_0, codes, scales)
-        return lambda ids: decode(codes[ids].flatten(0, -2), scales[ids].flatten(0, -2)).view(
-            *ids.shape, -1
-        )
+        out.coded(stem, Q8_0, codes, scales)
 
-    def _originals(self, states: list[Tensor]) -> list[Tensor]:
-        """The batches' embeddings before quantization, shaped as `states`."""
-        name = "model.embed_tokens.weight"
-        originals = [torch.empty_like(state) for state in states]
-        ids = [torch.from_numpy(batch.input_ids) for batch in self.batches]
-        for start, stop in self._parts(name):
-            rows = self.source.rows(name, self.shapes[name], start, stop)
-            for chosen, state in zip(ids, originals, strict=True):
-                inside = (chosen >= start) & (chosen < stop)
-                state[inside] = rows[chosen[inside] - start]
-        return originals
+    def _require_tied(self) -> None:
+        """Raise XinslmError if config.json ties an LM head that the file has, and that differs."""
+        head, table = "lm_head.weight", "model.embed_tokens.weight"
+        if not self.model.tie_word_embeddings or head not in self.source.names:
+            return
+        shape = self.shapes[table]
+        is_same = self.source.shape_of(head) == shape and all(
+            torch.equal(self.source.rows(head, shape, *part), self.source.rows(table, shape, *part))
+            for part in self._parts(table)
+        )
+        if not is_same:
+            raise XinslmError(
+                f"{self.source.path}: config.json ties the LM head to the embedding, but the file "
+                f"has another '{head}'. Set tie_word_embeddings to false if that one is meant, or "
+                "delete it from the file"
+            )
 
     def _parts(self, name: str) -> list[tuple[int, int]]:
         """Ranges of rows in which a table is read."""
         count = self.shapes[name][0]
         return [(i, min(i + _TABLE_ROWS, count)) for i in range(0, count, _TABLE_ROWS)]
 
-    def _fits(self, name: str, weight: Tensor, grid: Grid) -> bool:
-        """Whether a matrix fits this grid; if not, a note says why."""
-        if weight.shape[1] % BLOCK:
-            self._note(
-                name, f"rows of {weight.shape[1]} are no multiple of {BLOCK}, kept at 16 bits"
-            )
-            return False
-        report = check_range(weight, grid)
-        if not report.fits:
-            self._note(name, "magnitudes that float16 scales cannot hold, kept unquantized")
-        elif report.small_blocks:
-            self._note(name, "some blocks are too small for a fine float16 scale")
-        return report.fits
+    def _prefix(self, index: int) -> str:
+        return f"model.layers.{index}."
 
-    def _coded(self, name: str, grid: Grid, codes: Tensor, scales: Tensor) -> None:
-        self.formats[name] = grid.name
-        self._out.add(f"{name}.codes", codes)
-        self._out.add(f"{name}.scales", scales.half())
-
-    def _plain(self, name: str, weight: Tensor) -> None:
-        self.formats[name.removesuffix(".weight")] = "f32"
-        self._out.add(name, weight)
-
-    def _half(self, name: str, weight: Tensor) -> Tensor:
-        """Write a weight in float16, or in float32 if float16 loses precision; return the stored
-        values.
-        """
-        half = weight.half()
-        lost = (half.float() - weight).double().square().sum()
-        if not torch.isfinite(half).all() or lost > 1e-6 * weight.double().square().sum():
-            self._plain(name, weight)
-            return weight
-        self.formats[name.removesuffix(".weight")] = "f16"
-        self._out.add(name, half)
-        return half.float()
-
-    def _note(self, name: str, reason: str) -> None:
-        names = self._noted.setdefault(reason, [])
-        if name not in names:
-            names.append(name)
+    def _tensor_names(self, prefix: str) -> list[str]:
+        """Names of tensors that weights with this prefix may get, for the file's header."""
+        stems = [n.removesuffix("weight") for n in self.shapes if n.startswith(prefix)]
+        return [stem + end for stem in stems for end in ("codes", "scales")]

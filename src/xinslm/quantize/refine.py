@@ -13,9 +13,10 @@ from xinslm.data.packing import Batch
 from xinslm.errors import UsageError
 from xinslm.files import write_manifest
 from xinslm.model.grids import BLOCK, GRIDS, Q4_0, Q8_0
+from xinslm.model.names import QUANTIZED_WEIGHTS
 from xinslm.model.quantized import KIND, VERSION, QuantizedSource
 from xinslm.model.safetensors_writer import SafetensorsWriter
-from xinslm.model.source import QUANTIZED_WEIGHTS, ModelSource, weight_shapes
+from xinslm.model.source import ModelSource, weight_shapes
 from xinslm.model.stored import StoredWeight
 from xinslm.progress import Listener
 from xinslm.quantize.config import QuantizeConfig, parse_size

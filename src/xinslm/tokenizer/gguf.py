@@ -5,17 +5,26 @@ scores give the merges. Other kinds (WordPiece, Unigram, RWKV) and split rules a
 ids would be wrong.
 """
 
+from enum import IntEnum
 from typing import Any
 
-from gguf import TokenType
-
 from xinslm.errors import UsageError, XinslmError
-from xinslm.tokenizer import sentencepiece
 from xinslm.tokenizer.base import Tokenizer
 from xinslm.tokenizer.bpe import BPETokenizer
 from xinslm.tokenizer.files import Definition
-from xinslm.tokenizer.hf import HFTokenizer
 from xinslm.tokenizer.start import start_processor
+
+
+class TokenType(IntEnum):
+    """llama.cpp's kinds of token."""
+
+    NORMAL = 1
+    UNKNOWN = 2
+    CONTROL = 3
+    USER_DEFINED = 4
+    UNUSED = 5
+    BYTE = 6
+
 
 _SAME_SPLIT = {
     "llama-bpe": "llama-bpe llama-v3 llama3 falcon3 pixtral lfm2",
@@ -116,7 +125,11 @@ def _sentencepiece(
     named: dict[str, str],
     template: str | None,
     where: str,
-) -> HFTokenizer:
+) -> Tokenizer:
+    # imported here, because a byte-level tokenizer needs none of it
+    from xinslm.tokenizer import sentencepiece
+    from xinslm.tokenizer.hf import HFTokenizer
+
     scores = keys.get("tokenizer.ggml.scores")
     if scores is None or "unk_token" not in named:
         raise XinslmError("its pieces have no scores or no unknown token")

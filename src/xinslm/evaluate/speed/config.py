@@ -9,7 +9,7 @@ import tyro
 from xinslm.gguf_file import is_gguf
 from xinslm.ranges import POSITIVE, Device, Dtype, Range, Settings, range_errors
 
-EngineName = Literal["xinslm", "llama.cpp"]
+EngineName = Literal["xinslm", "pytorch", "llama.cpp"]
 
 _AT_LEAST_ONE = ("prompt_tokens", "decode_tokens", "repetitions", "threads")
 _SPEED = dict.fromkeys(_AT_LEAST_ONE, Range(1)) | {"timeout_seconds": POSITIVE, "seed": Range(0)}
@@ -22,8 +22,8 @@ class SpeedConfig(Settings):
     models: Annotated[tuple[Path, ...], tyro.conf.Positional]
     """Models to compare: model, run or quantized folders, GGUF files, or Hub names."""
     engines: tuple[EngineName, ...] = ("xinslm", "llama.cpp")
-    """What runs the models; llama.cpp reads GGUF files only, on the CPU, and needs the package
-    xllamacpp.
+    """What runs the models. xinslm takes its native engine where that runs the model, pytorch its
+    other one; llama.cpp reads GGUF files only, on the CPU, and needs the package xllamacpp.
     """
     depths: tuple[int, ...] = (0, 512, 1536)
     """Tokens already in the context when speed is measured; those beyond a model's context are left

@@ -18,6 +18,7 @@ from xinslm.errors import XinslmError
 from xinslm.evaluate.speed.meters import EnergyMeter, peak_memory_bytes
 from xinslm.evaluate.speed.timing import EngineTimer, Sizes, TimedModel, fit, time_model
 from xinslm.machine import OtherLoad
+from xinslm.ranges import Device, Dtype
 
 
 @dataclass(frozen=True)
@@ -30,8 +31,8 @@ class Task:
     prompt_tokens: int
     decode_tokens: int
     threads: int
-    device: str = "cpu"
-    dtype: str = "auto"
+    device: Device = "cpu"
+    dtype: Dtype = "auto"
     seed: int = 0
     context_length: int | None = None
     """The model's context, if it is known before the model is loaded."""
@@ -81,10 +82,34 @@ def measure(task: Task) -> dict[str, Any]:
 
 
 def _load_xinslm(task: Task) -> tuple[Loaded, int | None]:
+    """The engine that `xinslm generate` takes."""
+    from xinslm.inference.load import native_problem
+
+    if native_problem(task.path, task.device, task.dtype):
+        return _load_pytorch(task)
+    from xinslm.inference.native_engine import NativeEngine
+
+    base_memory = peak_memory_bytes()
+    engine = NativeEngine.load(task.path, threads=task.threads)
+    facts = {
+        "threads": task.threads,
+        "device": "cpu",
+        "dtype": "weights as stored, keys and values float16",
+        "version": f"native, {engine.context.kernels} kernels",
+    }
+    return Loaded(EngineTimer(engine), facts, lambda: _file_bytes(task.path)), base_memory
+
+
+def _file_bytes(path: str) -> int:
+    from xinslm.model.files import open_model
+
+    return open_model(path).weight_bytes
+
+
+def _load_pytorch(task: Task) -> tuple[Loaded, int | None]:
     import torch
 
     from xinslm.inference.torch_engine import TorchEngine
-    from xinslm.model.files import open_model
 
     torch.set_num_threads(task.threads)
     base_memory = peak_memory_bytes()
@@ -96,9 +121,7 @@ def _load_xinslm(task: Task) -> tuple[Loaded, int | None]:
         "dtype": dtype,
         "version": f"torch {torch.__version__}",
     }
-    return Loaded(
-        EngineTimer(engine), facts, lambda: open_model(task.path).weight_bytes
-    ), base_memory
+    return Loaded(EngineTimer(engine), facts, lambda: _file_bytes(task.path)), base_memory
 
 
 def _load_llama_cpp(task: Task) -> tuple[Loaded, int | None]:
@@ -119,7 +142,7 @@ def _load_llama_cpp(task: Task) -> tuple[Loaded, int | None]:
     return Loaded(model, facts, lambda: path.stat().st_size), base_memory
 
 
-_LOADERS = {"xinslm": _load_xinslm, "llama.cpp": _load_llama_cpp}
+_LOADERS = {"xinslm": _load_xinslm, "pytorch": _load_pytorch, "llama.cpp": _load_llama_cpp}
 
 
 def _report(task: Task) -> dict[str, Any]:

@@ -1,0 +1,322 @@
+#include "context.h"
+
+#include "dispatch.h"
+
+#include <algorithm>
+#include <cmath>
+#include <stdexcept>
+#include <string>
+
+#if defined(_WIN32)
+#include <process.h>
+#else
+#include <unistd.h>
+#endif
+
+namespace xl {
+namespace {
+
+constexpr int kChunkTokens = 256;  // tokens that go through a layer at once
+constexpr int kQueryRows = 32;     // queries that share the keys of a unit
+
+long process_id() {
+#if defined(_WIN32)
+    return _getpid();
+#else
+    return getpid();
+#endif
+}
+
+size_t padded(int32_t size) { return round_up(static_cast<size_t>(size), kBlock); }
+
+}  // namespace
+
+Context::Buffer::Buffer(size_t tokens, size_t columns)
+    : codes(allocate<int8_t>(tokens * columns)), scales(allocate<float>(tokens * columns / kBlock)),
+      values(allocate<float>(tokens * columns)), sums(allocate<int32_t>(tokens * columns / kBlock)) {}
+
+Inputs Context::Buffer::view(size_t columns) const {
+    return {codes.get(), scales.get(), sums.get(), values.get(), columns};
+}
+
+Context::Context(const Model &model, int threads, const char *names, bool int8_cache, int64_t max_tokens)
+    : cache(model.shape, int8_cache, max_tokens), kernels(kernels_named(names)), model_(model), threads_(threads),
+      hidden_(padded(model.shape.hidden_size)), queries_(padded(model.shape.heads * model.shape.head_size)),
+      keys_(static_cast<size_t>(model.shape.key_heads * model.shape.head_size)), ffn_(padded(model.shape.ffn_size)),
+      width_(std::max(std::max(hidden_, ffn_), queries_)) {
+    if (threads < 1 || threads > 1024) throw std::runtime_error("threads must be 1 to 1024");
+    if (max_tokens < 1) throw std::runtime_error("the cache must hold at least one token");
+    model.require_complete();
+    x_ = allocate<float>(kChunkTokens * hidden_);
+    qkv_ = allocate<float>(kChunkTokens * (queries_ + 2 * keys_));
+    attended_ = allocate<float>(kChunkTokens * queries_);
+    gates_ = allocate<float>(kChunkTokens * ffn_);
+    shared_.reset(new Buffer(kChunkTokens, width_));
+    const auto group = static_cast<size_t>(model.shape.heads / model.shape.key_heads);
+    const size_t rows = std::max(group, static_cast<size_t>(kQueryRows));
+    for (int i = 0; i < threads; i++) {
+        own_.emplace_back(new Buffer(1, width_));
+        scratch_.push_back(allocate<float>(3 * rows * static_cast<size_t>(cache.head_size())));
+    }
+    start_team();
+}
+
+void Context::start_team() {
+    // After a fork the child has no threads but its own; the parent's team cannot be joined here.
+    (void)team_.release();
+    team_.reset(new Team(threads_));
+    process_ = process_id();
+}
+
+std::unique_lock<std::mutex> Context::claim() {
+    std::unique_lock<std::mutex> lock(busy_, std::try_to_lock);
+    if (!lock) throw std::runtime_error("busy: another thread is using this context");
+    return lock;
+}
+
+void Context::check(int count, const int32_t *tokens, const int32_t *sequences) const {
+    if (count < 1) throw std::runtime_error("there are no tokens");
+    std::vector<int64_t> added;
+    for (int i = 0; i < count; i++) {
+        if (tokens[i] < 0 || tokens[i] >= model_.shape.vocabulary)
+            throw std::runtime_error("token " + std::to_string(tokens[i]) + " is not in the vocabulary of " +
+                                     std::to_string(model_.shape.vocabulary));
+        const int64_t before = cache.length(sequences[i]);  // throws for an unknown sequence
+        if (static_cast<size_t>(sequences[i]) >= added.size()) added.resize(static_cast<size_t>(sequences[i]) + 1);
+        if (before + ++added[static_cast<size_t>(sequences[i])] > model_.shape.positions)
+            throw std::runtime_error("the context holds " + std::to_string(model_.shape.positions) + " tokens");
+    }
+}
+
+void Context::extend(int count, const int32_t *tokens, const int32_t *sequences, const uint8_t *wanted,
+                     float *logits) {
+    check(count, tokens, sequences);
+    if (process_ != process_id()) start_team();
+    std::vector<std::pair<int, int64_t>> before;
+    for (int i = 0; i < count; i++)
+        if (i == 0 || sequences[i] != sequences[i - 1]) before.emplace_back(sequences[i], cache.length(sequences[i]));
+    try {
+        for (int done = 0; done < count; done += kChunkTokens) {
+            const int size = std::min(kChunkTokens, count - done);
+            chunk(size, tokens + done, sequences + done, wanted + done, logits);
+            logits += static_cast<size_t>(wanted_count_) * static_cast<size_t>(model_.shape.vocabulary);
+        }
+    } catch (...) {
+        // a sequence that stands twice in `before` had its first length first
+        for (auto it = before.rbegin(); it != before.rend(); ++it)
+            if (cache.length(it->first) > it->second) cache.rewind(it->first, it->second);
+        throw;
+    }
+}
+
+void Context::chunk(int count, const int32_t *tokens, const int32_t *sequences, const uint8_t *wanted,
+                    float *logits) {
+    count_ = count, tokens_ = tokens, logits_ = logits;
+    wanted_.clear(), runs_.clear();
+    std::vector<int64_t> next;
+    int64_t most = 0;
+    for (int i = 0; i < count; i++) {
+        if (wanted[i]) wanted_.push_back(i);
+        const auto s = static_cast<size_t>(sequences[i]);
+        if (s >= next.size()) next.resize(s + 1, -1);
+        if (next[s] < 0) next[s] = cache.length(sequences[i]);
+        if (i && sequences[i] == sequences[i - 1])
+            runs_.back().count++;
+        else
+            runs_.push_back({i, 1, sequences[i], next[s]});
+        most = std::max(most, ++next[s]);
+    }
+    wanted_count_ = static_cast<int>(wanted_.size());
+    for (size_t s = 0; s < next.size(); s++)
+        if (next[s] >= 0) cache.reserve(static_cast<int>(s), next[s] - cache.length(static_cast<int>(s)));
+    grow_rotations(most);
+    plan_attention();
+    team_->run([this](int thread) { forward(thread); });
+    for (int i = 0; i < count; i++) cache.advance(sequences[i]);
+}
+
+void Context::grow_rotations(int64_t positions) {
+    const auto half = static_cast<size_t>(model_.shape.head_size / 2);
+    const auto known = static_cast<int64_t>(rotations_.size() / (2 * half));
+    if (positions <= known) return;
+    rotations_.resize(static_cast<size_t>(positions + 255) / 256 * 256 * 2 * half);
+    float *out = rotations_.data() + static_cast<size_t>(known) * 2 * half;
+    for (auto p = known; p < static_cast<int64_t>(rotations_.size() / (2 * half)); p++, out += 2 * half) {
+        for (size_t i = 0; i < half; i++) {
+            const float angle = static_cast<float>(p) * model_.frequencies[i];
+            out[i] = static_cast<float>(std::cos(static_cast<double>(angle)));
+            out[half + i] = static_cast<float>(std::sin(static_cast<double>(angle)));
+        }
+    }
+}
+
+void Context::plan_attention() {
+    const int group = model_.shape.heads / model_.shape.key_heads;
+    const int tokens = std::max(1, kQueryRows / group);
+    units_.clear(), joins_.clear();
+    int spans = 0;
+    for (const Run &run : runs_) {
+        const int64_t last = run.position + run.count - 1;
+        const auto first = static_cast<int>(cache.first_seen(run.position) / kSpanTokens);
+        spans = std::max(spans, static_cast<int>(last / kSpanTokens) + 1 - first);
+    }
+    // Few queries: the threads share the keys of one sequence. Many: each takes its own queries.
+    by_span_ = spans > 1 && threads_ > 1 && count_ <= 16;
+    for (const Run &run : runs_) {
+        for (int at = 0; at < run.count; at += tokens) {
+            Unit unit{run.first + at, std::min(tokens, run.count - at), run.sequence, 0, -1, run.position + at};
+            for (int h = 0; h < model_.shape.key_heads; h++) {
+                unit.key_head = h, unit.span = -1;
+                if (!by_span_) {
+                    units_.push_back(unit);
+                    continue;
+                }
+                joins_.push_back(unit);
+                joins_.back().span = static_cast<int>(units_.size());  // its first unit
+                const auto first = static_cast<int>(cache.first_seen(unit.position) / kSpanTokens);
+                const auto end = static_cast<int>((unit.position + unit.count - 1) / kSpanTokens) + 1;
+                for (unit.span = first; unit.span < end; unit.span++) units_.push_back(unit);
+            }
+        }
+    }
+    next_unit_.store(0, std::memory_order_relaxed);
+    if (!by_span_) return;
+    const auto rows = static_cast<size_t>(tokens * group);
+    partial_stride_ = rows * (static_cast<size_t>(cache.head_size()) + 2);
+    partial_.resize(units_.size() * partial_stride_);
+}
+
+Inputs Context::inputs(int thread, size_t columns) const {
+    // One token's inputs are computed by every thread for itself: cheaper than another barrier.
+    return (count_ == 1 ? *own_[static_cast<size_t>(thread)] : *shared_).view(columns);
+}
+
+void Context::forward(int thread) {
+    const xl_shape &s = model_.shape;
+    const Part part(static_cast<size_t>(count_), thread, threads_);
+    for (size_t t = part.begin; t < part.end; t++)
+        model_.embedding().decode_row(static_cast<size_t>(tokens_[t]), x_.get() + t * hidden_);
+    team_->barrier();
+    const size_t stride = queries_ + 2 * keys_;
+    for (int i = 0; i < s.layers; i++) {
+        const Layer &layer = model_.layers[static_cast<size_t>(i)];
+        normalized(thread, x_.get(), layer.attention_norm, count_);
+        const Product qkv[] = {{&layer.q, qkv_.get(), stride, false},
+                               {&layer.k, qkv_.get() + queries_, stride, false},
+                               {&layer.v, qkv_.get() + queries_ + keys_, stride, false}};
+        products(thread, qkv, 3, count_);
+        team_->barrier();
+        prepare_heads(thread, i);
+        if (thread == 0) next_unit_.store(0, std::memory_order_relaxed);
+        team_->barrier();
+        attention(thread, i);
+        team_->barrier();
+        rounded(thread, attended_.get(), queries_, queries_, count_);
+        const Product out{&layer.o, x_.get(), hidden_, true};
+        products(thread, &out, 1, count_);
+        team_->barrier();
+        normalized(thread, x_.get(), layer.ffn_norm, count_);
+        gated(thread, layer, count_);
+        team_->barrier();
+        rounded(thread, gates_.get(), ffn_, ffn_, count_);
+        const Product down{&layer.down, x_.get(), hidden_, true};
+        products(thread, &down, 1, count_);
+        team_->barrier();
+    }
+    head(thread, logits_);
+}
+
+// Norm and rounding of some tokens; the barrier is for those of other threads.
+void Context::normalized(int thread, const float *x, const std::vector<float> &norm, int count) {
+    const Inputs to = inputs(thread, hidden_);
+    const bool alone = count_ == 1;
+    const Part part(static_cast<size_t>(count), alone ? 0 : thread, alone ? 1 : threads_);
+    const auto size = static_cast<size_t>(model_.shape.hidden_size);
+    for (size_t t = part.begin; t < part.end; t++)
+        kernels.rms_norm(x + t * hidden_, norm.data(), size, model_.shape.eps, to.values + t * hidden_);
+    round_tokens(to, to.values, hidden_, hidden_, part);
+    if (!alone) team_->barrier();
+}
+
+void Context::rounded(int thread, const float *x, size_t stride, size_t columns, int count) {
+    const Inputs to = inputs(thread, columns);
+    const bool alone = count_ == 1;
+    const Part part(static_cast<size_t>(count), alone ? 0 : thread, alone ? 1 : threads_);
+    for (size_t t = part.begin; t < part.end; t++)
+        std::memcpy(to.values + t * columns, x + t * stride, columns * sizeof(float));
+    round_tokens(to, x, stride, columns, part);
+    if (!alone) team_->barrier();
+}
+
+void Context::round_tokens(const Inputs &to, const float *x, size_t stride, size_t columns, Part part) {
+    const size_t blocks = columns / kBlock;
+    for (size_t t = part.begin; t < part.end; t++)
+        kernels.quantize(x + t * stride, columns, to.codes + t * columns, to.scales + t * blocks, to.sums + t * blocks);
+}
+
+void Context::products(int thread, const Product *list, size_t size, int count) {
+    size_t total = 0;
+    for (size_t i = 0; i < size; i++) total += list[i].matrix->tiles();
+    const Part part(total, thread, threads_);
+    size_t first = 0;
+    for (size_t i = 0; i < size; i++) {
+        const Matrix &m = *list[i].matrix;
+        const size_t begin = std::max(part.begin, first), end = std::min(part.end, first + m.tiles());
+        if (begin < end)
+            tiles(list[i], begin - first, end - first, inputs(thread, round_up(m.columns, kBlock)), count);
+        first += m.tiles();
+    }
+}
+
+void Context::tiles(const Product &product, size_t begin, size_t end, const Inputs &x, int count) const {
+    const Matrix &m = *product.matrix;
+    const auto kernel = kernels.tile[static_cast<int>(m.format)];
+    alignas(64) float out[kChunkTokens * kTileRows];
+    for (size_t tile = begin; tile < end; tile++) {
+        kernel(m.tile(tile), m.columns, x, 0, count, out);
+        const size_t row = tile * kTileRows, rows = std::min<size_t>(kTileRows, m.rows - row);
+        float *to = product.out + row;
+        for (int t = 0; t < count; t++, to += product.stride) {
+            const float *from = out + kTileRows * t;
+            if (product.add)
+                for (size_t r = 0; r < rows; r++) to[r] += from[r];
+            else
+                for (size_t r = 0; r < rows; r++) to[r] = from[r];
+        }
+    }
+}
+
+// silu(gate x) * (up x), tile by tile
+void Context::gated(int thread, const Layer &layer, int count) {
+    const Inputs x = inputs(thread, hidden_);
+    alignas(64) float gate[kChunkTokens * kTileRows], up[kChunkTokens * kTileRows];
+    const Part part(layer.gate.tiles(), thread, threads_);
+    for (size_t tile = part.begin; tile < part.end; tile++) {
+        kernels.tile[static_cast<int>(layer.gate.format)](layer.gate.tile(tile), layer.gate.columns, x, 0, count, gate);
+        kernels.tile[static_cast<int>(layer.up.format)](layer.up.tile(tile), layer.up.columns, x, 0, count, up);
+        const size_t row = tile * kTileRows, rows = std::min<size_t>(kTileRows, layer.gate.rows - row);
+        for (int t = 0; t < count; t++) {
+            kernels.silu_product(gate + kTileRows * t, up + kTileRows * t);
+            std::memcpy(gates_.get() + static_cast<size_t>(t) * ffn_ + row, gate + kTileRows * t, rows * sizeof(float));
+        }
+    }
+}
+
+// The last layer's outputs at the wanted tokens, through the norm and the head.
+void Context::head(int thread, float *logits) {
+    if (!wanted_count_) return;
+    const auto size = static_cast<size_t>(model_.shape.hidden_size);
+    const auto vocabulary = static_cast<size_t>(model_.shape.vocabulary);
+    const Inputs to = inputs(thread, hidden_);
+    const bool alone = count_ == 1;
+    const Part part(static_cast<size_t>(wanted_count_), alone ? 0 : thread, alone ? 1 : threads_);
+    for (size_t i = part.begin; i < part.end; i++)
+        kernels.rms_norm(x_.get() + static_cast<size_t>(wanted_[i]) * hidden_, model_.final_norm.data(), size,
+                         model_.shape.eps, to.values + i * hidden_);
+    round_tokens(to, to.values, hidden_, hidden_, part);
+    if (!alone) team_->barrier();
+    const Product product{&model_.head(), logits, vocabulary, false};
+    products(thread, &product, 1, wanted_count_);
+}
+
+}  // namespace xl

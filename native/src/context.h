@@ -1,0 +1,104 @@
+// The forward pass: tokens of any sequences in, logits out.
+#pragma once
+
+#include <atomic>
+#include <memory>
+#include <mutex>
+#include <vector>
+
+#include "cache.h"
+#include "kernels/kernels.h"
+#include "model.h"
+#include "threads.h"
+
+namespace xl {
+
+constexpr int kSpanTokens = 8 * kPageTokens;  // keys of one partial softmax
+
+class Context {
+  public:
+    Context(const Model &model, int threads, const char *kernels, bool int8_cache, int64_t max_tokens);
+
+    void extend(int count, const int32_t *tokens, const int32_t *sequences, const uint8_t *wanted, float *logits);
+
+    // Held during every call that changes sequences; a caller that finds it taken gives up.
+    std::unique_lock<std::mutex> claim();
+
+    Cache cache;
+    const Kernels &kernels;
+
+  private:
+    // A matrix product's inputs for some tokens, with the memory they are in.
+    struct Buffer {
+        Memory<int8_t> codes;
+        Memory<float> scales, values;
+        Memory<int32_t> sums;
+        Buffer(size_t tokens, size_t columns);
+        Inputs view(size_t columns) const;
+    };
+    // Tokens of one sequence that follow each other in the batch.
+    struct Run {
+        int first, count, sequence;
+        int64_t position;
+    };
+    // A piece of attention that one thread computes: some tokens of a run, one key head, and of the
+    // keys either all or one span.
+    struct Unit {
+        int first, count, sequence, key_head, span;
+        int64_t position;
+    };
+    struct Product {
+        const Matrix *matrix;
+        float *out;
+        size_t stride;
+        bool add;
+    };
+
+    void start_team();
+    void check(int count, const int32_t *tokens, const int32_t *sequences) const;
+    void chunk(int count, const int32_t *tokens, const int32_t *sequences, const uint8_t *wanted, float *logits);
+    void plan_attention();
+    void forward(int thread);
+    void normalized(int thread, const float *x, const std::vector<float> &norm, int count);
+    void rounded(int thread, const float *x, size_t stride, size_t columns, int count);
+    void round_tokens(const Inputs &to, const float *x, size_t stride, size_t columns, Part part);
+    void products(int thread, const Product *list, size_t size, int count);
+    void tiles(const Product &product, size_t begin, size_t end, const Inputs &x, int count) const;
+    void gated(int thread, const Layer &layer, int count);
+    void prepare_heads(int thread, int layer);
+    void attention(int thread, int layer);
+    void attend_unit(const Unit &unit, int layer, float *scratch);
+    void attend_span(const Unit &unit, int layer, int span, const float *queries, SoftmaxState *states, float *outputs);
+    void join_spans(int thread);
+    void finish(const Unit &unit, const SoftmaxState *states, const float *outputs);
+    void head(int thread, float *logits);
+    void grow_rotations(int64_t positions);
+    Inputs inputs(int thread, size_t columns) const;
+
+    const Model &model_;
+    const int threads_;
+    const size_t hidden_, queries_, keys_, ffn_, width_;  // width_: the widest input of a product
+    std::unique_ptr<Team> team_;
+    long process_;
+    std::mutex busy_;
+
+    std::vector<float> rotations_;  // [position][cosines of head_size / 2, then sines]
+    Memory<float> x_, qkv_, attended_, gates_;
+    std::unique_ptr<Buffer> shared_;                // inputs of all tokens of a chunk
+    std::vector<std::unique_ptr<Buffer>> own_;      // one token, for each thread
+    std::vector<Memory<float>> scratch_;            // attention, for each thread
+
+    // The chunk at work.
+    int count_ = 0, wanted_count_ = 0;
+    const int32_t *tokens_ = nullptr;
+    float *logits_ = nullptr;
+    std::vector<int> wanted_;
+    std::vector<Run> runs_;
+    std::vector<Unit> units_, joins_;
+    std::vector<float> partial_;
+    size_t partial_stride_ = 0;
+    bool by_span_ = false;
+    std::atomic<int> next_unit_{0};
+};
+
+}  // namespace xl

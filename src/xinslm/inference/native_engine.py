@@ -1,0 +1,208 @@
+"""The native engine: 4-bit and 8-bit weights as they are, int8 activations, a paged cache.
+
+Its arithmetic is that of `--activations int8` of the PyTorch engine, with keys and values in
+float16: what llama.cpp computes. A token's logits have the same bits for any number of threads, and
+whether it came alone, in a prompt or as one of several drafts.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from xinslm.errors import UsageError, XinslmError
+from xinslm.inference.config import CacheType
+from xinslm.inference.engine import common_prefix
+from xinslm.inference.raw_weights import RawModel, open_raw
+from xinslm.model.config import ModelConfig
+from xinslm.native.bindings import Shape
+from xinslm.native.model import NativeContext, NativeModel, default_threads
+
+if TYPE_CHECKING:
+    from xinslm.tokenizer.base import Tokenizer
+
+_CHUNK = 256
+"""Tokens of a prompt in one call, so that Ctrl-C takes effect between them."""
+_ROLES = {
+    "model.embed_tokens": "embedding",
+    "lm_head": "head",
+    "model.norm": "final_norm",
+}
+_LAYER_ROLES = {
+    "input_layernorm": "attention_norm",
+    "post_attention_layernorm": "ffn_norm",
+    "self_attn.q_norm": "q_norm",
+    "self_attn.k_norm": "k_norm",
+    **{f"self_attn.{name}": name for name in ("q_proj", "k_proj", "v_proj", "o_proj")},
+    **{f"mlp.{name}": name for name in ("gate_proj", "up_proj", "down_proj")},
+}
+
+
+class NativeEngine:
+    """An `Engine` on the native library."""
+
+    def __init__(
+        self,
+        model: NativeModel,
+        tokenizer: "Tokenizer",
+        name: str = "model",
+        context_length: int | None = None,
+        threads: int | None = None,
+        cache: CacheType = "float16",
+    ) -> None:
+        own = int(model.shape.positions)
+        if context_length is not None and not 1 <= context_length <= own:
+            raise UsageError(
+                f"--max-seq-length {context_length}: the context of {name} holds 1 to {own:,} "
+                f"tokens"
+            )
+        if tokenizer.vocab_size > model.shape.vocabulary:
+            raise XinslmError(
+                f"{name}: the tokenizer has {tokenizer.vocab_size:,} ids, but the model's "
+                f"embedding only {model.shape.vocabulary:,} rows; the tokenizer belongs to another "
+                "model"
+            )
+        self.tokenizer, self.name = tokenizer, name
+        self.context_length = context_length or own
+        self.context = NativeContext(model, threads or default_threads(), cache == "int8")
+        self.reused = 0
+        self._ids: list[int] = []
+        self._sequence = self.context.add()
+
+    @classmethod
+    def load(
+        cls,
+        path: Path | str,
+        context_length: int | None = None,
+        threads: int | None = None,
+        cache: CacheType = "float16",
+    ) -> "NativeEngine":
+        """Load a model that `native_problem` has no objection to, with its tokenizer."""
+        from xinslm.tokenizer.load import load_tokenizer
+
+        raw = open_raw(path)
+        if raw is None:
+            raise UsageError(f"{path}: the native engine does not read this kind of model")
+        model = build(raw)
+        return cls(model, load_tokenizer(path), str(path), context_length, threads, cache)
+
+    @property
+    def position(self) -> int:
+        """Number of tokens in the sequence."""
+        return len(self._ids)
+
+    def start(self, ids: Sequence[int]) -> np.ndarray:
+        """Make `ids` the sequence; only tokens after the prefix shared with the last sequence are
+        computed.
+        """
+        if not ids:
+            raise ValueError("a text needs at least one token to start from")
+        self._require_room(len(ids))
+        # the last token is computed again for its logits
+        self.rewind(min(common_prefix(self._ids, ids), len(ids) - 1))
+        self.reused = self.position
+        for at in range(self.reused, len(ids) - 1, _CHUNK):
+            self._run(ids[at : min(at + _CHUNK, len(ids) - 1)], ())
+        return self._run(ids[-1:], (0,))[0]
+
+    def step(self, token: int) -> np.ndarray:
+        """Append one token; return the logits of the token after it."""
+        self._require_room(self.position + 1)
+        return self._run([token], (0,))[0]
+
+    def verify(self, tokens: Sequence[int]) -> np.ndarray:
+        """Append tokens; return float32 logits (len(tokens), vocabulary) after each of them, the
+        same bits as from `step`.
+        """
+        self._require_room(self.position + len(tokens))
+        return self._run(tokens, range(len(tokens)))
+
+    def rewind(self, length: int) -> None:
+        """Cut the sequence to its first `length` tokens. If a sliding window has dropped what the
+        next token would see, they are computed again.
+        """
+        kept = self.context.rewind(self._sequence, length)
+        wanted, self._ids = self._ids[:length], self._ids[:kept]
+        for at in range(kept, length, _CHUNK):
+            self._run(wanted[at : at + _CHUNK], ())
+
+    def reset(self) -> None:
+        """Forget the sequence."""
+        self.context.rewind(self._sequence, 0)
+        self._ids, self.reused = [], 0
+
+    def _run(self, ids: Sequence[int], wanted: Sequence[int]) -> np.ndarray:
+        logits = self.context.extend(ids, [self._sequence] * len(ids), wanted)
+        self._ids += [int(token) for token in ids]
+        return logits[:, : self.tokenizer.vocab_size]
+
+    def _require_room(self, length: int) -> None:
+        if length > self.context_length:
+            raise UsageError(
+                f"the text has {length:,} tokens, the context of {self.name} holds "
+                f"{self.context_length:,}; "
+                f"shorten the text"
+            )
+
+
+def build(raw: RawModel) -> NativeModel:
+    """Pack a model's weights for the native library."""
+    config = raw.config
+    shape = Shape(
+        layers=config.num_hidden_layers,
+        hidden_size=config.hidden_size,
+        ffn_size=config.intermediate_size,
+        heads=config.num_attention_heads,
+        key_heads=config.num_key_value_heads,
+        head_size=config.head_dim,
+        vocabulary=config.vocab_size,
+        positions=config.max_position_embeddings,
+        window=config.sliding_window or 0,
+        interleaved=int(raw.interleaved),
+        eps=config.rms_norm_eps,
+    )
+    model = NativeModel(shape, frequencies(config, raw.frequency_divisors))
+    for name in raw.names:
+        if name == "lm_head.weight" and config.tie_word_embeddings:
+            continue
+        role, layer = _role(name)
+        model.set(role, layer, raw.read(name))
+        raw.forget(name)
+    if not config.tie_word_embeddings and "lm_head.weight" not in raw.names:
+        raise XinslmError("the model's head is not tied to its embedding, but 'lm_head.weight' is "
+                          "missing; copy the model again")  # fmt: skip
+    _ = model.num_bytes  # names a weight that is missing
+    return model
+
+
+def frequencies(config: ModelConfig, divisors: np.ndarray | None = None) -> np.ndarray:
+    """Radians per position, float32 (head size / 2,): `model.transformer.rotary_frequencies`."""
+    exponents = np.arange(0, config.head_dim, 2, dtype=np.float32) / np.float32(config.head_dim)
+    plain = np.float32(1) / np.float32(config.rope_theta) ** exponents
+    if divisors is not None:
+        return plain / divisors
+    scaling = config.rope_scaling
+    if scaling is None:
+        return plain
+    wavelengths = 2 * np.pi / plain
+    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+    old = scaling["original_max_position_embeddings"]
+    blend = np.clip((old / wavelengths - low) / (high - low), 0, 1)
+    mixed: np.ndarray = blend * plain + (1 - blend) * plain / scaling["factor"]
+    return mixed.astype(np.float32)
+
+
+def _role(name: str) -> tuple[str, int]:
+    """The library's name of a weight, and its layer."""
+    stem, _, end = name.rpartition(".")
+    if end == "weight" and stem in _ROLES:
+        return _ROLES[stem], 0
+    parts = stem.split(".", 3)
+    if len(parts) == 4 and parts[:2] == ["model", "layers"] and parts[2].isdecimal():
+        role = _LAYER_ROLES.get(parts[3])
+        if role is not None and end == "weight":
+            return role, int(parts[2])
+        if role is not None and end == "bias" and role.endswith("_proj"):
+            return f"{role}.bias", int(parts[2])
+    raise XinslmError(f"weight '{name}' has no place in the native engine")

@@ -1,0 +1,183 @@
+"""A model and its sequences in the native library.
+
+model = NativeModel(shape, frequencies)
+model.set("q_proj", 0, Weight(Q4_0, (576, 576), data))
+context = NativeContext(model, threads=2)
+sequence = context.add()
+logits = context.extend([1, 2, 3], [sequence] * 3, wanted=[2])     # (1, vocabulary)
+"""
+
+import os
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from xinslm.native import bindings
+from xinslm.native.bindings import Shape, checked, floats, functions, matrix_arguments
+
+F32, F16, Q4_0, Q4_1, Q8_0, BF16 = 0, 1, 2, 3, 8, 30
+"""llama.cpp's numbers of the types that the library reads."""
+Q4_APART, Q8_APART = 100, 101
+"""Codes of Q4_0 and Q8_0 with their scales in an array of their own."""
+READS = {F32, F16, Q4_0, Q4_1, Q8_0, BF16}
+
+ROLES = (
+    "embedding", "head", "final_norm", "attention_norm", "q_proj", "k_proj", "v_proj", "o_proj",
+    "ffn_norm", "gate_proj", "up_proj", "down_proj", "q_proj.bias", "k_proj.bias", "v_proj.bias",
+    "o_proj.bias", "q_norm", "k_norm",
+)  # fmt: skip
+"""Names of the weights, in the order of the C interface's numbers."""
+_ROLE_NUMBERS = {name: index for index, name in enumerate(ROLES)}
+
+MOST_LISTED = 1 << 22
+"""Positions of a context whose owner sets no limit."""
+
+
+@dataclass(frozen=True)
+class Weight:
+    """One weight as a file has it."""
+
+    type: int
+    """llama.cpp's number, or Q4_APART, Q8_APART."""
+    shape: tuple[int, int]
+    """Rows and columns; a vector is one row."""
+    data: np.ndarray
+    """Its bytes, contiguous, of any dtype."""
+    scales: np.ndarray | None = None
+    """Float16 (rows * columns / 32,), for the types with scales apart."""
+
+
+class NativeModel:
+    """Packed weights; `shape` of the C interface, `frequencies` float32 (head size / 2,)."""
+
+    def __init__(self, shape: Shape, frequencies: np.ndarray) -> None:
+        values = np.ascontiguousarray(frequencies, np.float32)
+        if len(values) != shape.head_size // 2:
+            raise ValueError(f"{len(values)} frequencies for heads of {shape.head_size}")
+        self.shape = shape
+        self.handle = checked(functions().xl_model_new(shape, floats(values)))
+        self._finalizer = weakref.finalize(self, functions().xl_model_free, self.handle)
+
+    def set(self, role: str, layer: int, weight: Weight) -> None:
+        """Copy a weight of `ROLES` in; XinslmError for a shape or type that does not fit."""
+        arguments = matrix_arguments(weight.type, weight.shape, weight.data, weight.scales)
+        checked(functions().xl_model_set(self.handle, layer, _ROLE_NUMBERS[role], *arguments))
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the packed matrices; XinslmError if a weight is missing."""
+        return int(checked(functions().xl_model_bytes(self.handle)))
+
+
+class NativeContext:
+    """Sequences of tokens on a model, with their keys and values.
+
+    Used by one thread at a time; a second one gets an XinslmError. `kernels` is one of
+    `bindings.kernels()`, by default what XINSLM_KERNELS names, else the fastest.
+    """
+
+    def __init__(
+        self,
+        model: NativeModel,
+        threads: int,
+        int8_cache: bool = False,
+        max_tokens: int = MOST_LISTED,
+        kernels: str | None = None,
+    ) -> None:
+        name = os.environ.get("XINSLM_KERNELS", "") if kernels is None else kernels
+        self.model, self.threads, lib = model, threads, functions()
+        self.handle = checked(
+            lib.xl_context_new(model.handle, threads, name.encode(), int(int8_cache), max_tokens)
+        )
+        self._finalizer = weakref.finalize(self, lib.xl_context_free, self.handle)
+
+    @property
+    def kernels(self) -> str:
+        """Name of the kernels in use."""
+        name: bytes = functions().xl_context_kernels(self.handle)
+        return name.decode()
+
+    def add(self, parent: int | None = None, length: int = 0) -> int:
+        """Begin a sequence, empty or with the first `length` tokens of `parent`, whose memory is
+        shared; return its number.
+        """
+        source = -1 if parent is None else parent
+        return int(checked(functions().xl_sequence_new(self.handle, source, length)))
+
+    def remove(self, sequence: int) -> None:
+        """End a sequence and free its memory."""
+        checked(functions().xl_sequence_free(self.handle, sequence))
+
+    def length(self, sequence: int) -> int:
+        """Number of tokens in a sequence."""
+        return int(checked(functions().xl_sequence_length(self.handle, sequence)))
+
+    def rewind(self, sequence: int, length: int) -> int:
+        """Shorten a sequence; return its length, which is 0 if a sliding window has dropped what
+        the next token would see.
+        """
+        return int(checked(functions().xl_sequence_rewind(self.handle, sequence, length)))
+
+    def extend(
+        self, tokens: Sequence[int], sequences: Sequence[int], wanted: Sequence[int]
+    ) -> np.ndarray:
+        """Append tokens[i] to sequences[i], in order; return float32 logits (len(wanted),
+        vocabulary) after the tokens at the rising indices `wanted`.
+
+        A token's logits do not depend on the other tokens of the call, to the last bit.
+        """
+        ids, owners = np.array(tokens, np.int32), np.array(sequences, np.int32)
+        if ids.shape != owners.shape or ids.ndim != 1:
+            raise ValueError("each token needs a sequence")
+        marks = np.zeros(len(ids), np.uint8)
+        marks[list(wanted)] = 1
+        logits = np.empty((int(marks.sum()), self.model.shape.vocabulary), np.float32)
+        places = bindings.whole_numbers(ids), bindings.whole_numbers(owners)
+        arguments = (len(ids), *places, bindings.flags(marks), floats(logits))
+        checked(functions().xl_extend(self.handle, *arguments))
+        return logits
+
+    def cache_bytes(self, allocated: bool = False) -> int:
+        """Bytes of keys and values in use, or allocated."""
+        return int(functions().xl_cache_bytes(self.handle, int(allocated)))
+
+
+def product(weight: Weight, x: np.ndarray, kernels: str = "") -> np.ndarray:
+    """Float32 (tokens, rows): x (tokens, columns) times a weight, its inputs rounded to int8 if it
+    has codes; for tests.
+    """
+    x = np.ascontiguousarray(x, np.float32)
+    out = np.empty((len(x), weight.shape[0]), np.float32)
+    arguments = matrix_arguments(weight.type, weight.shape, weight.data, weight.scales)
+    lib = functions()
+    checked(lib.xl_product(kernels.encode(), *arguments, floats(x), len(x), floats(out)))
+    return out
+
+
+def decode_row(weight: Weight, row: int) -> np.ndarray:
+    """Float32 (columns,): a row of a packed weight; for tests."""
+    out = np.empty(weight.shape[1], np.float32)
+    arguments = matrix_arguments(weight.type, weight.shape, weight.data, weight.scales)
+    checked(functions().xl_decode_row(*arguments, row, floats(out)))
+    return out
+
+
+def default_threads() -> int:
+    """Processors that this process may use, by affinity and by the control group's quota."""
+    try:
+        count = len(os.sched_getaffinity(0))
+    except AttributeError:
+        count = os.cpu_count() or 1
+    return max(1, min(count, _quota() or count))
+
+
+def _quota() -> int | None:
+    """Whole processors of a control group's limit (version 2), or None."""
+    try:
+        with open("/sys/fs/cgroup/cpu.max", encoding="ascii") as file:
+            limit, period = file.read().split()
+        return None if limit == "max" else max(1, int(limit) // int(period))
+    except (OSError, ValueError):
+        return None

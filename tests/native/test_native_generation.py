@@ -1,0 +1,142 @@
+"""Sampling in the library, and speculative decoding: the same tokens, sooner."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from small_models import save_quantized, save_random_model
+from xinslm.errors import UsageError, XinslmError
+from xinslm.inference.config import GenerateConfig, NativeConfig
+from xinslm.inference.generate import generate
+from xinslm.inference.generate import run as run_generate
+from xinslm.inference.load import load_engine
+from xinslm.inference.native_engine import NativeEngine
+from xinslm.inference.native_info import run as native_info
+from xinslm.inference.sampling import Sampler, log_probability
+from xinslm.inference.speculative import LookupDrafter, ModelDrafter, Speculative
+from xinslm.native.sampling import draw
+from xinslm.sampling import Sampling
+
+
+@given(
+    st.integers(0, 2**31),
+    st.sampled_from([0.0, 0.3, 0.8, 2.0]),
+    st.sampled_from([0, 1, 7, 40, 1000]),
+    st.sampled_from([0.1, 0.9, 1.0]),
+    st.sampled_from([0.0, 0.05, 0.6, 1.0]),
+    st.sampled_from([0.7, 1.0, 1.3]),
+)
+@settings(max_examples=200, deadline=None)
+def test_draws_are_the_samplers(seed, temperature, top_k, top_p, min_p, penalty) -> None:
+    rng = np.random.default_rng(seed)
+    # rounded, so that many logits tie
+    logits = (rng.normal(0, 3, 200).round(1) if seed % 2 else rng.normal(0, 3, 200)).astype("f4")
+    chosen = Sampling(
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        repetition_penalty=penalty,
+        seed=seed,
+    )
+    seen = rng.integers(0, 200, 30).tolist()
+    twin, numbers = Sampler(chosen), np.random.default_rng(seed)
+    for _ in range(5):
+        token = twin.draw(logits, seen)
+        uniform = numbers.random() if temperature else 0.0
+        got, likelihood = draw(logits, chosen, seen, uniform)
+        if got != token:  # the sums end within rounding of the number that was drawn
+            tokens, shares = twin.distribution(logits, seen)
+            edges = shares.cumsum()
+            assert np.abs(edges - uniform).min() < 1e-6 and got in tokens
+        assert likelihood == pytest.approx(log_probability(logits, got), abs=1e-9)
+
+
+def test_nan_is_an_error() -> None:
+    logits = np.zeros(10, np.float32)
+    logits[3] = np.nan
+    with pytest.raises(XinslmError, match="NaN"):
+        draw(logits, Sampling(seed=0), [], 0.5)
+    with pytest.raises(XinslmError, match="all logits are -infinity"):
+        draw(np.full(10, -np.inf, np.float32), Sampling(seed=0), [], 0.5)
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("draft")
+    save_quantized(folder, "tied")
+    save_random_model(folder / "small", seed=1, num_hidden_layers=1)
+    return folder
+
+
+def tokens_of(engine, prompt: list[int], **changes: object) -> list[int]:
+    chosen = Sampling(**({"temperature": 0.7, "seed": 3} | changes))
+    return [p.token for p in generate(engine, prompt, chosen, 100, frozenset())]
+
+
+PROMPT = [5, 9, 17, 5, 9, 17, 5, 9]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.2, 1.0])
+@pytest.mark.parametrize("drafter", ["lookup", "small", "q"])
+def test_the_text_is_that_of_the_engine_alone(models, temperature, drafter) -> None:
+    wanted = tokens_of(NativeEngine.load(models / "q"), PROMPT, temperature=temperature)
+    draft = drafter if drafter == "lookup" else str(models / drafter)
+    engine = load_engine(models / "q", draft=draft)
+    assert isinstance(engine, Speculative)
+    assert tokens_of(engine, PROMPT, temperature=temperature) == wanted
+    assert engine.position == len(PROMPT) + len(wanted) - 1
+    assert tokens_of(engine, PROMPT[:5], temperature=temperature) == tokens_of(
+        NativeEngine.load(models / "q"), PROMPT[:5], temperature=temperature
+    )
+    if drafter == "q" and temperature == 0:
+        assert engine.accepted > 0.9 * engine.guessed > 50  # a model guesses itself right
+
+
+def test_a_window_and_a_full_context_do_not_disturb_it(tmp_path: Path) -> None:
+    save_random_model(tmp_path, sliding_window=6, max_position_embeddings=90)
+    wanted = tokens_of(NativeEngine.load(tmp_path), PROMPT, temperature=0)
+    assert len(wanted) == 90 - len(PROMPT) + 1
+    for drafter in (LookupDrafter(), ModelDrafter(NativeEngine.load(tmp_path))):
+        engine = Speculative(NativeEngine.load(tmp_path), drafter)
+        assert tokens_of(engine, PROMPT, temperature=0) == wanted
+
+
+def test_lookup_proposes_what_followed() -> None:
+    drafter = LookupDrafter()
+    assert drafter.propose([1, 2, 3, 4, 1, 2], 3) == [3, 4, 1]
+    assert drafter.propose([1, 2, 3, 4, 1, 2, 3], 2) == [4, 1]
+    assert drafter.propose([1, 2, 3, 4, 1, 2, 3, 9], 2) == []
+    assert drafter.propose([7, 8, 9, 7, 8], 2) == [9, 7]  # another text
+    assert drafter.propose([1], 2) == []
+
+
+def test_drafts_need_the_same_tokenizer(models, tmp_path) -> None:
+    save_random_model(tmp_path, vocab_size=300, vocabulary=300)
+    with pytest.raises(UsageError, match=f"--draft {tmp_path}: its tokenizer is not that of"):
+        load_engine(models / "q", draft=str(tmp_path))
+    with pytest.raises(UsageError, match="--draft needs the native engine"):
+        load_engine(models / "q", "pytorch", draft="lookup")
+
+
+def test_generate_gives_the_same_text_with_every_draft(models) -> None:
+    texts = {
+        run_generate(
+            GenerateConfig(
+                model=models / "q", prompt="The fox", max_new_tokens=40, seed=1, draft=draft
+            )
+        ).text
+        for draft in (None, "lookup", str(models / "small"))
+    }
+    assert len(texts) == 1
+
+
+def test_native_info_says_what_runs(models, monkeypatch) -> None:
+    found = native_info(NativeConfig(model=models / "q"))
+    assert found.kernels[-1] == "scalar" and f"{models / 'q'}: native engine" in found.describe()
+    monkeypatch.setenv("XINSLM_NATIVE", "off")
+    off = native_info(NativeConfig(model=models / "q")).describe()
+    assert "none (XINSLM_NATIVE=off)" in off and "PyTorch engine (XINSLM_NATIVE=off)" in off
