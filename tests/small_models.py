@@ -85,6 +85,14 @@ def make_config(**changes: object) -> ModelConfig:
     return ModelConfig(**(values | changes))
 
 
+FAMILIES = {
+    "qwen2": {"attention_bias": True, "head_dim": 16, "tie_word_embeddings": False},
+    "qwen3": {"qk_norm": True},
+    "llama with biases": {"attention_bias": True, "attention_output_bias": True},
+}
+"""Changes of `make_config`: families with vectors that LLaMA does not have."""
+
+
 def save_random_model(
     folder: Path, seed: int = 0, vocabulary: int = 320, **changes: object
 ) -> Transformer:
@@ -97,7 +105,8 @@ def save_random_model(
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if weight.dim() == 1:
-                weight.uniform_(0.5, 1.5, generator=generator)
+                low = -1.0 if name.endswith(".bias") else 0.5
+                weight.uniform_(low, 1.5, generator=generator)
             else:
                 deviation = (
                     0.3 if "embed" in name or "head" in name else 1.2 / weight.shape[1] ** 0.5

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from small_models import TEMPLATE, save_random_model, save_tokenizer
+from small_models import FAMILIES, TEMPLATE, save_random_model, save_tokenizer
 from xinslm.cli.main import main
 from xinslm.commands import run
 from xinslm.doctor.config import CompareConfig
@@ -329,18 +329,31 @@ def test_predictions_are_those_of_transformers(full, quantized, tmp_path):
 
 
 def test_models_that_only_transformers_knows(full, tmp_path):
-    from transformers import Qwen2Config, Qwen2ForCausalLM
+    from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 
     sizes = {"vocab_size": 320, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}
-    config = Qwen2Config(**sizes, num_attention_heads=2, num_key_value_heads=1)
-    Qwen2ForCausalLM(config).save_pretrained(tmp_path / "a")
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16}
+    config = Gemma3TextConfig(**sizes, **heads)
+    Gemma3ForCausalLM(config).save_pretrained(tmp_path / "a")
     save_tokenizer(tmp_path / "a")
     shutil.copytree(tmp_path / "a", tmp_path / "b")
     assert compare(tmp_path / "a", tmp_path / "b").verdict == "the same model"
     change_json(tmp_path / "b", "config.json", rms_norm_eps=1e-4)
     assert compare(tmp_path / "a", tmp_path / "b").failed == ["configuration"]
     result = compare(full, tmp_path / "a")
-    assert "model_type is llama in A, qwen2 in B" in details(result)["configuration"]
+    assert "model_type is llama in A, gemma3_text in B" in details(result)["configuration"]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_families_are_compared_part_by_part(full, tmp_path, family):
+    save_random_model(tmp_path / "a", **FAMILIES[family])
+    run(GgufConfig(tmp_path / "a", tmp_path / "a.gguf", outtype="f32"))
+    assert compare(tmp_path / "a", tmp_path / "a.gguf").verdict == "the same model"
+    found = details(compare(full, tmp_path / "a"))["configuration"]
+    part = "qk_norm" if family == "qwen3" else "attention_bias"
+    assert f"{part} is False in A, True in B" in found
+    kind = "qwen" in family
+    assert (f"model_type is llama in A, {family} in B" in found) == kind
 
 
 def test_a_model_that_cannot_be_opened_is_a_usage_error(full, tmp_path):

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
-from small_models import save_random_model
+from small_models import FAMILIES, save_random_model
 from xinslm.evaluate import trie
 from xinslm.evaluate.likelihood import LikelihoodScorer, Pair
 from xinslm.model.files import open_model
@@ -19,10 +19,14 @@ from xinslm.teachers.own import OwnTeacher
 VOCABULARY = 320
 
 
-@pytest.fixture(scope="module", params=[None, 9], ids=["full", "window"])
+SHAPES = {"full": {}, "window": {"sliding_window": 9}}
+SHAPES |= {name: FAMILIES[name] for name in ("qwen2", "qwen3")}
+
+
+@pytest.fixture(scope="module", params=SHAPES)
 def folder(request, tmp_path_factory):
     path = tmp_path_factory.mktemp("model")
-    save_random_model(path, sliding_window=request.param, max_position_embeddings=96)
+    save_random_model(path, **SHAPES[request.param], max_position_embeddings=96)
     return path
 
 

@@ -123,8 +123,8 @@ def test_a_family_is_transformers_model_and_llama_cpps(tmp_path, name):
 
 
 def test_what_needs_our_transformer_says_so(tmp_path):
-    write_family(tmp_path, "qwen2")
-    with pytest.raises(XinslmError, match=r"model_type is 'qwen2'.*'llama' or 'mistral'"):
+    write_family(tmp_path, "gemma3")
+    with pytest.raises(XinslmError, match=r"model_type is 'gemma3_text'.*'qwen2' or 'qwen3'"):
         load_model(tmp_path / "m.gguf")
 
 

@@ -20,7 +20,7 @@ from transformers import (
 
 from xinslm.errors import UsageError, XinslmError
 from xinslm.export.gguf import _entries
-from xinslm.model.config import ModelConfig
+from xinslm.model.config import ModelConfig, UnsupportedModelError
 from xinslm.model.files import load_config, load_model, open_model, save_model
 from xinslm.model.transformer import Transformer
 from xinslm.quantize.pipeline import Quantization
@@ -210,7 +210,7 @@ def test_wrong_weights_are_named(folder: Path) -> None:
     [
         ("model_type", "gpt2", "model_type is 'gpt2'"),
         ("hidden_act", "gelu", "hidden_act is 'gelu'"),
-        ("attention_bias", True, "attention_bias is True"),
+        ("mlp_bias", True, "mlp_bias is True"),
         ("quantization_config", {"quant_method": "awq"}, "quantization_config is"),
         ("rope_parameters", {"rope_type": "yarn", "factor": 4.0}, "rope_type is 'yarn'"),
         ("num_key_value_heads", 3, "must divide num_attention_heads"),
@@ -223,6 +223,74 @@ def test_what_the_model_cannot_express_is_refused(
     path.write_text(json.dumps({**json.loads(path.read_text()), key: value}))
     with pytest.raises(XinslmError, match=message):
         load_config(folder)
+
+
+QWEN = {"model_type": "qwen2", "num_hidden_layers": 4, "num_key_value_heads": 2}
+
+
+@pytest.mark.parametrize(
+    ("changes", "window"),
+    [
+        ({}, None),
+        ({"sliding_window": 8}, None),
+        ({"use_sliding_window": True, "sliding_window": 8}, None),  # from the 28th layer on
+        ({"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 4}, None),
+        ({"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 0}, 8),
+        ({"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 2}, "2 of 4"),
+        ({"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 3}, "3 of 4"),
+        ({"layer_types": ["full_attention"] * 4, "use_sliding_window": True}, None),
+        ({"layer_types": ["full_attention", "sliding_attention"] * 2}, "2 of 4"),
+        ({"layer_types": ["sliding_attention"] * 4}, "0 of 4"),
+        ({"layer_types": ["chunked_attention"] * 4, "use_sliding_window": True}, "0 of 4"),
+    ],
+)
+@pytest.mark.parametrize("family", ["qwen2", "qwen3"])
+def test_the_window_of_qwen(family: str, changes, window) -> None:
+    """As transformers lays it out; what is not the same in all layers is refused."""
+    values = {**TINY.to_hf(), **QWEN, "model_type": family, **changes}
+    for key in {"use_sliding_window", "sliding_window"} - changes.keys():
+        values.pop(key, None)
+    if isinstance(window, str):
+        with pytest.raises(UnsupportedModelError, match=rf"{window} layers see all tokens"):
+            ModelConfig.from_hf(values)
+        return
+    config = ModelConfig.from_hf(values)
+    assert config.sliding_window == window
+    theirs = AutoConfig.for_model(**values)
+    assert set(theirs.layer_types) == {"full_attention" if window is None else "sliding_attention"}
+    assert theirs.sliding_window == window or window is None
+
+
+@pytest.mark.parametrize(
+    ("family", "key", "value", "message"),
+    [
+        ("qwen3", "attention_bias", True, r"attention_bias is True.*own qwen3 model"),
+        ("mistral", "attention_bias", True, r"attention_bias is True.*own mistral model"),
+        ("qwen2", "layer_types", ["full_attention"], "layer_types must list 2 types"),
+        ("qwen2", "rope_scaling", {"rope_type": "yarn", "factor": 4.0}, "rope_type is 'yarn'"),
+        ("qwen2", "use_sliding_window", 1, "use_sliding_window is 1, but must be true or false"),
+        ("qwen3", "head_dim", 33, "head_dim is 33"),
+        ("qwen3_moe", "head_dim", 32, "own model is 'llama', 'mistral', 'qwen2' or 'qwen3'"),
+    ],
+)
+def test_what_a_family_cannot_have_is_named(family: str, key: str, value, message: str) -> None:
+    values = {**TINY.to_hf(), "model_type": family, key: value}
+    values.pop("rope_parameters")
+    with pytest.raises(XinslmError, match=message):
+        ModelConfig.from_hf(values)
+
+
+def test_missing_keys_mean_what_transformers_takes() -> None:
+    for family in ("llama", "mistral", "qwen2", "qwen3"):
+        sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")
+        values = {key: TINY.to_hf()[key] for key in sizes} | {"num_attention_heads": 32}
+        values |= {"model_type": family, "hidden_size": 256}
+        ours, theirs = ModelConfig.from_hf(values), AutoConfig.for_model(**values)
+        for key in ("num_key_value_heads", "max_position_embeddings", "rms_norm_eps"):
+            assert getattr(ours, key) == getattr(theirs, key), (family, key)
+        assert ours.head_dim == getattr(theirs, "head_dim", 256 // 32)
+        assert ours.tie_word_embeddings == theirs.tie_word_embeddings
+        assert ours.rope_theta == theirs.rope_parameters["rope_theta"]
 
 
 @pytest.mark.parametrize("content", ["{", "", "[1]", "null", '{"model_type": "llama"}', WRONG_KIND])

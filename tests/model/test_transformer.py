@@ -1,4 +1,6 @@
-"""The student against transformers' Llama and Mistral, on random shapes and weights, in float32."""
+"""The student against transformers' Llama, Mistral, Qwen2 and Qwen3, on random shapes and weights,
+in float32.
+"""
 
 import dataclasses
 import subprocess
@@ -6,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from xinslm.errors import UsageError
 from xinslm.model.config import PRESETS, ModelConfig
@@ -42,6 +44,13 @@ SHAPES = {
     "rope theta": {"rope_theta": 500000.0},
     "rope llama3": {"rope_scaling": LLAMA3_ROPE, "rope_theta": 500000.0},
     "norm epsilon": {"rms_norm_eps": 1e-3},
+    "qwen2": {"attention_bias": True},
+    "qwen2 with wide heads": {"attention_bias": True, "head_dim": 24},
+    "qwen2 with a window": {"attention_bias": True, "sliding_window": 5},
+    "qwen3": {"qk_norm": True, "head_dim": 24, "rms_norm_eps": 1e-3},
+    "qwen3, width of no multiple": {"qk_norm": True, "hidden_size": 60, "head_dim": 32},
+    "qwen3 with a window": {"qk_norm": True, "sliding_window": 5, "tie_word_embeddings": False},
+    "llama with biases": {"attention_bias": True, "attention_output_bias": True},
 }
 
 
@@ -54,13 +63,9 @@ def random_pair(config: ModelConfig, seed: int = 0):
     uniform.
     """
     torch.manual_seed(seed)
-    values = {k: v for k, v in config.to_hf().items() if k not in ("architectures", "model_type")}
-    kinds = (
-        (MistralConfig, MistralForCausalLM)
-        if config.sliding_window
-        else (LlamaConfig, LlamaForCausalLM)
-    )
-    reference = kinds[1](kinds[0](**values, attn_implementation="eager")).eval()
+    their_config = AutoConfig.for_model(**config.to_hf(), attn_implementation="eager")
+    reference = AutoModelForCausalLM.from_config(their_config).eval()
+    assert type(reference).__name__ == config.to_hf()["architectures"][0]
     with torch.no_grad():
         for weight in reference.parameters():
             weight.copy_(
@@ -101,7 +106,10 @@ def test_logits_equal_transformers(name: str) -> None:
     assert_near(logits_of(model, ids), expected)
 
 
-@pytest.mark.parametrize("name", ["heads 8/2", "wide heads", "window 5", "rope llama3"])
+CACHED = ["heads 8/2", "wide heads", "window 5", "rope llama3", "qwen2", "qwen3"]
+
+
+@pytest.mark.parametrize("name", CACHED)
 @pytest.mark.parametrize("chunks", [[1] * 40, [17, 1, 1, 21], [40], [3, 37]])
 def test_cached_equals_uncached(name: str, chunks: list[int]) -> None:
     config = shape(**SHAPES[name])
@@ -124,7 +132,7 @@ def test_a_full_cache_refuses() -> None:
         logits_of(model, random_ids(1, 1), cache=cache)
 
 
-@pytest.mark.parametrize("name", ["heads 8/4", "window 5"])
+@pytest.mark.parametrize("name", ["heads 8/4", "window 5", "qwen2", "qwen3"])
 def test_each_segment_of_a_packed_row_equals_the_segment_alone(name: str) -> None:
     model, reference = random_pair(shape(**SHAPES[name]))
     lengths = [11, 1, 20, 8]  # the last one stands for padding: it must not disturb the others
@@ -156,14 +164,26 @@ def test_checkpointing_changes_no_gradient() -> None:
     assert all(gradient.abs().max() > 0 for gradient in gradients[0])
 
 
-def test_gradients_equal_transformers() -> None:
-    model, reference = random_pair(shape(num_key_value_heads=2))
+@pytest.mark.parametrize("name", ["heads 8/2", "qwen2", "qwen3", "llama with biases"])
+def test_gradients_equal_transformers(name: str) -> None:
+    model, reference = random_pair(shape(**SHAPES[name]))
     ids = random_ids(2, 24)
-    model.train().logits(model.hidden(ids)).square().mean().backward()
-    reference.train()(ids).logits.square().mean().backward()
+    model.train().logits(model.hidden(ids)).square().sum().backward()
+    reference.train()(ids).logits.square().sum().backward()
     expected = dict(reference.named_parameters())
     for name, weight in model.named_parameters():
         assert_near(weight.grad, expected[name].grad, 1e-4)
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_config_json_keeps_the_family(name: str) -> None:
+    config = shape(**SHAPES[name])
+    values = config.to_hf()
+    assert ModelConfig.from_hf(values) == config
+    assert ModelConfig.from_hf(AutoConfig.for_model(**values).to_dict()) == config
+    with torch.device("meta"):
+        count = sum(weight.numel() for weight in Transformer(config).parameters())
+    assert config.num_parameters == count
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -185,6 +205,9 @@ def test_initialisation_is_small_where_the_residual_stream_is_written() -> None:
     assert block.self_attn.q_proj.weight.std().item() == pytest.approx(0.02, rel=0.05)
     assert block.mlp.down_proj.weight.std().item() == pytest.approx(0.02 / 6**0.5, rel=0.05)
     assert torch.equal(block.input_layernorm.weight, torch.ones(128))
+    model = Transformer(shape(attention_bias=True))
+    model.initialise(torch.Generator().manual_seed(0))
+    assert not model.model.layers[1].self_attn.k_proj.bias.any()
 
 
 def test_impossible_shapes_are_all_named() -> None:
@@ -192,6 +215,15 @@ def test_impossible_shapes_are_all_named() -> None:
         Transformer(shape(num_key_value_heads=3, head_dim=7, sliding_window=0))
     for field in ("num_key_value_heads", "head_dim", "sliding_window"):
         assert field in str(error.value)
+    for changes in (
+        {"qk_norm": True, "attention_bias": True},
+        {"attention_output_bias": True},
+        {"attention_bias": True, "attention_output_bias": True, "sliding_window": 8},
+    ):
+        with pytest.raises(UsageError, match="no family has these parts together"):
+            Transformer(shape(**changes))
+    with pytest.raises(UsageError, match=r"hidden_size \(60\) must be a multiple"):
+        Transformer(shape(hidden_size=60))
 
 
 def test_a_model_without_memory_needs_no_compiler_of_torch():

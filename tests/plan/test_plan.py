@@ -51,9 +51,12 @@ def test_weights_and_states_are_those_of_a_built_model(
     assert parts["optimizer states"] == held
 
 
+@pytest.mark.parametrize("parts", [{}, {"attention_bias": True}, {"qk_norm": True}], ids=str)
 @pytest.mark.parametrize("kv_heads", [4, 2])
-def test_a_block_keeps_for_its_backward_pass_what_the_formula_says(kv_heads: int) -> None:
-    shape, rows, length = ModelConfig(640, 96, 160, 1, 4, kv_heads, 32), 2, 64
+def test_a_block_keeps_for_its_backward_pass_what_the_formula_says(
+    kv_heads: int, parts: dict[str, bool]
+) -> None:
+    shape, rows, length = ModelConfig(640, 96, 160, 1, 4, kv_heads, 32, **parts), 2, 64
     model = Transformer(shape).train()
     cos, sin = model.rotary(torch.arange(length)[None], torch.float32)
     mask = torch.zeros(rows, 1, length, length)

@@ -6,7 +6,9 @@ from dataclasses import replace
 
 import pytest
 import torch
+from workshop import make_workshop
 
+from small_models import FAMILIES
 from xinslm.errors import UsageError
 from xinslm.prune import heads
 from xinslm.prune.config import PruneConfig
@@ -188,3 +190,68 @@ def test_counts_that_cannot_be_cut_are_refused(untied, tmp_path) -> None:
         UsageError, match="2 of the teacher's key-value heads would be merged into one"
     ):
         student_shape(config, shape, 320)
+
+
+def with_biases(model, change) -> object:
+    """The model with each layer's (K, D, d + 1) keys and values changed by `change(keys, values)`,
+    biases the last column.
+    """
+    weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    for layer in range(model.config.num_hidden_layers):
+        stems = [f"model.layers.{layer}.self_attn.{name}_proj" for name in "kv"]
+        parts = [
+            torch.cat((weights[f"{s}.weight"], weights[f"{s}.bias"][:, None]), 1) for s in stems
+        ]
+        for stem, part in zip(stems, change(*(p.view(-1, WIDTH, 65) for p in parts)), strict=True):
+            weights[f"{stem}.weight"] = part[..., :-1].reshape(-1, 64)
+            weights[f"{stem}.bias"] = part[..., -1].flatten()
+    return assemble(model.config, weights)
+
+
+@pytest.fixture(scope="module")
+def biased(tmp_path_factory):
+    parts = {"attention_bias": True, "attention_output_bias": True}
+    return make_workshop(tmp_path_factory.mktemp("biased"), num_key_value_heads=4, **parts)
+
+
+def test_biases_are_merged_with_their_heads(biased) -> None:
+    """Heads 0 and 2, 1 and 3 differ by what is free, in the biases as in the weights."""
+    generator = torch.Generator().manual_seed(8)
+    half = WIDTH // 2
+
+    def change(k, v):
+        angle = torch.rand(half, generator=generator)[:, None] * 6.28
+        turned = [
+            torch.cat(
+                (
+                    x[:half] * angle.cos() - x[half:] * angle.sin(),
+                    x[:half] * angle.sin() + x[half:] * angle.cos(),
+                )
+            )
+            for x in k[:2]
+        ]
+        mix = torch.randn(WIDTH, WIDTH, generator=generator)
+        return torch.stack((*k[:2], *turned)), torch.stack((v[0], v[1], mix @ v[0], mix @ v[1]))
+
+    teacher = with_biases(biased.model, change)
+    found = measure(teacher, biased.passages[:2], lambda layer: None)
+    assert found.layers[0].inputs.shape == (65, 65)
+    student, groups = cut(teacher, found, 4, 2)
+    assert [g.key_values for g in groups[0]] == [(0, 2), (1, 3)]
+    torch.testing.assert_close(logits(student), logits(teacher), rtol=1e-3, atol=2e-3)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_belongs_to_a_head_goes_with_it(tmp_path, family) -> None:
+    made = make_workshop(tmp_path, **FAMILIES[family] | {"head_dim": WIDTH})
+
+    def change(k, v, o):
+        o = o.clone()
+        o[:, : 2 * WIDTH] = 0  # the first group
+        return k, v, o
+
+    teacher = with_key_values(made.model, change)
+    found = measure(teacher, made.passages[:2], lambda layer: None)
+    student, groups = cut(teacher, found, 2, 1)
+    assert groups[0][0].queries == (2, 3) and groups[0][0].key_values == (1,)
+    torch.testing.assert_close(logits(student), logits(teacher), rtol=1e-4, atol=1e-4)

@@ -8,9 +8,22 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+)
+from workshop import make_workshop
 
-from small_models import make_config, save_dataset, save_random_model, save_tokenizer, tree_hash
+from small_models import (
+    FAMILIES,
+    make_config,
+    save_dataset,
+    save_random_model,
+    save_tokenizer,
+    tree_hash,
+)
 from xinslm.cli.main import main
 from xinslm.errors import UsageError, XinslmError
 from xinslm.model.files import load_model, open_model
@@ -248,21 +261,41 @@ def test_an_untied_teacher_has_no_tied_student(untied, tmp_path) -> None:
 
 
 def test_other_architectures_are_refused_by_name(workshop, tmp_path) -> None:
-    shape = {
-        "hidden_size": 64,
-        "intermediate_size": 96,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-    }
-    Qwen2ForCausalLM(Qwen2Config(vocab_size=320, num_key_value_heads=2, **shape)).save_pretrained(
-        tmp_path / "qwen"
-    )
-    save_tokenizer(tmp_path / "qwen")
-    with pytest.raises(
-        XinslmError, match=r"'qwen2'.*no counterpart for other parts, such as the biases"
-    ):
-        run(workshop.config(tmp_path / "s", teacher=str(tmp_path / "qwen")))
+    shape = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
+    config = Gemma3TextConfig(vocab_size=320, num_attention_heads=4, head_dim=16, **shape)
+    Gemma3ForCausalLM(config).save_pretrained(tmp_path / "gemma")
+    save_tokenizer(tmp_path / "gemma")
+    with pytest.raises(XinslmError, match=r"'gemma3_text'.*no counterpart for the parts of others"):
+        run(workshop.config(tmp_path / "s", teacher=str(tmp_path / "gemma")))
     assert not (tmp_path / "s").exists()
+
+
+FAMILY_SHAPES = {
+    "qwen2": {"num_layers": 2, "hidden_size": 40, "num_heads": 3, "num_kv_heads": 1},
+    "qwen3": {"num_layers": 2, "hidden_size": 40, "num_heads": 2, "num_kv_heads": 1},
+    "llama with biases": {"num_layers": 2, "hidden_size": 48, "num_heads": 2, "num_kv_heads": 1},
+}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("compensate", [False, True])
+def test_a_student_is_of_its_teachers_family(tmp_path, name, compensate) -> None:
+    """Cut in every direction; what stock transformers reads gives the same logits."""
+    made = make_workshop(tmp_path, num_hidden_layers=3, **FAMILIES[name])
+    shape = {**FAMILY_SHAPES[name], "intermediate_size": 64, "compensate": compensate}
+    result = run(made.config(tmp_path / "s", **shape))
+    student = load_model(tmp_path / "s")
+    assert student.config.model_type == made.model.config.model_type
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "s")
+    with torch.no_grad():
+        torch.testing.assert_close(theirs(IDS).logits, logits(student), rtol=1e-4, atol=1e-4)
+    assert result.losses[-1][1] == sum(p.numel() for p in theirs.parameters())
+
+
+def test_normalized_heads_are_not_merged(tmp_path) -> None:
+    made = make_workshop(tmp_path, **FAMILIES["qwen3"])
+    with pytest.raises(UsageError, match=r"norm does not commute.*at most 2 query heads"):
+        run(made.config(tmp_path / "s", num_kv_heads=1))
 
 
 def test_a_tokenizer_that_is_not_nested_is_refused(workshop, tmp_path) -> None:

@@ -7,7 +7,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from workshop import make_workshop
 
+from small_models import FAMILIES
 from xinslm.prune import transplant
 from xinslm.prune.cuts import assemble, keep_layers
 from xinslm.prune.measure import loss, measure
@@ -191,3 +193,17 @@ def test_the_fit_brings_states_nearer_to_the_teachers(workshop) -> None:
 
     assert error(fitted) < 0.75 * error(plain)
     assert np.isfinite(loss(fitted, rest))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_vectors_of_other_families_are_turned_and_fitted(tmp_path, monkeypatch, family) -> None:
+    """A full rotation loses nothing, and a fit to the model's own states changes nothing."""
+    made = make_workshop(tmp_path, **FAMILIES[family] | {"tie_word_embeddings": False})
+    model = made.model
+    turned = transplant.narrow(model, model.config, rotation(64), made.found)
+    torch.testing.assert_close(logits(turned), logits(model), rtol=1e-4, atol=2e-4)
+    monkeypatch.setattr(transplant, "unchanged_blocks", lambda teacher, cut: 0)
+    cut = transplant.CutModel(model, model, range(model.config.num_hidden_layers), None)
+    fitted = transplant.compensate(model, cut, made.passages, 1e-6, lambda layer: None)
+    for name, weight in model.state_dict().items():
+        torch.testing.assert_close(fitted.state_dict()[name], weight, rtol=1e-2, atol=5e-3)

@@ -9,7 +9,7 @@ import pytest
 import torch
 import transformers
 
-from small_models import make_config, save_random_model
+from small_models import FAMILIES, make_config, save_random_model
 from xinslm.draw import choose, kept_tokens
 from xinslm.errors import UsageError, XinslmError
 from xinslm.inference.sampling import Sampler
@@ -380,11 +380,15 @@ def test_packed_weights_multiply_alike(dtype: torch.dtype) -> None:
             torch.testing.assert_close(found.double(), expected, atol=tolerance, rtol=0.01)
 
 
-@pytest.mark.parametrize("window", [None, 6])
-def test_rows_of_any_length_have_the_models_logits(window: int | None) -> None:
+@pytest.mark.parametrize("changes", [{}, {"sliding_window": 6}, *FAMILIES.values()], ids=str)
+def test_rows_of_any_length_have_the_models_logits(changes: dict) -> None:
     """Rows are read again while others are in the middle of their text, and move."""
-    model = Transformer(make_config(sliding_window=window)).eval()
+    model = Transformer(make_config(**changes)).eval()
     model.initialise(torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        for weight in model.parameters():
+            if weight.dim() == 1:
+                weight.uniform_(-1.5, 1.5, generator=torch.Generator().manual_seed(2))
     rng, decoder = np.random.default_rng(0), RowDecoder(model, 4, 40)
     rows = [rng.integers(5, 320, n) for n in (3, 9, 14, 5)]
 

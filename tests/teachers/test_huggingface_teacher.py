@@ -132,7 +132,7 @@ def test_writing_is_transformers_own_greedy_text(name, tmp_path, saved):
         assert found.token_bytes == [teacher.tokenizer.token_bytes(token) for token in expected]
 
 
-@pytest.mark.parametrize(("name", "key"), [("Qwen2", "num_hidden_layers"), ("GPT2", "n_layer")])
+@pytest.mark.parametrize(("name", "key"), [("Gemma2", "num_hidden_layers"), ("GPT2", "n_layer")])
 def test_more_layers_than_weights_are_refused_before_they_are_built(
     name, key, tmp_path, saved, monkeypatch
 ):
@@ -166,11 +166,11 @@ def test_the_real_model_continues_as_llama2c_does(shared_data):
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_only_llama_and_mistral_run_in_our_transformer(name, tmp_path, saved):
+def test_four_families_run_in_our_transformer(name, tmp_path, saved):
     """Whichever runs it, logits, hidden states and fingerprint are transformers' own."""
     model = saved(name)
     teacher, theirs = open_teacher(str(tmp_path)), HuggingFaceTeacher(open_model(tmp_path))
-    assert isinstance(teacher, OwnTeacher) == (name in ("Llama", "Mistral"))
+    assert isinstance(teacher, OwnTeacher) == (name in ("Llama", "Mistral", "Qwen2", "Qwen3"))
     assert teacher.fingerprint == theirs.fingerprint and teacher.max_length == theirs.max_length
     sequences = [np.arange(5, 25), np.arange(9, 16)]
     with torch.no_grad():

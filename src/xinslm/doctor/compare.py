@@ -136,7 +136,8 @@ def same_configuration(a: ModelSource, b: ModelSource) -> str:
 
 def _shape(source: ModelSource) -> dict[str, Any]:
     if source.is_own:
-        return {k: v for k, v in asdict(source.config).items() if k not in _ELSEWHERE}
+        fields = {"model_type": source.config.model_type, **asdict(source.config)}
+        return {key: value for key, value in fields.items() if key not in _ELSEWHERE}
     from transformers import AutoConfig
 
     settings = {key: value for key, value in source.settings.items() if key != "model_type"}

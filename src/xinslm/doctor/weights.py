@@ -242,13 +242,16 @@ def _groups(rounded: list[Rounded]) -> Iterator[tuple[str, str]]:
 def _part(name: str) -> str:
     if "norm" in name:
         return "norm"
+    if name.endswith(".bias"):
+        return "bias"
     return {HEAD: "LM head", EMBEDDING: "embedding"}.get(name, "other weight")
 
 
 def _counted(part: str, count: int) -> str:
     if part in ("LM head", "embedding"):
         return f"the {part}"
-    return f"{count:,} {part}" if count == 1 else f"{count:,} {part}s"
+    plural = "biases" if part == "bias" else f"{part}s"
+    return f"{count:,} {part if count == 1 else plural}"
 
 
 def _meaning(tally: Tally, relative: float) -> str:

@@ -22,7 +22,7 @@ def load_scorer(
     """Load any model; also return its kind, parameters, file_bytes and activations.
 
     UsageError if it has no codes and `activations` is int8; UnsupportedModelError if it then is no
-    LLaMA or Mistral model.
+    model that `Transformer` supports.
     """
     source = open_model(path)
     is_int8 = activations == "int8"

@@ -81,8 +81,8 @@ class CoremlConfig(Settings):
     """Write a model as a Core ML program (macOS 15, iOS 18); a quantized folder keeps its codes."""
 
     model: Annotated[Path, tyro.conf.Positional]
-    """Any LLaMA or Mistral model; the codes of a quantized folder are kept, others are written in
-    float16.
+    """Any LLaMA, Mistral, Qwen2 or Qwen3; the codes of a quantized folder are kept, others are
+    written in float16.
     """
     output_dir: Annotated[Path, tyro.conf.arg(aliases=["-o"])]
     """Folder to write: model.mlpackage, tokenizer and chat template."""

@@ -2,9 +2,10 @@
 
 The codes and scales of a quantized folder, and of any other model that has codes on these grids
 (`ModelSource.stored`), become llama.cpp's Q4_0 and Q8_0 blocks bit for bit, without rounding again.
-Query and key rows are reordered, because llama.cpp rotates neighbouring pairs and Hugging Face
-rotates (i, i + D/2); blocks run along columns, so this works on packed bytes. The file is read back
-by llama.cpp's own package before it is put in place. Memory holds one tensor at a time.
+The query and key rows of LLaMA and Mistral are reordered, because llama.cpp rotates neighbouring
+pairs there and Hugging Face rotates (i, i + D/2); blocks run along columns, so this works on packed
+bytes. The file is read back by llama.cpp's own package before it is put in place. Memory holds one
+tensor at a time.
 
     run(GgufConfig(model=Path("model-4bit"), output_path=Path("model.gguf")))
 """
@@ -29,26 +30,13 @@ from xinslm.gguf_file import GgufFile
 from xinslm.model.config import ModelConfig
 from xinslm.model.files import open_model
 from xinslm.model.gguf import CALIBRATION
+from xinslm.model.gguf_families import FAMILIES
 from xinslm.model.grids import BLOCK, GRIDS
 from xinslm.model.source import ModelSource, weight_shapes
 from xinslm.model.transformer import rotary_frequencies
 from xinslm.progress import Listener, Progress, ignore
 from xinslm.runs import add_file, require_run
 
-_NAMES = {
-    "model.embed_tokens": "token_embd",
-    "model.norm": "output_norm",
-    "lm_head": "output",
-    "input_layernorm": "attn_norm",
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "post_attention_layernorm": "ffn_norm",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-}
 _DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 _FILE_TYPES = {
     "f32": LlamaFileType.ALL_F32,
@@ -133,6 +121,7 @@ def run(config: GgufConfig, on_progress: Listener = ignore) -> Result:
     linked = companions.check_places(config)
     source = open_model(config.model)
     model = source.config
+    _require_known_rotation(model, source.name)
     tables.require_blocks(model, config.embedding_type)
     entries = _rope_factors(model) + list(_entries(source, config, on_progress))
     types = Counter(entry.kind.name for entry in entries)
@@ -140,7 +129,7 @@ def run(config: GgufConfig, on_progress: Listener = ignore) -> Result:
     context, notes = _context(model)
     others = companions.plan(config, source, context, vocabulary.add_bos, linked)
     with new_file(config.output_path) as partial:
-        writer = GGUFWriter(None, "llama")
+        writer = GGUFWriter(None, _architecture(model))
         writer.add_name(config.output_path.stem)
         writer.add_file_type(_file_type(types, config.outtype))
         writer.add_quantization_version(2)
@@ -169,6 +158,19 @@ def run(config: GgufConfig, on_progress: Listener = ignore) -> Result:
     return result
 
 
+def _architecture(model: ModelConfig) -> str:
+    """llama.cpp's name of the family; Mistral is a llama there."""
+    return model.model_type if model.model_type in FAMILIES else "llama"
+
+
+def _require_known_rotation(model: ModelConfig, name: str) -> None:
+    if model.rope_scaling is not None and _architecture(model) != "llama":
+        raise UsageError(
+            f"{name} is a {model.model_type} with LLaMA-3's rescaling of frequencies "
+            "(rope_scaling), which llama.cpp reads in llama models alone: export hf"
+        )
+
+
 def _write_shape(writer: GGUFWriter, model: ModelConfig, context: int) -> None:
     writer.add_vocab_size(model.vocab_size)
     writer.add_context_length(context)
@@ -185,8 +187,8 @@ def _write_shape(writer: GGUFWriter, model: ModelConfig, context: int) -> None:
 
 
 def _context(model: ModelConfig) -> tuple[int, tuple[str, ...]]:
-    """Context length to write; at most the sliding window, which llama.cpp's llama graph does not
-    have.
+    """Context length to write; at most the sliding window, which llama.cpp's graphs of these
+    families do not have.
     """
     window, full = model.sliding_window, model.max_position_embeddings
     if window is None or window >= full:
@@ -239,20 +241,21 @@ def _stored(source: ModelSource, name: str, shape: tuple[int, ...], kind: str) -
     def load() -> np.ndarray:
         weight = source.stored(name)
         assert weight is not None, "it had codes when the file was planned"
-        return _for_rotary(weight.ggml_rows(), name, source.config)
+        return _reordered(weight.ggml_rows(), name, source.config)
 
     dtype = np.dtype(np.float16 if kind == "f16" else np.float32)
     if kind in GRIDS:
         shape = (shape[0], shape[1] // BLOCK * GRIDS[kind].block_bytes)
         dtype = np.dtype(np.uint8)
-    return Entry(name, gguf_name(name), GGMLQuantizationType[kind.upper()], shape, dtype, load)
+    theirs = FAMILIES[_architecture(source.config)].gguf_name(name)
+    return Entry(name, theirs, GGMLQuantizationType[kind.upper()], shape, dtype, load)
 
 
 def _plain(source: ModelSource, name: str, shape: tuple[int, ...], kind: str) -> Entry:
     """A weight as values of a type, or as codes of a table's type."""
 
     def load() -> np.ndarray:
-        return _for_rotary(_convert(source.rows(name, shape), kind, name), name, source.config)
+        return _reordered(_convert(source.rows(name, shape), kind, name), name, source.config)
 
     def rounding(values: Tensor) -> Tensor:
         if kind in tables.BLOCKS:
@@ -264,7 +267,8 @@ def _plain(source: ModelSource, name: str, shape: tuple[int, ...], kind: str) ->
         size, width = tables.BLOCKS.get(kind, (1, 2))
         dtype, written = np.dtype(np.uint8), (shape[0], shape[1] // size * width)
     ggml = GGMLQuantizationType[kind.upper()]
-    return Entry(name, gguf_name(name), ggml, written, dtype, load, rounding)
+    theirs = FAMILIES[_architecture(source.config)].gguf_name(name)
+    return Entry(name, theirs, ggml, written, dtype, load, rounding)
 
 
 def _file_type(types: Counter[str], outtype: str | None) -> LlamaFileType:
@@ -308,13 +312,13 @@ def _compare(
         tensor = written[entry.name]
         found = quants.dequantize(tensor.data, tensor.tensor_type).astype(np.float32)
         values = source.rows(entry.weight, source.shape_of(entry.weight))
-        expected = _for_rotary(entry.rounding(values).numpy(), entry.weight, source.config)
+        expected = _reordered(entry.rounding(values).numpy(), entry.weight, source.config)
         if not np.array_equal(found, expected):
             count = int((found != expected).sum()) if found.shape == expected.shape else "all"
             raise XinslmError(
                 f"{entry.weight}: {count} values differ after the export; nothing is written"
             )
-        original = _for_rotary(values.numpy(), entry.weight, source.config)
+        original = _reordered(values.numpy(), entry.weight, source.config)
         changed = int((found != original).sum())
         rounded += changed
         if changed and entry.kind.name.lower() in tables.BLOCKS:
@@ -359,26 +363,8 @@ def _rope_factors(model: ModelConfig) -> list[Entry]:
     ]
 
 
-def _for_rotary(rows: np.ndarray, name: str, model: ModelConfig) -> np.ndarray:
-    """Reorder query and key rows within each head from (2, D/2) to (D/2, 2); leave other
-    weights.
-    """
-    if ".q_proj." not in name and ".k_proj." not in name:
-        return rows
-    return (
-        rows.reshape(-1, 2, model.head_dim // 2, rows.shape[1]).swapaxes(1, 2).reshape(rows.shape)
-    )
-
-
-def gguf_name(name: str) -> str:
-    """Translate a Hugging Face name: 'model.layers.0.mlp.up_proj.weight' ->
-    'blk.0.ffn_up.weight'.
-    """
-    stem = name.removesuffix(".weight")
-    if not stem.startswith("model.layers."):
-        return f"{_NAMES[stem]}.weight"
-    layer, _, part = stem.removeprefix("model.layers.").partition(".")
-    return f"blk.{layer}.{_NAMES[part]}.weight"
+def _reordered(rows: np.ndarray, name: str, model: ModelConfig) -> np.ndarray:
+    return FAMILIES[_architecture(model)].for_rotation(rows, name, model.head_dim)
 
 
 def _num_weights(entry: Entry) -> int:

@@ -30,7 +30,7 @@ class Layout(Protocol):
         """The tensors of a packed weight by name, scales in `dtype`."""
 
     def settings(self, kinds: Mapping[str, str]) -> dict[str, Any]:
-        """Entries of config.json for weights of these formats, by stem."""
+        """Entries of config.json for matrices of these formats, by stem."""
 
     def decode(self, read: layouts.Read, stem: str, bits: int) -> Tensor:
         """A packed weight in float32."""
@@ -60,9 +60,7 @@ class CompressedTensors:
             if self.packs(stem, kind):
                 stems.setdefault(BITS[kind], []).append(stem)
         order = sorted(stems, key=lambda bits: len(stems[bits]))  # a narrow target comes first
-        plain = [
-            s for s, k in kinds.items() if k not in BITS and s != EMBEDDING and "norm" not in s
-        ]
+        plain = [s for s, k in kinds.items() if k not in BITS and s != EMBEDDING]
         groups = {
             f"group_{number}": {
                 "targets": ["Linear"] if bits == order[-1] else stems[bits],
@@ -126,7 +124,6 @@ class Gptq:
     def settings(self, kinds: Mapping[str, str]) -> dict[str, Any]:
         """`quantization_config` of gptqmodel."""
         plain = [s for s in kinds if s.startswith("model.layers.") and not self.packs(s, kinds[s])]
-        plain = [stem for stem in plain if "norm" not in stem]
         if plain:
             raise UsageError(
                 f"{plain[0]} is not in 4 bits, and GPTQ's checkpoints have one number of bits for "

@@ -91,6 +91,8 @@ def _run(config: FolderConfig, layout: Layout, on_progress: Listener) -> Result:
     if config.run is not None:
         require_run(config.run)
     source = _Source(open_model(config.model), layout)
+    if isinstance(layout, Mlx):
+        _refuse_wide_heads(source)
     tokenizer = load_tokenizer(config.model)
     check_vocabulary(source.model.config.vocab_size, tokenizer, str(config.model))
     dtype = getattr(torch, config.dtype)
@@ -134,6 +136,19 @@ def _write_card(
     write_card(folder, export)
 
 
+def _refuse_wide_heads(source: "_Source") -> None:
+    """mlx-lm 0.32 computes the width of Qwen2's heads and does not read it."""
+    shape = source.model.config
+    if shape.model_type == "qwen2" and shape.hidden_size != shape.num_attention_heads * (
+        shape.head_dim
+    ):
+        raise UsageError(
+            f"{source.model.name} is a qwen2 with head_dim {shape.head_dim} and "
+            f"{shape.num_attention_heads} heads on hidden_size {shape.hidden_size}; mlx-lm takes "
+            "hidden_size / num_attention_heads for the width of its heads: use export gguf or hf"
+        )
+
+
 def _window_note(source: "_Source") -> str:
     """mlx-lm 0.32 takes a model whose layers all have a window for one without."""
     window = source.model.config.sliding_window
@@ -153,7 +168,8 @@ class _Source:
         model.require()
         self.shapes = weight_shapes(model.config)
         model.require_weights(self.shapes)
-        kinds = {name.removesuffix(".weight"): self._stored(name).format for name in self.shapes}
+        matrices = [name for name, shape in self.shapes.items() if len(shape) == 2]
+        kinds = {name.removesuffix(".weight"): self._stored(name).format for name in matrices}
         is_quantized = bool(set(kinds.values()) & BITS.keys())
         if not is_quantized and isinstance(layout, Gptq):
             raise UsageError(

@@ -5,11 +5,11 @@ sizes are multiples of 256 from 10M up (of 32 below), so that every 4-bit block 
 """
 
 import dataclasses
-import json
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any
 
 from xinslm.errors import UsageError, XinslmError
+from xinslm.model.json_reader import JsonReader
 from xinslm.ranges import POSITIVE, Settings
 
 MAX_POSITIONS = 2**24
@@ -24,7 +24,9 @@ class UnsupportedModelError(XinslmError):
 
 @dataclass(frozen=True)
 class ModelConfig(Settings):
-    """Shape of a LLaMA-style decoder; Mistral's where `sliding_window` is set."""
+    """Shape of a LLaMA-style decoder. Its parts decide the family (`model_type`): LLaMA, Mistral,
+    Qwen2 or Qwen3.
+    """
 
     vocab_size: int
     """Rows of the embedding."""
@@ -52,6 +54,12 @@ class ModelConfig(Settings):
     """Each token sees this many tokens, itself included; None sees all."""
     rope_scaling: dict[str, Any] | None = None
     """LLaMA-3's frequency rescaling (`rope_type: llama3`), or None."""
+    attention_bias: bool = False
+    """Whether the query, key and value projections have biases (Qwen2, some LLaMAs)."""
+    attention_output_bias: bool = False
+    """Whether the attention's output projection has one, too (some LLaMAs)."""
+    qk_norm: bool = False
+    """Whether each head of queries and keys goes through RMSNorm before the rotation (Qwen3)."""
     bos_token_id: int | None = None
     """Id that opens a document."""
     eos_token_id: int | None = None
@@ -84,7 +92,8 @@ class ModelConfig(Settings):
                 f"num_key_value_heads ({self.num_key_value_heads}) must divide num_attention_heads "
                 f"({self.num_attention_heads})"
             )
-        if self.num_attention_heads > 0 and self.hidden_size % self.num_attention_heads:
+        is_bound = self.model_type in ("llama", "mistral")
+        if is_bound and self.hidden_size % max(self.num_attention_heads, 1):
             wrong.append(
                 f"hidden_size ({self.hidden_size}) must be a multiple of num_attention_heads "
                 f"({self.num_attention_heads}), or transformers refuses the model"
@@ -100,85 +109,124 @@ class ModelConfig(Settings):
             )
         if self.sliding_window is not None and self.sliding_window < 1:
             wrong.append(f"sliding_window is {self.sliding_window}, but must be at least 1")
+        if self._has_no_family:
+            wrong.append(
+                "no family has these parts together: attention_output_bias needs attention_bias "
+                "and excludes sliding_window, and qk_norm excludes biases"
+            )
         for name in ("rope_theta", "rms_norm_eps"):
             if problem := POSITIVE.problem(getattr(self, name)):
                 wrong.append(f"{name} is {getattr(self, name)}, but must be {problem}")
         return wrong
 
     @property
+    def _has_no_family(self) -> bool:
+        if self.qk_norm:
+            return self.attention_bias or self.attention_output_bias
+        output = self.attention_output_bias
+        return output and (not self.attention_bias or self.sliding_window is not None)
+
+    @property
+    def model_type(self) -> str:
+        """Hugging Face's name of the family that has these parts: llama, mistral, qwen2, qwen3."""
+        if self.qk_norm:
+            return "qwen3"
+        if self.attention_bias and not self.attention_output_bias:
+            return "qwen2"
+        return "llama" if self.sliding_window is None else "mistral"
+
+    @property
     def num_parameters(self) -> int:
         """Trainable numbers, a tied embedding counted once."""
         d, kv = self.hidden_size, self.num_key_value_heads * self.head_dim
         attention = 2 * d * self.num_attention_heads * self.head_dim + 2 * d * kv
-        block = attention + 3 * d * self.intermediate_size + 2 * d
+        matrices = attention + 3 * d * self.intermediate_size
         embeddings = self.vocab_size * d * (1 if self.tie_word_embeddings else 2)
-        return embeddings + self.num_hidden_layers * block + d
+        return embeddings + self.num_hidden_layers * matrices + self.num_vector_parameters
+
+    @property
+    def num_vector_parameters(self) -> int:
+        """Trainable numbers of norms and biases."""
+        d, heads = self.hidden_size, self.num_attention_heads + 2 * self.num_key_value_heads
+        block = 2 * d + d * self.attention_output_bias
+        block += self.head_dim * (heads * self.attention_bias + 2 * self.qk_norm)
+        return self.num_hidden_layers * block + d
 
     def to_hf(self) -> dict[str, Any]:
         """`config.json` as transformers 4 and 5, llama.cpp, mlx-lm and vLLM read it."""
-        windowed = self.sliding_window is not None
         scaling = self.rope_scaling or {"rope_type": "default"}
+        family, fields = self.model_type, dataclasses.asdict(self)
         values: dict[str, Any] = {
-            "architectures": ["MistralForCausalLM" if windowed else "LlamaForCausalLM"],
-            "model_type": "mistral" if windowed else "llama",
-            **dataclasses.asdict(self),
+            "architectures": [_FAMILIES[family].architecture],
+            "model_type": family,
+            **{key: value for key, value in fields.items() if key not in _OWN_FIELDS},
             "hidden_act": "silu",
             "initializer_range": 0.02,
-            "attention_bias": False,
             "mlp_bias": False,
             "rope_parameters": {"rope_theta": self.rope_theta, **scaling},
         }
-        if not windowed:
+        windowed = self.sliding_window is not None
+        if family == "llama":
             del values["sliding_window"]
+        elif family != "mistral":
+            values["use_sliding_window"] = windowed
+            values["max_window_layers"] = 0 if windowed else self.num_hidden_layers
+        if family == "qwen2":
+            del values["attention_bias"]  # it has them always
         return values
 
     @staticmethod
     def from_hf(values: dict[str, Any], where: str = "config.json") -> "ModelConfig":
-        """Read a Llama or Mistral `config.json`; XinslmError names what this model file cannot
-        express.
+        """Read a `config.json` of a LLaMA, Mistral, Qwen2 or Qwen3; XinslmError names what this
+        model file cannot express.
         """
         if not isinstance(values, dict):
             raise XinslmError(f"{where}: must hold an object, but holds {type(values).__name__}")
-        family = values.get("model_type")
-        if family not in ("llama", "mistral"):
+        name = values.get("model_type")
+        if name not in _FAMILIES:
+            *others, last = (repr(known) for known in _FAMILIES)
             raise UnsupportedModelError(
-                f"{where}: model_type is {family!r}; xinslm's own model is 'llama' or 'mistral'"
+                f"{where}: model_type is {name!r}; xinslm's own model is {', '.join(others)} or "
+                f"{last}"
             )
-        refused = {
+        family = _FAMILIES[name]
+        refused: dict[str, Any] = {
             "hidden_act": "silu",
-            "attention_bias": False,
             "mlp_bias": False,
             "quantization_config": None,
         }
+        if name in ("mistral", "qwen3"):
+            refused["attention_bias"] = False
         for key, supported in refused.items():
             if values.get(key, supported) != supported:
                 raise UnsupportedModelError(
-                    f"{where}: {key} is {values[key]!r:.60}; xinslm's own model has only "
+                    f"{where}: {key} is {values[key]!r:.60}; xinslm's own {name} model has only "
                     f"{supported!r}"
                 )
-        read = _Reader(values, where)
+        read = JsonReader(values, where)
         theta, scaling = _rope(read)
-        # what transformers takes for keys that a config.json leaves out differs
-        windowed = family == "mistral"
         heads, hidden = read.whole("num_attention_heads"), read.whole("hidden_size")
-        kv_heads = read.whole_or_null("num_key_value_heads", 8 if windowed else None)
-        head_dim = read.whole_or_null("head_dim")
+        kv_heads = read.whole_or_null("num_key_value_heads", family.num_key_value_heads)
+        head_dim = read.whole_or_null("head_dim", family.head_dim)
+        layers = read.whole("num_hidden_layers")
+        all_biases = name == "llama" and read.flag("attention_bias", False)
         config = ModelConfig(
             vocab_size=read.whole("vocab_size"),
             hidden_size=hidden,
             intermediate_size=read.whole("intermediate_size"),
-            num_hidden_layers=read.whole("num_hidden_layers"),
+            num_hidden_layers=layers,
             num_attention_heads=heads,
             num_key_value_heads=heads if kv_heads is None else kv_heads,
             head_dim=hidden // max(heads, 1) if head_dim is None else head_dim,
-            max_position_embeddings=read.whole(
-                "max_position_embeddings", 131072 if windowed else 2048
-            ),
+            max_position_embeddings=read.whole("max_position_embeddings", family.positions),
             rope_theta=theta,
             rms_norm_eps=read.number("rms_norm_eps", 1e-6),
             tie_word_embeddings=read.flag("tie_word_embeddings", False),
-            sliding_window=read.whole_or_null("sliding_window", 4096) if windowed else None,
+            sliding_window=_window(read, name, layers),
             rope_scaling=scaling,
+            attention_bias=all_biases or name == "qwen2",
+            attention_output_bias=all_biases,
+            qk_norm=name == "qwen3",
             bos_token_id=read.token("bos_token_id"),
             eos_token_id=read.token("eos_token_id"),
             pad_token_id=read.token("pad_token_id"),
@@ -190,79 +238,61 @@ class ModelConfig(Settings):
         return config
 
 
-class _Reader:
-    """Entries of a parsed JSON object by type; an XinslmError names file, key and value of what is
-    another.
+_OWN_FIELDS = {"attention_output_bias", "qk_norm"}
+"""Fields that have no key in config.json: they follow from `model_type` and `attention_bias`."""
+
+
+@dataclass(frozen=True)
+class _Family:
+    """transformers' class, and what it takes for keys that a config.json leaves out."""
+
+    architecture: str
+    positions: int
+    num_key_value_heads: int | None = None
+    head_dim: int | None = None
+
+
+_FAMILIES = {
+    "llama": _Family("LlamaForCausalLM", 2048),
+    "mistral": _Family("MistralForCausalLM", 131072, 8),
+    "qwen2": _Family("Qwen2ForCausalLM", 32768, 32),
+    "qwen3": _Family("Qwen3ForCausalLM", 32768, 32, 128),
+}
+
+
+def _window(read: JsonReader, family: str, layers: int) -> int | None:
+    """Read the sliding window, which Qwen's models have in no layer, in all or in the last ones;
+    UnsupportedModelError for the last case.
     """
-
-    def __init__(self, values: dict[str, Any], where: str, prefix: str = "") -> None:
-        self.values, self.where, self.prefix = values, where, prefix
-
-    def whole(self, key: str, default: int | None = None) -> int:
-        """An integer; without a default it must be there."""
-        value = self._get(key, default)
-        return value if type(value) is int else self._refuse(key, value, "an integer")
-
-    def whole_or_null(self, key: str, default: int | None = None) -> int | None:
-        """An integer or null."""
-        value = self.values.get(key, default)
-        return (
-            value
-            if value is None or type(value) is int
-            else self._refuse(key, value, "an integer or null")
+    if family == "llama":
+        return None
+    if family == "mistral":
+        return read.whole_or_null("sliding_window", 4096)
+    window = read.whole_or_null("sliding_window", 4096)
+    window = window if read.flag("use_sliding_window", False) else None
+    full = min(max(read.whole("max_window_layers", 28), 0), layers) if window else layers
+    if (kinds := read.values.get("layer_types")) is not None:
+        if not isinstance(kinds, list) or len(kinds) != layers:
+            raise XinslmError(f"{read.where}: layer_types must list {layers:,} types")
+        full = kinds.count("full_attention")
+    if full == layers:
+        return None
+    if full or window is None or (kinds and kinds.count("sliding_attention") != layers):
+        raise UnsupportedModelError(
+            f"{read.where}: {full} of {layers} layers see all tokens, the others a sliding window "
+            "(use_sliding_window, max_window_layers, layer_types); xinslm's own model has one "
+            "kind of layer"
         )
-
-    def number(self, key: str, default: float | None = None) -> float:
-        """A finite number."""
-        value = self._get(key, default)
-        if type(value) not in (int, float) or POSITIVE.problem(abs(value)) == "a finite number":
-            self._refuse(key, value, "a finite number")
-        return float(value)
-
-    def flag(self, key: str, default: bool) -> bool:
-        """Either true or false."""
-        value = self.values.get(key, default)
-        return value if isinstance(value, bool) else self._refuse(key, value, "true or false")
-
-    def token(self, key: str) -> int | None:
-        """A token's id or null; LLaMA-3 lists several end ids, of which the first closes a
-        document.
-        """
-        value = self.values.get(key)
-        first = value[0] if isinstance(value, list) and value else value
-        return (
-            first
-            if first is None or type(first) is int
-            else self._refuse(key, value, "an id, ids or null")
-        )
-
-    def entries(self, key: str) -> dict[str, Any] | None:
-        """An object or null."""
-        value = self.values.get(key)
-        return (
-            value
-            if value is None or isinstance(value, dict)
-            else self._refuse(key, value, "an object or null")
-        )
-
-    def _get(self, key: str, default: Any) -> Any:
-        if key not in self.values and default is None:
-            raise XinslmError(f"{self.where}: key '{self.prefix}{key}' is missing")
-        return self.values.get(key, default)
-
-    def _refuse(self, key: str, value: Any, wanted: str) -> NoReturn:
-        raise XinslmError(
-            f"{self.where}: {self.prefix}{key} is {json.dumps(value):.80}, but must be {wanted}"
-        )
+    return window
 
 
-def _rope(read: _Reader) -> tuple[float, dict[str, Any] | None]:
+def _rope(read: JsonReader) -> tuple[float, dict[str, Any] | None]:
     """Read the rotary base, and LLaMA-3's rescaling where there is one, in the old spelling or the
     new.
     """
     key = "rope_parameters" if read.entries("rope_parameters") else "rope_scaling"
     rope = dict(read.entries(key) or {})
-    inner = _Reader(rope, read.where, f"{key}.")
+    inner = JsonReader(rope, read.where, f"{key}.")
     base = next(
         (reader for reader in (inner, read) if reader.values.get("rope_theta") is not None), None
     )

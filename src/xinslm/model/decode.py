@@ -42,9 +42,13 @@ def token_bytes(model: Transformer) -> int:
 
 def _joined(linears: list[Linear], rows: int, pack: bool) -> Product:
     """The outputs of linear layers one after the other, as one product where nothing is rounded."""
-    if not any(linear.int8_inputs for linear in linears):
-        return product([linear.weight for linear in linears], rows, pack)
-    return lambda x: torch.cat([linear(x) for linear in linears], dim=-1)
+    if any(linear.int8_inputs for linear in linears):
+        return lambda x: torch.cat([linear(x) for linear in linears], dim=-1)
+    multiply = product([linear.weight for linear in linears], rows, pack)
+    if linears[0].bias is None:
+        return multiply
+    bias = torch.cat([linear.bias for linear in linears])
+    return lambda x: multiply(x).add_(bias)
 
 
 class _Layer:
@@ -53,6 +57,7 @@ class _Layer:
     def __init__(self, block: Any, rows: int, pack: bool) -> None:
         attention, mlp = block.self_attn, block.mlp
         self.norms = block.input_layernorm, block.post_attention_layernorm
+        self.attention = attention
         self.qkv = _joined([attention.q_proj, attention.k_proj, attention.v_proj], rows, pack)
         self.out = _joined([attention.o_proj], rows, pack)
         self.gate_up = _joined([mlp.gate_proj, mlp.up_proj], rows, pack)
@@ -179,6 +184,13 @@ class RowDecoder:
         self.count = len(rows)
         self.lengths[: self.count] = self.lengths[rows]
 
+    def _normalized(self, layer: _Layer, qk: Tensor) -> Tensor:
+        """Queries and keys (B, T, H + K, D) through the norms of heads, if the model has them."""
+        if not self.config.qk_norm:
+            return qk
+        heads = self.config.num_attention_heads
+        return torch.cat(layer.attention.normalize(qk[:, :, :heads], qk[:, :, heads:]), dim=2)
+
     def _step_mask(self, lengths: np.ndarray, width: int) -> Tensor | None:
         """What is added to the scores, (B, 1, 1, width); None if all rows see all columns."""
         window = self.config.sliding_window
@@ -200,8 +212,9 @@ class RowDecoder:
         cos, sin = (table.transpose(1, 2) for table in self.model.rotary(positions, x.dtype))
         for number, layer in enumerate(self.layers):
             qkv = layer.qkv(layer.norms[0](x)).unflatten(-1, (-1, c.head_dim))  # (B, T, H+2K, D)
-            turned = rotate(qkv[:, :, : heads + shared], cos, sin)
-            q, k, v = turned[:, :, :heads], turned[:, :, heads:], qkv[:, :, heads + shared :]
+            v = qkv[:, :, heads + shared :]
+            turned = rotate(self._normalized(layer, qkv[:, :, : heads + shared]), cos, sin)
+            q, k = turned[:, :, :heads], turned[:, :, heads:]
             y = attend(number, q, k.transpose(1, 2), v.transpose(1, 2))
             x = x + layer.out(y.reshape(*x.shape[:2], -1))
             gate, up = layer.gate_up(layer.norms[1](x)).chunk(2, dim=-1)

@@ -49,8 +49,8 @@ def load_model(
     gradient_checkpointing: bool = False,
     activations: Activations = "float",
 ) -> Transformer:
-    """Load a LLaMA or Mistral model of any kind as a `Transformer`, dequantized to `dtype`; its
-    linear layers round their inputs to int8 on request.
+    """Load a LLaMA, Mistral, Qwen2 or Qwen3 of any kind as a `Transformer`, dequantized to `dtype`;
+    its linear layers round their inputs to int8 on request.
     """
     return open_model(name).transformer(dtype, gradient_checkpointing, activations)
 
@@ -86,7 +86,7 @@ def save_model(model: Transformer, folder: Path, dtype: torch.dtype | None = Non
 
 
 def load_config(name: Path | str) -> ModelConfig:
-    """Read the shape of a LLaMA or Mistral model of any kind."""
+    """Read the shape of a LLaMA, Mistral, Qwen2 or Qwen3 of any kind."""
     return open_model(name).config
 
 

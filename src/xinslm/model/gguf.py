@@ -103,11 +103,9 @@ class GgufSource(ModelSource):
     def tensor(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
         """Dequantize one weight, or its rows [start, stop), to float32."""
         place = self._places[name]
-        if self._family.is_permuted and (".q_proj." in name or ".k_proj." in name):
+        if self._family.is_permuted and ("q_proj" in name or "k_proj" in name):
             values = self._values(place)
-            half = self.config.head_dim // 2
-            pairs = values.reshape(-1, half, 2, values.shape[1])
-            values = pairs.swapaxes(1, 2).reshape(values.shape)[start:stop]
+            values = self._family.from_rotation(values, name, self.config.head_dim)[start:stop]
         else:
             values = self._values(place, start, stop)
         if self._family.norm_offset and "norm" in name:
@@ -121,15 +119,11 @@ class GgufSource(ModelSource):
         if grid is None:
             return None
         blocks = np.array(place.data).reshape(len(place.data), -1, grid.block_bytes)
+        if self._family.is_permuted:
+            blocks = self._family.from_rotation(blocks, name, self.config.head_dim)
         scales = torch.from_numpy(blocks[..., :2].copy().view(np.float16)[..., 0])
         data = torch.from_numpy(np.ascontiguousarray(blocks[..., 2:])).flatten(1)
         data = data if grid is Q4_0 else data.view(torch.int8)
-        if self._family.is_permuted and (".q_proj." in name or ".k_proj." in name):
-            half = self.config.head_dim // 2
-            data, scales = (
-                part.reshape(-1, half, 2, part.shape[1]).transpose(1, 2).reshape(part.shape)
-                for part in (data, scales)
-            )
         if not torch.isfinite(scales).all():
             raise XinslmError(f"{self.path}: weight '{name}' holds NaN or infinity")
         return StoredWeight(grid.name, self.shape_of(name), data.contiguous(), scales.contiguous())

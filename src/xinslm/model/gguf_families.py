@@ -1,8 +1,8 @@
 """The model families whose GGUF files are read: llama.cpp's names and keys as Hugging Face's.
 
-`llama` covers LLaMA 1 to 3, Mistral and the many models like them, and is our own transformer;
-`qwen2`, `qwen3` and `gemma3` run in transformers. Each is compared with llama.cpp on the same file
-in `tests/model/test_gguf_families.py`.
+`llama` covers LLaMA 1 to 3, Mistral and the many models like them. It, `qwen2` and `qwen3` are our
+own transformer and are also written by `export gguf`; `gemma3` runs in transformers. Each is
+compared with llama.cpp on the same file in `tests/model/test_gguf_families.py`.
 """
 
 from collections.abc import Callable, Mapping
@@ -65,6 +65,37 @@ class Family:
             return None
         return f"model.layers.{parts[1]}.{self.block[parts[2]]}.{end}"
 
+    def gguf_name(self, name: str) -> str:
+        """Translate 'model.layers.0.mlp.up_proj.weight' to 'blk.0.ffn_up.weight'."""
+        stem, _, end = name.rpartition(".")
+        if not stem.startswith("model.layers."):
+            return f"{_theirs(_WHOLE, stem)}.{end}"
+        layer, _, part = stem.removeprefix("model.layers.").partition(".")
+        return f"blk.{layer}.{_theirs(self.block, part)}.{end}"
+
+    def for_rotation(self, rows: np.ndarray, name: str, head_dim: int) -> np.ndarray:
+        """Reorder query and key rows (rows, ...) from Hugging Face's order within each head to that
+        of this family; leave other weights.
+        """
+        if not self._is_reordered(name):
+            return rows
+        pairs = rows.reshape(-1, 2, head_dim // 2, *rows.shape[1:])
+        return pairs.swapaxes(1, 2).reshape(rows.shape)
+
+    def from_rotation(self, rows: np.ndarray, name: str, head_dim: int) -> np.ndarray:
+        """Undo `for_rotation`."""
+        if not self._is_reordered(name):
+            return rows
+        pairs = rows.reshape(-1, head_dim // 2, 2, *rows.shape[1:])
+        return pairs.swapaxes(1, 2).reshape(rows.shape)
+
+    def _is_reordered(self, name: str) -> bool:
+        return self.is_permuted and (".q_proj." in name or ".k_proj." in name)
+
+
+def _theirs(names: Mapping[str, str], ours: str) -> str:
+    return next(theirs for theirs, name in names.items() if name == ours)
+
 
 def _llama(get: Keys, shared: dict[str, Any]) -> dict[str, Any]:
     names = {key: shared[key] for key in shared if key in ModelConfig.__dataclass_fields__}
@@ -72,7 +103,6 @@ def _llama(get: Keys, shared: dict[str, Any]) -> dict[str, Any]:
 
 
 def _qwen2(get: Keys, shared: dict[str, Any]) -> dict[str, Any]:
-    shared = {key: value for key, value in shared.items() if key != "head_dim"}
     return {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", **shared}
 
 
@@ -99,7 +129,7 @@ def _gemma3(get: Keys, shared: dict[str, Any]) -> dict[str, Any]:
 
 
 FAMILIES = {
-    "llama": Family(_llama, is_permuted=True),
+    "llama": Family(_llama, biases=("attn_q", "attn_k", "attn_v", "attn_output"), is_permuted=True),
     "qwen2": Family(_qwen2, biases=("attn_q", "attn_k", "attn_v")),
     "qwen3": Family(_qwen3, {**_BLOCK, **_HEAD_NORMS}),
     "gemma3": Family(
@@ -178,6 +208,9 @@ def read_settings(file: GgufFile) -> dict[str, Any]:
         shared = shared_settings(get, tokens, len(keys.get("tokenizer.ggml.tokens") or ()))
         _require_plain_rotation(get, shared["head_dim"], path)
         shared["tie_word_embeddings"] = "output.weight" not in file.tensors
+        if architecture == "llama":
+            shared["attention_bias"] = "blk.0.attn_q.bias" in file.tensors
+            shared["attention_output_bias"] = "blk.0.attn_output.bias" in file.tensors
         return FAMILIES[architecture].settings(get, shared)
     except XinslmError:
         raise

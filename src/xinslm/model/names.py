@@ -1,4 +1,6 @@
-"""Names of a model folder's files, and what a quantized folder calls itself; without PyTorch."""
+"""Names of a model folder's files and parameters, and what a quantized folder calls itself; without
+PyTorch.
+"""
 
 CONFIG, GENERATION = "config.json", "generation_config.json"
 WEIGHTS = "model.safetensors"
@@ -8,3 +10,8 @@ load the folder with random weights; with this name it refuses the folder.
 """
 QUANTIZED_KIND, QUANTIZED_VERSION, QUANTIZED_BY = "quantized", 2, "xinslm quantize"
 """Kind and version in the manifest of a quantized folder, and the command that makes one."""
+
+
+def parameter_name(stem: str) -> str:
+    """Name of a parameter that the manifest names without '.weight'."""
+    return stem if stem.endswith(".bias") else f"{stem}.weight"

@@ -26,7 +26,7 @@ from xinslm.model.int8_inputs import int8_product
 
 
 class Linear(nn.Linear):
-    """A linear layer without bias that computes in its input's type."""
+    """A linear layer that computes in its input's type."""
 
     rounds = False
     """Whether it multiplies with its weight rounded to Q4_0."""
@@ -36,6 +36,11 @@ class Linear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out), in x's dtype."""
+        product = self._product(x)
+        return product if self.bias is None else product + self.bias.to(product.dtype)
+
+    def _product(self, x: Tensor) -> Tensor:
+        """The outputs without the bias, whose type may differ from the weight's."""
         weight = self.weight
         if self.int8_inputs:
             return int8_product(x, weight)

@@ -3,8 +3,8 @@
 
 Each runtime's format is transcribed from this one without rounding again. For a weight
 `NAME.weight` of (rows, columns) the file holds `NAME.codes` (uint8 (rows, columns / 2) in Q4_0's
-nibble order, or int8 (rows, columns)) and `NAME.scales` (float16 (rows, columns / 32)). Norms, and
-weights whose rows are not a multiple of 32, are stored unquantized.
+nibble order, or int8 (rows, columns)) and `NAME.scales` (float16 (rows, columns / 32)). Norms,
+biases, and weights whose rows are not a multiple of 32, are stored unquantized.
 """
 
 from pathlib import Path
@@ -22,6 +22,7 @@ from xinslm.model.names import (
     QUANTIZED_KIND,
     QUANTIZED_VERSION,
     QUANTIZED_WEIGHTS,
+    parameter_name,
 )
 from xinslm.model.source import (
     FolderSource,
@@ -49,7 +50,7 @@ class QuantizedSource(FolderSource):
                 f"{self.path / MANIFEST}: 'formats' or 'bits' is missing or "
                 f"damaged; run `{_MADE_BY}`"
             )
-        self.formats: dict[str, str] = {f"{name}.weight": kind for name, kind in formats.items()}
+        self.formats: dict[str, str] = {parameter_name(s): kind for s, kind in formats.items()}
         """Format of every weight, by its Hugging Face parameter name."""
         self._path = self.path / QUANTIZED_WEIGHTS
         self._file = open_tensors(self._path)

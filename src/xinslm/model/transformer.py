@@ -1,9 +1,10 @@
 """The student: a LLaMA-style decoder in plain PyTorch, with Hugging Face's parameter names.
 
 RMSNorm before each half of a block, grouped-query attention, rotary positions, SwiGLU, tied
-embeddings, optional sliding window. The `state_dict` is the checkpoint format of transformers and
-needs no conversion; the logits are equal (`tests/model/test_transformer.py`). Shapes: B batch, T
-sequence length, H query heads, K key heads, D head dimension.
+embeddings, optional sliding window; biases as in Qwen2 and norms of heads as in Qwen3. The
+`state_dict` is the checkpoint format of transformers and needs no conversion; the logits are equal
+(`tests/model/test_transformer.py`). Shapes: B batch, T sequence length, H query heads, K key heads,
+D head dimension.
 
     model = Transformer(config)
     logits = model.logits(model.hidden(input_ids))      # (B, T) -> (B, T, vocabulary)
@@ -132,21 +133,36 @@ class Attention(nn.Module):
             config.num_attention_heads * config.head_dim,
             config.num_key_value_heads * config.head_dim,
         )
-        self.q_proj = Linear(config.hidden_size, query, bias=False)
-        self.k_proj = Linear(config.hidden_size, shared, bias=False)
-        self.v_proj = Linear(config.hidden_size, shared, bias=False)
-        self.o_proj = Linear(query, config.hidden_size, bias=False)
+        self.q_proj = Linear(config.hidden_size, query, bias=config.attention_bias)
+        self.k_proj = Linear(config.hidden_size, shared, bias=config.attention_bias)
+        self.v_proj = Linear(config.hidden_size, shared, bias=config.attention_bias)
+        self.o_proj = Linear(query, config.hidden_size, bias=config.attention_output_bias)
+        if config.qk_norm:
+            self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
+            self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
+        self.has_norms = config.qk_norm
+
+    def project(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(B, T, hidden) -> rotated queries (B, H, T, D) and keys (B, K, T, D), values."""
+        b, t, _ = x.shape
+        q = self.q_proj(x).view(b, t, -1, self.head_dim)
+        k = self.k_proj(x).view(b, t, -1, self.head_dim)
+        v = self.v_proj(x).view(b, t, -1, self.head_dim).transpose(1, 2)
+        q, k = self.normalize(q, k)
+        q, k = q.transpose(1, 2), k.transpose(1, 2)
+        cos, sin = cos.to(q.dtype), sin.to(q.dtype)
+        return rotate(q, cos, sin), rotate(k, cos, sin), v
+
+    def normalize(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        """Normalize each head of queries and keys (..., D), if the model does."""
+        return (self.q_norm(q), self.k_norm(k)) if self.has_norms else (q, k)
 
     def forward(
         self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: KVCache | None
     ) -> Tensor:
         """(B, T, hidden) -> (B, T, hidden); without a mask, causal."""
         b, t, _ = x.shape
-        q = self.q_proj(x).view(b, t, -1, self.head_dim).transpose(1, 2)  # (B, H, T, D)
-        k = self.k_proj(x).view(b, t, -1, self.head_dim).transpose(1, 2)  # (B, K, T, D)
-        v = self.v_proj(x).view(b, t, -1, self.head_dim).transpose(1, 2)
-        cos, sin = cos.to(q.dtype), sin.to(q.dtype)
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        q, k, v = self.project(x, cos, sin)
         if cache is not None:
             k, v = cache.extend(self.layer, k, v)
         y = F.scaled_dot_product_attention(
@@ -235,7 +251,7 @@ class Transformer(nn.Module):
         self.register_buffer("frequencies", rotary_frequencies(config), persistent=False)
 
     def initialise(self, generator: torch.Generator | None = None) -> None:
-        """Draw matrices from N(0, 0.02) and set vectors to 1 (GPT-2).
+        """Draw matrices from N(0, 0.02), set norms to 1 and biases to 0 (GPT-2).
 
         Projections into the residual stream are smaller by sqrt(2 layers).
         """
@@ -247,7 +263,7 @@ class Transformer(nn.Module):
                 )
                 nn.init.normal_(weight, std=deviation, generator=generator)
             else:
-                nn.init.ones_(weight)
+                nn.init.constant_(weight, 0.0 if name.endswith(".bias") else 1.0)
 
     @property
     def head_weight(self) -> Tensor:

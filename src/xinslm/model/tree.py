@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from xinslm.model.transformer import Attention, Transformer, rotate
+from xinslm.model.transformer import Attention, Transformer
 
 
 @dataclass(frozen=True)
@@ -46,11 +46,7 @@ class _Layers:
         self, layer: int, attention: Attention, x: Tensor, cos: Tensor, sin: Tensor
     ) -> Tensor:
         b, t, _ = x.shape
-        q, k, v = (
-            project(x).view(b, t, -1, attention.head_dim).transpose(1, 2)
-            for project in (attention.q_proj, attention.k_proj, attention.v_proj)
-        )
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        q, k, v = attention.project(x, cos, sin)
         if self.prefix is not None:
             past = self.prefix.keys[layer], self.prefix.values[layer]
             k, v = (

@@ -74,11 +74,6 @@ def matrices(shape: ModelConfig) -> list[Matrix]:
     ]
 
 
-def num_vectors(shape: ModelConfig) -> int:
-    """Trained parameters of the norms."""
-    return (2 * shape.num_hidden_layers + 1) * shape.hidden_size
-
-
 def kept_by_block(shape: ModelConfig, tokens: int, width: int) -> int:
     """Bytes that autograd keeps of one block for `tokens` positions.
 
@@ -89,13 +84,17 @@ def kept_by_block(shape: ModelConfig, tokens: int, width: int) -> int:
     d, f = shape.hidden_size, shape.intermediate_size
     query, shared = _widths(shape)
     norms = 2 * (2 * width * d + 4)
+    if shape.qk_norm:  # of their input only: the rotation keeps nothing but its tables
+        norms += width * (query + shared) + 4 * (
+            shape.num_attention_heads + shape.num_key_value_heads
+        )
     attention = width * (2 * query + 2 * shared) + 4 * shape.num_attention_heads
     return tokens * (norms + attention + width * 4 * f)
 
 
 def step_memory(shape: ModelConfig, config: PretrainConfig) -> Memory:
     """Peak of an optimizer step of this model in this run."""
-    all_matrices, vectors = matrices(shape), num_vectors(shape)
+    all_matrices, vectors = matrices(shape), shape.num_vector_parameters
     states = sum(m.count * state_bytes(m, config.optimizer) for m in all_matrices) + 8 * vectors
     always = {"weights": _param_bytes(shape, config), "optimizer states": states}
     hidden = sum(m.size * m.count for m in all_matrices if m.hidden)
@@ -187,7 +186,7 @@ def _stored_bytes(config: PretrainConfig) -> int:
 def _param_bytes(shape: ModelConfig, config: PretrainConfig) -> int:
     """Bytes of all weights, and of all gradients."""
     numbers = sum(m.size * m.count for m in matrices(shape))
-    return numbers * _stored_bytes(config) + 4 * num_vectors(shape)
+    return numbers * _stored_bytes(config) + 4 * shape.num_vector_parameters
 
 
 def _accumulates(config: PretrainConfig) -> bool:

@@ -27,7 +27,7 @@ class PruneConfig(Settings):
     """Cut a student out of a teacher; sizes that are not given stay the teacher's."""
 
     teacher: Annotated[str, tyro.conf.Positional]
-    """Llama or Mistral model: a folder, a GGUF file, or a Hub name."""
+    """LLaMA, Mistral, Qwen2 or Qwen3: a folder, a GGUF file, or a Hub name."""
     data_path: Path
     """Dataset folder made by `xinslm prepare`, with the teacher's tokenizer or one nested in it;
     the student gets its tokenizer."""

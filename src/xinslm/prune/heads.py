@@ -8,7 +8,7 @@ remaining ones have more key-value heads than the student, groups of key-value h
 - Values: any basis of the head's width is allowed; the group's strongest directions are taken.
 
 Both are exact if the heads of the group agree. Mean pooling (arXiv:2305.13245, section 2.1) adds
-heads whose bases are unrelated.
+heads whose bases are unrelated. A bias is one more column, whose input is always 1.
 """
 
 from dataclasses import dataclass
@@ -74,10 +74,7 @@ def _alike(
     merged with it.
     """
     left, groups = list(kept), []
-    keys, values = (
-        _per_head(layer["self_attn.k_proj.weight"], width),
-        _per_head(layer["self_attn.v_proj.weight"], width),
-    )
+    keys, values = (_per_head(_with_bias(layer, name), width) for name in ("k_proj", "v_proj"))
     while left:
         first = left.pop(0)
 
@@ -95,9 +92,12 @@ def _alike(
 
 
 def keep_heads(layer: Weights, groups: list[Group], inputs: Tensor, width: int) -> Weights:
-    """Return one layer's attention with only the heads of `groups`, key-value heads merged."""
+    """Return one layer's attention with only the heads of `groups`, key-value heads merged.
+
+    Norms of heads and the bias of the output stay as they are, so they are not among the results.
+    """
     names = ("q_proj", "k_proj", "v_proj", "o_proj")
-    q, k, v = (_per_head(layer[f"self_attn.{name}.weight"], width) for name in names[:3])
+    q, k, v = (_per_head(_with_bias(layer, name), width) for name in names[:3])
     o = _per_head(layer["self_attn.o_proj.weight"].T, width)  # (H, D, d)
     queries, keys, values, outputs = [], [], [], []
     shared = len(q) // len(k)
@@ -122,7 +122,19 @@ def keep_heads(layer: Weights, groups: list[Group], inputs: Tensor, width: int) 
     like = layer["self_attn.q_proj.weight"]
     parts = [torch.cat(part).flatten(0, 1).to(like) for part in (queries, keys, values, outputs)]
     parts[3] = parts[3].T.contiguous()
-    return {f"self_attn.{name}.weight": part for name, part in zip(names, parts, strict=True)}
+    made = {f"self_attn.{name}.weight": part for name, part in zip(names, parts, strict=True)}
+    for name in names[:3]:
+        if f"self_attn.{name}.bias" in layer:
+            joined = made[f"self_attn.{name}.weight"]
+            made[f"self_attn.{name}.weight"] = joined[:, :-1].contiguous()
+            made[f"self_attn.{name}.bias"] = joined[:, -1].contiguous()
+    return made
+
+
+def _with_bias(layer: Weights, name: str) -> Tensor:
+    """A projection's weight (rows, d), or (rows, d + 1) with its bias as the last column."""
+    weight, bias = layer[f"self_attn.{name}.weight"], layer.get(f"self_attn.{name}.bias")
+    return weight if bias is None else torch.cat((weight, bias[:, None].to(weight)), dim=1)
 
 
 def _per_head(weight: Tensor, width: int) -> Tensor:

@@ -136,8 +136,8 @@ class LayerStatistics:
     influence: float
     """Block influence, the mean of 1 - cos(input, output) (ShortGPT, arXiv:2403.03853)."""
     inputs: Tensor
-    """Products of the normalized input of the attention, gain included, (hidden, hidden); (0, 0) if
-    not requested.
+    """Products of the normalized input of the attention, gain included, (hidden, hidden), with a
+    column of ones behind it if the projections have biases; (0, 0) if not requested.
     """
     heads: Tensor
     """Products of each head's output, (heads, head_dim, head_dim)."""
@@ -177,12 +177,12 @@ def measure(
     states = [model.model.embed_tokens(passage.ids) for passage in passages]
     for passage in passages:
         ids += torch.bincount(passage.ids[passage.real].cpu(), minlength=config.vocab_size)
-    layers = []
+    layers, size = [], (d + config.attention_bias if with_inputs else 0)
     for index, block in enumerate(model.model.layers):
         assert isinstance(block, Block)
         found = LayerStatistics(
             0.0,
-            torch.zeros((d, d) if with_inputs else (0, 0), dtype=torch.float64),
+            torch.zeros(size, size, dtype=torch.float64),
             torch.zeros(
                 config.num_attention_heads, config.head_dim, config.head_dim, dtype=torch.float64
             ),
@@ -201,7 +201,8 @@ def measure(
             by_head = out[real].view(-1, config.num_attention_heads, config.head_dim)
             found.heads += torch.einsum("nhi,nhj->hij", by_head, by_head).cpu().double()
             if with_inputs:
-                found.inputs += products(normed[real], normed[real])
+                seen = F.pad(normed[real], (0, size - d), value=1.0)
+                found.inputs += products(seen, seen)
             found.neurons += active[real].pow(2).sum(0).cpu().double()
             found.influence += float(
                 (1 - F.cosine_similarity(x[real], states[at][real], dim=-1)).sum()

@@ -17,9 +17,9 @@ def find_teacher(name: str) -> tuple[ModelSource, ModelConfig]:
         return source, source.config
     except UnsupportedModelError as error:
         raise XinslmError(
-            f"{error}. Only Llama and Mistral models can be pruned: the student has no "
-            "counterpart for other parts, such as the biases of Qwen2 or the query and key norms "
-            "of Qwen3. The model can still be a teacher (`xinslm cache`)"
+            f"{error}. Only LLaMA, Mistral, Qwen2 and Qwen3 models can be pruned: the student has "
+            "no counterpart for the parts of others. The model can still be a teacher (`xinslm "
+            "cache`)"
         ) from None
 
 
@@ -61,6 +61,14 @@ def student_shape(config: PruneConfig, teacher: ModelConfig, vocab_size: int) ->
         raise UsageError("\n".join(wrong))
     student.check()
     merged = merged_heads(teacher, student)
+    if merged > 1 and student.qk_norm:
+        most = student.num_key_value_heads * teacher.num_attention_heads
+        raise UsageError(
+            f"{student.num_attention_heads} query heads on {student.num_key_value_heads} "
+            f"key-value heads would merge key-value heads of the teacher, but its heads are "
+            "normalized (Qwen3), and a norm does not commute with the merging. Use at most "
+            f"{most // teacher.num_key_value_heads} query heads, or more key-value heads"
+        )
     if merged * student.num_key_value_heads > teacher.num_key_value_heads:
         raise UsageError(
             f"{student.num_attention_heads} query heads on {student.num_key_value_heads} "

@@ -29,6 +29,14 @@ READERS = {
     "post_attention_layernorm": ("mlp.gate_proj", "mlp.up_proj"),
 }
 WRITERS = ("self_attn.o_proj", "mlp.down_proj")
+_INSIDE = (
+    "self_attn.q_proj.bias",
+    "self_attn.k_proj.bias",
+    "self_attn.v_proj.bias",
+    "self_attn.q_norm.weight",
+    "self_attn.k_norm.weight",
+)
+"""Vectors of a block, if the model has them, that do not meet the residual stream."""
 
 
 def principal_directions(stream: Tensor, width: int) -> Tensor:
@@ -74,6 +82,11 @@ def narrow(
                 )
         for writer in WRITERS:
             weights[f"{prefix}{writer}.weight"] = turn.T @ source[f"{prefix}{writer}.weight"]
+            if (bias := source.get(f"{prefix}{writer}.bias")) is not None:
+                weights[f"{prefix}{writer}.bias"] = bias @ turn
+        for name in _INSIDE:
+            if f"{prefix}{name}" in source:
+                weights[f"{prefix}{name}"] = source[f"{prefix}{name}"]
     gain = source[NORM]
     factor = norm_factor(statistics.final, basis)
     if student.tie_word_embeddings:
@@ -282,6 +295,8 @@ class _Fitting:
             wanted = goal[passage.real]
             if self.basis is not None:
                 wanted = wanted @ self.turn
+            if writer.bias is not None:
+                wanted = wanted - writer.bias
             fit.add(x[passage.real], wanted - z[passage.real])
         writer.weight.copy_(fit.solve(writer.weight, self.ridge))
         for at, (passage, x) in enumerate(zip(self.passages, outputs, strict=True)):

@@ -26,7 +26,7 @@ from xinslm.folders import new_folder, refuse_existing, refuse_inside
 from xinslm.model.config import ModelConfig
 from xinslm.model.files import check_vocabulary, open_model
 from xinslm.model.grids import GRIDS
-from xinslm.model.names import QUANTIZED_WEIGHTS
+from xinslm.model.names import QUANTIZED_WEIGHTS, parameter_name
 from xinslm.model.quantized import KIND, VERSION
 from xinslm.model.source import TRAINED_FOR_Q4_0, ModelSource
 from xinslm.progress import Listener, ignore
@@ -241,7 +241,7 @@ def _result(work: Quantization | Kept, folder: Path, lines: list[str]) -> Result
     bits = {"f16": 16.0, "f32": 32.0} | {grid.name: grid.bits_per_weight for grid in GRIDS.values()}
     tensors, weights = Counter(formats.values()), Counter[str]()
     for name, kind in formats.items():
-        weights[kind] += math.prod(work.shapes[f"{name}.weight"])
+        weights[kind] += math.prod(work.shapes[parameter_name(name)])
     ratios = [
         loss["loss"] / loss["rtn_loss"]
         for loss in manifest["layers"].values()

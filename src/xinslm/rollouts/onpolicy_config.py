@@ -35,7 +35,9 @@ class OnPolicyConfig(TrainingConfig):
     """Train a student, in rounds, on texts that it generates and a teacher scores."""
 
     student: Path
-    """Student to start from: any LLaMA or Mistral model, also a quantized folder or a GGUF file."""
+    """Student to start from: any LLaMA, Mistral, Qwen2 or Qwen3, also a quantized folder or a GGUF
+    file.
+    """
     teacher: str
     """Teacher: any model with the student's tokenizer."""
     prompts: Path

@@ -1,8 +1,9 @@
 """Open the adapter that a teacher's name refers to.
 
 http://host:8000/v1 is an OpenAI-compatible endpoint, and any other name a model of any kind that
-`open_model` knows. LLaMA and Mistral run in our own transformer, which starts seconds sooner than
-transformers and is a little faster; LoRA adapters and other architectures need transformers.
+`open_model` knows. LLaMA, Mistral, Qwen2 and Qwen3 run in our own transformer, which starts seconds
+sooner than transformers and is a little faster; LoRA adapters and other architectures need
+transformers.
 """
 
 from dataclasses import dataclass, field

@@ -30,7 +30,7 @@ class RootMean(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        """(1, T, size) -> (1, T, 1)."""
+        """(..., size) -> (..., 1)."""
         return torch.rsqrt((x * x).mean(-1, keepdim=True) + self.eps)
 
 
@@ -43,7 +43,7 @@ class Norm(nn.Module):
         self.scale = RootMean(eps)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(1, T, size) -> (1, T, size)."""
+        """(..., size) -> (..., size)."""
         return x * self.scale(x) * self.weight
 
 
@@ -55,16 +55,23 @@ class Attention(nn.Module):
         self.layer, self.head_dim = layer, config.head_dim
         self.heads, self.key_heads = config.num_attention_heads, config.num_key_value_heads
         query, shared = self.heads * config.head_dim, self.key_heads * config.head_dim
-        self.q_proj = nn.Linear(config.hidden_size, query, bias=False)
-        self.k_proj = nn.Linear(config.hidden_size, shared, bias=False)
-        self.v_proj = nn.Linear(config.hidden_size, shared, bias=False)
-        self.o_proj = nn.Linear(query, config.hidden_size, bias=False)
+        bias = config.attention_bias
+        self.q_proj = nn.Linear(config.hidden_size, query, bias=bias)
+        self.k_proj = nn.Linear(config.hidden_size, shared, bias=bias)
+        self.v_proj = nn.Linear(config.hidden_size, shared, bias=bias)
+        self.o_proj = nn.Linear(query, config.hidden_size, bias=config.attention_output_bias)
+        self.has_norms = config.qk_norm
+        if self.has_norms:
+            self.q_norm = Norm(config.head_dim, config.rms_norm_eps)
+            self.k_norm = Norm(config.head_dim, config.rms_norm_eps)
 
     def forward(self, x: Tensor, step: "Step") -> Tensor:
         """(1, T, hidden) -> (1, T, hidden)."""
         q = self._split(self.q_proj(x), self.heads)
         k = self._split(self.k_proj(x), self.key_heads)
         v = self._split(self.v_proj(x), self.key_heads)
+        if self.has_norms:
+            q, k = self.q_norm(q), self.k_norm(k)
         q, k = self._rotate(q, step), self._rotate(k, step)
         keys, values = step.extend(self.layer, k, v)
         grouped = q.reshape(1, self.key_heads, -1, self.head_dim)  # (1, K, H / K * T, D)
