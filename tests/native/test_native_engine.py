@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from small_models import save_quantized, save_random_model
+from small_models import FAMILIES, save_quantized, save_random_model
 from xinslm.errors import UsageError, XinslmError
 from xinslm.export.config import GgufConfig
 from xinslm.export.gguf import run as export_gguf
@@ -21,6 +21,8 @@ from xinslm.inference.torch_engine import TorchEngine
 from xinslm.model.config import ModelConfig
 from xinslm.model.transformer import rotary_frequencies
 from xinslm.native.model import NativeContext
+from xinslm.quantize.config import QuantizeConfig
+from xinslm.quantize.run import run as quantize
 
 LLAMA3_ROPE = {
     "rope_type": "llama3",
@@ -36,6 +38,7 @@ SHAPES = {
     "untied": {"tie_word_embeddings": False},
     "heads of 20": {"head_dim": 20},
     "one key head": {"num_key_value_heads": 1, "head_dim": 48},
+    **FAMILIES,
     "odd sizes": {"vocab_size": 333, "intermediate_size": 81, "hidden_size": 72},
 }
 IDS = np.random.default_rng(0).integers(0, 320, 100).tolist()
@@ -97,6 +100,27 @@ def test_a_gguf_file_gives_the_logits_of_its_folder(tmp_path: Path, kind: str) -
     assert folder.start(IDS[:1]) == pytest.approx(file.start(IDS[:1]), abs=1e-3)
     # the heads' numbers stand in another order, which float sums feel
     assert away(folder.verify(IDS[1:30]), file.verify(IDS[1:30])) < 0.03
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_families_run_from_folder_and_gguf_file(tmp_path: Path, family: str) -> None:
+    model = save_random_model(tmp_path / "full", **FAMILIES[family])
+    quantize(QuantizeConfig(tmp_path / "full", tmp_path / "q", method="rtn"))
+    export_gguf(GgufConfig(tmp_path / "q", tmp_path / "m.gguf"))
+    export_gguf(GgufConfig(tmp_path / "full", tmp_path / "f.gguf", outtype="f32"))
+    with torch.no_grad():
+        wanted = model.logits(model.hidden(torch.tensor([IDS])))[0].numpy()
+    whole_file = NativeEngine.load(tmp_path / "f.gguf")
+    whole_file.start(IDS[:1])
+    assert away(whole_file.verify(IDS[1:]), wanted[1:]) < 2e-3
+    rows = []
+    for name in ("q", "m.gguf"):
+        engine = NativeEngine.load(tmp_path / name)
+        engine.start(IDS[:1])
+        rows.append(engine.verify(IDS[1:40]))
+    assert away(rows[0], rows[1]) < 0.05
+    twin = TorchEngine.load(tmp_path / "q", "cpu", "float32", activations="int8")
+    assert away(rows[0][-1:], twin.start(IDS[:40])[None]) < 0.1
 
 
 @pytest.fixture(scope="module")

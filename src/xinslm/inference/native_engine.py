@@ -170,8 +170,10 @@ def build(raw: RawModel) -> NativeModel:
         model.set(role, layer, raw.read(name))
         raw.forget(name)
     if not config.tie_word_embeddings and "lm_head.weight" not in raw.names:
-        raise XinslmError("the model's head is not tied to its embedding, but 'lm_head.weight' is "
-                          "missing; copy the model again")  # fmt: skip
+        raise XinslmError(
+            "the model's head is not tied to its embedding, but 'lm_head.weight' is "
+            "missing; copy the model again"
+        )
     _ = model.num_bytes  # names a weight that is missing
     return model
 

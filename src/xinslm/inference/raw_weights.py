@@ -28,6 +28,7 @@ from xinslm.model.names import (
     QUANTIZED_VERSION,
     QUANTIZED_WEIGHTS,
     WEIGHTS,
+    parameter_name,
 )
 from xinslm.native.model import BF16, F16, F32, Q4_APART, Q8_APART, READS, Weight
 from xinslm.places import find
@@ -145,7 +146,7 @@ def _quantized(path: Path, config: ModelConfig) -> RawModel:
         return Weight(number, (rows, 32 * groups), file.bytes_of(codes), values)
 
     has_codes = any(kind in _APART for kind in formats.values())
-    names = [f"{name}.weight" for name in formats]
+    names = [parameter_name(name) for name in formats]
     return RawModel(
         config,
         False,

@@ -15,12 +15,23 @@ class Shape(ctypes.Structure):
     """`xl_shape`: a model's shape."""
 
     _fields_ = (
-        *((name, c_int32) for name in (
-            "layers", "hidden_size", "ffn_size", "heads", "key_heads", "head_size", "vocabulary",
-            "positions", "window", "interleaved",
-        )),
+        *(
+            (name, c_int32)
+            for name in (
+                "layers",
+                "hidden_size",
+                "ffn_size",
+                "heads",
+                "key_heads",
+                "head_size",
+                "vocabulary",
+                "positions",
+                "window",
+                "interleaved",
+            )
+        ),
         ("eps", c_float),
-    )  # fmt: skip
+    )
 
 
 class SamplingSettings(ctypes.Structure):
@@ -62,7 +73,7 @@ _FUNCTIONS: dict[str, tuple[Any, tuple[Any, ...]]] = {
     ),
     "xl_product": (c_int32, (c_char_p, *_DATA, _FLOATS, c_int64, _FLOATS)),
     "xl_decode_row": (c_int32, (*_DATA, c_int64, _FLOATS)),
-}  # fmt: skip
+}
 
 
 @functools.cache

@@ -24,10 +24,25 @@ Q4_APART, Q8_APART = 100, 101
 READS = {F32, F16, Q4_0, Q4_1, Q8_0, BF16}
 
 ROLES = (
-    "embedding", "head", "final_norm", "attention_norm", "q_proj", "k_proj", "v_proj", "o_proj",
-    "ffn_norm", "gate_proj", "up_proj", "down_proj", "q_proj.bias", "k_proj.bias", "v_proj.bias",
-    "o_proj.bias", "q_norm", "k_norm",
-)  # fmt: skip
+    "embedding",
+    "head",
+    "final_norm",
+    "attention_norm",
+    "q_proj",
+    "k_proj",
+    "v_proj",
+    "o_proj",
+    "ffn_norm",
+    "gate_proj",
+    "up_proj",
+    "down_proj",
+    "q_proj.bias",
+    "k_proj.bias",
+    "v_proj.bias",
+    "o_proj.bias",
+    "q_norm",
+    "k_norm",
+)
 """Names of the weights, in the order of the C interface's numbers."""
 _ROLE_NUMBERS = {name: index for index, name in enumerate(ROLES)}
 
