@@ -44,7 +44,8 @@ struct Scalar {
     static F round(F a) { return each([&](int i) { return std::nearbyint(a.v[i]); }); }
     static F power_of_two(F n) {
         return each([&](int i) {
-            return float_of(static_cast<uint32_t>(static_cast<int32_t>(n.v[i]) + 127) << 23);
+            const int32_t whole = n.v[i] == n.v[i] ? static_cast<int32_t>(n.v[i]) : 0;
+            return float_of(static_cast<uint32_t>(whole + 127) << 23);
         });
     }
     static F zero_below(F a, F x, float limit) {
@@ -103,7 +104,7 @@ struct Scalar {
         return a;
     }
     static Bytes high_halves(Bytes a) {
-        for (auto &byte : a.v) byte >>= 4;
+        for (auto &byte : a.v) byte = static_cast<uint8_t>(byte >> 4);
         return a;
     }
     static Dword dword(const int8_t *p) {

@@ -39,7 +39,10 @@ inline void in_groups(int count, Body body) {
     // of unpacking, until registers run out.
     int done = 0;
     for (; count - done >= S::kTokens; done += S::kTokens) body(Count<S::kTokens>(), done);
-    for (; count - done >= 4 && S::kTokens > 4; done += 4) body(Count<4>(), done);
+    if constexpr (S::kTokens > 8)
+        for (; count - done >= 8; done += 8) body(Count<8>(), done);
+    if constexpr (S::kTokens > 4)
+        for (; count - done >= 4; done += 4) body(Count<4>(), done);
     for (; count - done >= 2; done += 2) body(Count<2>(), done);
     if (done < count) body(Count<1>(), done);
 }
