@@ -1,7 +1,7 @@
-"""The native engine beside llama.cpp, ik_llama.cpp, OpenVINO GenAI and mistral.rs on one GGUF file.
+r"""The native engine beside llama.cpp, ik_llama.cpp, OpenVINO GenAI and mistral.rs on one GGUF file.
 
-    python benchmarks/native_engine.py student.gguf \\
-        --peer llama.cpp=LLAMA_VENV/bin/python --peer ik=IK_VENV/bin/python \\
+    python benchmarks/native_engine.py student.gguf \
+        --peer llama.cpp=LLAMA_VENV/bin/python --peer ik=IK_VENV/bin/python \
         --peer openvino=OV_VENV/bin/python --peer mistralrs=MISTRAL_VENV/bin/python
 
 Each engine is a process of its own with the model loaded; rounds go through the engines in turn,
