@@ -20,7 +20,7 @@ extern "C" {
 #endif
 
 /* Number of this interface; the Python side refuses another one. */
-#define XL_ABI 2
+#define XL_ABI 3
 XL_API int32_t xl_abi(void);
 
 /* What went wrong in the last call of this thread that failed. */
@@ -87,6 +87,14 @@ XL_API int64_t xl_sequence_rewind(xl_context *context, int32_t sequence, int64_t
  * changed. One call at a time: a second one fails as busy. */
 XL_API int32_t xl_extend(xl_context *context, int32_t count, const int32_t *tokens,
                          const int32_t *sequences, const uint8_t *wanted, float *logits);
+
+/* As xl_extend, but writes the wanted tokens' states (number of wanted tokens, hidden_size): the
+ * output of the last layer, before the final norm. */
+XL_API int32_t xl_extend_states(xl_context *context, int32_t count, const int32_t *tokens,
+                                const int32_t *sequences, const uint8_t *wanted, float *states);
+
+/* The final norm and the head: states (count, hidden_size) to logits (count, vocabulary). */
+XL_API int32_t xl_logits(xl_context *context, int64_t count, const float *states, float *logits);
 
 /* Bytes of keys and values in use, and allocated. */
 XL_API int64_t xl_cache_bytes(const xl_context *context, int32_t allocated);

@@ -118,6 +118,25 @@ int32_t xl_extend(xl_context *context, int32_t count, const int32_t *tokens, con
     });
 }
 
+int32_t xl_extend_states(xl_context *context, int32_t count, const int32_t *tokens, const int32_t *sequences,
+                         const uint8_t *wanted, float *states) {
+    return guarded(-1, [&] {
+        if (!states) throw std::runtime_error("there is no place for the states");
+        const auto lock = context->context.claim();
+        context->context.extend(count, tokens, sequences, wanted, nullptr, states);
+        return 0;
+    });
+}
+
+int32_t xl_logits(xl_context *context, int64_t count, const float *states, float *logits) {
+    return guarded(-1, [&] {
+        if (!states || !logits) throw std::runtime_error("there are no states, or there is no place for the logits");
+        const auto lock = context->context.claim();
+        context->context.logits(xl::size_of(count), states, logits);
+        return 0;
+    });
+}
+
 int64_t xl_cache_bytes(const xl_context *context, int32_t allocated) {
     return static_cast<int64_t>(context->context.cache.bytes(allocated != 0));
 }

@@ -89,7 +89,7 @@ void Context::check(int count, const int32_t *tokens, const int32_t *sequences) 
 }
 
 void Context::extend(int count, const int32_t *tokens, const int32_t *sequences, const uint8_t *wanted,
-                     float *logits) {
+                     float *logits, float *states) {
     check(count, tokens, sequences);
     if (process_ != process_id()) start_team();
     std::vector<std::pair<int, int64_t>> before;
@@ -98,8 +98,11 @@ void Context::extend(int count, const int32_t *tokens, const int32_t *sequences,
     try {
         for (int done = 0; done < count; done += kChunkTokens) {
             const int size = std::min(kChunkTokens, count - done);
-            chunk(size, tokens + done, sequences + done, wanted + done, logits);
-            logits += static_cast<size_t>(wanted_count_) * static_cast<size_t>(model_.shape.vocabulary);
+            logits_ = logits, states_ = states;
+            chunk(size, tokens + done, sequences + done, wanted + done);
+            const auto rows = static_cast<size_t>(wanted_count_);
+            if (states) states += rows * static_cast<size_t>(model_.shape.hidden_size);
+            if (logits) logits += rows * static_cast<size_t>(model_.shape.vocabulary);
         }
     } catch (...) {
         // a sequence that stands twice in `before` had its first length first
@@ -109,9 +112,24 @@ void Context::extend(int count, const int32_t *tokens, const int32_t *sequences,
     }
 }
 
-void Context::chunk(int count, const int32_t *tokens, const int32_t *sequences, const uint8_t *wanted,
-                    float *logits) {
-    count_ = count, tokens_ = tokens, logits_ = logits;
+void Context::logits(size_t count, const float *states, float *out) {
+    if (process_ != process_id()) start_team();
+    const auto size = static_cast<size_t>(model_.shape.hidden_size);
+    for (size_t done = 0; done < count; done += kChunkTokens) {
+        count_ = wanted_count_ = static_cast<int>(std::min<size_t>(kChunkTokens, count - done));
+        wanted_.clear();
+        for (int i = 0; i < count_; i++) {
+            wanted_.push_back(i);
+            std::memcpy(x_.get() + static_cast<size_t>(i) * hidden_, states + (done + static_cast<size_t>(i)) * size,
+                        size * sizeof(float));
+        }
+        logits_ = out + done * static_cast<size_t>(model_.shape.vocabulary);
+        team_->run([this](int thread) { head(thread, logits_); });
+    }
+}
+
+void Context::chunk(int count, const int32_t *tokens, const int32_t *sequences, const uint8_t *wanted) {
+    count_ = count, tokens_ = tokens;
     wanted_.clear(), runs_.clear();
     std::vector<int64_t> next;
     int64_t most = 0;
@@ -222,6 +240,13 @@ void Context::forward(int thread) {
         const Product down{&layer.down, x_.get(), hidden_, true};
         products(thread, &down, 1, count_);
         team_->barrier();
+    }
+    if (states_) {
+        const auto size = static_cast<size_t>(s.hidden_size);
+        const Part rows(static_cast<size_t>(wanted_count_), thread, threads_);
+        for (size_t i = rows.begin; i < rows.end; i++)
+            std::memcpy(states_ + i * size, x_.get() + static_cast<size_t>(wanted_[i]) * hidden_, size * sizeof(float));
+        return;
     }
     head(thread, logits_);
 }

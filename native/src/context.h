@@ -19,7 +19,12 @@ class Context {
   public:
     Context(const Model &model, int threads, const char *kernels, bool int8_cache, int64_t max_tokens);
 
-    void extend(int count, const int32_t *tokens, const int32_t *sequences, const uint8_t *wanted, float *logits);
+    // Appends tokens; writes the logits at the wanted ones, or their states if `states` is not null.
+    void extend(int count, const int32_t *tokens, const int32_t *sequences, const uint8_t *wanted, float *logits,
+                float *states = nullptr);
+
+    // The final norm and the head.
+    void logits(size_t count, const float *states, float *out);
 
     // Held during every call that changes sequences; a caller that finds it taken gives up.
     std::unique_lock<std::mutex> claim();
@@ -56,7 +61,7 @@ class Context {
 
     void start_team();
     void check(int count, const int32_t *tokens, const int32_t *sequences) const;
-    void chunk(int count, const int32_t *tokens, const int32_t *sequences, const uint8_t *wanted, float *logits);
+    void chunk(int count, const int32_t *tokens, const int32_t *sequences, const uint8_t *wanted);
     void plan_attention();
     void forward(int thread);
     void normalized(int thread, const float *x, const std::vector<float> &norm, int count);
@@ -91,7 +96,7 @@ class Context {
     // The chunk at work.
     int count_ = 0, wanted_count_ = 0;
     const int32_t *tokens_ = nullptr;
-    float *logits_ = nullptr;
+    float *logits_ = nullptr, *states_ = nullptr;
     std::vector<int> wanted_;
     std::vector<Run> runs_;
     std::vector<Unit> units_, joins_;

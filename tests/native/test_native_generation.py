@@ -9,6 +9,8 @@ from hypothesis import strategies as st
 
 from small_models import save_quantized, save_random_model
 from xinslm.errors import UsageError, XinslmError
+from xinslm.evaluate.config import EvaluateConfig
+from xinslm.evaluate.run import run as run_evaluate
 from xinslm.inference.config import GenerateConfig, NativeConfig
 from xinslm.inference.generate import generate
 from xinslm.inference.generate import run as run_generate
@@ -140,3 +142,18 @@ def test_native_info_says_what_runs(models, monkeypatch) -> None:
     monkeypatch.setenv("XINSLM_NATIVE", "off")
     off = native_info(NativeConfig(model=models / "q")).describe()
     assert "none (XINSLM_NATIVE=off)" in off and "PyTorch engine (XINSLM_NATIVE=off)" in off
+
+
+def test_evaluate_with_int8_activations_takes_it(models, tmp_path, monkeypatch) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("The quick brown fox.\n\nIt's 12345 o'clock, and we've 3.14 reasons!\n" * 9)
+    config = EvaluateConfig(models / "q", (str(text),), activations="int8", device="cpu")
+    ours = run_evaluate(config)
+    assert ours.activations == "int8 in 15 of 15 linear layers, native engine"
+    monkeypatch.setenv("XINSLM_NATIVE", "off")
+    twin = run_evaluate(config)
+    assert twin.activations == "int8 in 15 of 15 linear layers"
+    assert ours.tokens == twin.tokens and ours.parameters == twin.parameters
+    assert ours.bits_per_byte == pytest.approx(twin.bits_per_byte, rel=3e-3)
+    plain = run_evaluate(EvaluateConfig(models / "q", (str(text),), device="cpu"))
+    assert plain.bits_per_byte != twin.bits_per_byte

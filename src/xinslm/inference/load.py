@@ -67,9 +67,9 @@ def native_problem(
     raw = open_raw(model)
     if raw is None:
         return "it does not read this kind of model or of weights"
-    if activations == "float" and raw.has_codes:
+    if activations == "float" and raw.coded:
         return "it rounds the inputs of 4-bit and 8-bit weights to int8"
-    if activations == "int8" and not raw.has_codes:
+    if activations == "int8" and not raw.coded:
         return "the model has no 4-bit or 8-bit weights, whose inputs --activations int8 rounds"
     return "" if device == "cpu" or not _has_accelerator() else _ACCELERATED
 

@@ -50,8 +50,8 @@ class RawModel:
     """Hugging Face's names of the weights."""
     read: Callable[[str], Weight]
     """One weight, as a map of its file."""
-    has_codes: bool
-    """Whether some matrix has 4-bit or 8-bit codes, whose inputs are rounded."""
+    coded: frozenset[str]
+    """Names of the weights with 4-bit or 8-bit codes, whose inputs are rounded."""
     frequency_divisors: np.ndarray | None = None
     """What divides each rotary frequency, float32 (head size / 2,), if the file says so."""
     forget: Callable[[str], None] = lambda name: None
@@ -116,7 +116,7 @@ def _folder(path: Path, config: ModelConfig) -> RawModel | None:
         file, tensor = tensors[name]
         file.forget(tensor)
 
-    return RawModel(config, False, list(tensors), read, False, forget=forget)
+    return RawModel(config, False, list(tensors), read, frozenset(), forget=forget)
 
 
 def _quantized(path: Path, config: ModelConfig) -> RawModel:
@@ -145,14 +145,14 @@ def _quantized(path: Path, config: ModelConfig) -> RawModel:
             raise XinslmError(f"{path}: '{scales}' holds NaN or infinity; quantize again")
         return Weight(number, (rows, 32 * groups), file.bytes_of(codes), values)
 
-    has_codes = any(kind in _APART for kind in formats.values())
+    coded = frozenset(parameter_name(name) for name, kind in formats.items() if kind in _APART)
     names = [parameter_name(name) for name in formats]
     return RawModel(
         config,
         False,
         names,
         read,
-        has_codes,
+        coded,
         forget=lambda name: file.forget(f"{name.removesuffix('.weight')}.codes"),
     )
 
@@ -169,8 +169,9 @@ def _gguf(path: Path) -> RawModel | None:
         config = ModelConfig.from_hf(read_settings(file), str(path))
     except UnsupportedModelError:
         return None
-    places = {family.hf_name(name): name for name in file.tensors}
-    if None in places:
+    own = {name: family.hf_name(name) for name in file.tensors}
+    places = {ours: name for name, ours in own.items() if ours is not None}
+    if len(places) < len(own):
         return None
 
     def read(name: str) -> Weight:
@@ -178,14 +179,14 @@ def _gguf(path: Path) -> RawModel | None:
         return Weight(tensor.number, _two(tuple(reversed(tensor.shape))), tensor.raw)
 
     factors = None if divisors is None else np.array(divisors.data, np.float32)
-    names = [name for name in places if name is not None]
-    has_codes = any(tensor.number not in (F32, F16, BF16) for tensor in file.tensors.values())
+    plain = {F32, F16, BF16}
+    coded = frozenset(n for n, place in places.items() if file.tensors[place].number not in plain)
     return RawModel(
         config,
         family.is_permuted,
-        names,
+        list(places),
         read,
-        has_codes,
+        coded,
         factors,
         lambda name: file.tensors[places[name]].forget(),
     )
@@ -207,9 +208,10 @@ def _through_pytorch(name: Path | str) -> RawModel | None:
         return Weight(number, shape, stored.data.numpy(), stored.scales.contiguous().numpy())
 
     names = [name for name in source.names if not name.endswith(".inv_freq")]
-    first = source.stored(next(name for name in names if name.endswith("down_proj.weight")))
-    has_codes = first is not None and first.scales is not None
-    return RawModel(source.config, False, names, read, has_codes)
+    coded = frozenset(
+        name for name in names if (s := source.stored(name)) is not None and s.scales is not None
+    )
+    return RawModel(source.config, False, names, read, coded)
 
 
 def _two(shape: tuple[int, ...]) -> tuple[int, int]:

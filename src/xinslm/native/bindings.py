@@ -63,6 +63,11 @@ _FUNCTIONS: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "xl_sequence_length": (c_int64, (c_void_p, c_int32)),
     "xl_sequence_rewind": (c_int64, (c_void_p, c_int32, c_int64)),
     "xl_extend": (c_int32, (c_void_p, c_int32, _TOKENS, _TOKENS, POINTER(c_uint8), _FLOATS)),
+    "xl_extend_states": (
+        c_int32,
+        (c_void_p, c_int32, _TOKENS, _TOKENS, POINTER(c_uint8), _FLOATS),
+    ),
+    "xl_logits": (c_int32, (c_void_p, c_int64, _FLOATS, _FLOATS)),
     "xl_cache_bytes": (c_int64, (c_void_p, c_int32)),
     "xl_sample": (
         c_int32,

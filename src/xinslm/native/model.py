@@ -143,16 +143,42 @@ class NativeContext:
 
         A token's logits do not depend on the other tokens of the call, to the last bit.
         """
+        return self._extend("xl_extend", self.model.shape.vocabulary, tokens, sequences, wanted)
+
+    def extend_states(
+        self, tokens: Sequence[int], sequences: Sequence[int], wanted: Sequence[int]
+    ) -> np.ndarray:
+        """As `extend`, but return the last layer's outputs, float32 (len(wanted), hidden size)."""
+        width = self.model.shape.hidden_size
+        return self._extend("xl_extend_states", width, tokens, sequences, wanted)
+
+    def logits(self, states: np.ndarray) -> np.ndarray:
+        """Float32 logits (rows, vocabulary) of rows of `extend_states`."""
+        states = np.ascontiguousarray(states, np.float32)
+        if states.ndim != 2 or states.shape[1] != self.model.shape.hidden_size:
+            raise ValueError(f"states of shape {states.shape}")
+        out = np.empty((len(states), self.model.shape.vocabulary), np.float32)
+        checked(functions().xl_logits(self.handle, len(states), floats(states), floats(out)))
+        return out
+
+    def _extend(
+        self,
+        function: str,
+        width: int,
+        tokens: Sequence[int],
+        sequences: Sequence[int],
+        wanted: Sequence[int],
+    ) -> np.ndarray:
         ids, owners = np.array(tokens, np.int32), np.array(sequences, np.int32)
         if ids.shape != owners.shape or ids.ndim != 1:
             raise ValueError("each token needs a sequence")
         marks = np.zeros(len(ids), np.uint8)
         marks[list(wanted)] = 1
-        logits = np.empty((int(marks.sum()), self.model.shape.vocabulary), np.float32)
+        out = np.empty((int(marks.sum()), width), np.float32)
         places = bindings.whole_numbers(ids), bindings.whole_numbers(owners)
-        arguments = (len(ids), *places, bindings.flags(marks), floats(logits))
-        checked(functions().xl_extend(self.handle, *arguments))
-        return logits
+        arguments = (len(ids), *places, bindings.flags(marks), floats(out))
+        checked(getattr(functions(), function)(self.handle, *arguments))
+        return out
 
     def cache_bytes(self, allocated: bool = False) -> int:
         """Bytes of keys and values in use, or allocated."""
