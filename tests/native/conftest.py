@@ -37,7 +37,21 @@ def texts() -> list[str]:
     """Made-up documents: words, figures, marks, line ends and other scripts."""
     source = random.Random(11)
     syllables = ["th", "an", "ing", "er", "qu", "é", "ß", "東京", "и", "ا", "ab", "o", "n"]
-    marks = [" ", " ", " ", "  ", "\n", "\r\n", ". ", ", ", "'s ", "'Ll ", " 12345 ", "\t", "!?\n\n"]
+    marks = [
+        " ",
+        " ",
+        " ",
+        "  ",
+        "\n",
+        "\r\n",
+        ". ",
+        ", ",
+        "'s ",
+        "'Ll ",
+        " 12345 ",
+        "\t",
+        "!?\n\n",
+    ]
     return [
         "".join(
             "".join(source.choices(syllables, k=source.randint(1, 5))) + source.choice(marks)

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
 
 from xinslm.errors import XinslmError
-from xinslm.native.bpe import NativeEncoder, NativeLearner, Search, Vocabulary
+from xinslm.native.bpe import NativeEncoder, NativeLearner, Search
 from xinslm.tokenizer import BPETokenizer
 from xinslm.tokenizer.alphabet import ALPHABET, SPLITS, Split
 from xinslm.tokenizer.learn import MergeLearner, count_pieces
@@ -83,7 +83,7 @@ def test_every_code_point(pair, context):
         part = joined[begin : begin + 4096]
         assert tokenizer._native.encode(part, Search.NONE, 1)[0].tolist() == [
             token for text in part for token in python.encode(text)
-        ], f"between {ascii(part[0])} and {ascii(part[-1])}"
+        ], f"between {part[0]!a} and {part[-1]!a}"
 
 
 @settings(max_examples=300, deadline=None)
@@ -169,7 +169,16 @@ def test_control_and_added_tokens(texts, twin):
     )
     ours, python = BPETokenizer.of(definition), twin(definition)
     ours.num_threads = 3
-    cases = ["<s><t><s>", "hi<call> x<call>you<s>", "é!<", "a b" * 5, "xa b<t>", "<s", "", "\n<s> a"]
+    cases = [
+        "<s><t><s>",
+        "hi<call> x<call>you<s>",
+        "é!<",
+        "a b" * 5,
+        "xa b<t>",
+        "<s",
+        "",
+        "\n<s> a",
+    ]
     cases += ["many words a b in a long text " * 40_000]
     for text in cases:
         for allowed in (False, True):

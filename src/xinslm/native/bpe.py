@@ -14,7 +14,7 @@ from collections.abc import Iterable, Sequence
 from ctypes import POINTER, byref, c_char_p, c_int32, c_int64, c_uint32, c_void_p
 from dataclasses import dataclass
 from enum import IntEnum
-from itertools import chain
+from itertools import chain, pairwise
 
 import numpy as np
 
@@ -24,11 +24,12 @@ from xinslm.native.load import last_error, library
 RULES = {"llama-bpe": 0, "gpt-2": 1, "qwen2": 2, "smollm": 3}
 """Split rules that the library has scanners for, by llama.cpp's names."""
 _BATCH_BYTES = 1 << 24
+_TEXTS = (POINTER(c_char_p), POINTER(c_int64), c_int64)
+_STRINGS = (c_char_p, c_int64, c_void_p)
 _SIGNATURES = {
     "new": (
         c_void_p,
-        (c_char_p, c_int64, c_void_p, c_void_p, c_int64)
-        + (c_char_p, c_int64, c_void_p, c_int64, c_int32, c_int32, c_int64),
+        (*_STRINGS, c_void_p, c_int64, *_STRINGS, c_int64, c_int32, c_int32, c_int64),
     ),
     "add_token": (c_int32, (c_void_p, c_char_p, c_int64, c_uint32, c_int32)),
     "ready": (c_int32, (c_void_p,)),
@@ -36,18 +37,14 @@ _SIGNATURES = {
     "capacity": (c_int64, (c_int64,)),
     "encode": (
         c_int64,
-        (c_void_p, POINTER(c_char_p), POINTER(c_int64), c_int64, c_int32, c_int32, c_int32)
-        + (c_void_p, c_int64, c_void_p),
+        (c_void_p, *_TEXTS, c_int32, c_int32, c_int32, c_void_p, c_int64, c_void_p),
     ),
     "encode_piece": (c_int64, (c_void_p, c_char_p, c_int64, c_void_p, c_int64)),
     "decode": (c_int64, (c_void_p, c_void_p, c_int64, c_int32, c_void_p, c_int64)),
     "tokens": (c_int64, (c_void_p, POINTER(c_void_p), POINTER(c_void_p))),
     "learner_new": (c_void_p, (c_int32,)),
     "learner_free": (None, (c_void_p,)),
-    "learner_texts": (
-        c_int32,
-        (c_void_p, POINTER(c_char_p), POINTER(c_int64), c_int64, c_int32),
-    ),
+    "learner_texts": (c_int32, (c_void_p, *_TEXTS, c_int32)),
     "learner_piece": (c_int32, (c_void_p, c_char_p, c_int64, c_int64)),
     "learner_start": (c_int64, (c_void_p, c_int64, c_int64)),
     "learner_run": (c_int64, (c_void_p, c_int64)),
@@ -185,7 +182,7 @@ class NativeEncoder:
         _check(self._lib, count)
         edges = ctypes.cast(offsets, POINTER(c_uint32))[: count + 1]
         joined = ctypes.string_at(data, edges[-1]) if edges[-1] else b""
-        return [joined[begin:end] for begin, end in zip(edges[:-1], edges[1:], strict=True)]
+        return [joined[begin:end] for begin, end in pairwise(edges)]
 
 
 class NativeLearner:
