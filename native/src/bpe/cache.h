@@ -14,8 +14,7 @@ class Cache {
    public:
     static constexpr size_t INLINE_BYTES = 12, INLINE_IDS = INLINE_BYTES / sizeof(Id);
 
-    // A slot has the piece's key and its ids, if they are few: one cache line is read. 24-byte slots
-    // with keys and ids elsewhere read three and were slower by a third.
+    // A slot has the piece's key and its ids, if they are few, so that one cache line is read.
     struct alignas(32) Slot {
         Key key{0, 0};
         uint32_t count = 0;
