@@ -28,7 +28,7 @@ def main() -> None:
         )
     common = ["--data", str(args.data), "--work", str(args.work)]
     for script in (
-        ["tokenizer.py", str(args.data / "text" / "peps.jsonl.gz")],
+        ["bpe.py", str(args.data / "text" / "peps.jsonl.gz")],
         ["real_teachers.py", *common, "--teacher", "stories260K"],
         ["real_teachers.py", *common, "--teacher", "stories5M"],
         ["peps.py", *common],

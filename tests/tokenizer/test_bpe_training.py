@@ -19,13 +19,19 @@ def trained(texts, vocab_size, **options):
     return tokenizer
 
 
+@pytest.fixture(params=["auto", "off"])
+def native_or_not(request, monkeypatch):
+    """With the native library, if there is one, and without."""
+    monkeypatch.setenv("XINSLM_NATIVE", request.param)
+
+
 def same(tokenizer, model):
     assert tokenizer.merges == [tuple(merge) for merge in model["merges"]]
     assert tokenizer.definition.vocab == model["vocab"]
 
 
 @pytest.mark.parametrize("num_tokens", [256, 257, 300, 700, 2000])
-def test_merges_and_ids_are_those_of_hugging_face(prose, hf_trained, num_tokens):
+def test_merges_and_ids_are_those_of_hugging_face(prose, hf_trained, num_tokens, native_or_not):
     same(trained(prose, num_tokens + SPECIALS), hf_trained(prose, num_tokens))
 
 
@@ -58,7 +64,11 @@ def test_real_texts(corpora, hf_trained, corpus, num_tokens):
 @given(st.lists(st.text("ab c", max_size=60), min_size=1, max_size=20), st.integers(0, 300))
 def test_few_letters_make_every_kind_of_tie_and_overlap(hf_trained, texts, more):
     texts = [*texts, "abab aaaa"]
-    same(trained(texts, 256 + more + SPECIALS), hf_trained(texts, 256 + more))
+    expected = hf_trained(texts, 256 + more)
+    for mode in ("auto", "off"):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("XINSLM_NATIVE", mode)
+            same(trained(texts, 256 + more + SPECIALS), expected)
 
 
 def test_the_first_merge_is_the_most_frequent_pair(prose):

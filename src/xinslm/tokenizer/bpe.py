@@ -1,4 +1,4 @@
-"""`BPETokenizer`: byte-level BPE in plain Python: train, save, load, encode, decode.
+"""`BPETokenizer`: byte-level BPE: train, save, load, encode, decode.
 
     tokenizer = BPETokenizer(vocab_size=30000)
     tokenizer.train(texts)
@@ -6,25 +6,30 @@
     ids = BPETokenizer.load("my-tokenizer").encode("Once upon a time")
 
 Merges and ids are identical to those of Hugging Face `tokenizers`. The saved folder loads in
-`transformers.AutoTokenizer`.
+`transformers.AutoTokenizer`. The native library does the work if there is one; the same in Python
+(`learn.py`, `merges.py`) defines the results and does what is rare: texts that NFC changes.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Self
-from unicodedata import normalize
+from unicodedata import is_normalized, normalize
 
 import numpy as np
 import regex
 
 from xinslm.errors import UsageError, XinslmError
+from xinslm.native.bpe import NativeEncoder, NativeLearner, Search, Vocabulary, usable_threads
 from xinslm.progress import Listener, Progress, ignore
 from xinslm.tokenizer import base, files
 from xinslm.tokenizer.alphabet import ALPHABET, SPLITS, unspell
 from xinslm.tokenizer.learn import MergeLearner, count_pieces, pieces_of
+from xinslm.tokenizer.learn_native import LibraryLearner
 from xinslm.tokenizer.merges import Merger, PieceTable
 
+_LAZY = ("_native", "_merger", "_table", "bytes_of_tokens")
 DEFAULT_SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|pad|>")
 
 
@@ -36,6 +41,8 @@ class BPETokenizer(base.Tokenizer):
     """
 
     strips_first_space = False
+    num_threads: int | None = None
+    """Threads of `train` and `encode_batch` in the native library; None: one for each core."""
 
     def __init__(
         self,
@@ -80,11 +87,38 @@ class BPETokenizer(base.Tokenizer):
         self.start_ids = definition.start_ids
         self.vocab_size = definition.vocab_size
         self._split = SPLITS[definition.split]
-        self._merger = Merger(definition.vocab, definition.merges, definition.ignore_merges)
-        self._table = PieceTable(self._merger, self.vocab_size)
         self._plain_finder = _finder(self.added_tokens)
         self._all_finder = _finder(self.added_tokens | self.special_tokens)
-        vars(self).pop("bytes_of_tokens", None)
+        for name in _LAZY:
+            vars(self).pop(name, None)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out what belongs to the native library, so that copies make their own."""
+        return {name: value for name, value in vars(self).items() if name not in _LAZY}
+
+    @cached_property
+    def _native(self) -> NativeEncoder | None:
+        definition = self.definition
+        return NativeEncoder.make(
+            Vocabulary(
+                tokens=definition.vocab,
+                merges=definition.merges,
+                ignore_merges=definition.ignore_merges,
+                split=definition.split,
+                added=self.added_tokens,
+                special=self.special_tokens,
+                vocab_size=self.vocab_size,
+            )
+        )
+
+    @cached_property
+    def _merger(self) -> Merger:
+        definition = self.definition
+        return Merger(definition.vocab, definition.merges, definition.ignore_merges)
+
+    @cached_property
+    def _table(self) -> PieceTable:
+        return PieceTable(self._merger, self.vocab_size)
 
     @classmethod
     def of(cls, definition: files.Definition) -> Self:
@@ -124,12 +158,9 @@ class BPETokenizer(base.Tokenizer):
                 on_progress(Progress("count pieces", read + characters, None, "characters"))
             read += characters
 
-        pieces = count_pieces(texts, self._split, on_text)
-        if not pieces:
-            raise XinslmError("there is no text to train a tokenizer on: all documents are empty")
+        learner = self._count(texts, on_text)
         special = list(self.special_tokens)
         wanted = self._target - len(special)
-        learner = MergeLearner(pieces, self._min_frequency, self._longest)
         step = max(1, wanted // 100)
         for size in learner.run(wanted):
             if size % step == 0 or size == wanted:
@@ -138,18 +169,58 @@ class BPETokenizer(base.Tokenizer):
         definition = files.new_definition(learner.tokens, learner.merges, special, self.split_name)
         self._take(definition)
 
+    def _count(
+        self, texts: Iterable[str], on_text: Callable[[int], None]
+    ) -> MergeLearner | LibraryLearner:
+        """Count the pieces of texts; XinslmError if there are none."""
+        native = NativeLearner.make(self.split_name, self.num_threads or usable_threads())
+        if native is not None:
+            learner = LibraryLearner(native).count(texts, self._split, on_text)
+            if learner.start(self._min_frequency, self._longest):
+                return learner
+        elif pieces := count_pieces(texts, self._split, on_text):
+            return MergeLearner(pieces, self._min_frequency, self._longest)
+        raise XinslmError("there is no text to train a tokenizer on: all documents are empty")
+
     def encode(self, text: str, allowed_special: bool = False) -> list[int]:
         """Turn text into ids; with `allowed_special` control tokens in it become their ids."""
+        if self._native is not None:
+            found, _ = self._encode_native(self._native, [text], allowed_special)
+            return list(found.tolist())
         packed = self._pack(text, allowed_special)
         return list(np.frombuffer(packed, self._table.dtype).tolist())
 
     def encode_batch(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         """Encode texts into flat ids and offsets: text i is `ids[offsets[i]:offsets[i + 1]]`."""
+        if self._native is not None:
+            return self._encode_native(self._native, texts, False)
         packed = [self._pack(text, False) for text in texts]
         offsets = np.zeros(len(packed) + 1, np.int64)
         np.cumsum([len(data) for data in packed], out=offsets[1:])
         dtype = self._table.dtype
         return np.frombuffer(b"".join(packed), dtype), offsets // dtype.itemsize
+
+    def _encode_native(
+        self, native: NativeEncoder, texts: Sequence[str], allowed_special: bool
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Encode in the native library, except texts that the normalizer changes."""
+        search = Search.ALL if allowed_special else Search.ADDED
+        threads = self.num_threads or usable_threads()
+        form = self.definition.normalizer
+        changed = [form is not None and not is_normalized(form, text) for text in texts]
+        if any(changed):
+            kept = ["" if odd else text for odd, text in zip(changed, texts, strict=True)]
+            ids, offsets = self._encode_native(native, kept, allowed_special)
+            parts = [
+                np.frombuffer(self._pack(text, allowed_special), ids.dtype) if odd else ids[a:b]
+                for odd, text, (a, b) in zip(changed, texts, pairwise(offsets), strict=True)
+            ]
+            lengths = [0, *map(len, parts)]
+            return np.concatenate(parts), np.cumsum(lengths, dtype=np.int64)
+        try:
+            return native.encode(texts, search, threads)
+        except UnicodeEncodeError:
+            return native.encode([*map(base.clean_surrogates, texts)], search, threads)
 
     def _pack(self, text: str, allowed_special: bool) -> bytes:
         """Encode into the bytes of an id array."""
@@ -179,6 +250,8 @@ class BPETokenizer(base.Tokenizer):
     @cached_property
     def bytes_of_tokens(self) -> list[bytes]:
         """The bytes of each id."""
+        if self._native is not None:
+            return self._native.bytes_of_tokens()
         table = [b""] * self.vocab_size
         for token, index in self.definition.vocab.items():
             spelled = unspell(token)
@@ -187,6 +260,15 @@ class BPETokenizer(base.Tokenizer):
             table[index] = content.encode()
         return table
 
+    def decode(self, ids: Sequence[int], skip_special: bool = False) -> str:
+        """Turn ids into text; bytes that are not UTF-8 become U+FFFD."""
+        numbers = np.asarray(ids)
+        if self._native is None or numbers.dtype.kind not in "iu" or numbers.ndim != 1:
+            return super().decode(ids, skip_special)
+        if numbers.size and not 0 <= numbers.min() <= numbers.max() < self.vocab_size:
+            return super().decode(ids, skip_special)  # which names the id
+        return self._native.decode(numbers, skip_special).decode("utf-8", "replace")
+
     def merge_steps(self, piece: bytes) -> tuple[list[int], list[tuple[int, int]]]:
         """Return a piece's byte ids and its merges in order: the rank and the index of each."""
         symbols = [token for byte in piece if (token := self._merger.bytes_to_id[byte]) is not None]
@@ -194,6 +276,8 @@ class BPETokenizer(base.Tokenizer):
 
     def encode_piece(self, piece: bytes) -> list[int]:
         """Encode bytes as one piece: merges only, no split."""
+        if self._native is not None:
+            return self._native.encode_piece(piece)
         return self._merger.encode(piece)
 
     def pieces(self, text: str) -> list[str]:
