@@ -8,6 +8,7 @@ tensors that overlap, are misaligned or end behind the file.
 Format: GGUF specification, version 2 and 3, little-endian.
 """
 
+import functools
 import math
 import mmap
 import struct
@@ -116,6 +117,21 @@ class GgufFile:
             )
         _require_sound_places(header, path)
         self.tensors = {tensor.name: tensor for tensor in header.tensors}
+
+
+def open_gguf(path: Path) -> GgufFile:
+    """Open a file, or give the one of the last call if it has not changed: the model and its
+    tokenizer are read one after the other, and a vocabulary takes a while to read.
+    """
+    if not path.is_file():
+        raise UsageError(f"there is no file {path}")
+    facts = path.stat()
+    return _opened(path, facts.st_ino, facts.st_size, facts.st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=1)
+def _opened(path: Path, inode: int, size: int, changed: int) -> GgufFile:
+    return GgufFile(path)
 
 
 class _UnknownTypeError(ValueError):

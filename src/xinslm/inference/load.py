@@ -2,11 +2,15 @@
 
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from xinslm.errors import UsageError
 from xinslm.inference.config import CacheType, EngineName
 from xinslm.inference.engine import Engine
 from xinslm.ranges import Activations, Device, Dtype
+
+if TYPE_CHECKING:
+    from xinslm.inference.raw_weights import RawModel
 
 
 def load_engine(
@@ -26,10 +30,12 @@ def load_engine(
     `activations`: float or int8; None is int8 in the native engine and float in PyTorch. `draft`:
     "lookup" or a smaller model, whose guesses the engine checks several at a time.
     """
-    problem = native_problem(model, device, dtype, activations) if engine != "pytorch" else ""
+    raw, problem = None, ""
+    if engine != "pytorch":
+        raw, problem = _native(model, device, dtype, activations)
     if engine == "native" and problem:
         raise UsageError(f"--engine native: {problem}")
-    if engine == "pytorch" or problem:
+    if raw is None or problem:
         because = f" ({problem})" if problem else ""
         for wanted, option in ((cache != "float16", f"--kv-cache {cache}"), (draft, "--draft")):
             if wanted:
@@ -37,7 +43,7 @@ def load_engine(
         return _pytorch(model, context_length, device, dtype, activations, threads)
     from xinslm.inference.native_engine import NativeEngine
 
-    target = NativeEngine.load(model, context_length, threads, cache)
+    target = NativeEngine.load(model, context_length, threads, cache, raw)
     if draft is None:
         return target
     from xinslm.inference.speculative import LookupDrafter, ModelDrafter, Speculative
@@ -54,27 +60,36 @@ def native_problem(
     activations: Activations | None = None,
 ) -> str:
     """Why the native engine does not run a model with these options; empty if it does."""
+    return _native(model, device, dtype, activations)[1]
+
+
+def _native(
+    model: Path | str, device: Device, dtype: Dtype, activations: Activations | None
+) -> "tuple[RawModel | None, str]":
+    """The model as the native engine reads it, and why that does not run it."""
     from xinslm.native import library, reason
 
     if device not in ("auto", "cpu"):
-        return f"it computes on the CPU, not on {device}"
+        return None, f"it computes on the CPU, not on {device}"
     if dtype != "auto":
-        return f"--dtype {dtype} is a setting of PyTorch's engine"
+        return None, f"--dtype {dtype} is a setting of PyTorch's engine"
     if library() is None:
-        return reason()
+        return None, reason()
     from xinslm.inference.raw_weights import open_raw
 
     raw = open_raw(model)
     if raw is None:
-        return "it does not read this kind of model or of weights"
+        return None, "it does not read this kind of model or of weights"
     if activations == "float" and raw.coded:
-        return "it rounds the inputs of 4-bit and 8-bit weights to int8"
+        return raw, "it rounds the inputs of 4-bit and 8-bit weights to int8"
     if activations == "int8" and not raw.coded:
-        return "the model has no 4-bit or 8-bit weights, whose inputs --activations int8 rounds"
-    return "" if device == "cpu" or not _has_accelerator() else _ACCELERATED
-
-
-_ACCELERATED = "an accelerator is there"
+        return (
+            raw,
+            "the model has no 4-bit or 8-bit weights, whose inputs --activations int8 rounds",
+        )
+    if device != "cpu" and _has_accelerator():
+        return raw, "an accelerator is there"
+    return raw, ""
 
 
 def _has_accelerator() -> bool:

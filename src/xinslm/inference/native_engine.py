@@ -77,11 +77,14 @@ class NativeEngine:
         context_length: int | None = None,
         threads: int | None = None,
         cache: CacheType = "float16",
+        raw: RawModel | None = None,
     ) -> "NativeEngine":
-        """Load a model that `native_problem` has no objection to, with its tokenizer."""
+        """Load a model that `native_problem` has no objection to, with its tokenizer; `raw` is it
+        if it was opened before.
+        """
         from xinslm.tokenizer.load import load_tokenizer
 
-        raw = open_raw(path)
+        raw = raw or open_raw(path)
         if raw is None:
             raise UsageError(f"{path}: the native engine does not read this kind of model")
         model = build(raw)

@@ -18,7 +18,7 @@ import numpy as np
 
 from xinslm.errors import XinslmError
 from xinslm.files import read_json, read_manifest
-from xinslm.gguf_file import GgufFile, is_gguf, release
+from xinslm.gguf_file import is_gguf, open_gguf, release
 from xinslm.model.config import ModelConfig, UnsupportedModelError
 from xinslm.model.gguf_families import FAMILIES, read_settings
 from xinslm.model.names import (
@@ -158,29 +158,30 @@ def _quantized(path: Path, config: ModelConfig) -> RawModel:
 
 
 def _gguf(path: Path) -> RawModel | None:
-    file = GgufFile(path)
+    file = open_gguf(path)
     family = FAMILIES.get(file.keys.get("general.architecture", ""))
     if family is None or family.norm_offset:
         return None
-    divisors = file.tensors.pop(_ROPE_FACTORS, None)
-    if not {tensor.number for tensor in file.tensors.values()} <= READS:
+    tensors = dict(file.tensors)
+    divisors = tensors.pop(_ROPE_FACTORS, None)
+    if not {tensor.number for tensor in tensors.values()} <= READS:
         return None
     try:
         config = ModelConfig.from_hf(read_settings(file), str(path))
     except UnsupportedModelError:
         return None
-    own = {name: family.hf_name(name) for name in file.tensors}
+    own = {name: family.hf_name(name) for name in tensors}
     places = {ours: name for name, ours in own.items() if ours is not None}
     if len(places) < len(own):
         return None
 
     def read(name: str) -> Weight:
-        tensor = file.tensors[places[name]]
+        tensor = tensors[places[name]]
         return Weight(tensor.number, _two(tuple(reversed(tensor.shape))), tensor.raw)
 
     factors = None if divisors is None else np.array(divisors.data, np.float32)
     plain = {F32, F16, BF16}
-    coded = frozenset(n for n, place in places.items() if file.tensors[place].number not in plain)
+    coded = frozenset(n for n, place in places.items() if tensors[place].number not in plain)
     return RawModel(
         config,
         family.is_permuted,
@@ -188,7 +189,7 @@ def _gguf(path: Path) -> RawModel | None:
         read,
         coded,
         factors,
-        lambda name: file.tensors[places[name]].forget(),
+        lambda name: tensors[places[name]].forget(),
     )
 
 

@@ -8,7 +8,7 @@ are downloaded.
 
 from pathlib import Path
 
-from xinslm.gguf_file import GgufFile, is_gguf
+from xinslm.gguf_file import is_gguf, open_gguf
 from xinslm.places import find
 from xinslm.tokenizer import files
 from xinslm.tokenizer.base import Tokenizer
@@ -32,7 +32,7 @@ def load_tokenizer(name: Path | str) -> Tokenizer:
     if is_gguf(path):
         from xinslm.tokenizer.gguf import read_tokenizer
 
-        return read_tokenizer(GgufFile(path).keys, str(path))
+        return read_tokenizer(open_gguf(path).keys, str(path))
     path = find(name, "tokenizer", _holds_tokenizer, _HUB_FILES)
     if not _is_sentencepiece(path):
         try:
