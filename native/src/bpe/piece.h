@@ -34,7 +34,9 @@ struct Key {
     uint64_t low, high;  // bytes 0 to 7; bytes 8 to 14 and the size, or LONG_MARK and the size
 
     bool is_long() const { return high >= LONG_MARK; }
-    uint64_t hash() const { return mix(low ^ high * 0xD6E8FEB86659FD93ull) * 0xC2B2AE3D27D4EB4Full; }
+    uint64_t hash() const {
+        return mix(low ^ high * 0xD6E8FEB86659FD93ull) * 0xC2B2AE3D27D4EB4Full;
+    }
 };
 
 inline Key make_key(const uint8_t *at, size_t size, const uint8_t *end) {
