@@ -39,7 +39,8 @@ XL_API int64_t xl_bpe_capacity(int64_t bytes);
 XL_API int64_t xl_bpe_encode(xl_bpe *bpe, const char *const *texts, const int64_t *sizes,
                              int64_t num_texts, int32_t threads, int32_t search, int32_t id_bytes,
                              void *out, int64_t capacity, int64_t *offsets);
-/* Merges only, no split: the ids of one piece; returns how many, of which `capacity` are written. */
+/* Merges only, no split: the ids of one piece; returns how many, of which `capacity` are written.
+ */
 XL_API int64_t xl_bpe_encode_piece(xl_bpe *bpe, const char *piece, int64_t size, uint32_t *out,
                                    int64_t capacity);
 /* The bytes of tokens; returns how many. The content of `out` is right if `capacity` was enough. */

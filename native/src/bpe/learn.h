@@ -26,7 +26,8 @@ class Counts {
             if (slot.key.is_long()) {
                 visit(&pool_[slot.at], slot.key.high & ~LONG_MARK, slot.count);
             } else {
-                visit(reinterpret_cast<const uint8_t *>(&slot.key), slot.key.high >> 56, slot.count);
+                const auto *piece = reinterpret_cast<const uint8_t *>(&slot.key);
+                visit(piece, slot.key.high >> 56 & SHORT_PIECE, slot.count);
             }
         }
     }
