@@ -27,7 +27,7 @@ class Counts {
                 visit(&pool_[slot.at], slot.key.high & ~LONG_MARK, slot.count);
             } else {
                 const auto *piece = reinterpret_cast<const uint8_t *>(&slot.key);
-                visit(piece, slot.key.high >> 56 & SHORT_PIECE, slot.count);
+                visit(piece, slot.key.high >> 56, slot.count);
             }
         }
     }
