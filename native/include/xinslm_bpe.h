@@ -16,16 +16,16 @@ extern "C" {
 
 typedef struct xl_bpe xl_bpe;
 
-/* An encoder, or NULL. `tokens`: the vocabulary's tokens, spelled in the byte alphabet, end to end in
- * `tokens_bytes` bytes of UTF-8; `lengths` in characters and `ids` have `num_tokens` entries.
+/* An encoder, or NULL. `tokens`: the vocabulary's tokens, spelled in the byte alphabet, end to end
+ * in `tokens_bytes` bytes of UTF-8; `lengths` in characters and `ids` have `num_tokens` entries.
  * `merges`: left and right tokens in turn, in the same form with 2 * `num_merges` lengths. With
  * `ignore_merges` a piece that is in the vocabulary is one token. */
 XL_API xl_bpe *xl_bpe_new(const char *tokens, int64_t tokens_bytes, const uint32_t *lengths,
                           const uint32_t *ids, int64_t num_tokens, const char *merges,
                           int64_t merges_bytes, const uint32_t *merge_lengths, int64_t num_merges,
                           int32_t ignore_merges, int32_t rule, int64_t vocab_size);
-/* A token that texts are searched for before they are split; control tokens are `special`. Only before
- * xl_bpe_ready. */
+/* A token that texts are searched for before they are split; control tokens are `special`. Only
+ * before xl_bpe_ready. */
 XL_API int32_t xl_bpe_add_token(xl_bpe *bpe, const char *content, int64_t size, uint32_t id,
                                 int32_t special);
 XL_API int32_t xl_bpe_ready(xl_bpe *bpe);
@@ -39,7 +39,8 @@ XL_API int64_t xl_bpe_capacity(int64_t bytes);
 XL_API int64_t xl_bpe_encode(xl_bpe *bpe, const char *const *texts, const int64_t *sizes,
                              int64_t num_texts, int32_t threads, int32_t search, int32_t id_bytes,
                              void *out, int64_t capacity, int64_t *offsets);
-/* Merges only, no split: the ids of one piece; returns how many, of which `capacity` are written. */
+/* Merges only, no split: the ids of one piece; returns how many, of which `capacity` are written.
+ */
 XL_API int64_t xl_bpe_encode_piece(xl_bpe *bpe, const char *piece, int64_t size, uint32_t *out,
                                    int64_t capacity);
 /* The bytes of tokens; returns how many. The content of `out` is right if `capacity` was enough. */
@@ -61,8 +62,8 @@ XL_API int32_t xl_bpe_learner_piece(xl_bpe_learner *learner, const char *piece, 
 /* End counting; returns the number of distinct pieces. `longest` token in bytes, 0: no limit. */
 XL_API int64_t xl_bpe_learner_start(xl_bpe_learner *learner, int64_t min_frequency,
                                     int64_t longest);
-/* Merge until there are `num_tokens` tokens, the 256 bytes included, or no pair is left; returns the
- * number of tokens. */
+/* Merge until there are `num_tokens` tokens, the 256 bytes included, or no pair is left; returns
+ * the number of tokens. */
 XL_API int64_t xl_bpe_learner_run(xl_bpe_learner *learner, int64_t num_tokens);
 /* Copy the merges, left and right id in turn; returns how many merges there are. */
 XL_API int64_t xl_bpe_learner_merges(xl_bpe_learner *learner, uint32_t *out, int64_t capacity);

@@ -5,6 +5,7 @@ import importlib.util
 import itertools
 import json
 import pickle
+import random
 import sys
 import threading
 import time
@@ -23,6 +24,7 @@ from xinslm.errors import XinslmError
 from xinslm.native.bpe import NativeEncoder, NativeLearner, Search
 from xinslm.tokenizer import BPETokenizer
 from xinslm.tokenizer.alphabet import ALPHABET, SPLITS, Split
+from xinslm.tokenizer.files import new_definition
 from xinslm.tokenizer.learn import MergeLearner, count_pieces
 
 ROOT = Path(__file__).parents[2]
@@ -48,6 +50,24 @@ def pair(request, texts):
     return tokenizer, python
 
 
+@pytest.fixture(scope="module", params=list(SPLITS))
+def all_pairs(request):
+    """A tokenizer that merges any two bytes, in a random order of ranks, and its twin in Python.
+
+    Where a piece ends then shows in the ids; in those of a trained vocabulary it often does not.
+    """
+    pairs = list(itertools.product(ALPHABET, repeat=2))
+    random.Random(5).shuffle(pairs)
+    tokens = [*ALPHABET, *map("".join, pairs)]
+    definition = new_definition(tokens, pairs, [], request.param)
+    definition = replace(definition, ignore_merges=False)
+    python = BPETokenizer.of(definition)
+    with pytest.MonkeyPatch.context() as off:
+        off.setenv("XINSLM_NATIVE", "off")
+        assert python._native is None
+    return BPETokenizer.of(definition), python
+
+
 def hugging_face(tokenizer, folder):
     tokenizer.save(folder)
     loaded = Tokenizer.from_file(str(folder / "tokenizer.json"))
@@ -65,15 +85,24 @@ def same_batch(tokenizer, python, texts):
             assert ids[a:b].tolist() == expected[c:d].tolist(), ascii(text)
 
 
+def test_cuts_for_threads_are_between_pieces(all_pairs, texts):
+    tokenizer, python = all_pairs
+    documents = [p.read_text(encoding="utf-8") for p in ROOT.glob("docs/*.md")]
+    long = "\n".join([*documents, *texts, NASTY]) * 4
+    assert len(long.encode()) > 1 << 20
+    tokenizer.num_threads = 2
+    same_batch(tokenizer, python, [long])
+
+
 CONTEXTS = ["{}", "a{}b {}", " {}{}\n{}1", "'{}", "'{}e 'l{}", "1{} {}.{}", "{}{} \r{}"]
 
 
 @pytest.mark.parametrize("context", CONTEXTS)
-def test_every_code_point(pair, context):
+def test_every_code_point(all_pairs, context):
     """All characters with LLaMA-3's rule; in contexts and with other rules samples of each class,
     because the table of classes is compared for all below.
     """
-    tokenizer, python = pair
+    tokenizer, python = all_pairs
     chars = [chr(c) for c in range(0x110000) if not 0xD800 <= c < 0xE000]
     if (tokenizer.split_name, context) != ("llama-bpe", "{}"):
         common, rare = chars[:0x3100], chars[0x3100:]
@@ -88,7 +117,13 @@ def test_every_code_point(pair, context):
 
 @settings(max_examples=300, deadline=None)
 @given(st.lists(TEXT, max_size=6))
-def test_any_texts(pair, texts):
+def test_any_texts(all_pairs, texts):
+    same_batch(*all_pairs, texts)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(TEXT, max_size=6))
+def test_any_texts_and_back(pair, texts):
     tokenizer, python = pair
     same_batch(tokenizer, python, texts)
     assert tokenizer.decode(tokenizer.encode_batch(texts)[0]) == "".join(texts)

@@ -29,8 +29,8 @@ struct Batch {
     size_t bytes = 0;
 };
 
-// Texts as chunks and jobs of about 256 KiB. Long texts are cut where their pieces stay the same, if
-// `cut`; with one thread everything is one job.
+// Texts as chunks and jobs of about 256 KiB. With `cut`, long texts are cut where their pieces stay
+// the same; with one thread everything is one job.
 inline Batch make_batch(const uint8_t *const *texts, const int64_t *sizes, size_t count,
                         int32_t threads, bool cut) {
     constexpr size_t JOB_BYTES = size_t{1} << 18;

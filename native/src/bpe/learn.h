@@ -23,9 +23,12 @@ class Counts {
     void for_each(Visit visit) const {
         for (const Slot &slot : slots_) {
             if (slot.key.high == 0) continue;
-            const size_t size = slot.key.is_long() ? slot.key.high & ~LONG_MARK : slot.key.high >> 56;
-            visit(slot.key.is_long() ? &pool_[slot.at] : reinterpret_cast<const uint8_t *>(&slot.key),
-                  size, slot.count);
+            if (slot.key.is_long()) {
+                visit(&pool_[slot.at], slot.key.high & ~LONG_MARK, slot.count);
+            } else {
+                const auto *piece = reinterpret_cast<const uint8_t *>(&slot.key);
+                visit(piece, slot.key.high >> 56, slot.count);
+            }
         }
     }
 
@@ -53,7 +56,7 @@ class Learner {
     size_t start(int64_t min_frequency, uint32_t longest);
     // Merge until there are `num_tokens` tokens or no pair is left; returns the number of tokens.
     size_t run(size_t num_tokens);
-    const std::vector<uint32_t> &merges() const { return merges_; }  // left, right, left, right, ...
+    const std::vector<uint32_t> &merges() const { return merges_; }  // left and right in turn
 
    private:
     static constexpr uint32_t NONE = 0xFFFFFFFF;

@@ -34,7 +34,9 @@ struct Key {
     uint64_t low, high;  // bytes 0 to 7; bytes 8 to 14 and the size, or LONG_MARK and the size
 
     bool is_long() const { return high >= LONG_MARK; }
-    uint64_t hash() const { return mix(low ^ high * 0xD6E8FEB86659FD93ull) * 0xC2B2AE3D27D4EB4Full; }
+    uint64_t hash() const {
+        return mix(low ^ high * 0xD6E8FEB86659FD93ull) * 0xC2B2AE3D27D4EB4Full;
+    }
 };
 
 inline Key make_key(const uint8_t *at, size_t size, const uint8_t *end) {
@@ -50,7 +52,8 @@ inline Key make_key(const uint8_t *at, size_t size, const uint8_t *end) {
     if (size > SHORT_PIECE) return {hash_bytes(at, size), LONG_MARK | size};
     Key key{0, 0};
     if (end - at >= 16) {
-        key = {load64(at) & MASKS.of[size][0], load64(at + 8) & MASKS.of[size][1]};
+        const auto &masks = MASKS.of[size & SHORT_PIECE];  // GCC cannot see that size fits
+        key = {load64(at) & masks[0], load64(at + 8) & masks[1]};
     } else {
         std::memcpy(&key, at, size);
     }
