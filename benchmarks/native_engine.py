@@ -82,7 +82,9 @@ def compare(sides: list[Side], ids_of_text: list[int]) -> None:
             if theirs is not None:
                 most = sorted(range(len(mine)), key=lambda t: -mine[t])[:20]
                 away = max(abs(mine[t] - theirs[t]) for t in most)
-                print(f"log-probabilities after {length} tokens, top 20: {side.name} {away:.3f} away")
+                print(
+                    f"log-probabilities after {length} tokens, top 20: {side.name} {away:.3f} away"
+                )
     ids = ids_of_text[:60]
     mine = ours.ask(do="greedy", ids=ids, count=16)
     for side in sides[1:]:

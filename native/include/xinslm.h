@@ -20,7 +20,7 @@ extern "C" {
 #endif
 
 /* Number of this interface; the Python side refuses another one. */
-#define XL_ABI 3
+#define XL_ABI 4
 XL_API int32_t xl_abi(void);
 
 /* What went wrong in the last call of this thread that failed. */
@@ -57,6 +57,12 @@ XL_API void xl_model_free(xl_model *model);
 XL_API int32_t xl_model_set(xl_model *model, int32_t layer, int32_t role, int32_t type, int64_t rows,
                             int64_t columns, const uint8_t *data, int64_t bytes,
                             const uint16_t *scales, int64_t scale_count);
+
+/* Uses a matrix that is packed already, in memory that must outlive the model (a map of a file). */
+XL_API int32_t xl_model_use(xl_model *model, int32_t layer, int32_t role, int64_t rows, int64_t columns,
+                            const uint8_t *data, int64_t bytes);
+/* Where the packed bytes of a matrix are; returns their number, or -1. */
+XL_API int64_t xl_model_packed(const xl_model *model, int32_t layer, int32_t role, const uint8_t **data);
 
 /* Bytes of the packed matrices; -1 with the name of a weight that is missing. */
 XL_API int64_t xl_model_bytes(const xl_model *model);

@@ -65,6 +65,24 @@ int32_t xl_model_set(xl_model *model, int32_t layer, int32_t role, int32_t type,
     });
 }
 
+int32_t xl_model_use(xl_model *model, int32_t layer, int32_t role, int64_t rows, int64_t columns, const uint8_t *data,
+                     int64_t bytes) {
+    return guarded(-1, [&] {
+        if (!model || !data) throw std::runtime_error("there is no model, or no data");
+        model->model.use(layer, role, xl::size_of(rows), xl::size_of(columns), data, xl::size_of(bytes));
+        return 0;
+    });
+}
+
+int64_t xl_model_packed(const xl_model *model, int32_t layer, int32_t role, const uint8_t **data) {
+    return guarded(int64_t{-1}, [&] {
+        if (!model || !data) throw std::runtime_error("there is no model, or no place for the result");
+        const xl::Matrix &matrix = model->model.matrix(layer, role);
+        *data = matrix.data;
+        return static_cast<int64_t>(matrix.bytes());
+    });
+}
+
 int64_t xl_model_bytes(const xl_model *model) {
     return guarded(int64_t{-1}, [&] {
         model->model.require_complete();

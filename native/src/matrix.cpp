@@ -122,6 +122,17 @@ Matrix pack(Source source, size_t rows, size_t columns, const uint8_t *data, siz
     return m;
 }
 
+Matrix packed_at(const uint8_t *data, size_t rows, size_t columns, size_t bytes) {
+    Matrix m;
+    m.rows = rows, m.columns = columns, m.data = data;
+    for (int i = 0; i < static_cast<int>(Format::kCount); i++) {
+        m.format = static_cast<Format>(i);
+        if ((m.is_float() || columns % kBlock == 0) && m.bytes() == bytes) return m;
+    }
+    throw std::runtime_error(std::to_string(bytes) + " bytes are no packed matrix of " + std::to_string(rows) + " x " +
+                             std::to_string(columns));
+}
+
 void Matrix::decode_row(size_t row, float *out) const {
     const uint8_t *from = tile(row / kTileRows);
     const size_t lane = row % kTileRows;

@@ -26,6 +26,34 @@ void require(bool holds, const std::string &what) {
     if (!holds) throw std::runtime_error(what);
 }
 
+struct Size {
+    size_t rows, columns;
+};
+
+// Shape of a weight; a vector has one row.
+Size size_of(const xl_shape &s, int role) {
+    const auto hidden = static_cast<size_t>(s.hidden_size), ffn = static_cast<size_t>(s.ffn_size);
+    const auto head = static_cast<size_t>(s.head_size), vocabulary = static_cast<size_t>(s.vocabulary);
+    const size_t queries = head * static_cast<size_t>(s.heads), keys = head * static_cast<size_t>(s.key_heads);
+    switch (role) {
+        case XL_EMBEDDING:
+        case XL_HEAD: return {vocabulary, hidden};
+        case XL_Q: return {queries, hidden};
+        case XL_K:
+        case XL_V: return {keys, hidden};
+        case XL_O: return {hidden, queries};
+        case XL_GATE:
+        case XL_UP: return {ffn, hidden};
+        case XL_DOWN: return {hidden, ffn};
+        case XL_Q_BIAS: return {1, queries};
+        case XL_K_BIAS:
+        case XL_V_BIAS: return {1, keys};
+        case XL_Q_NORM:
+        case XL_K_NORM: return {1, head};
+        default: return {1, hidden};
+    }
+}
+
 std::vector<float> vector_of(Source source, size_t count, const uint8_t *data, size_t bytes) {
     require(source == Source::kF32 || source == Source::kF16 || source == Source::kBF16,
             "a vector of weights must be float32, float16 or bfloat16");
@@ -63,42 +91,56 @@ void Model::set(int layer, int role, Source source, size_t rows, size_t columns,
     require(role >= 0 && role < XL_ROLES, "there is no weight of role " + std::to_string(role));
     const Role &kind = kRoles[role];
     require(!kind.layered || (layer >= 0 && layer < shape.layers), "there is no layer " + std::to_string(layer));
-    const auto hidden = static_cast<size_t>(shape.hidden_size), ffn = static_cast<size_t>(shape.ffn_size);
-    const auto head = static_cast<size_t>(shape.head_size);
-    const size_t queries = head * static_cast<size_t>(shape.heads);
-    const size_t keys = head * static_cast<size_t>(shape.key_heads);
-    const auto vocabulary = static_cast<size_t>(shape.vocabulary);
-    Layer &at = layers[kind.layered ? static_cast<size_t>(layer) : 0];
-    const auto matrix = [&](Matrix &to, size_t height, size_t width) {
-        require(rows == height && columns == width,
+    if (Matrix *to = place(layer, role)) {
+        const Size size = size_of(shape, role);
+        require(rows == size.rows && columns == size.columns,
                 std::string(kind.name) + " is " + std::to_string(rows) + " x " + std::to_string(columns) +
-                    ", but must be " + std::to_string(height) + " x " + std::to_string(width));
-        to = pack(source, rows, columns, data, bytes, scales, scale_count);
-    };
-    const auto vector = [&](std::vector<float> &to, size_t size) {
-        require(rows == 1 && columns == size, std::string(kind.name) + " has " + std::to_string(columns) +
-                                                  " numbers, but must have " + std::to_string(size));
-        to = vector_of(source, size, data, bytes);
-    };
+                    ", but must be " + std::to_string(size.rows) + " x " + std::to_string(size.columns));
+        *to = pack(source, rows, columns, data, bytes, scales, scale_count);
+        return;
+    }
+    Layer &at = layers[kind.layered ? static_cast<size_t>(layer) : 0];
+    const size_t size = size_of(shape, role).columns;
+    require(rows == 1 && columns == size, std::string(kind.name) + " has " + std::to_string(columns) +
+                                              " numbers, but must have " + std::to_string(size));
+    std::vector<float> *vectors[XL_ROLES] = {};
+    vectors[XL_FINAL_NORM] = &final_norm;
+    vectors[XL_ATTENTION_NORM] = &at.attention_norm, vectors[XL_FFN_NORM] = &at.ffn_norm;
+    vectors[XL_Q_BIAS] = &at.q_bias, vectors[XL_K_BIAS] = &at.k_bias, vectors[XL_V_BIAS] = &at.v_bias;
+    vectors[XL_O_BIAS] = &at.o_bias, vectors[XL_Q_NORM] = &at.q_norm, vectors[XL_K_NORM] = &at.k_norm;
+    *vectors[role] = vector_of(source, size, data, bytes);
+}
+
+void Model::use(int layer, int role, size_t rows, size_t columns, const uint8_t *data, size_t bytes) {
+    require(role >= 0 && role < XL_ROLES, "there is no weight of role " + std::to_string(role));
+    require(!kRoles[role].layered || (layer >= 0 && layer < shape.layers), "there is no layer " + std::to_string(layer));
+    Matrix *to = place(layer, role);
+    const Size size = size_of(shape, role);
+    require(to && rows == size.rows && columns == size.columns, std::string(kRoles[role].name) + " has another shape");
+    *to = packed_at(data, rows, columns, bytes);
+}
+
+const Matrix &Model::matrix(int layer, int role) const {
+    require(role >= 0 && role < XL_ROLES && (!kRoles[role].layered || (layer >= 0 && layer < shape.layers)),
+            "there is no such weight");
+    const Matrix *found = const_cast<Model *>(this)->place(layer, role);
+    require(found && found->rows, std::string(kRoles[role].name) + " is no matrix of this model");
+    return *found;
+}
+
+Matrix *Model::place(int layer, int role) {
+    Layer &at = layers[kRoles[role].layered ? static_cast<size_t>(layer) : 0];
     switch (role) {
-        case XL_EMBEDDING: return matrix(embedding_, vocabulary, hidden);
-        case XL_HEAD: return matrix(head_, vocabulary, hidden);
-        case XL_FINAL_NORM: return vector(final_norm, hidden);
-        case XL_ATTENTION_NORM: return vector(at.attention_norm, hidden);
-        case XL_Q: return matrix(at.q, queries, hidden);
-        case XL_K: return matrix(at.k, keys, hidden);
-        case XL_V: return matrix(at.v, keys, hidden);
-        case XL_O: return matrix(at.o, hidden, queries);
-        case XL_FFN_NORM: return vector(at.ffn_norm, hidden);
-        case XL_GATE: return matrix(at.gate, ffn, hidden);
-        case XL_UP: return matrix(at.up, ffn, hidden);
-        case XL_DOWN: return matrix(at.down, hidden, ffn);
-        case XL_Q_BIAS: return vector(at.q_bias, queries);
-        case XL_K_BIAS: return vector(at.k_bias, keys);
-        case XL_V_BIAS: return vector(at.v_bias, keys);
-        case XL_O_BIAS: return vector(at.o_bias, hidden);
-        case XL_Q_NORM: return vector(at.q_norm, head);
-        default: return vector(at.k_norm, head);
+        case XL_EMBEDDING: return &embedding_;
+        case XL_HEAD: return &head_;
+        case XL_Q: return &at.q;
+        case XL_K: return &at.k;
+        case XL_V: return &at.v;
+        case XL_O: return &at.o;
+        case XL_GATE: return &at.gate;
+        case XL_UP: return &at.up;
+        case XL_DOWN: return &at.down;
+        default: return nullptr;
     }
 }
 

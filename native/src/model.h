@@ -24,6 +24,13 @@ class Model {
     void set(int layer, int role, Source source, size_t rows, size_t columns, const uint8_t *data,
              size_t bytes, const uint16_t *scales, size_t scale_count);
 
+    // Uses a matrix that is packed already, in memory that outlives the model. Its format follows from
+    // its size. Throws for a weight that is no matrix, and for a size of no format.
+    void use(int layer, int role, size_t rows, size_t columns, const uint8_t *data, size_t bytes);
+
+    // The matrix of a role; throws if it is none, or missing.
+    const Matrix &matrix(int layer, int role) const;
+
     // Throws, naming it, if a weight is missing.
     void require_complete() const;
 
@@ -37,6 +44,8 @@ class Model {
     std::vector<float> final_norm;
 
   private:
+    Matrix *place(int layer, int role);
+
     Matrix embedding_, head_;
 };
 

@@ -54,6 +54,8 @@ _FUNCTIONS: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "xl_model_new": (c_void_p, (POINTER(Shape), _FLOATS)),
     "xl_model_free": (None, (c_void_p,)),
     "xl_model_set": (c_int32, (c_void_p, c_int32, c_int32, *_DATA)),
+    "xl_model_use": (c_int32, (c_void_p, c_int32, c_int32, c_int64, c_int64, c_void_p, c_int64)),
+    "xl_model_packed": (c_int64, (c_void_p, c_int32, c_int32, POINTER(c_void_p))),
     "xl_model_bytes": (c_int64, (c_void_p,)),
     "xl_context_new": (c_void_p, (c_void_p, c_int32, c_char_p, c_int32, c_int64)),
     "xl_context_free": (None, (c_void_p,)),

@@ -7,6 +7,7 @@ sequence = context.add()
 logits = context.extend([1, 2, 3], [sequence] * 3, wanted=[2])     # (1, vocabulary)
 """
 
+import ctypes
 import os
 import weakref
 from collections.abc import Sequence
@@ -72,6 +73,8 @@ class NativeModel:
         if len(values) != shape.head_size // 2:
             raise ValueError(f"{len(values)} frequencies for heads of {shape.head_size}")
         self.shape = shape
+        self._kept: list[np.ndarray] = []
+        """What the library points into."""
         self.handle = checked(functions().xl_model_new(shape, floats(values)))
         self._finalizer = weakref.finalize(self, functions().xl_model_free, self.handle)
 
@@ -79,6 +82,22 @@ class NativeModel:
         """Copy a weight of `ROLES` in; XinslmError for a shape or type that does not fit."""
         arguments = matrix_arguments(weight.type, weight.shape, weight.data, weight.scales)
         checked(functions().xl_model_set(self.handle, layer, _ROLE_NUMBERS[role], *arguments))
+
+    def use(self, role: str, layer: int, shape: tuple[int, int], data: np.ndarray) -> None:
+        """Take a matrix from where `packed` bytes of it are, without a copy."""
+        place = (data.ctypes.data, data.nbytes)
+        checked(
+            functions().xl_model_use(self.handle, layer, _ROLE_NUMBERS[role], *shape, *place)
+        )
+        self._kept.append(data)
+
+    def packed(self, role: str, layer: int) -> np.ndarray:
+        """The packed bytes of a matrix, uint8, while the model lives."""
+        at = ctypes.c_void_p()
+        number = _ROLE_NUMBERS[role]
+        size = int(checked(functions().xl_model_packed(self.handle, layer, number, at)))
+        assert at.value is not None
+        return np.frombuffer((ctypes.c_uint8 * size).from_address(at.value), np.uint8)
 
     @property
     def num_bytes(self) -> int:
