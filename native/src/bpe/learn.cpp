@@ -26,7 +26,7 @@ void Counts::add(const uint8_t *piece, size_t size, const Key &key, uint64_t has
 
 void Counts::add_all(const Counts &other) {
     other.for_each([&](const uint8_t *piece, size_t size, int64_t count) {
-        const Key key = make_key(piece, size, piece + size);
+        const Key key = make_key(piece, size, piece);
         add(piece, size, key, key.hash(), count);
     });
 }
@@ -70,7 +70,7 @@ void Learner::add_texts(const uint8_t *const *texts, const int64_t *sizes, size_
 void Learner::add_piece(const uint8_t *piece, size_t size, int64_t count) {
     if (!length_.empty()) throw std::logic_error("counting has ended");
     if (size == 0 || count < 0) throw std::invalid_argument("an empty piece or a negative count");
-    const Key key = make_key(piece, size, piece + size);
+    const Key key = make_key(piece, size, piece);
     counts_[0].add(piece, size, key, key.hash(), count);
 }
 

@@ -39,6 +39,7 @@ struct Key {
     }
 };
 
+// 16 bytes are read at once if `end` says that there are as many.
 inline Key make_key(const uint8_t *at, size_t size, const uint8_t *end) {
     static constexpr struct Masks {
         uint64_t of[16][2];
@@ -52,8 +53,7 @@ inline Key make_key(const uint8_t *at, size_t size, const uint8_t *end) {
     if (size > SHORT_PIECE) return {hash_bytes(at, size), LONG_MARK | size};
     Key key{0, 0};
     if (end - at >= 16) {
-        const auto &masks = MASKS.of[size & SHORT_PIECE];  // GCC cannot see that size fits
-        key = {load64(at) & masks[0], load64(at + 8) & masks[1]};
+        key = {load64(at) & MASKS.of[size][0], load64(at + 8) & MASKS.of[size][1]};
     } else {
         std::memcpy(&key, at, size);
     }
