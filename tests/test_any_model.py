@@ -29,6 +29,7 @@ from xinslm.export.config import (
     HfConfig,
     ImportConfig,
     MlxConfig,
+    PackedConfig,
 )
 from xinslm.export.coreml.package import Package
 from xinslm.inference.config import ChatConfig, GenerateConfig, NativeConfig
@@ -208,6 +209,9 @@ USES: dict[str, dict[str, Callable[[World, Path, Path], object]]] = {
     "doctor compare": {"model": compare},
     "plan": {"teacher": plan},
     "evaluate": {"model": evaluate},
+    "export packed": {
+        "model": lambda w, m, out: run(PackedConfig(m, out.parent.with_suffix(".packed"))).matrices
+    },
     "native": {"model": lambda w, m, out: native_info(NativeConfig(model=m)).problem},
     "generate": {
         "model": lambda w, m, out: (

@@ -175,6 +175,13 @@ COMMANDS = {
         example="student-4bit -o student.gguf --run student --ollama",
         most_used="model output_path run ollama lmstudio",
     ),
+    "export packed": Command(
+        "write a file that the native engine maps and uses in place",
+        "export.config:PackedConfig",
+        "export.packed:run",
+        example="student-4bit -o student.packed",
+        most_used="model output_path force",
+    ),
     "export hf": Command(
         "write a model, 4-bit or not, for transformers and vLLM",
         "export.config:HfConfig",

@@ -24,6 +24,8 @@ _NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 10: "Q", 11:
 """struct's letters of the value types that are numbers."""
 _BOOL, _STRING, _ARRAY = 7, 8, 9
 _MOST_NESTED = 8
+_KEYS_BEGIN = 24
+"""Byte after the magic number, the version and two counts."""
 _PLAIN = {0: "<f4", 1: "<f2", 24: "i1", 25: "<i2", 26: "<i4", 27: "<i8", 28: "<f8"}
 """NumPy's types of the tensors that are plain numbers."""
 _BLOCKS = {2: (32, 18), 3: (32, 20), 6: (32, 22), 7: (32, 24), 8: (32, 34), 30: (1, 2)}
@@ -134,6 +136,14 @@ def _opened(path: Path, inode: int, size: int, changed: int) -> GgufFile:
     return GgufFile(path)
 
 
+def raw_keys(path: Path) -> tuple[int, bytes]:
+    """Number of a file's keys, and their bytes as they are; the file was opened before."""
+    header = _Header(path)
+    with open(path, "rb") as file:
+        file.seek(_KEYS_BEGIN)
+        return len(header.keys), file.read(header.keys_end - _KEYS_BEGIN)
+
+
 class _UnknownTypeError(ValueError):
     """A tensor has a type that nobody here knows."""
 
@@ -157,6 +167,7 @@ class _Header:
             if name in self.keys:
                 raise ValueError(f"key '{name}' stands twice")
             self.keys[name] = self._value(self._number("I"))
+        self.keys_end = self._at
         alignment = self.keys.get("general.alignment", 32)
         if not isinstance(alignment, int) or alignment < 1 or alignment & (alignment - 1):
             raise ValueError(f"its alignment is {alignment!r}, not a power of two")

@@ -103,6 +103,7 @@ NEEDED = {
     "distill": ["--data-path", "x", "--cache", "x"],
     "onpolicy": ["--student", "x", "--teacher", "x", "--prompts", "x"],
     "quantize": ["x"],
+    "export packed": ["x"],
     "import": ["x"],
     "export gguf": ["x"],
     "export hf": ["x"],

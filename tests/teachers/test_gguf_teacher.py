@@ -190,7 +190,7 @@ def test_files_that_cannot_teach_are_refused_by_name(tmp_path):
     data = (tmp_path / "m.gguf").read_bytes()
     for size in (3, 100, len(data) // 2):
         (tmp_path / "cut.gguf").write_bytes(data[:size])
-        with pytest.raises(XinslmError, match="not a whole GGUF file|ends at byte"):
+        with pytest.raises(XinslmError, match=r"not a whole GGUF file|ends at byte"):
             open_teacher(str(tmp_path / "cut.gguf"))
 
 

@@ -44,6 +44,18 @@ class GgufConfig(Settings):
 
 
 @dataclass(frozen=True)
+class PackedConfig(Settings):
+    """Write a file that the native engine maps and uses in place."""
+
+    model: Annotated[Path, tyro.conf.Positional]
+    """Any model: a model, run or quantized folder, a GGUF file, or a Hub name."""
+    output_path: Annotated[Path, tyro.conf.arg(aliases=["-o"])]
+    """File to write."""
+    force: bool = False
+    """Replace the file if it exists."""
+
+
+@dataclass(frozen=True)
 class FolderConfig(Settings):
     """What the folders for other runtimes have in common."""
 

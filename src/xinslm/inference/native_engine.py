@@ -169,9 +169,13 @@ def build(raw: RawModel) -> NativeModel:
     for name in raw.names:
         if name == "lm_head.weight" and config.tie_word_embeddings:
             continue
-        role, layer = _role(name)
-        model.set(role, layer, raw.read(name))
-        raw.forget(name)
+        role, layer = role_of(name)
+        weight = raw.read(name)
+        if raw.is_packed and role in MATRICES:
+            model.use(role, layer, shape_of(role, config), weight.data)
+        else:
+            model.set(role, layer, weight)
+            raw.forget(name)
     if not config.tie_word_embeddings and "lm_head.weight" not in raw.names:
         raise XinslmError(
             "the model's head is not tied to its embedding, but 'lm_head.weight' is "
@@ -198,7 +202,7 @@ def frequencies(config: ModelConfig, divisors: np.ndarray | None = None) -> np.n
     return mixed.astype(np.float32)
 
 
-def _role(name: str) -> tuple[str, int]:
+def role_of(name: str) -> tuple[str, int]:
     """The library's name of a weight, and its layer."""
     stem, _, end = name.rpartition(".")
     if end == "weight" and stem in _ROLES:
@@ -211,3 +215,35 @@ def _role(name: str) -> tuple[str, int]:
         if role is not None and end == "bias" and role.endswith("_proj"):
             return f"{role}.bias", int(parts[2])
     raise XinslmError(f"weight '{name}' has no place in the native engine")
+
+
+MATRICES = (
+    "embedding",
+    "head",
+    "q_proj",
+    "k_proj",
+    "v_proj",
+    "o_proj",
+    "gate_proj",
+    "up_proj",
+    "down_proj",
+)
+"""The library's names of the matrices; all other weights are vectors."""
+
+
+def shape_of(role: str, config: ModelConfig) -> tuple[int, int]:
+    """Rows and columns of a matrix."""
+    queries = config.num_attention_heads * config.head_dim
+    keys = config.num_key_value_heads * config.head_dim
+    hidden, ffn = config.hidden_size, config.intermediate_size
+    return {
+        "embedding": (config.vocab_size, hidden),
+        "head": (config.vocab_size, hidden),
+        "q_proj": (queries, hidden),
+        "k_proj": (keys, hidden),
+        "v_proj": (keys, hidden),
+        "o_proj": (hidden, queries),
+        "gate_proj": (ffn, hidden),
+        "up_proj": (ffn, hidden),
+        "down_proj": (hidden, ffn),
+    }[role]

@@ -33,9 +33,12 @@ from xinslm.model.names import (
 from xinslm.native.model import BF16, F16, F32, Q4_APART, Q8_APART, READS, Weight
 from xinslm.places import find
 
+LAYOUT_KEY, LAYOUT = "xinslm.layout", "tiles of 16 rows"
+"""Key and value of a file of `export packed`, whose matrices are the library's tiles."""
 _ROPE_FACTORS = "rope_freqs.weight"
 _DTYPES = {"F32": (F32, 4), "F16": (F16, 2), "BF16": (BF16, 2), "U8": (None, 1), "I8": (None, 1)}
 _APART = {"q4_0": (Q4_APART, "U8"), "q8_0": (Q8_APART, "I8")}
+_I8 = 24
 _HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.jinja"]
 
 
@@ -56,6 +59,8 @@ class RawModel:
     """What divides each rotary frequency, float32 (head size / 2,), if the file says so."""
     forget: Callable[[str], None] = lambda name: None
     """Gives back the memory that the map of a weight takes, until it is read again."""
+    is_packed: bool = False
+    """Whether matrices are the library's tiles, of type I8 and one dimension."""
 
 
 def open_raw(name: Path | str) -> RawModel | None:
@@ -164,7 +169,11 @@ def _gguf(path: Path) -> RawModel | None:
         return None
     tensors = dict(file.tensors)
     divisors = tensors.pop(_ROPE_FACTORS, None)
-    if not {tensor.number for tensor in tensors.values()} <= READS:
+    layout = file.keys.get(LAYOUT_KEY)
+    if layout not in (None, LAYOUT):
+        raise XinslmError(f"{path} was packed by another version of xinslm; pack the model again")
+    reads = READS | {_I8} if layout else READS
+    if not {tensor.number for tensor in tensors.values()} <= reads:
         return None
     try:
         config = ModelConfig.from_hf(read_settings(file), str(path))
@@ -181,6 +190,8 @@ def _gguf(path: Path) -> RawModel | None:
 
     factors = None if divisors is None else np.array(divisors.data, np.float32)
     plain = {F32, F16, BF16}
+    if layout:  # tiles of codes take at most 1.1 bytes a weight
+        plain |= {_I8} if _bytes_a_weight(config, tensors, places) > 1.5 else set()
     coded = frozenset(n for n, place in places.items() if tensors[place].number not in plain)
     return RawModel(
         config,
@@ -190,7 +201,14 @@ def _gguf(path: Path) -> RawModel | None:
         coded,
         factors,
         lambda name: tensors[places[name]].forget(),
+        layout is not None,
     )
+
+
+def _bytes_a_weight(config: ModelConfig, tensors: dict[str, Any], places: dict[str, str]) -> float:
+    place = places["model.layers.0.mlp.down_proj.weight"]
+    size: int = tensors[place].n_bytes
+    return size / (config.hidden_size * config.intermediate_size)
 
 
 def _through_pytorch(name: Path | str) -> RawModel | None:

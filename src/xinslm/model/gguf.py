@@ -39,6 +39,11 @@ class GgufSource(ModelSource):
         self.where = str(path)
         self.files = [path]
         self._file = GgufFile(path)
+        if "xinslm.layout" in self._file.keys:
+            raise UsageError(
+                f"{path} is packed for the native engine, which alone reads it; give the model "
+                "that it was made from"
+            )
         self._settings = read_settings(self._file)
         self._architecture: str = self._file.keys["general.architecture"]
         self._family: Family = FAMILIES[self._architecture]

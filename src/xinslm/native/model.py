@@ -86,9 +86,7 @@ class NativeModel:
     def use(self, role: str, layer: int, shape: tuple[int, int], data: np.ndarray) -> None:
         """Take a matrix from where `packed` bytes of it are, without a copy."""
         place = (data.ctypes.data, data.nbytes)
-        checked(
-            functions().xl_model_use(self.handle, layer, _ROLE_NUMBERS[role], *shape, *place)
-        )
+        checked(functions().xl_model_use(self.handle, layer, _ROLE_NUMBERS[role], *shape, *place))
         self._kept.append(data)
 
     def packed(self, role: str, layer: int) -> np.ndarray:
@@ -97,7 +95,8 @@ class NativeModel:
         number = _ROLE_NUMBERS[role]
         size = int(checked(functions().xl_model_packed(self.handle, layer, number, at)))
         assert at.value is not None
-        return np.frombuffer((ctypes.c_uint8 * size).from_address(at.value), np.uint8)
+        block = (ctypes.c_uint8 * size).from_address(at.value)
+        return np.ctypeslib.as_array(block)
 
     @property
     def num_bytes(self) -> int:
