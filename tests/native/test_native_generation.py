@@ -120,7 +120,7 @@ def test_drafts_need_the_same_tokenizer(models, tmp_path) -> None:
     save_random_model(tmp_path, vocab_size=300, vocabulary=300)
     with pytest.raises(UsageError, match=f"--draft {tmp_path}: its tokenizer is not that of"):
         load_engine(models / "q", draft=str(tmp_path))
-    with pytest.raises(UsageError, match="--draft needs the native engine"):
+    with pytest.raises(UsageError, match="--draft lookup needs the native engine"):
         load_engine(models / "q", "pytorch", draft="lookup")
 
 
@@ -131,7 +131,7 @@ def test_generate_gives_the_same_text_with_every_draft(models) -> None:
                 model=models / "q", prompt="The fox", max_new_tokens=40, seed=1, draft=draft
             )
         ).text
-        for draft in (None, "lookup", str(models / "small"))
+        for draft in ("none", "auto", "lookup", str(models / "small"))
     }
     assert len(texts) == 1
 

@@ -35,7 +35,8 @@ class EvaluateConfig(Settings):
     """Type to compute in; auto: float32, with products in bfloat16 where those are faster."""
     activations: Activations = "float"
     """Inputs of linear layers: as they are, or rounded to int8 blocks, as llama.cpp does to those
-    of 4-bit and 8-bit weights. A slow reference; the model needs such weights.
+    of 4-bit and 8-bit weights; the model needs such weights. Computed in the native engine, or,
+    much more slowly, in PyTorch.
     """
     run: Path | None = None
     """Run folder whose evaluation.json receives the metrics, for `xinslm report`."""

@@ -51,10 +51,10 @@ class GenerateConfig(Sampling):
     """
     kv_cache: CacheType = "float16"
     """Type of keys and values in the native engine; int8 takes half the memory."""
-    draft: str | None = None
-    """Guess several tokens and check them at once (speculative decoding), in the native engine; the
-    text is the same. lookup: what followed the last words where they stood before (good for
-    summaries and corrections); or a smaller model with the same tokenizer.
+    draft: str = "auto"
+    """Guess several tokens and check them at once (speculative decoding); the text is the same.
+    lookup: what followed the last words where they stood before; none; or a smaller model with the
+    same tokenizer. auto: lookup in the native engine, none in PyTorch, which takes no drafts.
     """
     threads: int | None = None
     """Threads to compute with; by default one for each processor that the process may use."""
@@ -97,10 +97,10 @@ class ChatConfig(Sampling):
     """
     kv_cache: CacheType = "float16"
     """Type of keys and values in the native engine; int8 takes half the memory."""
-    draft: str | None = None
-    """Guess several tokens and check them at once (speculative decoding), in the native engine; the
-    text is the same. lookup: what followed the last words where they stood before (good for
-    summaries and corrections); or a smaller model with the same tokenizer.
+    draft: str = "auto"
+    """Guess several tokens and check them at once (speculative decoding); the text is the same.
+    lookup: what followed the last words where they stood before; none; or a smaller model with the
+    same tokenizer. auto: lookup in the native engine, none in PyTorch, which takes no drafts.
     """
     threads: int | None = None
     """Threads to compute with; by default one for each processor that the process may use."""

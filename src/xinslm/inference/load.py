@@ -23,12 +23,13 @@ def load_engine(
     activations: Activations | None = None,
     threads: int | None = None,
     cache: CacheType = "float16",
-    draft: str | None = None,
+    draft: str = "none",
 ) -> Engine:
     """Load `model` with its tokenizer; UsageError if the engine that is asked for cannot run it.
 
     `activations`: float or int8; None is int8 in the native engine and float in PyTorch. `draft`:
-    "lookup" or a smaller model, whose guesses the engine checks several at a time.
+    where guesses come from that the engine checks several at a time: lookup, auto (lookup if the
+    engine is native), none, or a smaller model.
     """
     raw, problem = None, ""
     if engine != "pytorch":
@@ -37,18 +38,24 @@ def load_engine(
         raise UsageError(f"--engine native: {problem}")
     if raw is None or problem:
         because = f" ({problem})" if problem else ""
-        for wanted, option in ((cache != "float16", f"--kv-cache {cache}"), (draft, "--draft")):
+        for wanted, option in (
+            (cache != "float16", f"--kv-cache {cache}"),
+            (
+                draft not in ("auto", "none"),
+                f"--draft {draft}",
+            ),
+        ):
             if wanted:
                 raise UsageError(f"{option} needs the native engine{because}")
         return _pytorch(model, context_length, device, dtype, activations, threads)
     from xinslm.inference.native_engine import NativeEngine
 
     target = NativeEngine.load(model, context_length, threads, cache, raw)
-    if draft is None:
+    if draft == "none":
         return target
     from xinslm.inference.speculative import LookupDrafter, ModelDrafter, Speculative
 
-    if draft == "lookup":
+    if draft in ("auto", "lookup"):
         return Speculative(target, LookupDrafter())
     return Speculative(target, ModelDrafter(NativeEngine.load(draft, None, threads, cache)))
 

@@ -65,7 +65,7 @@ class BenchmarkConfig(Settings):
     """Type to compute in; float64 gives the values of the harness to 1e-9."""
     activations: Activations = "float"
     """Inputs of MODEL's linear layers: as they are, or rounded to int8 blocks, as llama.cpp does to
-    those of 4-bit and 8-bit weights. A slow reference; the model needs such weights.
+    those of 4-bit and 8-bit weights. A slow reference in PyTorch; the model needs such weights.
     """
     seed: int = 0
     """Of the order of the items with --max-minutes, and of the bootstrap."""
