@@ -32,6 +32,7 @@ $(STAMP): pyproject.toml constraints.txt $(shell find native -name '*.cpp' -o -n
 	@$(call pip,torch)
 	@echo "2/2 everything else, at the versions in constraints.txt"
 	@$(call pip,-e '.[dev]')
+	@$(BIN)/xinslm native  # says which kernels there are, or that no compiler was found
 	@echo "Done. Try: $(BIN)/xinslm --help"
 	@touch $(STAMP)
 

@@ -10,6 +10,7 @@ nothing of xinslm for the others. Commands:
     {"do": "batch", "ids": [...], "rows": r, "count": n} seconds for n tokens in each of r sequences
     {"do": "logits", "ids": [...]}                      log-probabilities after ids
     {"do": "greedy", "ids": [...], "count": n}          the greedy tokens
+    {"do": "rows", "ids": [...], "file": "x.npy"}       saves float32 logits after each of the ids
     {"do": "memory"}                                    peak resident bytes
 A command that the engine cannot do gives null.
 """
@@ -65,6 +66,13 @@ class Xinslm:
     def logits(self, ids):
         self.engine.reset()
         return _normalized(self.engine.start(ids))
+
+    def rows(self, ids, file):
+        import numpy as np
+
+        self.engine.reset()
+        first = self.engine.start(ids[:1])
+        np.save(file, np.concatenate([first[None], self.engine.verify(ids[1:])]))
 
     def greedy(self, ids, count):
         self.engine.reset()
@@ -169,6 +177,13 @@ class LlamaCpp:
         self.clear()
         self.feed(ids)
         return _normalized(self.row(-1))
+
+    def rows(self, ids, file):
+        import numpy as np
+
+        self.clear()
+        self.feed(ids, 0, True)
+        np.save(file, np.stack([self.row(i).copy() for i in range(len(ids))]))
 
     def greedy(self, ids, count):
         self.clear()
