@@ -105,7 +105,12 @@ def run(config: EvaluateConfig, on_progress: Listener = ignore) -> Result:
     load = OtherLoad()  # from here, because scoring a small model takes too little time to tell
     device = pick_device(config.device)
     scorer, facts = load_scorer(
-        config.model, device, config.dtype, config.max_seq_length, config.activations
+        config.model,
+        device,
+        config.dtype,
+        config.max_seq_length,
+        config.activations,
+        native=True,
     )
     on_progress(Progress("read documents"))
     items = read_items(config.data_path, config.split, scorer.tokenizer, config.max_documents)
