@@ -24,9 +24,9 @@ native:
 # The engine under AddressSanitizer and UBSan, then under ThreadSanitizer.
 native-sanitize:
 	@set -e; for sanitizers in address,undefined thread; do \
-	  cmake -S native -B build/$$sanitizers -DXINSLM_SANITIZE=$$sanitizers -DXINSLM_TESTS=ON; \
-	  cmake --build build/$$sanitizers -j 2; \
-	  build/$$sanitizers/engine_test; \
+	  cmake -S native -B build/$${sanitizers%,*} -DXINSLM_SANITIZE=$$sanitizers -DXINSLM_TESTS=ON; \
+	  cmake --build build/$${sanitizers%,*} -j 2; \
+	  build/$${sanitizers%,*}/engine_test; \
 	done
 
 venv: $(STAMP)

@@ -27,7 +27,7 @@ std::string &last_error() {
 
 namespace {
 
-// A count above these is a mistake: no caller has so much memory behind its pointer.
+// A count of these and more is a mistake: no caller has so much memory behind its pointer.
 constexpr int64_t kMostRows = int64_t{1} << 31;
 constexpr size_t kMostProducts = size_t{1} << 16;
 
@@ -165,7 +165,7 @@ int32_t xl_logits(xl_context *context, int64_t count, const float *states, float
     return guarded(-1, [&] {
         const auto lock = given(context, "context")->context.claim();
         given(states, "list of states"), given(logits, "room for logits");
-        if (count > xl::kMostRows) throw std::runtime_error("logits of " + std::to_string(count) + " states");
+        if (count >= xl::kMostRows) throw std::runtime_error("logits of " + std::to_string(count) + " states");
         context->context.logits(xl::size_of(count), states, logits);
         return 0;
     });
@@ -185,7 +185,7 @@ int32_t xl_sample(const float *logits, int32_t vocabulary, const xl_sampling *sa
         given(logits, "list of logits"), given(log_probability, "room for the log-probability");
         if (vocabulary < 1) throw std::runtime_error("there are no logits");
         if (xl::size_of(seen_count)) given(seen, "list of tokens seen");
-        if (seen_count > xl::kMostRows) throw std::runtime_error("the list of tokens seen is too long");
+        if (seen_count >= xl::kMostRows) throw std::runtime_error("the list of tokens seen is too long");
         // written so that NaN is out of range
         if (!(s.temperature >= 0 && std::isfinite(s.temperature) && s.top_p > 0 && s.min_p >= 0 && s.min_p <= 1 &&
               s.repetition_penalty > 0 && std::isfinite(s.repetition_penalty) && s.top_k >= 0 && uniform >= 0 &&
@@ -205,7 +205,7 @@ int32_t xl_product(const char *kernels, int32_t type, int64_t rows, int64_t colu
         const xl::Matrix m = xl::packed(type, rows, columns, data, bytes, scales, scale_count);
         const size_t width = xl::round_up(m.columns, xl::kBlock), blocks = width / xl::kBlock;
         const size_t count = xl::size_of(tokens);
-        if (count > xl::kMostProducts) throw std::runtime_error("a product of " + std::to_string(count) + " tokens");
+        if (count >= xl::kMostProducts) throw std::runtime_error("a product of " + std::to_string(count) + " tokens");
         auto values = xl::allocate<float>(count * width), steps = xl::allocate<float>(count * blocks);
         auto codes = xl::allocate<int8_t>(count * width);
         auto sums = xl::allocate<int32_t>(count * blocks);

@@ -109,7 +109,7 @@ Matrix pack(Source source, size_t rows, size_t columns, const uint8_t *data, siz
         throw std::runtime_error("rows of " + std::to_string(columns) + " codes are not whole blocks of 32");
     const bool split = source == Source::kQ4Split || source == Source::kQ8Split;
     if (bytes != source_bytes(source, rows, columns) ||
-        (split && (!scales || scale_count != rows * (columns / kBlock))))
+        (split ? !scales || scale_count != rows * (columns / kBlock) : scales || scale_count))
         throw std::runtime_error("the bytes of a matrix do not match its shape");
     m.owned = allocate<uint8_t>(m.bytes());
     m.data = m.owned.get();
