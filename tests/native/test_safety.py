@@ -1,5 +1,5 @@
-"""Hostile arguments, forks, threads and floating-point modes, each in a process of its own: a crash is
-a test that fails.
+"""Hostile arguments, forks, threads and floating-point modes, each in a process of its own: a crash
+is a test that fails.
 """
 
 import os
