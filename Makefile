@@ -14,12 +14,20 @@ $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.
   grep -v -e "^WARNING: Location 'file:" -e "does not provide the extra" $(VENV)/pip.log >&2; exit $$status
 endef
 
-.PHONY: venv demo test lint bench clean native
+.PHONY: venv demo test lint bench clean native native-sanitize
 
 # The native library alone, after a change to it; `XINSLM_NATIVE_LIBRARY=build/native/libxinslm.so`
 # makes xinslm load it.
 native:
 	@cmake -S native -B build/native && cmake --build build/native -j 2
+
+# The engine under AddressSanitizer and UBSan, then under ThreadSanitizer.
+native-sanitize:
+	@set -e; for sanitizers in address,undefined thread; do \
+	  cmake -S native -B build/$${sanitizers%,*} -DXINSLM_SANITIZE=$$sanitizers -DXINSLM_TESTS=ON; \
+	  cmake --build build/$${sanitizers%,*} -j 2; \
+	  build/$${sanitizers%,*}/engine_test; \
+	done
 
 venv: $(STAMP)
 

@@ -58,7 +58,8 @@ XL_API int32_t xl_model_set(xl_model *model, int32_t layer, int32_t role, int32_
                             int64_t columns, const uint8_t *data, int64_t bytes,
                             const uint16_t *scales, int64_t scale_count);
 
-/* Uses a matrix that is packed already, in memory that must outlive the model (a map of a file). */
+/* Uses a matrix that is packed already, in memory that must outlive the model (a map of a file) and
+ * begins at a multiple of 64 bytes. */
 XL_API int32_t xl_model_use(xl_model *model, int32_t layer, int32_t role, int64_t rows, int64_t columns,
                             const uint8_t *data, int64_t bytes);
 /* Where the packed bytes of a matrix are; returns their number, or -1. */
@@ -89,8 +90,9 @@ XL_API int64_t xl_sequence_length(const xl_context *context, int32_t sequence);
 XL_API int64_t xl_sequence_rewind(xl_context *context, int32_t sequence, int64_t length);
 
 /* Appends tokens[i] to sequences[i], in order, and writes the logits after each token with wanted[i]
- * to `logits` (number of wanted tokens, vocabulary). All or nothing: after an error no sequence has
- * changed. One call at a time: a second one fails as busy. */
+ * to `logits` (number of wanted tokens, vocabulary). All or nothing: after an error the sequences are
+ * rewound to what they were, as by xl_sequence_rewind. One call at a time: a second one fails as
+ * busy, also of the functions below and above that take a context. */
 XL_API int32_t xl_extend(xl_context *context, int32_t count, const int32_t *tokens,
                          const int32_t *sequences, const uint8_t *wanted, float *logits);
 

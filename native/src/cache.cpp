@@ -32,7 +32,7 @@ Cache::Cache(const xl_shape &s, bool int8, int64_t max_tokens)
     : layers_(s.layers), key_heads_(s.key_heads), real_size_(s.head_size),
       head_size_(static_cast<int>(round_up(static_cast<size_t>(s.head_size), 16))), window_(s.window), int8_(int8),
       region_bytes_(region_size(head_size_, int8)),
-      max_pages_(static_cast<size_t>((max_tokens + kPageTokens - 1) / kPageTokens)) {}
+      max_pages_(max_tokens < 1 ? 0 : static_cast<size_t>((max_tokens - 1) / kPageTokens + 1)) {}
 
 Cache::Sequence &Cache::at(int sequence) {
     if (sequence < 0 || static_cast<size_t>(sequence) >= sequences_.size() ||
@@ -44,6 +44,7 @@ Cache::Sequence &Cache::at(int sequence) {
 const Cache::Sequence &Cache::at(int sequence) const { return const_cast<Cache *>(this)->at(sequence); }
 
 int Cache::create(int parent, int64_t length) {
+    if (parent < -1) throw std::runtime_error("there is no sequence " + std::to_string(parent));
     if (parent >= 0 && (length < 0 || length > at(parent).length))
         throw std::runtime_error("a sequence of " + std::to_string(at(parent).length) + " tokens has no beginning of " +
                                  std::to_string(length));
@@ -73,6 +74,13 @@ void Cache::remove(int sequence) {
 }
 
 int64_t Cache::length(int sequence) const { return at(sequence).length; }
+
+int64_t Cache::room(int64_t positions) const {
+    int64_t total = 0;
+    for (const Sequence &s : sequences_)
+        if (s.exists) total += positions - s.length;
+    return total;
+}
 
 int64_t Cache::rewind(int sequence, int64_t length) {
     Sequence &s = at(sequence);

@@ -21,6 +21,8 @@ class Cache {
     int create(int parent, int64_t length);
     void remove(int sequence);
     int64_t length(int sequence) const;
+    // Most tokens that all sequences can grow by if each holds at most `positions`.
+    int64_t room(int64_t positions) const;
     int64_t rewind(int sequence, int64_t length);
 
     // Makes room for `count` more tokens, with pages that the sequence alone owns. Throws, having

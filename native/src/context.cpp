@@ -68,7 +68,12 @@ void Context::start_team() {
     process_ = process_id();
 }
 
-std::unique_lock<std::mutex> Context::claim() {
+Context::~Context() {
+    // in a child process there is nobody to join
+    if (process_ != process_id()) (void)team_.release();
+}
+
+std::unique_lock<std::mutex> Context::claim() const {
     std::unique_lock<std::mutex> lock(busy_, std::try_to_lock);
     if (!lock) throw std::runtime_error("busy: another thread is using this context");
     return lock;
@@ -76,6 +81,9 @@ std::unique_lock<std::mutex> Context::claim() {
 
 void Context::check(int count, const int32_t *tokens, const int32_t *sequences) const {
     if (count < 1) throw std::runtime_error("there are no tokens");
+    const auto full = [&] {
+        throw std::runtime_error("the context holds " + std::to_string(model_.shape.positions) + " tokens");
+    };
     std::vector<int64_t> added;
     for (int i = 0; i < count; i++) {
         if (tokens[i] < 0 || tokens[i] >= model_.shape.vocabulary)
@@ -84,13 +92,17 @@ void Context::check(int count, const int32_t *tokens, const int32_t *sequences) 
         const int64_t before = cache.length(sequences[i]);  // throws for an unknown sequence
         if (static_cast<size_t>(sequences[i]) >= added.size()) added.resize(static_cast<size_t>(sequences[i]) + 1);
         if (before + ++added[static_cast<size_t>(sequences[i])] > model_.shape.positions)
-            throw std::runtime_error("the context holds " + std::to_string(model_.shape.positions) + " tokens");
+            full();
+        // before the lists are read any further: a count out of range is no length of theirs
+        if (!i && count > cache.room(model_.shape.positions)) full();
     }
 }
 
 void Context::extend(int count, const int32_t *tokens, const int32_t *sequences, const uint8_t *wanted,
                      float *logits, float *states) {
     check(count, tokens, sequences);
+    if (!logits && !states && std::any_of(wanted, wanted + count, [](uint8_t mark) { return mark != 0; }))
+        throw std::runtime_error("there is no room for logits");
     if (process_ != process_id()) start_team();
     std::vector<std::pair<int, int64_t>> before;
     for (int i = 0; i < count; i++)
@@ -105,9 +117,8 @@ void Context::extend(int count, const int32_t *tokens, const int32_t *sequences,
             if (logits) logits += rows * static_cast<size_t>(model_.shape.vocabulary);
         }
     } catch (...) {
-        // a sequence that stands twice in `before` had its first length first
-        for (auto it = before.rbegin(); it != before.rend(); ++it)
-            if (cache.length(it->first) > it->second) cache.rewind(it->first, it->second);
+        // also of sequences that have not grown yet, whose new pages go back
+        for (const auto &[sequence, length] : before) cache.rewind(sequence, length);
         throw;
     }
 }

@@ -18,6 +18,7 @@ constexpr int kSpanTokens = 8 * kPageTokens;  // keys of one partial softmax
 class Context {
   public:
     Context(const Model &model, int threads, const char *kernels, bool int8_cache, int64_t max_tokens);
+    ~Context();
 
     // Appends tokens; writes the logits at the wanted ones, or their states if `states` is not null.
     void extend(int count, const int32_t *tokens, const int32_t *sequences, const uint8_t *wanted, float *logits,
@@ -27,7 +28,7 @@ class Context {
     void logits(size_t count, const float *states, float *out);
 
     // Held during every call that changes sequences; a caller that finds it taken gives up.
-    std::unique_lock<std::mutex> claim();
+    std::unique_lock<std::mutex> claim() const;
 
     Cache cache;
     const Kernels &kernels;
@@ -85,7 +86,7 @@ class Context {
     const size_t hidden_, queries_, keys_, ffn_, width_;  // width_: the widest input of a product
     std::unique_ptr<Team> team_;
     long process_;
-    std::mutex busy_;
+    mutable std::mutex busy_;
 
     std::vector<float> rotations_;  // [position][cosines of head_size / 2, then sines]
     Memory<float> x_, qkv_, attended_, gates_;

@@ -16,6 +16,11 @@ uint16_t load16(const uint8_t *at) {
     return value;
 }
 
+// A safetensors file may put its numbers at any byte.
+uint16_t split_scale(const uint16_t *scales, size_t index) {
+    return load16(reinterpret_cast<const uint8_t *>(scales) + 2 * index);
+}
+
 void store16(uint8_t *at, uint16_t value) { std::memcpy(at, &value, 2); }
 
 // One row's block of the file: where its codes, scale and minimum are.
@@ -30,8 +35,8 @@ Block block_of(Source source, const uint8_t *data, const uint16_t *scales, size_
         case Source::kQ4_1:
             return {data + 20 * index + 4, load16(data + 20 * index), load16(data + 20 * index + 2)};
         case Source::kQ8_0: return {data + 34 * index + 2, load16(data + 34 * index), 0};
-        case Source::kQ4Split: return {data + 16 * index, scales[index], 0};
-        default: return {data + 32 * index, scales[index], 0};
+        case Source::kQ4Split: return {data + 16 * index, split_scale(scales, index), 0};
+        default: return {data + 32 * index, split_scale(scales, index), 0};
     }
 }
 
@@ -104,7 +109,7 @@ Matrix pack(Source source, size_t rows, size_t columns, const uint8_t *data, siz
         throw std::runtime_error("rows of " + std::to_string(columns) + " codes are not whole blocks of 32");
     const bool split = source == Source::kQ4Split || source == Source::kQ8Split;
     if (bytes != source_bytes(source, rows, columns) ||
-        (split && (!scales || scale_count != rows * (columns / kBlock))))
+        (split ? !scales || scale_count != rows * (columns / kBlock) : scales || scale_count))
         throw std::runtime_error("the bytes of a matrix do not match its shape");
     m.owned = allocate<uint8_t>(m.bytes());
     m.data = m.owned.get();
@@ -123,6 +128,8 @@ Matrix pack(Source source, size_t rows, size_t columns, const uint8_t *data, siz
 }
 
 Matrix packed_at(const uint8_t *data, size_t rows, size_t columns, size_t bytes) {
+    if (reinterpret_cast<uintptr_t>(data) % kAlignment)
+        throw std::runtime_error("a packed matrix does not begin at a multiple of 64 bytes");
     Matrix m;
     m.rows = rows, m.columns = columns, m.data = data;
     for (int i = 0; i < static_cast<int>(Format::kCount); i++) {

@@ -43,7 +43,8 @@ struct Matrix {
 Matrix pack(Source source, size_t rows, size_t columns, const uint8_t *data, size_t bytes,
             const uint16_t *scales, size_t scale_count);
 
-// A matrix that is packed already, at `data`. Its format follows from its size; throws if none does.
+// A matrix that is packed already, at `data`, a multiple of 64. Its format follows from its size;
+// throws if none does.
 Matrix packed_at(const uint8_t *data, size_t rows, size_t columns, size_t bytes);
 
 }  // namespace xl

@@ -103,6 +103,7 @@ void Model::set(int layer, int role, Source source, size_t rows, size_t columns,
     const size_t size = size_of(shape, role).columns;
     require(rows == 1 && columns == size, std::string(kind.name) + " has " + std::to_string(columns) +
                                               " numbers, but must have " + std::to_string(size));
+    require(!scales && !scale_count, std::string(kind.name) + " has scales apart, but no codes");
     std::vector<float> *vectors[XL_ROLES] = {};
     vectors[XL_FINAL_NORM] = &final_norm;
     vectors[XL_ATTENTION_NORM] = &at.attention_norm, vectors[XL_FFN_NORM] = &at.ffn_norm;
@@ -117,6 +118,7 @@ void Model::use(int layer, int role, size_t rows, size_t columns, const uint8_t 
     Matrix *to = place(layer, role);
     const Size size = size_of(shape, role);
     require(to && rows == size.rows && columns == size.columns, std::string(kRoles[role].name) + " has another shape");
+    require(!to->owned || data != to->data, std::string(kRoles[role].name) + " lies in memory that it would free");
     *to = packed_at(data, rows, columns, bytes);
 }
 

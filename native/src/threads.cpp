@@ -1,5 +1,10 @@
 #include "threads.h"
 
+#include <cfenv>
+#include <stdexcept>
+#include <string>
+#include <system_error>
+
 #if defined(__x86_64__) || defined(_M_X64)
 #include <immintrin.h>
 #define XL_PAUSE() _mm_pause()
@@ -63,10 +68,18 @@ struct Team::Gate {
 
 Team::Team(int size) : size_(size), start_(new Gate(1)), middle_(new Gate(size)) {
     threads_.reserve(static_cast<size_t>(size - 1));
-    for (int i = 1; i < size; i++) threads_.emplace_back([this, i] { loop(i, 0); });
+    try {
+        for (int i = 1; i < size; i++) threads_.emplace_back([this, i] { loop(i, 0); });
+    } catch (const std::system_error &error) {
+        stop();
+        throw std::runtime_error("the system has no room for " + std::to_string(size) + " threads (" + error.what() +
+                                 "); ask for fewer");
+    }
 }
 
-Team::~Team() {
+Team::~Team() { stop(); }
+
+void Team::stop() {
     stop_ = true;
     start_->open(start_->opened.load() + 1);
     for (auto &thread : threads_) thread.join();
@@ -85,6 +98,7 @@ void Team::barrier() {
 }
 
 void Team::loop(int index, unsigned long seen) {
+    std::fesetenv(FE_DFL_ENV);  // a thread begins with the modes of the one that made it
     for (;;) {
         start_->wait(seen);
         seen++;

@@ -16,6 +16,7 @@ namespace xl {
 
 class Team {
   public:
+    // Throws if the system does not give that many threads.
     explicit Team(int size);
     ~Team();
     Team(const Team &) = delete;
@@ -32,6 +33,7 @@ class Team {
   private:
     struct Gate;
     void loop(int index, unsigned long seen);
+    void stop();
 
     const int size_;
     std::unique_ptr<Gate> start_, middle_;

@@ -80,6 +80,8 @@ def read_json(path: Path) -> Any:
         ) from None
     except UnicodeDecodeError:
         raise XinslmError(f"{path}: not a JSON file (it is not text)") from None
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, deep nesting
+        raise XinslmError(f"{path}: JSON that cannot be read ({error})") from None
 
 
 def sha256_file(path: Path) -> str:
@@ -169,6 +171,8 @@ def read_manifest(
             f"{folder} has {kind} format version {manifest['version']}, this xinslm reads version "
             f"{version}. Make it again with `{made_by}`"
         )
+    if not _lists_files(manifest["files"]):
+        raise XinslmError(f"{path}: 'files' is damaged. Copy it again, or {remedy}")
     for name, facts in manifest["files"].items():
         file = Path(folder) / name
         if not file.is_file():
@@ -186,6 +190,15 @@ def read_manifest(
             f"manifest. Copy it again, or {remedy}"
         )
     return manifest
+
+
+def _lists_files(files: Any) -> bool:
+    return isinstance(files, dict) and all(
+        isinstance(facts, dict)
+        and isinstance(facts.get("bytes"), int)
+        and isinstance(facts.get("sha256"), str)
+        for facts in files.values()
+    )
 
 
 _sound: set[tuple[str, str, int, int, int]] = set()

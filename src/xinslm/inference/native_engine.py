@@ -5,6 +5,7 @@ float16: what llama.cpp computes. A token's logits have the same bits for any nu
 whether it came alone, in a prompt or as one of several drafts.
 """
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,6 +23,7 @@ from xinslm.native.model import NativeContext, NativeModel, default_threads
 if TYPE_CHECKING:
     from xinslm.tokenizer.base import Tokenizer
 
+_LAYER = re.compile("0|[1-9][0-9]{0,5}")
 _CHUNK = 256
 """Tokens of a prompt in one call, so that Ctrl-C takes effect between them."""
 _ROLES = {
@@ -152,6 +154,7 @@ class NativeEngine:
 def build(raw: RawModel) -> NativeModel:
     """Pack a model's weights for the native library."""
     config = raw.config
+    _require_limits(config)
     shape = Shape(
         layers=config.num_hidden_layers,
         hidden_size=config.hidden_size,
@@ -165,11 +168,20 @@ def build(raw: RawModel) -> NativeModel:
         interleaved=int(raw.interleaved),
         eps=config.rms_norm_eps,
     )
-    model = NativeModel(shape, frequencies(config, raw.frequency_divisors))
+    with np.errstate(over="ignore", divide="ignore", invalid="ignore"):
+        turns = frequencies(config, raw.frequency_divisors)
+    if not np.isfinite(turns).all():
+        raise XinslmError(f"rope_theta {config.rope_theta} gives rotary frequencies beyond float32")
+    model = NativeModel(shape, turns)
     for name in raw.names:
         if name == "lm_head.weight" and config.tie_word_embeddings:
             continue
         role, layer = role_of(name)
+        if layer >= config.num_hidden_layers:
+            raise XinslmError(
+                f"weight '{name}' is of a layer that the model does not have: its config says "
+                f"{config.num_hidden_layers}"
+            )
         weight = raw.read(name)
         if raw.is_packed and role in MATRICES:
             model.use(role, layer, shape_of(role, config), weight.data)
@@ -183,6 +195,27 @@ def build(raw: RawModel) -> NativeModel:
         )
     _ = model.num_bytes  # names a weight that is missing
     return model
+
+
+_MOST_NUMBER, _MOST_HEAD_SIZE = 2**31 - 1, 1024
+"""What fits into the fields of `Shape`, which ctypes cuts to 32 bits, and into the kernels."""
+
+
+def _require_limits(config: ModelConfig) -> None:
+    sizes = {
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.intermediate_size,
+        "num_hidden_layers": config.num_hidden_layers,
+        "num_attention_heads": config.num_attention_heads,
+        "sliding_window": config.sliding_window or 0,
+    }
+    limits = [(name, size, _MOST_NUMBER) for name, size in sizes.items()]
+    for name, size, most in (*limits, ("head_dim", config.head_dim, _MOST_HEAD_SIZE)):
+        if size > most:
+            raise XinslmError(
+                f"{name} is {size:,}; the native engine runs models with at most {most:,}"
+            )
 
 
 def frequencies(config: ModelConfig, divisors: np.ndarray | None = None) -> np.ndarray:
@@ -208,7 +241,7 @@ def role_of(name: str) -> tuple[str, int]:
     if end == "weight" and stem in _ROLES:
         return _ROLES[stem], 0
     parts = stem.split(".", 3)
-    if len(parts) == 4 and parts[:2] == ["model", "layers"] and parts[2].isdecimal():
+    if len(parts) == 4 and parts[:2] == ["model", "layers"] and _LAYER.fullmatch(parts[2]):
         role = _LAYER_ROLES.get(parts[3])
         if role is not None and end == "weight":
             return role, int(parts[2])

@@ -18,7 +18,7 @@ import numpy as np
 
 from xinslm.errors import XinslmError
 from xinslm.files import read_json, read_manifest
-from xinslm.gguf_file import is_gguf, open_gguf, release
+from xinslm.gguf_file import GgufTensor, is_gguf, open_gguf, release
 from xinslm.model.config import ModelConfig, UnsupportedModelError
 from xinslm.model.gguf_families import FAMILIES, read_settings
 from xinslm.model.names import (
@@ -39,6 +39,7 @@ _ROPE_FACTORS = "rope_freqs.weight"
 _DTYPES = {"F32": (F32, 4), "F16": (F16, 2), "BF16": (BF16, 2), "U8": (None, 1), "I8": (None, 1)}
 _APART = {"q4_0": (Q4_APART, "U8"), "q8_0": (Q8_APART, "I8")}
 _I8 = 24
+_MOST_DIMENSIONS = 8
 _HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.jinja"]
 
 
@@ -127,8 +128,10 @@ def _folder(path: Path, config: ModelConfig) -> RawModel | None:
 def _quantized(path: Path, config: ModelConfig) -> RawModel:
     manifest = read_manifest(path, QUANTIZED_KIND, QUANTIZED_VERSION, QUANTIZED_BY)
     formats = manifest.get("formats")
-    if not isinstance(formats, dict):
-        raise XinslmError(f"{path / 'manifest.json'}: 'formats' is missing; run `{QUANTIZED_BY}`")
+    if not isinstance(formats, dict) or not all(isinstance(kind, str) for kind in formats.values()):
+        raise XinslmError(
+            f"{path / 'manifest.json'}: 'formats' is missing or damaged; run `{QUANTIZED_BY}`"
+        )
     file = _Safetensors(path / QUANTIZED_WEIGHTS)
 
     def read(name: str) -> Weight:
@@ -164,7 +167,7 @@ def _quantized(path: Path, config: ModelConfig) -> RawModel:
 
 def _gguf(path: Path) -> RawModel | None:
     file = open_gguf(path)
-    family = FAMILIES.get(file.keys.get("general.architecture", ""))
+    family = FAMILIES.get(str(file.keys.get("general.architecture")))
     if family is None or family.norm_offset:
         return None
     tensors = dict(file.tensors)
@@ -188,10 +191,10 @@ def _gguf(path: Path) -> RawModel | None:
         tensor = tensors[places[name]]
         return Weight(tensor.number, _two(tuple(reversed(tensor.shape))), tensor.raw)
 
-    factors = None if divisors is None else np.array(divisors.data, np.float32)
+    factors = None if divisors is None else _divisors(path, divisors, config)
     plain = {F32, F16, BF16}
     if layout:  # tiles of codes take at most 1.1 bytes a weight
-        plain |= {_I8} if _bytes_a_weight(config, tensors, places) > 1.5 else set()
+        plain |= {_I8} if _bytes_a_weight(path, config, tensors, places) > 1.5 else set()
     coded = frozenset(n for n, place in places.items() if tensors[place].number not in plain)
     return RawModel(
         config,
@@ -205,9 +208,24 @@ def _gguf(path: Path) -> RawModel | None:
     )
 
 
-def _bytes_a_weight(config: ModelConfig, tensors: dict[str, Any], places: dict[str, str]) -> float:
-    place = places["model.layers.0.mlp.down_proj.weight"]
-    size: int = tensors[place].n_bytes
+def _divisors(path: Path, tensor: GgufTensor, config: ModelConfig) -> np.ndarray:
+    if tensor.number == F32 and tensor.shape == (config.head_dim // 2,):
+        values = np.array(tensor.data, np.float32)
+        if np.isfinite(values).all() and (values > 0).all():
+            return values
+    raise XinslmError(
+        f"{path}: '{_ROPE_FACTORS}' is not {config.head_dim // 2} numbers above 0; copy or "
+        "download the file again"
+    )
+
+
+def _bytes_a_weight(
+    path: Path, config: ModelConfig, tensors: dict[str, GgufTensor], places: dict[str, str]
+) -> float:
+    name = "model.layers.0.mlp.down_proj.weight"
+    if name not in places:
+        raise XinslmError(f"{path} has no '{name}'; pack the model again")
+    size = tensors[places[name]].n_bytes
     return size / (config.hidden_size * config.intermediate_size)
 
 
@@ -234,8 +252,12 @@ def _through_pytorch(name: Path | str) -> RawModel | None:
 
 
 def _two(shape: tuple[int, ...]) -> tuple[int, int]:
-    """Rows and columns; a vector is one row."""
-    return (1, shape[0]) if len(shape) == 1 else (shape[0], math.prod(shape[1:]))
+    """Rows and columns; a vector is one row, and so is a single number."""
+    return (1, math.prod(shape)) if len(shape) < 2 else (shape[0], math.prod(shape[1:]))
+
+
+_WRONG = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError)
+"""What a header raises that is no JSON, or is JSON of another form."""
 
 
 class _Safetensors:
@@ -256,7 +278,7 @@ class _Safetensors:
             }
             for name, entry in self._entries.items():
                 self._check(name, entry)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except _WRONG as error:
             raise XinslmError(
                 f"{path} is not a complete safetensors file ({error}); copy or create it again"
             ) from None
@@ -265,6 +287,8 @@ class _Safetensors:
     def _check(self, name: str, entry: dict[str, Any]) -> None:
         begin, end = entry["data_offsets"]
         shape = entry["shape"]
+        if len(shape) > _MOST_DIMENSIONS:
+            raise ValueError(f"'{name}' has {len(shape):,} dimensions")
         if not all(isinstance(size, int) and size >= 0 for size in (begin, end, *shape)):
             raise ValueError(f"'{name}' has an odd shape or place")
         if not begin <= end <= len(self._map) - self._start:

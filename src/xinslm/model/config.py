@@ -183,7 +183,7 @@ class ModelConfig(Settings):
         if not isinstance(values, dict):
             raise XinslmError(f"{where}: must hold an object, but holds {type(values).__name__}")
         name = values.get("model_type")
-        if name not in _FAMILIES:
+        if not isinstance(name, str) or name not in _FAMILIES:
             *others, last = (repr(known) for known in _FAMILIES)
             raise UnsupportedModelError(
                 f"{where}: model_type is {name!r}; xinslm's own model is {', '.join(others)} or "

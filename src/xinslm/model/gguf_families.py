@@ -182,7 +182,7 @@ def read_settings(file: GgufFile) -> dict[str, Any]:
     keys, path, missing = file.keys, file.path, object()
     architecture = keys.get("general.architecture")
     experts = keys.get(f"{architecture}.expert_count")
-    if architecture not in FAMILIES or experts:
+    if not isinstance(architecture, str) or architecture not in FAMILIES or experts:
         kind = f"mixture-of-experts {architecture}" if experts else architecture
         raise UsageError(
             f"{path} holds a {kind} model; GGUF files are read of the architectures "

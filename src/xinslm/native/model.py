@@ -200,7 +200,7 @@ class NativeContext:
 
     def cache_bytes(self, allocated: bool = False) -> int:
         """Bytes of keys and values in use, or allocated."""
-        return int(functions().xl_cache_bytes(self.handle, int(allocated)))
+        return int(checked(functions().xl_cache_bytes(self.handle, int(allocated))))
 
 
 def product(weight: Weight, x: np.ndarray, kernels: str = "") -> np.ndarray:
