@@ -225,14 +225,18 @@ void gates(const Kernels &kernels) {
 }
 
 template <class T>
-void fill_cache(Random &random, T *out, size_t count) {
+void fill_cache(Random &random, bool odd, T *out, size_t count) {
     for (size_t i = 0; i < count; i++)
         out[i] = sizeof(T) == 1 ? static_cast<T>(random.below(255) - 127)
                                 : static_cast<T>(float_to_half(random.uniform() * 2.0f));
+    for (size_t i = 0; odd && i < 3; i++)
+        out[static_cast<size_t>(random.below(static_cast<int>(count)))] = static_cast<T>(random_half(random, true));
 }
 
+// `kind` of the queries; but for the normal ones, a few keys and values are odd, too.
 template <class T>
-void attention(const Kernels &kernels, const char *name) {
+void attention(const Kernels &kernels, const char *name, const std::string &kind) {
+    const bool odd = kind != "normal";
     for (int size : {16, 48, 64, 80, 128}) {
         Hash hash;
         const auto width = static_cast<size_t>(size), numbers = kPageTokens * width;
@@ -243,14 +247,15 @@ void attention(const Kernels &kernels, const char *name) {
             const auto count = static_cast<size_t>(rows);
             Guarded<float> queries(count * width), outputs(count * width);
             std::vector<SoftmaxState> states(count, {-INFINITY, 0.0f});
-            fill(random, "normal", queries.get(), queries.size());
+            fill(random, kind, queries.get(), queries.size());
             for (int page = 0; page < 3; page++) {
-                fill_cache(random, keys.get(), numbers);
-                fill_cache(random, values.get(), numbers);
+                fill_cache(random, odd, keys.get(), numbers);
+                fill_cache(random, odd, values.get(), numbers);
                 for (size_t i = 0; i < kPageTokens; i++) {
                     key_scales[i] = 0.01f + 0.005f * random.uniform();
                     value_scales[i] = 0.02f * random.uniform();
                 }
+                if (odd) key_scales[static_cast<size_t>(random.below(kPageTokens))] = NAN;
                 std::vector<Range> seen;
                 for (int r = 0; r < rows; r++) {
                     const int begin = random.below(kPageTokens), end = random.below(kPageTokens + 1);
@@ -267,7 +272,7 @@ void attention(const Kernels &kernels, const char *name) {
             for (const SoftmaxState &state : states) hash.add(&state.largest, 1), hash.add(&state.total, 1);
             hash.add(outputs.get(), outputs.size());
         }
-        hash.print(std::string("attend ") + name + " head " + std::to_string(size));
+        hash.print(std::string("attend ") + name + " head " + std::to_string(size) + " " + kind);
     }
 }
 
@@ -301,8 +306,10 @@ int main(int argc, char **argv) {
     const bool same = tiles(*chosen);
     norms(*chosen);
     gates(*chosen);
-    attention<uint16_t>(*chosen, "half");
-    attention<int8_t>(*chosen, "int8");
+    for (const char *kind : {"normal", "zeros", "huge", "infinite", "nan"}) {
+        attention<uint16_t>(*chosen, "half", kind);
+        attention<int8_t>(*chosen, "int8", kind);
+    }
     halves(*chosen);
     if (!same) std::fprintf(stderr, "a token's result depends on the number of tokens\n");
     return same ? 0 : 1;
