@@ -116,7 +116,7 @@ typedef struct xl_sampling {
 
 /* Draws a token from `logits` (vocabulary,) with a uniform number in [0, 1), after the tokens of
  * `seen`; its log-probability under the unfiltered distribution goes to *log_probability. -1 if a
- * logit is NaN. */
+ * logit is NaN or above all numbers. */
 XL_API int32_t xl_sample(const float *logits, int32_t vocabulary, const xl_sampling *sampling,
                          const int32_t *seen, int64_t seen_count, double uniform,
                          double *log_probability);

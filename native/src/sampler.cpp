@@ -44,7 +44,7 @@ Drawn sample(const float *logits, int32_t vocabulary, const xl_sampling &s, cons
     std::vector<Candidate> all(size);
     float largest = -INFINITY;
     for (size_t i = 0; i < size; i++) {
-        if (std::isnan(logits[i])) throw std::runtime_error("the model's logits are NaN");
+        if (!(logits[i] < INFINITY)) throw std::runtime_error("the model's logits are NaN or infinite");
         largest = std::max(largest, logits[i]);
         all[i] = {logits[i], static_cast<int32_t>(i)};
     }

@@ -57,11 +57,12 @@ def test_draws_are_the_samplers(seed, temperature, top_k, top_p, min_p, penalty)
         assert likelihood == pytest.approx(log_probability(logits, got), abs=1e-9)
 
 
-def test_nan_is_an_error() -> None:
-    logits = np.zeros(10, np.float32)
-    logits[3] = np.nan
-    with pytest.raises(XinslmError, match="NaN"):
-        draw(logits, Sampling(seed=0), [], 0.5)
+def test_nan_and_infinity_are_errors() -> None:
+    for odd in (np.nan, np.inf):
+        logits = np.zeros(10, np.float32)
+        logits[3] = odd
+        with pytest.raises(XinslmError, match="the model's logits are NaN or infinite"):
+            draw(logits, Sampling(seed=0), [], 0.5)
     with pytest.raises(XinslmError, match="all logits are -infinity"):
         draw(np.full(10, -np.inf, np.float32), Sampling(seed=0), [], 0.5)
 

@@ -19,7 +19,8 @@ def draw(
     logits: np.ndarray, settings: Sampling, seen: Sequence[int], uniform: float
 ) -> tuple[int, float]:
     """Draw a token from float32 logits (vocabulary,) with a number in [0, 1); return it and its
-    natural log-probability before any filter. XinslmError if a logit is NaN.
+    natural log-probability before any filter. XinslmError if a logit is NaN or
+    infinite, -infinity excepted.
     """
     logits = np.ascontiguousarray(logits, np.float32)
     before = np.array(seen if settings.repetition_penalty != 1 else [], np.int32)
