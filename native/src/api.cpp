@@ -187,7 +187,7 @@ int32_t xl_sample(const float *logits, int32_t vocabulary, const xl_sampling *sa
         if (xl::size_of(seen_count)) given(seen, "list of tokens seen");
         if (seen_count >= xl::kMostRows) throw std::runtime_error("the list of tokens seen is too long");
         // written so that NaN is out of range
-        if (!(s.temperature >= 0 && std::isfinite(s.temperature) && s.top_p > 0 && s.min_p >= 0 && s.min_p <= 1 &&
+        if (!(s.temperature >= 0 && std::isfinite(s.temperature) && s.top_p >= 0 && s.min_p >= 0 && s.min_p <= 1 &&
               s.repetition_penalty > 0 && std::isfinite(s.repetition_penalty) && s.top_k >= 0 && uniform >= 0 &&
               uniform < 1))
             throw std::runtime_error("a setting of sampling is out of range");
