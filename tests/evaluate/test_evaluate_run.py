@@ -282,7 +282,9 @@ def test_the_load_is_measured_from_loading_the_model_on(
     calls = []
     start, load = OtherLoad.__init__, scorers.load_scorer
     monkeypatch.setattr(OtherLoad, "__init__", lambda self: (calls.append("start"), start(self))[1])
-    monkeypatch.setattr(scorers, "load_scorer", lambda *a: (calls.append("load"), load(*a))[1])
+    monkeypatch.setattr(
+        scorers, "load_scorer", lambda *a, **k: (calls.append("load"), load(*a, **k))[1]
+    )
     evaluate(model, text)
     assert calls == ["start", "load"]
 
