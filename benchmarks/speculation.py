@@ -14,6 +14,7 @@ from pathlib import Path
 
 from machine import describe
 
+from xinslm.inference.config import EngineConfig
 from xinslm.inference.generate import generate
 from xinslm.inference.load import load_engine
 from xinslm.sampling import Sampling
@@ -46,7 +47,10 @@ def main() -> None:
     options = parser.parse_args()
     print(describe(("numpy",)), flush=True)
     drafts = ["none", "lookup"] + ([options.draft] if options.draft else [])
-    engines = {draft: load_engine(options.model, "native", draft=draft) for draft in drafts}
+    engines = {
+        draft: load_engine(EngineConfig(model=options.model, engine="native", draft=draft))
+        for draft in drafts
+    }
     text = options.text.read_text(encoding="utf-8")
     print("| text | draft | tokens/s alone | with drafts | ratio | guesses that were right |")
     print("|---|---|---|---|---|---|")

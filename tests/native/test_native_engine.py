@@ -14,9 +14,12 @@ from small_models import FAMILIES, save_quantized, save_random_model
 from xinslm.errors import UsageError, XinslmError
 from xinslm.export.config import GgufConfig
 from xinslm.export.gguf import run as export_gguf
+from xinslm.inference.config import EngineConfig
+from xinslm.inference.engine import Engine
 from xinslm.inference.load import load_engine
 from xinslm.inference.native_engine import NativeEngine, build, frequencies
 from xinslm.inference.raw_weights import open_raw
+from xinslm.inference.speculative import Speculative
 from xinslm.inference.torch_engine import TorchEngine
 from xinslm.model.config import ModelConfig
 from xinslm.model.transformer import rotary_frequencies
@@ -278,20 +281,24 @@ def test_engine_counts_reuses_and_refuses_as_the_pytorch_engine_does(quantized: 
 
 def test_which_engine_auto_takes(quantized: Path, tmp_path: Path, monkeypatch) -> None:
     save_random_model(tmp_path / "full")
-    kinds = {"cpu": NativeEngine, "pytorch": TorchEngine}
-    assert isinstance(load_engine(quantized, device="cpu"), kinds["cpu"])
-    assert isinstance(load_engine(quantized, activations="float"), kinds["pytorch"])
-    assert isinstance(load_engine(quantized, dtype="float32"), kinds["pytorch"])
-    assert isinstance(load_engine(quantized, "pytorch"), kinds["pytorch"])
-    assert isinstance(load_engine(tmp_path / "full", activations="float"), kinds["cpu"])
+    kinds = {"native": Speculative, "pytorch": TorchEngine}
+
+    def loaded(model: Path, **options: object) -> Engine:
+        return load_engine(EngineConfig(model=model, **options))
+
+    assert isinstance(loaded(quantized, device="cpu"), kinds["native"])
+    assert isinstance(loaded(quantized, activations="float"), kinds["pytorch"])
+    assert isinstance(loaded(quantized, dtype="float32"), kinds["pytorch"])
+    assert isinstance(loaded(quantized, engine="pytorch"), kinds["pytorch"])
+    assert isinstance(loaded(tmp_path / "full", activations="float"), kinds["native"])
     with pytest.raises(UsageError, match="--engine native: it rounds the inputs"):
-        load_engine(quantized, "native", activations="float")
+        loaded(quantized, engine="native", activations="float")
     with pytest.raises(UsageError, match="--kv-cache int8 needs the native engine"):
-        load_engine(quantized, "pytorch", cache="int8")
+        loaded(quantized, engine="pytorch", kv_cache="int8")
     monkeypatch.setenv("XINSLM_NATIVE", "off")
-    assert isinstance(load_engine(quantized), kinds["pytorch"])
+    assert isinstance(loaded(quantized), kinds["pytorch"])
     with pytest.raises(UsageError, match="--engine native: XINSLM_NATIVE=off"):
-        load_engine(quantized, "native")
+        loaded(quantized, engine="native")
 
 
 def test_a_missing_or_misshapen_weight_is_named(tmp_path: Path) -> None:

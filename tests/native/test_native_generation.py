@@ -11,7 +11,7 @@ from small_models import save_quantized, save_random_model
 from xinslm.errors import UsageError, XinslmError
 from xinslm.evaluate.config import EvaluateConfig
 from xinslm.evaluate.run import run as run_evaluate
-from xinslm.inference.config import GenerateConfig, NativeConfig
+from xinslm.inference.config import EngineConfig, GenerateConfig, NativeConfig
 from xinslm.inference.generate import generate
 from xinslm.inference.generate import run as run_generate
 from xinslm.inference.load import load_engine
@@ -88,7 +88,7 @@ PROMPT = [5, 9, 17, 5, 9, 17, 5, 9]
 def test_the_text_is_that_of_the_engine_alone(models, temperature, drafter) -> None:
     wanted = tokens_of(NativeEngine.load(models / "q"), PROMPT, temperature=temperature)
     draft = drafter if drafter == "lookup" else str(models / drafter)
-    engine = load_engine(models / "q", draft=draft)
+    engine = load_engine(EngineConfig(model=models / "q", draft=draft))
     assert isinstance(engine, Speculative)
     assert tokens_of(engine, PROMPT, temperature=temperature) == wanted
     assert engine.position == len(PROMPT) + len(wanted) - 1
@@ -120,9 +120,9 @@ def test_lookup_proposes_what_followed() -> None:
 def test_drafts_need_the_same_tokenizer(models, tmp_path) -> None:
     save_random_model(tmp_path, vocab_size=300, vocabulary=300)
     with pytest.raises(UsageError, match=f"--draft {tmp_path}: its tokenizer is not that of"):
-        load_engine(models / "q", draft=str(tmp_path))
+        load_engine(EngineConfig(model=models / "q", draft=str(tmp_path)))
     with pytest.raises(UsageError, match="--draft lookup needs the native engine"):
-        load_engine(models / "q", "pytorch", draft="lookup")
+        load_engine(EngineConfig(model=models / "q", engine="pytorch", draft="lookup"))
 
 
 def test_generate_gives_the_same_text_with_every_draft(models) -> None:

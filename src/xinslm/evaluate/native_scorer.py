@@ -10,8 +10,8 @@ from torch import Tensor
 
 from xinslm.inference.native_engine import build
 from xinslm.inference.raw_weights import RawModel
-from xinslm.model.files import check_vocabulary
 from xinslm.native.model import NativeContext, default_threads
+from xinslm.tokenizer.base import check_vocabulary
 from xinslm.tokenizer.load import load_tokenizer
 
 

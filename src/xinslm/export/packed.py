@@ -18,7 +18,7 @@ from xinslm.export.config import GgufConfig, PackedConfig
 from xinslm.export.gguf import run as export_gguf
 from xinslm.files import new_file
 from xinslm.gguf_file import GgufFile, is_gguf, raw_keys
-from xinslm.inference.native_engine import MATRICES, build, role_of
+from xinslm.inference.native_engine import build, matrix_shapes, role_of
 from xinslm.inference.raw_weights import LAYOUT, LAYOUT_KEY, open_raw
 from xinslm.model.gguf_families import FAMILIES
 from xinslm.native import library, reason
@@ -78,7 +78,7 @@ def _pack(source: Path, target: Path, on_progress: Listener) -> Result:
         if own is None or (own == "lm_head.weight" and raw.config.tie_word_embeddings):
             continue
         role, layer = role_of(own)
-        if role in MATRICES:
+        if role in matrix_shapes(raw.config):
             matrices[name] = (role, layer)
     with new_file(target) as partial:
         _write(partial, file, model, matrices, on_progress)

@@ -104,17 +104,7 @@ def run(
     from xinslm.inference.load import load_engine
 
     config.check()
-    engine = load_engine(
-        config.model,
-        config.engine,
-        context_length=config.max_seq_length,
-        device=config.device,
-        dtype=config.dtype,
-        activations=config.activations,
-        threads=config.threads,
-        cache=config.kv_cache,
-        draft=config.draft,
-    )
+    engine = load_engine(config)
     conversation = Conversation(engine, config.system)
     write(
         f"{engine.name}, context {engine.context_length:,} tokens. /reset starts anew, /quit "

@@ -197,17 +197,7 @@ def run(config: GenerateConfig, on_text: Callable[[str], None] = lambda text: No
     prompt = _read_prompt(config)
     if config.run is not None:
         require_run(config.run)
-    engine = load_engine(
-        config.model,
-        config.engine,
-        context_length=config.max_seq_length,
-        device=config.device,
-        dtype=config.dtype,
-        activations=config.activations,
-        threads=config.threads,
-        cache=config.kv_cache,
-        draft=config.draft,
-    )
+    engine = load_engine(config)
     ids = prompt_ids(engine.tokenizer, prompt, config.chat)
     clock = Clock(len(ids))
     pieces = generate(

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from xinslm.errors import UsageError
-from xinslm.inference.config import CacheType, EngineName
+from xinslm.inference.config import EngineConfig
 from xinslm.inference.engine import Engine
 from xinslm.ranges import Activations, Device, Dtype
 
@@ -13,51 +13,31 @@ if TYPE_CHECKING:
     from xinslm.inference.raw_weights import RawModel
 
 
-def load_engine(
-    model: Path | str,
-    engine: EngineName = "auto",
-    *,
-    context_length: int | None = None,
-    device: Device = "auto",
-    dtype: Dtype = "auto",
-    activations: Activations | None = None,
-    threads: int | None = None,
-    cache: CacheType = "float16",
-    draft: str = "none",
-) -> Engine:
-    """Load `model` with its tokenizer; UsageError if the engine that is asked for cannot run it.
-
-    `activations`: float or int8; None is int8 in the native engine and float in PyTorch. `draft`:
-    where guesses come from that the engine checks several at a time: lookup, auto (lookup if the
-    engine is native), none, or a smaller model.
-    """
+def load_engine(config: EngineConfig) -> Engine:
+    """Load a model with its tokenizer; UsageError if the engine that is asked for cannot run it."""
     raw, problem = None, ""
-    if engine != "pytorch":
-        raw, problem = _native(model, device, dtype, activations)
-    if engine == "native" and problem:
+    if config.engine != "pytorch":
+        raw, problem = _native(config.model, config.device, config.dtype, config.activations)
+    if config.engine == "native" and problem:
         raise UsageError(f"--engine native: {problem}")
     if raw is None or problem:
         because = f" ({problem})" if problem else ""
-        for wanted, option in (
-            (cache != "float16", f"--kv-cache {cache}"),
-            (
-                draft not in ("auto", "none"),
-                f"--draft {draft}",
-            ),
-        ):
-            if wanted:
-                raise UsageError(f"{option} needs the native engine{because}")
-        return _pytorch(model, context_length, device, dtype, activations, threads)
+        if config.kv_cache != "float16":
+            raise UsageError(f"--kv-cache {config.kv_cache} needs the native engine{because}")
+        if config.draft not in ("auto", "none"):
+            raise UsageError(f"--draft {config.draft} needs the native engine{because}")
+        return _pytorch(config)
     from xinslm.inference.native_engine import NativeEngine
 
-    target = NativeEngine.load(model, context_length, threads, cache, raw)
-    if draft == "none":
+    length, threads, cache = config.max_seq_length, config.threads, config.kv_cache
+    target = NativeEngine.load(config.model, length, threads, cache, raw)
+    if config.draft == "none":
         return target
     from xinslm.inference.speculative import LookupDrafter, ModelDrafter, Speculative
 
-    if draft in ("auto", "lookup"):
+    if config.draft in ("auto", "lookup"):
         return Speculative(target, LookupDrafter())
-    return Speculative(target, ModelDrafter(NativeEngine.load(draft, None, threads, cache)))
+    return Speculative(target, ModelDrafter(NativeEngine.load(config.draft, None, threads, cache)))
 
 
 def native_problem(
@@ -90,10 +70,7 @@ def _native(
     if activations == "float" and raw.coded:
         return raw, "it rounds the inputs of 4-bit and 8-bit weights to int8"
     if activations == "int8" and not raw.coded:
-        return (
-            raw,
-            "the model has no 4-bit or 8-bit weights, whose inputs --activations int8 rounds",
-        )
+        return raw, "the model has no 4-bit or 8-bit weights for --activations int8"
     if device != "cpu" and _has_accelerator():
         return raw, "an accelerator is there"
     return raw, ""
@@ -114,18 +91,17 @@ def _has_accelerator() -> bool:
     return pick_device("auto").type != "cpu"
 
 
-def _pytorch(
-    model: Path | str,
-    context_length: int | None,
-    device: Device,
-    dtype: Dtype,
-    activations: Activations | None,
-    threads: int | None,
-) -> Engine:
+def _pytorch(config: EngineConfig) -> Engine:
     import torch
 
     from xinslm.inference.torch_engine import TorchEngine
 
-    if threads is not None:
-        torch.set_num_threads(threads)
-    return TorchEngine.load(model, device, dtype, context_length, activations or "float")
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    return TorchEngine.load(
+        config.model,
+        config.device,
+        config.dtype,
+        config.max_seq_length,
+        config.activations or "float",
+    )

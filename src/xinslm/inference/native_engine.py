@@ -14,7 +14,7 @@ import numpy as np
 
 from xinslm.errors import UsageError, XinslmError
 from xinslm.inference.config import CacheType
-from xinslm.inference.engine import common_prefix
+from xinslm.inference.engine import EngineBase
 from xinslm.inference.raw_weights import RawModel, open_raw
 from xinslm.model.config import ModelConfig
 from xinslm.native.bindings import Shape
@@ -41,7 +41,7 @@ _LAYER_ROLES = {
 }
 
 
-class NativeEngine:
+class NativeEngine(EngineBase):
     """An `Engine` on the native library."""
 
     def __init__(
@@ -53,23 +53,9 @@ class NativeEngine:
         threads: int | None = None,
         cache: CacheType = "float16",
     ) -> None:
-        own = int(model.shape.positions)
-        if context_length is not None and not 1 <= context_length <= own:
-            raise UsageError(
-                f"--max-seq-length {context_length}: the context of {name} holds 1 to {own:,} "
-                f"tokens"
-            )
-        if tokenizer.vocab_size > model.shape.vocabulary:
-            raise XinslmError(
-                f"{name}: the tokenizer has {tokenizer.vocab_size:,} ids, but the model's "
-                f"embedding only {model.shape.vocabulary:,} rows; the tokenizer belongs to another "
-                "model"
-            )
-        self.tokenizer, self.name = tokenizer, name
-        self.context_length = context_length or own
+        shape = model.shape
+        super().__init__(name, tokenizer, context_length, shape.positions, shape.vocabulary)
         self.context = NativeContext(model, threads or default_threads(), cache == "int8")
-        self.reused = 0
-        self._ids: list[int] = []
         self._sequence = self.context.add()
 
     @classmethod
@@ -92,24 +78,16 @@ class NativeEngine:
         model = build(raw)
         return cls(model, load_tokenizer(path), str(path), context_length, threads, cache)
 
-    @property
-    def position(self) -> int:
-        """Number of tokens in the sequence."""
-        return len(self._ids)
-
     def start(self, ids: Sequence[int]) -> np.ndarray:
         """Make `ids` the sequence; only tokens after the prefix shared with the last sequence are
         computed.
         """
-        if not ids:
-            raise ValueError("a text needs at least one token to start from")
-        self._require_room(len(ids))
-        # the last token is computed again for its logits
-        self.rewind(min(common_prefix(self._ids, ids), len(ids) - 1))
+        self.rewind(self._shared(ids))
         self.reused = self.position
-        for at in range(self.reused, len(ids) - 1, _CHUNK):
-            self._run(ids[at : min(at + _CHUNK, len(ids) - 1)], ())
-        return self._run(ids[-1:], (0,))[0]
+        *others, last = (ids[at : at + _CHUNK] for at in range(self.reused, len(ids), _CHUNK))
+        for part in others:
+            self._run(part, ())
+        return self._run(last, (len(last) - 1,))[0]
 
     def step(self, token: int) -> np.ndarray:
         """Append one token; return the logits of the token after it."""
@@ -142,14 +120,6 @@ class NativeEngine:
         self._ids += [int(token) for token in ids]
         return logits[:, : self.tokenizer.vocab_size]
 
-    def _require_room(self, length: int) -> None:
-        if length > self.context_length:
-            raise UsageError(
-                f"the text has {length:,} tokens, the context of {self.name} holds "
-                f"{self.context_length:,}; "
-                f"shorten the text"
-            )
-
 
 def build(raw: RawModel) -> NativeModel:
     """Pack a model's weights for the native library."""
@@ -172,7 +142,7 @@ def build(raw: RawModel) -> NativeModel:
         turns = frequencies(config, raw.frequency_divisors)
     if not np.isfinite(turns).all():
         raise XinslmError(f"rope_theta {config.rope_theta} gives rotary frequencies beyond float32")
-    model = NativeModel(shape, turns)
+    model, shapes = NativeModel(shape, turns), matrix_shapes(config)
     for name in raw.names:
         if name == "lm_head.weight" and config.tie_word_embeddings:
             continue
@@ -183,8 +153,8 @@ def build(raw: RawModel) -> NativeModel:
                 f"{config.num_hidden_layers}"
             )
         weight = raw.read(name)
-        if raw.is_packed and role in MATRICES:
-            model.use(role, layer, shape_of(role, config), weight.data)
+        if raw.is_packed and role in shapes:
+            model.use(role, layer, shapes[role], weight.data)
         else:
             model.set(role, layer, weight)
             raw.forget(name)
@@ -250,22 +220,8 @@ def role_of(name: str) -> tuple[str, int]:
     raise XinslmError(f"weight '{name}' has no place in the native engine")
 
 
-MATRICES = (
-    "embedding",
-    "head",
-    "q_proj",
-    "k_proj",
-    "v_proj",
-    "o_proj",
-    "gate_proj",
-    "up_proj",
-    "down_proj",
-)
-"""The library's names of the matrices; all other weights are vectors."""
-
-
-def shape_of(role: str, config: ModelConfig) -> tuple[int, int]:
-    """Rows and columns of a matrix."""
+def matrix_shapes(config: ModelConfig) -> dict[str, tuple[int, int]]:
+    """Rows and columns of the matrices, by the library's names; all other weights are vectors."""
     queries = config.num_attention_heads * config.head_dim
     keys = config.num_key_value_heads * config.head_dim
     hidden, ffn = config.hidden_size, config.intermediate_size
@@ -279,4 +235,4 @@ def shape_of(role: str, config: ModelConfig) -> tuple[int, int]:
         "gate_proj": (ffn, hidden),
         "up_proj": (ffn, hidden),
         "down_proj": (hidden, ffn),
-    }[role]
+    }

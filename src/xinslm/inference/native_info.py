@@ -1,6 +1,5 @@
 """The command `xinslm native`: what the native library is, and whether it runs a model."""
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -8,6 +7,7 @@ from xinslm.inference.config import NativeConfig
 from xinslm.inference.load import native_problem
 from xinslm.native import library_path, reason
 from xinslm.native.bindings import kernels
+from xinslm.native.load import forced_kernels
 from xinslm.native.model import default_threads
 from xinslm.progress import Listener, ignore
 
@@ -21,8 +21,8 @@ class Result:
     reason: str
     kernels: tuple[str, ...]
     """Names of the kernels that this processor runs, fastest first."""
-    forced: str | None
-    """What XINSLM_KERNELS names, if it is set."""
+    forced: str
+    """What XINSLM_KERNELS names; empty if it is not set."""
     threads: int
     """Threads by default."""
     model: Path | None
@@ -54,7 +54,7 @@ def run(config: NativeConfig, on_progress: Listener = ignore) -> Result:
         path,
         reason(),
         () if path is None else tuple(kernels()),
-        os.environ.get("XINSLM_KERNELS") or None,
+        forced_kernels(),
         default_threads(),
         config.model,
         problem,

@@ -11,10 +11,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from xinslm.errors import UsageError
-from xinslm.inference.engine import common_prefix
+from xinslm.inference.engine import EngineBase
 from xinslm.model.decode import RowDecoder
-from xinslm.model.files import check_vocabulary, load_model
+from xinslm.model.files import load_model
 from xinslm.model.transformer import Transformer
 from xinslm.precision import compute_dtype
 from xinslm.ranges import Activations
@@ -25,7 +24,7 @@ if TYPE_CHECKING:
 FIRST_CACHE_TOKENS = 256
 
 
-class TorchEngine:
+class TorchEngine(EngineBase):
     """An `Engine` on a `Transformer`.
 
     Padding rows of the vocabulary, beyond the tokenizer's ids, are cut off and never sampled.
@@ -39,19 +38,12 @@ class TorchEngine:
         device: torch.device | str = "cpu",
         context_length: int | None = None,
     ) -> None:
-        own = model.config.max_position_embeddings
-        if context_length is not None and not 1 <= context_length <= own:
-            raise UsageError(
-                f"--max-seq-length {context_length}: the context of {name} holds 1 to {own:,} "
-                f"tokens"
-            )
-        check_vocabulary(model.config.vocab_size, tokenizer, name)
+        config = model.config
+        super().__init__(
+            name, tokenizer, context_length, config.max_position_embeddings, config.vocab_size
+        )
         self.model = model.to(device).eval().requires_grad_(False)
-        self.tokenizer, self.name = tokenizer, name
-        self.context_length = context_length or own
         self.device = torch.device(device)
-        self.reused = 0
-        self._ids: list[int] = []
         first = min(FIRST_CACHE_TOKENS, self.context_length)
         self._decoder = RowDecoder(self.model, 1, first, tokenizer.vocab_size)
 
@@ -74,20 +66,11 @@ class TorchEngine:
         model = load_model(path, compute_dtype(dtype, place), activations=activations)
         return cls(model, load_tokenizer(path), str(path), place, context_length)
 
-    @property
-    def position(self) -> int:
-        """Number of tokens in the sequence."""
-        return len(self._ids)
-
     def start(self, ids: Sequence[int]) -> np.ndarray:
         """Make `ids` the sequence; only tokens after the prefix shared with the last sequence are
         computed.
         """
-        if not ids:
-            raise ValueError("a text needs at least one token to start from")
-        self._require_room(len(ids))
-        # the last token is computed again for its logits
-        self.reused = min(common_prefix(self._ids, ids), len(ids) - 1)
+        self.reused = self._shared(ids)
         self._ids = self._ids[: self.reused]
         return self._run(list(ids[self.reused :]))
 
@@ -107,14 +90,6 @@ class TorchEngine:
         self._ids += ids
         result: np.ndarray = logits.float().cpu().numpy()
         return result
-
-    def _require_room(self, length: int) -> None:
-        if length > self.context_length:
-            raise UsageError(
-                f"the text has {length:,} tokens, the context of {self.name} holds "
-                f"{self.context_length:,}; "
-                f"shorten the text"
-            )
 
     def _reserve(self, length: int) -> None:
         """Grow the cache by doubling, so that memory follows the length in use."""

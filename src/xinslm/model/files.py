@@ -6,13 +6,12 @@ source = open_model("SmolLM2.Q4_1.gguf")        # shape, weights, fingerprint; n
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from xinslm.errors import UsageError, XinslmError
+from xinslm.errors import UsageError
 from xinslm.files import new_file
 from xinslm.gguf_file import is_gguf
 from xinslm.model.config import ModelConfig
@@ -88,12 +87,3 @@ def save_model(model: Transformer, folder: Path, dtype: torch.dtype | None = Non
 def load_config(name: Path | str) -> ModelConfig:
     """Read the shape of a LLaMA, Mistral, Qwen2 or Qwen3 of any kind."""
     return open_model(name).config
-
-
-def check_vocabulary(rows: int, tokenizer: Any, name: str) -> None:
-    """Raise XinslmError if the tokenizer has more ids than the model's embedding has rows."""
-    if tokenizer.vocab_size > rows:
-        raise XinslmError(
-            f"{name}: the tokenizer has {tokenizer.vocab_size:,} ids, but the model's embedding "
-            f"only {rows:,} rows; the tokenizer belongs to another model"
-        )

@@ -2,7 +2,7 @@
 
 The environment decides: `XINSLM_NATIVE=off` never loads it, `XINSLM_NATIVE=require` makes its
 absence an error, and `XINSLM_NATIVE_LIBRARY` names a file to load instead of the installed one, for
-tests of other builds.
+tests of other builds. `XINSLM_KERNELS` names an instruction set's kernels.
 """
 
 import ctypes
@@ -45,6 +45,11 @@ def library_path() -> Path | None:
     """The file that is loaded; None if there is none."""
     found = library()
     return None if found is None else Path(found._name)
+
+
+def forced_kernels() -> str:
+    """The kernels that `XINSLM_KERNELS` names; empty for the fastest."""
+    return os.environ.get("XINSLM_KERNELS", "")
 
 
 def last_error(lib: ctypes.CDLL) -> str:

@@ -8,15 +8,16 @@ logits = context.extend([1, 2, 3], [sequence] * 3, wanted=[2])     # (1, vocabul
 """
 
 import ctypes
-import os
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
+from xinslm.machine import usable_cores
 from xinslm.native import bindings
 from xinslm.native.bindings import Shape, checked, floats, functions, matrix_arguments
+from xinslm.native.load import forced_kernels
 
 F32, F16, Q4_0, Q4_1, Q8_0, BF16 = 0, 1, 2, 3, 8, 30
 """llama.cpp's numbers of the types that the library reads."""
@@ -119,7 +120,7 @@ class NativeContext:
         max_tokens: int = MOST_LISTED,
         kernels: str | None = None,
     ) -> None:
-        name = os.environ.get("XINSLM_KERNELS", "") if kernels is None else kernels
+        name = forced_kernels() if kernels is None else kernels
         self.model, self.threads, lib = model, threads, functions()
         self.handle = checked(
             lib.xl_context_new(model.handle, threads, name.encode(), int(int8_cache), max_tokens)
@@ -225,10 +226,7 @@ def decode_row(weight: Weight, row: int) -> np.ndarray:
 
 def default_threads() -> int:
     """Processors that this process may use, by affinity and by the control group's quota."""
-    try:
-        count = len(os.sched_getaffinity(0))
-    except AttributeError:
-        count = os.cpu_count() or 1
+    count = usable_cores()
     return max(1, min(count, _quota() or count))
 
 

@@ -24,7 +24,7 @@ from xinslm.errors import UsageError, XinslmError
 from xinslm.files import MANIFEST, read_json, write_manifest
 from xinslm.folders import new_folder, refuse_existing, refuse_inside
 from xinslm.model.config import ModelConfig
-from xinslm.model.files import check_vocabulary, open_model
+from xinslm.model.files import open_model
 from xinslm.model.grids import GRIDS
 from xinslm.model.names import QUANTIZED_WEIGHTS, parameter_name
 from xinslm.model.quantized import KIND, VERSION
@@ -44,6 +44,7 @@ from xinslm.quantize.pipeline import Quantization
 from xinslm.quantize.refine import refine, require_room
 from xinslm.quantize.self_generated import write_rows
 from xinslm.runs import add_file, require_run
+from xinslm.tokenizer.base import check_vocabulary
 from xinslm.tokenizer.load import load_tokenizer
 
 

@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 from xinslm.model.decode import RowDecoder, token_bytes
-from xinslm.model.files import check_vocabulary
 from xinslm.model.source import ModelSource
 from xinslm.model.transformer import Transformer
 from xinslm.precision import round_products, rounds_products, weight_dtype
 from xinslm.ranges import Activations
 from xinslm.teachers.local import LocalTeacher
+from xinslm.tokenizer.base import check_vocabulary
 from xinslm.tokenizer.load import load_tokenizer
 
 

@@ -147,3 +147,12 @@ class StreamDecoder:
             self._strip = False
             text = text.removeprefix(" ")
         return text
+
+
+def check_vocabulary(rows: int, tokenizer: Tokenizer, name: str) -> None:
+    """Raise XinslmError if the tokenizer has more ids than the model's embedding has rows."""
+    if tokenizer.vocab_size > rows:
+        raise XinslmError(
+            f"{name}: the tokenizer has {tokenizer.vocab_size:,} ids, but the model's embedding "
+            f"only {rows:,} rows; the tokenizer belongs to another model"
+        )

@@ -8,6 +8,8 @@ ids would be wrong.
 from enum import IntEnum
 from typing import Any
 
+import numpy as np
+
 from xinslm.errors import UsageError, XinslmError
 from xinslm.tokenizer.base import Tokenizer
 from xinslm.tokenizer.bpe import BPETokenizer
@@ -81,24 +83,30 @@ def _byte_level(
     pre = keys.get("tokenizer.ggml.pre", "default")
     if pre not in _SPLITS:
         raise XinslmError(f"its split rule '{pre}' is not supported ({', '.join(_SPLITS)} are)")
-    by_type: dict[int, dict[str, int]] = {kind: {} for kind in TokenType}
-    for index, (token, kind) in enumerate(zip(tokens, types, strict=True)):
-        by_type[kind][token] = index
-    vocab = by_type[TokenType.NORMAL]
+    kinds = np.array(types)
+    if unknown := set(types) - set(TokenType):
+        raise ValueError(f"token type {min(unknown)}")
+    vocab = {
+        token: i for i, (token, kind) in enumerate(zip(tokens, types, strict=True)) if kind == 1
+    }
+    control, added = (
+        {tokens[i]: i for i in np.flatnonzero(kinds == kind).tolist()}
+        for kind in (TokenType.CONTROL, TokenType.USER_DEFINED)
+    )
     last = max(vocab.values(), default=-1)
     # tokenizer.json numbers tokens outside its vocabulary after those in it
-    inner = by_type[TokenType.CONTROL] | by_type[TokenType.USER_DEFINED]
-    inner = {token: index for token, index in inner.items() if index < last}
-    merges = []
-    for merge in keys.get("tokenizer.ggml.merges") or []:
-        left, right = merge.split(" ")
-        if left in vocab and right in vocab and left + right in vocab:
-            merges.append((left, right))
+    inner = {token: index for token, index in (control | added).items() if index < last}
+    pairs = [tuple(merge.split(" ")) for merge in keys.get("tokenizer.ggml.merges") or []]
+    merges = [
+        (left, right)
+        for left, right in pairs
+        if left in vocab and right in vocab and left + right in vocab
+    ]
     definition = Definition(
         vocab=vocab | inner,
         merges=merges,
-        special_tokens=by_type[TokenType.CONTROL],
-        added_tokens=by_type[TokenType.USER_DEFINED],
+        special_tokens=control,
+        added_tokens=added,
         split=_SPLITS[pre],
         ignore_merges=_SPLITS[pre] == "llama-bpe",
         named_tokens=named,

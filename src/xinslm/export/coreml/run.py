@@ -32,11 +32,12 @@ from xinslm.export.packing import BITS, codes, stored_weight
 from xinslm.files import write_manifest
 from xinslm.folders import new_folder, refuse_existing, refuse_inside
 from xinslm.model.config import ModelConfig
-from xinslm.model.files import check_vocabulary, open_model, require_context
+from xinslm.model.files import open_model, require_context
 from xinslm.model.source import ModelSource, weight_shapes
 from xinslm.model.stored import StoredWeight
 from xinslm.progress import Listener, Progress, ignore
 from xinslm.runs import add_file, require_run
+from xinslm.tokenizer.base import check_vocabulary
 from xinslm.tokenizer.load import load_tokenizer
 
 PACKAGE = "model.mlpackage"
