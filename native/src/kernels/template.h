@@ -47,18 +47,45 @@ inline void in_groups(int count, Body body) {
     if (done < count) body(Count<1>(), done);
 }
 
+// G tokens with rounded inputs: where these are, and the tokens' sums so far.
+template <class S, int G>
+struct Group {
+    Group(const Inputs &x, int first) : stride(x.columns / kBlock) {
+        for (int g = 0; g < G; g++) {
+            sums[g] = S::zero();
+            codes[g] = x.codes + (first + g) * x.columns;
+        }
+        scales = x.scales + first * stride;
+        totals = x.sums + first * stride;
+    }
+
+    // Four codes of block `b`, from column `c` of it on.
+    typename S::Dword dword(int g, size_t b, int c) const { return S::dword(codes[g] + kBlock * b + c); }
+    float scale(int g, size_t b) const { return scales[g * stride + b]; }
+    int32_t total(int g, size_t b) const { return totals[g * stride + b]; }
+
+    // Adds the integer sums of block `b`, whose weights have the scales `weight_scale`.
+    void add(int g, size_t b, typename S::I sum, typename S::F weight_scale) {
+        sums[g] = S::fma(S::to_float(sum), S::mul(weight_scale, S::set(scale(g, b))), sums[g]);
+    }
+
+    void store(float *out) const {
+        for (int g = 0; g < G; g++) S::store(out + kTileRows * g, sums[g]);
+    }
+
+    typename S::F sums[G];
+
+  private:
+    const int8_t *codes[G];
+    const float *scales;
+    const int32_t *totals;
+    const size_t stride;
+};
+
 template <class S, bool kMinima, int G>
 inline void q4_group(const uint8_t *w, size_t blocks, const Inputs &x, int first, float *out) {
     constexpr size_t bytes = kMinima ? 320 : 288;
-    typename S::F sums[G];
-    const int8_t *codes[G];
-    for (int g = 0; g < G; g++) {
-        sums[g] = S::zero();
-        codes[g] = x.codes + (first + g) * x.columns;
-    }
-    const size_t stride = x.columns / kBlock;
-    const float *scales = x.scales + first * stride;
-    const int32_t *totals = x.sums + first * stride;
+    Group<S, G> group(x, first);
     for (size_t b = 0; b < blocks; b++, w += bytes) {
         if (G == 1) S::prefetch(w + 4 * bytes);
         typename S::Small small[G];
@@ -67,56 +94,43 @@ inline void q4_group(const uint8_t *w, size_t blocks, const Inputs &x, int first
             const typename S::Bytes pair = S::load_bytes(w + 64 * c);
             const typename S::Bytes low = S::low_halves(pair), high = S::high_halves(pair);
             for (int g = 0; g < G; g++) {
-                const int8_t *from = codes[g] + kBlock * b + 4 * c;
-                small[g] = S::small_dot(small[g], low, S::dword(from));
-                small[g] = S::small_dot(small[g], high, S::dword(from + 16));
+                small[g] = S::small_dot(small[g], low, group.dword(g, b, 4 * c));
+                small[g] = S::small_dot(small[g], high, group.dword(g, b, 4 * c + 16));
             }
         }
         const typename S::F scale = S::load_half(w + 256);
         for (int g = 0; g < G; g++) {
-            typename S::I total = S::small_total(small[g]);
-            const float by = scales[g * stride + b];
-            const int32_t sum = totals[g * stride + b];
-            if (!kMinima) total = S::add_int(total, -8 * sum);  // codes are stored plus 8
-            sums[g] = S::fma(S::to_float(total), S::mul(scale, S::set(by)), sums[g]);
+            typename S::I sum = S::small_total(small[g]);
+            if (!kMinima) sum = S::add_int(sum, -8 * group.total(g, b));  // codes are stored plus 8
+            group.add(g, b, sum, scale);
             if (kMinima) {
-                const float along = by * static_cast<float>(sum);
-                sums[g] = S::fma(S::load_half(w + 288), S::set(along), sums[g]);
+                const float along = group.scale(g, b) * static_cast<float>(group.total(g, b));
+                group.sums[g] = S::fma(S::load_half(w + 288), S::set(along), group.sums[g]);
             }
         }
     }
-    for (int g = 0; g < G; g++) S::store(out + kTileRows * g, sums[g]);
+    group.store(out);
 }
 
 template <class S, int G>
 inline void q8_group(const uint8_t *w, size_t blocks, const Inputs &x, int first, float *out) {
-    typename S::F sums[G];
-    const int8_t *codes[G];
-    for (int g = 0; g < G; g++) {
-        sums[g] = S::zero();
-        codes[g] = x.codes + (first + g) * x.columns;
-    }
-    const size_t stride = x.columns / kBlock;
-    const float *scales = x.scales + first * stride;
-    const int32_t *totals = x.sums + first * stride;
+    Group<S, G> group(x, first);
     for (size_t b = 0; b < blocks; b++, w += 544) {
         if (G == 1) S::prefetch(w + 2 * 544);
         typename S::Large large[G];
         for (int g = 0; g < G; g++) large[g] = S::large_zero();
         for (int c = 0; c < 8; c++) {
             const typename S::Signed bytes = S::load_signed(w + 64 * c);
-            for (int g = 0; g < G; g++)
-                large[g] = S::large_dot(large[g], bytes, S::dword(codes[g] + kBlock * b + 4 * c));
+            for (int g = 0; g < G; g++) large[g] = S::large_dot(large[g], bytes, group.dword(g, b, 4 * c));
         }
         const typename S::F scale = S::load_half(w + 512);
         for (int g = 0; g < G; g++) {
-            typename S::I total = S::large_total(large[g]);
-            if (S::kOffset) total = S::add_int(total, -S::kOffset * totals[g * stride + b]);
-            const typename S::F by = S::mul(scale, S::set(scales[g * stride + b]));
-            sums[g] = S::fma(S::to_float(total), by, sums[g]);
+            typename S::I sum = S::large_total(large[g]);
+            if (S::kOffset) sum = S::add_int(sum, -S::kOffset * group.total(g, b));
+            group.add(g, b, sum, scale);
         }
     }
-    for (int g = 0; g < G; g++) S::store(out + kTileRows * g, sums[g]);
+    group.store(out);
 }
 
 template <class S, bool kHalf, int G>
