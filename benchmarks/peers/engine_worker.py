@@ -2,7 +2,7 @@
 
     python benchmarks/peers/engine_worker.py ENGINE FILE THREADS
 
-ENGINE: xinslm, llama.cpp, openvino, mistralrs. Runs in the engine's own environment and imports
+ENGINE: xinslm, pytorch, llama.cpp, openvino, mistralrs. Runs in the engine's own environment and imports
 nothing of xinslm for the others. Commands:
     {"do": "prefill", "ids": [...]}                     seconds to the logits after ids
     {"do": "decode", "ids": [...], "count": n}          seconds for n greedy tokens after the first
@@ -22,7 +22,7 @@ import time
 
 
 class Xinslm:
-    """Our native engine; or PyTorch's, as `pytorch`."""
+    """Our native engine."""
 
     def __init__(self, path, threads):
         from xinslm.inference.native_engine import NativeEngine
@@ -80,6 +80,20 @@ class Xinslm:
         while len(found) < count:
             found.append(int(self.engine.step(found[-1]).argmax()))
         return found
+
+
+class PyTorch(Xinslm):
+    """Our other engine; what it lacks gives null."""
+
+    verify = batch = rows = None
+
+    def __init__(self, path, threads):
+        import torch
+
+        from xinslm.inference.torch_engine import TorchEngine
+
+        torch.set_num_threads(threads)
+        self.engine = TorchEngine.load(path, "cpu")
 
 
 class LlamaCpp:
@@ -267,6 +281,7 @@ def _normalized(logits):
 
 ENGINES = {
     "xinslm": Xinslm,
+    "pytorch": PyTorch,
     "llama.cpp": LlamaCpp,
     "openvino": OpenVino,
     "mistralrs": MistralRs,
