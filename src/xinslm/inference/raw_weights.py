@@ -27,9 +27,9 @@ from xinslm.model.names import (
     QUANTIZED_KIND,
     QUANTIZED_VERSION,
     QUANTIZED_WEIGHTS,
-    WEIGHTS,
     parameter_name,
 )
+from xinslm.model.weight_files import safetensors_files
 from xinslm.native.model import BF16, F16, F32, Q4_APART, Q8_APART, READS, Weight
 from xinslm.places import find
 
@@ -93,19 +93,9 @@ def _open(name: Path | str) -> RawModel | None:
 
 
 def _folder(path: Path, config: ModelConfig) -> RawModel | None:
-    index = path / f"{WEIGHTS}.index.json"
-    names = [WEIGHTS]
-    if index.is_file():
-        content = read_json(index)
-        places = content.get("weight_map") if isinstance(content, dict) else None
-        if not isinstance(places, dict):
-            return None
-        names = sorted({str(place) for place in places.values()})
-    if not all((path / name).is_file() for name in names):
-        return None
     tensors: dict[str, tuple[_Safetensors, str]] = {}
-    for name in names:
-        file = _Safetensors(path / name)
+    for place in safetensors_files(path):
+        file = _Safetensors(place)
         tensors |= {tensor: (file, tensor) for tensor in file.names}
     tensors = {name: place for name, place in tensors.items() if not name.endswith(".inv_freq")}
     kinds = {file.dtype(name) for file, name in tensors.values()}

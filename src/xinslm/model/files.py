@@ -16,9 +16,10 @@ from xinslm.files import new_file
 from xinslm.gguf_file import is_gguf
 from xinslm.model.config import ModelConfig
 from xinslm.model.gguf import GgufSource
+from xinslm.model.names import CONFIG, WEIGHTS
 from xinslm.model.packed_source import PackedSource, packed_format
 from xinslm.model.quantized import QuantizedSource, is_quantized
-from xinslm.model.source import CONFIG, WEIGHTS, FolderSource, ModelSource, write_config
+from xinslm.model.source import FolderSource, ModelSource, write_config
 from xinslm.model.transformer import Transformer
 from xinslm.places import find
 from xinslm.ranges import Activations
@@ -30,7 +31,8 @@ def open_model(name: Path | str, revision: str | None = None) -> ModelSource:
     """Open the model that `name` refers to: a Hugging Face, run or quantized folder, a GGUF file,
     or a Hub name (at `revision`).
 
-    No other code asks what kind of model a name is. Weights are not read yet.
+    No other code asks what kind of model a name is, except `inference/raw_weights.py`, which opens
+    without PyTorch what the native engine reads. Weights are not read yet.
     """
     path = Path(name)
     if is_gguf(path):

@@ -21,9 +21,10 @@ from torch import Tensor
 from xinslm.errors import UsageError, XinslmError
 from xinslm.files import MANIFEST, read_json, sha256_file, sha256_json, write_json
 from xinslm.model.config import ModelConfig, UnsupportedModelError
-from xinslm.model.names import CONFIG, GENERATION, WEIGHTS
+from xinslm.model.names import CONFIG, GENERATION
 from xinslm.model.stored import StoredWeight
 from xinslm.model.transformer import Transformer
+from xinslm.model.weight_files import safetensors_files
 from xinslm.ranges import Activations
 
 TRAINED_FOR_Q4_0 = {"quantization_aware": "q4_0"}
@@ -257,7 +258,7 @@ class FolderSource(ModelSource):
     @cached_property
     def files(self) -> list[Path]:  # type: ignore[override]
         """config.json and the safetensors files, all shards; XinslmError for pickles."""
-        return [self.path / CONFIG, *_safetensors_files(self.path)]
+        return [self.path / CONFIG, *safetensors_files(self.path)]
 
     @property
     def weight_files(self) -> list[Path]:
@@ -299,39 +300,6 @@ class FolderSource(ModelSource):
     def pretrained_arguments(self) -> dict[str, Any]:
         """Return the arguments with which `from_pretrained` of transformers' class loads this."""
         return {"pretrained_model_name_or_path": self.path, "use_safetensors": True}
-
-
-def _safetensors_files(folder: Path) -> list[Path]:
-    index = folder / f"{WEIGHTS}.index.json"
-    if index.is_file():
-        content = read_json(index)
-        places = content.get("weight_map") if isinstance(content, dict) else None
-        if not isinstance(places, dict) or not all(
-            isinstance(name, str) for name in places.values()
-        ):
-            raise XinslmError(
-                f"{index}: must contain a 'weight_map' from weights to files. Copy the complete "
-                "model folder"
-            )
-        files = [folder / name for name in sorted(set(places.values()))]
-        for file in files:
-            if not file.is_file():
-                raise XinslmError(
-                    f"{file} is missing; {index.name} lists it. Copy the complete model folder"
-                )
-        return files
-    if (folder / WEIGHTS).is_file():
-        return [folder / WEIGHTS]
-    pickles = sorted(
-        p.name for suffix in ("bin", "pt", "pth", "ckpt", "pkl") for p in folder.glob(f"*.{suffix}")
-    )
-    if pickles:
-        raise XinslmError(
-            f"{folder} has its weights in {pickles[0]}, a pickle, which can run code when opened; "
-            "xinslm reads only safetensors. If you trust the file, load it with transformers and "
-            "convert it with save_pretrained"
-        )
-    raise XinslmError(f"{folder} has no {WEIGHTS}")
 
 
 def open_tensors(file: Path) -> safe_open:
