@@ -125,6 +125,10 @@ ROWS: dict[str, list[Arm]] = {
         Arm("cross-entropy, 49k", ("pretrain",), **EQUAL),
         kd("KD, 49k", 0.5, cache="{cache_full}", **EQUAL),
     ],
+    "onpolicy": [
+        kd("full: KD", 0.5, cache="{cache_full}", **FULL),
+        Arm("full: on-policy, a quarter of each step from the cache", ("onpolicy",), **FULL),
+    ],
     "cache": [
         Arm("full: cross-entropy", ("pretrain",), **FULL),
         live("full: KD, alpha 0, live"),
@@ -274,6 +278,8 @@ class Bench:
         if key in self.done():
             return
         folder = self.work / "runs" / key.replace(" ", "_").replace(",", "").replace(":", "")
+        if arm.words[0] == "onpolicy":
+            return self.store(self.on_policy(arm, folder, steps, seed) | {"key": key})
         words = [
             str(self.folder(word[1:].partition("}")[0])) + word.partition("}")[2]
             if word.startswith("{")
@@ -307,6 +313,24 @@ class Bench:
             self.store({**row, **self.measure(small, full)})
             shutil.rmtree(small)
         shutil.rmtree(folder, ignore_errors=True)
+
+    def on_policy(self, arm: Arm, folder: Path, steps: int, seed: int) -> dict:
+        """Train on the student's own answers, about as many tokens as the other arms."""
+        rounds, share, answer, prompt = 4, 0.25, 128, 40
+        tokens = steps * BATCH * LENGTH * (1 - share)
+        seconds = self.tool(
+            *("onpolicy", "--student", self.folder(arm.start), "--teacher", self.folder("teacher")),
+            *("--prompts", self.folder(arm.data), "-o", folder, "--rounds", rounds),
+            *("--mix-data", self.folder(arm.data), "--mix-cache", self.folder("cache_full")),
+            *("--mix-share", share, "--max-new-tokens", answer, "--seed", seed),
+            *("--completions", round(tokens / rounds / (answer + prompt))),
+            *("--batch-size", BATCH, "--max-seq-length", LENGTH, "--learning-rate", RATE),
+            *("--warmup-ratio", 0.2, "--max-eval-samples", 8, "--save-steps", 10_000),
+        )
+        lines = [json.loads(line) for line in (folder / "metrics.jsonl").open()]
+        done = max(line.get("step", 0) for line in lines)
+        row = {"arm": arm.name, "seed": seed, "steps": done, "seconds": seconds}
+        return row | self.measure(folder, arm.data.startswith("data_full"))
 
     def measure(self, model: Path, full: bool) -> dict[str, float]:
         """Bits per byte in both domains; with the teacher's vocabulary also KL(teacher || model) in

@@ -1,7 +1,7 @@
 """Number types of matrix products, and how fast this machine multiplies in each.
 
 Some processors multiply bfloat16 several times faster than float32 (AVX512-BF16, AMX, CUDA), others
-slower. `auto` measures which, once per process and in some hundredths of a second.
+slower. `auto` measures which, once per process and in a third of a second.
 """
 
 import math
@@ -16,6 +16,8 @@ EXACT_SHARE = 0.1
 """Share of the linear layers, the last ones, that `round_products` leaves alone."""
 MIN_GAIN = 1.5
 """How many times faster bfloat16 products must be for `auto` to choose them."""
+CHOICE_SECONDS, PEAK_SECONDS = 0.3, 0.2
+"""How long the choice of a type, and the measurement of the peak, multiply."""
 
 
 def compute_dtype(name: str, device: torch.device) -> torch.dtype:
@@ -31,26 +33,53 @@ def has_fast_bfloat16(device: str) -> bool:
     """Whether bfloat16 products are at least `MIN_GAIN` times faster than float32 ones."""
     if device != "cpu":
         return device == "cuda" and torch.cuda.is_bf16_supported()
-    fast = product_rate(torch.bfloat16, device, 256, 4)
-    return fast > MIN_GAIN * product_rate(torch.float32, device, 256, 4)
+    fast, slow = best_seconds((torch.bfloat16, torch.float32), device, 256, CHOICE_SECONDS)
+    return MIN_GAIN * fast < slow
 
 
 @cache
-def product_rate(dtype: torch.dtype, device: str, size: int = 1024, runs: int = 12) -> float:
-    """Operations per second of matrix products on this device, the best of `runs`; the peak that
-    utilisation is measured against.
+def product_rate(
+    dtype: torch.dtype, device: str, size: int = 1024, seconds: float = PEAK_SECONDS
+) -> float:
+    """Operations per second of matrix products on this device, the best of those that fit into
+    `seconds`; the peak that utilisation is measured against.
 
     A multiplication and an addition are two operations; the matrices are (2 size, size) and
     (size, size).
     """
-    left = torch.randn(2 * size, size, device=device, dtype=dtype)
-    right = torch.randn(size, size, device=device, dtype=dtype)
-    best = float("inf")
-    for _ in range(runs + 1):  # the first one prepares kernels
-        began = time.perf_counter()
-        (left @ right.t())[0, 0].item()
-        best = min(best, time.perf_counter() - began)
-    return 4 * size**3 / best
+    return 4 * size**3 / best_seconds((dtype,), device, size, seconds)[0]
+
+
+def best_seconds(
+    dtypes: tuple[torch.dtype, ...], device: str, size: int, seconds: float
+) -> list[float]:
+    """The shortest time of a matrix product in each type.
+
+    The types take turns until the products have taken `seconds`: a process that has just started
+    may have two threads on one core, and its products then take thirty times as long for a tenth
+    of a second. The first round prepares kernels and does not count.
+    """
+    factors = [
+        (
+            torch.randn(2 * size, size, device=device, dtype=dtype),
+            torch.randn(size, size, device=device, dtype=dtype),
+        )
+        for dtype in dtypes
+    ]
+    best, spent, rounds = [math.inf] * len(dtypes), 0.0, 0
+    while spent < seconds or rounds < 4:
+        times = [product_seconds(left, right) for left, right in factors]
+        if rounds:
+            best = [min(pair) for pair in zip(best, times, strict=True)]
+        spent, rounds = spent + sum(times), rounds + 1
+    return best
+
+
+def product_seconds(left: Tensor, right: Tensor) -> float:
+    """Seconds of one product of (a, b) and (c, b) transposed."""
+    began = time.perf_counter()
+    (left @ right.t())[0, 0].item()
+    return time.perf_counter() - began
 
 
 def weight_dtype(name: str, device: torch.device | str) -> torch.dtype:

@@ -11,7 +11,7 @@ from xinslm.files import read_json
 from xinslm.model.config import ModelConfig
 from xinslm.model.param_dtype import forget_copies
 from xinslm.model.transformer import Transformer
-from xinslm.precision import compute_dtype, product_rate, round_products
+from xinslm.precision import best_seconds, compute_dtype, product_rate, round_products
 
 CPU = torch.device("cpu")
 
@@ -111,4 +111,21 @@ def test_rounded_products_are_closer_to_float32_than_a_bfloat16_model():
 
 
 def test_the_rate_of_products_is_measured_once():
-    assert product_rate(torch.float32, "cpu", 64, 2) == product_rate(torch.float32, "cpu", 64, 2)
+    assert product_rate(torch.float32, "cpu", 64, 0.01) == product_rate(
+        torch.float32, "cpu", 64, 0.01
+    )
+
+
+def test_products_on_one_core_at_first_do_not_decide(monkeypatch):
+    spent = 0.0
+
+    def seconds(left: torch.Tensor, right: torch.Tensor) -> float:
+        nonlocal spent
+        undisturbed = 0.0002 if left.dtype == torch.bfloat16 else 0.0004
+        spent += 0.008 if spent < 0.15 else undisturbed
+        return 0.008 if spent < 0.15 else undisturbed
+
+    monkeypatch.setattr(xinslm.precision, "product_seconds", seconds)
+    types = (torch.bfloat16, torch.float32)
+    found = best_seconds(types, "cpu", 8, xinslm.precision.CHOICE_SECONDS)
+    assert found == [0.0002, 0.0004]
