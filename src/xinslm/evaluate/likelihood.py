@@ -20,10 +20,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from xinslm.evaluate.native_scorer import NativeScorer
 from xinslm.evaluate.perplexity import CHUNK_LOGITS
 from xinslm.evaluate.trie import Group, Row, plan, size
 from xinslm.model.transformer import Transformer
-from xinslm.model.tree import Prefix, read_prefix, read_rows
+from xinslm.model.tree import read_prefix, read_rows
 
 BATCH_TOKENS = 1024
 """Most tokens in a forward pass, padding included; a single longer row is a pass of its own."""
@@ -58,9 +59,12 @@ class LikelihoodScorer:
     """Scores pairs with a teacher or student that the teachers' adapters have loaded."""
 
     def __init__(self, model: Any, batch_tokens: int = BATCH_TOKENS) -> None:
-        """`model` is a `HuggingFaceTeacher` or an `OwnTeacher`; only the latter shares tokens."""
+        """`model` is a `HuggingFaceTeacher`, an `OwnTeacher` or a `NativeScorer`; only the last two
+        share tokens.
+        """
         self.model, self.batch_tokens = model, batch_tokens
-        self.shares = isinstance(model.model, Transformer)
+        self.is_native = isinstance(model, NativeScorer)
+        self.shares = self.is_native or isinstance(model.model, Transformer)
         self.counts = Counts()
         self.truncated: list[int] = []
         """Numbers of the last call's pairs whose beginning was cut off to fit the context."""
@@ -77,7 +81,7 @@ class LikelihoodScorer:
         table = _Table(self._counted(pairs), pairs)
         groups = plan(table.texts, table.needed, table.first_slots, self.shares)
         done, total = 0, size(groups)
-        held: list[Prefix] = []
+        held: list[Any] = []
         for group in groups:
             if group.prefix is not None:
                 del held[group.level - 1 :]
@@ -106,7 +110,7 @@ class LikelihoodScorer:
             self.counts.requested_tokens += len(ids)
             yield ids
 
-    def _batches(self, group: Group, held: list[Prefix]) -> list[list[Row]]:
+    def _batches(self, group: Group, held: list[Any]) -> list[list[Row]]:
         """Rows of similar length, longest first, within the limits on tokens."""
         past = held[-1].length if group.level else 0
         rows = sorted(group.rows, key=lambda row: -len(row.tokens))
@@ -120,15 +124,23 @@ class LikelihoodScorer:
             at += max(1, fits)
         return batches
 
-    def _prefix(self, row: Row, prefix: Prefix | None) -> tuple[Tensor, Prefix]:
+    def _prefix(self, row: Row, prefix: Any) -> tuple[Tensor, Any]:
+        """The states of a prefix's tokens, and its keys and values, of the model's own kind."""
+        if self.is_native:
+            longer: tuple[Tensor, Any] = self.model.read_prefix(row, prefix)
+            return longer
         ids = torch.from_numpy(row.tokens).to(self.model.device)
         return read_prefix(self.model.model, ids, prefix)
 
-    def _states(self, rows: list[Row], prefix: Prefix | None) -> Tensor:
+    def _states(self, rows: list[Row], prefix: Any) -> Tensor:
         """Input of the output matrix for each token, (B, T, ...)."""
+        states: Tensor
+        if self.is_native:
+            states = self.model.read_rows(rows, prefix)
+            return states
         longest = max(len(row.tokens) for row in rows)
         if not self.shares:
-            states: Tensor = self.model.states([row.tokens for row in rows])
+            states = self.model.states([row.tokens for row in rows])
             lengths = [len(row.tokens) for row in rows]
             return torch.nn.utils.rnn.pad_sequence(states.split(lengths), batch_first=True)
         tokens, positions = np.zeros((2, len(rows), longest), np.int64)

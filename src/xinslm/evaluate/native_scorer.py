@@ -1,13 +1,20 @@
 """Scoring with int8 activations in the native library: the arithmetic of
-`Transformer(activations="int8")` and of llama.cpp, many times as fast as either PyTorch engine's.
+`Transformer(activations="int8")` and of llama.cpp, many times as fast as PyTorch's.
+
+A tree of texts (`trie.py`) becomes sequences that share the keys and values of their common
+beginnings.
 """
 
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from xinslm.evaluate.trie import Row
 from xinslm.inference.native_engine import build
 from xinslm.inference.raw_weights import RawModel
 from xinslm.native.model import NativeContext, default_threads
@@ -15,8 +22,58 @@ from xinslm.tokenizer.base import check_vocabulary
 from xinslm.tokenizer.load import load_tokenizer
 
 
+class NativePrefix:
+    """Tokens that rows continue: a sequence, which ends with this object."""
+
+    def __init__(self, context: NativeContext, parent: "NativePrefix | None") -> None:
+        self.length: int = 0 if parent is None else parent.length
+        source = None if parent is None else parent.sequence
+        self.sequence: int = context.add(source, self.length)
+        weakref.finalize(self, context.remove, self.sequence)
+
+
+class NativeDecoder:
+    """A `Decoder` of `teachers/generate.py` on the native library."""
+
+    refills = True
+
+    def __init__(self, context: NativeContext, rows: int, vocab_size: int) -> None:
+        self.context, self.vocab_size, self.token_forwards = context, vocab_size, 0
+        self.sequences = [context.add() for _ in range(rows)]
+        weakref.finalize(self, _remove, context, self.sequences)
+
+    def read(self, rows: Sequence[int], prompts: Sequence[np.ndarray]) -> tuple[Tensor, np.ndarray]:
+        """Read prompts into rows, whole; return the next logits (n, V) and the prompts' lengths."""
+        for row in rows:
+            self.context.remove(self.sequences[row])
+            self.sequences[row] = self.context.add()
+        lengths = np.array([len(prompt) for prompt in prompts], np.int64)
+        owners = np.repeat([self.sequences[row] for row in rows], lengths)
+        return self._extend(np.concatenate(prompts), owners, lengths.cumsum() - 1), lengths
+
+    def step(self, tokens: Tensor) -> Tensor:
+        """Append a token to each row, (B,); return the next logits (B, V)."""
+        return self._extend(tokens.numpy(), np.array(self.sequences), np.arange(len(tokens)))
+
+    def keep(self, rows: np.ndarray) -> None:
+        """Keep only these rows, in this order."""
+        kept = [self.sequences[row] for row in rows]
+        _remove(self.context, [number for number in self.sequences if number not in set(kept)])
+        self.sequences[:] = kept
+
+    def _extend(self, tokens: np.ndarray, owners: np.ndarray, wanted: np.ndarray) -> Tensor:
+        self.token_forwards += len(tokens)
+        logits = self.context.extend(tokens.tolist(), owners.tolist(), wanted.tolist())
+        return torch.from_numpy(logits)[:, : self.vocab_size]
+
+
+def _remove(context: NativeContext, sequences: list[int]) -> None:
+    for number in sequences:
+        context.remove(number)
+
+
 class NativeScorer:
-    """A `DenseTeacher` on the native library."""
+    """A `DenseTeacher` on the native library; reads trees and writes batches, too."""
 
     device = torch.device("cpu")
 
@@ -26,6 +83,10 @@ class NativeScorer:
         check_vocabulary(raw.config.vocab_size, self.tokenizer, self.name)
         self.vocab_size: int = self.tokenizer.vocab_size
         self.max_length = raw.config.max_position_embeddings
+        self.output_size: int = raw.config.vocab_size
+        self.hidden_size: int = raw.config.hidden_size
+        keys = raw.config.num_key_value_heads * raw.config.head_dim
+        self.cache_bytes_per_token = raw.config.num_hidden_layers * 2 * 2 * keys
         self.context = NativeContext(build(raw), default_threads())
 
     def states(self, sequences: list[np.ndarray]) -> Tensor:
@@ -41,7 +102,114 @@ class NativeScorer:
 
     def logits(self, states: Tensor) -> Tensor:
         """(rows, hidden) -> (rows, vocab_size) float32."""
-        return torch.from_numpy(self.context.logits(states.numpy()))[:, : self.vocab_size]
+        return self.outputs(states)[:, : self.vocab_size]
+
+    def outputs(self, states: Tensor) -> Tensor:
+        """(rows, hidden) -> (rows, output_size) float32, padding included."""
+        return torch.from_numpy(self.context.logits(states.numpy()))
+
+    def open_decoder(self, rows: int, length: int) -> NativeDecoder:
+        """Room for `rows` texts; it grows with them."""
+        return NativeDecoder(self.context, rows, self.vocab_size)
+
+    def read_prefix(self, row: Row, prefix: NativePrefix | None) -> tuple[Tensor, NativePrefix]:
+        """Read the tokens of a row without branches, (T,); return its states (T, hidden) and the
+        prefix with them.
+        """
+        longer = NativePrefix(self.context, prefix)
+        longer.length += len(row.tokens)
+        owners = [longer.sequence] * len(row.tokens)
+        states = self.context.extend_states(row.tokens.tolist(), owners, row.places.tolist())
+        return self._spread(states, row.places, len(row.tokens)), longer
+
+    def read_rows(self, rows: Sequence[Row], prefix: NativePrefix | None) -> Tensor:
+        """States after the tokens of rows that continue a prefix, (B, T, hidden) float32; zeros
+        where nothing is asked for.
+        """
+        width = max(len(row.tokens) for row in rows)
+        found = torch.zeros(len(rows), width, self.hidden_size)
+        sequences: list[int] = []
+        try:
+            chains = [chain for number, row in enumerate(rows) for chain in _chains(number, row)]
+            for level in range(max(chain.level for chain in chains) + 1):
+                now = [chain for chain in chains if chain.level == level]
+                # a window's sequence gives back what it has passed: branches come before it grows
+                for chain in sorted(now, key=lambda chain: chain.continues):
+                    if chain.continues and chain.parent is not None:
+                        chain.sequence = chain.parent.sequence
+                        continue
+                    source = prefix if chain.parent is None else chain.parent
+                    begin = int(rows[chain.row].positions[chain.first])
+                    number = None if source is None else source.sequence
+                    chain.sequence = self.context.add(number, begin)
+                    sequences.append(chain.sequence)
+                self._read_chains(now, rows, found)
+        finally:
+            _remove(self.context, sequences)
+        return found
+
+    def _read_chains(self, chains: "list[_Chain]", rows: Sequence[Row], found: Tensor) -> None:
+        tokens: list[int] = []
+        owners: list[int] = []
+        wanted: list[int] = []
+        where: list[tuple[int, int]] = []
+        for chain in chains:
+            row, asked = rows[chain.row], set(rows[chain.row].places.tolist())
+            for place in range(chain.first, chain.last):
+                if place in asked:
+                    wanted.append(len(tokens))
+                    where.append((chain.row, place))
+                tokens.append(int(row.tokens[place]))
+                owners.append(chain.sequence)
+        states = self.context.extend_states(tokens, owners, wanted)
+        if where:
+            places = torch.tensor(where)
+            found[places[:, 0], places[:, 1]] = torch.from_numpy(states)
+
+    def _spread(self, states: np.ndarray, places: np.ndarray, size: int) -> Tensor:
+        found = torch.zeros(size, self.hidden_size)
+        found[torch.from_numpy(np.unique(places))] = torch.from_numpy(states)
+        return found
+
+
+@dataclass
+class _Chain:
+    """Tokens [first, last) of a row, each the only child of the one before."""
+
+    row: int
+    first: int
+    last: int
+    parent: "_Chain | None"
+    """What its first token follows; None if that is the prefix."""
+    continues: bool
+    """Whether it is its parent's first child, and takes the parent's sequence."""
+    level: int
+    """Number of chains before it on its path."""
+    sequence: int = -1
+
+
+def _chains(number: int, row: Row) -> list[_Chain]:
+    """The chains of a row, parents first."""
+    parents: list[int] = []
+    path: list[int] = []
+    for place in range(len(row.tokens)):
+        while path and row.ends[path[-1]] <= place:
+            path.pop()
+        parents.append(path[-1] if path else -1)
+        path.append(place)
+    children = np.bincount(np.array(parents) + 1, minlength=len(parents) + 1)[1:]
+    chains: list[_Chain] = []
+    owner: list[_Chain] = []
+    for place, before in enumerate(parents):
+        if before < 0:
+            chains.append(_Chain(number, place, place, None, False, 0))
+        elif children[before] > 1:
+            up = owner[before]
+            chains.append(_Chain(number, place, place, up, before == place - 1, up.level + 1))
+        chain = chains[-1] if before < 0 or children[before] > 1 else owner[before]
+        chain.last = place + 1
+        owner.append(chain)
+    return chains
 
 
 def int8_layers(raw: RawModel) -> tuple[int, int]:

@@ -110,7 +110,6 @@ def run(config: EvaluateConfig, on_progress: Listener = ignore) -> Result:
         config.dtype,
         config.max_seq_length,
         config.activations,
-        native=True,
     )
     on_progress(Progress("read documents"))
     items = read_items(config.data_path, config.split, scorer.tokenizer, config.max_documents)

@@ -21,12 +21,10 @@ def load_scorer(
     dtype: str = "float32",
     context: int | None = None,
     activations: Activations = "float",
-    native: bool = False,
 ) -> tuple[DenseTeacher, dict[str, str | int]]:
     """Load any model; also return its kind, parameters, file_bytes and activations.
 
-    `native`: whether int8 activations may be computed in the native engine, whose scorer has no
-    PyTorch model.
+    The native library computes int8 activations, if it is there and reads the model.
 
     UsageError if it has no codes and `activations` is int8; UnsupportedModelError if it then is no
     model that `Transformer` supports.
@@ -34,7 +32,7 @@ def load_scorer(
     source = open_model(path)
     is_int8 = activations == "int8"
     scorer: OwnTeacher | HuggingFaceTeacher | NativeScorer
-    if native and is_int8 and (raw := _native(path, device, dtype)) is not None:
+    if is_int8 and (raw := _native(path, device, dtype)) is not None:
         scorer = NativeScorer(path, raw, source.fingerprint)
         parameters = source.config.num_parameters
         rounded, total = int8_layers(raw)
