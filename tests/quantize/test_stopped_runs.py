@@ -368,6 +368,8 @@ def test_a_refused_run_keeps_the_layers(folders, tmp_path, monkeypatch, watch, r
     assert isinstance(error.value, UsageError) == (refusal != "disk")
     if refusal in ("disk", "size"):
         assert "; 2 finished layers are in" in str(error.value)
+        command = {"disk": "the same", "size": "the corrected"}[refusal]
+        assert f"and {command} command continues from there" in str(error.value)
     assert tree_hash(left) == before
     watch.computed.clear()
     run(options(folders, tmp_path / "q"), watch)

@@ -42,7 +42,8 @@ def stopped_run(
         try:
             with explained_full_disk(output):
                 if not is_continued:
-                    shutil.rmtree(folder, ignore_errors=True)
+                    if folder.exists():
+                        shutil.rmtree(folder)
                     folder.mkdir(parents=True)
                     write_json(folder / _PLAN, plan)
                 yield layers
@@ -54,7 +55,8 @@ def stopped_run(
                 raise
             kinds = (UsageError, Interrupted)
             kind = next((kind for kind in kinds if isinstance(error, kind)), XinslmError)
-            raise kind(f"{error}; {_how_to_go_on(layers)}") from error
+            command = "the corrected" if kind is UsageError else "the same"
+            raise kind(f"{error}; {_how_to_go_on(layers, command)}") from error
         finally:
             layers.remove_scratch()
             if is_done or not layers.remains():
@@ -122,13 +124,13 @@ def _changed(plan: Mapping[str, Any], found: Mapping[str, Any]) -> list[str]:
     return named
 
 
-def _how_to_go_on(layers: FinishedLayers) -> str:
+def _how_to_go_on(layers: FinishedLayers, command: str = "the same") -> str:
     """What a stopped run has left, and how to go on."""
     remains = layers.remains()
     if not remains:
         return "no layer was finished"
     return (
-        f"{remains} in {layers.folder}, and the same command continues from there (delete the "
+        f"{remains} in {layers.folder}, and {command} command continues from there (delete the "
         "folder if you do not want that)"
     )
 
