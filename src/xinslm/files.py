@@ -90,6 +90,17 @@ def sha256_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def file_stamp(path: Path) -> tuple[int, int, int] | None:
+    """Inode, size and time of change of a file, which tell that it was replaced; None if it is
+    missing.
+    """
+    try:
+        facts = path.stat()
+    except OSError:
+        return None
+    return facts.st_ino, facts.st_size, facts.st_mtime_ns
+
+
 def sha256_json(value: Any) -> str:
     """Hash of a JSON-able value, independent of key order."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

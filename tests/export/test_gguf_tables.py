@@ -118,13 +118,25 @@ def test_values_beyond_the_scales_are_refused_by_name(root, tmp_path, kind, fact
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
+@pytest.mark.parametrize(("is_tied", "tables_of"), [(True, 1), (False, 2)])
+def test_the_scales_of_a_table_are_searched_for_once(tmp_path, monkeypatch, is_tied, tables_of):
+    """The check compares with what was found when the file was written."""
+    calls, search = [], tables.quantize_q6_k
+    monkeypatch.setattr(tables, "quantize_q6_k", lambda x: calls.append(1) or search(x))
+    save_random_model(tmp_path / "model", hidden_size=256, tie_word_embeddings=is_tied)
+    run(GgufConfig(tmp_path / "model", tmp_path / "m.gguf", embedding_type="q6_k"))
+    assert len(calls) == tables_of
+    expected = search(open_model(tmp_path / "model").tensor(TABLE).float()).decode()
+    assert np.array_equal(values(tmp_path / "m.gguf"), expected.view(-1, 256).numpy())
+
+
 def test_a_wrong_block_is_found_before_the_file_is_there(root, tmp_path, monkeypatch):
     pack = tables.to_blocks
 
     def broken(weight, kind, name):
-        blocks = pack(weight, kind, name)
+        blocks, values = pack(weight, kind, name)
         blocks[7, 3] ^= 4
-        return blocks
+        return blocks, values
 
     monkeypatch.setattr(tables, "to_blocks", broken)
     with pytest.raises(XinslmError, match=f"{TABLE}: 1 values differ.*nothing is written"):

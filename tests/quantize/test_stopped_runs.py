@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from small_models import save_dataset, save_random_model, tree_hash
+from small_models import TEMPLATE, save_dataset, save_random_model, save_tokenizer, tree_hash
 from xinslm.data.packing import Batch
 from xinslm.errors import Interrupted, UsageError, XinslmError
 from xinslm.model.files import open_model
@@ -26,6 +26,7 @@ from xinslm.quantize.config import QuantizeConfig
 from xinslm.quantize.kept_rows import load_rows, save_rows
 from xinslm.quantize.pipeline import Quantization
 from xinslm.quantize.run import run
+from xinslm.quantize.self_generated import write_rows
 from xinslm.tokenizer.load import load_tokenizer
 
 LAYERS = 4
@@ -131,7 +132,7 @@ def test_sigkill_anywhere_and_the_same_command(folders, tmp_path):
         )
         assert child.returncode in (0, -signal.SIGKILL), child.stderr
         kills += child.returncode != 0
-        continued += "continuing: a stopped run has finished" in child.stdout
+        continued += "taken over" in child.stdout
         assert kills < 20
     assert kills >= 2 and continued >= 2
     assert same_codes(output, folders / "gptaq")
@@ -141,13 +142,15 @@ def test_sigkill_anywhere_and_the_same_command(folders, tmp_path):
 @pytest.mark.parametrize("method", ["gptaq", "gptq"])
 @pytest.mark.parametrize("layer", [1, 3, LAYERS])
 def test_ctrl_c_and_the_same_command(folders, tmp_path, watch, method, layer):
-    with pytest.raises(Interrupted, match=rf"stopped; {layer} finished layers are in .*continues"):
+    finished = "1 finished layer is" if layer == 1 else f"{layer} finished layers are"
+    with pytest.raises(Interrupted, match=f"stopped; {finished} in .*continues"):
         run(options(folders, tmp_path / "q", method=method), stop_at(layer))
     assert watch.computed == list(range(layer))
     watch.computed.clear()
     run(options(folders, tmp_path / "q", method=method), watch)
     assert watch.computed == list(range(layer, LAYERS))
-    assert watch.notes == [f"continuing: a stopped run has finished {layer} of {LAYERS} layers"]
+    are = "is" if layer == 1 else "are"
+    assert watch.notes == [f"continuing: {layer} of {LAYERS} layers {are} taken over"]
     assert same_codes(tmp_path / "q", folders / method)
     assert [path.name for path in tmp_path.iterdir()] == ["q"]
 
@@ -198,7 +201,10 @@ def test_damaged_files_are_found_and_only_those_layers_computed_again(
     run(options(folders, tmp_path / "q", method=method), watch)
     assert watch.computed == [*again, 3]
     assert same_codes(tmp_path / "q", folders / method)
-    assert ("damaged" in watch.notes[0]) == bool(again)
+    named = {1: f"layer {again[0]}", 3: "layers 0, 1 and 2"}[len(again)] if again else ""
+    left_over = f"{3 - len(again)} of 4 layers are taken over"
+    damaged = f"; the files of {named} are damaged, computing again" if again else ""
+    assert watch.notes[0] == f"continuing: {left_over}{damaged}"
 
 
 def test_missing_files_and_a_damaged_original_stream(folders, tmp_path, watch):
@@ -224,10 +230,23 @@ def test_layers_after_one_that_came_out_otherwise_are_computed_again(folders, tm
     assert same_codes(tmp_path / "q", folders / "gptaq")
 
 
-@pytest.mark.parametrize("change", ["seed", "method", "dataset", "model"])
-def test_other_input_starts_over_and_says_why(folders, tmp_path, watch, change):
-    stopped(folders, tmp_path / "q", 2)
-    changes = {"seed": {"seed": 1}, "method": {"method": "gptq"}}.get(change, {})
+CHANGES = {
+    "seed": ("seed (0)", {"seed": 1}),
+    "method": ("method (gptaq)", {"method": "gptq"}),
+    "rounding": ("method (gptaq)", {"method": "rtn", "data_path": None}),
+    "bits": ("bits (4), method (gptaq)", {"bits": 8, "data_path": None}),
+    "length": ("max seq length (96)", {"max_seq_length": 64}),
+    "dataset": ("dataset", {}),
+    "model": ("model", {}),
+    "self-generated": ("dataset", {"data_path": None, "self_generate": True}),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_other_input_is_refused_by_name_and_keeps_the_layers(folders, tmp_path, watch, change):
+    left = stopped(folders, tmp_path / "q", 2)
+    before = tree_hash(left)
+    named, changes = CHANGES[change]
     if change == "dataset":
         fingerprint = load_tokenizer(folders / "model").fingerprint()
         save_dataset(tmp_path / "data", fingerprint, seed=2)
@@ -235,13 +254,27 @@ def test_other_input_starts_over_and_says_why(folders, tmp_path, watch, change):
     if change == "model":
         save_random_model(tmp_path / "model", seed=5, num_hidden_layers=LAYERS)
         changes = {"model": tmp_path / "model"}
+    with pytest.raises(UsageError) as error:
+        run(options(folders, tmp_path / "q", **changes))
+    assert f"of a stopped run with another {named}. Run the command" in str(error.value)
+    assert "--force" in str(error.value)
+    assert tree_hash(left) == before
     watch.computed.clear()
-    run(options(folders, tmp_path / "q", **changes), watch)
+    run(options(folders, tmp_path / "q", **changes, force=True), watch)
     assert watch.computed == list(range(LAYERS))
-    why = f"starting over, because {change} changed since the run that was stopped"
-    assert watch.notes == [why]
+    if change not in ("rounding", "bits"):
+        assert watch.notes == [f"starting over: the stopped run has another {named}"]
+    assert not left.exists()
     if change == "method":
         assert same_codes(tmp_path / "q", folders / "gptq")
+
+
+def test_the_default_length_is_part_of_the_plan_as_a_number(folders, tmp_path, watch):
+    left = stopped(folders, tmp_path / "q", 2, max_seq_length=None)
+    assert json.loads((left / "plan.json").read_text())["max_seq_length"] == 128
+    watch.computed.clear()
+    run(options(folders, tmp_path / "q", max_seq_length=128), watch)
+    assert watch.computed == [2, 3]
 
 
 def test_what_only_follows_the_codes_may_change(folders, tmp_path, watch):
@@ -256,7 +289,7 @@ def test_a_damaged_plan_starts_over(folders, tmp_path, watch, content):
     left = stopped(folders, tmp_path / "q", 2)
     (left / "plan.json").write_text(content)
     run(options(folders, tmp_path / "q"), watch)
-    assert watch.notes[0].startswith("starting over, because")
+    assert watch.notes[0] == "starting over: the stopped run has a damaged plan"
     assert same_codes(tmp_path / "q", folders / "gptaq")
 
 
@@ -291,7 +324,7 @@ def test_a_full_disk_is_explained_and_what_is_finished_stays(
         monkeypatch = patches
         run(options(folders, tmp_path / "q"), begin_to_fail)
     assert "no space is left on the disk of" in str(error.value)
-    assert "2 finished layers are in" in str(error.value)
+    assert "; 2 finished layers are in" in str(error.value)
     assert not (tmp_path / "q").exists()
     watch.computed.clear()
     run(options(folders, tmp_path / "q"), watch)
@@ -317,6 +350,128 @@ def test_too_little_space_is_found_before_the_work(folders, tmp_path, monkeypatc
     assert watch.computed == [] and list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("refusal", ["disk", "size", "length", "data"])
+def test_a_refused_run_keeps_the_layers(folders, tmp_path, monkeypatch, watch, refusal):
+    left = stopped(folders, tmp_path / "q", 2)
+    before, changes = tree_hash(left), {}
+    with monkeypatch.context() as patches, pytest.raises(XinslmError) as error:
+        if refusal == "disk":
+            usage = shutil.disk_usage(tmp_path)._replace(free=1000)
+            patches.setattr(shutil, "disk_usage", lambda _: usage)
+        else:
+            changes = {
+                "size": {"target_size": "1KB"},
+                "length": {"max_seq_length": 4096},
+                "data": {"data_path": tmp_path / "missing"},
+            }[refusal]
+        run(options(folders, tmp_path / "q", **changes))
+    assert isinstance(error.value, UsageError) == (refusal != "disk")
+    if refusal in ("disk", "size"):
+        assert "; 2 finished layers are in" in str(error.value)
+        command = {"disk": "the same", "size": "the corrected"}[refusal]
+        assert f"and {command} command continues from there" in str(error.value)
+    assert tree_hash(left) == before
+    watch.computed.clear()
+    run(options(folders, tmp_path / "q"), watch)
+    assert watch.computed == [2, 3]
+    assert same_codes(tmp_path / "q", folders / "gptaq")
+
+
+def test_only_the_file_is_left_to_write(folders, tmp_path, monkeypatch):
+    """Room for it is enough, if all layers are finished: activations are not written again."""
+    stopped(folders, tmp_path / "q", LAYERS)
+    size = (folders / "gptaq" / "quantized.safetensors").stat().st_size
+    usage = shutil.disk_usage(tmp_path)._replace(free=2 * size)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+    run(options(folders, tmp_path / "q"))
+    assert same_codes(tmp_path / "q", folders / "gptaq")
+
+
+def replace_model(folder, seed, keep_times=False):
+    """Rename another model's file over that of `folder`, as a download does."""
+    file = folder / "model.safetensors"
+    times = file.stat()
+    save_random_model(folder.parent / f"seed-{seed}", seed=seed, num_hidden_layers=LAYERS)
+    os.replace(folder.parent / f"seed-{seed}" / "model.safetensors", file)
+    if keep_times:
+        os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
+
+
+@pytest.mark.parametrize("method", ["gptaq", "rtn"])
+@pytest.mark.parametrize("keep_times", [False, True])
+def test_a_model_that_is_replaced_meanwhile_is_refused(
+    folders, tmp_path, watch, method, keep_times
+):
+    shutil.copytree(folders / "model", tmp_path / "model")
+    data = {} if method == "gptaq" else {"data_path": None}
+    changes = {"model": tmp_path / "model", "method": method, **data}
+
+    def listen(progress):
+        if progress.done == 2 and not progress.note:
+            replace_model(tmp_path / "model", 5, keep_times)
+
+    with pytest.raises(XinslmError, match=r"model\.safetensors was replaced or deleted while"):
+        run(options(folders, tmp_path / "q", **changes), listen)
+    assert not (tmp_path / "q").exists()
+    if method == "rtn":
+        return
+    assert unfinished(tmp_path / "q").exists()
+    with pytest.raises(UsageError, match="another model"):
+        run(options(folders, tmp_path / "q", **changes))
+    shutil.copy(folders / "model" / "model.safetensors", tmp_path / "model")
+    watch.computed.clear()
+    run(options(folders, tmp_path / "q", **changes), watch)
+    assert watch.computed == [2, 3]
+    assert same_codes(tmp_path / "q", folders / "gptaq")
+
+
+def test_a_copy_of_the_same_model_is_no_other_model(folders, tmp_path):
+    shutil.copytree(folders / "model", tmp_path / "model")
+
+    def listen(progress):
+        if progress.done == 2 and not progress.note:
+            file = tmp_path / "model" / "model.safetensors"
+            shutil.copyfile(file, tmp_path / "copy")
+            os.replace(tmp_path / "copy", file)
+
+    run(options(folders, tmp_path / "q", model=tmp_path / "model"), listen)
+    assert same_codes(tmp_path / "q", folders / "gptaq")
+
+
+@pytest.mark.parametrize("options_of", [{"method": "rtn"}, {"method": "absmax"}, {"bits": 8}])
+def test_a_run_without_calibration_takes_the_lock_and_the_place(folders, tmp_path, options_of):
+    config = QuantizeConfig(folders / "model", tmp_path / "q", force=True, **options_of)
+    stopped(folders, tmp_path / "q", 2)
+
+    def second(progress):
+        if progress.done == 1:
+            run(config)
+
+    with pytest.raises(UsageError, match="is in use by process"):
+        run(config, second)
+    assert unfinished(tmp_path / "q").exists(), "it failed"
+    run(config)
+    assert [path.name for path in tmp_path.iterdir()] == ["q"]
+
+
+def test_a_run_that_only_rounds_keeps_no_layers(folders, tmp_path, monkeypatch):
+    monkeypatch.setattr(finished_layers.FinishedLayers, "write", None)
+    for number, changes in enumerate(({"method": "rtn"}, {"method": "absmax"}, {"bits": 8})):
+        run(QuantizeConfig(folders / "model", tmp_path / f"q{number}", **changes))
+        names = {path.name for path in (tmp_path / f"q{number}").iterdir()}
+        assert "quantized.safetensors" in names and not any("layer-" in name for name in names)
+
+
+def test_files_of_finished_layers_are_hashed_once(folders, tmp_path, monkeypatch):
+    stopped(folders, tmp_path / "q", 3)
+    hashed, hash_file = [], finished_layers.sha256_file
+    monkeypatch.setattr(
+        finished_layers, "sha256_file", lambda path: hashed.append(path.name) or hash_file(path)
+    )
+    run(options(folders, tmp_path / "q"))
+    assert hashed == [f"layer-{index}.safetensors" for index in range(LAYERS)]
+
+
 def test_two_runs_into_one_folder_do_not_share_files(folders, tmp_path):
     def second(progress):
         if progress.done == 1:
@@ -326,14 +481,89 @@ def test_two_runs_into_one_folder_do_not_share_files(folders, tmp_path):
         run(options(folders, tmp_path / "q"), second)
 
 
+def written_options(folders, output, **changes):
+    """A run on text that the model writes."""
+    return options(folders, output, data_path=None, self_generate=True, method="gptq", **changes)
+
+
+def stop_quantizing_at(layer):
+    return lambda progress: stop_at(layer)(progress) if progress.stage == "quantize" else None
+
+
 def test_text_that_the_model_wrote_is_not_written_again(folders, tmp_path, monkeypatch):
-    config = options(folders, tmp_path / "q", data_path=None, self_generate=True, method="gptq")
-    run(options(folders, tmp_path / "whole", data_path=None, self_generate=True, method="gptq"))
+    run(written_options(folders, tmp_path / "whole"))
     with pytest.raises(Interrupted):
-        run(config, lambda p: stop_at(1)(p) if p.stage == "quantize" else None)
+        run(written_options(folders, tmp_path / "q"), stop_quantizing_at(1))
     monkeypatch.setattr("xinslm.quantize.run.write_rows", None)
-    run(config)
+    run(written_options(folders, tmp_path / "q"))
     assert same_codes(tmp_path / "q", tmp_path / "whole")
+
+
+def test_text_alone_is_kept_and_the_message_says_so(folders, tmp_path, monkeypatch):
+    left = unfinished(tmp_path / "q")
+
+    with pytest.raises(Interrupted) as error:
+        run(written_options(folders, tmp_path / "q"), stop_quantizing_at(0))
+    message = "stopped; the calibration text that the model wrote is in"
+    assert str(error.value).startswith(f"{message} {left}, and the same command continues")
+    add = finished_layers.WeightWriter.coded
+
+    def stop(*arguments):
+        add(*arguments)
+        if arguments[1].startswith("model.layers.0.self_attn.o_proj"):
+            assert (left / "quantized-states-0").exists()
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patches, pytest.raises(Interrupted, match=message):
+        patches.setattr(finished_layers.WeightWriter, "coded", stop)
+        run(written_options(folders, tmp_path / "q"))
+    names = {path.name for path in left.iterdir()}
+    assert names == {"plan.json", "rows.json", "rows.safetensors"}
+
+
+@pytest.mark.parametrize("file", ["rows.json", "rows.safetensors"])
+@pytest.mark.parametrize("is_same", [True, False])
+def test_damaged_text_is_written_again_and_layers_follow_it(
+    folders, tmp_path, monkeypatch, watch, file, is_same
+):
+    """If it comes out otherwise, as with other rounding, no layer of the old text stays."""
+    with pytest.raises(Interrupted):
+        run(written_options(folders, tmp_path / "q"), stop_quantizing_at(2))
+    damage(unfinished(tmp_path / "q") / file)
+    if not is_same:
+        write = write_rows
+
+        def other(source, tokenizer, shape, seed, listener):
+            return write(source, tokenizer, shape, seed + 1, listener)
+
+        monkeypatch.setattr("xinslm.quantize.run.write_rows", other)
+    watch.computed.clear()
+    run(written_options(folders, tmp_path / "q"), watch)
+    monkeypatch.setattr("xinslm.quantize.run.write_rows", write_rows)
+    assert watch.computed == ([2, 3] if is_same else [0, 1, 2, 3])
+    assert (
+        watch.notes[0] == "the calibration text that the model wrote is damaged, writing it again"
+    )
+    follow = (
+        "; layers 0 and 1 follow from other calibration text or another layer before"
+        in (watch.notes[1])
+    )
+    assert follow != is_same
+    run(written_options(folders, tmp_path / "whole", seed=0 if is_same else 1))
+    weights = [tmp_path / name / "quantized.safetensors" for name in ("q", "whole")]
+    assert weights[0].read_bytes() == weights[1].read_bytes()
+
+
+def test_another_chat_template_is_noticed(folders, tmp_path):
+    shutil.copytree(folders / "model", tmp_path / "model")
+    config = written_options(folders, tmp_path / "q", model=tmp_path / "model")
+    with pytest.raises(Interrupted):
+        run(config, stop_quantizing_at(2))
+    for file in (tmp_path / "model").glob("*template*"):
+        file.unlink()
+    save_tokenizer(tmp_path / "model", template=TEMPLATE.replace("}}<|end|>", "}} <|end|>"))
+    with pytest.raises(UsageError, match=r"stopped run with another chat template\. Run"):
+        run(config)
 
 
 def test_rows_come_back_as_they_were(tmp_path):

@@ -4,6 +4,8 @@ Q8_0 has one scale for 32 weights, Q6_K (`model/k_quants.py`) a scale of 8 bits 
 16 bits for 256: 8.5 and 6.56 bits a weight.
 """
 
+import hashlib
+
 import numpy as np
 from torch import Tensor
 
@@ -29,12 +31,12 @@ def require_blocks(model: ModelConfig, kind: str | None) -> None:
         )
 
 
-def to_blocks(weight: Tensor, kind: str, name: str) -> np.ndarray:
-    """Quantize float32 rows to llama.cpp's blocks, uint8 (rows, bytes)."""
+def to_blocks(weight: Tensor, kind: str, name: str) -> tuple[np.ndarray, Tensor]:
+    """Quantize float32 rows to llama.cpp's blocks, uint8 (rows, bytes); also their values."""
     if kind == "q8_0":
         codes, scales = _q8_0(weight, name)
-        return to_ggml(codes, scales.half())
-    return _q6_k(weight, name)[0]
+        return to_ggml(codes, scales.half()), decode(codes, scales)
+    return _q6_k(weight, name)
 
 
 def rounded(weight: Tensor, kind: str, name: str) -> Tensor:
@@ -42,6 +44,11 @@ def rounded(weight: Tensor, kind: str, name: str) -> Tensor:
     if kind == "q8_0":
         return decode(*_q8_0(weight, name))
     return _q6_k(weight, name)[1]
+
+
+def hash_values(values: np.ndarray) -> str:
+    """Hash of float32 values, by which they are compared without a second search for codes."""
+    return hashlib.sha256(np.ascontiguousarray(values).view(np.uint8).data).hexdigest()
 
 
 def relative_error(found: np.ndarray, expected: np.ndarray) -> float:

@@ -48,9 +48,7 @@ class GgufSource(ModelSource):
         self._architecture: str = self._file.keys["general.architecture"]
         self._family: Family = FAMILIES[self._architecture]
 
-    @cached_property
-    def fingerprint(self) -> str:
-        """Hash of the file."""
+    def _hash_files(self) -> str:
         return sha256_file(self.path)
 
     @property

@@ -19,7 +19,14 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from xinslm.errors import UsageError, XinslmError
-from xinslm.files import MANIFEST, read_json, sha256_file, sha256_json, write_json
+from xinslm.files import (
+    MANIFEST,
+    file_stamp,
+    read_json,
+    sha256_file,
+    sha256_json,
+    write_json,
+)
 from xinslm.model.config import ModelConfig, UnsupportedModelError
 from xinslm.model.names import CONFIG, GENERATION
 from xinslm.model.stored import StoredWeight
@@ -102,7 +109,32 @@ class ModelSource:
     @cached_property
     def fingerprint(self) -> str:
         """Hash of weights and configuration, independent of the folder's name."""
+        self._stamps = [file_stamp(file) for file in self.files]
+        return self._hash_files()
+
+    def _hash_files(self) -> str:
         return sha256_json([[file.name, sha256_file(file)] for file in self.files])
+
+    def require_unchanged(self) -> None:
+        """Raise XinslmError if a file is not what it was when `fingerprint` was computed; a copy
+        with the same content is.
+        """
+        fingerprint = self.fingerprint
+        stamps = [file_stamp(file) for file in self.files]
+        changed = [
+            file
+            for file, old, new in zip(self.files, self._stamps, stamps, strict=True)
+            if old != new
+        ]
+        if not changed:
+            return
+        if None in stamps or self._hash_files() != fingerprint:
+            raise XinslmError(
+                f"{changed[0]} was replaced or deleted while it was being read. Put the file back "
+                "that was there when the command began, and run it again; or begin anew with the "
+                "other file"
+            )
+        self._stamps = stamps
 
     def save_config(self, folder: Path, dtype: torch.dtype = torch.float32) -> None:
         """Write config.json, which names `dtype`, and generation_config.json into `folder`."""

@@ -3,6 +3,7 @@
 rows = dataset_rows(Path("data"), tokenizer, config, RowShape(128, 512), seed=0)
 """
 
+import hashlib
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -89,6 +90,16 @@ def in_batches(rows: PackedDataset, chosen: np.ndarray) -> list[Batch]:
     """The rows with indices `chosen`, in batches of about 2,048 tokens."""
     step = max(_TOKENS_A_BATCH // rows.row_length, 1)
     return [rows.batch(chosen[i : i + step]) for i in range(0, len(chosen), step)]
+
+
+def hash_rows(batches: list[Batch]) -> str:
+    """Hash of all arrays of the rows, in hexadecimal."""
+    digest = hashlib.sha256()
+    for batch in batches:
+        for name, array in vars(batch).items():
+            digest.update(f"{name} {array.dtype} {array.shape}".encode())
+            digest.update(array.tobytes())
+    return digest.hexdigest()
 
 
 def text_ids_of(data: Path, batches: list[Batch], tokenizer: Any) -> list[str]:

@@ -1,36 +1,29 @@
 """Layers that a quantization has finished, in a folder that outlives the process.
 
 A layer is a safetensors file with its codes, and a JSON file that is written last: what is known of
-the weights, hashes of the codes, of the layer before and of the activations after. A layer whose
-files do not have these hashes counts as not finished, and is computed again alone if the others
-follow from the same bytes.
-
-`stopped_run` gives the folder of one quantization, `.NAME.unfinished` next to the output folder
-NAME. It has no config.json, so no command takes it for a model.
+the weights, hashes of the codes, of the layer before, of the calibration rows and of the
+activations after. A layer whose files do not have these hashes counts as not finished, and is
+computed again alone if the others follow from the same bytes. `stopped.py` has the folder's life.
 """
 
-import errno
-import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
-from xinslm.errors import Interrupted, XinslmError
+from xinslm.errors import XinslmError
 from xinslm.files import new_file, read_json, sha256_file, write_json
-from xinslm.folders import differing_keys, locked
+from xinslm.model.grids import GRIDS, Q4_0, decode, unpack_nibbles
 from xinslm.model.safetensors_writer import SafetensorsWriter
 from xinslm.model.source import open_tensors
-from xinslm.progress import Listener, Progress
 from xinslm.quantize.weights import Facts, WeightWriter
 
 ROWS = "rows.json"
 """Calibration rows that the model has written (`kept_rows.py`)."""
-_PLAN = "plan.json"
-_FULL = {errno.ENOSPC, errno.EDQUOT}
+_SCRATCH = ("inputs", "*-next", "*-states-0", ".*.partial-*")
+"""Files that a continued run does not read."""
 
 
 @dataclass(frozen=True)
@@ -44,8 +37,40 @@ class Layer:
     """Hash of its safetensors file."""
     previous: str
     """Hash of the file of the layer before; empty for the first."""
+    rows: str
+    """Hash of the calibration rows (`hash_rows`); empty without calibration."""
     states: dict[str, str]
     """Hash of the activations after it, by stream; empty without calibration."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a stopped run has left."""
+
+    layers: dict[int, Layer]
+    """Finished layers by index. Each follows from the present rows, and from the layer before if
+    that is among them.
+    """
+    damaged: list[int]
+    """Layers that were finished, but whose files are damaged or missing."""
+    foreign: list[int]
+    """Layers whose files are sound, but follow from other rows or from another layer before."""
+
+    def describe(self, count: int) -> str:
+        """How many of `count` layers are taken over, and what is not; empty if nothing was left."""
+        if not (self.layers or self.damaged or self.foreign):
+            return ""
+        are = "is" if len(self.layers) == 1 else "are"
+        note = f"continuing: {len(self.layers)} of {count} layers {are} taken over"
+        if self.damaged:
+            note += f"; the files of {_named(self.damaged)} are damaged, computing again"
+        if self.foreign:
+            follow = "follows" if len(self.foreign) == 1 else "follow"
+            note += (
+                f"; {_named(self.foreign)} {follow} from other calibration text or another layer "
+                "before, computing again"
+            )
+        return note
 
 
 class FinishedLayers:
@@ -64,15 +89,34 @@ class FinishedLayers:
         with new_file(path) as partial, SafetensorsWriter(partial, names) as file:
             yield WeightWriter(file)
 
-    def finish(self, index: int, out: WeightWriter, previous: str, states: dict[str, str]) -> Layer:
-        """Mark a written layer as finished."""
+    def finish(
+        self, index: int, out: WeightWriter, previous: str, rows: str, states: dict[str, str]
+    ) -> Layer:
+        """Mark a written layer as finished; `previous`, `rows` and `states` as in `Layer`."""
         sha256 = sha256_file(self._path(index, "safetensors"))
-        layer = Layer(out.facts, out.tensors, sha256, previous, states)
+        layer = Layer(out.facts, out.tensors, sha256, previous, rows, states)
         write_json(self._path(index, "json"), asdict(layer))
         return layer
 
-    def read(self, index: int) -> Layer | None:
-        """A finished layer; None if it is missing or damaged."""
+    def find(self, count: int, rows: str) -> Found:
+        """Look for `count` layers that follow from the calibration rows with hash `rows`; each
+        file's hash is computed once.
+        """
+        found = Found({}, [], [])
+        for index in range(count):
+            if not self._path(index, "json").is_file():
+                continue
+            layer, before = self._read(index), found.layers.get(index - 1)
+            if layer is None:
+                found.damaged.append(index)
+            elif layer.rows != rows or (before is not None and layer.previous != before.sha256):
+                found.foreign.append(index)
+            else:
+                found.layers[index] = layer
+        return found
+
+    def _read(self, index: int) -> Layer | None:
+        """A finished layer; None if it is damaged."""
         try:
             content = read_json(self._path(index, "json"))
             layer = Layer(**(content | {"facts": Facts(**content["facts"])}))
@@ -81,15 +125,19 @@ class FinishedLayers:
             return None
         return layer if is_sound else None
 
-    def are_worth_keeping(self) -> bool:
-        """Delete what a continued run does not read, and return whether anything is left."""
-        for scratch in (self.folder / "inputs", *self.folder.glob("*-next")):
-            scratch.unlink(missing_ok=True)
-        return any(self.folder.glob("layer-*.json")) or (self.folder / ROWS).is_file()
+    def remove_scratch(self) -> None:
+        """Delete the files that a continued run does not read, also those of killed runs."""
+        for pattern in _SCRATCH:
+            for path in self.folder.glob(pattern):
+                path.unlink(missing_ok=True)
 
-    def has(self, index: int) -> bool:
-        """Whether a layer was finished once."""
-        return self._path(index, "json").is_file()
+    def remains(self) -> str:
+        """What is worth keeping, with its verb: "3 finished layers are"; empty if nothing is."""
+        count = sum(1 for _ in self.folder.glob("layer-*.json"))
+        if count:
+            return "1 finished layer is" if count == 1 else f"{count} finished layers are"
+        has_rows = (self.folder / ROWS).is_file()
+        return "the calibration text that the model wrote is" if has_rows else ""
 
     def tensors(self, index: int, layer: Layer) -> Iterator[tuple[str, Tensor]]:
         """Yield the tensors of a finished layer in order."""
@@ -97,82 +145,18 @@ class FinishedLayers:
         for name in layer.tensors:
             yield name, file.get_tensor(name)
 
-
-@contextmanager
-def stopped_run(
-    output: Path, plan: Mapping[str, Any], on_progress: Listener
-) -> Iterator[FinishedLayers]:
-    """Begin the folder of a quantization into `output`, or continue that of a stopped one.
-
-    `plan` is all that the codes follow from: with another one the folder is begun anew, and a note
-    says what differs. The folder is deleted at the end, also if the request turns out impossible;
-    it stays after a kill, Ctrl-C (Interrupted) and a full disk (XinslmError).
-    """
-    output = Path(output).resolve()
-    folder = output.parent / f".{output.name}.unfinished"
-    with locked(output):
-        if folder.is_dir() and (reason := _difference(folder, plan)):
-            shutil.rmtree(folder)
-            note = f"starting over, because {reason}"
-            on_progress(Progress("quantize", note=note))
-        folder.mkdir(parents=True, exist_ok=True)
-        write_json(folder / _PLAN, plan)
-        layers, is_kept = FinishedLayers(folder), False
-        try:
-            with explained_full_disk(output):
-                yield layers
-        except KeyboardInterrupt:
-            is_kept = True
-            raise Interrupted(f"stopped; {_remains(layers)}") from None
-        except DiskFullError as error:
-            is_kept = True
-            raise XinslmError(f"{error}; {_remains(layers)}") from None
-        except XinslmError:
-            raise
-        except BaseException:
-            is_kept = True
-            raise
-        finally:
-            if not (is_kept and layers.are_worth_keeping()):
-                shutil.rmtree(folder, ignore_errors=True)
+    def weights(self, index: int, layer: Layer) -> Iterator[tuple[str, Tensor]]:
+        """Yield name without '.weight' and float32 values of each weight of a finished layer."""
+        tensors = dict(self.tensors(index, layer))
+        for name, kind in layer.facts.formats.items():
+            if kind in GRIDS:
+                codes, scales = tensors[f"{name}.codes"], tensors[f"{name}.scales"]
+                yield name, decode(unpack_nibbles(codes) if kind == Q4_0.name else codes, scales)
+            elif f"{name}.weight" in tensors:
+                yield name, tensors[f"{name}.weight"].float()
 
 
-def _remains(layers: FinishedLayers) -> str:
-    """What a stopped run has left, and how to go on."""
-    count = sum(1 for _ in layers.folder.glob("layer-*.json"))
-    if not count:
-        return "no layer was finished"
-    return (
-        f"{count} finished layers are in {layers.folder}, and the same command continues after "
-        "them (delete the folder if you do not want that)"
-    )
-
-
-def _difference(folder: Path, plan: Mapping[str, Any]) -> str:
-    """Why the stopped run in `folder` cannot be continued with this plan; empty if it can."""
-    try:
-        found = read_json(folder / _PLAN)
-    except XinslmError:
-        found = None
-    if not isinstance(found, dict):
-        return "the plan of the stopped run is damaged"
-    changed = [key.replace("_", " ") for key in differing_keys(plan, found)]
-    return f"{', '.join(changed)} changed since the run that was stopped" if changed else ""
-
-
-class DiskFullError(XinslmError):
-    """No space is left where the output is written."""
-
-
-@contextmanager
-def explained_full_disk(output: Path) -> Iterator[None]:
-    """Raise DiskFullError, which names the folder, instead of an OSError that does not."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in _FULL:
-            raise
-        raise DiskFullError(
-            f"no space is left on the disk of {output}, so it was not written: free some, or "
-            "choose another --output-dir"
-        ) from None
+def _named(layers: list[int]) -> str:
+    """Layers in words: 'layer 1', 'layers 0, 1 and 2'."""
+    *others, last = map(str, layers)
+    return f"layers {', '.join(others)} and {last}" if others else f"layer {last}"

@@ -11,6 +11,7 @@ pass through the finished layers again.
 """
 
 import tempfile
+from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
 
@@ -22,14 +23,12 @@ from xinslm.errors import XinslmError
 from xinslm.model.files import open_model
 from xinslm.model.grids import (
     BLOCK,
-    GRIDS,
     Q4_0,
     Q8_0,
     decode,
     encode,
     fit_scales,
     pack_nibbles,
-    unpack_nibbles,
 )
 from xinslm.model.names import QUANTIZED_WEIGHTS
 from xinslm.model.safetensors_writer import SafetensorsWriter
@@ -37,7 +36,8 @@ from xinslm.model.source import FolderSource, ModelSource, weight_shapes
 from xinslm.model.transformer import Block
 from xinslm.progress import Listener, Progress, ignore
 from xinslm.quantize.activations import Blocks, Calibration
-from xinslm.quantize.finished_layers import FinishedLayers, Layer
+from xinslm.quantize.calibration import hash_rows
+from xinslm.quantize.finished_layers import FinishedLayers, Found, Layer
 from xinslm.quantize.gptq import (
     DRIFT_TOKENS,
     Factor,
@@ -59,10 +59,10 @@ _TABLE_ROWS = 8192
 class Quantization:
     """One run: reads weights from `source`, quantizes them, writes `quantized.safetensors`.
 
-    `batches` are the calibration rows; without any, weights are rounded to nearest.
-    `method` is gptq, gptaq, which runs the original model along, rtn or absmax. `finished` has the
-    layers of a stopped run and gets those of this one; by default they are kept in a temporary
-    folder.
+    `batches` are the calibration rows; without any, weights are rounded to nearest, straight into
+    the file. `method` is gptq, gptaq, which runs the original model along, rtn or absmax.
+    `finished` has the layers of a stopped run and gets those of this one; without it, calibrated
+    ones are kept in a temporary folder.
     """
 
     def __init__(
@@ -82,6 +82,19 @@ class Quantization:
         source.require_weights(self.shapes)
         self._facts, self._finished = Facts(), finished
         self._calibration: Calibration | None = None
+        self._first = source
+        """The source as it was given, which has the stamps of the files."""
+
+    @cached_property
+    def found(self) -> Found:
+        """What a stopped run has left; the files are read once."""
+        if self._finished is None:
+            return Found({}, [], [])
+        return self._finished.find(self.model.num_hidden_layers, self._rows_hash)
+
+    @cached_property
+    def _rows_hash(self) -> str:
+        return hash_rows(self.batches) if self.batches else ""
 
     @property
     def bits(self) -> int:
@@ -104,20 +117,24 @@ class Quantization:
         return self._facts.notes
 
     def write(self, folder: Path) -> None:
-        """Quantize everything into the folder's safetensors file."""
-        if self._finished is not None:
+        """Quantize everything into the folder's safetensors file.
+
+        XinslmError if a file of the model is replaced meanwhile.
+        """
+        if self._finished is not None or not self.batches:
             self._write(folder, self._finished)
             return
         with tempfile.TemporaryDirectory(dir=folder) as temporary:
             self._write(folder, FinishedLayers(Path(temporary)))
 
     @torch.no_grad()
-    def _write(self, folder: Path, finished: FinishedLayers) -> None:
+    def _write(self, folder: Path, finished: FinishedLayers | None) -> None:
         count = self.model.num_hidden_layers
         self._facts = Facts()
         self._reopen()
         self._require_tied()
         if self.batches:
+            assert finished is not None, "activations need a folder"
             with_original = self.method == "gptaq"
             self._calibration = Calibration(
                 self.model, self.batches, finished.folder, with_original
@@ -126,41 +143,44 @@ class Quantization:
             out = WeightWriter(file)
             self._table("model.embed_tokens.weight", out)
             self._facts.merge(out.facts)
-            for index, layer in enumerate(self._layers(count, finished)):
-                for name, tensor in finished.tensors(index, layer):
-                    file.add(name, tensor)
-                self._facts.merge(layer.facts)
+            if finished is None:
+                self._round_layers(count, file)
+            else:
+                for index, layer in enumerate(self._layers(count, finished)):
+                    for name, tensor in finished.tensors(index, layer):
+                        file.add(name, tensor)
+                    self._facts.merge(layer.facts)
             out = WeightWriter(file)
             norm = "model.norm.weight"
             out.plain(norm, self.source.rows(norm, self.shapes[norm]))
             if not self.model.tie_word_embeddings:
                 self._table("lm_head.weight", out)
             self._facts.merge(out.facts)
+        self._first.require_unchanged()
         self.on_progress(Progress("quantize", count, count, "layers"))
+
+    def _round_layers(self, count: int, file: SafetensorsWriter) -> None:
+        """Write every layer without calibration, which takes no longer than keeping it would."""
+        for index in range(count):
+            self.on_progress(Progress("quantize", index, count, "layers"))
+            out = WeightWriter(file)
+            self._layer(index, out)
+            self._facts.merge(out.facts)
 
     def _layers(self, count: int, finished: FinishedLayers) -> list[Layer]:
         """Every layer, computed unless a stopped run has finished it."""
-        self._tell_found(count, finished)
+        if note := self.found.describe(count):
+            self.on_progress(Progress("quantize", note=note))
         layers: list[Layer] = []
         for index in range(count):
             self.on_progress(Progress("quantize", index, count, "layers"))
             previous = layers[-1].sha256 if layers else ""
-            layer = finished.read(index)
+            layer = self.found.layers.get(index)
             if layer is None or layer.previous != previous:
                 self._bring_states(index, layers, finished)
                 layer = self._compute(index, previous, finished)
             layers.append(layer)
         return layers
-
-    def _tell_found(self, count: int, finished: FinishedLayers) -> None:
-        """Report what a stopped run has left."""
-        found = [index for index in range(count) if finished.has(index)]
-        if not found:
-            return
-        note = f"continuing: a stopped run has finished {len(found)} of {count} layers"
-        if damaged := [str(index) for index in found if finished.read(index) is None]:
-            note += f"; the files of {', '.join(damaged)} are damaged, which is computed again"
-        self.on_progress(Progress("quantize", note=note))
 
     def _bring_states(self, index: int, before: list[Layer], finished: FinishedLayers) -> None:
         """Bring the calibration rows to the inputs of a layer, for which those `before` are
@@ -177,15 +197,7 @@ class Quantization:
             note = f"computing the activations after layer {passed} again"
             self.on_progress(Progress("quantize", note=note))
             blocks = self._blocks(passed)
-            tensors = dict(finished.tensors(passed, before[passed]))
-            for name, kind in before[passed].facts.formats.items():
-                if kind in GRIDS:
-                    codes, scales = tensors[f"{name}.codes"], tensors[f"{name}.scales"]
-                    weight = decode(unpack_nibbles(codes) if kind == Q4_0.name else codes, scales)
-                elif f"{name}.weight" in tensors:
-                    weight = tensors[f"{name}.weight"].float()
-                else:
-                    continue
+            for name, weight in finished.weights(passed, before[passed]):
                 linear = blocks.quantized.get_submodule(name.removeprefix(self._prefix(passed)))
                 linear.weight = nn.Parameter(weight)
             for part, groups in LINEARS.items():
@@ -231,7 +243,11 @@ class Quantization:
         return blocks
 
     def _reopen(self) -> None:
-        """Map the source's files anew: pages that were read of a map count as memory in use."""
+        """Map the source's files anew: pages that were read of a map count as memory in use.
+
+        XinslmError if they are other files by now.
+        """
+        self._first.require_unchanged()
         if isinstance(self.source, FolderSource):
             self.source = open_model(self.source.path)
 
@@ -239,8 +255,9 @@ class Quantization:
         """Quantize one block, and pass the calibration rows through it."""
         with finished.write(index, self._tensor_names(self._prefix(index))) as out:
             self._layer(index, out)
+        self._first.require_unchanged()
         states = {} if self._calibration is None else self._calibration.finish_layer()
-        layer = finished.finish(index, out, previous, states)
+        layer = finished.finish(index, out, previous, self._rows_hash, states)
         if self._calibration is not None:
             self._calibration.forget_before(index + 1)
         return layer

@@ -6,7 +6,6 @@ run(QuantizeConfig(model=Path("model"), output_dir=Path("model-4bit"), self_gene
 """
 
 import math
-import shutil
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,35 +13,25 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from xinslm import __version__
 from xinslm.config import to_dict
-from xinslm.data.dataset import open_dataset
-from xinslm.data.packing import Batch
-from xinslm.errors import UsageError, XinslmError
 from xinslm.files import MANIFEST, read_json, write_manifest
 from xinslm.folders import new_folder, refuse_existing, refuse_inside
-from xinslm.model.config import ModelConfig
 from xinslm.model.files import open_model
 from xinslm.model.grids import GRIDS
 from xinslm.model.names import QUANTIZED_WEIGHTS, parameter_name
 from xinslm.model.quantized import KIND, VERSION
 from xinslm.model.source import TRAINED_FOR_Q4_0, ModelSource
-from xinslm.progress import Listener, ignore
-from xinslm.quantize.activations import working_bytes
+from xinslm.progress import Listener, Progress, ignore
 from xinslm.quantize.calibration import CalibrationRows, RowShape, dataset_rows
 from xinslm.quantize.config import QuantizeConfig
-from xinslm.quantize.finished_layers import (
-    FinishedLayers,
-    explained_full_disk,
-    stopped_run,
-)
+from xinslm.quantize.finished_layers import ROWS, FinishedLayers
 from xinslm.quantize.keep import Kept
 from xinslm.quantize.kept_rows import load_rows, save_rows
 from xinslm.quantize.pipeline import Quantization
+from xinslm.quantize.plan import make_plan, require_disk, row_shape
 from xinslm.quantize.refine import refine, require_room
 from xinslm.quantize.self_generated import write_rows
+from xinslm.quantize.stopped import stopped_run, unstoppable_run
 from xinslm.runs import add_file, require_run
 from xinslm.tokenizer.base import check_vocabulary
 from xinslm.tokenizer.load import load_tokenizer
@@ -89,8 +78,8 @@ class Result:
 def run(config: QuantizeConfig, on_progress: Listener = ignore) -> Result:
     """Quantize a model folder into the canonical folder.
 
-    If GPTQ chooses the codes, a run that was stopped continues after the last finished layer, with
-    the same bytes in the end. XinslmError if the disk is full.
+    If GPTQ chooses the codes, a run that was stopped continues after the last finished layer; with
+    the same number of threads it ends with the same bytes. XinslmError if the disk is full.
     """
     refuse_existing(config.output_dir, config.force)
     if config.force:
@@ -105,8 +94,12 @@ def run(config: QuantizeConfig, on_progress: Listener = ignore) -> Result:
     # for rounding alone, too: no later stage has a use for a folder without one
     tokenizer = load_tokenizer(config.model)
     check_vocabulary(source.config.vocab_size, tokenizer, str(source.path))
-    with _progress(config, source, tokenizer, on_progress) as finished:
-        work, lines = _make(config, source, tokenizer, finished, on_progress)
+    shape = row_shape(config, source.config) if config.calibrates else None
+    with _progress(config, source, tokenizer, shape, on_progress) as finished:
+        rows = None
+        if shape is not None:
+            rows = _calibration_rows(config, source, tokenizer, shape, finished, on_progress)
+        work, lines = _make(config, source, tokenizer, rows, finished, on_progress)
     result = _result(work, config.output_dir, lines)
     name = f"quantized {result.folder.name}"
     add_file(config.run, result.folder, result.file_bytes, result.bits_per_weight, name)
@@ -115,22 +108,23 @@ def run(config: QuantizeConfig, on_progress: Listener = ignore) -> Result:
 
 @contextmanager
 def _progress(
-    config: QuantizeConfig, source: ModelSource, tokenizer: Any, on_progress: Listener
+    config: QuantizeConfig,
+    source: ModelSource,
+    tokenizer: Any,
+    shape: RowShape | None,
+    on_progress: Listener,
 ) -> Iterator[FinishedLayers | None]:
-    """The finished layers of a run that GPTQ calibrates; None if codes are only rounded."""
+    """The finished layers of a run that GPTQ calibrates; None if codes are only rounded or kept.
+    The output is locked meanwhile.
+    """
     if not config.feeds_back_errors:
-        with explained_full_disk(config.output_dir):
+        plan = {"bits": config.bits, "method": config.method or "rtn"}
+        with unstoppable_run(config.output_dir, plan, config.force):
             yield None
         return
-    settings = ("bits", "method", "num_calibration_samples", "max_seq_length", "seed")
-    plan = {
-        "program": f"xinslm {__version__} with torch {torch.__version__}",
-        "model": source.fingerprint,
-        "tokenizer": tokenizer.fingerprint(),
-        "dataset": None if config.data_path is None else open_dataset(config.data_path).fingerprint,
-        **{name: getattr(config, name) for name in settings},
-    }
-    with stopped_run(config.output_dir, plan, on_progress) as finished:
+    assert shape is not None, "GPTQ calibrates"
+    plan = make_plan(config, source, tokenizer, shape)
+    with stopped_run(config.output_dir, plan, config.force, on_progress) as finished:
         yield finished
 
 
@@ -138,42 +132,28 @@ def _make(
     config: QuantizeConfig,
     source: ModelSource,
     tokenizer: Any,
+    calibration: CalibrationRows | None,
     finished: FinishedLayers | None,
     on_progress: Listener,
 ) -> tuple[Quantization | Kept, list[str]]:
     """Make the folder; return what was done, and lines on what followed the codes."""
     inputs = {"model": source.fingerprint}
-    calibration = None
-    if config.calibrates:
-        calibration = _calibration_rows(config, source, tokenizer, finished, on_progress)
-        if calibration.dataset is not None:
-            inputs["dataset"] = calibration.dataset
+    if calibration is not None and calibration.dataset is not None:
+        inputs["dataset"] = calibration.dataset
     batches = [] if calibration is None else calibration.batches
     method = str(config.method or "rtn")
     require_room(config, source, batches)
     work: Quantization | Kept = Kept(source, on_progress)
     if config.method != "keep":
         rows = batches if finished is not None else []
-        if finished is not None:
-            _require_disk(finished.folder, source.config, rows, method == "gptaq")
         work = Quantization(source, config.bits, rows, on_progress, method, finished)
+        if finished is not None:
+            require_disk(finished.folder, work)
     with new_folder(config.output_dir, config.force) as folder:
         write_folder(work, tokenizer, folder, to_dict(config), inputs, method, calibration)
         lines = refine(config, source, folder, batches, on_progress)
+        source.require_unchanged()
     return work, lines
-
-
-def _require_disk(folder: Path, model: ModelConfig, rows: list[Batch], with_original: bool) -> None:
-    """Raise XinslmError if the activations and the codes, twice, do not fit on the disk."""
-    needed = working_bytes(model, rows, with_original) + 2 * model.num_parameters * 5 // 8
-    found = sum(file.stat().st_size for file in folder.iterdir())
-    free = shutil.disk_usage(folder).free
-    if needed > found + free:
-        raise XinslmError(
-            f"quantizing needs {needed / 1e6:,.0f} MB on the disk of {folder.parent} for the time "
-            f"being, but {(found + free) / 1e6:,.0f} MB are free: free some, choose another "
-            "--output-dir, or take fewer --num-calibration-samples"
-        )
 
 
 def write_folder(
@@ -213,27 +193,26 @@ def _calibration_rows(
     config: QuantizeConfig,
     source: ModelSource,
     tokenizer: Any,
+    shape: RowShape,
     finished: FinishedLayers | None,
     on_progress: Listener,
 ) -> CalibrationRows:
     """Rows of the dataset, or rows that the model writes, or has written for a stopped run."""
-    model = source.config
-    length = config.max_seq_length or min(model.max_position_embeddings, 512)
-    if length > model.max_position_embeddings:
-        raise UsageError(
-            f"--max-seq-length is {length}, but the model reads at most "
-            f"{model.max_position_embeddings}"
-        )
-    shape = RowShape(config.num_calibration_samples, length)
     if config.self_generate:
-        rows = None if finished is None else load_rows(finished.folder)
+        rows = None
+        if finished is not None and (finished.folder / ROWS).exists():
+            rows = load_rows(finished.folder)
+            if rows is None:
+                note = "the calibration text that the model wrote is damaged, writing it again"
+                on_progress(Progress("quantize", note=note))
         if rows is None:
             rows = write_rows(source, tokenizer, shape, config.seed, on_progress)
+            source.require_unchanged()
             if finished is not None:
                 save_rows(finished.folder, rows)
         return rows
     assert config.data_path is not None, "QuantizeConfig.check sees to it"
-    return dataset_rows(config.data_path, tokenizer, model, shape, config.seed)
+    return dataset_rows(config.data_path, tokenizer, source.config, shape, config.seed)
 
 
 def _result(work: Quantization | Kept, folder: Path, lines: list[str]) -> Result:
