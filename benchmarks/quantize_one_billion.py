@@ -22,8 +22,9 @@ import torch
 from machine import describe
 
 from xinslm.model.config import PRESETS, ModelConfig
+from xinslm.model.names import WEIGHTS
 from xinslm.model.safetensors_writer import SafetensorsWriter
-from xinslm.model.source import WEIGHTS, weight_shapes, write_config
+from xinslm.model.source import weight_shapes, write_config
 
 LAYERS = PRESETS["1b"].num_hidden_layers
 EXPORTS = {

@@ -18,8 +18,9 @@ from xinslm.export.config import ImportConfig
 from xinslm.files import write_manifest
 from xinslm.folders import new_folder, refuse_existing, refuse_inside
 from xinslm.model.files import open_model
+from xinslm.model.names import WEIGHTS
 from xinslm.model.safetensors_writer import SafetensorsWriter
-from xinslm.model.source import WEIGHTS, ModelSource, weight_shapes
+from xinslm.model.source import ModelSource, weight_shapes
 from xinslm.progress import Listener, Progress, ignore
 from xinslm.tokenizer.base import check_vocabulary
 from xinslm.tokenizer.load import load_tokenizer

@@ -24,8 +24,9 @@ from xinslm.export.packing import BITS, stored_weight
 from xinslm.files import read_json, write_json, write_manifest
 from xinslm.folders import new_folder, refuse_existing, refuse_inside
 from xinslm.model.files import open_model
+from xinslm.model.names import CONFIG, WEIGHTS
 from xinslm.model.safetensors_writer import SafetensorsWriter
-from xinslm.model.source import CONFIG, WEIGHTS, ModelSource, open_tensors, weight_shapes
+from xinslm.model.source import ModelSource, open_tensors, weight_shapes
 from xinslm.model.stored import StoredWeight
 from xinslm.progress import Listener, Progress, ignore
 from xinslm.runs import add_file, require_run
