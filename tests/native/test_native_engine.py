@@ -275,6 +275,16 @@ def test_a_failed_call_takes_its_tokens_back_also_of_a_sequence_that_the_window_
     assert np.array_equal(context.extend(IDS, [third] * 100, range(100)), wanted)
 
 
+def test_nan_in_a_key_stays_visible_in_both_caches(tmp_path: Path) -> None:
+    model = save_random_model(tmp_path)
+    with torch.no_grad():
+        next(model.parameters())[7] = float("nan")
+    save_model(model, tmp_path)
+    for int8 in (False, True):
+        logits = whole(context_of(tmp_path, int8_cache=int8), [5, 7, 9])
+        assert np.isnan(logits[1:]).all(), int8
+
+
 def test_engine_counts_reuses_and_refuses_as_the_pytorch_engine_does(quantized: Path) -> None:
     engine = NativeEngine.load(quantized, context_length=40, threads=1)
     first = engine.start(IDS[:30])
