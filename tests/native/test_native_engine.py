@@ -285,6 +285,30 @@ def test_nan_in_a_key_stays_visible_in_both_caches(tmp_path: Path) -> None:
         assert np.isnan(logits[1:]).all(), int8
 
 
+def test_an_interrupted_call_leaves_an_engine_that_goes_on(quantized: Path, monkeypatch) -> None:
+    """Python raises KeyboardInterrupt when a call of the library has returned."""
+    engine, fresh = NativeEngine.load(quantized), NativeEngine.load(quantized)
+
+    def interrupt(name: str, call: Callable[[], object]) -> None:
+        own = getattr(engine.context, name)
+
+        def once(*arguments: object) -> object:
+            monkeypatch.undo()
+            own(*arguments)
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(engine.context, name, once)
+        with pytest.raises(KeyboardInterrupt):
+            call()
+
+    engine.start(IDS[:20])
+    interrupt("extend", lambda: engine.step(IDS[20]))
+    assert engine.position == 20
+    assert np.array_equal(engine.step(IDS[20]), fresh.start(IDS[:21]))
+    interrupt("rewind", lambda: engine.rewind(10))
+    assert np.array_equal(engine.start(IDS[:40]), fresh.start(IDS[:40]))
+
+
 def test_engine_counts_reuses_and_refuses_as_the_pytorch_engine_does(quantized: Path) -> None:
     engine = NativeEngine.load(quantized, context_length=40, threads=1)
     first = engine.start(IDS[:30])

@@ -105,8 +105,9 @@ class NativeEngine(EngineBase):
         """Cut the sequence to its first `length` tokens. If a sliding window has dropped what the
         next token would see, they are computed again.
         """
-        kept = self.context.rewind(self._sequence, length)
-        wanted, self._ids = self._ids[:length], self._ids[:kept]
+        wanted = self._ids[:length]
+        kept = self.context.rewind(self._sequence, min(length, self._computed()))
+        self._ids = wanted[:kept]
         for at in range(kept, length, _CHUNK):
             self._run(wanted[at : at + _CHUNK], ())
 
@@ -115,7 +116,15 @@ class NativeEngine(EngineBase):
         self.context.rewind(self._sequence, 0)
         self._ids, self.reused = [], 0
 
+    def _computed(self) -> int:
+        """Tokens of the sequence in the library: others than `_ids` if Ctrl-C or a fork came
+        between a call and the note of what it did.
+        """
+        return self.context.length(self._sequence)
+
     def _run(self, ids: Sequence[int], wanted: Sequence[int]) -> np.ndarray:
+        if self._computed() != self.position:
+            self.rewind(self.position)
         logits = self.context.extend(ids, [self._sequence] * len(ids), wanted)
         self._ids += [int(token) for token in ids]
         return logits[:, : self.tokenizer.vocab_size]
