@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from xinslm.tokenizer.base import Tokenizer
 
 _LAYER = re.compile("0|[1-9][0-9]{0,5}")
-_CHUNK = 256
-"""Tokens of a prompt in one call, so that Ctrl-C takes effect between them."""
+CHUNK = 256
+"""Tokens of a text in one call, so that Ctrl-C takes effect between them."""
 _ROLES = {
     "model.embed_tokens": "embedding",
     "lm_head": "head",
@@ -84,7 +84,7 @@ class NativeEngine(EngineBase):
         """
         self.rewind(self._shared(ids))
         self.reused = self.position
-        *others, last = (ids[at : at + _CHUNK] for at in range(self.reused, len(ids), _CHUNK))
+        *others, last = (ids[at : at + CHUNK] for at in range(self.reused, len(ids), CHUNK))
         for part in others:
             self._run(part, ())
         return self._run(last, (len(last) - 1,))[0]
@@ -108,8 +108,8 @@ class NativeEngine(EngineBase):
         wanted = self._ids[:length]
         kept = self.context.rewind(self._sequence, min(length, self._computed()))
         self._ids = wanted[:kept]
-        for at in range(kept, length, _CHUNK):
-            self._run(wanted[at : at + _CHUNK], ())
+        for at in range(kept, length, CHUNK):
+            self._run(wanted[at : at + CHUNK], ())
 
     def reset(self) -> None:
         """Forget the sequence."""
