@@ -285,6 +285,24 @@ def test_nan_in_a_key_stays_visible_in_both_caches(tmp_path: Path) -> None:
         assert np.isnan(logits[1:]).all(), int8
 
 
+@pytest.mark.parametrize("window", [None, 5])
+def test_nan_in_a_token_does_not_reach_the_tokens_before_it(
+    tmp_path: Path, window: int | None
+) -> None:
+    model = save_random_model(tmp_path, sliding_window=window)
+    ids = [token for token in IDS if token != 7]
+    with torch.no_grad():
+        next(model.parameters())[7] = float("nan")
+    save_model(model, tmp_path)
+    for int8 in (False, True):
+        context = context_of(tmp_path, 2, int8_cache=int8)
+        wanted = whole(context, ids)  # column 7 is NaN: the head is the embedding
+        for at in (1, 18, 63, 64, 66):
+            logits = whole(context, [*ids[:at], 7, *ids[at:]])
+            assert np.array_equal(logits[:at], wanted[:at], equal_nan=True), (int8, at)
+            assert np.isnan(logits[at : at + (window or 99)]).all(), (int8, at)
+
+
 def test_an_interrupted_call_leaves_an_engine_that_goes_on(quantized: Path, monkeypatch) -> None:
     """Python raises KeyboardInterrupt when a call of the library has returned."""
     engine, fresh = NativeEngine.load(quantized), NativeEngine.load(quantized)
