@@ -15,7 +15,7 @@ struct xl_model {
 };
 
 struct xl_context {
-    xl::Context context;
+    mutable xl::Context context;  // a call that only asks claims it, too
 };
 
 namespace xl {
@@ -105,7 +105,10 @@ xl_context *xl_context_new(const xl_model *model, int32_t threads, const char *k
     });
 }
 
-void xl_context_free(xl_context *context) { delete context; }
+void xl_context_free(xl_context *context) {
+    if (context && context->context.is_torn()) return;  // its memory stays, in this forked process
+    delete context;
+}
 
 const char *xl_context_kernels(const xl_context *context) {
     return guarded(static_cast<const char *>(nullptr),
@@ -114,14 +117,14 @@ const char *xl_context_kernels(const xl_context *context) {
 
 int32_t xl_sequence_new(xl_context *context, int32_t parent, int64_t length) {
     return guarded(-1, [&] {
-        const auto lock = given(context, "context")->context.claim();
+        const xl::Context::Claim claim(given(context, "context")->context);
         return context->context.cache.create(parent, length);
     });
 }
 
 int32_t xl_sequence_free(xl_context *context, int32_t sequence) {
     return guarded(-1, [&] {
-        const auto lock = given(context, "context")->context.claim();
+        const xl::Context::Claim claim(given(context, "context")->context);
         context->context.cache.remove(sequence);
         return 0;
     });
@@ -129,14 +132,14 @@ int32_t xl_sequence_free(xl_context *context, int32_t sequence) {
 
 int64_t xl_sequence_length(const xl_context *context, int32_t sequence) {
     return guarded(int64_t{-1}, [&] {
-        const auto lock = given(context, "context")->context.claim();
+        const xl::Context::Claim claim(given(context, "context")->context);
         return context->context.cache.length(sequence);
     });
 }
 
 int64_t xl_sequence_rewind(xl_context *context, int32_t sequence, int64_t length) {
     return guarded(int64_t{-1}, [&] {
-        const auto lock = given(context, "context")->context.claim();
+        const xl::Context::Claim claim(given(context, "context")->context);
         return context->context.cache.rewind(sequence, length);
     });
 }
@@ -144,7 +147,7 @@ int64_t xl_sequence_rewind(xl_context *context, int32_t sequence, int64_t length
 int32_t xl_extend(xl_context *context, int32_t count, const int32_t *tokens, const int32_t *sequences,
                   const uint8_t *wanted, float *logits) {
     return guarded(-1, [&] {
-        const auto lock = given(context, "context")->context.claim();
+        const xl::Context::Claim claim(given(context, "context")->context);
         given(tokens, "list of tokens"), given(sequences, "list of sequences"), given(wanted, "list of marks");
         context->context.extend(count, tokens, sequences, wanted, logits);
         return 0;
@@ -154,7 +157,7 @@ int32_t xl_extend(xl_context *context, int32_t count, const int32_t *tokens, con
 int32_t xl_extend_states(xl_context *context, int32_t count, const int32_t *tokens, const int32_t *sequences,
                          const uint8_t *wanted, float *states) {
     return guarded(-1, [&] {
-        const auto lock = given(context, "context")->context.claim();
+        const xl::Context::Claim claim(given(context, "context")->context);
         given(tokens, "list of tokens"), given(sequences, "list of sequences"), given(wanted, "list of marks");
         context->context.extend(count, tokens, sequences, wanted, nullptr, given(states, "room for states"));
         return 0;
@@ -163,7 +166,7 @@ int32_t xl_extend_states(xl_context *context, int32_t count, const int32_t *toke
 
 int32_t xl_logits(xl_context *context, int64_t count, const float *states, float *logits) {
     return guarded(-1, [&] {
-        const auto lock = given(context, "context")->context.claim();
+        const xl::Context::Claim claim(given(context, "context")->context);
         given(states, "list of states"), given(logits, "room for logits");
         if (count >= xl::kMostRows) throw std::runtime_error("logits of " + std::to_string(count) + " states");
         context->context.logits(xl::size_of(count), states, logits);
@@ -173,7 +176,7 @@ int32_t xl_logits(xl_context *context, int64_t count, const float *states, float
 
 int64_t xl_cache_bytes(const xl_context *context, int32_t allocated) {
     return guarded(int64_t{-1}, [&] {
-        const auto lock = given(context, "context")->context.claim();
+        const xl::Context::Claim claim(given(context, "context")->context);
         return static_cast<int64_t>(context->context.cache.bytes(allocated != 0));
     });
 }

@@ -1,6 +1,7 @@
 #include "cache.h"
 
 #include <cmath>
+#include <limits>
 #include <stdexcept>
 #include <string>
 
@@ -12,14 +13,18 @@ size_t region_size(int head_size, bool int8) {
     return int8 ? numbers + 2 * kPageTokens * sizeof(float) : 2 * numbers;
 }
 
-// Codes of `size` values, whose largest magnitude becomes 127; returns the scale.
+// Codes of `size` values, whose largest magnitude becomes 127; returns the scale. Of values that are
+// all below float's normal numbers it is 0.
 float round_head(const float *values, int size, int8_t *codes, size_t step) {
-    float largest = 0;
-    for (int i = 0; i < size; i++) largest = std::fabs(values[i]) > largest ? std::fabs(values[i]) : largest;
+    float largest = 0, odd = 0;
+    for (int i = 0; i < size; i++) {
+        largest = std::fabs(values[i]) > largest ? std::fabs(values[i]) : largest;
+        odd += 0.0f * values[i];  // 0 unless one is infinite or NaN, which the largest may miss
+    }
     const float scale = largest / 127.0f;
-    if (!(scale > 0.0f) || !std::isfinite(scale)) {
+    if (!(odd == 0.0f) || scale < std::numeric_limits<float>::min()) {
         for (int i = 0; i < size; i++) codes[step * static_cast<size_t>(i)] = 0;
-        return scale;  // NaN and infinity stay visible: the scale is a factor of every score
+        return odd == 0.0f ? 0.0f : NAN;  // which stays visible: the scale is a factor of every score
     }
     for (int i = 0; i < size; i++)
         codes[step * static_cast<size_t>(i)] = static_cast<int8_t>(std::nearbyint(values[i] / scale));

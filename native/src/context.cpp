@@ -73,10 +73,36 @@ Context::~Context() {
     if (process_ != process_id()) (void)team_.release();
 }
 
-std::unique_lock<std::mutex> Context::claim() const {
-    std::unique_lock<std::mutex> lock(busy_, std::try_to_lock);
-    if (!lock) throw std::runtime_error("busy: another thread is using this context");
-    return lock;
+Context::Claim::Claim(Context &context) : holder_(context.holder_) {
+    const long own = process_id();
+    long holder = 0;
+    if (holder_.compare_exchange_strong(holder, own, std::memory_order_acquire)) return;
+    if (holder == own || !holder_.compare_exchange_strong(holder, own, std::memory_order_acquire))
+        throw std::runtime_error("busy: another thread is using this context");
+    if (!context.computing_) {
+        holder_.store(holder, std::memory_order_release);
+        throw std::runtime_error("the process was forked while another thread was changing this context; make a new one");
+    }
+    context.computing_ = false;
+    context.take_back();
+}
+
+bool Context::is_torn() const {
+    const long holder = holder_;
+    return holder && holder != process_id() && !computing_;
+}
+
+void Context::compute(const std::function<void(int)> &work) {
+    computing_ = true;
+    team_->run(work);
+    computing_ = false;
+}
+
+void Context::take_back() {
+    // Also of sequences that have not grown yet, whose new pages go back. One that the window has
+    // emptied meanwhile may be listed again.
+    for (const auto &[sequence, length] : before_) cache.rewind(sequence, std::min(length, cache.length(sequence)));
+    before_.clear();
 }
 
 void Context::check(int count, const int32_t *tokens, const int32_t *sequences) const {
@@ -104,9 +130,9 @@ void Context::extend(int count, const int32_t *tokens, const int32_t *sequences,
     if (!logits && !states && std::any_of(wanted, wanted + count, [](uint8_t mark) { return mark != 0; }))
         throw std::runtime_error("there is no room for logits");
     if (process_ != process_id()) start_team();
-    std::vector<std::pair<int, int64_t>> before;
+    before_.clear();
     for (int i = 0; i < count; i++)
-        if (i == 0 || sequences[i] != sequences[i - 1]) before.emplace_back(sequences[i], cache.length(sequences[i]));
+        if (i == 0 || sequences[i] != sequences[i - 1]) before_.emplace_back(sequences[i], cache.length(sequences[i]));
     try {
         for (int done = 0; done < count; done += kChunkTokens) {
             const int size = std::min(kChunkTokens, count - done);
@@ -117,10 +143,10 @@ void Context::extend(int count, const int32_t *tokens, const int32_t *sequences,
             if (logits) logits += rows * static_cast<size_t>(model_.shape.vocabulary);
         }
     } catch (...) {
-        // also of sequences that have not grown yet, whose new pages go back
-        for (const auto &[sequence, length] : before) cache.rewind(sequence, length);
+        take_back();
         throw;
     }
+    before_.clear();
 }
 
 void Context::logits(size_t count, const float *states, float *out) {
@@ -135,7 +161,7 @@ void Context::logits(size_t count, const float *states, float *out) {
                         size * sizeof(float));
         }
         logits_ = out + done * static_cast<size_t>(model_.shape.vocabulary);
-        team_->run([this](int thread) { head(thread, logits_); });
+        compute([this](int thread) { head(thread, logits_); });
     }
 }
 
@@ -160,7 +186,7 @@ void Context::chunk(int count, const int32_t *tokens, const int32_t *sequences, 
         if (next[s] >= 0) cache.reserve(static_cast<int>(s), next[s] - cache.length(static_cast<int>(s)));
     grow_rotations(most);
     plan_attention();
-    team_->run([this](int thread) { forward(thread); });
+    compute([this](int thread) { forward(thread); });
     for (int i = 0; i < count; i++) cache.advance(sequences[i]);
 }
 

@@ -2,8 +2,9 @@
 #pragma once
 
 #include <atomic>
+#include <functional>
 #include <memory>
-#include <mutex>
+#include <utility>
 #include <vector>
 
 #include "cache.h"
@@ -27,8 +28,22 @@ class Context {
     // The final norm and the head.
     void logits(size_t count, const float *states, float *out);
 
-    // Held during every call that changes sequences; a caller that finds it taken gives up.
-    std::unique_lock<std::mutex> claim() const;
+    // Held during a call; a caller that finds the context claimed gives up. If the claim was made in
+    // the process that this one was forked from, the thread that would end the call is not here: the
+    // call counts as failed, and its tokens are taken back.
+    class Claim {
+      public:
+        explicit Claim(Context &context);
+        ~Claim() { holder_.store(0, std::memory_order_release); }
+        Claim(const Claim &) = delete;
+        Claim &operator=(const Claim &) = delete;
+
+      private:
+        std::atomic<long> &holder_;
+    };
+
+    // Whether a fork hit a call while it changed what this object holds, which is then unusable.
+    bool is_torn() const;
 
     Cache cache;
     const Kernels &kernels;
@@ -61,6 +76,8 @@ class Context {
     };
 
     void start_team();
+    void compute(const std::function<void(int)> &work);
+    void take_back();
     void check(int count, const int32_t *tokens, const int32_t *sequences) const;
     void chunk(int count, const int32_t *tokens, const int32_t *sequences, const uint8_t *wanted);
     void plan_attention();
@@ -86,7 +103,9 @@ class Context {
     const size_t hidden_, queries_, keys_, ffn_, width_;  // width_: the widest input of a product
     std::unique_ptr<Team> team_;
     long process_;
-    mutable std::mutex busy_;
+    std::atomic<long> holder_{0};        // the process whose thread is in a call, or 0
+    std::atomic<bool> computing_{false}; // the call changes numbers only, no lists of this object
+    std::vector<std::pair<int, int64_t>> before_;  // sequences of the call, and their lengths before it
 
     std::vector<float> rotations_;  // [position][cosines of head_size / 2, then sines]
     Memory<float> x_, qkv_, attended_, gates_;

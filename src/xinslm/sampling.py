@@ -10,11 +10,11 @@ from xinslm.errors import UsageError
 from xinslm.ranges import SHARE, Range, Settings, range_errors
 
 _SAMPLING = {
-    "temperature": Range(0),
+    "temperature": Range(0, 1_000_000),
     "top_k": Range(0),
     "top_p": Range(0, 1, above=True),
     "min_p": SHARE,
-    "repetition_penalty": Range(0, above=True),
+    "repetition_penalty": Range(0.01, 100),  # beyond, penalised logits leave float32
     "seed": Range(0),
 }
 

@@ -1,6 +1,8 @@
 """What may reach a terminal: no control characters, no passwords, and a message for every error."""
 
 import io
+import os
+import subprocess
 import sys
 
 import pytest
@@ -8,6 +10,7 @@ import pytest
 from xinslm.cli import terminal
 from xinslm.cli.live import PlainLines, listener
 from xinslm.cli.main import _explain, main
+from xinslm.cli.present import stream_text
 from xinslm.config import to_dict, to_yaml
 from xinslm.distill.config import DistillConfig
 from xinslm.errors import UsageError, XinslmError
@@ -86,6 +89,42 @@ def test_generated_text_is_exact_in_a_pipe_and_harmless_on_a_terminal(monkeypatc
         monkeypatch.setattr(sys, "stdout", stream)
         terminal.write(text)
         assert stream.getvalue() == expected
+
+
+def test_characters_that_the_output_cannot_write_become_escapes():
+    code = "from xinslm.cli.main import main; from xinslm.cli.terminal import write\n"
+    code += "main(['--version']); write('caf\\u00e9 \\U0001f44d\\n')"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "PYTHONIOENCODING": "latin-1"},
+        capture_output=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[1] == b"caf\xe9 \\U0001f44d"
+
+
+@pytest.mark.parametrize("closed", ["stdin", "stdout", "stderr"])
+def test_a_closed_stream_is_empty_and_its_text_goes_nowhere_else(closed, monkeypatch, capsys):
+    monkeypatch.setattr(sys, closed, None)
+    assert main(["distil"]) == 2
+    terminal.write("text")
+    if closed == "stdin":
+        with pytest.raises(EOFError):
+            input()
+    shown = capsys.readouterr()
+    assert shown.out == ("" if closed == "stdout" else "text")
+    assert ("Did you mean" in shown.err) == (closed != "stderr")
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), XinslmError("the model's logits are NaN")])
+def test_an_error_in_the_middle_of_a_text_has_a_line_of_its_own(error, capsys):
+    def run(config, on_text):
+        on_text("once upon")
+        raise error
+
+    with pytest.raises(type(error)):
+        stream_text(run, None, None)
+    assert capsys.readouterr().out == "once upon\n"
 
 
 def test_stored_settings_hold_no_password(tmp_path):

@@ -236,6 +236,17 @@ def sign(folder: Path) -> None:
     place.write_text(json.dumps(manifest))
 
 
+def test_a_weight_of_another_type_than_the_manifest_says_is_refused(
+    made: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(made / "q", tmp_path / "q")
+    path = next(tmp_path.glob("q/*.safetensors"))
+    path.write_bytes(path.read_bytes().replace(b'"F32"', b'"I32"'))
+    sign(tmp_path / "q")
+    with pytest.raises(XinslmError, match="is I32, but the manifest says f32; quantize again"):
+        use(_open(tmp_path / "q"))
+
+
 @pytest.mark.parametrize("folder", ["full", "q"])
 @pytest.mark.usefixtures("bounded")
 def test_settings(made: Path, tmp_path: Path, folder: str) -> None:

@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 
 from small_models import FAMILIES, save_quantized, save_random_model
-from xinslm.errors import XinslmError
+from xinslm.errors import UsageError, XinslmError
+from xinslm.inference.config import NativeConfig
 from xinslm.inference.native_engine import build
+from xinslm.inference.native_info import run as native_info
 from xinslm.inference.raw_weights import open_raw
 from xinslm.native import library
 from xinslm.native.bindings import kernels
@@ -312,5 +314,8 @@ def test_the_environment_chooses_the_kernels(tmp_path: Path, monkeypatch) -> Non
         monkeypatch.setenv("XINSLM_KERNELS", name)
         assert NativeContext(model, 1).kernels == name
     monkeypatch.setenv("XINSLM_KERNELS", "mmx")
+    for use in (lambda: NativeContext(model, 1), lambda: native_info(NativeConfig())):
+        with pytest.raises(UsageError, match=f"XINSLM_KERNELS is 'mmx'.* one of {', '.join(SETS)}"):
+            use()
     with pytest.raises(XinslmError, match=f"no kernels 'mmx', only: {' '.join(SETS)}"):
-        NativeContext(model, 1)
+        NativeContext(model, 1, kernels="mmx")

@@ -3,6 +3,7 @@ other chunks, threads and neighbours.
 """
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,7 @@ from xinslm.inference.raw_weights import open_raw
 from xinslm.inference.speculative import Speculative
 from xinslm.inference.torch_engine import TorchEngine
 from xinslm.model.config import ModelConfig
+from xinslm.model.files import save_model
 from xinslm.model.transformer import rotary_frequencies
 from xinslm.native.model import NativeContext
 from xinslm.quantize.config import QuantizeConfig
@@ -58,8 +60,6 @@ def away(got: np.ndarray, wanted: np.ndarray) -> float:
 def test_logits_equal_those_of_transformers(tmp_path: Path, kind: str, dtype: str) -> None:
     model = save_random_model(tmp_path, **SHAPES[kind])
     if dtype != "float32":
-        from xinslm.model.files import save_model
-
         save_model(model.to(getattr(torch, dtype)), tmp_path)
     theirs = AutoModelForCausalLM.from_pretrained(
         tmp_path, dtype=torch.float32, attn_implementation="eager"
@@ -257,6 +257,74 @@ def test_errors_change_nothing(quantized: Path) -> None:
         assert context.length(sequence) == 30
     context.rewind(sequence, 29)
     assert np.array_equal(context.extend(IDS[29:30], [sequence], [0]), first)
+
+
+def test_a_failed_call_takes_its_tokens_back_also_of_a_sequence_that_the_window_emptied(
+    tmp_path: Path,
+) -> None:
+    save_random_model(tmp_path, sliding_window=5, max_position_embeddings=1024)
+    context = context_of(tmp_path, 2, max_tokens=512)
+    first, second, third = (context.add() for _ in range(3))
+    context.extend(IDS * 2, [first] * 200, [])
+    # `first` comes twice, and grows by more than the window before the cache is full
+    owners = [first] * 150 + [second] + [first] * 150 + [third] * 700
+    with pytest.raises(XinslmError, match="the cache holds 512 tokens"):
+        context.extend((IDS * 11)[: len(owners)], owners, [])
+    assert [context.length(sequence) for sequence in (first, second, third)] == [0, 0, 0]
+    wanted = whole(context_of(tmp_path, 1), IDS)
+    assert np.array_equal(context.extend(IDS, [third] * 100, range(100)), wanted)
+
+
+def test_nan_in_a_key_stays_visible_in_both_caches(tmp_path: Path) -> None:
+    model = save_random_model(tmp_path)
+    with torch.no_grad():
+        next(model.parameters())[7] = float("nan")
+    save_model(model, tmp_path)
+    for int8 in (False, True):
+        logits = whole(context_of(tmp_path, int8_cache=int8), [5, 7, 9])
+        assert np.isnan(logits[1:]).all(), int8
+
+
+@pytest.mark.parametrize("window", [None, 5])
+def test_nan_in_a_token_does_not_reach_the_tokens_before_it(
+    tmp_path: Path, window: int | None
+) -> None:
+    model = save_random_model(tmp_path, sliding_window=window)
+    ids = [token for token in IDS if token != 7]
+    with torch.no_grad():
+        next(model.parameters())[7] = float("nan")
+    save_model(model, tmp_path)
+    for int8 in (False, True):
+        context = context_of(tmp_path, 2, int8_cache=int8)
+        wanted = whole(context, ids)  # column 7 is NaN: the head is the embedding
+        for at in (1, 18, 63, 64, 66):
+            logits = whole(context, [*ids[:at], 7, *ids[at:]])
+            assert np.array_equal(logits[:at], wanted[:at], equal_nan=True), (int8, at)
+            assert np.isnan(logits[at : at + (window or 99)]).all(), (int8, at)
+
+
+def test_an_interrupted_call_leaves_an_engine_that_goes_on(quantized: Path, monkeypatch) -> None:
+    """Python raises KeyboardInterrupt when a call of the library has returned."""
+    engine, fresh = NativeEngine.load(quantized), NativeEngine.load(quantized)
+
+    def interrupt(name: str, call: Callable[[], object]) -> None:
+        own = getattr(engine.context, name)
+
+        def once(*arguments: object) -> object:
+            monkeypatch.undo()
+            own(*arguments)
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(engine.context, name, once)
+        with pytest.raises(KeyboardInterrupt):
+            call()
+
+    engine.start(IDS[:20])
+    interrupt("extend", lambda: engine.step(IDS[20]))
+    assert engine.position == 20
+    assert np.array_equal(engine.step(IDS[20]), fresh.start(IDS[:21]))
+    interrupt("rewind", lambda: engine.rewind(10))
+    assert np.array_equal(engine.start(IDS[:40]), fresh.start(IDS[:40]))
 
 
 def test_engine_counts_reuses_and_refuses_as_the_pytorch_engine_does(quantized: Path) -> None:

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from small_models import save_quantized, save_random_model
 from xinslm.errors import UsageError, XinslmError
 from xinslm.evaluate.config import EvaluateConfig
+from xinslm.evaluate.native_scorer import NativeScorer
 from xinslm.evaluate.run import run as run_evaluate
 from xinslm.inference.config import EngineConfig, GenerateConfig, NativeConfig
 from xinslm.inference.generate import generate
@@ -17,6 +18,7 @@ from xinslm.inference.generate import run as run_generate
 from xinslm.inference.load import load_engine
 from xinslm.inference.native_engine import NativeEngine
 from xinslm.inference.native_info import run as native_info
+from xinslm.inference.raw_weights import open_raw
 from xinslm.inference.sampling import Sampler, log_probability
 from xinslm.inference.speculative import LookupDrafter, ModelDrafter, Speculative
 from xinslm.native.sampling import draw
@@ -125,6 +127,24 @@ def test_drafts_need_the_same_tokenizer(models, tmp_path) -> None:
         load_engine(EngineConfig(model=models / "q", engine="pytorch", draft="lookup"))
 
 
+def test_a_draft_that_is_nothing_is_named(models) -> None:
+    with pytest.raises(UsageError, match="--draft lokup is neither lookup nor none, nor a model"):
+        load_engine(EngineConfig(model=models / "q", draft="lokup"))
+
+
+def test_settings_beyond_float32_are_refused_by_their_names(models) -> None:
+    engine = NativeEngine.load(models / "q")
+    for name, value in (("temperature", 1e40), ("repetition_penalty", 1e40)):
+        with pytest.raises(UsageError, match=f"{name} is 1e.40, but must be at most"):
+            tokens_of(engine, PROMPT, **{name: value})
+    with pytest.raises(UsageError, match="repetition_penalty is 1e-46, but must be at least"):
+        tokens_of(engine, PROMPT, repetition_penalty=1e-46)
+    limits = [("temperature", 1e-46), ("temperature", 1e6)]
+    limits += [("repetition_penalty", 0.01), ("repetition_penalty", 100)]
+    for name, value in limits:
+        assert len(tokens_of(engine, PROMPT, **{name: value})) == 100
+
+
 def test_generate_gives_the_same_text_with_every_draft(models) -> None:
     texts = {
         run_generate(
@@ -158,3 +178,29 @@ def test_evaluate_with_int8_activations_takes_it(models, tmp_path, monkeypatch) 
     assert ours.bits_per_byte == pytest.approx(twin.bits_per_byte, rel=3e-3)
     plain = run_evaluate(EvaluateConfig(models / "q", (str(text),), device="cpu"))
     assert plain.bits_per_byte != twin.bits_per_byte
+
+
+def test_the_scorer_reads_long_texts_in_parts_so_that_ctrl_c_takes_effect(tmp_path) -> None:
+    save_random_model(tmp_path, max_position_embeddings=1024)
+    raw = open_raw(tmp_path)
+    assert raw is not None
+    scorer, sizes = NativeScorer(tmp_path, raw, ""), []
+    texts = [np.random.default_rng(7).integers(0, 320, length) for length in (700, 256, 1)]
+    wanted = []
+    for text in texts:
+        sequence = scorer.context.add()
+        owners = [sequence] * len(text)
+        wanted.append(scorer.context.extend_states(text.tolist(), owners, range(len(text))))
+        scorer.context.remove(sequence)
+    extend = scorer.context.extend_states
+
+    def watched(tokens, *rest):
+        sizes.append(len(tokens))
+        return extend(tokens, *rest)
+
+    scorer.context.extend_states = watched
+    assert np.array_equal(scorer.states(texts).numpy(), np.concatenate(wanted))
+    assert sum(sizes) == 957 and max(sizes) == 256
+    with pytest.raises(XinslmError, match="token 320"):
+        scorer.states([np.array([1, 320])])
+    assert scorer.context.cache_bytes() == 0

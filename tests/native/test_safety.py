@@ -30,6 +30,32 @@ def whole(context, ids):
     logits = context.extend(ids, [sequence] * len(ids), range(len(ids)))
     context.remove(sequence)
     return logits
+
+def again(call):
+    while True:
+        try:
+            return call()
+        except XinslmError as error:
+            told.append(str(error))
+
+def keep_busy(context, sequences):
+    # calls of another thread, one after the other until the process ends
+    owners = [sequence for sequence in sequences for _ in IDS]
+    def work():
+        while True:
+            again(lambda: context.extend(IDS * len(sequences), owners, []))
+            for sequence in sequences:
+                again(lambda: context.rewind(sequence, 0))
+    threading.Thread(target=work, daemon=True).start()
+
+def wait_for_a_call(context):
+    while True:
+        try:
+            context.length(0)
+        except XinslmError:
+            return
+
+told = []
 """
 
 
@@ -164,6 +190,49 @@ assert same and os.read(reader, 10) == b"same"
     run(code, folder)
 
 
+def test_a_fork_during_a_call_of_another_thread_leaves_a_context_that_works(folder: Path) -> None:
+    code = """
+context = NativeContext(build(MODEL), 2)
+wanted = whole(context, IDS)
+kept, others = context.add(), [context.add() for _ in range(20)]
+context.extend(IDS[:50], [kept] * 50, [])
+
+def child():
+    rest = context.extend(IDS[50:], [kept] * 50, range(50))
+    assert np.array_equal(rest, wanted[50:])
+    assert {context.length(sequence) for sequence in others} <= {0, 100}  # not a part of a call
+    assert np.array_equal(whole(context, IDS), wanted)
+
+def status_of_child():
+    wait_for_a_call(context)
+    number = os.fork()
+    if number:
+        return os.waitstatus_to_exitcode(os.waitpid(number, 0)[1])
+    try:
+        child()
+        os._exit(0)
+    except XinslmError as error:  # the fork came between two steps of the call
+        os._exit(3 if "make a new one" in str(error) else 1)
+    finally:
+        os._exit(2)
+
+keep_busy(context, others)
+found = [status_of_child() for _ in range(6)]
+assert found.count(0) >= 3 and set(found) <= {0, 3}, found
+"""
+    run(code, folder)
+
+
+def test_a_thread_may_be_inside_a_call_when_python_ends(folder: Path) -> None:
+    code = """
+context = NativeContext(build(MODEL), 2)
+keep_busy(context, [context.add() for _ in range(20)])
+wait_for_a_call(context)
+"""
+    for _ in range(3):
+        run(code, folder)
+
+
 def test_many_more_threads_than_processors_finish(folder: Path) -> None:
     code = """
 threads = 4 * (os.cpu_count() or 1)
@@ -180,16 +249,9 @@ for token in IDS:
 def test_the_second_of_two_threads_on_a_context_is_refused(folder: Path) -> None:
     code = """
 context = NativeContext(build(MODEL), 2)
-wanted, told, wrong = whole(context, IDS), [], []
+wanted, wrong = whole(context, IDS), []
 sequences = [context.add(), context.add()]
 done = threading.Event()
-
-def again(call):
-    while True:
-        try:
-            return call()
-        except XinslmError as error:
-            told.append(str(error))
 
 def work(sequence):
     for _ in range(3000):

@@ -63,8 +63,9 @@ void Encoder::finish() {
 template <class Id>
 std::unique_ptr<Encoder::Worker<Id>> Encoder::Pool<Id>::take() {
     {
-        const std::lock_guard<std::mutex> lock(guard_);
-        if (!free_.empty()) {
+        // not waited for: after a fork the thread that holds it may not be in this process
+        const std::unique_lock<std::mutex> lock(guard_, std::try_to_lock);
+        if (lock && !free_.empty()) {
             auto worker = std::move(free_.back());
             free_.pop_back();
             return worker;
@@ -75,8 +76,8 @@ std::unique_ptr<Encoder::Worker<Id>> Encoder::Pool<Id>::take() {
 
 template <class Id>
 void Encoder::Pool<Id>::give(std::unique_ptr<Worker<Id>> worker) {
-    const std::lock_guard<std::mutex> lock(guard_);
-    free_.push_back(std::move(worker));
+    const std::unique_lock<std::mutex> lock(guard_, std::try_to_lock);
+    if (lock) free_.push_back(std::move(worker));
 }
 
 template <>

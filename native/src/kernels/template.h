@@ -282,43 +282,57 @@ inline float page_softmax(float *scores, const float *key_scales, const Range &s
     return before[0];
 }
 
+// A row's values from `begin` to `end`, in order.
+template <class S, class T>
+inline typename S::F add_values(typename S::F sum, const T *values, int size, const float *weights, int begin,
+                                int end) {
+    for (int i = begin; i < end; i++) sum = S::fma(load_cached<S>(values + i * size), S::set(weights[i]), sum);
+    return sum;
+}
+
+// No row reads a value that it does not see: 0 times what is infinite or NaN is NaN.
 template <class S, class T, int R>
-inline void page_values(const T *values, int size, const float (*weights)[kPageTokens],
-                        const float *before, const Range &span, float *outputs) {
+inline void page_values(const T *values, int size, const float (*weights)[kPageTokens], const float *before,
+                        const Range *seen, const Range &shared, float *outputs) {
     for (int d = 0; d < size; d += 16) {
         typename S::F sums[R];
-        for (int r = 0; r < R; r++)
+        for (int r = 0; r < R; r++) {
             sums[r] = S::mul(S::load(outputs + r * size + d), S::set(before[r]));
-        for (int i = span.begin; i < span.end; i++) {
+            sums[r] = add_values<S>(sums[r], values + d, size, weights[r], seen[r].begin, shared.begin);
+        }
+        for (int i = shared.begin; i < shared.end; i++) {
             const typename S::F value = load_cached<S>(values + i * size + d);
             for (int r = 0; r < R; r++) sums[r] = S::fma(value, S::set(weights[r][i]), sums[r]);
         }
-        for (int r = 0; r < R; r++) S::store(outputs + r * size + d, sums[r]);
+        for (int r = 0; r < R; r++) {
+            sums[r] = add_values<S>(sums[r], values + d, size, weights[r], shared.end, seen[r].end);
+            S::store(outputs + r * size + d, sums[r]);
+        }
     }
 }
 
 template <class S, class T, int R>
 inline void attend_rows(const PageView &page, int size, const float *queries, const Range *seen,
                         SoftmaxState *states, float *outputs) {
-    float scores[R][kPageTokens], before[R];
-    Range span{kPageTokens, 0};
+    Range shared{0, kPageTokens};  // what all rows see
     for (int r = 0; r < R; r++) {
-        span.begin = lesser(span.begin, seen[r].begin);
-        span.end = greater(span.end, seen[r].end);
+        shared.begin = greater(shared.begin, seen[r].begin);
+        shared.end = lesser(shared.end, seen[r].end);
     }
-    if (span.begin >= span.end) return;
+    if (shared.begin >= shared.end) {
+        if constexpr (R > 1)
+            for (int r = 0; r < R; r++)
+                attend_rows<S, T, 1>(page, size, queries + r * size, seen + r, states + r, outputs + r * size);
+        return;
+    }
+    float scores[R][kPageTokens], before[R] = {};  // gcc 12 takes it for uninitialized
     page_scores<S, T, R>(static_cast<const T *>(page.keys), size, queries, scores);
     for (int r = 0; r < R; r++) {
-        if (seen[r].begin >= seen[r].end) {  // nothing to see: weights 0 leave the output as it is
-            for (float &score : scores[r]) score = 0.0f;
-            before[r] = 1.0f;
-            continue;
-        }
         before[r] = page_softmax<S>(scores[r], page.key_scales, seen[r], states[r]);
         if (page.value_scales)
             for (int i = 0; i < kPageTokens; i++) scores[r][i] *= page.value_scales[i];
     }
-    page_values<S, T, R>(static_cast<const T *>(page.values), size, scores, before, span, outputs);
+    page_values<S, T, R>(static_cast<const T *>(page.values), size, scores, before, seen, shared, outputs);
 }
 
 template <class S, class T>

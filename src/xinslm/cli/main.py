@@ -7,6 +7,7 @@ Flags win over YAML, YAML over defaults. Exit codes: 0 done, 1 failure, 2 wrong 
 by Ctrl-C. A mistake of the user's is one message without a traceback; `--debug` shows it.
 """
 
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -25,6 +26,7 @@ SEE_HELP = "See `xinslm --help`."
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; return the exit code."""
+    _prepare_streams()
     words = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in words
     words = [word for word in words if word != "--debug"]
@@ -36,6 +38,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         if debug:
             raise
         return _explain(error)
+
+
+def _prepare_streams() -> None:
+    """Let a standard stream that the caller closed be empty, and characters that the output's
+    encoding lacks (cp1252 in a pipe on Windows) be written as escapes.
+    """
+    for name in ("stdin", "stdout", "stderr"):
+        if getattr(sys, name) is None:
+            mode = "r" if name == "stdin" else "w"
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def _dispatch(words: list[str]) -> int:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from xinslm.cli.terminal import say, write
+from xinslm.errors import XinslmError
 from xinslm.progress import Listener
 
 Entry = Callable[[Sequence[str], Listener], Any]
@@ -15,7 +16,19 @@ Entry = Callable[[Sequence[str], Listener], Any]
 
 def stream_text(run: Callable[..., Any], config: Any, command: Entry) -> None:
     """Print a continuation as it comes, and its figures on the error stream."""
-    result = run(config, on_text=write)
+    began = False
+
+    def on_text(text: str) -> None:
+        nonlocal began
+        began = True
+        write(text)
+
+    try:
+        result = run(config, on_text=on_text)
+    except (XinslmError, KeyboardInterrupt):
+        if began:  # so that the message has a line of its own
+            print(flush=True)
+        raise
     print()
     say(result.describe(), sys.stderr)
 
@@ -42,7 +55,6 @@ def show_tokens(run: Callable[..., Any], config: Any, command: Entry) -> None:
 def diagnose(run: Callable[..., Any], config: Any, command: Entry) -> None:
     """Print the checks, a line each; raise XinslmError where one failed, for the exit code."""
     from xinslm.cli import live
-    from xinslm.errors import XinslmError
 
     with live.listener() as on_progress:
         result = run(config, on_progress)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from xinslm.evaluate.trie import Row
-from xinslm.inference.native_engine import build
+from xinslm.inference.native_engine import CHUNK, build
 from xinslm.inference.raw_weights import RawModel
 from xinslm.native.model import NativeContext, default_threads
 from xinslm.tokenizer.base import check_vocabulary
@@ -93,11 +93,15 @@ class NativeScorer:
         """Outputs of the last layer, float32 (total tokens, hidden)."""
         parts = []
         for ids in sequences:
-            number = self.context.add()
             tokens = np.asarray(ids).tolist()
-            owners = [number] * len(tokens)
-            parts.append(self.context.extend_states(tokens, owners, range(len(tokens))))
-            self.context.remove(number)
+            number = self.context.add()
+            try:
+                for at in range(0, len(tokens), CHUNK):
+                    part = tokens[at : at + CHUNK]
+                    owners, wanted = [number] * len(part), range(len(part))
+                    parts.append(self.context.extend_states(part, owners, wanted))
+            finally:
+                self.context.remove(number)
         return torch.from_numpy(np.concatenate(parts))
 
     def logits(self, states: Tensor) -> Tensor:

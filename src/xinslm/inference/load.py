@@ -37,7 +37,13 @@ def load_engine(config: EngineConfig) -> Engine:
 
     if config.draft in ("auto", "lookup"):
         return Speculative(target, LookupDrafter())
-    return Speculative(target, ModelDrafter(NativeEngine.load(config.draft, None, threads, cache)))
+    try:
+        drafter = NativeEngine.load(config.draft, None, threads, cache)
+    except UsageError as error:
+        raise UsageError(
+            f"--draft {config.draft} is neither lookup nor none, nor a model that runs: {error}"
+        ) from None
+    return Speculative(target, ModelDrafter(drafter))
 
 
 def native_problem(

@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from xinslm.tokenizer.base import Tokenizer
 
 _LAYER = re.compile("0|[1-9][0-9]{0,5}")
-_CHUNK = 256
-"""Tokens of a prompt in one call, so that Ctrl-C takes effect between them."""
+CHUNK = 256
+"""Tokens of a text in one call, so that Ctrl-C takes effect between them."""
 _ROLES = {
     "model.embed_tokens": "embedding",
     "lm_head": "head",
@@ -84,7 +84,7 @@ class NativeEngine(EngineBase):
         """
         self.rewind(self._shared(ids))
         self.reused = self.position
-        *others, last = (ids[at : at + _CHUNK] for at in range(self.reused, len(ids), _CHUNK))
+        *others, last = (ids[at : at + CHUNK] for at in range(self.reused, len(ids), CHUNK))
         for part in others:
             self._run(part, ())
         return self._run(last, (len(last) - 1,))[0]
@@ -105,17 +105,26 @@ class NativeEngine(EngineBase):
         """Cut the sequence to its first `length` tokens. If a sliding window has dropped what the
         next token would see, they are computed again.
         """
-        kept = self.context.rewind(self._sequence, length)
-        wanted, self._ids = self._ids[:length], self._ids[:kept]
-        for at in range(kept, length, _CHUNK):
-            self._run(wanted[at : at + _CHUNK], ())
+        wanted = self._ids[:length]
+        kept = self.context.rewind(self._sequence, min(length, self._computed()))
+        self._ids = wanted[:kept]
+        for at in range(kept, length, CHUNK):
+            self._run(wanted[at : at + CHUNK], ())
 
     def reset(self) -> None:
         """Forget the sequence."""
         self.context.rewind(self._sequence, 0)
         self._ids, self.reused = [], 0
 
+    def _computed(self) -> int:
+        """Tokens of the sequence in the library: others than `_ids` if Ctrl-C or a fork came
+        between a call and the note of what it did.
+        """
+        return self.context.length(self._sequence)
+
     def _run(self, ids: Sequence[int], wanted: Sequence[int]) -> np.ndarray:
+        if self._computed() != self.position:
+            self.rewind(self.position)
         logits = self.context.extend(ids, [self._sequence] * len(ids), wanted)
         self._ids += [int(token) for token in ids]
         return logits[:, : self.tokenizer.vocab_size]

@@ -6,8 +6,7 @@ from pathlib import Path
 from xinslm.inference.config import NativeConfig
 from xinslm.inference.load import native_problem
 from xinslm.native import library_path, reason
-from xinslm.native.bindings import kernels
-from xinslm.native.load import forced_kernels
+from xinslm.native.bindings import forced_kernels, kernels
 from xinslm.native.model import default_threads
 from xinslm.progress import Listener, ignore
 
@@ -54,7 +53,7 @@ def run(config: NativeConfig, on_progress: Listener = ignore) -> Result:
         path,
         reason(),
         () if path is None else tuple(kernels()),
-        forced_kernels(),
+        "" if path is None else forced_kernels(),
         default_threads(),
         config.model,
         problem,

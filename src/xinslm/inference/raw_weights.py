@@ -128,9 +128,13 @@ def _quantized(path: Path, config: ModelConfig) -> RawModel:
         stem = name.removesuffix(".weight")
         kind = formats.get(stem)
         if kind in ("f16", "f32"):
-            return Weight(
-                F16 if kind == "f16" else F32, _two(file.shape(name)), file.bytes_of(name)
-            )
+            if file.dtype(name) != kind.upper():
+                raise XinslmError(
+                    f"{path}: '{name}' is {file.dtype(name)}, but the manifest says {kind}; "
+                    "quantize again"
+                )
+            number = F16 if kind == "f16" else F32
+            return Weight(number, _two(file.shape(name)), file.bytes_of(name))
         if kind not in _APART:
             raise XinslmError(f"{path}: '{stem}' has the unknown format {kind!r}")
         number, dtype = _APART[kind]

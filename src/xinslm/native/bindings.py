@@ -2,12 +2,13 @@
 
 import ctypes
 import functools
+import os
 from ctypes import POINTER, c_char_p, c_double, c_float, c_int32, c_int64, c_uint8, c_void_p
 from typing import Any
 
 import numpy as np
 
-from xinslm.errors import XinslmError
+from xinslm.errors import UsageError, XinslmError
 from xinslm.native.load import last_error, library, reason
 
 
@@ -106,6 +107,16 @@ def kernels() -> list[str]:
     """Names of the kernels that this processor runs, fastest first."""
     text: bytes = functions().xl_kernels()
     return text.decode().split()
+
+
+def forced_kernels() -> str:
+    """The kernels that the environment's XINSLM_KERNELS names, empty for the fastest; UsageError
+    for a name that this processor has no kernels of.
+    """
+    name, known = os.environ.get("XINSLM_KERNELS", ""), kernels()
+    if name and name not in known:
+        raise UsageError(f"XINSLM_KERNELS is '{name}', but must be one of {', '.join(known)}")
+    return name
 
 
 def floats(array: np.ndarray) -> Any:

@@ -9,7 +9,6 @@ The package `tokenizer` has the twins in Python that define the results. Calls r
 import ctypes
 import functools
 import os
-import weakref
 from collections.abc import Iterable, Sequence
 from ctypes import POINTER, byref, c_char_p, c_int32, c_int64, c_uint32, c_void_p
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from itertools import chain, pairwise
 import numpy as np
 
 from xinslm.errors import XinslmError
-from xinslm.native.load import last_error, library
+from xinslm.native.load import free_with, last_error, library
 
 RULES = {"llama-bpe": 0, "gpt-2": 1, "qwen2": 2, "smollm": 3}
 """Split rules that the library has scanners for, by llama.cpp's names."""
@@ -121,7 +120,7 @@ class NativeEncoder:
         )
         _check(lib, handle or -1)
         self._handle = c_void_p(handle)
-        weakref.finalize(self, lib.xl_bpe_free, self._handle)
+        free_with(self, lib.xl_bpe_free, self._handle)
         # of equal contents the control token counts, which comes first
         added = {c: i for c, i in vocabulary.added.items() if c not in vocabulary.special}
         for content, index, is_special in (
@@ -194,7 +193,7 @@ class NativeLearner:
         handle = lib.xl_bpe_learner_new(RULES[split])
         _check(lib, handle or -1)
         self._handle = c_void_p(handle)
-        weakref.finalize(self, lib.xl_bpe_learner_free, self._handle)
+        free_with(self, lib.xl_bpe_learner_free, self._handle)
         self._waiting: list[bytes] = []
         self._waiting_bytes = 0
 

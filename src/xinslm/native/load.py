@@ -2,7 +2,7 @@
 
 The environment decides: `XINSLM_NATIVE=off` never loads it, `XINSLM_NATIVE=require` makes its
 absence an error, and `XINSLM_NATIVE_LIBRARY` names a file to load instead of the installed one, for
-tests of other builds. `XINSLM_KERNELS` names an instruction set's kernels.
+tests of other builds.
 """
 
 import ctypes
@@ -10,7 +10,10 @@ import functools
 import os
 import sys
 import sysconfig
+import weakref
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from xinslm.errors import UsageError, XinslmError
 
@@ -47,9 +50,12 @@ def library_path() -> Path | None:
     return None if found is None else Path(found._name)
 
 
-def forced_kernels() -> str:
-    """The kernels that `XINSLM_KERNELS` names; empty for the fastest."""
-    return os.environ.get("XINSLM_KERNELS", "")
+def free_with(owner: object, free: Callable[[Any], None], handle: Any) -> None:
+    """Free what the library made when its owner in Python goes.
+
+    Not when Python ends: a thread may be inside a call then, and the system takes all memory back.
+    """
+    weakref.finalize(owner, free, handle).atexit = False
 
 
 def last_error(lib: ctypes.CDLL) -> str:

@@ -8,7 +8,6 @@ logits = context.extend([1, 2, 3], [sequence] * 3, wanted=[2])     # (1, vocabul
 """
 
 import ctypes
-import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -17,7 +16,7 @@ import numpy as np
 from xinslm.machine import usable_cores
 from xinslm.native import bindings
 from xinslm.native.bindings import Shape, checked, floats, functions, matrix_arguments
-from xinslm.native.load import forced_kernels
+from xinslm.native.load import free_with
 
 F32, F16, Q4_0, Q4_1, Q8_0, BF16 = 0, 1, 2, 3, 8, 30
 """llama.cpp's numbers of the types that the library reads."""
@@ -77,7 +76,7 @@ class NativeModel:
         self._kept: list[np.ndarray] = []
         """What the library points into."""
         self.handle = checked(functions().xl_model_new(shape, floats(values)))
-        self._finalizer = weakref.finalize(self, functions().xl_model_free, self.handle)
+        free_with(self, functions().xl_model_free, self.handle)
 
     def set(self, role: str, layer: int, weight: Weight) -> None:
         """Copy a weight of `ROLES` in; XinslmError for a shape or type that does not fit."""
@@ -120,12 +119,12 @@ class NativeContext:
         max_tokens: int = MOST_LISTED,
         kernels: str | None = None,
     ) -> None:
-        name = forced_kernels() if kernels is None else kernels
+        name = bindings.forced_kernels() if kernels is None else kernels
         self.model, self.threads, lib = model, threads, functions()
         self.handle = checked(
             lib.xl_context_new(model.handle, threads, name.encode(), int(int8_cache), max_tokens)
         )
-        self._finalizer = weakref.finalize(self, lib.xl_context_free, self.handle)
+        free_with(self, lib.xl_context_free, self.handle)
 
     @property
     def kernels(self) -> str:
