@@ -10,6 +10,7 @@ by Ctrl-C. A mistake of the user's is one message without a traceback; `--debug`
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import MISSING
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +31,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = [word for word in words if word != "--debug"]
     try:
         return _dispatch(words)
-    except SystemExit as stop:  # tyro ends usage errors this way
-        return stop.code if isinstance(stop.code, int) else 2
     except BaseException as error:
         if debug:
             raise
@@ -117,15 +116,18 @@ def _secrets(config: Any) -> dict[str, str]:
 
 def _parse(name: str, command: Command, words: list[str]) -> Any:
     """Read `--config FILE` (any number of them) and flags into the command's configuration."""
-    import tyro
-
-    from xinslm.cli.numbers import REGISTRY
-    from xinslm.config import from_yaml
+    from xinslm.cli.arguments import parse
 
     files, rest = _take_config_files(words)
-    cls = command.load("config")
-    options: dict[str, Any] = {"default": from_yaml(cls, files, tyro.MISSING)} if files else {}
-    return tyro.cli(cls, args=rest, prog=f"xinslm {name}", registry=REGISTRY, **options)
+    cls, given = command.load("config"), None
+    if files:
+        from xinslm.config import from_yaml  # YAML is slow to import
+
+        given = from_yaml(cls, files, MISSING)
+    try:
+        return parse(cls, rest, given)
+    except UsageError as error:
+        raise UsageError(f"{error}\nSee `xinslm {name} --help`.") from None
 
 
 def _take_config_files(words: list[str]) -> tuple[list[Path], list[str]]:
