@@ -79,11 +79,13 @@ def _run(name: str, command: Command, words: list[str]) -> int:
     config = _parse(name, command, words)
     if name != "plan":  # which has the settings of a run, but writes nothing
         _require_output(config)
-    from xinslm.cli import live, present
-
     if command.present:
+        from xinslm.cli import present
+
         getattr(present, command.present)(command.load("run"), config, perform)
         return 0
+    from xinslm.cli import live
+
     with live.listener() as on_progress:
         listener = FreeCores(on_progress, os.environ)
         result = command.load("run")(config, listener, **_secrets(config))
@@ -93,10 +95,10 @@ def _run(name: str, command: Command, words: list[str]) -> int:
 
 def _require_output(config: Any) -> None:
     """Raise UsageError before any work if the output can be neither made nor written to."""
-    from xinslm.folders import refuse_uncreatable
-
     for name in ("output_dir", "output_path"):
         if (path := getattr(config, name, None)) is not None:
+            from xinslm.folders import refuse_uncreatable
+
             refuse_uncreatable(path)
 
 

@@ -14,22 +14,25 @@ from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 from unicodedata import is_normalized, normalize
 
 import numpy as np
-import regex
 
 from xinslm.errors import UsageError, XinslmError
 from xinslm.native.bpe import NativeEncoder, NativeLearner, Search, Vocabulary, usable_threads
 from xinslm.progress import Listener, Progress, ignore
 from xinslm.tokenizer import base, files
 from xinslm.tokenizer.alphabet import ALPHABET, SPLITS, unspell
-from xinslm.tokenizer.learn import MergeLearner, count_pieces, pieces_of
-from xinslm.tokenizer.learn_native import LibraryLearner
-from xinslm.tokenizer.merges import Merger, PieceTable
 
-_LAZY = ("_native", "_merger", "_table", "bytes_of_tokens")
+if TYPE_CHECKING:
+    import regex
+
+    from xinslm.tokenizer.learn import MergeLearner
+    from xinslm.tokenizer.learn_native import LibraryLearner
+    from xinslm.tokenizer.merges import Merger, PieceTable
+
+_LAZY = ("_native", "_merger", "_table", "_plain_finder", "_all_finder", "bytes_of_tokens")
 DEFAULT_SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|pad|>")
 
 
@@ -87,8 +90,6 @@ class BPETokenizer(base.Tokenizer):
         self.start_ids = definition.start_ids
         self.vocab_size = definition.vocab_size
         self._split = SPLITS[definition.split]
-        self._plain_finder = _finder(self.added_tokens)
-        self._all_finder = _finder(self.added_tokens | self.special_tokens)
         for name in _LAZY:
             vars(self).pop(name, None)
 
@@ -112,12 +113,24 @@ class BPETokenizer(base.Tokenizer):
         )
 
     @cached_property
-    def _merger(self) -> Merger:
+    def _plain_finder(self) -> "regex.Pattern[str] | None":
+        return _finder(self.added_tokens)
+
+    @cached_property
+    def _all_finder(self) -> "regex.Pattern[str] | None":
+        return _finder(self.added_tokens | self.special_tokens)
+
+    @cached_property
+    def _merger(self) -> "Merger":
+        from xinslm.tokenizer.merges import Merger
+
         definition = self.definition
         return Merger(definition.vocab, definition.merges, definition.ignore_merges)
 
     @cached_property
-    def _table(self) -> PieceTable:
+    def _table(self) -> "PieceTable":
+        from xinslm.tokenizer.merges import PieceTable
+
         return PieceTable(self._merger, self.vocab_size)
 
     @classmethod
@@ -171,8 +184,11 @@ class BPETokenizer(base.Tokenizer):
 
     def _count(
         self, texts: Iterable[str], on_text: Callable[[int], None]
-    ) -> MergeLearner | LibraryLearner:
+    ) -> "MergeLearner | LibraryLearner":
         """Count the pieces of texts; XinslmError if there are none."""
+        from xinslm.tokenizer.learn import MergeLearner, count_pieces
+        from xinslm.tokenizer.learn_native import LibraryLearner
+
         native = NativeLearner.make(self.split_name, self.num_threads or usable_threads())
         if native is not None:
             learner = LibraryLearner(native).count(texts, self._split, on_text)
@@ -241,6 +257,8 @@ class BPETokenizer(base.Tokenizer):
     def _pack_ordinary(self, text: str) -> bytes:
         if self.definition.normalizer:
             text = normalize(self.definition.normalizer, text)
+        from xinslm.tokenizer.learn import pieces_of
+
         return b"".join(map(self._table.__getitem__, pieces_of(text, self._split)))
 
     def _token_id(self, content: str) -> int:
@@ -282,6 +300,8 @@ class BPETokenizer(base.Tokenizer):
 
     def pieces(self, text: str) -> list[str]:
         """Cut text into the pieces that merges never cross."""
+        from xinslm.tokenizer.learn import pieces_of
+
         return list(pieces_of(text, self._split))
 
     def encode_segments(
@@ -315,7 +335,9 @@ class BPETokenizer(base.Tokenizer):
         return base.fingerprint(self, f"{self.split_name} {normalizer}".strip())
 
 
-def _finder(tokens: dict[str, int]) -> regex.Pattern[str] | None:
+def _finder(tokens: dict[str, int]) -> "regex.Pattern[str] | None":
     """Return the pattern that finds tokens in text, the longest first."""
+    import regex
+
     longest_first = sorted(tokens, key=len, reverse=True)
     return regex.compile("|".join(map(regex.escape, longest_first))) if tokens else None

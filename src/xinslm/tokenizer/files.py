@@ -17,7 +17,6 @@ from typing import Any, Literal
 from xinslm.errors import XinslmError
 from xinslm.files import read_json, write_json, write_text
 from xinslm.tokenizer.alphabet import ALPHABET, SPLITS
-from xinslm.tokenizer.chat import CHATML, with_start
 from xinslm.tokenizer.start import start_ids, start_processor
 
 TOKENIZER, CONFIG, TEMPLATE = "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"
@@ -94,6 +93,8 @@ def default_template(special: list[str]) -> str | None:
     """Return ChatML if the special tokens allow it."""
     if not {"<|im_start|>", "<|im_end|>"} <= set(special):
         return None
+    from xinslm.tokenizer.chat import CHATML, with_start  # Jinja is slow to import
+
     return with_start(CHATML, default_names(special))
 
 
