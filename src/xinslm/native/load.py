@@ -14,7 +14,7 @@ from pathlib import Path
 
 from xinslm.errors import UsageError, XinslmError
 
-ABI = 4
+ABI = 5
 """Interface number that this code is written for; `XL_ABI` in native/include/xinslm.h."""
 _NAMES = {"win32": "xinslm.dll", "darwin": "libxinslm.dylib"}
 MODES = ("auto", "off", "require")

@@ -46,6 +46,7 @@ class BPETokenizer(base.Tokenizer):
     strips_first_space = False
     num_threads: int | None = None
     """Threads of `train` and `encode_batch` in the native library; None: one for each core."""
+    _define: Callable[[], files.Definition]
 
     def __init__(
         self,
@@ -79,23 +80,36 @@ class BPETokenizer(base.Tokenizer):
 
     def _take(self, definition: files.Definition) -> None:
         """Set the state from a definition."""
-        self.definition = definition
-        self.split_name = definition.split
-        self.merges = definition.merges
-        self.special_tokens = definition.special_tokens
-        self.added_tokens = definition.added_tokens
-        self.chat_template = definition.chat_template
-        self.named_tokens = definition.named_tokens
-        self.bos_id, self.eos_id, self.pad_id = definition.roles()
-        self.start_ids = definition.start_ids
-        self.vocab_size = definition.vocab_size
-        self._split = SPLITS[definition.split]
         for name in _LAZY:
             vars(self).pop(name, None)
+        self.definition = definition
+        self._describe(definition.outline())
+
+    def _describe(self, outline: files.Outline) -> None:
+        self.split_name, self._split = outline.split, SPLITS[outline.split]
+        self.special_tokens = outline.special_tokens
+        self.added_tokens = outline.added_tokens
+        self.chat_template = outline.chat_template
+        self.named_tokens = outline.named_tokens
+        self.bos_id, self.eos_id, self.pad_id = outline.roles
+        self.start_ids = outline.start_ids
+        self.vocab_size = outline.vocab_size
+        self._normalizer = outline.normalizer
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what belongs to the native library, so that copies make their own."""
-        return {name: value for name, value in vars(self).items() if name not in _LAZY}
+        left_out = {*_LAZY, "_define"} if self.definition else _LAZY
+        return {name: value for name, value in vars(self).items() if name not in left_out}
+
+    @cached_property
+    def definition(self) -> files.Definition:
+        """The content of its files; of a GGUF file read when it is first asked for."""
+        return self._define()
+
+    @property
+    def merges(self) -> list[tuple[str, str]]:
+        """Pairs of tokens in the byte alphabet, the first to be joined first."""
+        return self.definition.merges
 
     @cached_property
     def _native(self) -> NativeEncoder | None:
@@ -139,6 +153,18 @@ class BPETokenizer(base.Tokenizer):
         made = cls.__new__(cls)
         made._target, made._min_frequency, made._longest = definition.vocab_size, 0, None
         made._take(definition)
+        return made
+
+    @classmethod
+    def of_encoder(
+        cls, encoder: NativeEncoder, outline: files.Outline, define: Callable[[], files.Definition]
+    ) -> Self:
+        """Build a tokenizer on an encoder that is there; `define` gives its definition."""
+        made = cls.__new__(cls)
+        made._target, made._min_frequency, made._longest = outline.vocab_size, 0, None
+        made._describe(outline)
+        made._define = define
+        vars(made)["_native"] = encoder
         return made
 
     @classmethod
@@ -222,7 +248,7 @@ class BPETokenizer(base.Tokenizer):
         """Encode in the native library, except texts that the normalizer changes."""
         search = Search.ALL if allowed_special else Search.ADDED
         threads = self.num_threads or usable_threads()
-        form = self.definition.normalizer
+        form = self._normalizer
         changed = [form is not None and not is_normalized(form, text) for text in texts]
         if any(changed):
             kept = ["" if odd else text for odd, text in zip(changed, texts, strict=True)]
@@ -255,8 +281,8 @@ class BPETokenizer(base.Tokenizer):
             return self._pack(base.clean_surrogates(text), allowed_special)
 
     def _pack_ordinary(self, text: str) -> bytes:
-        if self.definition.normalizer:
-            text = normalize(self.definition.normalizer, text)
+        if self._normalizer:
+            text = normalize(self._normalizer, text)
         from xinslm.tokenizer.learn import pieces_of
 
         return b"".join(map(self._table.__getitem__, pieces_of(text, self._split)))
@@ -277,6 +303,12 @@ class BPETokenizer(base.Tokenizer):
         for content, index in (self.added_tokens | self.special_tokens).items():
             table[index] = content.encode()
         return table
+
+    def token_bytes(self, token: int) -> bytes:
+        """Return a token's bytes; XinslmError if it is not in the vocabulary."""
+        if self._native is None or not 0 <= token < self.vocab_size:
+            return super().token_bytes(token)
+        return self._native.bytes_of_token(token)
 
     def decode(self, ids: Sequence[int], skip_special: bool = False) -> str:
         """Turn ids into text; bytes that are not UTF-8 become U+FFFD."""
@@ -331,7 +363,7 @@ class BPETokenizer(base.Tokenizer):
 
     def fingerprint(self) -> str:
         """Return a hash that two tokenizers share if and only if the same ids mean the same."""
-        normalizer = self.definition.normalizer or ""
+        normalizer = self._normalizer or ""
         return base.fingerprint(self, f"{self.split_name} {normalizer}".strip())
 
 

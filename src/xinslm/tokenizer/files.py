@@ -29,6 +29,22 @@ class UnsupportedTokenizerError(XinslmError):
 
 
 @dataclass(frozen=True)
+class Outline:
+    """What a byte-level BPE is, but for its vocabulary and merges."""
+
+    vocab_size: int
+    special_tokens: dict[str, int]
+    added_tokens: dict[str, int]
+    split: str
+    named_tokens: dict[str, str]
+    roles: list[int | None]
+    """Ids of BOS, EOS and pad."""
+    start_ids: list[int]
+    chat_template: str | None
+    normalizer: str | None
+
+
+@dataclass(frozen=True)
 class Definition:
     """The content of a byte-level BPE's files."""
 
@@ -63,6 +79,20 @@ class Definition:
         """Return the ids of BOS, EOS and pad."""
         ids = self.vocab | self.added_tokens | self.special_tokens
         return [ids.get(self.named_tokens.get(name, "")) for name in NAMES[:3]]
+
+    def outline(self) -> Outline:
+        """Return what can be said without vocabulary and merges."""
+        return Outline(
+            self.vocab_size,
+            self.special_tokens,
+            self.added_tokens,
+            self.split,
+            self.named_tokens,
+            self.roles(),
+            self.start_ids,
+            self.chat_template,
+            self.normalizer,
+        )
 
 
 def new_definition(
