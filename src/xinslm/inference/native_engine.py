@@ -7,7 +7,7 @@ whether it came alone, in a prompt or as one of several drafts.
 
 import re
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -141,7 +141,7 @@ class _Packing:
         self._shapes = matrix_shapes(raw.config)
         tied = raw.config.tie_word_embeddings
         names = [name for name in raw.names if not (tied and name == "lm_head.weight")]
-        self._names = iter(enumerate(names))
+        self._names: Iterator[tuple[int, str]] = iter(enumerate(names))
         self._lock = threading.Lock()
         """Of the file: weights are read one after the other, and packed at the same time."""
         self._errors: list[tuple[int, Exception]] = []

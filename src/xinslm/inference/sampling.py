@@ -28,7 +28,7 @@ class Sampler:
         self._native = _native_draw()
 
     @cached_property
-    def _random(self) -> np.random.Generator:
+    def _random(self) -> "np.random.Generator":
         return np.random.default_rng(self.settings.seed)
 
     def distribution(

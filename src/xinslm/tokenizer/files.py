@@ -41,7 +41,7 @@ class Outline:
     """Ids of BOS, EOS and pad."""
     start_ids: list[int]
     chat_template: str | None
-    normalizer: str | None
+    normalizer: Literal["NFC"] | None
 
 
 @dataclass(frozen=True)

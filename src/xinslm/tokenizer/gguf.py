@@ -67,8 +67,15 @@ class _Vocabulary:
     tokens: Sequence[str]
     kinds: np.ndarray
     """`TokenType` of each token, int32."""
-    named: dict[str, str]
+    roles: dict[str, int]
+    """Ids of the tokens that have a role, by its name."""
     split: str
+
+    @property
+    def named(self) -> dict[str, str]:
+        """Contents of the tokens that have a role."""
+        contents = _pick(self.tokens, list(self.roles.values()))
+        return {role: contents[token] for role, token in self.roles.items()}
 
     def of_kind(self, kind: TokenType) -> dict[str, int]:
         """Tokens of a kind, to ids; of two equal ones the last counts."""
@@ -93,11 +100,10 @@ def _read(keys: dict[str, Any], where: str) -> Tokenizer:
         token = keys.get(f"tokenizer.ggml.{key}_token_id")
         if token is not None and 0 <= int(token) < len(tokens):
             roles[role] = int(token)
-    contents = _pick(tokens, list(roles.values()))
-    named = {role: contents[token] for role, token in roles.items()}
     if engine == "gpt2":
-        return _byte_level(keys, tokens, types, named)
+        return _byte_level(keys, tokens, types, roles)
     if engine == "llama":
+        named = {role: tokens[token] for role, token in roles.items()}
         return _sentencepiece(keys, tokens, types, named, where)
     raise XinslmError(f"it has a tokenizer of kind {engine!r}, which is not supported")
 
@@ -110,14 +116,14 @@ def _pick(tokens: Sequence[str], places: list[int]) -> dict[int, str]:
 
 
 def _byte_level(
-    keys: dict[str, Any], tokens: Sequence[str], types: list[int], named: dict[str, str]
+    keys: dict[str, Any], tokens: Sequence[str], types: list[int], roles: dict[str, int]
 ) -> BPETokenizer:
     pre = keys.get("tokenizer.ggml.pre", "default")
     if pre not in _SPLITS:
         raise XinslmError(f"its split rule '{pre}' is not supported ({', '.join(_SPLITS)} are)")
     if unknown := set(types) - set(TokenType):
         raise ValueError(f"token type {min(unknown)}")
-    found = _Vocabulary(keys, tokens, np.array(types, np.int32), named, _SPLITS[pre])
+    found = _Vocabulary(keys, tokens, np.array(types, np.int32), roles, _SPLITS[pre])
     return _in_library(found) or BPETokenizer.of(_define(found))
 
 
@@ -134,19 +140,16 @@ def _in_library(found: _Vocabulary) -> BPETokenizer | None:
     encoder = NativeEncoder.of_gguf(tokens.raw, found.kinds, (merges.raw, len(merges)), found.split)
     if encoder is None:
         return None
-    size = int(np.flatnonzero(np.isin(found.kinds, (TokenType.NORMAL, *_ADDED)))[-1]) + 1
-    roles = [found.keys.get(f"tokenizer.ggml.{_ROLES[name]}_token_id") for name in NAMES[:3]]
-    used = (TokenType.NORMAL, *_ADDED)
+    used = np.isin(found.kinds, (TokenType.NORMAL, *_ADDED))
+    size = int(np.flatnonzero(used)[-1]) + 1
+    roles = [found.roles.get(name) for name in NAMES[:3]]
     outline = Outline(
         vocab_size=size,
         special_tokens=control,
         added_tokens=added,
         split=found.split,
         named_tokens=found.named,
-        roles=[
-            int(role) if name in found.named and found.kinds[int(role)] in used else None
-            for name, role in zip(NAMES, roles, strict=False)
-        ],
+        roles=[None if role is None or not used[role] else role for role in roles],
         start_ids=start_ids(found.start, size),
         chat_template=found.keys.get("tokenizer.chat_template"),
         normalizer=None,
