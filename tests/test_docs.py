@@ -5,9 +5,8 @@ import shlex
 from pathlib import Path
 
 import pytest
-import tyro
 
-from xinslm.cli.numbers import REGISTRY
+from xinslm.cli.arguments import parse
 from xinslm.commands import COMMANDS
 
 ROOT = Path(__file__).parent.parent
@@ -26,7 +25,7 @@ def test_command_parses(line):
     words = shlex.split(line, comments=True)[1:]
     size = next(n for n in (2, 1) if " ".join(words[:n]) in COMMANDS)
     config = COMMANDS[" ".join(words[:size])].load("config")
-    tyro.cli(config, args=words[size:], registry=REGISTRY)
+    parse(config, words[size:])
 
 
 def test_commands_were_found():

@@ -20,7 +20,7 @@ extern "C" {
 #endif
 
 /* Number of this interface; the Python side refuses another one. */
-#define XL_ABI 4
+#define XL_ABI 5
 XL_API int32_t xl_abi(void);
 
 /* What went wrong in the last call of this thread that failed. */

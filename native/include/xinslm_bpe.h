@@ -24,6 +24,12 @@ XL_API xl_bpe *xl_bpe_new(const char *tokens, int64_t tokens_bytes, const uint32
                           const uint32_t *ids, int64_t num_tokens, const char *merges,
                           int64_t merges_bytes, const uint32_t *merge_lengths, int64_t num_merges,
                           int32_t ignore_merges, int32_t rule, int64_t vocab_size);
+/* An encoder that is ready, from the arrays of a GGUF file: `tokens` and `merges` as they are in the
+ * file (each string after the 8 bytes of its length), `kinds` llama.cpp's kind of each token. NULL
+ * also for what is allowed but rare: a token or a merge that is there twice, or is not UTF-8. */
+XL_API xl_bpe *xl_bpe_of_gguf(const char *tokens, int64_t tokens_bytes, const int32_t *kinds,
+                              int64_t num_tokens, const char *merges, int64_t merges_bytes,
+                              int64_t num_merges, int32_t ignore_merges, int32_t rule);
 /* A token that texts are searched for before they are split; control tokens are `special`. Only
  * before xl_bpe_ready. */
 XL_API int32_t xl_bpe_add_token(xl_bpe *bpe, const char *content, int64_t size, uint32_t id,

@@ -10,16 +10,16 @@ dataclass.
 
 import dataclasses
 import difflib
-import types
 import typing
 from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
-from typing import Any, Literal, Union
+from typing import Any, Literal
 
 import yaml
 
 from xinslm.display import hide_passwords
 from xinslm.errors import UsageError
+from xinslm.hints import alternatives, to_value
 
 HEADER = "# Resolved configuration."
 """How a file that `to_yaml` wrote begins."""
@@ -83,7 +83,7 @@ def _read_mapping(
             _read_mapping(hints[key], value_node, full, path, errors, values.setdefault(key, {}))
         else:
             try:
-                values[key] = _convert(strip_annotated(hints[key]), value_node)
+                values[key] = _convert(hints[key], value_node)
             except ValueError as error:
                 errors.append(f"{path}:{value_node.start_mark.line + 1}: '{full}' {error}")
         seen.add(key)
@@ -104,69 +104,24 @@ def _suggest(key: str, prefix: str, cls: type) -> str:
     return f" Known keys: {', '.join(f.name for f in fields(cls))}"
 
 
-def strip_annotated(hint: Any) -> Any:
-    """Reduce `Annotated[X, ...]` to X, also inside a union."""
-    return (
-        strip_annotated(typing.get_args(hint)[0])
-        if typing.get_origin(hint) is typing.Annotated
-        else hint
-    )
-
-
 def _convert(hint: Any, node: yaml.Node) -> Any:
     """Turn a YAML value into the type `hint` asks for, or raise ValueError saying what it must
     be.
     """
-    origin, args = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (Union, types.UnionType):
-        options = [strip_annotated(a) for a in args]
-        if (
-            type(None) in options
-            and isinstance(node, yaml.ScalarNode)
-            and node.tag.endswith(":null")
-        ):
-            return None
-        reasons = []
-        for option in options:
-            if option is not type(None):
-                try:
-                    return _convert(option, node)
-                except ValueError as error:
-                    reasons.append(str(error))
-        raise ValueError(" or ".join(reasons))
-    if origin is tuple:
+    options, is_scalar = alternatives(hint), isinstance(node, yaml.ScalarNode)
+    is_null = is_scalar and node.tag.endswith(":null")
+    if is_null and type(None) in options:
+        return None
+    (hint,) = (option for option in options if option is not type(None))
+    if typing.get_origin(hint) is tuple:
         if not isinstance(node, yaml.SequenceNode):
             raise ValueError("must be a list")
-        return tuple(_convert(strip_annotated(args[0]), item) for item in node.value)
-    if not isinstance(node, yaml.ScalarNode):
+        return tuple(_convert(typing.get_args(hint)[0], item) for item in node.value)
+    if not is_scalar:
         raise ValueError("must be a single value")
-    text = node.value
-    if origin is Literal:
-        if text not in args:
-            near = difflib.get_close_matches(text, [str(a) for a in args], n=1)
-            raise ValueError(
-                f"is '{text}', but must be one of {', '.join(map(str, args))}"
-                + (f". Did you mean '{near[0]}'?" if near else "")
-            )
-        return text
-    if node.tag.endswith(":null") and hint is not str:
+    if is_null and hint is not str and typing.get_origin(hint) is not Literal:
         raise ValueError("has no value")
-    if hint is bool:
-        if text.lower() not in ("true", "false"):
-            raise ValueError(f"is '{text}', but must be true or false")
-        return text.lower() == "true"
-    if hint in (int, float):
-        return to_number(hint, text)
-    return Path(text) if hint is Path else text
-
-
-def to_number(kind: type, text: str) -> Any:
-    """Read an `int` or `float`, or raise ValueError saying what it must be."""
-    try:
-        return kind(text)
-    except ValueError:
-        what = "an integer" if kind is int else "a number"
-        raise ValueError(f"is '{text}', but must be {what}") from None
+    return to_value(hint, node.value)
 
 
 def _build(cls: type, values: dict[str, Any], missing: Any) -> Any:

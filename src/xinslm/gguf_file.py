@@ -9,9 +9,11 @@ Format: GGUF specification, version 2 and 3, little-endian.
 """
 
 import functools
+import itertools
 import math
 import mmap
 import struct
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +50,51 @@ def release(file: mmap.mmap, begin: int, end: int) -> None:
     length = end // mmap.PAGESIZE * mmap.PAGESIZE - first
     if length > 0 and hasattr(mmap, "MADV_DONTNEED"):
         file.madvise(mmap.MADV_DONTNEED, first, length)
+
+
+class Strings(Sequence[str]):
+    """Strings of a file, decoded when they are asked for: a vocabulary has a hundred thousand, and
+    a program that encodes in the native library needs few of them.
+    """
+
+    def __init__(self, file: mmap.mmap, begin: int, end: int, count: int) -> None:
+        self._file, self._begin, self._end, self._count = file, begin, end, count
+
+    @property
+    def raw(self) -> np.ndarray:
+        """Their bytes, uint8, each after the 8 bytes of its length, as a map of the file."""
+        return np.frombuffer(self._file, np.uint8, self._end - self._begin, self._begin)
+
+    def _decoded(self) -> Iterator[str]:
+        at, length = self._begin, struct.Struct("<Q").unpack_from
+        for _ in range(self._count):
+            begin = at + 8
+            at = begin + length(self._file, at)[0]
+            yield self._file[begin:at].decode("utf-8", "replace")
+
+    @functools.cached_property
+    def _list(self) -> list[str]:
+        return list(self._decoded())
+
+    def pick(self, places: Sequence[int]) -> dict[int, str]:
+        """The strings at some places in [0, len), read one after the other up to the last."""
+        wanted = set(places)
+        first = itertools.islice(self._decoded(), max(wanted, default=-1) + 1)
+        return {place: text for place, text in enumerate(first) if place in wanted}
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, place: Any) -> Any:
+        return self._list[place]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._list)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Sequence) and self._list == list(other)
+
+    __hash__ = None  # type: ignore[assignment]
 
 
 class GgufTensor:
@@ -227,22 +274,18 @@ class _Header:
             return self._strings(self._count(count, 8))
         return [self._value(inner, depth + 1) for _ in range(self._count(count, 1))]
 
-    def _strings(self, count: int) -> list[str]:
-        """`count` strings; a vocabulary has a hundred thousand, so this loop does without calls."""
+    def _strings(self, count: int) -> Strings:
+        """`count` strings, of which only the lengths are read: a loop without calls."""
         view, at, length = self._file, self._at, struct.Struct("<Q").unpack_from
-        found = []
-        for _ in range(count):
-            if at + 8 > self.size:
-                break
-            end = at + 8 + length(view, at)[0]
-            if end > self.size:
-                break
-            found.append(view[at + 8 : end].decode("utf-8", "replace"))
-            at = end
-        if len(found) < count:
+        try:
+            for _ in range(count):
+                at += 8 + length(view, at)[0]
+        except struct.error:  # behind the end
+            at = self.size + 1
+        if at > self.size:
             raise ValueError(f"it ends at byte {self.size:,}, in the middle of its header")
-        self._at = at
-        return found
+        begin, self._at = self._at, at
+        return Strings(view, begin, at, count)
 
 
 def _block(number: int) -> tuple[int, int]:

@@ -5,8 +5,6 @@ machine's CPU time that other processes took.
 """
 
 import os
-import platform
-import subprocess
 import time
 from dataclasses import dataclass
 from datetime import datetime
@@ -38,6 +36,9 @@ def usable_cores() -> int:
 
 def _cpu() -> str:
     """The processor's model name."""
+    import platform
+    import subprocess  # slow to import, and rarely needed
+
     try:
         if platform.system() == "Darwin":
             command = ["sysctl", "-n", "machdep.cpu.brand_string"]

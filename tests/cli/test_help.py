@@ -16,19 +16,6 @@ from xinslm.cli.main import _parse, main
 from xinslm.commands import COMMANDS
 
 
-def flags_of_tyro(cls: type) -> set[str]:
-    """The flags and positionals that the command line takes, from tyro's own parser."""
-    import tyro
-
-    parser = tyro.extras.get_parser(cls)
-    actions = [action for action in parser._actions if "-h" not in action.option_strings]
-    return {
-        word if word.startswith("-") else action.dest
-        for action in actions
-        for word in (action.option_strings or [action.dest])
-    }
-
-
 def plain_fields():
     """Fields of the commands' classes that are flags: neither positional nor nested."""
     for name, command in COMMANDS.items():
@@ -79,16 +66,42 @@ def test_the_example_parses_and_is_a_possible_configuration(name, capsys):
     assert f"example: xinslm {name} {command.example}\n" in capsys.readouterr().out
 
 
+SAMPLES = {
+    "PATH": (["some/where"], Path("some/where")),
+    "TEXT": (["a b"], "a b"),
+    "INT": (["-7"], -7),
+    "FLOAT": (["-2.5e-3"], -0.0025),
+    "{True,False}": (["True"], True),
+    "PATH ...": (["a", "b"], (Path("a"), Path("b"))),
+    "TEXT ...": (["a", "b"], ("a", "b")),
+    "FLOAT ...": (["1", ".5"], (1.0, 0.5)),
+}
+"""For each kind of value that help shows: words, and what they are."""
+
+
 @pytest.mark.parametrize("name", COMMANDS)
-def test_each_flag_that_is_shown_is_taken(name):
-    cls = COMMANDS[name].load("config")
-    shown = set()
-    for option in help.options(cls):
-        flags = option.flags.replace("--[no-]", option.flags.replace("[no-]", "no-") + " --")
-        words = flags.replace(",", "").split()
-        shown |= {word for word in words if word.startswith("-")}
+def test_each_flag_that_is_shown_is_taken_and_sets_its_field(name):
+    command = COMMANDS[name]
+    for option in help.options(command.load("config")):
         assert option.text, option.name
-    assert shown <= {flag.replace("_", "-") for flag in flags_of_tyro(cls)}
+        if option.positional:
+            continue
+        for written in option.flags.split(", "):
+            flag, _, kind = written.partition(" ")
+            kind = kind or option.usage.partition(" ")[2]
+            if not kind:
+                plain = flag.replace("[no-]", "")
+                cases = [([plain], True), ([plain.replace("--", "--no-", 1)], False)]
+            elif kind in SAMPLES:
+                words, value = SAMPLES[kind]
+                cases = [([flag, *words], value)]
+            else:
+                cases = [([flag, word], word) for word in kind.strip("{}").split(",")]
+            for words, value in cases:
+                config = _parse(name, command, [*shlex.split(command.example), *words])
+                for part in option.name.split("."):
+                    config = getattr(config, part)
+                assert config == value and type(config) is type(value), words
 
 
 def test_defaults_are_those_of_the_configuration_that_holds_a_section(capsys):
@@ -133,6 +146,6 @@ def test_help_of_a_command_loads_neither_torch_nor_a_parser():
     code = (
         "import sys; from xinslm.cli.main import main\n"
         f"for name in {[name.split() for name in COMMANDS]}: main([*name, '--help'])\n"
-        "assert not {'torch', 'transformers', 'rich.markdown'} & set(sys.modules)"
+        "assert not {'torch', 'transformers', 'rich', 'argparse', 'yaml'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, cwd=Path("/"))

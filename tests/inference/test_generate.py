@@ -12,8 +12,9 @@ import pytest
 from small_models import save_random_model, save_tokenizer
 from xinslm.errors import UsageError, XinslmError
 from xinslm.inference.config import GenerateConfig
-from xinslm.inference.generate import end_ids, generate, run
+from xinslm.inference.generate import generate, run
 from xinslm.sampling import Sampling
+from xinslm.tokenizer.chat import end_ids
 from xinslm.tokenizer.load import load_tokenizer
 
 GREEDY = Sampling(temperature=0)
@@ -146,6 +147,11 @@ def test_a_chat_models_turn_ends_with_its_own_token(tmp_path: Path) -> None:
         tokenizer.eos_id,
         tokenizer.special_tokens["<|pad|>"],
     }
+    others = set(tokenizer.special_tokens.values()) - end_ids(tokenizer)
+    script = [9, *others, tokenizer.special_tokens["<|pad|>"], 9]
+    pieces = list(generate(ScriptedEngine(tokenizer, script), [9], GREEDY))
+    assert others and [piece.token for piece in pieces] == script[:-1]
+    assert pieces[-1].stop == "end token"
 
 
 @pytest.fixture(scope="module")

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from small_models import save_dataset, save_random_model
+from xinslm.cli.arguments import parse
 from xinslm.errors import UsageError
 from xinslm.model.config import PRESETS, ModelConfig
 from xinslm.model.param_dtype import cast_matrices_to_bfloat16
@@ -186,11 +187,9 @@ def test_a_plan_says_what_fits_and_what_would(monkeypatch) -> None:
         "--max-steps",
         "1",
     ]
-    import tyro
-
     if "--batch-size" in wanted:
         del words[2:4]
-    again = plan_run.run(tyro.cli(PlanConfig, args=[*words, "--vocab-size", "32000", *wanted]))
+    again = plan_run.run(parse(PlanConfig, [*words, "--vocab-size", "32000", *wanted]))
     assert again.advice == "fits in 12 GiB" and again.needed <= 12 * GIB
     assert "with any setting" in planned(preset="1b", memory=1.0).advice
     text = result.describe()

@@ -67,6 +67,44 @@ xl_bpe *xl_bpe_new(const char *tokens, int64_t tokens_bytes, const uint32_t *len
     });
 }
 
+xl_bpe *xl_bpe_of_gguf(const char *tokens, int64_t tokens_bytes, const int32_t *kinds,
+                       int64_t num_tokens, const char *merges, int64_t merges_bytes,
+                       int64_t num_merges, int32_t ignore_merges, int32_t rule) {
+    return guarded(static_cast<xl_bpe *>(nullptr), [&] {
+        constexpr int32_t kNormal = 1, kControl = 3, kUserDefined = 4;
+        const size_t count = checked(num_tokens, kinds, "kinds");
+        if (count >= NO_ID) throw std::invalid_argument("the vocabulary is too large");
+        const auto contents = cut_gguf_strings(tokens, checked(tokens_bytes, tokens, "tokens"), count);
+        const auto pairs = cut_gguf_strings(merges, checked(merges_bytes, merges, "merges"),
+                                            checked(num_merges, merges, "merges"));
+        size_t last = 0, size = 0;
+        for (size_t id = 0; id < count; ++id) {
+            if (kinds[id] < 1 || kinds[id] > 6) throw std::invalid_argument("an unknown kind of token");
+            if (kinds[id] == kNormal) last = id;
+            if (kinds[id] == kNormal || kinds[id] == kControl || kinds[id] == kUserDefined)
+                size = id + 1;
+        }
+        std::vector<uint32_t> ids;  // of the vocabulary; what follows it is found in texts only
+        const auto is_added = [&](size_t id) { return kinds[id] == kControl || kinds[id] == kUserDefined; };
+        for (size_t id = 0; id < size; ++id)
+            if (kinds[id] == kNormal || (is_added(id) && id < last))
+                ids.push_back(static_cast<uint32_t>(id));
+        Vocabulary vocabulary(contents, ids, pairs, kinds, ignore_merges != 0);
+        for (size_t id = last; id < size; ++id)
+            if (is_added(id) && vocabulary.has(contents[id]))
+                throw std::invalid_argument("a token is there twice");
+        std::unique_ptr<xl_bpe> bpe(
+            new xl_bpe{Encoder(std::move(vocabulary), static_cast<Rule>(rule), size), false});
+        for (const int32_t kind : {kControl, kUserDefined})
+            for (size_t id = 0; id < size; ++id)
+                if (kinds[id] == kind)
+                    bpe->encoder.add_token(contents[id], static_cast<uint32_t>(id), kind == kControl);
+        bpe->encoder.finish();
+        bpe->ready = true;
+        return bpe.release();
+    });
+}
+
 int32_t xl_bpe_add_token(xl_bpe *bpe, const char *content, int64_t size, uint32_t id,
                          int32_t special) {
     return guarded(-1, [&] {

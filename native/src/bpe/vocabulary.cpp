@@ -47,6 +47,24 @@ bool unspell(std::string_view token, std::string &out) {
     return true;
 }
 
+// Strict, as Python's: no surrogates, nothing beyond U+10FFFF, the shortest form.
+bool is_utf8(std::string_view text) {
+    for (size_t at = 0; at < text.size();) {
+        const auto byte = [&](size_t i) { return static_cast<uint8_t>(text[i]); };
+        const uint8_t lead = byte(at++);
+        if (lead < 0x80) continue;
+        const size_t more = lead >= 0xF0 ? 3 : lead >= 0xE0 ? 2 : 1;
+        if (lead < 0xC2 || lead > 0xF4 || text.size() - at < more) return false;
+        const uint8_t least = lead == 0xE0 ? 0xA0 : lead == 0xF0 ? 0x90 : 0x80;
+        const uint8_t most = lead == 0xED ? 0x9F : lead == 0xF4 ? 0x8F : 0xBF;
+        if (byte(at) < least || byte(at) > most) return false;
+        for (size_t i = 1; i < more; ++i)
+            if ((byte(at + i) & 0xC0) != 0x80) return false;
+        at += more;
+    }
+    return true;
+}
+
 }  // namespace
 
 Alphabet::Alphabet() {
@@ -84,18 +102,40 @@ std::vector<std::string_view> cut_strings(const char *text, size_t bytes, const 
     return strings;
 }
 
+std::vector<std::string_view> cut_gguf_strings(const char *data, size_t bytes, size_t count) {
+    std::vector<std::string_view> strings;
+    if (count > bytes / 8) throw std::invalid_argument("there are fewer strings than their number");
+    strings.reserve(count);
+    size_t at = 0;
+    for (size_t i = 0; i < count; ++i) {
+        if (bytes - at < 8) throw std::invalid_argument("a string is cut off");
+        uint64_t length = 0;
+        for (size_t b = 0; b < 8; ++b)
+            length |= uint64_t{static_cast<uint8_t>(data[at + b])} << 8 * b;
+        at += 8;
+        if (length > bytes - at) throw std::invalid_argument("a string is cut off");
+        strings.emplace_back(data + at, static_cast<size_t>(length));
+        if (!is_utf8(strings.back())) throw std::invalid_argument("a string is not UTF-8");
+        at += static_cast<size_t>(length);
+    }
+    if (at != bytes) throw std::invalid_argument("there are more strings than their number");
+    return strings;
+}
+
 void StringTable::reserve(size_t count) {
     slots_.assign(power_of_two(2 * count), {0, NO_ID});
     mask_ = slots_.size() - 1;
     entries_.reserve(count);
 }
 
-void StringTable::add(std::string_view key, uint32_t value) {
+bool StringTable::add(std::string_view key, uint32_t value) {
     const uint64_t hash = hash_bytes(reinterpret_cast<const uint8_t *>(key.data()), key.size());
     size_t at = hash >> 20 & mask_;
-    while (slots_[at].entry != NO_ID) at = (at + 1) & mask_;
+    for (; slots_[at].entry != NO_ID; at = (at + 1) & mask_)
+        if (slots_[at].hash == hash && entries_[slots_[at].entry].first == key) return false;
     slots_[at] = {hash, static_cast<uint32_t>(entries_.size())};
     entries_.emplace_back(key, value);
+    return true;
 }
 
 uint32_t StringTable::find(std::string_view key) const {
@@ -112,6 +152,7 @@ Vocabulary::Vocabulary(std::string tokens, const uint32_t *lengths, const uint32
     : text_(std::move(tokens)), ids_(ids, ids + count), ignore_merges_(ignore_merges) {
     if (count >= NO_ID || num_merges >= NO_ID / 2)
         throw std::invalid_argument("the vocabulary is too large");
+    text_.reserve(text_.size() + 64);  // never short, so that the views stay right when it is moved
     tokens_ = cut_strings(text_.data(), text_.size(), lengths, count);
     whole_.reserve(count);
     for (size_t i = 0; i < count; ++i) {
@@ -119,15 +160,8 @@ Vocabulary::Vocabulary(std::string tokens, const uint32_t *lengths, const uint32
         largest_ = std::max(largest_, ids[i]);
         whole_.add(tokens_[i], ids[i]);
     }
-    std::string spelled;
-    for (int value = 0; value < 256; ++value) {
-        const uint8_t byte = static_cast<uint8_t>(value);
-        byte_id_[value] = whole_.find(spell(&byte, 1, spelled));
-    }
-    const size_t size = power_of_two(2 * num_merges + 2);
-    pairs_.resize(size);
-    mask_ = size - 1;
-    for (shift_ = 64; (size_t{1} << (64 - shift_)) < size;) --shift_;
+    find_bytes();
+    reserve_merges(num_merges);
     const auto parts = cut_strings(merges.data(), merges.size(), merge_lengths, 2 * num_merges);
     for (size_t rank = 0; rank < num_merges; ++rank) {
         const std::string_view left = parts[2 * rank], right = parts[2 * rank + 1];
@@ -141,11 +175,66 @@ Vocabulary::Vocabulary(std::string tokens, const uint32_t *lengths, const uint32
     }
 }
 
-void Vocabulary::add_merge(uint32_t left, uint32_t right, uint32_t rank, uint32_t joined) {
+Vocabulary::Vocabulary(const std::vector<std::string_view> &tokens,
+                       const std::vector<uint32_t> &ids,
+                       const std::vector<std::string_view> &merges, const int32_t *kinds,
+                       bool ignore_merges)
+    : ids_(ids), ignore_merges_(ignore_merges) {
+    constexpr int32_t kNormal = 1;
+    size_t bytes = 0;
+    for (const uint32_t id : ids) bytes += tokens[id].size();
+    text_.reserve(bytes + 64);  // as above
+    tokens_.reserve(ids.size());
+    whole_.reserve(ids.size());
+    for (const uint32_t id : ids) {
+        text_ += tokens[id];
+        tokens_.emplace_back(text_.data() + text_.size() - tokens[id].size(), tokens[id].size());
+        largest_ = std::max(largest_, id);
+        if (!whole_.add(tokens_.back(), id)) throw std::invalid_argument("a token is there twice");
+    }
+    find_bytes();
+    reserve_merges(merges.size());
+    std::string both;
+    uint32_t rank = 0;
+    const auto normal = [&](std::string_view token) {
+        const uint32_t id = whole_.find(token);
+        return id != NO_ID && kinds[id] == kNormal ? id : NO_ID;
+    };
+    for (const std::string_view merge : merges) {
+        const size_t space = merge.find(' ');
+        if (space == merge.npos || merge.find(' ', space + 1) != merge.npos)
+            throw std::invalid_argument("a merge is not two tokens");
+        both.assign(merge.substr(0, space)).append(merge.substr(space + 1));
+        const uint32_t first = normal(merge.substr(0, space));
+        const uint32_t second = normal(merge.substr(space + 1)), joined = normal(both);
+        if (first == NO_ID || second == NO_ID || joined == NO_ID) continue;
+        if (!add_merge(first, second, rank++, joined))
+            throw std::invalid_argument("a merge is there twice");
+    }
+}
+
+void Vocabulary::find_bytes() {
+    std::string spelled;
+    for (int value = 0; value < 256; ++value) {
+        const uint8_t byte = static_cast<uint8_t>(value);
+        byte_id_[value] = whole_.find(spell(&byte, 1, spelled));
+    }
+}
+
+void Vocabulary::reserve_merges(size_t count) {
+    const size_t size = power_of_two(2 * count + 2);
+    pairs_.resize(size);
+    mask_ = size - 1;
+    for (shift_ = 64; (size_t{1} << (64 - shift_)) < size;) --shift_;
+}
+
+bool Vocabulary::add_merge(uint32_t left, uint32_t right, uint32_t rank, uint32_t joined) {
     size_t at = slot_of(left, right);
     while (pairs_[at].rank != NO_ID && (pairs_[at].left != left || pairs_[at].right != right))
         at = (at + 1) & mask_;
+    const bool is_new = pairs_[at].rank == NO_ID;
     pairs_[at] = {left, right, rank, joined};  // of two equal merges the last counts
+    return is_new;
 }
 
 void Vocabulary::encode(const uint8_t *piece, size_t size, std::vector<uint32_t> &out) const {

@@ -24,12 +24,16 @@ const Alphabet &alphabet();
 std::vector<std::string_view> cut_strings(const char *text, size_t bytes, const uint32_t *lengths,
                                           size_t count);
 
+// `count` strings as a GGUF file has them: each after the 8 bytes of its length, lowest first. All of
+// `bytes` must be used, and the strings must be UTF-8.
+std::vector<std::string_view> cut_gguf_strings(const char *data, size_t bytes, size_t count);
+
 // Strings to numbers; the strings belong to somebody else.
 class StringTable {
    public:
     void reserve(size_t count);
-    void add(std::string_view key, uint32_t value);
-    uint32_t find(std::string_view key) const;  // NO_ID if it is absent
+    bool add(std::string_view key, uint32_t value);  // false, without a change, if it is there
+    uint32_t find(std::string_view key) const;       // NO_ID if it is absent
 
    private:
     struct Slot {
@@ -48,6 +52,12 @@ class Vocabulary {
     Vocabulary(std::string tokens, const uint32_t *lengths, const uint32_t *ids, size_t count,
                std::string merges, const uint32_t *merge_lengths, size_t num_merges,
                bool ignore_merges);
+    // The tokens and merges ("left right") of a GGUF file. Throws for a token or a merge that is
+    // there twice or is odd, which the Python code knows how to read; merges of unknown tokens are
+    // left out.
+    Vocabulary(const std::vector<std::string_view> &tokens, const std::vector<uint32_t> &ids,
+               const std::vector<std::string_view> &merges, const int32_t *kinds,
+               bool ignore_merges);
 
     // Append the ids of one piece to `out`.
     void encode(const uint8_t *piece, size_t size, std::vector<uint32_t> &out) const;
@@ -55,6 +65,7 @@ class Vocabulary {
     // The bytes of each token: as spelled, or its UTF-8 if it is spelled otherwise. Empty for an id
     // that no token has.
     std::vector<std::string> bytes_of_tokens(size_t vocab_size) const;
+    bool has(std::string_view token) const { return whole_.find(token) != NO_ID; }
     uint32_t largest_id() const { return largest_; }
 
    private:
@@ -65,7 +76,9 @@ class Vocabulary {
         uint32_t rank, joined;
     };
 
-    void add_merge(uint32_t left, uint32_t right, uint32_t rank, uint32_t joined);
+    void find_bytes();
+    void reserve_merges(size_t count);
+    bool add_merge(uint32_t left, uint32_t right, uint32_t rank, uint32_t joined);
     size_t slot_of(uint32_t left, uint32_t right) const {
         const uint64_t key = static_cast<uint64_t>(left) << 32 | right;
         return (key ^ key >> 15) * 0x9E3779B97F4A7C15ull >> shift_;

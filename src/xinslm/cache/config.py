@@ -5,9 +5,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Annotated
 
-import tyro
-
 from xinslm.alignment import Alignment
+from xinslm.hints import POSITIONAL, Alias
 from xinslm.ranges import CONTEXT, POSITIVE, SEED, Device, Dtype, Range, Settings, range_errors
 from xinslm.teachers.endpoint_config import EndpointConfig
 
@@ -48,13 +47,13 @@ def default_top_k(top_k: int | None, tail_samples: int) -> int:
 class CacheConfig(Settings):
     """Score a dataset with a teacher, once, into a sparse cache."""
 
-    teacher: Annotated[str, tyro.conf.Positional]
+    teacher: Annotated[str, POSITIONAL]
     """Teacher: any causal model (a model, run or quantized folder, a GGUF file, a Hub name),
     or the URL of an OpenAI-compatible endpoint that scores given text (vLLM); an encoder's folder
     with --hidden-state-depths."""
     data_path: Path
     """Dataset folder made by `xinslm prepare`."""
-    output_dir: Annotated[Path, tyro.conf.arg(aliases=["-o"])]
+    output_dir: Annotated[Path, Alias("-o")]
     """Cache folder to write; a run that was interrupted continues there."""
     top_k: int | None = None
     """Most likely tokens kept exactly at each position; by default 4, or 11 if there are no

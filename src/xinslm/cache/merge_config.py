@@ -4,8 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-import tyro
-
+from xinslm.hints import POSITIONAL, Alias
 from xinslm.ranges import POSITIVE, SEED, Range, Settings, range_errors
 
 _MERGE = {
@@ -21,9 +20,9 @@ _MERGE = {
 class MergeConfig(Settings):
     """Merge caches that several teachers made of one dataset: their weighted mixture."""
 
-    caches: Annotated[tuple[Path, ...], tyro.conf.Positional]
+    caches: Annotated[tuple[Path, ...], POSITIONAL]
     """Cache folders to merge, two or more, all made from one dataset."""
-    output_dir: Annotated[Path, tyro.conf.arg(aliases=["-o"])]
+    output_dir: Annotated[Path, Alias("-o")]
     """Cache folder to write; a run that was interrupted continues there."""
     data_path: Path | None = None
     """Dataset folder that was cached; by default the path stored in the first cache."""

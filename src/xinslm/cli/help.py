@@ -10,19 +10,16 @@ import inspect
 import re
 import shutil
 import textwrap
-import types
 import typing
 from collections.abc import Iterator
 from dataclasses import MISSING, dataclass, is_dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal, Union
-
-import tyro
+from typing import Any, Literal
 
 from xinslm.cli.groups import GROUP_OF, GROUPS
 from xinslm.commands import Command
-from xinslm.config import strip_annotated
+from xinslm.hints import aliases, alternatives, is_positional, strip_annotated
 
 MOST_USED = "Most used"
 EVERY_COMMAND = (
@@ -63,7 +60,7 @@ def options(cls: type) -> Iterator[Option]:
         if is_dataclass(hint):
             yield from _section(field.name, default, docs[field.name])
             continue
-        positional = tyro.conf.Positional in getattr(hint, "__metadata__", ())
+        positional = is_positional(hint)
         group = "Input" if positional else GROUP_OF.get(field.name, "Advanced")
         flags = _flags(field.name, hint, default, positional)
         text = _with_default(docs[field.name], default)
@@ -93,16 +90,15 @@ def _flags(name: str, hint: Any, default: Any, positional: bool) -> str:
     flag = name.replace("_", "-")
     if strip_annotated(hint) is bool:
         return f"--[no-]{flag}" if default else f"--{flag}"
-    aliases = [a for m in getattr(hint, "__metadata__", ()) for a in getattr(m, "aliases", ())]
-    return ", ".join([*aliases, f"--{flag} {_metavar(hint)}"])
+    return ", ".join([*aliases(hint), f"--{flag} {_metavar(hint)}"])
 
 
 def _metavar(hint: Any) -> str:
     """What stands for a value of this type."""
-    hint = strip_annotated(hint)
+    if len(members := alternatives(hint)) > 1:
+        return "|".join(_metavar(member) for member in members if member is not type(None))
+    hint = members[0]
     origin, args = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (Union, types.UnionType):
-        return "|".join(_metavar(arg) for arg in args if arg is not type(None))
     if origin is tuple:
         return f"{_metavar(args[0])} ..."
     if origin is Literal:

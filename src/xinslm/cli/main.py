@@ -11,6 +11,7 @@ import io
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import MISSING
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +33,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = [word for word in words if word != "--debug"]
     try:
         return _dispatch(words)
-    except SystemExit as stop:  # tyro ends usage errors this way
-        return stop.code if isinstance(stop.code, int) else 2
     except BaseException as error:
         if debug:
             raise
@@ -94,11 +93,13 @@ def _run(name: str, command: Command, words: list[str]) -> int:
     config = _parse(name, command, words)
     if name != "plan":  # which has the settings of a run, but writes nothing
         _require_output(config)
-    from xinslm.cli import live, present
-
     if command.present:
+        from xinslm.cli import present
+
         getattr(present, command.present)(command.load("run"), config, perform)
         return 0
+    from xinslm.cli import live
+
     with live.listener() as on_progress:
         listener = FreeCores(on_progress, os.environ)
         result = command.load("run")(config, listener, **_secrets(config))
@@ -108,10 +109,10 @@ def _run(name: str, command: Command, words: list[str]) -> int:
 
 def _require_output(config: Any) -> None:
     """Raise UsageError before any work if the output can be neither made nor written to."""
-    from xinslm.folders import refuse_uncreatable
-
     for name in ("output_dir", "output_path"):
         if (path := getattr(config, name, None)) is not None:
+            from xinslm.folders import refuse_uncreatable
+
             refuse_uncreatable(path)
 
 
@@ -131,15 +132,18 @@ def _secrets(config: Any) -> dict[str, str]:
 
 def _parse(name: str, command: Command, words: list[str]) -> Any:
     """Read `--config FILE` (any number of them) and flags into the command's configuration."""
-    import tyro
-
-    from xinslm.cli.numbers import REGISTRY
-    from xinslm.config import from_yaml
+    from xinslm.cli.arguments import parse
 
     files, rest = _take_config_files(words)
-    cls = command.load("config")
-    options: dict[str, Any] = {"default": from_yaml(cls, files, tyro.MISSING)} if files else {}
-    return tyro.cli(cls, args=rest, prog=f"xinslm {name}", registry=REGISTRY, **options)
+    cls, given = command.load("config"), None
+    if files:
+        from xinslm.config import from_yaml  # YAML is slow to import
+
+        given = from_yaml(cls, files, MISSING)
+    try:
+        return parse(cls, rest, given)
+    except UsageError as error:
+        raise UsageError(f"{error}\nSee `xinslm {name} --help`.") from None
 
 
 def _take_config_files(words: list[str]) -> tuple[list[Path], list[str]]:

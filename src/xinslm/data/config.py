@@ -4,8 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-import tyro
-
+from xinslm.hints import Alias
 from xinslm.ranges import SEED, Range, Settings, range_errors
 
 SplitDocuments = Literal["auto", "file", "blank-line", "line"]
@@ -29,7 +28,7 @@ class PrepareConfig(Settings):
     """
     tokenizer_path: Path
     """Folder of the tokenizer, any model (also a GGUF file), or a Hub name."""
-    output_dir: Annotated[Path, tyro.conf.arg(aliases=["-o"])]
+    output_dir: Annotated[Path, Alias("-o")]
     """Folder to write the dataset to."""
     validation_fraction: float = 0.05
     """Share of the text held back to measure on; a document's own content and the seed decide

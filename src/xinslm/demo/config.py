@@ -4,8 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-import tyro
-
+from xinslm.hints import Alias
 from xinslm.ranges import POSITIVE, SEED, Range, Settings, range_errors
 
 _RANGES = {
@@ -26,7 +25,7 @@ _REAL_ONLY = ("teacher", "num_prompts", "samples", "num_layers")
 class DemoConfig(Settings):
     """Make a small chat model out of a real one, or run the same commands on generated text."""
 
-    output_dir: Annotated[Path, tyro.conf.arg(aliases=["-o"])] = Path("demo-run")
+    output_dir: Annotated[Path, Alias("-o")] = Path("demo-run")
     """Folder for everything the demo makes."""
     teacher: str | None = None
     """Chat model to distill: a folder or .gguf file of a LLaMA, Mistral, Qwen2 or Qwen3; by default

@@ -4,8 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-import tyro
-
+from xinslm.hints import POSITIONAL
 from xinslm.ranges import SEED, Device, Dtype, Range, Settings, range_errors
 
 _DOCTOR = {
@@ -57,11 +56,11 @@ class DoctorConfig(Settings):
 class CompareConfig(Settings):
     """Compare two model files of any kind: whether they hold the same model."""
 
-    model: Annotated[Path, tyro.conf.Positional]
+    model: Annotated[Path, POSITIONAL]
     """Model A: a model, run or quantized folder, a folder of another format, a GGUF file, or a Hub
     name.
     """
-    other: Annotated[Path, tyro.conf.Positional]
+    other: Annotated[Path, POSITIONAL]
     """Model B, of the same or another kind."""
     predictions: bool = False
     """Load both models, one after the other, and compare their next-token distributions too."""

@@ -4,8 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-import tyro
-
+from xinslm.hints import POSITIONAL
 from xinslm.ranges import Activations, Device, Dtype, Range, Settings, range_errors
 
 _EVALUATE = dict.fromkeys(("max_documents", "max_seq_length", "batch_tokens"), Range(1))
@@ -15,7 +14,7 @@ _EVALUATE = dict.fromkeys(("max_documents", "max_seq_length", "batch_tokens"), R
 class EvaluateConfig(Settings):
     """Measure how well a model predicts text: bits per byte and perplexity."""
 
-    model: Annotated[Path, tyro.conf.Positional]
+    model: Annotated[Path, POSITIONAL]
     """Any causal model: a model, run or quantized folder, a GGUF file, or a Hub name."""
     data_path: tuple[str, ...]
     """Dataset folder made by `xinslm prepare`, or raw files (.txt .json .jsonl .parquet, also

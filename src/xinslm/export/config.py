@@ -4,8 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-import tyro
-
+from xinslm.hints import POSITIONAL, Alias
 from xinslm.ranges import CONTEXT, Settings, range_errors
 
 
@@ -13,9 +12,9 @@ from xinslm.ranges import CONTEXT, Settings, range_errors
 class GgufConfig(Settings):
     """Write a model as one GGUF file for llama.cpp, Ollama and LM Studio."""
 
-    model: Annotated[Path, tyro.conf.Positional]
+    model: Annotated[Path, POSITIONAL]
     """Any model: a model, run or quantized folder, a GGUF file, or a Hub name."""
-    output_path: Annotated[Path, tyro.conf.arg(aliases=["-o"])]
+    output_path: Annotated[Path, Alias("-o")]
     """File to write; by convention its name ends in .gguf."""
     outtype: Literal["f32", "f16", "bf16"] | None = None
     """Type of all matrices. By default those with codes on llama.cpp's grids, Q4_0 and Q8_0, keep
@@ -47,9 +46,9 @@ class GgufConfig(Settings):
 class PackedConfig(Settings):
     """Write a file that the native engine maps and uses in place."""
 
-    model: Annotated[Path, tyro.conf.Positional]
+    model: Annotated[Path, POSITIONAL]
     """Any model: a model, run or quantized folder, a GGUF file, or a Hub name."""
-    output_path: Annotated[Path, tyro.conf.arg(aliases=["-o"])]
+    output_path: Annotated[Path, Alias("-o")]
     """File to write."""
     force: bool = False
     """Replace the file if it exists."""
@@ -59,9 +58,9 @@ class PackedConfig(Settings):
 class FolderConfig(Settings):
     """What the folders for other runtimes have in common."""
 
-    model: Annotated[Path, tyro.conf.Positional]
+    model: Annotated[Path, POSITIONAL]
     """Any model; the codes of a quantized folder are kept, others are written unquantized."""
-    output_dir: Annotated[Path, tyro.conf.arg(aliases=["-o"])]
+    output_dir: Annotated[Path, Alias("-o")]
     """Folder to write: config.json, model.safetensors, tokenizer and chat template."""
     dtype: Literal["float32", "float16", "bfloat16"] = "float32"
     """Type of the scales and of weights that stay unquantized, which the runtime computes in.
@@ -92,11 +91,11 @@ class MlxConfig(FolderConfig):
 class CoremlConfig(Settings):
     """Write a model as a Core ML program (macOS 15, iOS 18); a quantized folder keeps its codes."""
 
-    model: Annotated[Path, tyro.conf.Positional]
+    model: Annotated[Path, POSITIONAL]
     """Any LLaMA, Mistral, Qwen2 or Qwen3; the codes of a quantized folder are kept, others are
     written in float16.
     """
-    output_dir: Annotated[Path, tyro.conf.arg(aliases=["-o"])]
+    output_dir: Annotated[Path, Alias("-o")]
     """Folder to write: model.mlpackage, tokenizer and chat template."""
     max_seq_length: int | None = None
     """Tokens that the key-value cache holds, prompt and answer together; by default what the model
@@ -127,9 +126,9 @@ class AllConfig(FolderConfig):
 class ImportConfig(Settings):
     """Write a GGUF file, or any other model, as an ordinary Hugging Face folder."""
 
-    model: Annotated[Path, tyro.conf.Positional]
+    model: Annotated[Path, POSITIONAL]
     """GGUF file, or any other model: a model, run or quantized folder, or a Hub name."""
-    output_dir: Annotated[Path, tyro.conf.arg(aliases=["-o"])]
+    output_dir: Annotated[Path, Alias("-o")]
     """Folder to write: config.json, model.safetensors, tokenizer and chat template."""
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
     """Type of the stored weights; auto takes the narrowest that holds each of them exactly."""
@@ -143,9 +142,9 @@ class ImportConfig(Settings):
 class PublishConfig(Settings):
     """Upload an exported folder to the Hugging Face Hub."""
 
-    folder: Annotated[Path, tyro.conf.Positional]
+    folder: Annotated[Path, POSITIONAL]
     """What `export hf`, `export mlx` or `export all` wrote (of the last one the GGUF's files)."""
-    repo: Annotated[str, tyro.conf.Positional]
+    repo: Annotated[str, POSITIONAL]
     """Name on the Hub, USER/NAME; a new repository is private."""
     public: bool = False
     """Make a new repository public."""

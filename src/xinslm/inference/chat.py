@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from xinslm.errors import UsageError
 from xinslm.inference.config import ChatConfig
 from xinslm.inference.engine import Engine
-from xinslm.inference.generate import Clock, Piece, end_ids, generate, require_chat_template
+from xinslm.inference.generate import Clock, Piece, generate, require_chat_template
 from xinslm.sampling import Sampling
+from xinslm.tokenizer.chat import end_ids
 
 Message = dict[str, str]
 

@@ -4,8 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-import tyro
-
+from xinslm.hints import POSITIONAL
 from xinslm.ranges import Activations, Device, Dtype, Range, Settings, range_errors
 from xinslm.sampling import Sampling
 
@@ -20,7 +19,7 @@ _WRITING = {"max_new_tokens": Range(1)}
 class EngineConfig(Settings):
     """A model, and the engine that runs it."""
 
-    model: Annotated[Path, tyro.conf.Positional]
+    model: Annotated[Path, POSITIONAL]
     """A model, run or quantized folder, a GGUF file, or a Hub name."""
     max_seq_length: int | None = None
     """Longest text or conversation in tokens; by default the model's own context."""
@@ -96,5 +95,5 @@ class ChatConfig(EngineConfig, Sampling):
 class NativeConfig(Settings):
     """Show what the native library is, and whether it runs a model."""
 
-    model: Annotated[Path | None, tyro.conf.Positional] = None
+    model: Annotated[Path | None, POSITIONAL] = None
     """A model to try: a model, run or quantized folder, a GGUF file, or a Hub name."""

@@ -8,6 +8,7 @@ for piece in generate(engine, prompt_ids, Sampling(seed=1)):
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -15,7 +16,6 @@ from xinslm.errors import UsageError, XinslmError
 from xinslm.inference.config import GenerateConfig
 from xinslm.inference.engine import Engine
 from xinslm.sampling import Sampling
-from xinslm.tokenizer.chat import end_ids
 from xinslm.tokenizer.start import text_ids
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ def generate(
     if max_tokens is not None and max_tokens < 1:
         raise UsageError(f"max_new_tokens is {max_tokens}, but must be at least 1")
     sampler = Sampler(sampling or Sampling())
-    ends = end_ids(engine.tokenizer) if stop_ids is None else stop_ids
+    ends = _Ends(engine.tokenizer) if stop_ids is None else stop_ids
     decoder = StreamDecoder(engine.tokenizer, at_start=at_start)
     watch = _StopWatch(stop_strings)
     logits = engine.start(prompt_ids)
@@ -85,6 +85,26 @@ def generate(
         if stop:
             return
         logits = engine.step(token)
+
+
+class _Ends:
+    """`end_ids` of a tokenizer. The chat template, which is slow to compile, is asked only about a
+    control token that is neither BOS nor EOS.
+    """
+
+    def __init__(self, tokenizer: "Tokenizer") -> None:
+        self._tokenizer = tokenizer
+        self._certain = {tokenizer.eos_id, tokenizer.bos_id}
+        self._possible = frozenset(tokenizer.special_tokens.values())
+
+    def __contains__(self, token: int) -> bool:
+        return token in self._certain or (token in self._possible and token in self._ids)
+
+    @cached_property
+    def _ids(self) -> frozenset[int]:
+        from xinslm.tokenizer.chat import end_ids
+
+        return end_ids(self._tokenizer)
 
 
 class _StopWatch:

@@ -6,7 +6,8 @@ whether it came alone, in a prompt or as one of several drafts.
 """
 
 import re
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -75,8 +76,9 @@ class NativeEngine(EngineBase):
         raw = raw or open_raw(path)
         if raw is None:
             raise UsageError(f"{path}: the native engine does not read this kind of model")
-        model = build(raw)
-        return cls(model, load_tokenizer(path), str(path), context_length, threads, cache)
+        with _Packing(raw, threads or default_threads()) as packing:
+            tokenizer = load_tokenizer(path)
+        return cls(packing.model, tokenizer, str(path), context_length, threads, cache)
 
     def start(self, ids: Sequence[int]) -> np.ndarray:
         """Make `ids` the sequence; only tokens after the prefix shared with the last sequence are
@@ -130,8 +132,81 @@ class NativeEngine(EngineBase):
         return logits[:, : self.tokenizer.vocab_size]
 
 
-def build(raw: RawModel) -> NativeModel:
+def build(raw: RawModel, threads: int = 1) -> NativeModel:
     """Pack a model's weights for the native library."""
+    with _Packing(raw, threads) as packing:
+        pass
+    return packing.model
+
+
+class _Packing:
+    """A model whose weights are packed by threads of their own while the block runs.
+
+    An error in the block is raised first, then that of the first weight that has one.
+    """
+
+    def __init__(self, raw: RawModel, threads: int) -> None:
+        self.model, self._raw = _empty(raw), raw
+        self._shapes = matrix_shapes(raw.config)
+        tied = raw.config.tie_word_embeddings
+        names = [name for name in raw.names if not (tied and name == "lm_head.weight")]
+        self._names: Iterator[tuple[int, str]] = iter(enumerate(names))
+        self._lock = threading.Lock()
+        """Of the file: weights are read one after the other, and packed at the same time."""
+        self._errors: list[tuple[int, Exception]] = []
+        self._threads = [threading.Thread(target=self._pack, daemon=True) for _ in range(threads)]
+
+    def __enter__(self) -> "_Packing":
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *details: object) -> None:
+        if kind is not None:
+            self._names = iter(())
+        for thread in self._threads:
+            thread.join()
+        if kind is not None:
+            return
+        if self._errors:
+            raise min(self._errors, key=lambda found: found[0])[1]
+        if not self._raw.config.tie_word_embeddings and "lm_head.weight" not in self._raw.names:
+            raise XinslmError(
+                "the model's head is not tied to its embedding, but 'lm_head.weight' is "
+                "missing; copy the model again"
+            )
+        _ = self.model.num_bytes  # names a weight that is missing
+
+    def _pack(self) -> None:
+        while not self._errors:
+            with self._lock:
+                number, name = next(self._names, (0, ""))
+            if not name:
+                return
+            try:
+                self._set(name)
+            except Exception as error:
+                self._errors.append((number, error))
+
+    def _set(self, name: str) -> None:
+        layers = self._raw.config.num_hidden_layers
+        role, layer = role_of(name)
+        if layer >= layers:
+            raise XinslmError(
+                f"weight '{name}' is of a layer that the model does not have: its config says "
+                f"{layers}"
+            )
+        with self._lock:
+            weight = self._raw.read(name)
+        if self._raw.is_packed and role in self._shapes:
+            self.model.use(role, layer, self._shapes[role], weight.data)
+        else:
+            self.model.set(role, layer, weight)
+            self._raw.forget(name)
+
+
+def _empty(raw: RawModel) -> NativeModel:
+    """A model of the right shape, without weights."""
     config = raw.config
     _require_limits(config)
     shape = Shape(
@@ -151,29 +226,7 @@ def build(raw: RawModel) -> NativeModel:
         turns = frequencies(config, raw.frequency_divisors)
     if not np.isfinite(turns).all():
         raise XinslmError(f"rope_theta {config.rope_theta} gives rotary frequencies beyond float32")
-    model, shapes = NativeModel(shape, turns), matrix_shapes(config)
-    for name in raw.names:
-        if name == "lm_head.weight" and config.tie_word_embeddings:
-            continue
-        role, layer = role_of(name)
-        if layer >= config.num_hidden_layers:
-            raise XinslmError(
-                f"weight '{name}' is of a layer that the model does not have: its config says "
-                f"{config.num_hidden_layers}"
-            )
-        weight = raw.read(name)
-        if raw.is_packed and role in shapes:
-            model.use(role, layer, shapes[role], weight.data)
-        else:
-            model.set(role, layer, weight)
-            raw.forget(name)
-    if not config.tie_word_embeddings and "lm_head.weight" not in raw.names:
-        raise XinslmError(
-            "the model's head is not tied to its embedding, but 'lm_head.weight' is "
-            "missing; copy the model again"
-        )
-    _ = model.num_bytes  # names a weight that is missing
-    return model
+    return NativeModel(shape, turns)
 
 
 _MOST_NUMBER, _MOST_HEAD_SIZE = 2**31 - 1, 1024

@@ -11,6 +11,7 @@ Nucleus: Holtzman et al., arXiv:1904.09751. Min-p: arXiv:2407.01082.
 """
 
 from collections.abc import Callable, Sequence
+from functools import cached_property
 
 import numpy as np
 
@@ -24,8 +25,11 @@ class Sampler:
     def __init__(self, settings: Sampling) -> None:
         settings.check()
         self.settings = settings
-        self._random = np.random.default_rng(settings.seed)
         self._native = _native_draw()
+
+    @cached_property
+    def _random(self) -> "np.random.Generator":
+        return np.random.default_rng(self.settings.seed)
 
     def distribution(
         self, logits: np.ndarray, seen: Sequence[int] = ()

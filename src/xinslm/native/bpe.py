@@ -14,6 +14,7 @@ from ctypes import POINTER, byref, c_char_p, c_int32, c_int64, c_uint32, c_void_
 from dataclasses import dataclass
 from enum import IntEnum
 from itertools import chain, pairwise
+from typing import Any
 
 import numpy as np
 
@@ -29,6 +30,10 @@ _SIGNATURES = {
     "new": (
         c_void_p,
         (*_STRINGS, c_void_p, c_int64, *_STRINGS, c_int64, c_int32, c_int32, c_int64),
+    ),
+    "of_gguf": (
+        c_void_p,
+        (c_void_p, c_int64, c_void_p, c_int64, c_void_p, c_int64, c_int64, c_int32, c_int32),
     ),
     "add_token": (c_int32, (c_void_p, c_char_p, c_int64, c_uint32, c_int32)),
     "ready": (c_int32, (c_void_p,)),
@@ -109,18 +114,12 @@ class NativeEncoder:
         merges = _joined(parts)
         lengths, merge_lengths = _lengths(vocabulary.tokens), _lengths(parts)
         numbers = np.array(ids, np.uint32)
-        self._lib = lib
-        self._id_type: type[np.uint16] | type[np.uint32] = (
-            np.uint16 if vocabulary.vocab_size <= 65_536 else np.uint32
-        )
         handle = lib.xl_bpe_new(
             *(tokens, len(tokens), lengths.ctypes.data, numbers.ctypes.data, len(ids)),
             *(merges, len(merges), merge_lengths.ctypes.data, len(parts) // 2),
             *(vocabulary.ignore_merges, RULES[vocabulary.split], vocabulary.vocab_size),
         )
-        _check(lib, handle or -1)
-        self._handle = c_void_p(handle)
-        free_with(self, lib.xl_bpe_free, self._handle)
+        self._own(lib, handle, vocabulary.vocab_size)
         # of equal contents the control token counts, which comes first
         added = {c: i for c, i in vocabulary.added.items() if c not in vocabulary.special}
         for content, index, is_special in (
@@ -136,6 +135,37 @@ class NativeEncoder:
         """Return an encoder, or None if there is no library or no scanner for the split rule."""
         lib = bpe_library() if vocabulary.split in RULES else None
         return None if lib is None else cls(lib, vocabulary)
+
+    def _own(self, lib: ctypes.CDLL, handle: int | None, vocab_size: int) -> None:
+        _check(lib, handle or -1)
+        self._lib, self._handle = lib, c_void_p(handle)
+        free_with(self, lib.xl_bpe_free, self._handle)
+        self._id_type: type[np.uint16] | type[np.uint32] = (
+            np.uint16 if vocab_size <= 65_536 else np.uint32
+        )
+
+    @classmethod
+    def of_gguf(
+        cls, tokens: np.ndarray, kinds: np.ndarray, merges: tuple[np.ndarray, int], split: str
+    ) -> "NativeEncoder | None":
+        """Return an encoder from a GGUF file's arrays as they are: bytes of the tokens, int32
+        kinds, bytes of the merges and their number. None if that takes the code in Python.
+        """
+        lib = bpe_library() if split in RULES else None
+        if lib is None:
+            return None
+        kinds = np.ascontiguousarray(kinds, np.int32)
+        text, num_merges = merges
+        handle = lib.xl_bpe_of_gguf(
+            *(tokens.ctypes.data, tokens.nbytes, kinds.ctypes.data, len(kinds)),
+            *(text.ctypes.data, text.nbytes, num_merges, split == "llama-bpe", RULES[split]),
+        )
+        if not handle:
+            return None
+        made = cls.__new__(cls)
+        used = np.flatnonzero(np.isin(kinds, (1, 3, 4)))
+        made._own(lib, handle, int(used[-1]) + 1)
+        return made
 
     def encode(
         self, texts: Sequence[str], search: Search, threads: int
@@ -176,12 +206,24 @@ class NativeEncoder:
 
     def bytes_of_tokens(self) -> list[bytes]:
         """Return the bytes of each id; empty for an id that no token has."""
+        data, offsets, count = self._bytes
+        edges = offsets[: count + 1]
+        joined = ctypes.string_at(data, edges[-1]) if edges[-1] else b""
+        return [joined[begin:end] for begin, end in pairwise(edges)]
+
+    def bytes_of_token(self, token: int) -> bytes:
+        """Return the bytes of one id below the vocabulary's size."""
+        data, offsets, _ = self._bytes
+        begin, end = offsets[token], offsets[token + 1]
+        return ctypes.string_at(data + begin, end - begin) if end > begin else b""
+
+    @functools.cached_property
+    def _bytes(self) -> tuple[int, Any, int]:
+        """Address of the bytes of all tokens, where each begins, and how many there are."""
         data, offsets = c_void_p(), c_void_p()
         count = self._lib.xl_bpe_tokens(self._handle, byref(data), byref(offsets))
         _check(self._lib, count)
-        edges = ctypes.cast(offsets, POINTER(c_uint32))[: count + 1]
-        joined = ctypes.string_at(data, edges[-1]) if edges[-1] else b""
-        return [joined[begin:end] for begin, end in pairwise(edges)]
+        return data.value or 0, ctypes.cast(offsets, POINTER(c_uint32)), count
 
 
 class NativeLearner:

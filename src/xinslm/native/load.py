@@ -17,7 +17,7 @@ from typing import Any
 
 from xinslm.errors import UsageError, XinslmError
 
-ABI = 4
+ABI = 5
 """Interface number that this code is written for; `XL_ABI` in native/include/xinslm.h."""
 _NAMES = {"win32": "xinslm.dll", "darwin": "libxinslm.dylib"}
 MODES = ("auto", "off", "require")

@@ -4,8 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-import tyro
-
+from xinslm.hints import POSITIONAL, Alias
 from xinslm.ranges import POSITIVE, SEED, ComputeDtype, Device, Range, Settings, range_errors
 
 _RANGES = {
@@ -26,12 +25,12 @@ _RANGES = {
 class PruneConfig(Settings):
     """Cut a student out of a teacher; sizes that are not given stay the teacher's."""
 
-    teacher: Annotated[str, tyro.conf.Positional]
+    teacher: Annotated[str, POSITIONAL]
     """LLaMA, Mistral, Qwen2 or Qwen3: a folder, a GGUF file, or a Hub name."""
     data_path: Path
     """Dataset folder made by `xinslm prepare`, with the teacher's tokenizer or one nested in it;
     the student gets its tokenizer."""
-    output_dir: Annotated[Path, tyro.conf.arg(aliases=["-o"])]
+    output_dir: Annotated[Path, Alias("-o")]
     """Model folder to write; `xinslm distill --init-from` takes it."""
     num_layers: int | None = None
     """Decoder blocks to keep; by default the teacher's, as are the sizes below."""

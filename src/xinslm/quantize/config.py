@@ -5,8 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-import tyro
-
+from xinslm.hints import POSITIONAL, Alias
 from xinslm.ranges import SEED, Range, Settings, range_errors
 
 _QUANTIZE = {
@@ -22,9 +21,9 @@ _UNITS = {"kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gi
 class QuantizeConfig(Settings):
     """Turn a model's weights into 4-bit or 8-bit codes with one fp16 scale per 32 weights."""
 
-    model: Annotated[Path, tyro.conf.Positional]
+    model: Annotated[Path, POSITIONAL]
     """Model to quantize: a model or run folder, a GGUF file, or a Hub name."""
-    output_dir: Annotated[Path, tyro.conf.arg(aliases=["-o"])]
+    output_dir: Annotated[Path, Alias("-o")]
     """Folder to write: codes, scales, config and tokenizer."""
     data_path: Path | None = None
     """Dataset folder made with this model's tokenizer; its train split calibrates GPTQ (4 bits)."""

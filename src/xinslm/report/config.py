@@ -4,8 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-import tyro
-
+from xinslm.hints import POSITIONAL, Alias
 from xinslm.ranges import Settings
 
 
@@ -13,11 +12,11 @@ from xinslm.ranges import Settings
 class ReportConfig(Settings):
     """Turn a run folder into report.html, one page that needs nothing else, and report.md."""
 
-    run: Annotated[Path, tyro.conf.Positional]
+    run: Annotated[Path, POSITIONAL]
     """Run folder."""
     compare: tuple[Path, ...] = ()
     """Other run folders to compare this run's curves and metrics with."""
-    output_dir: Annotated[Path | None, tyro.conf.arg(aliases=["-o"])] = None
+    output_dir: Annotated[Path | None, Alias("-o")] = None
     """Folder to write to, by default the run folder; an older report there is replaced."""
     x: Literal["tokens", "step"] = "tokens"
     """What the curves run along: target tokens seen, or optimizer steps."""

@@ -4,9 +4,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
-import tyro
-
 from xinslm.data.config import DocumentEnd
+from xinslm.hints import POSITIONAL, Alias
 from xinslm.ranges import CONTEXT, SEED, Device, Dtype, Range, Settings, range_errors
 from xinslm.teachers.endpoint_config import EndpointConfig
 
@@ -32,7 +31,7 @@ class SynthesizeConfig(Settings):
     from.
     """
 
-    teacher: Annotated[str, tyro.conf.Positional]
+    teacher: Annotated[str, POSITIONAL]
     """Teacher: any causal model (a model, run or quantized folder, a GGUF file, a Hub name),
     or the URL of an OpenAI-compatible endpoint (vLLM, llama.cpp, hosted models)."""
     prompts: Path
@@ -40,7 +39,7 @@ class SynthesizeConfig(Settings):
     optional; or .txt, each line the beginning of a text. Of MT-bench's turns only the first is
     used.
     """
-    output_dir: Annotated[Path, tyro.conf.arg(aliases=["-o"])]
+    output_dir: Annotated[Path, Alias("-o")]
     """Folder for text.jsonl, data and cache; an interrupted run continues there."""
     samples: int = 1
     """Number of answers to each prompt."""

@@ -8,8 +8,10 @@ text into pieces that merges never cross. Each carries llama.cpp's name for it
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TYPE_CHECKING
 
-import regex
+if TYPE_CHECKING:
+    import regex
 
 
 def _characters() -> dict[int, str]:
@@ -53,8 +55,10 @@ class Split:
     """The regular expression; its matches partition any text."""
 
     @cached_property
-    def regex(self) -> regex.Pattern[str]:
+    def regex(self) -> "regex.Pattern[str]":
         """The compiled pattern."""
+        import regex  # takes longer to import than a short text to encode
+
         return regex.compile(self.pattern)
 
 

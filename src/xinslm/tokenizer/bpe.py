@@ -14,22 +14,25 @@ from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 from unicodedata import is_normalized, normalize
 
 import numpy as np
-import regex
 
 from xinslm.errors import UsageError, XinslmError
 from xinslm.native.bpe import NativeEncoder, NativeLearner, Search, Vocabulary, usable_threads
 from xinslm.progress import Listener, Progress, ignore
 from xinslm.tokenizer import base, files
 from xinslm.tokenizer.alphabet import ALPHABET, SPLITS, unspell
-from xinslm.tokenizer.learn import MergeLearner, count_pieces, pieces_of
-from xinslm.tokenizer.learn_native import LibraryLearner
-from xinslm.tokenizer.merges import Merger, PieceTable
 
-_LAZY = ("_native", "_merger", "_table", "bytes_of_tokens")
+if TYPE_CHECKING:
+    import regex
+
+    from xinslm.tokenizer.learn import MergeLearner
+    from xinslm.tokenizer.learn_native import LibraryLearner
+    from xinslm.tokenizer.merges import Merger, PieceTable
+
+_LAZY = ("_native", "_merger", "_table", "_plain_finder", "_all_finder", "bytes_of_tokens")
 DEFAULT_SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|pad|>")
 
 
@@ -43,6 +46,7 @@ class BPETokenizer(base.Tokenizer):
     strips_first_space = False
     num_threads: int | None = None
     """Threads of `train` and `encode_batch` in the native library; None: one for each core."""
+    _define: Callable[[], files.Definition]
 
     def __init__(
         self,
@@ -76,25 +80,36 @@ class BPETokenizer(base.Tokenizer):
 
     def _take(self, definition: files.Definition) -> None:
         """Set the state from a definition."""
-        self.definition = definition
-        self.split_name = definition.split
-        self.merges = definition.merges
-        self.special_tokens = definition.special_tokens
-        self.added_tokens = definition.added_tokens
-        self.chat_template = definition.chat_template
-        self.named_tokens = definition.named_tokens
-        self.bos_id, self.eos_id, self.pad_id = definition.roles()
-        self.start_ids = definition.start_ids
-        self.vocab_size = definition.vocab_size
-        self._split = SPLITS[definition.split]
-        self._plain_finder = _finder(self.added_tokens)
-        self._all_finder = _finder(self.added_tokens | self.special_tokens)
         for name in _LAZY:
             vars(self).pop(name, None)
+        self.definition = definition
+        self._describe(definition.outline())
+
+    def _describe(self, outline: files.Outline) -> None:
+        self.split_name, self._split = outline.split, SPLITS[outline.split]
+        self.special_tokens = outline.special_tokens
+        self.added_tokens = outline.added_tokens
+        self.chat_template = outline.chat_template
+        self.named_tokens = outline.named_tokens
+        self.bos_id, self.eos_id, self.pad_id = outline.roles
+        self.start_ids = outline.start_ids
+        self.vocab_size = outline.vocab_size
+        self._normalizer = outline.normalizer
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what belongs to the native library, so that copies make their own."""
-        return {name: value for name, value in vars(self).items() if name not in _LAZY}
+        left_out = {*_LAZY, "_define"} if self.definition else _LAZY
+        return {name: value for name, value in vars(self).items() if name not in left_out}
+
+    @cached_property
+    def definition(self) -> files.Definition:
+        """The content of its files; of a GGUF file read when it is first asked for."""
+        return self._define()
+
+    @property
+    def merges(self) -> list[tuple[str, str]]:
+        """Pairs of tokens in the byte alphabet, the first to be joined first."""
+        return self.definition.merges
 
     @cached_property
     def _native(self) -> NativeEncoder | None:
@@ -112,12 +127,24 @@ class BPETokenizer(base.Tokenizer):
         )
 
     @cached_property
-    def _merger(self) -> Merger:
+    def _plain_finder(self) -> "regex.Pattern[str] | None":
+        return _finder(self.added_tokens)
+
+    @cached_property
+    def _all_finder(self) -> "regex.Pattern[str] | None":
+        return _finder(self.added_tokens | self.special_tokens)
+
+    @cached_property
+    def _merger(self) -> "Merger":
+        from xinslm.tokenizer.merges import Merger
+
         definition = self.definition
         return Merger(definition.vocab, definition.merges, definition.ignore_merges)
 
     @cached_property
-    def _table(self) -> PieceTable:
+    def _table(self) -> "PieceTable":
+        from xinslm.tokenizer.merges import PieceTable
+
         return PieceTable(self._merger, self.vocab_size)
 
     @classmethod
@@ -126,6 +153,18 @@ class BPETokenizer(base.Tokenizer):
         made = cls.__new__(cls)
         made._target, made._min_frequency, made._longest = definition.vocab_size, 0, None
         made._take(definition)
+        return made
+
+    @classmethod
+    def of_encoder(
+        cls, encoder: NativeEncoder, outline: files.Outline, define: Callable[[], files.Definition]
+    ) -> Self:
+        """Build a tokenizer on an encoder that is there; `define` gives its definition."""
+        made = cls.__new__(cls)
+        made._target, made._min_frequency, made._longest = outline.vocab_size, 0, None
+        made._describe(outline)
+        made._define = define
+        vars(made)["_native"] = encoder
         return made
 
     @classmethod
@@ -171,8 +210,11 @@ class BPETokenizer(base.Tokenizer):
 
     def _count(
         self, texts: Iterable[str], on_text: Callable[[int], None]
-    ) -> MergeLearner | LibraryLearner:
+    ) -> "MergeLearner | LibraryLearner":
         """Count the pieces of texts; XinslmError if there are none."""
+        from xinslm.tokenizer.learn import MergeLearner, count_pieces
+        from xinslm.tokenizer.learn_native import LibraryLearner
+
         native = NativeLearner.make(self.split_name, self.num_threads or usable_threads())
         if native is not None:
             learner = LibraryLearner(native).count(texts, self._split, on_text)
@@ -206,7 +248,7 @@ class BPETokenizer(base.Tokenizer):
         """Encode in the native library, except texts that the normalizer changes."""
         search = Search.ALL if allowed_special else Search.ADDED
         threads = self.num_threads or usable_threads()
-        form = self.definition.normalizer
+        form = self._normalizer
         changed = [form is not None and not is_normalized(form, text) for text in texts]
         if any(changed):
             kept = ["" if odd else text for odd, text in zip(changed, texts, strict=True)]
@@ -239,8 +281,10 @@ class BPETokenizer(base.Tokenizer):
             return self._pack(base.clean_surrogates(text), allowed_special)
 
     def _pack_ordinary(self, text: str) -> bytes:
-        if self.definition.normalizer:
-            text = normalize(self.definition.normalizer, text)
+        if self._normalizer:
+            text = normalize(self._normalizer, text)
+        from xinslm.tokenizer.learn import pieces_of
+
         return b"".join(map(self._table.__getitem__, pieces_of(text, self._split)))
 
     def _token_id(self, content: str) -> int:
@@ -259,6 +303,12 @@ class BPETokenizer(base.Tokenizer):
         for content, index in (self.added_tokens | self.special_tokens).items():
             table[index] = content.encode()
         return table
+
+    def token_bytes(self, token: int) -> bytes:
+        """Return a token's bytes; XinslmError if it is not in the vocabulary."""
+        if self._native is None or not 0 <= token < self.vocab_size:
+            return super().token_bytes(token)
+        return self._native.bytes_of_token(token)
 
     def decode(self, ids: Sequence[int], skip_special: bool = False) -> str:
         """Turn ids into text; bytes that are not UTF-8 become U+FFFD."""
@@ -282,6 +332,8 @@ class BPETokenizer(base.Tokenizer):
 
     def pieces(self, text: str) -> list[str]:
         """Cut text into the pieces that merges never cross."""
+        from xinslm.tokenizer.learn import pieces_of
+
         return list(pieces_of(text, self._split))
 
     def encode_segments(
@@ -311,11 +363,13 @@ class BPETokenizer(base.Tokenizer):
 
     def fingerprint(self) -> str:
         """Return a hash that two tokenizers share if and only if the same ids mean the same."""
-        normalizer = self.definition.normalizer or ""
+        normalizer = self._normalizer or ""
         return base.fingerprint(self, f"{self.split_name} {normalizer}".strip())
 
 
-def _finder(tokens: dict[str, int]) -> regex.Pattern[str] | None:
+def _finder(tokens: dict[str, int]) -> "regex.Pattern[str] | None":
     """Return the pattern that finds tokens in text, the longest first."""
+    import regex
+
     longest_first = sorted(tokens, key=len, reverse=True)
     return regex.compile("|".join(map(regex.escape, longest_first))) if tokens else None

@@ -4,8 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-import tyro
-
+from xinslm.hints import POSITIONAL, Alias
 from xinslm.ranges import Range, Settings, range_errors
 
 _TRAIN = {"vocab_size": Range(1), "min_frequency": Range(0), "max_token_length": Range(2)}
@@ -16,7 +15,7 @@ _SHOW = {"num_pieces": Range(0)}
 class TokenizerConfig(Settings):
     """Learn a byte-level BPE tokenizer from text, or cut a nested one out of a teacher's."""
 
-    output_dir: Annotated[Path, tyro.conf.arg(aliases=["-o"])]
+    output_dir: Annotated[Path, Alias("-o")]
     """Folder to write the tokenizer to."""
     data_path: tuple[str, ...] = ()
     """Files (.txt .json .jsonl .parquet, also .gz), folders of them, Hugging Face datasets
@@ -58,7 +57,7 @@ class TokenizerConfig(Settings):
 class ShowConfig(Settings):
     """Show how a text is cut into tokens, and by which merges."""
 
-    text: Annotated[str, tyro.conf.Positional]
+    text: Annotated[str, POSITIONAL]
     """The text."""
     tokenizer_path: Path | None = None
     """Its folder, any model (also a GGUF file), or a Hub name; without one, it is learned from the

@@ -17,7 +17,6 @@ from typing import Any, Literal
 from xinslm.errors import XinslmError
 from xinslm.files import read_json, write_json, write_text
 from xinslm.tokenizer.alphabet import ALPHABET, SPLITS
-from xinslm.tokenizer.chat import CHATML, with_start
 from xinslm.tokenizer.start import start_ids, start_processor
 
 TOKENIZER, CONFIG, TEMPLATE = "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"
@@ -27,6 +26,22 @@ NAMES = ("bos_token", "eos_token", "pad_token", "unk_token")
 
 class UnsupportedTokenizerError(XinslmError):
     """The file is valid, but not a byte-level BPE with a known split rule."""
+
+
+@dataclass(frozen=True)
+class Outline:
+    """What a byte-level BPE is, but for its vocabulary and merges."""
+
+    vocab_size: int
+    special_tokens: dict[str, int]
+    added_tokens: dict[str, int]
+    split: str
+    named_tokens: dict[str, str]
+    roles: list[int | None]
+    """Ids of BOS, EOS and pad."""
+    start_ids: list[int]
+    chat_template: str | None
+    normalizer: Literal["NFC"] | None
 
 
 @dataclass(frozen=True)
@@ -65,6 +80,20 @@ class Definition:
         ids = self.vocab | self.added_tokens | self.special_tokens
         return [ids.get(self.named_tokens.get(name, "")) for name in NAMES[:3]]
 
+    def outline(self) -> Outline:
+        """Return what can be said without vocabulary and merges."""
+        return Outline(
+            self.vocab_size,
+            self.special_tokens,
+            self.added_tokens,
+            self.split,
+            self.named_tokens,
+            self.roles(),
+            self.start_ids,
+            self.chat_template,
+            self.normalizer,
+        )
+
 
 def new_definition(
     tokens: list[str], merges: list[tuple[str, str]], special: list[str], split: str
@@ -94,6 +123,8 @@ def default_template(special: list[str]) -> str | None:
     """Return ChatML if the special tokens allow it."""
     if not {"<|im_start|>", "<|im_end|>"} <= set(special):
         return None
+    from xinslm.tokenizer.chat import CHATML, with_start  # Jinja is slow to import
+
     return with_start(CHATML, default_names(special))
 
 

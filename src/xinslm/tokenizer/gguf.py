@@ -5,16 +5,21 @@ scores give the merges. Other kinds (WordPiece, Unigram, RWKV) and split rules a
 ids would be wrong.
 """
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from enum import IntEnum
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from xinslm.errors import UsageError, XinslmError
+from xinslm.gguf_file import Strings
+from xinslm.native.bpe import NativeEncoder
 from xinslm.tokenizer.base import Tokenizer
 from xinslm.tokenizer.bpe import BPETokenizer
-from xinslm.tokenizer.files import Definition
-from xinslm.tokenizer.start import start_processor
+from xinslm.tokenizer.files import NAMES, Definition, Outline
+from xinslm.tokenizer.start import start_ids, start_processor
 
 
 class TokenType(IntEnum):
@@ -28,6 +33,7 @@ class TokenType(IntEnum):
     BYTE = 6
 
 
+_ADDED = (TokenType.CONTROL, TokenType.USER_DEFINED)
 _SAME_SPLIT = {
     "llama-bpe": "llama-bpe llama-v3 llama3 falcon3 pixtral lfm2",
     "gpt-2": "gpt-2 phi-2 mpt jina-v2-code gigachat",
@@ -53,6 +59,35 @@ def read_tokenizer(keys: dict[str, Any], where: str) -> Tokenizer:
     )
 
 
+@dataclass(frozen=True)
+class _Vocabulary:
+    """The arrays and settings of a byte-level vocabulary in a file."""
+
+    keys: dict[str, Any]
+    tokens: Sequence[str]
+    kinds: np.ndarray
+    """`TokenType` of each token, int32."""
+    roles: dict[str, int]
+    """Ids of the tokens that have a role, by its name."""
+    split: str
+
+    @property
+    def named(self) -> dict[str, str]:
+        """Contents of the tokens that have a role."""
+        contents = _pick(self.tokens, list(self.roles.values()))
+        return {role: contents[token] for role, token in self.roles.items()}
+
+    def of_kind(self, kind: TokenType) -> dict[str, int]:
+        """Tokens of a kind, to ids; of two equal ones the last counts."""
+        contents = _pick(self.tokens, np.flatnonzero(self.kinds == kind).tolist())
+        return {content: index for index, content in contents.items()}
+
+    @property
+    def start(self) -> dict[str, Any] | None:
+        """The post-processor."""
+        return _start(self.keys, self.named, self.split == "llama-bpe")
+
+
 def _read(keys: dict[str, Any], where: str) -> Tokenizer:
     engine, tokens = keys.get("tokenizer.ggml.model"), keys.get("tokenizer.ggml.tokens")
     if not tokens:
@@ -60,70 +95,102 @@ def _read(keys: dict[str, Any], where: str) -> Tokenizer:
     types = keys.get("tokenizer.ggml.token_type") or [int(TokenType.NORMAL)] * len(tokens)
     if len(types) != len(tokens):
         raise XinslmError(f"its tokenizer has {len(tokens):,} tokens, but {len(types):,} types")
-    named = {}
+    roles = {}
     for role, key in _ROLES.items():
         token = keys.get(f"tokenizer.ggml.{key}_token_id")
         if token is not None and 0 <= int(token) < len(tokens):
-            named[role] = tokens[int(token)]
-    template = keys.get("tokenizer.chat_template")
+            roles[role] = int(token)
     if engine == "gpt2":
-        return _byte_level(keys, tokens, types, named, template)
+        return _byte_level(keys, tokens, types, roles)
     if engine == "llama":
-        return _sentencepiece(keys, tokens, types, named, template, where)
+        named = {role: tokens[token] for role, token in roles.items()}
+        return _sentencepiece(keys, tokens, types, named, where)
     raise XinslmError(f"it has a tokenizer of kind {engine!r}, which is not supported")
 
 
+def _pick(tokens: Sequence[str], places: list[int]) -> dict[int, str]:
+    """The tokens at some places, in their order."""
+    if isinstance(tokens, Strings):
+        return tokens.pick(places)
+    return {place: tokens[place] for place in sorted(places)}
+
+
 def _byte_level(
-    keys: dict[str, Any],
-    tokens: list[str],
-    types: list[int],
-    named: dict[str, str],
-    template: str | None,
+    keys: dict[str, Any], tokens: Sequence[str], types: list[int], roles: dict[str, int]
 ) -> BPETokenizer:
     pre = keys.get("tokenizer.ggml.pre", "default")
     if pre not in _SPLITS:
         raise XinslmError(f"its split rule '{pre}' is not supported ({', '.join(_SPLITS)} are)")
-    kinds = np.array(types)
     if unknown := set(types) - set(TokenType):
         raise ValueError(f"token type {min(unknown)}")
-    vocab = {
-        token: i for i, (token, kind) in enumerate(zip(tokens, types, strict=True)) if kind == 1
-    }
-    control, added = (
-        {tokens[i]: i for i in np.flatnonzero(kinds == kind).tolist()}
-        for kind in (TokenType.CONTROL, TokenType.USER_DEFINED)
+    found = _Vocabulary(keys, tokens, np.array(types, np.int32), roles, _SPLITS[pre])
+    return _in_library(found) or BPETokenizer.of(_define(found))
+
+
+def _in_library(found: _Vocabulary) -> BPETokenizer | None:
+    """The tokenizer without a Python string for each token and merge; None if there is no library,
+    or if it leaves the vocabulary to `_define`.
+    """
+    tokens, merges = found.tokens, found.keys.get("tokenizer.ggml.merges")
+    if not isinstance(tokens, Strings) or not isinstance(merges, Strings):
+        return None
+    control, added = map(found.of_kind, (TokenType.CONTROL, TokenType.USER_DEFINED))
+    if len(control | added) < np.isin(found.kinds, _ADDED).sum():
+        return None
+    encoder = NativeEncoder.of_gguf(tokens.raw, found.kinds, (merges.raw, len(merges)), found.split)
+    if encoder is None:
+        return None
+    used = np.isin(found.kinds, (TokenType.NORMAL, *_ADDED))
+    size = int(np.flatnonzero(used)[-1]) + 1
+    roles = [found.roles.get(name) for name in NAMES[:3]]
+    outline = Outline(
+        vocab_size=size,
+        special_tokens=control,
+        added_tokens=added,
+        split=found.split,
+        named_tokens=found.named,
+        roles=[None if role is None or not used[role] else role for role in roles],
+        start_ids=start_ids(found.start, size),
+        chat_template=found.keys.get("tokenizer.chat_template"),
+        normalizer=None,
     )
+    return BPETokenizer.of_encoder(encoder, outline, partial(_define, found))
+
+
+def _define(found: _Vocabulary) -> Definition:
+    vocab = {
+        token: index
+        for index, (token, kind) in enumerate(zip(found.tokens, found.kinds.tolist(), strict=True))
+        if kind == TokenType.NORMAL
+    }
+    control, added = map(found.of_kind, (TokenType.CONTROL, TokenType.USER_DEFINED))
     last = max(vocab.values(), default=-1)
     # tokenizer.json numbers tokens outside its vocabulary after those in it
     inner = {token: index for token, index in (control | added).items() if index < last}
-    pairs = [tuple(merge.split(" ")) for merge in keys.get("tokenizer.ggml.merges") or []]
+    pairs = [tuple(merge.split(" ")) for merge in found.keys.get("tokenizer.ggml.merges") or []]
     merges = [
         (left, right)
         for left, right in pairs
         if left in vocab and right in vocab and left + right in vocab
     ]
-    definition = Definition(
+    return Definition(
         vocab=vocab | inner,
         merges=merges,
         special_tokens=control,
         added_tokens=added,
-        split=_SPLITS[pre],
-        ignore_merges=_SPLITS[pre] == "llama-bpe",
-        named_tokens=named,
-        chat_template=template,
-        post_processor=_start(keys, named, tokens, _SPLITS[pre] == "llama-bpe"),
+        split=found.split,
+        ignore_merges=found.split == "llama-bpe",
+        named_tokens=found.named,
+        chat_template=found.keys.get("tokenizer.chat_template"),
+        post_processor=found.start,
     )
-    return BPETokenizer.of(definition)
 
 
-def _start(
-    keys: dict[str, Any], named: dict[str, str], tokens: list[str], default: bool
-) -> dict[str, Any] | None:
+def _start(keys: dict[str, Any], named: dict[str, str], default: bool) -> dict[str, Any] | None:
     """Return the post-processor for `add_bos_token`; `default` is llama.cpp's if it is missing."""
-    bos = named.get("bos_token")
-    if bos is None or not keys.get("tokenizer.ggml.add_bos_token", default):
+    if "bos_token" not in named or not keys.get("tokenizer.ggml.add_bos_token", default):
         return None
-    return start_processor(bos, tokens.index(bos))
+    return start_processor(named["bos_token"], int(keys["tokenizer.ggml.bos_token_id"]))
 
 
 def _sentencepiece(
@@ -131,7 +198,6 @@ def _sentencepiece(
     tokens: list[str],
     types: list[int],
     named: dict[str, str],
-    template: str | None,
     where: str,
 ) -> Tokenizer:
     # imported here, because a byte-level tokenizer needs none of it
@@ -157,5 +223,5 @@ def _sentencepiece(
         bool(keys.get("tokenizer.ggml.add_space_prefix", True)),
         bool(keys.get("tokenizer.ggml.remove_extra_whitespaces", False)),
     )
-    content["post_processor"] = _start(keys, named, tokens, True)
-    return HFTokenizer(content, named, template, where)
+    content["post_processor"] = _start(keys, named, True)
+    return HFTokenizer(content, named, keys.get("tokenizer.chat_template"), where)

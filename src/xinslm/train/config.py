@@ -4,8 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-import tyro
-
+from xinslm.hints import Alias
 from xinslm.ranges import (
     CONTEXT,
     POSITIVE,
@@ -55,7 +54,7 @@ _PRETRAIN = {
 class TrainingConfig(Settings):
     """Settings that every training run shares."""
 
-    output_dir: Annotated[Path, tyro.conf.arg(aliases=["-o"])]
+    output_dir: Annotated[Path, Alias("-o")]
     """Run folder to write; a run that was interrupted continues there."""
     max_seq_length: int = 512
     """Tokens in a packed row; the model's context."""

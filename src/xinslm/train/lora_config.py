@@ -4,8 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-import tyro
-
+from xinslm.hints import POSITIONAL, Alias
 from xinslm.ranges import POSITIVE, Range, range_errors
 from xinslm.train.config import TrainingConfig
 
@@ -22,11 +21,11 @@ _ADAPT = {
 class AdaptConfig(TrainingConfig):
     """Fit a teacher to the text at hand with a LoRA adapter, before it is cached."""
 
-    teacher: Annotated[str, tyro.conf.Positional]
+    teacher: Annotated[str, POSITIONAL]
     """Teacher: any causal model, also a quantized folder or a GGUF file."""
     data_path: Path
     """Dataset folder made by `xinslm prepare` with the teacher's own tokenizer."""
-    output_dir: Annotated[Path, tyro.conf.arg(aliases=["-o"])]
+    output_dir: Annotated[Path, Alias("-o")]
     """Run folder to write; the adapter is at its top, in peft's layout. The same command continues
     a killed run."""
     lora_r: int = 16

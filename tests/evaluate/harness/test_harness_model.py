@@ -280,3 +280,10 @@ def test_a_tokenizer_that_cuts_texts_is_refused(folder, tmp_path):
     (tmp_path / "tokenizer.json").write_text(json.dumps(content))
     with pytest.raises(XinslmError, match='"truncation" is set'):
         XinslmLM(str(tmp_path), device="cpu")
+
+
+def test_the_tokenizer_is_that_of_auto_tokenizer(ours, folder):
+    theirs = AutoTokenizer.from_pretrained(folder)
+    assert type(ours.tokenizer) is type(theirs)
+    texts = ["The fox <|endoftext|> and", " two  spaces\n", "é漢", ""]
+    assert ours.tokenizer(texts)["input_ids"] == theirs(texts)["input_ids"]

@@ -4,8 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-import tyro
-
+from xinslm.hints import POSITIONAL, Alias
 from xinslm.ranges import POSITIVE, SEED, Activations, Device, Range, Settings, range_errors
 
 TaskDtype = Literal["float32", "float64", "auto", "bfloat16"]
@@ -25,7 +24,7 @@ _RANGES = {
 class BenchmarkConfig(Settings):
     """Score a model on benchmark tasks, next to another one, with honest intervals."""
 
-    model: Annotated[Path, tyro.conf.Positional]
+    model: Annotated[Path, POSITIONAL]
     """Any causal model: a model, run or quantized folder, a GGUF file, or a Hub name."""
     tasks: tuple[str, ...] = ("hellaswag", "truthfulqa_mc1", "truthfulqa_mc2", "mmlu:5")
     """Tasks of lm-evaluation-harness by its names (hellaswag, truthfulqa_mc2, ...), with the number
@@ -69,7 +68,7 @@ class BenchmarkConfig(Settings):
     """
     seed: int = 0
     """Of the order of the items with --max-minutes, and of the bootstrap."""
-    output_path: Annotated[Path | None, tyro.conf.arg(aliases=["-o"])] = None
+    output_path: Annotated[Path | None, Alias("-o")] = None
     """JSON file to write: all results, with every item of every task."""
     run: Path | None = None
     """Run folder whose benchmark.json receives the results, for `xinslm report`."""

@@ -209,9 +209,13 @@ def _move_spaces(context: str, continuation: str) -> tuple[str, str]:
 
 
 def _tokenizer(tokenizer: Tokenizer) -> Any:
-    """A tokenizer as transformers' class; one that cuts texts was refused before."""
-    from transformers import AutoTokenizer
+    """A tokenizer as transformers' class; one that cuts texts was refused before.
+
+    It is the class that `AutoTokenizer` takes for what `save` writes; that one imports the
+    configurations of all models first, which takes half a second.
+    """
+    from transformers import PreTrainedTokenizerFast
 
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.save(Path(folder))
-        return AutoTokenizer.from_pretrained(folder)
+        return PreTrainedTokenizerFast.from_pretrained(folder)

@@ -4,9 +4,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-import tyro
-
 from xinslm.gguf_file import is_gguf
+from xinslm.hints import POSITIONAL
 from xinslm.ranges import POSITIVE, Device, Dtype, Range, Settings, range_errors
 
 EngineName = Literal["xinslm", "pytorch", "llama.cpp"]
@@ -19,7 +18,7 @@ _SPEED = dict.fromkeys(_AT_LEAST_ONE, Range(1)) | {"timeout_seconds": POSITIVE, 
 class SpeedConfig(Settings):
     """Measure the speed, memory and size of models on this machine."""
 
-    models: Annotated[tuple[Path, ...], tyro.conf.Positional]
+    models: Annotated[tuple[Path, ...], POSITIONAL]
     """Models to compare: model, run or quantized folders, GGUF files, or Hub names."""
     engines: tuple[EngineName, ...] = ("xinslm", "llama.cpp")
     """What runs the models. xinslm takes its native engine where that runs the model, pytorch its
