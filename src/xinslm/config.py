@@ -124,19 +124,24 @@ def _convert(hint: Any, node: yaml.Node) -> Any:
     return to_value(hint, node.value)
 
 
-def _build(cls: type, values: dict[str, Any], missing: Any) -> Any:
-    """Make the dataclass from nested dicts; what neither a file nor a default gives becomes
-    `missing`.
+def _build(cls: type, values: dict[str, Any], missing: Any, base: Any = None) -> Any:
+    """Make the dataclass from nested dicts, over the values of `base`; what neither a file nor a
+    default gives becomes `missing`.
     """
     hints, arguments = typing.get_type_hints(cls), {}
     for field in fields(cls):
         hint = hints[field.name]
         if is_dataclass(hint):
+            inner = None if base is None else getattr(base, field.name)
+            if base is None and field.default_factory is not MISSING:
+                inner = field.default_factory()
             arguments[field.name] = _build(
-                typing.cast(type, hint), values.get(field.name, {}), missing
+                typing.cast(type, hint), values.get(field.name, {}), missing, inner
             )
         elif field.name in values:
             arguments[field.name] = values[field.name]
+        elif base is not None:
+            arguments[field.name] = getattr(base, field.name)
         elif field.default is MISSING and field.default_factory is MISSING:
             arguments[field.name] = missing
     return cls(**arguments)

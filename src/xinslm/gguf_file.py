@@ -280,7 +280,7 @@ class _Header:
         try:
             for _ in range(count):
                 at += 8 + length(view, at)[0]
-        except struct.error:  # behind the end
+        except (struct.error, OverflowError):  # behind the end
             at = self.size + 1
         if at > self.size:
             raise ValueError(f"it ends at byte {self.size:,}, in the middle of its header")

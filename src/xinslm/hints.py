@@ -67,6 +67,8 @@ def to_value(hint: Any, text: str) -> Any:
         except ValueError:
             what = "an integer" if hint is int else "a number"
             raise ValueError(f"is '{text}', but must be {what}") from None
+    if hint is Path and not text:
+        raise ValueError("is empty, but must be a path")
     return Path(text) if hint is Path else text
 
 

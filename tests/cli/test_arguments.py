@@ -1,5 +1,6 @@
 """Configurations from words: how values are written, and what is said about wrong ones."""
 
+import dataclasses
 from dataclasses import MISSING, dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
@@ -7,6 +8,7 @@ from typing import Annotated, Literal
 import pytest
 
 from xinslm.cli.arguments import parse
+from xinslm.commands import COMMANDS
 from xinslm.config import from_yaml
 from xinslm.errors import UsageError
 from xinslm.hints import POSITIONAL, Alias
@@ -81,6 +83,24 @@ def test_a_configuration_inside_keeps_the_defaults_it_has_there():
     assert parsed("--inner.alpha", "1").inner == Inner(1.0, True)
 
 
+def test_so_does_one_that_a_yaml_file_does_not_mention(tmp_path):
+    (tmp_path / "a.yaml").write_text("count: 7\n")
+    (tmp_path / "b.yaml").write_text("inner:\n  deep: false\n")
+    for name, inner in (("a", Inner(0.25, True)), ("b", Inner(0.25, False))):
+        assert from_yaml(Config, [tmp_path / f"{name}.yaml"], MISSING).inner == inner
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_an_empty_yaml_file_changes_no_default(name, tmp_path):
+    (tmp_path / "a.yaml").write_text("{}\n")
+    cls = COMMANDS[name].load("config")
+    given = from_yaml(cls, [tmp_path / "a.yaml"], MISSING)
+    for entry in dataclasses.fields(cls):
+        made = entry.default_factory is not dataclasses.MISSING
+        default = entry.default_factory() if made else entry.default
+        assert getattr(given, entry.name) == default
+
+
 def test_flags_win_over_yaml_which_may_give_what_is_needed(tmp_path):
     (tmp_path / "a.yaml").write_text("output_dir: o\ncount: 7\ninner:\n  alpha: 0.1\nsource: y\n")
     given = from_yaml(Config, [tmp_path / "a.yaml"], MISSING)
@@ -97,6 +117,8 @@ def test_flags_win_over_yaml_which_may_give_what_is_needed(tmp_path):
         (["--kind", "tow"], "is 'tow', but must be one of one, two. Did you mean 'two'?"),
         (["--tied", "yes"], "--tied: is 'yes', but must be true or false"),
         (["--cuont", "3"], "unknown option --cuont. Did you mean '--count'?"),
+        (["--txet=two words"], "unknown option --txet. Did you mean '--text'?"),
+        (["-o", ""], "is empty, but must be a path"),
         (["--inner.alfa=3"], "unknown option --inner.alfa. Did you mean '--inner.alpha'?"),
         (["-x"], "unknown option -x"),
         (["--count"], "--count needs a value"),

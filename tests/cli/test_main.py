@@ -213,3 +213,9 @@ def test_plain_lines_show_figures_and_end(capsys):
     listen(Progress("distill", note="careful"))
     lines = capsys.readouterr().out.splitlines()
     assert lines == ["distill  5/5 steps  loss 2.3457  tokens/s 12,346", "distill: careful"]
+
+
+@pytest.mark.parametrize("word", ["--help", "-h", "--debug", "--config", "--config=x"])
+def test_after_two_dashes_no_word_is_a_flag(word, capsys):
+    assert main(["plan", "--", word]) == 2
+    assert f"unexpected argument '{word}'" in capsys.readouterr().err

@@ -89,6 +89,16 @@ def test_sequences_are_given_back(scorer):
     assert scorer.context.cache_bytes() == held == 0
 
 
+def greedy(scorer: NativeScorer, prompt: np.ndarray, limits: Limits) -> list[int]:
+    ids, written = list(prompt), []
+    most = min(limits.max_new_tokens, limits.context - len(prompt) + 1)
+    while len(written) < most and not (written and written[-1] in limits.end_ids):
+        logits = scorer.logits(scorer.states([np.array(ids)])[-1:])
+        written.append(int(logits.argmax()))
+        ids.append(written[-1])
+    return written
+
+
 @pytest.mark.parametrize("rows", [1, 3, 8])
 def test_a_batch_writes_what_each_prompt_gives_alone(scorer, rows):
     rng = np.random.default_rng(0)
@@ -97,11 +107,32 @@ def test_a_batch_writes_what_each_prompt_gives_alone(scorer, rows):
     open_decoder = scorer.open_decoder
     found = generate_batch(open_decoder, prompts, range(6), Sampling(temperature=0.0), limits)
     for prompt, text in zip(prompts, found.texts, strict=True):
-        ids, written = list(prompt), []
-        while len(written) < 12 and not (written and written[-1] in limits.end_ids):
-            logits = scorer.logits(scorer.states([np.array(ids)])[-1:])
-            written.append(int(logits.argmax()))
-            ids.append(written[-1])
-        assert text.tokens.tolist() == written
+        assert text.tokens.tolist() == greedy(scorer, prompt, limits)
     del open_decoder
     assert scorer.context.cache_bytes() == 0
+
+
+def test_rows_that_have_ended_may_be_full(scorer):
+    rng = np.random.default_rng(1)
+    sizes = (96, 95, 3, 5, 4, 6, 7, 2, 90)
+    prompts = [rng.integers(0, VOCABULARY, size) for size in sizes]
+    limits = Limits(90, scorer.max_length, frozenset({5}), 9)
+    found = generate_batch(
+        scorer.open_decoder, prompts, range(9), Sampling(temperature=0.0), limits
+    )
+    for prompt, text in zip(prompts, found.texts, strict=True):
+        assert text.tokens.tolist() == greedy(scorer, prompt, limits)
+
+
+def test_what_all_prompts_begin_with_is_read_once(scorer):
+    rng = np.random.default_rng(2)
+    header = rng.integers(0, VOCABULARY, 60)
+    prompts = [np.concatenate([header, rng.integers(0, VOCABULARY, 4)]) for _ in range(6)]
+    prompts.append(header)
+    limits = Limits(1, scorer.max_length, frozenset(), 8)
+    found = generate_batch(
+        scorer.open_decoder, prompts, range(7), Sampling(temperature=0.0), limits
+    )
+    for prompt, text in zip(prompts, found.texts, strict=True):
+        assert text.tokens.tolist() == greedy(scorer, prompt, limits)
+    assert found.token_forwards == 59 + 6 * 5 + 1

@@ -10,7 +10,7 @@ import gguf
 import numpy as np
 import pytest
 
-from xinslm.errors import UsageError
+from xinslm.errors import UsageError, XinslmError
 from xinslm.gguf_file import GgufFile, Strings
 from xinslm.native.bpe import NativeEncoder, bpe_library
 from xinslm.native.load import last_error
@@ -156,6 +156,17 @@ def test_strings_are_those_of_the_gguf_package(tmp_path):
     assert list(found) == expected and found == expected and len(found) == 6
     assert found.pick([3, 1]) == {1: "a", 3: "\ufffd"} and found.pick([]) == {}
     assert found[2] == "é" * 200 and found[-1] == "end"
+
+
+@pytest.mark.parametrize("length", [2**63, 2**64 - 1])
+def test_a_length_that_no_file_has(tmp_path, length):
+    path = tmp_path / "m.gguf"
+    write(path, ["aaaa", "b", "c"], [NORMAL] * 3, ["a b"])
+    data, mark = path.read_bytes(), b"aaaa"
+    at = data.index(len(mark).to_bytes(8, "little") + mark)
+    path.write_bytes(data[:at] + length.to_bytes(8, "little") + data[at + 8 :])
+    with pytest.raises(XinslmError, match="in the middle of its header"):
+        GgufFile(path)
 
 
 @pytest.mark.parametrize(

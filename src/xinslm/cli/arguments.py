@@ -3,8 +3,8 @@
     parse(DistillConfig, ["--data-path", "data", "-o", "model", "--loss.alpha=0.4"])
 
 `--flag value` and `--flag=value` are the same, and so are `-` and `_` in a name. A flag of a tuple
-takes all words up to the next flag; the last of two equal flags counts; `None` is a value of a
-field that may be None; after `--` no word is a flag.
+takes all words up to the next flag (after `=` only that one); the last of two equal flags counts;
+`None` is a value of a field that may be None; after `--` no word is a flag.
 """
 
 import dataclasses
@@ -121,7 +121,7 @@ class _Reading:
         try:
             float(word)
         except ValueError:
-            return " " not in word
+            return " " not in word.partition("=")[0]
         return False
 
     def _split(self, word: str) -> tuple[str, str, str]:

@@ -29,8 +29,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; return the exit code."""
     _prepare_streams()
     words = list(sys.argv[1:] if argv is None else argv)
+    words, plain = _at_dashes(words)
     debug = "--debug" in words
-    words = [word for word in words if word != "--debug"]
+    words = [word for word in words if word != "--debug"] + plain
     try:
         return _dispatch(words)
     except BaseException as error:
@@ -75,6 +76,12 @@ def perform(words: Sequence[str], on_progress: Listener) -> Any:
     return command.load("run")(config, listener, **_secrets(config))
 
 
+def _at_dashes(words: list[str]) -> tuple[list[str], list[str]]:
+    """The words before `--`, among which are flags, and the others with it."""
+    end = words.index("--") if "--" in words else len(words)
+    return words[:end], words[end:]
+
+
 def _split(words: list[str]) -> tuple[str, list[str]]:
     """Name of a command, and its arguments."""
     for size in (2, 1):
@@ -85,7 +92,7 @@ def _split(words: list[str]) -> tuple[str, list[str]]:
 
 
 def _run(name: str, command: Command, words: list[str]) -> int:
-    if "-h" in words or "--help" in words:
+    if {"-h", "--help"} & set(_at_dashes(words)[0]):
         from xinslm.cli.help import render
 
         print(render(name, command))
@@ -147,6 +154,7 @@ def _parse(name: str, command: Command, words: list[str]) -> Any:
 
 
 def _take_config_files(words: list[str]) -> tuple[list[Path], list[str]]:
+    words, plain = _at_dashes(words)
     files, rest, pending = [], [], iter(words)
     for word in pending:
         if word == "--config":
@@ -158,7 +166,7 @@ def _take_config_files(words: list[str]) -> tuple[list[Path], list[str]]:
             files.append(Path(word.removeprefix("--config=")))
         else:
             rest.append(word)
-    return files, rest
+    return files, rest + plain
 
 
 def _overview() -> str:

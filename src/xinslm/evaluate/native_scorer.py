@@ -6,7 +6,7 @@ beginnings.
 """
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,22 +37,37 @@ class NativeDecoder:
 
     refills = True
 
-    def __init__(self, context: NativeContext, rows: int, vocab_size: int) -> None:
-        self.context, self.vocab_size, self.token_forwards = context, vocab_size, 0
+    def __init__(self, context: NativeContext, rows: int, vocab_size: int, most: int) -> None:
+        """`most`: tokens that the model reads of a text."""
+        self.context, self.vocab_size, self.most = context, vocab_size, most
+        self.token_forwards = 0
         self.sequences = [context.add() for _ in range(rows)]
         weakref.finalize(self, _remove, context, self.sequences)
 
     def read(self, rows: Sequence[int], prompts: Sequence[np.ndarray]) -> tuple[Tensor, np.ndarray]:
-        """Read prompts into rows, whole; return the next logits (n, V) and the prompts' lengths."""
-        for row in rows:
-            self.context.remove(self.sequences[row])
-            self.sequences[row] = self.context.add()
+        """Read prompts into rows, whole, what they all begin with once; return the next logits
+        (n, V) and the prompts' lengths.
+        """
         lengths = np.array([len(prompt) for prompt in prompts], np.int64)
-        owners = np.repeat([self.sequences[row] for row in rows], lengths)
-        return self._extend(np.concatenate(prompts), owners, lengths.cumsum() - 1), lengths
+        shared = _shared(prompts) if len(prompts) > 1 else 0
+        beginning = self.context.add()
+        try:
+            if shared:
+                self._extend(prompts[0][:shared], np.full(shared, beginning), np.zeros(0, np.int64))
+            for row in rows:
+                self.context.remove(self.sequences[row])
+                self.sequences[row] = self.context.add(beginning, shared)
+        finally:
+            self.context.remove(beginning)
+        owners = np.repeat([self.sequences[row] for row in rows], lengths - shared)
+        tokens = np.concatenate([prompt[shared:] for prompt in prompts])
+        return self._extend(tokens, owners, (lengths - shared).cumsum() - 1), lengths
 
     def step(self, tokens: Tensor) -> Tensor:
         """Append a token to each row, (B,); return the next logits (B, V)."""
+        for sequence in self.sequences:  # a row whose text has ended may be full
+            if self.context.length(sequence) >= self.most:
+                self.context.rewind(sequence, self.most - 1)
         return self._extend(tokens.numpy(), np.array(self.sequences), np.arange(len(tokens)))
 
     def keep(self, rows: np.ndarray) -> None:
@@ -63,8 +78,30 @@ class NativeDecoder:
 
     def _extend(self, tokens: np.ndarray, owners: np.ndarray, wanted: np.ndarray) -> Tensor:
         self.token_forwards += len(tokens)
-        logits = self.context.extend(tokens.tolist(), owners.tolist(), wanted.tolist())
+        logits = _in_parts(self.context.extend, tokens, owners, wanted)
         return torch.from_numpy(logits)[:, : self.vocab_size]
+
+
+def _in_parts(
+    extend: Callable[..., np.ndarray], tokens: np.ndarray, owners: np.ndarray, wanted: np.ndarray
+) -> np.ndarray:
+    """What `extend` gives for the rising indices `wanted`, in calls that Ctrl-C does not wait for
+    long.
+    """
+    parts = []
+    for at in range(0, len(tokens), CHUNK):
+        chosen = wanted[(wanted >= at) & (wanted < at + CHUNK)] - at
+        part = slice(at, at + CHUNK)
+        parts.append(extend(tokens[part].tolist(), owners[part].tolist(), chosen.tolist()))
+    return np.concatenate(parts)
+
+
+def _shared(prompts: Sequence[np.ndarray]) -> int:
+    """Number of first tokens that all prompts share, less than any has."""
+    least = min(map(len, prompts)) - 1
+    first = np.asarray(prompts[0][:least])
+    same = np.all([first == prompt[:least] for prompt in prompts], axis=0)
+    return least if same.all() else int(same.argmin())
 
 
 def _remove(context: NativeContext, sequences: list[int]) -> None:
@@ -73,7 +110,7 @@ def _remove(context: NativeContext, sequences: list[int]) -> None:
 
 
 class NativeScorer:
-    """A `DenseTeacher` on the native library; reads trees and writes batches, too."""
+    """A `DenseTeacher` on the native library; it also reads trees and writes batches."""
 
     device = torch.device("cpu")
 
@@ -85,6 +122,7 @@ class NativeScorer:
         self.max_length = raw.config.max_position_embeddings
         self.output_size: int = raw.config.vocab_size
         self.hidden_size: int = raw.config.hidden_size
+        self.positions: int = raw.config.max_position_embeddings
         keys = raw.config.num_key_value_heads * raw.config.head_dim
         self.cache_bytes_per_token = raw.config.num_hidden_layers * 2 * 2 * keys
         self.context = NativeContext(build(raw), default_threads())
@@ -114,7 +152,7 @@ class NativeScorer:
 
     def open_decoder(self, rows: int, length: int) -> NativeDecoder:
         """Room for `rows` texts; it grows with them."""
-        return NativeDecoder(self.context, rows, self.vocab_size)
+        return NativeDecoder(self.context, rows, self.vocab_size, self.positions)
 
     def read_prefix(self, row: Row, prefix: NativePrefix | None) -> tuple[Tensor, NativePrefix]:
         """Read the tokens of a row without branches, (T,); return its states (T, hidden) and the
@@ -122,9 +160,11 @@ class NativeScorer:
         """
         longer = NativePrefix(self.context, prefix)
         longer.length += len(row.tokens)
-        owners = [longer.sequence] * len(row.tokens)
-        states = self.context.extend_states(row.tokens.tolist(), owners, row.places.tolist())
-        return self._spread(states, row.places, len(row.tokens)), longer
+        owners, places = np.full(len(row.tokens), longer.sequence), np.unique(row.places)
+        states = _in_parts(self.context.extend_states, row.tokens, owners, places)
+        found = torch.zeros(len(row.tokens), self.hidden_size)
+        found[torch.from_numpy(places)] = torch.from_numpy(states)
+        return found, longer
 
     def read_rows(self, rows: Sequence[Row], prefix: NativePrefix | None) -> Tensor:
         """States after the tokens of rows that continue a prefix, (B, T, hidden) float32; zeros
@@ -165,15 +205,11 @@ class NativeScorer:
                     where.append((chain.row, place))
                 tokens.append(int(row.tokens[place]))
                 owners.append(chain.sequence)
-        states = self.context.extend_states(tokens, owners, wanted)
+        numbers = (np.array(list_, np.int64) for list_ in (tokens, owners, wanted))
+        states = _in_parts(self.context.extend_states, *numbers)
         if where:
             places = torch.tensor(where)
             found[places[:, 0], places[:, 1]] = torch.from_numpy(states)
-
-    def _spread(self, states: np.ndarray, places: np.ndarray, size: int) -> Tensor:
-        found = torch.zeros(size, self.hidden_size)
-        found[torch.from_numpy(np.unique(places))] = torch.from_numpy(states)
-        return found
 
 
 @dataclass

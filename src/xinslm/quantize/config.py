@@ -62,7 +62,9 @@ class QuantizeConfig(Settings):
     run: Path | None = None
     """Run folder whose report lists the result."""
     force: bool = False
-    """Replace what is at the output folder."""
+    """Replace what is at the output folder, and the finished layers of a stopped run with other
+    settings.
+    """
 
     def errors(self) -> list[str]:
         """What cannot work, a sentence each."""

@@ -68,7 +68,8 @@ def unstoppable_run(output: Path, plan: Mapping[str, Any], force: bool) -> Itera
     """Lock `output` for a quantization that begins anew each time.
 
     A stopped run of other kind is a UsageError that names what of `plan` differs; with `force` its
-    folder is deleted at the end.
+    folder is deleted at the end. So is one whose plan is damaged: nothing says what its layers
+    follow from.
     """
     output = Path(output).resolve()
     with locked(output), explained_full_disk(output):
