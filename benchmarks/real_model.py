@@ -20,7 +20,6 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -397,9 +396,8 @@ def spread(values: list[float]) -> str:
 
 def renormalised(count: int, words: list[str]) -> None:
     """`xinslm distill` with the peers' targets: a live teacher's most likely tokens alone."""
-    supervision.LiveTargets = partial(TopK, k=count)  # type: ignore[misc,assignment]
-    sys.argv = ["xinslm", *words]
-    cli_main()
+    supervision.LiveTargets = lambda teacher, depths: TopK(teacher, count)  # type: ignore[misc,assignment]
+    sys.exit(cli_main(words))
 
 
 def main() -> None:

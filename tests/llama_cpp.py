@@ -34,6 +34,8 @@ class LlamaCpp:
     def __enter__(self) -> "LlamaCpp":
         self._server = xllamacpp.Server(self._parameters)
         self._plain = self.tokenize("a")[-1]
+        # the server's loop runs once it has answered; stopped before, it waits for ever
+        self._post("/completion", {"prompt": [self._plain], "n_predict": 1})
         return self
 
     def __exit__(
