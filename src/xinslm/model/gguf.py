@@ -16,7 +16,7 @@ from torch import Tensor
 
 from xinslm.errors import UsageError, XinslmError
 from xinslm.files import sha256_file
-from xinslm.gguf_file import GgufFile
+from xinslm.gguf_file import GgufFile, Strings
 from xinslm.model.config import ModelConfig
 from xinslm.model.gguf_families import FAMILIES, Family, read_settings
 from xinslm.model.grids import GRIDS, Q4_0
@@ -55,7 +55,7 @@ class GgufSource(ModelSource):
     def calibration(self) -> list[str]:
         """Ids of the texts that calibrated the model's quantization, if an export wrote them."""
         found = self._file.keys.get(CALIBRATION)
-        return [str(id) for id in found] if isinstance(found, list) else []
+        return [str(id) for id in found] if isinstance(found, Strings) else []
 
     @cached_property
     def settings(self) -> dict[str, Any]:  # type: ignore[override]
