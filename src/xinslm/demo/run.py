@@ -39,7 +39,7 @@ from xinslm.progress import Listener
 from xinslm.runs import add_row, read_rows
 
 COMMANDS = "commands.sh"
-PROMPTS_PER_GFLOPS = 0.5
+PROMPTS_PER_GFLOPS = 0.38
 """Of the machine's matrix products; meant for 8 minutes, and 11 at `LEAST_PROMPTS`."""
 LEAST_PROMPTS = 64
 BEGINNINGS = ("One sunny day", "It was a windy day in May.", "On Monday, the farmer")
