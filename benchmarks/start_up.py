@@ -5,7 +5,7 @@
 `generate`: from the spawn to the first byte of the text, for a prompt of one word. `benchmark`: from
 the spawn to the first call of the scorer, so that importing, reading the task's data, building the
 prompts and loading the model are in it. CPU seconds are user and system time of the whole process,
-all its threads together; they hardly depend on what else the machine does, the wall clock does.
+all its threads together; they hardly depend on what else the machine does, the wall time does.
 """
 
 import argparse

@@ -131,13 +131,10 @@ class NativeScorer:
         """Outputs of the last layer, float32 (total tokens, hidden)."""
         parts = []
         for ids in sequences:
-            tokens = np.asarray(ids).tolist()
             number = self.context.add()
             try:
-                for at in range(0, len(tokens), CHUNK):
-                    part = tokens[at : at + CHUNK]
-                    owners, wanted = [number] * len(part), range(len(part))
-                    parts.append(self.context.extend_states(part, owners, wanted))
+                owners, wanted = np.full(len(ids), number), np.arange(len(ids))
+                parts.append(_in_parts(self.context.extend_states, ids, owners, wanted))
             finally:
                 self.context.remove(number)
         return torch.from_numpy(np.concatenate(parts))
