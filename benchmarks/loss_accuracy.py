@@ -23,15 +23,15 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from xinslm.cache.entries import CacheFormat, decode, encode
+from xinslm.cache.entry_files import SparseLayout
 from xinslm.losses.chunk import chunk_loss
 from xinslm.losses.config import LossConfig
 from xinslm.losses.targets import SparseTargets
 
 PRESETS = {
-    "lean": (2, 8),
-    "default": (4, 10),
-    "8 + 4": (8, 4),
-    "rich": (8, 18),
+    "lean": (4, 0.04),
+    "default": (4, 0.02),
+    "rich": (8, 0.01),
     "11 and no tail samples": (11, 0),
     "20 and no tail samples": (20, 0),
     "50 and no tail samples": (50, 0),
@@ -127,6 +127,7 @@ def main() -> None:
         name: torch.nn.functional.cross_entropy(z, labels).item() for name, z in logits.items()
     }
     rows: dict[str, list[str]] = {}
+    sizes: dict[str, str] = {}
 
     def error(
         row: str, ours: Callable[[Tensor], Tensor], dense: Callable[[Tensor], Tensor]
@@ -138,14 +139,15 @@ def main() -> None:
     def kd(targets: SparseTargets | Tensor, *settings: object) -> Callable[[Tensor], Tensor]:
         return lambda z: gradient(z, labels, targets, LossConfig(0.0, 1.0, *settings))  # type: ignore[arg-type]
 
-    for name, (top_k, tail_samples) in PRESETS.items():
-        fmt = CacheFormat(teacher.shape[1], top_k, tail_samples, 2.0)
-        cached = decode(
-            encode(teacher.softmax(1), labels, torch.arange(len(labels)), fmt, seed=0), fmt
-        )
-        size = f"{name}, {fmt.dtype.itemsize} bytes"
+    for name, (top_k, sample_mass) in PRESETS.items():
+        fmt = CacheFormat(teacher.shape[1], top_k, sample_mass, 2.0)
+        entries = encode(teacher.softmax(1), labels, torch.arange(len(labels)), fmt, seed=0)
+        cached = decode(entries, fmt)
+        size = SparseLayout(fmt).stored.itemsize + 2 * float(entries["num_samples"].mean())
+        sizes[name] = f"{size:.1f} bytes"
+        size = f"{name}, {sizes[name]}"
         exact = teacher.topk(top_k, dim=1).indices
-        if tail_samples:
+        if sample_mass:
             error(f"T=1, tail_weight 1 | {size}", kd(cached, 1.0, "decoupled", 1.0), kd(teacher))
         error(f"T=1, tail_weight 0 | {size}", kd(cached, 1.0, "decoupled", 0.0), kd(teacher))
         error(
@@ -167,10 +169,6 @@ def main() -> None:
     for row, values in rows.items():
         print(f"| {row} | {' | '.join(values)} |")
     if args.work:
-        sizes = {
-            name: f"{CacheFormat(teacher.shape[1], *PRESETS[name], 2.0).dtype.itemsize} bytes"
-            for name in PRESETS
-        }
         at_two = {
             f"{way}, {sizes[name]}": dict(
                 zip(logits, map(float, rows[f"{row} | {name}, {sizes[name]}"]), strict=True)

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from xinslm.cache.entries import Cache
+from xinslm.cache.folder import Cache
 from xinslm.cache.kinds import CachedTargets
 from xinslm.data.dataset import open_dataset
 from xinslm.data.packing import PackedDataset

@@ -23,7 +23,7 @@ import torch
 from machine import describe
 from sides import keep, xinslm
 
-from xinslm.cache.entries import Cache
+from xinslm.cache.folder import Cache
 from xinslm.cache.kinds import CachedTargets
 from xinslm.data.dataset import open_dataset
 from xinslm.data.packing import Batch, PackedDataset
@@ -40,13 +40,12 @@ from xinslm.train.packed import packed_trainer
 from xinslm.train.row_sampler import Source
 
 CACHES = {
-    "lean 2+8": (2, 8),
-    "default 4+10": (4, 10),
-    "8+4": (8, 4),
-    "11+0": (11, 0),
-    "rich 8+18": (8, 18),
+    "lean": (4, 0.04),
+    "default": (4, 0.02),
+    "rich": (8, 0.01),
+    "11 and no tail samples": (11, 0),
 }
-"""Top-k tokens and tail samples."""
+"""Top-k tokens, and the mass that a tail sample stands for."""
 TOP = (12, 128)
 VARIANTS = ["CE", "full", *CACHES, *(f"top-{k} renormalised" for k in TOP)]
 
@@ -143,16 +142,16 @@ def main() -> None:
             f"--max-tokens {args.tokens}"
         )
     entry_bytes = {}
-    for name, (top_k, tail_samples) in CACHES.items():
+    for name, (top_k, sample_mass) in CACHES.items():
         if name not in args.variants:
             continue
         folder = args.work / f"cache-{name}".replace(" ", "-")
         if not (folder / "manifest.json").is_file():
             xinslm(
                 f"cache {teacher} --data-path {data} --output-dir {folder} --max-seq-length 256 "
-                f"--top-k {top_k} --tail-samples {tail_samples}"
+                f"--top-k {top_k} --tail-sample-mass {sample_mass}"
             )
-        entry_bytes[name] = Cache(folder).format.dtype.itemsize
+        entry_bytes[name] = Cache(folder).entry_bytes / Cache(folder).positions
     results_file = (
         args.work / f"quality-{args.optimizer}-{args.steps}-{args.learning_rate}-{args.alpha}.json"
     )
@@ -195,7 +194,7 @@ def main() -> None:
         )
         spread = statistics.stdev(losses) if args.seeds > 1 else 0.0
         print(
-            f"| {variant} | {entry_bytes.get(variant, '-')} | {statistics.mean(losses):.4f} ± "
+            f"| {variant} | {entry_bytes.get(variant, 0):.1f} | {statistics.mean(losses):.4f} ± "
             f"{spread:.4f} | "
             f"{', '.join(f'{x:.0%}' for x in shares)} | {total:.1%} |"
         )

@@ -245,7 +245,7 @@ class Bench:
 
     def make_cache29(self, path: Path) -> None:
         """The teacher's targets, 29 bytes a position."""
-        self.make_cache(path, "full", "--top-k", 2, "--tail-samples", 8)
+        self.make_cache(path, "full", "--tail-sample-mass", 0.04)
 
     def make_adapter(self, path: Path) -> None:
         """The teacher, fitted to the chats."""

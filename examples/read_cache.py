@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from xinslm.cache.entries import Cache
+from xinslm.cache.folder import Cache
 from xinslm.data.dataset import open_dataset
 from xinslm.tokenizer.load import load_tokenizer
 

@@ -30,9 +30,10 @@ def sparsify(teacher, temperature=2.0, seed=0, tail_samples=TAIL_SAMPLES, top_k=
         tail, max(tail_samples, 1), replacement=True, generator=torch.Generator().manual_seed(seed)
     )
     ones = torch.ones(len(teacher), dtype=torch.bool)
+    counts = torch.full((len(teacher),), tail_samples)
     log_z = (log_p / temperature).logsumexp(1)
     return SparseTargets(
-        top.indices, top.values, tail.sum(1).log(), drawn[:, :tail_samples], ones, log_z, ones
+        top.indices, top.values, tail.sum(1).log(), drawn[:, :tail_samples], counts, log_z, ones
     )
 
 

@@ -90,11 +90,11 @@ def test_no_number_is_taken_unseen(cls, name: str, is_float: bool) -> None:
 def test_the_defaults_and_the_ends_of_the_ranges_are_taken() -> None:
     for cls in EVERY:
         check(cls)
-    check(CacheConfig, top_k=256, tail_samples=64, max_seq_length=1_000_000, seed=2**31 - 1)
+    check(CacheConfig, top_k=256, tail_sample_mass=1.0, max_seq_length=1_000_000, seed=2**31 - 1)
     check(
         CacheConfig,
         top_k=1,
-        tail_samples=0,
+        tail_sample_mass=0.0,
         max_seq_length=2,
         seed=0,
         batch_tokens=1,
@@ -131,7 +131,8 @@ def test_the_defaults_and_the_ends_of_the_ranges_are_taken() -> None:
     ("cls", "changes", "message"),
     [
         (CacheConfig, {"top_k": 257}, r"^top_k is 257, but must be at most 256$"),
-        (CacheConfig, {"tail_samples": 65}, r"^tail_samples is 65, but must be at most 64$"),
+        (CacheConfig, {"tail_sample_mass": 0.003}, r"must be at least 0.004, or 0$"),
+        (CacheConfig, {"tail_sample_mass": 1.5}, r"must be at most 1, or 0$"),
         (CacheConfig, {"max_seq_length": 1}, r"^max_seq_length is 1, but must be at least 2$"),
         (CacheConfig, {"max_seq_length": 1_000_001}, "at most 1,000,000"),
         (CacheConfig, {"temperature": 0.0}, r"^temperature is 0.0, but must be above 0$"),

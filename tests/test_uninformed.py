@@ -12,7 +12,7 @@ import training as train
 from xinslm.baseline import mix_advice, uninformed
 from xinslm.cache import score
 from xinslm.cache.config import CacheConfig
-from xinslm.cache.entries import Cache
+from xinslm.cache.folder import Cache
 from xinslm.cache.merge import run as merge
 from xinslm.cache.merge_config import MergeConfig
 from xinslm.cache.quality import teacher_nats
@@ -92,7 +92,7 @@ def test_the_sampled_loss_is_that_of_all_entries(world, bad_cache):
     """The records of the train split, read one by one."""
     split = Cache(bad_cache.folder).split("train")
     values = [
-        float(entry["log_label"]) for shard in split.maps for entry in shard if entry["flags"] & 1
+        float(entry["log_label"]) for shard in split.heads for entry in shard if entry["flags"] & 1
     ]
     assert teacher_nats(Cache(bad_cache.folder)) == pytest.approx(-sum(values) / len(values))
 

@@ -19,6 +19,10 @@ def uninformed(name: str, loss: float | None, baseline: float | None, unit: str)
     )
 
 
+ROUNDING = 0.01
+"""Nats by which two scores of one model may differ in other number types."""
+
+
 def mix_advice(student: float | None, teacher: float | None, unit: str) -> str | None:
     """Advice on the weights of the loss if a student predicts held-out text better than its
     teacher; None if it does not, or if either figure is unknown.
@@ -27,7 +31,7 @@ def mix_advice(student: float | None, teacher: float | None, unit: str) -> str |
     the teacher's distributions pull away from it. On text of other kinds they still help
     (docs/results.md).
     """
-    if student is None or teacher is None or student >= teacher:
+    if student is None or teacher is None or student > teacher - ROUNDING:
         return None
     return (
         f"the student predicts this text better than its teacher: {student:.3f} {unit} against "

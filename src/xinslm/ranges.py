@@ -30,22 +30,32 @@ class Range(NamedTuple):
     """Whether `low` itself is outside."""
     below: bool = False
     """Whether `high` itself is outside."""
+    or_zero: bool = False
+    """Whether 0 is allowed as well."""
 
     def problem(self, value: float) -> str | None:
         """What a value must be and is not ('at least 1'), or None where it is in the range."""
         if not -sys.float_info.max <= value <= sys.float_info.max:
             return "a finite number"
+        if self.or_zero and value == 0:
+            return None
         if value < self.low or (self.above and value == self.low):
-            return f"{'above' if self.above else 'at least'} {self.low:,}"
+            return f"{'above' if self.above else 'at least'} {self.low:,}{self._zero}"
         if value > self.high or (self.below and value == self.high):
-            return f"{'below' if self.below else 'at most'} {self.high:,}"
+            return f"{'below' if self.below else 'at most'} {self.high:,}{self._zero}"
         return None
+
+    @property
+    def _zero(self) -> str:
+        return ", or 0" if self.or_zero else ""
 
 
 POSITIVE = Range(0, above=True)
 SHARE = Range(0, 1)
 SEED = Range(0, 2**31 - 1)
 CONTEXT = Range(2, 1_000_000)
+TAIL_SAMPLE_MASS = Range(0.004, 1, or_zero=True)
+"""Of a cache. At most 250 samples of a tail, whose number is stored in a byte; 0: none."""
 
 
 def range_errors(config: Any, ranges: Mapping[str, Range], prefix: str = "") -> list[str]:

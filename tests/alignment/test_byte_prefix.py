@@ -28,7 +28,8 @@ from xinslm.cache.bucket_entries import (
     bucket_entries,
     decode_buckets,
 )
-from xinslm.cache.entries import VALID, Cache
+from xinslm.cache.entries import VALID
+from xinslm.cache.folder import Cache
 from xinslm.cache.kinds import kind_of
 from xinslm.data.dataset import open_dataset
 from xinslm.distill.config import DistillConfig
@@ -50,7 +51,7 @@ def grouped(world, tmp_path_factory):
 
 
 def stored(folder):
-    return np.concatenate(kind_of(Cache(folder)).splits()["train"].maps)
+    return np.concatenate(kind_of(Cache(folder)).splits()["train"].heads)
 
 
 def predicted(tops, probs, label_probs):
@@ -268,7 +269,7 @@ def test_groups_of_a_position_are_apart_or_nested_and_shares_sum_to_one(grouped)
     )
     entries = stored(folder)
     valid = entries[(entries["flags"] & VALID) != 0]
-    assert result.entry_bytes == entries.itemsize == 3 + 20 * 6
+    assert result.stream_bytes / result.stored == entries.itemsize == 3 + 20 * 6
     labels = np.append(np.asarray(open_dataset(data).split("train").tokens)[1:], 0)[
         (entries["flags"] & VALID) != 0
     ]

@@ -7,7 +7,7 @@ import training as train
 from other_tokenizers import characters, metaspace
 from xinslm.cache import score
 from xinslm.cache.config import CacheConfig
-from xinslm.cache.entries import Cache
+from xinslm.cache.folder import Cache
 from xinslm.data import prepare
 from xinslm.data.config import PrepareConfig
 from xinslm.distill.config import DistillConfig

@@ -10,7 +10,7 @@ import pytest
 import training as train
 from xinslm.cache import merge, score
 from xinslm.cache.config import CacheConfig
-from xinslm.cache.entries import Cache
+from xinslm.cache.folder import Cache
 from xinslm.cache.merge_config import MergeConfig
 from xinslm.errors import UsageError, XinslmError
 from xinslm.files import sha256_file
@@ -79,7 +79,7 @@ def test_another_format_version_is_named(copy):
     manifest = json.loads((copy / "manifest.json").read_text())
     (copy / "manifest.json").write_text(json.dumps({**manifest, "version": 99}))
     with pytest.raises(
-        XinslmError, match=r"format version 99, this xinslm reads version 2. Make it again"
+        XinslmError, match=r"format version 99, this xinslm reads version 3. Make it again"
     ):
         Cache(copy)
 
@@ -90,7 +90,7 @@ def test_repair_makes_only_what_is_damaged(world, copy):
     kept = {
         p: p.stat().st_mtime_ns
         for p in copy.glob("*/*.bin")
-        if p.name not in ("00000.bin", "00002.bin")
+        if not p.name.startswith(("00000.", "00002."))
     }
     with pytest.raises(
         UsageError, match=r"copy was made with another seed: its files would not belong together"

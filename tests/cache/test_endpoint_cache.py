@@ -17,7 +17,7 @@ import training as train
 from fake_endpoint import FakeVllm
 from xinslm.cache import score
 from xinslm.cache.config import CacheConfig
-from xinslm.cache.entries import HAS_TAIL_SAMPLES, Cache
+from xinslm.cache.folder import Cache
 from xinslm.cache.journal import Journal
 from xinslm.cli.main import main
 from xinslm.data.dataset import open_dataset
@@ -74,7 +74,7 @@ def test_entries_are_exact_in_the_top_k_and_have_one_bucket_for_the_tail(small, 
         result = score.run(config(small, server.url, tmp_path / "c"))
         assert {body["prompt_logprobs"] for _, body in server.bodies} == {6}
     model, cache = load_model(small.teacher), Cache(tmp_path / "c")
-    assert (cache.format.tail_samples, cache.format.temperature) == (0, 1.0)
+    assert (cache.format.tail_sample_mass, cache.format.temperature) == (0, 1.0)
     split = open_dataset(small.data).split("train")
     outside = 0
     for start, end in zip(split.documents[:-1], split.documents[1:], strict=True):
@@ -89,7 +89,7 @@ def test_entries_are_exact_in_the_top_k_and_have_one_bucket_for_the_tail(small, 
             top = log_p.topk(6)
             assert (
                 targets.valid_mask.all()
-                and not targets.has_tail_samples.any()
+                and not targets.num_samples.any()
                 and (targets.log_z == 0).all()
             )
             torch.testing.assert_close(
@@ -99,13 +99,13 @@ def test_entries_are_exact_in_the_top_k_and_have_one_bucket_for_the_tail(small, 
             torch.testing.assert_close(
                 targets.log_tail, (1 - top.values.exp().sum(1)).log(), atol=0.01, rtol=0.01
             )
-            entries = cache.split("train").maps[0][positions]
+            entries = cache.split("train").heads[0][positions]
             labels = log_p.gather(1, piece[1:, None])[:, 0]
             np.testing.assert_allclose(
                 entries["log_label"].astype(float), labels.numpy(), atol=0.01, rtol=2e-3
             )
             outside += int((labels < top.values[:, -1]).sum())
-            assert not (entries["flags"] & HAS_TAIL_SAMPLES).any()
+            assert not entries["num_samples"].any()
     assert outside > 20, "tokens that came from outside the most likely ones have their log p"
     assert "positions" in result.describe()
 

@@ -11,7 +11,7 @@ import torch
 
 from xinslm.cache import score
 from xinslm.cache.config import CacheConfig
-from xinslm.cache.entries import Cache
+from xinslm.cache.folder import Cache
 from xinslm.cache.projected_states import (
     CachedHiddenStates,
     HiddenStateFormat,
@@ -213,10 +213,10 @@ def test_positions_inside_a_nested_teachers_token_have_no_projected_state(world,
         at = 0
         for place, token in enumerate(ids[:40]):
             at += len(student.token_bytes(token)) if place else 0
-            entries = source.maps[0][start + place]
+            entries = source.heads[0][start + place]
             assert (float(entries["scales"][0]) > 0) == (at in ends)
             if at in ends:
-                found = decode_projected_states(source.maps[0][start + place : start + place + 1])[
+                found = decode_projected_states(source.heads[0][start + place : start + place + 1])[
                     0
                 ][0, 0]
                 assert float((found - expected[ends[at]]).abs().max()) < 0.05

@@ -16,7 +16,7 @@ import torch
 from xinslm.alignment.nested import NestedProjection, is_nested, number_prefixes
 from xinslm.cache import score
 from xinslm.cache.config import CacheConfig
-from xinslm.cache.entries import PLAN, Cache
+from xinslm.cache.folder import PLAN, Cache
 from xinslm.data.dataset import open_dataset
 from xinslm.errors import UsageError, XinslmError
 from xinslm.files import sha256_file
@@ -66,7 +66,7 @@ def test_entries_are_the_teachers_distributions(world):
             targets.log_tail, (1 - top.values.exp().sum(1)).log(), atol=0.01, rtol=0.02
         )
         entries = (
-            cache.maps[0][start - cache.starts[0] : start - cache.starts[0] + count]
+            cache.heads[0][start - cache.starts[0] : start - cache.starts[0] + count]
             if start < 2000
             else None
         )
@@ -102,7 +102,7 @@ from xinslm.cache import score
 from xinslm.cache.config import CacheConfig
 from xinslm.teachers.endpoint_config import EndpointConfig
 def listen(progress):
-    if len(list(Path({str(folder)!r}).glob('train/*.bin'))) >= {after}:
+    if len(list(Path({str(folder)!r}).glob('train/?????.bin'))) >= {after}:
         os.kill(os.getpid(), signal.SIGKILL)
 score.run({config(world, folder)!r}, listen)
 """
@@ -115,7 +115,7 @@ score.run({config(world, folder)!r}, listen)
     (folder / "train" / ".00009.bin.partial-1").write_bytes(b"half")
     with pytest.raises(UsageError, match="unfinished cache with another seed"):
         score.run(config(world, folder, seed=1))
-    kept = {p: p.stat().st_mtime_ns for p in folder.glob("train/0*.bin")}
+    kept = {p: p.stat().st_mtime_ns for p in folder.glob("train/?????.bin")}
     score.run(config(world, folder))
     assert shards(folder) == shards(world.cache)
     assert all(p.stat().st_mtime_ns == then for p, then in kept.items()) and len(kept) == after
@@ -228,7 +228,7 @@ def test_nested_cache_at_teacher_boundaries_is_the_push_forward_of_the_teacher(w
         )
         ends_here = 1 - float(expected.sum()) > 1e-5
         if ends_here or targets.log_tail[0] > NO_MASS:
-            assert bool(targets.has_tail_samples[0]) == (not ends_here)
+            assert bool(targets.num_samples[0]) == (not ends_here)
         inside += int(prefix > 0)
     assert inside > 3
 
@@ -283,7 +283,8 @@ def test_full_disk_and_ctrl_c_cost_one_shard(world, tmp_path, monkeypatch, error
     with pytest.raises(type(error)):
         score.run(config(world, folder))
     monkeypatch.undo()
-    assert sorted(p.name for p in (folder / "train").iterdir()) == ["00000.bin", "00001.bin"]
+    names = sorted(p.name for p in (folder / "train").iterdir())
+    assert names == ["00000.bin", "00000.tail.bin"], "the second shard lacks its second file"
     score.run(config(world, folder))
     assert shards(folder) == shards(world.cache)
 

@@ -18,7 +18,7 @@ import training as train
 from training import PackedTrainer
 from xinslm.cache import score
 from xinslm.cache.config import CacheConfig
-from xinslm.cache.entries import Cache
+from xinslm.cache.folder import Cache
 from xinslm.cache.kinds import CachedTargets
 from xinslm.cache.projected_states import CachedHiddenStates
 from xinslm.data.dataset import open_dataset
@@ -244,7 +244,7 @@ def test_positions_without_a_teachers_token_have_no_part(world, cache, tmp_path)
     for path, start in zip(
         sorted(folder.glob("train/*.hidden_states.bin")), source.starts, strict=True
     ):
-        array = np.memmap(path, dtype=source.format.dtype, mode="r+")
+        array = np.memmap(path, dtype=source.layout.dtype, mode="r+")
         here = uncovered[(uncovered >= start) & (uncovered < start + len(array))] - start
         array["scales"][here] = 0
         array.flush()

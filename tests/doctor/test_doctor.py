@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from xinslm.cache import merge
-from xinslm.cache.entries import Cache
+from xinslm.cache.entry_files import SparseLayout
+from xinslm.cache.folder import Cache
 from xinslm.cache.merge_config import MergeConfig
 from xinslm.cli.main import main
 from xinslm.data.packing import Batch
@@ -49,8 +50,8 @@ def only(result, *names):
 def rewrite(folder, change):
     """Apply `change` to every shard's entries and make the manifest agree."""
     manifest = json.loads((folder / "manifest.json").read_text())
-    dtype = Cache(folder).format.dtype
-    for file in folder.glob("*/*.bin"):
+    dtype = SparseLayout(Cache(folder).format).stored
+    for file in folder.glob("*/?????.bin"):
         change(np.fromfile(file, dtype)).tofile(file)
         manifest["files"][file.relative_to(folder).as_posix()]["sha256"] = sha256_file(file)
     (folder / "manifest.json").write_text(json.dumps(manifest))
@@ -183,7 +184,7 @@ def test_a_top_k_too_small_without_tail_samples(healthy, tmp_path):
             healthy.data,
             tmp_path / "c",
             top_k=1,
-            tail_samples=0,
+            tail_sample_mass=0.0,
             max_seq_length=64,
             device="cpu",
         )

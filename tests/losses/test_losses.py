@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from loss_oracle import (
     DIVERGENCES,
     ROWS,
+    TAIL_SAMPLES,
     VOCAB,
     assert_same,
     dense_oracle,
@@ -216,7 +217,7 @@ def test_a_cached_entry_tempers_its_top_k_to_the_dense_probabilities():
     one token would be far off.
     """
     teacher = problem()[3]
-    fmt = CacheFormat(VOCAB, top_k=8, tail_samples=0, temperature=2.0)
+    fmt = CacheFormat(VOCAB, top_k=8, tail_sample_mass=0, temperature=2.0)
     entries = encode(
         teacher.softmax(1), torch.zeros(ROWS, dtype=torch.long), torch.arange(ROWS), fmt, 0
     )
@@ -280,7 +281,7 @@ def test_where_the_tail_is_unknown_the_text_is_its_draw(temperature, tail_weight
     nothing = torch.arange(ROWS) % 4 == 3  # a tail without mass hides nothing
     sparse = dataclasses.replace(
         sparse,
-        has_tail_samples=known,
+        num_samples=sparse.num_samples * known,
         valid_mask=torch.arange(ROWS) % 5 != 0,
         log_tail=sparse.log_tail.masked_fill(nothing, -20.0),
     )
@@ -299,7 +300,7 @@ def test_where_the_tail_is_unknown_the_text_is_its_draw(temperature, tail_weight
         tail = log_q.scatter(1, sparse.top_k_ids, -torch.inf).logsumexp(1)
         inside = tail - log_q.gather(1, labels[:, None])[:, 0]
         stands_in = outside & unknown
-        rest = dataclasses.replace(sparse, has_tail_samples=torch.ones(ROWS, dtype=torch.bool))
+        rest = dataclasses.replace(sparse, num_samples=sparsify(teacher).num_samples)
         with_samples = fused_loss(h[known], w, labels[known], rest[known], config, ROWS)[0]
         bucket = dataclasses.replace(config, tail_weight=0.0)
         without = fused_loss(h[~known], w, labels[~known], rest[~known], bucket, ROWS)[0]
@@ -309,19 +310,43 @@ def test_where_the_tail_is_unknown_the_text_is_its_draw(temperature, tail_weight
     assert_same(ours, grads(expected, hidden, weight))
 
 
-def test_without_tail_samples_the_tail_is_one_bucket():
-    """No tail samples must not leave half an estimate: the gradient of a softmax sums to zero in
-    each row.
+def test_without_tail_samples_the_label_is_the_only_one():
+    """Half an estimate would not do: the gradient of a softmax sums to zero in each row."""
+    _, _, labels, teacher = problem()
+    z, sparse = problem(seed=4)[3], sparsify(teacher, tail_samples=0)
+    none, label = z.clone(), z.clone()
+    outside = (sparse.top_k_ids != labels[:, None]).all(1)
+    drawn = dataclasses.replace(sparse, tail_ids=labels[:, None], num_samples=outside.long())
+    chunk_loss(none, labels, sparse, LossConfig(0.0, 1.0, tail_weight=1.0))
+    chunk_loss(label, labels, drawn, LossConfig(0.0, 1.0, tail_weight=1.0))
+    mass = sparse.log_tail.exp()[:, None]  # a label stands in with weight 1, not with the tail's
+    stand_in = torch.zeros_like(z).scatter_(1, labels[:, None], -1.0)
+    inside = z.softmax(1).scatter(1, sparse.top_k_ids, 0.0)
+    stand_in = (stand_in + inside / inside.sum(1, keepdim=True)) * outside[:, None]
+    torch.testing.assert_close(none, label + (1 - mass) * stand_in)
+    assert none.sum(1).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_positions_with_fewer_samples_give_each_a_larger_part(temperature):
+    """Against a loop over the positions, each with its own number of samples; ids that do not count
+    change nothing.
     """
     _, _, labels, teacher = problem()
-    z = problem(seed=4)[3]
-    none, bucket = z.clone(), z.clone()
-    chunk_loss(
-        none, labels, sparsify(teacher, tail_samples=0), LossConfig(0.0, 1.0, tail_weight=1.0)
-    )
-    chunk_loss(bucket, labels, sparsify(teacher), LossConfig(0.0, 1.0, tail_weight=0.0))
-    torch.testing.assert_close(none, bucket)
-    assert none.sum(1).abs().max() < 1e-5
+    z, sparse = problem(seed=4)[3], sparsify(teacher, temperature)
+    counts = torch.arange(ROWS) % TAIL_SAMPLES + 1
+    config = LossConfig(0.2, 0.8, temperature, "decoupled", 1.0)
+    ours, one_by_one = z.clone(), z.clone()
+    sums = chunk_loss(ours, labels, dataclasses.replace(sparse, num_samples=counts), config)
+    total = torch.zeros(2)
+    for row, count in enumerate(counts.tolist()):
+        here, part = slice(row, row + 1), sparse[row : row + 1]
+        part = dataclasses.replace(
+            part, tail_ids=part.tail_ids[:, :count], num_samples=torch.tensor([count])
+        )
+        total += torch.stack(chunk_loss(one_by_one[here], labels[here], part, config))
+    torch.testing.assert_close(ours, one_by_one)
+    torch.testing.assert_close(torch.stack(sums).float(), total)
 
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)

@@ -210,7 +210,7 @@ def test_a_plan_knows_dataset_teacher_and_cache(tmp_path: Path, monkeypatch) -> 
     cache, train = cached.stages
     tokens = (data / "train" / "tokens.bin").stat().st_size // 2
     assert cached.tokens == tokens and cached.shape.vocab_size == 320
-    assert cache.written == 39 * tokens and not cached.other_models
+    assert cache.written == 38 * tokens and not cached.other_models
     numbers = sum(p.numel() for p in teacher.parameters())
     assert cache.operations == 2 * numbers * tokens and train.written > 0
     live = planned(data_path=data, vocab_size=None, teacher=str(tmp_path / "teacher"))

@@ -16,7 +16,8 @@ import torch
 from safetensors.torch import load_file
 
 import training as train
-from xinslm.cache.entries import LARGEST_NEGATIVE_LOG, Cache
+from xinslm.cache.entries import LARGEST_NEGATIVE_LOG
+from xinslm.cache.folder import Cache
 from xinslm.cache.support import read_support
 from xinslm.data.dataset import open_dataset
 from xinslm.data.packing import PackedDataset
@@ -154,7 +155,7 @@ def test_records_hold_the_teacher_where_the_student_has_its_mass(world, finished
     folder = rounds(run)[1]
     split = open_dataset(folder / "data").split("train")
     cache = Cache(folder / "cache")
-    assert (cache.format.top_k, cache.format.tail_samples) == (8 + 1 + 4, 0)
+    assert (cache.format.top_k, cache.format.tail_sample_mass) == (8 + 1 + 4, 0)
     support = read_support(open_dataset(folder / "data"))
     teacher = HuggingFaceTeacher(open_model(world.teacher))
     at = 0

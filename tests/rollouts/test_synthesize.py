@@ -15,7 +15,7 @@ import torch
 import training as train
 from fake_endpoint import FakeVllm
 from llama_cpp import LlamaCpp
-from xinslm.cache.entries import HAS_TAIL_SAMPLES, Cache
+from xinslm.cache.folder import Cache
 from xinslm.data.dataset import open_dataset
 from xinslm.errors import UsageError, XinslmError
 from xinslm.export.config import GgufConfig
@@ -229,7 +229,7 @@ def check_cache(world, folder, least):
         Cache(folder / "cache"),
         open_dataset(folder / "data"),
     )
-    assert (cache.format.tail_samples, cache.format.temperature) == (0, 1.0)
+    assert (cache.format.tail_sample_mass, cache.format.temperature) == (0, 1.0)
     valid = total = 0
     for name in dataset.manifest["splits"]:
         split, entries = dataset.split(name), cache.split(name)
@@ -245,12 +245,12 @@ def check_cache(world, folder, least):
             torch.testing.assert_close(
                 targets.log_tail[ok], (1 - found.exp().sum(1)).log(), atol=0.02, rtol=0.02
             )
-            stored = entries.maps[0][int(start) : int(end) - 1][ok]
+            stored = entries.heads[0][int(start) : int(end) - 1][ok]
             labels = log_p[:-1].gather(1, torch.from_numpy(ids[1:, None]))[:, 0].numpy()[ok]
             np.testing.assert_allclose(
                 stored["log_label"].astype(float), labels, atol=0.01, rtol=2e-3
             )
-            assert not (stored["flags"] & HAS_TAIL_SAMPLES).any()
+            assert not stored["num_samples"].any()
             valid, total = valid + int(ok.sum()), total + int(mask.sum())
     assert valid / total > least
     return valid / total

@@ -18,7 +18,7 @@ import transformers
 
 from xinslm.cache import score
 from xinslm.cache.config import CacheConfig
-from xinslm.cache.entries import Cache
+from xinslm.cache.folder import Cache
 from xinslm.data import prepare
 from xinslm.data.config import PrepareConfig
 from xinslm.data.dataset import open_dataset

@@ -156,7 +156,7 @@ class Exact:
             top_k_log_probs=log_p[:, :-1].contiguous(),
             log_tail=log_p[:, -1].contiguous(),
             tail_ids=torch.zeros(count, 0, dtype=torch.int64),
-            has_tail_samples=torch.zeros(count, dtype=torch.bool),
+            num_samples=torch.zeros(count, dtype=torch.int64),
             log_z=torch.zeros(count),
             valid_mask=torch.ones(count, dtype=torch.bool),
         )
@@ -221,7 +221,7 @@ def test_real_rows_and_a_cache_go_together(world, tmp_path):
     """Records follow their rows through the plan: the same rows give the same divergence in
     whatever order.
     """
-    from xinslm.cache.entries import Cache
+    from xinslm.cache.folder import Cache
     from xinslm.cache.kinds import CachedTargets
     from xinslm.model.files import load_config
 

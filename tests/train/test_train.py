@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 
 import training as train
 from training import PackedTrainer
-from xinslm.cache.entries import Cache
+from xinslm.cache.folder import Cache
 from xinslm.cache.kinds import CachedTargets
 from xinslm.config import from_yaml
 from xinslm.data import prepare

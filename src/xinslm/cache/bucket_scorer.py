@@ -16,8 +16,9 @@ import torch
 from xinslm.alignment.byte_prefix import BytePrefixAligner, prediction_dtype
 from xinslm.cache.bucket_entries import bucket_dtype, bucket_entries
 from xinslm.cache.config import CacheConfig
+from xinslm.cache.entries import ENTRIES
 from xinslm.cache.journal import ShardJournal
-from xinslm.cache.scorers import ENTRIES, LOGITS_AT_ONCE, cut_documents, not_finite
+from xinslm.cache.scorers import LOGITS_AT_ONCE, cut_documents, not_finite
 from xinslm.data.dataset import Split
 from xinslm.data.packing import sequences
 from xinslm.teachers.base import DenseTeacher

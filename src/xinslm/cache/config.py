@@ -7,13 +7,23 @@ from typing import Annotated
 
 from xinslm.alignment import Alignment
 from xinslm.hints import POSITIONAL, Alias
-from xinslm.ranges import CONTEXT, POSITIVE, SEED, Device, Dtype, Range, Settings, range_errors
+from xinslm.ranges import (
+    CONTEXT,
+    POSITIVE,
+    SEED,
+    TAIL_SAMPLE_MASS,
+    Device,
+    Dtype,
+    Range,
+    Settings,
+    range_errors,
+)
 from xinslm.teachers.endpoint_config import EndpointConfig
 
 DEPTH = Range(0, 1, above=True)
 _CACHE = {
     "top_k": Range(1, 256),
-    "tail_samples": Range(0, 64),
+    "tail_sample_mass": TAIL_SAMPLE_MASS,
     "temperature": POSITIVE,
     "max_seq_length": CONTEXT,
     "batch_tokens": Range(1),
@@ -32,15 +42,14 @@ def depth_errors(depths: tuple[float, ...], name: str) -> list[str]:
     return wrong
 
 
-def default_top_k(top_k: int | None, tail_samples: int) -> int:
-    """`top_k`, or its default: 4 with tail samples (39 bytes with 10), else 11 (40 bytes).
+def default_top_k(top_k: int | None, tail_sample_mass: float) -> int:
+    """`top_k`, or its default: 4 with tail samples, else 11 (41 bytes).
 
-    At the same size 4 + 10 has half the variance of 8 + 4: a top-k token should have more mass than
-    one tail sample represents.
+    A top-k token should have more mass than one tail sample represents.
     """
     if top_k is not None:
         return top_k
-    return 4 if tail_samples else 11
+    return 4 if tail_sample_mass else 11
 
 
 @dataclass(frozen=True)
@@ -58,9 +67,10 @@ class CacheConfig(Settings):
     top_k: int | None = None
     """Most likely tokens kept exactly at each position; by default 4, or 11 if there are no
     tail samples; with byte_prefix, buckets of tokens, by default 20."""
-    tail_samples: int = 10
-    """Tokens sampled from the rest of the distribution; 0 for a loss that cannot use them (see
-    `xinslm distill --help`, loss.tail-weight). Endpoints give none."""
+    tail_sample_mass: float = 0.02
+    """Largest part of the distribution that one token sampled from its rest stands for: .02 gives
+    up to 50 samples where the teacher is unsure, and 1 where it is sure; 0: no samples, for a loss
+    that cannot use them (see `xinslm distill --help`, loss.tail-weight). Endpoints give none."""
     temperature: float = 2.0
     """Temperature of the stored normaliser, for temperature_mode full; with an endpoint, 1."""
     alignment: Alignment = "auto"

@@ -13,10 +13,11 @@ from typing import Any
 import numpy as np
 
 from xinslm.cache.config import CacheConfig
-from xinslm.cache.entries import CacheFormat
+from xinslm.cache.entries import ENTRIES, CacheFormat
+from xinslm.cache.folder import HIDDEN_STATES
 from xinslm.cache.journal import ShardJournal
-from xinslm.cache.projected_states import HIDDEN_STATES, HiddenStateFormat, HiddenStateWriter
-from xinslm.cache.scorers import ENTRIES, covered_by
+from xinslm.cache.projected_states import HiddenStateFormat, HiddenStateWriter
+from xinslm.cache.scorers import covered_by
 from xinslm.data.dataset import Split
 from xinslm.errors import XinslmError
 from xinslm.teachers.encoder import EncoderTeacher, Reading
@@ -25,7 +26,7 @@ from xinslm.teachers.local import batches_by_length
 
 def empty_format(vocab_size: int) -> CacheFormat:
     """The smallest entries, 10 bytes; all positions are uncovered."""
-    return CacheFormat(vocab_size, top_k=1, tail_samples=0, temperature=1.0)
+    return CacheFormat(vocab_size, top_k=1, tail_sample_mass=0.0, temperature=1.0)
 
 
 class EncoderScorer:

@@ -13,9 +13,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from xinslm.cache.entries import CacheFormat, pack_entries
+from xinslm.cache.entries import ENTRIES, CacheFormat, pack_entries
 from xinslm.cache.journal import ShardJournal
-from xinslm.cache.scorers import ENTRIES
 from xinslm.data.dataset import Split
 from xinslm.data.packing import sequences
 from xinslm.errors import UsageError, XinslmError
@@ -45,10 +44,10 @@ def top_k_entries(
     probs = torch.from_numpy(np.exp(log_probs))
     tail = 1 - probs.sum(dim=1)
     tail = torch.where(tail < 1e-6, 0.0, tail)  # servers round; a smaller rest is not mass
-    none = torch.zeros(len(ids), dtype=torch.bool)
-    zeros = torch.zeros(len(ids))
+    none, zeros = torch.zeros((len(ids), 0), dtype=torch.int64), torch.zeros(len(ids))
     labels = torch.from_numpy(label_log_probs)
-    return pack_entries(torch.from_numpy(ids), probs, tail, none, zeros, labels, fmt)
+    top_k_ids = torch.from_numpy(ids)
+    return pack_entries(top_k_ids, probs, tail, none, zeros.long(), zeros, labels, fmt)
 
 
 class EndpointScorer:

@@ -9,6 +9,7 @@ import base64
 import json
 import os
 import time
+import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -84,8 +85,8 @@ class ShardJournal:
         entry, results = self._found.get(step, {}), {}
         for name, array in arrays.items():
             try:
-                data = base64.b64decode(str(entry[name]), validate=True)
-            except (KeyError, ValueError):
+                data = zlib.decompress(base64.b64decode(str(entry[name]), validate=True))
+            except (KeyError, ValueError, zlib.error):
                 return False
             if len(data) != array[places].nbytes:
                 return False
@@ -96,8 +97,10 @@ class ShardJournal:
 
     def keep(self, step: int | str, places: Any, arrays: Mapping[str, np.ndarray]) -> None:
         """Keep `places` of the arrays as the result of a step."""
-        kept = {name: base64.b64encode(array[places].tobytes()) for name, array in arrays.items()}
-        results = {name: data.decode() for name, data in kept.items()}
+        results = {}
+        for name, array in arrays.items():
+            data = zlib.compress(array[places].tobytes(), level=1)
+            results[name] = base64.b64encode(data).decode()
         self._pending.append({"step": step, **results})
         if time.monotonic() - self._saved >= self._save_seconds:
             self._save()

@@ -9,14 +9,15 @@ Everything that depends on the kind is a method here; other modules ask the obje
 from abc import ABC, abstractmethod
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 
 from xinslm.alignment.byte_prefix import byte_order
 from xinslm.cache.bucket_entries import bucket_dtype, decode_buckets
-from xinslm.cache.entries import FP16_FLOOR, Cache, CacheSplit, Decode, decode
+from xinslm.cache.entries import ENTRIES, FP16_FLOOR, decode, tail_masses
+from xinslm.cache.entry_files import Layout, SparseLayout
+from xinslm.cache.folder import Cache, CacheSplit, Decode
 from xinslm.data.packing import Batch
 from xinslm.errors import UsageError
 from xinslm.losses.config import LossConfig
@@ -38,9 +39,8 @@ class CachedTargets:
 class EntryKind(ABC):
     """Layout of a cache's entries, and how they are read."""
 
-    def __init__(self, cache: Cache, dtype: np.dtype[Any]) -> None:
-        """`dtype` is the packed entry of one position."""
-        self.cache, self.format, self.dtype = cache, cache.format, dtype
+    def __init__(self, cache: Cache, layout: Layout) -> None:
+        self.cache, self.format, self.layout = cache, cache.format, layout
 
     @abstractmethod
     def decoder(self, tokenizer: Path) -> Decode:
@@ -52,13 +52,13 @@ class EntryKind(ABC):
 
     @abstractmethod
     def tail_masses(self, entries: np.ndarray) -> np.ndarray:
-        """Mass outside the top k of each entry, (N,)."""
+        """Mass outside the top k of each entry, (N,), from the entries' fixed parts."""
 
     def splits(self, decode: Decode | None = None) -> dict[str, CacheSplit]:
         """Splits that have entries; `decode` is needed for their targets."""
         self.cache.check()
         return {
-            name: CacheSplit(self.cache.folder, shards, self.dtype, decode)
+            name: CacheSplit(self.cache.folder, shards, self.layout, decode)
             for name, shards in self.cache.manifest["shards"].items()
             if shards
         }
@@ -89,7 +89,7 @@ class SparseEntries(EntryKind):
 
     def tail_masses(self, entries: np.ndarray) -> np.ndarray:
         """Mass outside the top k of each entry, (N,)."""
-        return np.exp(decode(entries, self.format).log_tail.numpy())
+        return tail_masses(entries)
 
 
 class BucketEntries(EntryKind):
@@ -117,8 +117,8 @@ def kind_of(cache: Cache) -> EntryKind:
     """The kind of a cache's entries."""
     fmt = cache.format
     if cache.over_tokens:
-        return SparseEntries(cache, fmt.dtype)
-    return BucketEntries(cache, bucket_dtype(fmt.vocab_size, fmt.top_k))
+        return SparseEntries(cache, SparseLayout(fmt))
+    return BucketEntries(cache, Layout(ENTRIES, bucket_dtype(fmt.vocab_size, fmt.top_k)))
 
 
 def known_log_labels(entries: np.ndarray) -> np.ndarray:

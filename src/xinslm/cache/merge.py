@@ -20,18 +20,11 @@ import numpy as np
 import torch
 
 from xinslm.cache.config import CacheConfig
-from xinslm.cache.entries import (
-    Cache,
-    CacheFormat,
-    decode,
-    pack_entries,
-    position_uniforms,
-)
+from xinslm.cache.entries import ENTRIES, CacheFormat, decode, pack_entries, position_uniforms
+from xinslm.cache.folder import HIDDEN_STATES, Cache
 from xinslm.cache.merge_config import MergeConfig
 from xinslm.cache.merge_weights import document_weights
 from xinslm.cache.mixture import Masses, mix
-from xinslm.cache.projected_states import HIDDEN_STATES
-from xinslm.cache.scorers import ENTRIES
 from xinslm.cache.write import PLACES, CacheResult, write_cache
 from xinslm.config import to_dict
 from xinslm.data.dataset import Dataset, Split, open_dataset
@@ -78,7 +71,7 @@ def run(config: MergeConfig, on_progress: Listener = ignore) -> CacheResult:
         data_path=dataset.folder,
         output_dir=config.output_dir,
         top_k=fmt.top_k,
-        tail_samples=fmt.tail_samples,
+        tail_sample_mass=fmt.tail_sample_mass,
         temperature=fmt.temperature,
         max_seq_length=min(lengths),
         shard_positions=config.shard_positions,
@@ -131,10 +124,11 @@ def _format(config: MergeConfig, caches: list[Cache]) -> CacheFormat:
             f"top_k is {top_k}, but cache {folder} knows only {smallest} tokens at each position "
             f"exactly: pass --top-k {smallest} or less"
         )
-    tail_samples = config.tail_samples
-    if tail_samples is None:
-        tail_samples = max(cache.format.tail_samples for cache in caches)
-    return CacheFormat(caches[0].format.vocab_size, top_k, tail_samples, 1.0)
+    sample_mass = config.tail_sample_mass
+    if sample_mass is None:
+        masses = (cache.format.tail_sample_mass for cache in caches)
+        sample_mass = min((mass for mass in masses if mass), default=0.0)
+    return CacheFormat(caches[0].format.vocab_size, top_k, sample_mass, 1.0)
 
 
 def _describe(config: MergeConfig) -> str:
@@ -228,20 +222,21 @@ class MergeScorer:
                 weights[:, [k]] * np.exp(targets.top_k_log_probs.numpy()[rows].astype(np.float64)),
                 weights[:, k] * np.exp(targets.log_tail.numpy()[rows].astype(np.float64)),
                 targets.tail_ids.numpy()[rows],
-                targets.has_tail_samples.numpy()[rows],
+                targets.num_samples.numpy()[rows],
             )
             for k, targets in enumerate(decoded)
         ]
         uniforms = position_uniforms(torch.from_numpy(positions[rows]), self.stream).numpy()
         fmt = self.format
-        mixture = mix(parts, uniforms, fmt.top_k, fmt.tail_samples)
+        mixture = mix(parts, uniforms, fmt.top_k, fmt.tail_sample_mass)
         with np.errstate(divide="ignore"):
             likelihood = np.log(weights) + log_label[rows]
         out[rows] = pack_entries(
-            torch.from_numpy(np.concatenate((mixture.top_k_ids, mixture.tail_ids), axis=1)),
+            torch.from_numpy(mixture.top_k_ids),
             torch.from_numpy(mixture.top_k_mass),
             torch.from_numpy(mixture.tail),
-            torch.from_numpy(mixture.has_tail_samples),
+            torch.from_numpy(mixture.tail_ids),
+            torch.from_numpy(mixture.num_samples),
             torch.zeros(len(rows)),
             torch.from_numpy(np.logaddexp.reduce(likelihood, axis=1)),
             fmt,

@@ -5,11 +5,11 @@ from pathlib import Path
 from typing import Annotated
 
 from xinslm.hints import POSITIONAL, Alias
-from xinslm.ranges import POSITIVE, SEED, Range, Settings, range_errors
+from xinslm.ranges import POSITIVE, SEED, TAIL_SAMPLE_MASS, Range, Settings, range_errors
 
 _MERGE = {
     "top_k": Range(1, 256),
-    "tail_samples": Range(0, 64),
+    "tail_sample_mass": TAIL_SAMPLE_MASS,
     "token_temperature": POSITIVE,
     "shard_positions": Range(1),
     "seed": SEED,
@@ -34,8 +34,9 @@ class MergeConfig(Settings):
     """tau: also weights teachers by p(token)^(1/tau) at each token; small: the best alone."""
     top_k: int | None = None
     """Tokens kept exactly; by default, and at most, the smallest top k of the caches."""
-    tail_samples: int | None = None
-    """Tokens sampled from the tail of the mixture; by default the largest number of the caches."""
+    tail_sample_mass: float | None = None
+    """Largest part of the mixture that one tail sample stands for; by default the smallest of the
+    caches that have tail samples."""
     shard_positions: int = 1 << 18
     """Approximate number of positions in a shard file."""
     seed: int = 0

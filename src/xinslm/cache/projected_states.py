@@ -19,11 +19,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from xinslm.cache.entries import Cache, CacheSplit, suffix
+from xinslm.cache.entry_files import Layout
+from xinslm.cache.folder import HIDDEN_STATES, Cache, CacheSplit
 from xinslm.data.packing import Batch
 from xinslm.errors import UsageError, XinslmError
 
-HIDDEN_STATES = "hidden_states"
 WIDTH = 64
 """Width of a live teacher's projected hidden states, and of a cache's by default."""
 LARGEST_CODE = 127
@@ -157,11 +157,8 @@ class CachedHiddenStates(CacheSplit):
             raise XinslmError(
                 f"{cache.folder}: 'hidden_states' in its manifest is damaged; make the cache again"
             ) from None
-        shards = [
-            {**shard, "file": shard["file"].removesuffix(suffix("entries")) + suffix(HIDDEN_STATES)}
-            for shard in cache.manifest["shards"][split]
-        ]
-        super().__init__(cache.folder, shards, self.format.dtype)
+        layout = Layout(HIDDEN_STATES, self.format.dtype)
+        super().__init__(cache.folder, cache.manifest["shards"][split], layout)
 
     def projected_states(
         self, batch: Batch, chosen: np.ndarray, device: torch.device
@@ -173,7 +170,7 @@ class CachedHiddenStates(CacheSplit):
 
     def count(self) -> int:
         """How many positions have projected hidden states."""
-        return sum(int((shard["scales"] > 0).all(axis=1).sum()) for shard in self.maps)
+        return sum(int((shard["scales"] > 0).all(axis=1).sum()) for shard in self.heads)
 
 
 class HiddenStateWriter:

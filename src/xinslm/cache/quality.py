@@ -3,7 +3,8 @@
 import numpy as np
 
 from xinslm.baseline import uninformed
-from xinslm.cache.entries import VALID, Cache
+from xinslm.cache.entries import VALID
+from xinslm.cache.folder import Cache
 from xinslm.cache.kinds import kind_of, known_log_labels
 from xinslm.data.dataset import Dataset
 from xinslm.data.unigram import unigram_nats
@@ -23,7 +24,7 @@ def teacher_nats(cache: Cache, name: str = "train") -> float | None:
     split = kind_of(cache).splits().get(name)
     if split is None:
         return None
-    stored = split.entries(sample(len(split)))
+    stored = split.fixed(sample(len(split)))
     known = known_log_labels(stored[(stored["flags"] & VALID) != 0])
     return -float(known.mean()) if len(known) else None
 

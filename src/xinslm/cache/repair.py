@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from xinslm.cache.entries import KIND, PLAN, VERSION
+from xinslm.cache.folder import KIND, PLAN, VERSION
 from xinslm.errors import UsageError
 from xinslm.files import MANIFEST, damaged_files, read_json, write_json
 from xinslm.folders import differing_keys

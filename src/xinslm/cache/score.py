@@ -65,16 +65,18 @@ def run(
     )
     vocab_size = dataset.manifest["vocab_size"]
     top_k = min(
-        default_top_k(config.top_k, config.tail_samples) if support is None else support.top_k,
+        default_top_k(config.top_k, config.tail_sample_mass) if support is None else support.top_k,
         vocab_size - 1,
     )
-    fmt = CacheFormat(vocab_size, top_k, config.tail_samples, config.temperature)
+    fmt = CacheFormat(vocab_size, top_k, config.tail_sample_mass, config.temperature)
     hidden_state_format = (
         _hidden_state_format(config, teacher) if config.hidden_state_depths else None
     )
     scorer: Scorer
     if isinstance(aligner, BytePrefixAligner):
-        fmt = CacheFormat(vocab_size, min(config.top_k or DEFAULT_BUCKETS, vocab_size - 1), 0, 1.0)
+        fmt = CacheFormat(
+            vocab_size, min(config.top_k or DEFAULT_BUCKETS, vocab_size - 1), 0.0, 1.0
+        )
         scorer = BucketScorer(teacher, aligner, config, fmt.top_k)
     else:
         scorer = DenseScorer(teacher, aligner, fmt, config, hidden_state_format, support)

@@ -17,9 +17,10 @@ from torch import Tensor
 
 from xinslm.alignment.nested import NestedProjection
 from xinslm.cache.config import CacheConfig
-from xinslm.cache.entries import CacheFormat, encode
+from xinslm.cache.entries import ENTRIES, CacheFormat, encode
+from xinslm.cache.folder import HIDDEN_STATES
 from xinslm.cache.journal import ShardJournal
-from xinslm.cache.projected_states import HIDDEN_STATES, HiddenStateFormat, HiddenStateWriter
+from xinslm.cache.projected_states import HiddenStateFormat, HiddenStateWriter
 from xinslm.cache.support import Support, top_k_ids
 from xinslm.data.dataset import Split
 from xinslm.data.packing import sequences
@@ -27,7 +28,6 @@ from xinslm.errors import XinslmError
 from xinslm.teachers.base import DenseTeacher, HiddenTeacher
 from xinslm.teachers.local import batches_by_length
 
-ENTRIES = "entries"
 LOGITS_AT_ONCE = 1 << 23
 """Numbers in one block of logits (32 MiB of float32)."""
 

@@ -14,12 +14,14 @@ from typing import Any
 import numpy as np
 
 from xinslm.cache.config import CacheConfig
-from xinslm.cache.entries import KIND, PLAN, VALID, VERSION, Cache, CacheFormat, suffix
+from xinslm.cache.entries import ENTRIES, VALID, CacheFormat, suffix
+from xinslm.cache.entry_files import Layout, file_of, layouts
+from xinslm.cache.folder import HIDDEN_STATES, KIND, PLAN, VERSION, Cache
 from xinslm.cache.kinds import kind_of, known_log_labels
-from xinslm.cache.projected_states import HIDDEN_STATES, CachedHiddenStates, HiddenStateFormat
+from xinslm.cache.projected_states import CachedHiddenStates, HiddenStateFormat
 from xinslm.cache.quality import teacher_warning
 from xinslm.cache.repair import reopen
-from xinslm.cache.scorers import ENTRIES, Scorer, cut_documents
+from xinslm.cache.scorers import Scorer, cut_documents
 from xinslm.config import to_dict
 from xinslm.data.dataset import Dataset, Split
 from xinslm.files import new_file, read_json, write_manifest
@@ -46,7 +48,8 @@ class CacheResult:
     """Mean of -log p of the labels, where it is known."""
     tail_mass: float
     """Mean mass outside the top k."""
-    entry_bytes: int
+    stored: int
+    """Positions in the stream."""
     seconds: float
     hidden_state_positions: int = 0
     """Positions that have projected hidden states."""
@@ -65,9 +68,8 @@ class CacheResult:
             lines.append(f"alignment   {self.alignment}; covers {self.share:.1%} of the targets")
         if self.positions:
             lines += [
-                f"positions   {self.positions:,} scored of "
-                f"{self.stream_bytes // self.entry_bytes:,} in the stream; "
-                f"{self.entry_bytes} bytes each, {self.stream_bytes:,} in all",
+                f"positions   {self.positions:,} scored of {self.stored:,} in the stream; "
+                f"{self.stream_bytes / self.stored:.1f} bytes each, {self.stream_bytes:,} in all",
                 f"teacher     {self.teacher_nats:.4f} nats a token; {self.tail_mass:.1%} of its "
                 "mass outside the top k",
             ]
@@ -90,7 +92,7 @@ def write_cache(
     """Write the cache that `plan` describes, or continue it."""
     started = time.monotonic()
     with _claimed(config, plan):
-        _write(config, dataset, scorer, on_progress)
+        _write(config, dataset, plan["format"], scorer, on_progress)
     cache = Cache(config.output_dir)
     result = _summarise(cache, time.monotonic() - started)
     warning = teacher_warning(cache, dataset)
@@ -136,12 +138,19 @@ def _claimed(config: CacheConfig, plan: dict[str, Any]) -> Iterator[None]:
         yield
 
 
-def _write(config: CacheConfig, dataset: Dataset, scorer: Scorer, on_progress: Listener) -> None:
+def _write(
+    config: CacheConfig,
+    dataset: Dataset,
+    fmt: dict[str, Any],
+    scorer: Scorer,
+    on_progress: Listener,
+) -> None:
     """Let the scorer fill every missing shard, then write the manifest."""
     splits = [dataset.split(name) for name in dataset.manifest["splits"]]
     total = sum(int(split.documents[-1]) for split in splits)
     done = 0
     listed: dict[str, list[dict[str, Any]]] = {split.name: [] for split in splits}
+    files = layouts(scorer.arrays, CacheFormat(**fmt))
     for split in splits:
         cuts = cut_documents(split.documents, config.shard_positions)
         for number, (first, last) in enumerate(cuts):
@@ -153,15 +162,16 @@ def _write(config: CacheConfig, dataset: Dataset, scorer: Scorer, on_progress: L
             def report(positions: int, base: int = done) -> None:
                 on_progress(Progress("cache", base + positions, total, "tokens"))
 
-            _write_shard(config.output_dir / stem, scorer, split, (first, last), report)
+            _write_shard(config.output_dir / stem, scorer, files, split, (first, last), report)
             done += end - start
             report(end - start)
-    _finish(config, dataset, scorer, listed)
+    _finish(config, dataset, files, listed)
 
 
 def _write_shard(
     stem: Path,
     scorer: Scorer,
+    files: list[Layout],
     split: Split,
     documents: tuple[int, int],
     report: Callable[[int], None],
@@ -169,26 +179,24 @@ def _write_shard(
     """Write the files of one shard unless they are there."""
     first, last = documents
     count = int(split.documents[last] - split.documents[first])
-    paths = {array: stem.with_name(stem.name + suffix(array)) for array in scorer.arrays}
-    if all(
-        path.is_file() and path.stat().st_size == count * scorer.arrays[array].itemsize
-        for array, path in paths.items()
-    ):
+    if all(layout.is_complete(stem, count) for layout in files):
         return
     stem.parent.mkdir(exist_ok=True)
-    scratch = stem.with_name(stem.name + ".scratch")
+    scratch = file_of(stem, ".scratch")
     arrays = scorer.shard(split, first, last, scratch, report)
-    for array, path in paths.items():
-        with new_file(path) as partial:
-            # tofile would lose the errno of a full disk
-            partial.write_bytes(arrays[array].tobytes())
+    for layout in files:
+        parts = zip(layout.suffixes, layout.pack(arrays[layout.array]), strict=True)
+        for ending, content in parts:
+            with new_file(file_of(stem, ending)) as partial:
+                # tofile would lose the errno of a full disk
+                partial.write_bytes(content.tobytes())
     scratch.unlink(missing_ok=True)
 
 
 def _finish(
     config: CacheConfig,
     dataset: Dataset,
-    scorer: Scorer,
+    files: list[Layout],
     listed: dict[str, list[dict[str, Any]]],
 ) -> None:
     """Remove temporary files, write the manifest, and mark the cache as finished."""
@@ -197,18 +205,18 @@ def _finish(
     assert isinstance(plan, dict)
     rows = [row for of_split in listed.values() for row in of_split]
     stems = [row["file"].removesuffix(suffix(ENTRIES)) for row in rows]
-    kept = {f"{stem}{suffix(array)}" for stem in stems for array in scorer.arrays}
+    kept = {f"{stem}{ending}" for stem in stems for layout in files for ending in layout.suffixes}
     for file in folder.glob("*/*"):
         if file.is_file() and file.relative_to(folder).as_posix() not in kept:
             file.unlink()
     covered = 0
-    for row in rows:
-        entries = np.memmap(folder / row["file"], dtype=scorer.arrays[ENTRIES], mode="r")
-        covered += int(np.count_nonzero(entries["flags"] & VALID))
+    entries = next(layout for layout in files if layout.array == ENTRIES)
+    for stem in stems:
+        covered += int(np.count_nonzero(entries.heads(folder / stem)["flags"] & VALID))
     content = {
         "format": plan["format"],
         "settings": plan["settings"],
-        "arrays": sorted(scorer.arrays),
+        "arrays": sorted(layout.array for layout in files),
         "shards": listed,
         "dataset_path": str(config.data_path),
         "alignment": plan.get("alignment", {"kind": "same"})
@@ -225,7 +233,7 @@ def _finish(
 
 def _summarise(cache: Cache, seconds: float) -> CacheResult:
     kind, alignment = kind_of(cache), cache.manifest["alignment"]
-    shards = [shard for split in kind.splits().values() for shard in split.maps]
+    shards = [shard for split in kind.splits().values() for shard in split.heads]
     positions = known = 0
     nats = tail = 0.0
     for shard in shards:
@@ -238,14 +246,14 @@ def _summarise(cache: Cache, seconds: float) -> CacheResult:
     if HIDDEN_STATES in cache.manifest:
         arrays = [CachedHiddenStates(cache, name) for name in cache.manifest["shards"]]
         hidden_state_positions = sum(array.count() for array in arrays)
-        hidden_state_bytes = arrays[0].format.dtype.itemsize
+        hidden_state_bytes = arrays[0].layout.dtype.itemsize
     return CacheResult(
         folder=cache.folder,
         positions=positions,
-        stream_bytes=sum(shard.nbytes for shard in shards),
+        stream_bytes=cache.entry_bytes,
         teacher_nats=nats / max(known, 1),
         tail_mass=tail / max(positions, 1),
-        entry_bytes=kind.dtype.itemsize,
+        stored=cache.positions,
         seconds=seconds,
         hidden_state_positions=hidden_state_positions,
         hidden_state_bytes=hidden_state_bytes,

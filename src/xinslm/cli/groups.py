@@ -33,9 +33,9 @@ GROUPS = {
         num_calibration_samples num_search_samples scale_steps quantization_aware
     """,
     "Sampling": """
-        max_new_tokens samples temperature top_k top_p min_p repetition_penalty stop tail_samples
-        cache_temperature token_temperature weights prompt_tokens generation_batch_size
-        support_top_k
+        max_new_tokens samples temperature top_k top_p min_p repetition_penalty stop
+        tail_sample_mass cache_temperature token_temperature weights prompt_tokens
+        generation_batch_size support_top_k
     """,
     "Advanced": """
         device engine threads kv_cache draft dtype teacher_dtype compute_dtype param_dtype

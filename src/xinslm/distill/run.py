@@ -10,7 +10,7 @@ from dataclasses import replace
 import torch
 
 from xinslm.baseline import mix_advice
-from xinslm.cache.entries import Cache
+from xinslm.cache.folder import Cache
 from xinslm.cache.quality import teacher_nats
 from xinslm.data.dataset import Dataset
 from xinslm.distill.config import DistillConfig

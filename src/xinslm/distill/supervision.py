@@ -8,9 +8,8 @@ import torch
 import torch.nn.functional as F
 
 from xinslm.baseline import uninformed
-from xinslm.cache.entries import Cache
+from xinslm.cache.folder import HIDDEN_STATES, Cache
 from xinslm.cache.kinds import kind_of
-from xinslm.cache.projected_states import HIDDEN_STATES
 from xinslm.cache.quality import teacher_warning
 from xinslm.data.dataset import Dataset
 from xinslm.data.packing import PackedDataset

@@ -51,8 +51,8 @@ def _position(log_q: Tensor, label: int, target: SparseTargets, config: LossConf
     if p_tail > 0:
         split = split + p_tail * (p_tail.log() - log_q_tail)
     inside = t * t * p_top_k * (inside_p.exp() * (inside_p - inside_q)).sum()
-    if bool(target.has_tail_samples[0]) and target.tail_ids.shape[1]:
-        drawn = log_q[target.tail_ids[0]].mean()
+    if count := int(target.num_samples[0]):
+        drawn = log_q[target.tail_ids[0, :count]].mean()
         return split + inside + config.effective_tail_weight * p_tail * (log_q_tail - drawn)
     # the label replaces samples of the unknown tail
     if bool(target.unknown_tail[0]) and label not in ids.tolist():

@@ -18,9 +18,17 @@ from xinslm.alignment.byte_prefix import BytePrefixAligner
 from xinslm.alignment.choose import choose_alignment
 from xinslm.baseline import mix_advice, uninformed
 from xinslm.cache.config import CacheConfig
-from xinslm.cache.entries import FP16_FLOOR, LARGEST_NEGATIVE_LOG, VALID, Cache, decode
+from xinslm.cache.entries import (
+    ENTRIES,
+    FP16_FLOOR,
+    LARGEST_NEGATIVE_LOG,
+    VALID,
+    decode,
+    tail_masses,
+)
+from xinslm.cache.folder import Cache
 from xinslm.cache.quality import sample, teacher_nats
-from xinslm.cache.scorers import ENTRIES, DenseScorer
+from xinslm.cache.scorers import DenseScorer
 from xinslm.data.dataset import Dataset, Split
 from xinslm.data.packing import PackedDataset
 from xinslm.data.unigram import unigram_nats
@@ -99,16 +107,16 @@ def _alignment(
 
 def _tail(cache: Cache, stored: np.ndarray) -> str:
     """The teacher's mass outside the top k, and whether tail samples represent it."""
-    tail = decode(stored, cache.format).log_tail.numpy()
-    mass = float(np.exp(tail).mean(dtype=np.float64)) if len(tail) else 0.0
+    mass = float(tail_masses(stored).mean(dtype=np.float64)) if len(stored) else 0.0
+    samples = float(stored["num_samples"].mean(dtype=np.float64)) if len(stored) else 0.0
     detail = (
-        f"{mass:.1%} of the teacher's mass outside {cache.format.top_k} tokens, "
-        f"{cache.format.tail_samples} tail samples"
+        f"{mass:.1%} of the teacher's mass outside {cache.format.top_k} tokens, {samples:.1f} tail "
+        "samples a position"
     )
     return require(
-        mass <= 0.3 or cache.format.tail_samples > 0,
+        mass <= 0.3 or cache.format.tail_sample_mass > 0,
         detail,
-        "Cache with a larger --top-k, or with tail samples (--tail-samples 10)",
+        "Cache with a larger --top-k, or with tail samples (--tail-sample-mass 0.02)",
     )
 
 
@@ -171,7 +179,7 @@ def ask_again(
         dataset.folder,
         Path(),
         top_k=fmt.top_k,
-        tail_samples=fmt.tail_samples,
+        tail_sample_mass=fmt.tail_sample_mass,
         temperature=fmt.temperature,
         max_seq_length=min(settings["max_seq_length"], teacher.max_length),
         seed=settings["seed"],

@@ -14,9 +14,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from xinslm.cache.entries import Cache, CacheFormat, decode, encode
-from xinslm.cache.projected_states import HIDDEN_STATES
-from xinslm.cache.scorers import ENTRIES
+from xinslm.cache.entries import ENTRIES, CacheFormat, decode, encode
+from xinslm.cache.folder import HIDDEN_STATES, Cache
 from xinslm.data.dataset import Dataset, open_dataset
 from xinslm.data.packing import Batch, PackedDataset
 from xinslm.device import pick_device

@@ -169,24 +169,29 @@ def _sparse(
             at_top_k, q_top_k, q_tail, log_p, config.temperature
         )
     ce = log_total - at_label
-    num_samples, lam = at_samples.shape[1], config.effective_tail_weight
+    lam = config.effective_tail_weight
     label_weight = lam * (
         s.unknown_tail[:, None] & (s.top_k_ids != labels[:, None]).all(dim=1, keepdim=True)
     ).to(z.dtype)
     kd = kd + label_weight * (log_q_tail + ce)
     tail_factor = tail_factor + label_weight / q_tail
-    if num_samples and lam:
-        sample_weight = (
-            lam * s.has_tail_samples[:, None].to(z.dtype) * s.log_tail.to(z.dtype).exp()[:, None]
-        )
-        kd = kd + sample_weight * (log_q_tail - (at_samples - log_total).mean(dim=1, keepdim=True))
-        tail_factor = tail_factor + sample_weight / q_tail
+    samples = lam * _sample_weights(s).to(z.dtype)  # (rows, n)
+    if samples.shape[1] and lam:
+        sampled = samples.sum(dim=1, keepdim=True)
+        kd = kd + sampled * log_q_tail - (samples * (at_samples - log_total)).sum(1, keepdim=True)
+        tail_factor = tail_factor + sampled / q_tail
     z.mul_(alpha + beta * tail_factor)
     z.scatter_(1, s.top_k_ids, alpha * q_top_k + beta * top_k_grad)
-    if num_samples and lam:
-        z.scatter_add_(1, s.tail_ids, (-beta * sample_weight / num_samples).expand(-1, num_samples))
+    if samples.shape[1] and lam:
+        z.scatter_add_(1, s.tail_ids, -beta * samples)
     add_at_labels_(z, labels, -alpha - beta * label_weight)
     return ce.sum(dtype=widest(z)), torch.where(s.valid_mask[:, None], kd, ce).sum(dtype=widest(z))
+
+
+def _sample_weights(s: SparseTargets) -> Tensor:
+    """Mass that each tail sample stands for, (rows, n) float32; 0 for those that do not count."""
+    counted = torch.arange(s.tail_ids.shape[1], device=s.tail_ids.device) < s.num_samples[:, None]
+    return counted * (s.log_tail.exp() / s.num_samples.clamp_min(1))[:, None]
 
 
 def _decoupled(

@@ -17,8 +17,8 @@ NO_MASS = -12.0
 
 @dataclass(frozen=True)
 class SparseTargets:
-    """A teacher's next-token distribution for N positions: the top h tokens, the tail mass and n
-    tail samples.
+    """A teacher's next-token distribution for N positions: the top h tokens, the tail mass and up
+    to n tail samples.
     """
 
     top_k_ids: Tensor
@@ -28,9 +28,11 @@ class SparseTargets:
     log_tail: Tensor
     """(N,) float32: log of the mass outside the top k."""
     tail_ids: Tensor
-    """(N, n) int64: tokens drawn from the teacher's tail; each represents 1/n of the tail mass."""
-    has_tail_samples: Tensor
-    """(N,) bool: whether the tail samples cover the tail; if not, its inside is unknown."""
+    """(N, n) int64: tokens drawn from the teacher's tail; the first `num_samples` count."""
+    num_samples: Tensor
+    """(N,) int64: tail samples that count, each for an equal part of the tail mass; if 0, the
+    inside of the tail is unknown.
+    """
     log_z: Tensor
     """(N,) float32: log of sum p^(1/T) over the vocabulary at the cache's temperature."""
     valid_mask: Tensor
@@ -42,7 +44,7 @@ class SparseTargets:
     @property
     def unknown_tail(self) -> Tensor:
         """(N,) bool: whether the tail has mass, but an unknown inside, so the label is used."""
-        return self.valid_mask & ~self.has_tail_samples & (self.log_tail > NO_MASS)
+        return self.valid_mask & (self.num_samples == 0) & (self.log_tail > NO_MASS)
 
     def to(self, device: torch.device | str) -> "SparseTargets":
         """Move all tensors to `device`."""

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from xinslm.distill.config import DistillConfig
-from xinslm.ranges import POSITIVE, Range, range_errors
+from xinslm.ranges import POSITIVE, TAIL_SAMPLE_MASS, Range, range_errors
 from xinslm.train.config import PretrainConfig
 
 _PLAN = {
@@ -15,7 +15,7 @@ _PLAN = {
     "teacher_parameters": POSITIVE,
     "hourly_price": Range(0),
     "top_k": Range(1, 256),
-    "tail_samples": Range(0, 64),
+    "tail_sample_mass": TAIL_SAMPLE_MASS,
 }
 
 
@@ -37,8 +37,8 @@ class PlanConfig(DistillConfig):
     """Price of a machine's hour, in any currency, for the cost of each stage."""
     top_k: int | None = None
     """Most likely tokens that a cache keeps per position; 4 by default, 11 without tail samples."""
-    tail_samples: int = 10
-    """Drawn tokens a cache keeps at each position."""
+    tail_sample_mass: float = 0.02
+    """Largest part of the distribution that a tail sample of the cache stands for."""
 
     def errors(self) -> list[str]:
         """What cannot work, a sentence each."""

@@ -23,7 +23,7 @@ import torch
 
 from xinslm.cache import score
 from xinslm.cache.config import CacheConfig
-from xinslm.cache.entries import Cache
+from xinslm.cache.folder import Cache
 from xinslm.cache.kinds import CachedTargets
 from xinslm.cache.support import TEACHERS
 from xinslm.config import to_dict
@@ -261,7 +261,7 @@ def _score(inputs: _Inputs, folder: Path, on_progress: Listener) -> None:
             teacher=config.teacher,
             data_path=folder / "data",
             output_dir=cache,
-            tail_samples=0,
+            tail_sample_mass=0.0,
             temperature=config.loss.temperature,
             max_seq_length=config.max_seq_length,
             dtype=config.teacher_dtype,

@@ -45,7 +45,7 @@ _PLACES = (
     "endpoint",
     "keep_cache",
     "top_k",
-    "tail_samples",
+    "tail_sample_mass",
     "cache_temperature",
     "max_seq_length",
     "tokenizer_path",

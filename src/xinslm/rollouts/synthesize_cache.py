@@ -16,8 +16,8 @@ import numpy as np
 from xinslm.cache import score
 from xinslm.cache.config import CacheConfig, default_top_k
 from xinslm.cache.endpoint_scorer import endpoint_format, top_k_entries
-from xinslm.cache.entries import Cache, CacheFormat
-from xinslm.cache.scorers import ENTRIES
+from xinslm.cache.entries import ENTRIES, CacheFormat
+from xinslm.cache.folder import Cache
 from xinslm.cache.write import cache_plan, write_cache
 from xinslm.data.dataset import Split, open_dataset
 from xinslm.files import MANIFEST
@@ -121,7 +121,7 @@ def _cache_config(config: SynthesizeConfig) -> CacheConfig:
         data_path=config.output_dir / DATA,
         output_dir=config.output_dir / CACHE,
         top_k=config.top_k,
-        tail_samples=config.tail_samples,
+        tail_sample_mass=config.tail_sample_mass,
         temperature=config.cache_temperature,
         max_seq_length=config.max_seq_length,
         dtype=config.dtype,
@@ -139,10 +139,8 @@ def score_answers(config: SynthesizeConfig, on_progress: Listener) -> str:
     if not (config.output_dir / CACHE / MANIFEST).is_file():
         score.run(_cache_config(config), on_progress)
     cache = Cache(config.output_dir / CACHE)
-    return (
-        f"{config.output_dir / CACHE}, scored by the teacher; {cache.format.dtype.itemsize} bytes "
-        "a position"
-    )
+    size = cache.entry_bytes / cache.positions
+    return f"{cache.folder}, scored by the teacher; {size:.1f} bytes a position"
 
 
 def cache_log_probs(
@@ -174,7 +172,7 @@ def cache_log_probs(
         int((entries["flags"] & 1).sum())
         for name in cache.manifest["shards"]
         if (split := cache.split(name)) is not None
-        for entries in split.maps
+        for entries in split.heads
     )
     targets = sum(split["targets"] for split in dataset.manifest["splits"].values())
     return (

@@ -6,7 +6,16 @@ from typing import Annotated
 
 from xinslm.data.config import DocumentEnd
 from xinslm.hints import POSITIONAL, Alias
-from xinslm.ranges import CONTEXT, SEED, Device, Dtype, Range, Settings, range_errors
+from xinslm.ranges import (
+    CONTEXT,
+    SEED,
+    TAIL_SAMPLE_MASS,
+    Device,
+    Dtype,
+    Range,
+    Settings,
+    range_errors,
+)
 from xinslm.teachers.endpoint_config import EndpointConfig
 
 _SYNTHESIZE = {
@@ -18,7 +27,7 @@ _SYNTHESIZE = {
     "batch_size": Range(1, 65_536),
     "validation_fraction": Range(0, 1, below=True),
     "top_k": Range(1, 256),
-    "tail_samples": Range(0, 64),
+    "tail_sample_mass": TAIL_SAMPLE_MASS,
     "cache_temperature": Range(0, above=True),
     "max_seq_length": CONTEXT,
     "seed": SEED,
@@ -77,8 +86,9 @@ class SynthesizeConfig(Settings):
     """Most likely tokens that the cache keeps exactly at each position; by default 4, or 11 without
     tail samples.
     """
-    tail_samples: int = 10
-    """Tail samples: tokens drawn from the rest of the distribution; endpoints give none."""
+    tail_sample_mass: float = 0.02
+    """Largest part of the distribution that a tail sample, a token drawn from its rest, stands for
+    in the cache; 0: no samples. Endpoints give none."""
     cache_temperature: float = 2.0
     """Temperature whose normaliser the cache stores; endpoints support 1 only."""
     max_seq_length: int = 512
