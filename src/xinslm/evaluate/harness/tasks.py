@@ -1,8 +1,8 @@
 """Tasks of lm-evaluation-harness by name, from its own definitions, without its slow start.
 
 The harness reads all of its 14,000 task files first (15 s). Here only the folders that a name
-points to are read; `start.py` has what else shortens the start. What the tasks ask and how they
-score stays the harness's own code.
+points to are read; `start.py` and `prepared.py` have what else shortens the start. What the tasks
+ask and how they score stays the harness's own code.
 """
 
 import contextlib
@@ -51,7 +51,7 @@ def load_tasks(names: Sequence[str], data: Path | None = None) -> LoadedTasks:
         manager = _manager(names)
         with contextlib.ExitStack() as stack:
             stack.enter_context(late_modules())
-            local = None if data is None else stack.enter_context(local_datasets(data))
+            local = None if data is None else stack.enter_context(local_datasets(data, late=True))
             try:
                 loaded = manager.load(list(names))
             except (UsageError, XinslmError):
@@ -83,7 +83,7 @@ def build_requests(task: Any, numbers: Sequence[int], lm: Any = None) -> list[An
             items = list(enumerate(docs))
             task.set_fewshot_seed(seed=FEWSHOT_SEED)  # each model gets the same examples
         else:
-            items = [(number, docs[number]) for number in numbers]
+            items = list(zip(numbers, _rows(docs, numbers), strict=True))
         task.doc_iterator = lambda **ignored: iter(items)
         chat = {} if lm is None else {"apply_chat_template": True, "fewshot_as_multiturn": True}
         task.build_all_requests(
@@ -97,6 +97,11 @@ def build_requests(task: Any, numbers: Sequence[int], lm: Any = None) -> list[An
 def _docs(task: Any) -> Any:
     """The items of a task; the harness keeps them, and would prepare them again in `eval_docs`."""
     return task.task_docs if hasattr(task, "task_docs") else task.eval_docs
+
+
+def _rows(docs: Any, numbers: Sequence[int]) -> Any:
+    """Items by their numbers; a dataset and rows that are prepared late give them at once."""
+    return docs.select(numbers) if hasattr(docs, "select") else [docs[n] for n in numbers]
 
 
 def _draws_examples(task: Any) -> bool:
