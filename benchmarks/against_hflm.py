@@ -5,12 +5,14 @@
 
 MODEL is a model folder that transformers reads. `values` compares all log-likelihoods and metrics
 in float64 on random items of each task (a part of MMLU's subjects); `speed` compares wall time,
-start-up included, and peak memory in float32, each side in processes of its own, in both orders,
-HFLM at its best batch size of those given.
+start-up included, the time to the first forward pass, and peak memory in float32, each side in
+processes of its own, in both orders, HFLM at its best batch size of those given.
 """
 
 import argparse
+import contextlib
 import json
+import math
 import resource
 import statistics
 import subprocess
@@ -42,6 +44,23 @@ def chosen(names: list[str], count: int, data: Path) -> dict[str, list[int]]:
         if name == "truthfulqa_mc2" and "truthfulqa_mc1" in found:
             found[name] = found["truthfulqa_mc1"]
     return found
+
+
+class FirstForward:
+    """Seconds from the start of the process to the first call of a module, on the clock and of CPU.
+
+    Nothing but a forward pass calls a module: neither loading a model nor reading a task does.
+    """
+
+    def __init__(self, began: float) -> None:
+        from torch.nn.modules.module import register_module_forward_pre_hook
+
+        self.began, self.wall, self.cpu = began, math.nan, math.nan
+        self._handle = register_module_forward_pre_hook(self)
+
+    def __call__(self, module: object, inputs: object) -> None:
+        self.wall, self.cpu = time.time() - self.began, time.process_time()
+        self._handle.remove()
 
 
 def task_folders() -> list[str]:
@@ -114,8 +133,14 @@ def run_ours(args: argparse.Namespace, names: list[str], shots: int | None) -> d
 
 def child(args: argparse.Namespace) -> None:
     """One side, in this process."""
+    from xinslm.evaluate.harness.start import no_collection
+
     names, shots = SETS[args.child]
+    # as `xinslm benchmark` imports PyTorch; HFLM's user has no such thing
+    with no_collection() if args.side == "ours" else contextlib.nullcontext():
+        first = FirstForward(args.began)
     found = (run_hflm if args.side == "hflm" else run_ours)(args, names, shots)
+    found |= {"first_wall": first.wall, "first_cpu": first.cpu}
     found["peak_mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     Path(args.result).write_text(json.dumps(found))
 
@@ -127,6 +152,7 @@ def start(args: argparse.Namespace, name: str, side: str, dtype: str, items: dic
     command += ["--child", name, "--side", side, "--dtype", dtype, "--items", json.dumps(items)]
     command += ["--result", str(result), "--batch", str(args.batch)]
     began = time.perf_counter()
+    command += ["--began", str(time.time())]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     return json.loads(result.read_text()) | {"wall": time.perf_counter() - began}
 
@@ -158,6 +184,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--batch", type=int, default=8, help="HFLM's batch size")
     parser.add_argument("--work", type=Path, default=Path("/tmp/against_hflm"))
+    parser.add_argument("--began", type=float, help=argparse.SUPPRESS)
     for name in ("child", "side", "dtype", "items", "result"):
         parser.add_argument(f"--{name}", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -180,13 +207,17 @@ def main() -> None:
                 sides[side].append(start(args, name, side, "float32", items))
         count, worst, _ = compare(sides["ours"][0], sides["hflm"][0])
         ratios = [a["wall"] / b["wall"] for a, b in zip(sides["hflm"], sides["ours"], strict=True)]
-        memory = [statistics.median(r["peak_mb"] for r in sides[side]) for side in ("hflm", "ours")]
+        memory, wall, cpu = (
+            [statistics.median(r[key] for r in sides[side]) for side in ("hflm", "ours")]
+            for key in ("peak_mb", "first_wall", "first_cpu")
+        )
         first = sides["ours"][0]
         shared = first["requested_tokens"] / first["computed_tokens"]
         print(
             f"{name}: {statistics.median(ratios):.2f}x ({min(ratios):.2f}-{max(ratios):.2f}) in "
             f"wall time; tokens {shared:.2f}x; peak {memory[0]:.0f} -> {memory[1]:.0f} MB; "
-            f"largest difference {worst:.2g}",
+            f"first forward pass after {wall[0]:.1f} -> {wall[1]:.1f} s "
+            f"({cpu[0]:.1f} -> {cpu[1]:.1f} s of CPU); largest difference {worst:.2g}",
             flush=True,
         )
 

@@ -10,6 +10,7 @@ from typing import Any
 from xinslm.errors import UsageError
 from xinslm.evaluate.benchmark.config import BenchmarkConfig
 from xinslm.evaluate.benchmark.describe import describe
+from xinslm.evaluate.harness.start import no_collection
 from xinslm.files import write_json
 from xinslm.machine import environment
 from xinslm.progress import Listener, Progress, ignore
@@ -49,8 +50,9 @@ class Result:
 
 def run(config: BenchmarkConfig, on_progress: Listener = ignore) -> Result:
     """Score a model on tasks and measure its speed; UsageError if something is missing."""
-    from xinslm.device import pick_device
-    from xinslm.runs import add_row, require_run, row_name
+    with no_collection():  # imports PyTorch
+        from xinslm.device import pick_device
+        from xinslm.runs import add_row, require_run, row_name
 
     config.check()
     if config.output_path is not None and config.output_path.exists() and not config.force:
@@ -81,12 +83,13 @@ def _paths(config: BenchmarkConfig) -> dict[str, Any]:
 
 def _tasks(config: BenchmarkConfig, on_progress: Listener) -> dict[str, Any]:
     """Scores of the model, and of the other one on the same items."""
-    from xinslm.evaluate.benchmark.models import open_tasks, score_model
-    from xinslm.evaluate.benchmark.notes import notes
-    from xinslm.evaluate.benchmark.rows import sample, samples, task_rows
-
     on_progress(Progress("read tasks"))
-    tasks = open_tasks(config)
+    with no_collection():
+        from xinslm.evaluate.benchmark.models import open_tasks, score_model
+        from xinslm.evaluate.benchmark.notes import notes
+        from xinslm.evaluate.benchmark.rows import sample, samples, task_rows
+
+        tasks = open_tasks(config)
     seconds = None if config.max_minutes is None else 60 * config.max_minutes
     other, chosen = None, None
     if config.against is not None:

@@ -22,6 +22,7 @@ from typing import Any
 import datasets
 
 from xinslm.errors import UsageError, XinslmError
+from xinslm.evaluate.harness.prepared import LateDataset
 from xinslm.files import sha256_file
 
 SPLITS = {
@@ -38,10 +39,11 @@ SUFFIXES = (".jsonl", ".json", ".parquet", ".jsonl.gz", ".json.gz")
 class LocalDatasets:
     """The files of a folder, as `datasets.load_dataset` would give their datasets."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, late: bool = False) -> None:
+        """With `late`, rows may be prepared when they are asked for (`prepared.py`)."""
         if not folder.is_dir():
             raise UsageError(f"{folder} is not a folder; --data names one with the tasks' data")
-        self.folder = folder
+        self.folder, self._kind = folder, LateDataset if late else datasets.Dataset
         self.files = {
             _plain(path.name.removesuffix(suffix)): path
             for suffix in sorted(SUFFIXES, key=len)
@@ -89,7 +91,7 @@ class LocalDatasets:
             rows = [row for row in rows if row["subject"] == subset]
             if not rows:
                 raise UsageError(f"{file} has no rows with subject '{subset}'")
-        return datasets.Dataset.from_list(rows)
+        return self._kind.from_list(rows)
 
 
 class _Splits(dict[str, datasets.Dataset]):
@@ -159,9 +161,11 @@ def _plain(name: str) -> str:
 
 
 @contextmanager
-def local_datasets(folder: Path) -> Iterator[LocalDatasets]:
-    """Let `datasets.load_dataset`, which the harness calls, read from a folder inside."""
-    local, original = LocalDatasets(folder), datasets.load_dataset
+def local_datasets(folder: Path, late: bool = False) -> Iterator[LocalDatasets]:
+    """Let `datasets.load_dataset`, which the harness calls, read from a folder inside; with `late`
+    the rows that `prepared.py` knows are prepared when they are asked for.
+    """
+    local, original = LocalDatasets(folder, late), datasets.load_dataset
     datasets.load_dataset = local.load
     try:
         yield local

@@ -24,6 +24,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from xinslm.device import pick_device
 from xinslm.evaluate.harness.generate import answer
+from xinslm.evaluate.harness.start import no_collection
 from xinslm.evaluate.likelihood import LikelihoodScorer, Pair, Tell
 from xinslm.evaluate.scorers import load_scorer
 from xinslm.ranges import Activations
@@ -62,9 +63,11 @@ class XinslmLM(TemplateLM):
         super().__init__()
         place = pick_device(device if device in ("cpu", "cuda", "mps") else "auto")
         context = None if max_length is None else int(max_length)
-        self.model, self.facts = load_scorer(Path(pretrained), place, dtype, context, activations)
+        path = Path(pretrained)
+        with no_collection():
+            self.model, self.facts = load_scorer(path, place, dtype, context, activations)
+            self.tokenizer = _tokenizer(self.model.tokenizer)
         self.scorer = LikelihoodScorer(self.model, int(batch_tokens))
-        self.tokenizer = _tokenizer(self.model.tokenizer)
         self.add_bos_token, self._device = add_bos_token, place
         self.tell: Tell = lambda done, total, unit: None
         """Receives the progress of the present call."""

@@ -1,13 +1,11 @@
 """Tasks of lm-evaluation-harness by name, from its own definitions, without its slow start.
 
-The harness reads all of its 14,000 task files first (15 s) and compiles a template anew each time
-it fills one (30 times the cost of filling it). Here only the folders that a name points to are
-read, and templates are compiled once. What the tasks ask and how they score stays the harness's
-own code.
+The harness reads all of its 14,000 task files first (15 s). Here only the folders that a name
+points to are read; `start.py` and `prepared.py` have what else shortens the start. What the tasks
+ask and how they score stays the harness's own code.
 """
 
 import contextlib
-import functools
 import io
 import logging
 from collections.abc import Iterator, Sequence
@@ -19,6 +17,7 @@ import datasets
 
 from xinslm.errors import UsageError, XinslmError
 from xinslm.evaluate.harness.local_data import local_datasets
+from xinslm.evaluate.harness.start import late_modules, no_collection, quick_templates
 
 FEWSHOT_SEED = 1234
 """The harness's own."""
@@ -48,10 +47,11 @@ def load_tasks(names: Sequence[str], data: Path | None = None) -> LoadedTasks:
     """
     shots = {name: number for name, number in map(_parse, names)}
     names = list(shots)
-    with _quick_templates(), quiet():
+    with quick_templates(), quiet(), no_collection():
         manager = _manager(names)
         with contextlib.ExitStack() as stack:
-            local = None if data is None else stack.enter_context(local_datasets(data))
+            stack.enter_context(late_modules())
+            local = None if data is None else stack.enter_context(local_datasets(data, late=True))
             try:
                 loaded = manager.load(list(names))
             except (UsageError, XinslmError):
@@ -78,13 +78,13 @@ def build_requests(task: Any, numbers: Sequence[int], lm: Any = None) -> list[An
     those before it; as chats if `lm` is given.
     """
     docs = _docs(task)
-    if _draws_examples(task) or len(numbers) == len(docs):
-        items = list(enumerate(docs))
-        task.set_fewshot_seed(seed=FEWSHOT_SEED)  # each model gets the same examples
-    else:
-        items = [(number, docs[number]) for number in numbers]
-    task.doc_iterator = lambda **ignored: iter(items)
-    with _quick_templates(), quiet():
+    with quick_templates(), quiet():
+        if _draws_examples(task) or len(numbers) == len(docs):
+            items = list(enumerate(docs))
+            task.set_fewshot_seed(seed=FEWSHOT_SEED)  # each model gets the same examples
+        else:
+            items = list(zip(numbers, _rows(docs, numbers), strict=True))
+        task.doc_iterator = lambda **ignored: iter(items)
         chat = {} if lm is None else {"apply_chat_template": True, "fewshot_as_multiturn": True}
         task.build_all_requests(
             chat_template=None if lm is None else lm.apply_chat_template,
@@ -97,6 +97,11 @@ def build_requests(task: Any, numbers: Sequence[int], lm: Any = None) -> list[An
 def _docs(task: Any) -> Any:
     """The items of a task; the harness keeps them, and would prepare them again in `eval_docs`."""
     return task.task_docs if hasattr(task, "task_docs") else task.eval_docs
+
+
+def _rows(docs: Any, numbers: Sequence[int]) -> Any:
+    """Items by their numbers; a dataset and rows that are prepared late give them at once."""
+    return docs.select(numbers) if hasattr(docs, "select") else [docs[n] for n in numbers]
 
 
 def _draws_examples(task: Any) -> bool:
@@ -181,19 +186,6 @@ def _set_fewshot(name: str, task: Any, number: int | None) -> None:
                 f"{name} needs {wanted} examples for its prompts, but its data has {have} of "
                 f"them; add the file of that split, or ask for {name}:0"
             )
-
-
-@contextlib.contextmanager
-def _quick_templates() -> Iterator[None]:
-    """Let the harness compile each template once."""
-    from lm_eval import utils
-
-    original = utils.env.from_string
-    utils.env.from_string = functools.cache(original)
-    try:
-        yield
-    finally:
-        utils.env.from_string = original
 
 
 @contextlib.contextmanager
