@@ -28,6 +28,7 @@ from machine import describe
 from quality_of_cache import TopK
 
 import xinslm
+from xinslm.cache import entries
 from xinslm.cli.main import main as cli_main
 from xinslm.data.dataset import open_dataset
 from xinslm.data.packing import PackedDataset
@@ -132,7 +133,8 @@ ROWS: dict[str, list[Arm]] = {
         Arm("full: cross-entropy", ("pretrain",), **FULL),
         live("full: KD, alpha 0, live"),
         kd("full: KD, alpha 0, 39 bytes", 0, cache="{cache_full}", **FULL),
-        kd("full: KD, alpha 0, 29 bytes", 0, cache="{cache29}", **FULL),
+        kd("full: KD, alpha 0, 30 bytes", 0, cache="{cache30}", **FULL),
+        kd("full: KD, alpha 0, ten samples everywhere", 0, cache="{cacheten}", **FULL),
         live("full: top 12 renormalised", top=12),
         live("full: top 128 renormalised", top=128),
     ],
@@ -243,9 +245,17 @@ class Bench:
             *options,
         )
 
-    def make_cache29(self, path: Path) -> None:
-        """The teacher's targets, 29 bytes a position."""
+    def make_cache30(self, path: Path) -> None:
+        """The teacher's targets, 30 bytes a position."""
         self.make_cache(path, "full", "--tail-sample-mass", 0.04)
+
+    def make_cacheten(self, path: Path) -> None:
+        """The teacher's targets with the same number of tail samples at each position."""
+        words = ("cache", self.folder("teacher"), "--data-path", self.folder("data_full"))
+        words += ("--max-seq-length", LENGTH, "-o", path)
+        program = [sys.executable, __file__, "--same-samples", "10", *map(str, words)]
+        with open(self.work / "log.txt", "a") as log:
+            subprocess.run(program, check=True, stdout=log, stderr=log)
 
     def make_adapter(self, path: Path) -> None:
         """The teacher, fitted to the chats."""
@@ -400,11 +410,18 @@ def renormalised(count: int, words: list[str]) -> None:
     sys.exit(cli_main(words))
 
 
+def same_samples(count: int, words: list[str]) -> None:
+    """`xinslm cache` with `count` tail samples wherever the tail has mass."""
+    entries.num_samples = lambda mass, _: count * (mass > 0).long()  # type: ignore[assignment]
+    sys.exit(cli_main(words))
+
+
 def main() -> None:
     """Run the arms of the rows that are asked for."""
-    if sys.argv[1:2] == ["--renormalised"]:
-        renormalised(int(sys.argv[2]), sys.argv[3:])
-        return
+    for option, patched in (("--renormalised", renormalised), ("--same-samples", same_samples)):
+        if sys.argv[1:2] == [option]:
+            patched(int(sys.argv[2]), sys.argv[3:])
+            return
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model")
     parser.add_argument("--data", type=Path, required=True)
