@@ -16,6 +16,7 @@ import os
 import statistics
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -92,6 +93,8 @@ def one(args: argparse.Namespace, variant: str, seed: int) -> None:
     if variant == "CE":
         loss = LossConfig(1.0, 0.0)
     elif variant in CACHES:
+        if not CACHES[variant][1]:
+            loss = replace(loss, tail_weight=0.0)
         source = CachedTargets(
             Cache(args.work / f"cache-{variant}".replace(" ", "-")).split("train")
         )
@@ -151,7 +154,7 @@ def main() -> None:
                 f"cache {teacher} --data-path {data} --output-dir {folder} --max-seq-length 256 "
                 f"--top-k {top_k} --tail-sample-mass {sample_mass}"
             )
-        entry_bytes[name] = Cache(folder).entry_bytes / Cache(folder).positions
+        entry_bytes[name] = round(Cache(folder).entry_bytes / Cache(folder).positions, 1)
     results_file = (
         args.work / f"quality-{args.optimizer}-{args.steps}-{args.learning_rate}-{args.alpha}.json"
     )
@@ -194,7 +197,7 @@ def main() -> None:
         )
         spread = statistics.stdev(losses) if args.seeds > 1 else 0.0
         print(
-            f"| {variant} | {entry_bytes.get(variant, 0):.1f} | {statistics.mean(losses):.4f} ± "
+            f"| {variant} | {entry_bytes.get(variant, '-')} | {statistics.mean(losses):.4f} ± "
             f"{spread:.4f} | "
             f"{', '.join(f'{x:.0%}' for x in shares)} | {total:.1%} |"
         )

@@ -66,7 +66,7 @@ def make(side: str, rows: int, student: int, teacher: int, vocabulary: int):
             probs,
             torch.full((rows,), 0.2).log(),
             chosen[:, 8:],
-            torch.ones(rows, dtype=torch.bool),
+            torch.full((rows,), 4),
             torch.zeros(rows),
             torch.ones(rows, dtype=torch.bool),
         )

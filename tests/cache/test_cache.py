@@ -18,6 +18,7 @@ from xinslm.cache.entry_files import (
     pack_bits,
     unpack_bits,
 )
+from xinslm.errors import XinslmError
 
 
 def distributions(rows=200, vocab=300, seed=0, sharpness=2.5):
@@ -144,6 +145,18 @@ def test_files_give_back_every_entry_in_any_order(tmp_path, vocab):
     last = file_of(stem, layout.suffixes[-1])
     last.write_bytes(last.read_bytes()[:-1])
     assert not layout.is_complete(stem, count), "the samples' file is short of a byte"
+    with pytest.raises(XinslmError, match="the file of samples does not fit"):
+        layout.open(stem)[np.arange(3)]
+
+
+def test_more_samples_than_the_format_allows_are_refused(tmp_path):
+    layout, stem = SparseLayout(CacheFormat(300, 3, 0.04, 1.0)), tmp_path / "00000"
+    heads = np.zeros(2, layout.stored)
+    heads["num_samples"] = 3, 200
+    file_of(stem, ".bin").write_bytes(heads.tobytes())
+    file_of(stem, ".tail.bin").write_bytes(bytes(2 * 203))
+    with pytest.raises(XinslmError, match="203 tail samples, at most 200 of 25"):
+        layout.open(stem)[np.array([0])]
 
 
 def test_a_shard_without_samples_or_entries(tmp_path):
@@ -153,6 +166,5 @@ def test_a_shard_without_samples_or_entries(tmp_path):
         stem, entries = tmp_path / f"{count}", np.zeros(count, fmt.dtype)
         for ending, content in zip(layout.suffixes, layout.pack(entries), strict=True):
             file_of(stem, ending).write_bytes(content.tobytes())
-        assert layout.is_complete(stem, count) or not count
-        if count:
-            assert np.array_equal(layout.open(stem)[np.arange(count)], entries)
+        assert layout.is_complete(stem, count) and not layout.is_complete(stem, count + 1)
+    assert np.array_equal(layout.open(tmp_path / "2")[np.arange(2)], np.zeros(2, fmt.dtype))

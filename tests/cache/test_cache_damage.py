@@ -134,3 +134,13 @@ def test_there_is_nothing_to_repair_where_there_is_no_cache(world, tmp_path):
     with pytest.raises(UsageError, match="is not a finished cache"):
         score.run(config(world, tmp_path / "none", repair=True))
     assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.parametrize("harm", ["flip", "remove"])
+def test_a_damaged_file_of_tail_samples_is_named_and_repaired(world, copy, harm):
+    file = copy / "train" / "00001.tail.bin"
+    flip(file) if harm == "flip" else file.unlink()
+    with pytest.raises(XinslmError, match=r"train/00001.tail.bin(: damaged| is missing)"):
+        Cache(copy).check()
+    score.run(config(world, copy, repair=True))
+    assert hashes(copy) == hashes(world.cache)

@@ -174,6 +174,25 @@ def test_entries_that_are_not_finite_or_missing(healthy, cache):
     assert examine(healthy, cache=cache, teacher=None, student=None).failed == ["entries"]
 
 
+def test_tail_samples_of_other_entries(healthy, cache):
+    """Every sample is a token of some tail, and all hashes fit."""
+    manifest = json.loads((cache / "manifest.json").read_text())
+    for file in cache.glob("*/*.tail.bin"):
+        np.roll(np.fromfile(file, "<u2"), 7).tofile(file)
+        manifest["files"][file.relative_to(cache).as_posix()]["sha256"] = sha256_file(file)
+    (cache / "manifest.json").write_text(json.dumps(manifest))
+    only(examine(healthy, cache=cache, student=None), "teacher agreement")
+
+
+def test_a_damaged_count_of_samples_ends_no_examination(healthy, cache):
+    file = cache / "train" / "00000.bin"
+    layout = SparseLayout(Cache(cache).format)
+    entries = np.fromfile(file, layout.stored)
+    entries["num_samples"][3] ^= 16
+    entries.tofile(file)
+    only(examine(healthy, cache=cache, student=None), "cache files")
+
+
 def test_a_top_k_too_small_without_tail_samples(healthy, tmp_path):
     from xinslm.cache import score
     from xinslm.cache.config import CacheConfig

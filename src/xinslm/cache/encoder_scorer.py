@@ -25,7 +25,7 @@ from xinslm.teachers.local import batches_by_length
 
 
 def empty_format(vocab_size: int) -> CacheFormat:
-    """The smallest entries, 10 bytes; all positions are uncovered."""
+    """The smallest entries, 11 bytes; all positions are uncovered."""
     return CacheFormat(vocab_size, top_k=1, tail_sample_mass=0.0, temperature=1.0)
 
 

@@ -8,7 +8,7 @@ top k and tail are scaled to sum to 1 when read.
 A tail of mass m has ceil(m / `tail_sample_mass`) samples, so that none stands for more than
 `tail_sample_mass`: of all ways to spread a number of samples over the positions, samples in
 proportion to the mass give the sum of the estimates the least variance (Neyman 1934). With h=4 an
-entry takes 20 bytes and 2 for each sample, 39 on average where the mean tail is .17 and
+entry takes 20 bytes and 2 for each sample, 38 on average where the mean tail is .17 and
 `tail_sample_mass` .02. Tail samples come from a counter-based generator, so an entry depends only
 on its position and the seed: a cache that was killed and continued equals an uninterrupted one.
 

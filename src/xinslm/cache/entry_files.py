@@ -8,12 +8,14 @@ counted once for every `GROUP` entries when the file is opened.
 """
 
 from collections.abc import Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
 from xinslm.cache.entries import ENTRIES, CacheFormat, suffix
+from xinslm.errors import XinslmError
 
 GROUP = 64
 """Entries whose first sample's place is kept in memory, 8 bytes each."""
@@ -52,10 +54,14 @@ class Layout:
         """The files' contents."""
         return (items,)
 
-    def is_complete(self, stem: Path, count: int) -> bool:
-        """Whether the files of a shard hold `count` items."""
+    def has_heads(self, stem: Path, count: int) -> bool:
+        """Whether a shard has the fixed parts of `count` items."""
         file = file_of(stem, suffix(self.array))
         return file.is_file() and file.stat().st_size == count * self.stored.itemsize
+
+    def is_complete(self, stem: Path, count: int) -> bool:
+        """Whether the files of a shard hold `count` items."""
+        return self.has_heads(stem, count)
 
     def heads(self, stem: Path) -> np.ndarray:
         """The fixed parts of a shard's items, memory-mapped: (count,)."""
@@ -124,9 +130,13 @@ class SparseLayout(Layout):
 
     def is_complete(self, stem: Path, count: int) -> bool:
         """Whether the files of a shard hold `count` entries and their samples."""
-        if not super().is_complete(stem, count):
+        if not self.has_heads(stem, count):
             return False
-        samples = int(self.heads(stem)["num_samples"].sum(dtype=np.int64)) if count else 0
+        counts = self.heads(stem)["num_samples"] if count else np.zeros(0, np.uint8)
+        return self.fits(stem, int(counts.sum(dtype=np.int64)))
+
+    def fits(self, stem: Path, samples: int) -> bool:
+        """Whether the files of a shard hold this number of samples."""
         sizes = (2 * samples, -(-samples * self.sample_bits // 8))
         files = [file_of(stem, name) for name in self.suffixes[1:]]
         return all(
@@ -135,7 +145,7 @@ class SparseLayout(Layout):
         )
 
     def open(self, stem: Path) -> Items:
-        """The entries of a shard whose files are complete."""
+        """The entries of a shard; XinslmError when they are read if the files do not fit."""
         return SparseItems(self, stem)
 
 
@@ -143,22 +153,39 @@ class SparseItems:
     """Sparse entries of a shard, put together from its files."""
 
     def __init__(self, layout: SparseLayout, stem: Path) -> None:
-        self.layout, self.fixed = layout, layout.heads(stem)
-        counts = self.fixed["num_samples"]
-        firsts = np.arange(0, len(counts), GROUP)
-        sums = np.add.reduceat(counts, firsts, dtype=np.int64) if len(counts) else firsts
-        self._before = np.cumsum(sums) - sums
-        """Samples before each group of entries."""
-        self._low, self._high = (
-            _mapped(file_of(stem, name), kind)
-            for name, kind in ((suffix("tail"), "<u2"), (suffix("tail_high"), "u1"))
-        )
+        self.layout, self.stem, self.fixed = layout, stem, layout.heads(stem)
 
     def __len__(self) -> int:
         return len(self.fixed)
 
+    @cached_property
+    def _before(self) -> np.ndarray:
+        """Samples before each group of entries: (groups,) int64."""
+        counts = np.ascontiguousarray(self.fixed["num_samples"])
+        firsts = np.arange(0, len(counts), GROUP)
+        sums = np.add.reduceat(counts, firsts, dtype=np.int64) if len(counts) else firsts
+        allowed = self.layout.format.most_samples
+        if counts.max(initial=0) > allowed or not self.layout.fits(self.stem, int(sums.sum())):
+            raise XinslmError(
+                f"{file_of(self.stem, suffix(ENTRIES))}: its entries count {sums.sum():,} tail "
+                f"samples, at most {counts.max(initial=0)} of {allowed}, and the file of samples "
+                "does not fit: the cache is damaged. Copy it or make it again"
+            )
+        before: np.ndarray = np.cumsum(sums) - sums
+        return before
+
+    @cached_property
+    def _low(self) -> np.ndarray:
+        """Lowest 16 bits of all samples."""
+        return _mapped(file_of(self.stem, suffix("tail")), "<u2")
+
+    @cached_property
+    def _high(self) -> np.ndarray:
+        """Other bits of all samples, packed."""
+        return _mapped(file_of(self.stem, suffix("tail_high")), "u1")
+
     def __getitem__(self, places: np.ndarray) -> np.ndarray:
-        """Entries at places (N,) int64."""
+        """Entries at places (N,) int64; XinslmError if the counts of samples do not fit."""
         entries = np.zeros(len(places), self.layout.dtype)
         for at in range(0, len(places), READ_AT_ONCE):
             part = slice(at, at + READ_AT_ONCE)
@@ -172,6 +199,7 @@ class SparseItems:
         if layout.high_bits:
             high = unpack_bits(fixed["high"], layout.format.top_k, layout.high_bits)
             entries["ids"] |= (high << 16).astype(entries["ids"].dtype)
+        before = self._before
         most = int(fixed["num_samples"].max(initial=0))
         if not most:
             return
@@ -180,7 +208,7 @@ class SparseItems:
         near = self.fixed["num_samples"][np.minimum(group[:, None] * GROUP + steps, len(self) - 1)]
         ahead = np.where(steps < inside[:, None], near, 0).sum(axis=1, dtype=np.int64)
         counted = np.arange(most) < fixed["num_samples"][:, None]
-        index = (self._before[group] + ahead)[:, None] + np.arange(most)
+        index = (before[group] + ahead)[:, None] + np.arange(most)
         samples = np.zeros(index.shape, entries["tail_ids"].dtype)
         samples[counted] = self._low[index[counted]]
         if layout.sample_bits:

@@ -46,7 +46,7 @@ class CacheSplit:
         for shard in shards:
             path = folder / shard["file"]
             stem = path.with_name(path.name.removesuffix(suffix(ENTRIES)))
-            if not layout.is_complete(stem, shard["positions"]):
+            if not layout.has_heads(stem, shard["positions"]):
                 raise XinslmError(
                     f"{file_of(stem, layout.suffixes[0])} is missing or does not hold "
                     f"{shard['positions']:,} entries of {layout.stored.itemsize} bytes, as in the "

@@ -21,7 +21,7 @@ import torch
 
 from xinslm.cache.config import CacheConfig
 from xinslm.cache.entries import ENTRIES, CacheFormat, decode, pack_entries, position_uniforms
-from xinslm.cache.folder import HIDDEN_STATES, Cache
+from xinslm.cache.folder import HIDDEN_STATES, Cache, CacheSplit
 from xinslm.cache.merge_config import MergeConfig
 from xinslm.cache.merge_weights import document_weights
 from xinslm.cache.mixture import Masses, mix
@@ -33,7 +33,7 @@ from xinslm.files import manifest_fingerprint, sha256_json
 from xinslm.folders import refuse_inside
 from xinslm.progress import Listener, Progress, ignore
 
-BLOCK = 1 << 14
+BLOCK = 1 << 12
 """Positions merged at a time."""
 
 
@@ -186,6 +186,7 @@ class MergeScorer:
         self.caches, self.weights, self.format = caches, weights, fmt
         self.token_temperature, self.stream = token_temperature, stream
         self.arrays = {ENTRIES: fmt.dtype}
+        self._opened: dict[tuple[Path, str], CacheSplit | None] = {}
 
     def shard(
         self, split: Split, first: int, last: int, scratch: Path, report: Callable[[int], None]
@@ -193,7 +194,7 @@ class MergeScorer:
         """Mix the entries of documents `first` to `last`; uncovered positions keep flag 0."""
         start, end = int(split.documents[first]), int(split.documents[last])
         out = np.zeros(end - start, dtype=self.format.dtype)
-        opened = [(cache.split(split.name), cache.format) for cache in self.caches]
+        opened = [(self._split(cache, split.name), cache.format) for cache in self.caches]
         for low in range(start, end, BLOCK):
             positions = np.arange(low, min(low + BLOCK, end))
             document = np.searchsorted(split.documents, positions, side="right") - 1
@@ -201,6 +202,13 @@ class MergeScorer:
             self._mix(stored, self.weights[split.name][document], positions, out[low - start :])
             report(int(positions[-1]) + 1 - start)
         return {ENTRIES: out}
+
+    def _split(self, cache: Cache, name: str) -> CacheSplit | None:
+        """A split of a cache, opened once for all shards."""
+        key = cache.folder, name
+        if key not in self._opened:
+            self._opened[key] = cache.split(name)
+        return self._opened[key]
 
     def _mix(
         self,

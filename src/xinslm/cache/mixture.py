@@ -99,6 +99,8 @@ def _systematic(cumulative: np.ndarray, uniforms: np.ndarray, counts: np.ndarray
     """
     steps = np.minimum(np.arange(counts.max(initial=0)), np.maximum(counts - 1, 0)[:, None])
     points = (uniforms[:, None] + steps) / np.maximum(counts, 1)[:, None] * cumulative[:, -1:]
-    columns = (cumulative[:, None, :] <= points[:, :, None]).sum(axis=2)
+    columns = torch.searchsorted(
+        torch.from_numpy(cumulative), torch.from_numpy(points), right=True
+    ).numpy()
     last = (cumulative < cumulative[:, -1:]).sum(axis=1)  # rounding must not pass the last mass
     return np.minimum(columns, np.minimum(last, cumulative.shape[1] - 1)[:, None])

@@ -35,7 +35,9 @@ def reopen(folder: Path, plan: dict[str, Any]) -> None:
     if not damaged:
         raise UsageError(f"{folder} is intact: there is nothing to repair")
     # before the folder counts as unfinished: its files are trusted then
-    for name in damaged:
-        (folder / name).unlink(missing_ok=True)
+    shards = {str(Path(name).parent / Path(name).name.partition(".")[0]) for name in damaged}
+    for shard in shards:  # files of a shard belong together
+        for file in folder.glob(f"{shard}.*"):
+            file.unlink()
     write_json(folder / PLAN, plan)
     (folder / MANIFEST).unlink()

@@ -40,6 +40,9 @@ from xinslm.model.transformer import Transformer
 
 AGREEING, WINNING, COVERED = 0.9, 1.5, 0.5
 OVERLAP, NATS = 0.95, 0.1
+SAME_SAMPLES = 0.5
+"""Least share of the tail samples that a teacher draws again; rounding moves a few."""
+MOST_DECODED = 1 << 17
 STUDENT_ROWS = 8
 CODE_STEP = math.sqrt(LARGEST_NEGATIVE_LOG) / 255
 
@@ -49,11 +52,12 @@ def check_entries(examination: Examination, cache: Cache, dataset: Dataset) -> N
     split, entries = dataset.split("train"), cache.split("train")
     assert entries is not None, "every dataset has a train split"
     positions = sample(len(split.tokens) - 1)
-    stored = entries.entries(positions)
+    stored = entries.fixed(positions)
+    few = positions[:: -(-len(positions) // MOST_DECODED)]
     counts = np.asarray(split.mask[positions + 1]) != 0
     valid = (stored["flags"] & VALID) != 0
     examination.make("entries", lambda: _sound(stored, valid, counts))
-    examination.make("alignment", lambda: _alignment(cache, split, stored, positions, valid))
+    examination.make("alignment", lambda: _alignment(cache, split, entries.entries(few), few))
     examination.make("tail", lambda: _tail(cache, stored[valid]))
 
     examination.make("teacher on this data", lambda: teacher_quality(teacher_nats(cache), dataset))
@@ -72,10 +76,9 @@ def _sound(stored: np.ndarray, valid: np.ndarray, counts: np.ndarray) -> str:
     )
 
 
-def _alignment(
-    cache: Cache, split: Split, stored: np.ndarray, positions: np.ndarray, valid: np.ndarray
-) -> str:
+def _alignment(cache: Cache, split: Split, stored: np.ndarray, positions: np.ndarray) -> str:
     """Entries agree with the tokens that follow them, and with no others."""
+    valid = (stored["flags"] & VALID) != 0
     if not valid.any():
         raise Skipped("no position is covered")
     targets = decode(stored[valid], cache.format)
@@ -206,7 +209,7 @@ def agreement(cache: Cache, positions: np.ndarray, fresh: np.ndarray) -> str:
     assert split is not None, "every dataset has a train split"
     now = decode(fresh, cache.format)
     last = len(split) - 1
-    overlaps, nats = {}, math.inf
+    overlaps, nats, drawn = {}, math.inf, 1.0
     for shift in (-1, 0, 1):
         stored = split.entries(np.clip(positions + shift, 0, last))
         both = (stored["flags"] & VALID) != 0
@@ -214,6 +217,7 @@ def agreement(cache: Cache, positions: np.ndarray, fresh: np.ndarray) -> str:
             raise Skipped("the cache has no entry of these documents")
         overlaps[shift] = _overlap(now[torch.from_numpy(both)], decode(stored[both], cache.format))
         if shift == 0:
+            drawn = _same_samples(stored[both], fresh[both])
             labels = [entries["log_label"][both].astype(np.float64) for entries in (stored, fresh)]
             nats = float(np.abs(labels[0] - labels[1]).mean())
     shifted = max((overlaps[shift], shift) for shift in (-1, 1))
@@ -226,7 +230,21 @@ def agreement(cache: Cache, positions: np.ndarray, fresh: np.ndarray) -> str:
     if shifted[0] > overlaps[0]:
         advice = f"The entries are shifted by {shifted[1]:+d}: make the cache again"
     agrees = overlaps[0] >= OVERLAP and nats <= NATS and overlaps[0] > shifted[0]
+    if agrees and drawn < SAME_SAMPLES:
+        detail = f"{drawn:.1%} of the tail samples are as cached (at least {SAME_SAMPLES:.0%})"
+        advice = "The file of tail samples belongs to other entries: make the cache again"
+        agrees = False
     return require(agrees, detail, advice)
+
+
+def _same_samples(a: np.ndarray, b: np.ndarray) -> float:
+    """Share of the tail samples that two entries of a position have in common."""
+    counts = np.minimum(a["num_samples"], b["num_samples"])
+    same = (a["num_samples"] == b["num_samples"]) & (counts > 0)
+    if not same.any():
+        return 1.0
+    counted = np.arange(a["tail_ids"].shape[1]) < counts[same][:, None]
+    return float((a["tail_ids"][same] == b["tail_ids"][same])[counted].mean())
 
 
 def _overlap(a: SparseTargets, b: SparseTargets) -> float:

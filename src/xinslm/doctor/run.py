@@ -116,9 +116,12 @@ def _check_cache(examination: Examination, config: DoctorConfig, dataset: Datase
             ids == dataset.manifest["vocab_size"], f"{ids:,} ids in both", "Make the cache again"
         )
 
-    examination.make("cache files", files)
+    whole = examination.make("cache files", files)
     if not opened:
         examination.skip(("cache of this dataset", *of_entries), "the cache cannot be opened")
+        return None
+    if not whole:
+        examination.skip(("cache of this dataset", *of_entries), "the cache is damaged")
         return None
     if not examination.make("cache of this dataset", belongs):
         examination.skip(of_entries, "the cache is not of this dataset")
@@ -356,5 +359,5 @@ def _positions(
 def _draw_teacher(vocab_size: int, labels: torch.Tensor, seed: int) -> SparseTargets:
     generator = torch.Generator().manual_seed(seed)
     probs = (2 * torch.randn(len(labels), vocab_size, generator=generator)).softmax(1)
-    fmt = CacheFormat(vocab_size, min(8, vocab_size - 1), 4, 2.0)
+    fmt = CacheFormat(vocab_size, min(8, vocab_size - 1), 0.05, 2.0)
     return decode(encode(probs, labels, torch.arange(len(labels)), fmt, seed), fmt)
