@@ -8,6 +8,9 @@ most likely token is the same, bits per byte. The unquantized model is its own f
 exactly 0, which checks the measuring. One JSON line a variant and dataset; the seeds of a calibrated
 variant choose other calibration rows.
 
+Palettes are those of the Core ML export for the Neural Engine: 16 float16 numbers for 16 or 32 rows
+of a matrix, 4.03 or 4.01 bits a weight with 576 columns; their embedding is a palette of 8 bits.
+
 Rows of llama.cpp come from its own quantizer (`ggml_quantize_chunk` in the library of xllamacpp),
 with the importance matrix that llama-imatrix computes: mean squares of the unquantized model's
 activations, here over the same calibration rows. Their embedding is ours, at 8 bits.
@@ -35,11 +38,14 @@ from torch import Tensor
 
 from xinslm.data.dataset import open_dataset
 from xinslm.data.packing import Batch, PackedDataset
+from xinslm.export.coreml.fit import fit_palettes
 from xinslm.model import grids
 from xinslm.model.files import open_model
 from xinslm.model.grids import Q4_0, Q8_0, decode, encode, fit_scales
 from xinslm.model.quantized import QuantizedSource
+from xinslm.model.source import ModelSource, weight_shapes
 from xinslm.model.transformer import Transformer
+from xinslm.progress import ignore
 from xinslm.quantize import gptq
 from xinslm.quantize.calibration import read_rows
 from xinslm.quantize.pipeline import Quantization
@@ -57,18 +63,22 @@ class Variant:
 
     name: str
     method: str
-    """gptaq, gptq, rtn, absmax; or llama.cpp's name of a type."""
+    """gptaq, gptq, rtn, absmax; kmeans or palette (k-means with error feedback); or llama.cpp's
+    name of a type.
+    """
     bits: int = 4
     off: tuple[str, ...] = ()
     """Steps that are switched off."""
     scale_steps: int = 0
     has_importance: bool = False
     """Of llama.cpp: whether it gets the importance matrix."""
+    group_size: int = 16
+    """Of palettes: rows that share a table."""
 
     @property
     def calibrates(self) -> bool:
         """Whether it reads calibration rows."""
-        return self.method in ("gptaq", "gptq") or self.has_importance
+        return self.method in ("gptaq", "gptq", "palette") or self.has_importance
 
 
 VARIANTS = [
@@ -85,6 +95,9 @@ VARIANTS = [
     Variant("GPTQ, searched scales, act-order", "gptq"),
     Variant("GPTAQ (the default)", "gptaq"),
     Variant("GPTAQ, 100 scale steps", "gptaq", scale_steps=100),
+    Variant("palettes of 16 rows, k-means", "kmeans"),
+    Variant("palettes of 16 rows, k-means and GPTAQ", "palette"),
+    Variant("palettes of 32 rows, k-means and GPTAQ", "palette", group_size=32),
 ]
 
 
@@ -194,6 +207,8 @@ def quantize(variant: Variant, folder: Path, calibration: list[Batch]) -> tuple[
     source = open_model(folder)
     if variant.method in ("Q4_0", "IQ4_NL", "Q4_K"):
         return by_llama_cpp(variant, source.transformer(), calibration)
+    if variant.method in ("kmeans", "palette"):
+        return with_palettes(variant, source, calibration)
     with tempfile.TemporaryDirectory() as name, without(*variant.off):
         path = Path(name)
         rows = calibration if variant.calibrates else []
@@ -212,6 +227,21 @@ def quantize(variant: Variant, folder: Path, calibration: list[Batch]) -> tuple[
         weights = [quantized.stored(n) for n in quantized.names if n.endswith("_proj.weight")]
         size = sum(w.data.nbytes + (0 if w.scales is None else w.scales.nbytes) for w in weights)
         return quantized.transformer(), size
+
+
+@torch.no_grad()
+def with_palettes(
+    variant: Variant, source: ModelSource, calibration: list[Batch]
+) -> tuple[Transformer, int]:
+    """What the Core ML export for the Neural Engine holds."""
+    shapes = weight_shapes(source.config)
+    found = fit_palettes(source, shapes, variant.group_size, calibration, ignore)
+    model, size = source.transformer(), 0
+    for name, palette in found.items():
+        model.get_parameter(name).copy_(palette.decode())
+        if name.endswith("_proj.weight"):
+            size += palette.indices.numel() // 2 + palette.tables.nbytes
+    return model, size
 
 
 def by_llama_cpp(

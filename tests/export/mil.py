@@ -79,6 +79,13 @@ class Program:
         blocks = data.unflatten(1, (scale.shape[1], -1)).to(scale.dtype)
         return (blocks * scale[..., None]).flatten(1)
 
+    def constexpr_lut_to_dense(self, indices, lut):
+        assert lut.shape[-1] == 1 and indices.dim() == lut.dim() - 2
+        sizes = [i // t for i, t in zip(indices.shape, lut.shape[:-2], strict=True)]
+        for axis, size in enumerate(sizes):
+            lut = lut.repeat_interleave(size, axis)
+        return lut[..., 0].gather(-1, indices.long()[..., None])[..., 0]
+
     def shape(self, x):
         return torch.tensor(x.shape, dtype=torch.int32)
 
@@ -102,7 +109,6 @@ class Program:
 
     def region(self, x, begin, end, begin_mask=None, end_mask=None, stride=None, squeeze_mask=None):
         assert stride is None or set(ints(stride)) == {1}
-        assert squeeze_mask is None or not any(squeeze_mask)
         none = [False] * x.dim()
         rows = zip(
             ints(begin),
@@ -118,9 +124,13 @@ class Program:
         )
 
     def slice_by_index(self, x, **where):
-        return x[self.region(x, **where)]
+        squeezed = [i for i, is_one in enumerate(where.get("squeeze_mask") or ()) if is_one]
+        part = x[self.region(x, **where)]
+        assert all(part.shape[axis] == 1 for axis in squeezed)
+        return part.squeeze(squeezed) if squeezed else part
 
     def slice_update(self, x, update, **where):
+        assert not any(where.get("squeeze_mask") or ())
         x = x.clone()
         assert x[self.region(x, **where)].shape == update.shape
         x[self.region(x, **where)] = update
@@ -141,6 +151,34 @@ class Program:
     def reduce_mean(self, x, axes, keep_dims):
         squares = x.float().mean(ints(axes), keepdim=keep_dims)
         return squares.to(x.dtype)
+
+    def reduce_max(self, x, axes, keep_dims):
+        return x.amax(ints(axes), keepdim=keep_dims)
+
+    def abs(self, x):
+        return x.abs()
+
+    def clip(self, x, alpha, beta):
+        return x.clamp(float(alpha), float(beta))
+
+    def real_div(self, x, y):
+        return x / y
+
+    def softmax(self, x, axis):
+        return x.softmax(axis)
+
+    def matmul(self, x, y, transpose_x, transpose_y):
+        x, y = x.mT if transpose_x else x, y.mT if transpose_y else y
+        return x @ y
+
+    def conv(self, x, weight, strides, pad_type, pad, dilations, groups, bias=None):
+        assert set(ints(strides) + ints(dilations)) == {1} and pad_type == "valid" and groups == 1
+        assert weight.shape[2:] == (1, 1) and x.shape[0] == x.shape[2] == 1
+        y = weight[:, :, 0, 0] @ x[0, :, 0]
+        return (y if bias is None else y + bias[:, None])[None, :, None]
+
+    def squeeze(self, x, axes):
+        return x.squeeze(ints(axes))
 
     def rsqrt(self, x, epsilon):
         return torch.rsqrt(x + torch.as_tensor(epsilon, dtype=x.dtype))

@@ -162,8 +162,8 @@ def test_a_wrong_code_is_found_before_the_folder_is_there(tmp_path, monkeypatch)
     pytest.importorskip("coremltools")
     build = coreml.build
 
-    def broken(config, length, weights):
-        model = build(config, length, weights)
+    def broken(model, weights):
+        model = build(model, weights)
         weight = model.get_parameter("model.layers.0.self_attn.k_proj.weight").data
         weight[0, :2] = weight[0, :2].flip(0)
         return model
@@ -178,7 +178,8 @@ def test_a_wrong_code_is_found_before_the_folder_is_there(tmp_path, monkeypatch)
 
 def test_the_neural_engine_is_refused_for_codes(exported, tmp_path):
     model, _, _ = exported
-    with pytest.raises(UsageError, match=r"Neural Engine.*wrong numbers.*use cpu-and-gpu"):
+    refusal = r"Neural Engine.*wrong numbers.*use cpu-and-gpu, or cpu-and-neural-engine"
+    with pytest.raises(UsageError, match=refusal):
         coreml.run(CoremlConfig(model, tmp_path / "out", compute_units="all"))
     assert not any(tmp_path.iterdir())
 

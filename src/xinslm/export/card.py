@@ -10,12 +10,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from xinslm.export.config import NEURAL_ENGINE
 from xinslm.export.kinds import CARD
 from xinslm.export.provenance import Provenance, Step, front_matter, short_name, trace
 from xinslm.files import MANIFEST, manifest_fingerprint, read_json, write_text
 from xinslm.model.source import ModelSource
 
-_QUANTIZED = {"4-bit": "4-bit", "8-bit": "8-bit", "Q4_0": "4-bit", "Q8_0": "8-bit"}
+_QUANTIZED = {
+    "4-bit": "4-bit",
+    "8-bit": "8-bit",
+    "4-bit palette": "4-bit",
+    "8-bit palette": "8-bit",
+    "Q4_0": "4-bit",
+    "Q8_0": "8-bit",
+}
 
 
 @dataclass(frozen=True)
@@ -35,10 +43,14 @@ class Export:
     """Commands by the runtime that they start."""
     run: Path | None = None
     """Run folder with what was measured."""
+    measured: Sequence[str] = ()
+    """What the export measured itself, a sentence each."""
 
 
 def commands(library: str, method: str | None, has_chat: bool) -> dict[str, str]:
-    """Commands that run an export, by runtime; `method` is that of transformers' quantization."""
+    """Commands that run an export, by runtime; `method` is that of transformers' quantization, of
+    Core ML the compute units.
+    """
     if library == "gguf":
         return {
             "llama.cpp": "llama-cli -m model.gguf --no-mmap",
@@ -46,8 +58,9 @@ def commands(library: str, method: str | None, has_chat: bool) -> dict[str, str]
             "LM Studio": "lms import model.gguf",
         }
     if library == "coreml":
-        program = "'FOLDER/model.mlpackage', compute_units=ct.ComputeUnit.CPU_AND_GPU"
-        load = f"print(ct.models.MLModel({program}))"
+        units = {"cpu-only": "CPU_ONLY", "all": "ALL", NEURAL_ENGINE: "CPU_AND_NE"}
+        unit = f"ct.ComputeUnit.{units.get(method or '', 'CPU_AND_GPU')}"
+        load = f"print(ct.models.MLModel('FOLDER/model.mlpackage', compute_units={unit}))"
         return {"Core ML": f'pip install coremltools\npython -c "import coremltools as ct; {load}"'}
     if library == "mlx":
         last = "mlx_lm.chat --model FOLDER"
@@ -87,7 +100,7 @@ def make_card(export: Export) -> str:
         f"# {title}\n",
         "\n".join(_table(("", ""), _facts(export))) + "\n",
         *_section("How it was made", [f"- {line}" for line in _history(history)]),
-        *_section("Measured", _measured(history)),
+        *_section("Measured", _measured(history, export.measured)),
         *_section("Run it", _commands(export)),
     ]
     return head + "\n" + "\n".join(parts)
@@ -160,8 +173,8 @@ def _teacher_of(cache: Path, fingerprint: str | None) -> str | None:
     return str(teacher) if teacher else None
 
 
-def _measured(history: Provenance) -> list[str]:
-    """Tables of what the run folder holds."""
+def _measured(history: Provenance, sentences: Sequence[str]) -> list[str]:
+    """Tables of what the run folder holds, then a list of sentences."""
     texts = [
         (
             str(row["name"]),
@@ -188,6 +201,9 @@ def _measured(history: Provenance) -> list[str]:
     if tasks:
         lines += [""] if lines else []
         lines += _table(("model", "task", "metric", "value", "items"), tasks)
+    if sentences:
+        lines += [""] if lines else []
+        lines += [f"- {sentence}" for sentence in sentences]
     return lines
 
 

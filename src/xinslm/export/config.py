@@ -5,7 +5,12 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from xinslm.hints import POSITIONAL, Alias
-from xinslm.ranges import CONTEXT, Settings, range_errors
+from xinslm.ranges import CONTEXT, Range, Settings, range_errors
+
+NEURAL_ENGINE = "cpu-and-neural-engine"
+"""Compute units that a Core ML program is palettized for."""
+_COREML = {"max_seq_length": CONTEXT, "num_calibration_samples": Range(1)}
+_GROUP_SIZES = (8, 16, 32)
 
 
 @dataclass(frozen=True)
@@ -89,11 +94,13 @@ class MlxConfig(FolderConfig):
 
 @dataclass(frozen=True)
 class CoremlConfig(Settings):
-    """Write a model as a Core ML program (macOS 15, iOS 18); a quantized folder keeps its codes."""
+    """Write a model as a Core ML program (macOS 15, iOS 18); a quantized folder keeps its codes,
+    except for the Neural Engine.
+    """
 
     model: Annotated[Path, POSITIONAL]
     """Any LLaMA, Mistral, Qwen2 or Qwen3; the codes of a quantized folder are kept, others are
-    written in float16.
+    written in float16. For the Neural Engine take the model before it was quantized.
     """
     output_dir: Annotated[Path, Alias("-o")]
     """Folder to write: model.mlpackage, tokenizer and chat template."""
@@ -101,10 +108,22 @@ class CoremlConfig(Settings):
     """Tokens that the key-value cache holds, prompt and answer together; by default what the model
     allows, at most 2048. The cache takes its full size in memory.
     """
-    compute_units: Literal["cpu-and-gpu", "cpu-only", "all"] = "cpu-and-gpu"
+    compute_units: Literal["cpu-and-gpu", "cpu-only", "all", "cpu-and-neural-engine"] = (
+        "cpu-and-gpu"
+    )
     """What is to run the model, written into its metadata; the program that loads the model sets
-    it. `all` includes the Neural Engine and is refused for codes.
+    it. cpu-and-neural-engine makes palettes of the matrices, 4 bits and for the embedding 8, in a
+    program of fixed shapes. `all` includes the Neural Engine and is refused for codes.
     """
+    group_size: int = 16
+    """Rows (output channels) that share a table of a palette: 8, 16 or 32."""
+    data_path: Path | None = None
+    """Dataset folder made with this model's tokenizer: its train split calibrates the palettes,
+    and their KL divergence is measured on its validation split. Without it they are k-means of the
+    weights alone, which loses more.
+    """
+    num_calibration_samples: int = 64
+    """Number of packed rows of at most 512 tokens that calibrate palettes."""
     run: Path | None = None
     """Run folder whose report lists the folder."""
     force: bool = False
@@ -112,7 +131,17 @@ class CoremlConfig(Settings):
 
     def errors(self) -> list[str]:
         """What cannot work, a sentence each."""
-        return range_errors(self, {"max_seq_length": CONTEXT})
+        wrong = range_errors(self, _COREML)
+        if self.group_size not in _GROUP_SIZES:
+            wrong.append(f"group_size is {self.group_size}, but must be 8, 16 or 32")
+        defaults = CoremlConfig(self.model, self.output_dir)
+        if self.compute_units != NEURAL_ENGINE:
+            wrong += [
+                f"{name} has no effect without --compute-units {NEURAL_ENGINE}"
+                for name in ("group_size", "data_path", "num_calibration_samples")
+                if getattr(self, name) != getattr(defaults, name)
+            ]
+        return wrong
 
 
 @dataclass(frozen=True)

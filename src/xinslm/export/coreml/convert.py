@@ -19,6 +19,9 @@ import torch
 from torch import Tensor, nn
 
 from xinslm.errors import UsageError, XinslmError
+from xinslm.export.coreml.neural_engine import POSITION, TOKENS, FixedTransformer, fixed_mask
+from xinslm.export.coreml.palettes import Palette
+from xinslm.export.coreml.palettize import register_palettes
 from xinslm.export.coreml.program import (
     INPUT_IDS,
     KEYS,
@@ -30,9 +33,9 @@ from xinslm.export.coreml.program import (
     causal_mask,
 )
 from xinslm.export.packing import BITS
-from xinslm.model.config import ModelConfig
 from xinslm.model.stored import StoredWeight
 
+AnyProgram = StatefulTransformer | FixedTransformer
 _QUANTIZATION = 3
 """coremltools' number for weights made of codes and scales."""
 _PASSES_LEFT_OUT = {
@@ -66,46 +69,45 @@ def quiet() -> Iterator[None]:
         logger.setLevel(level)
 
 
-def build(
-    config: ModelConfig, length: int, weights: Iterator[tuple[str, StoredWeight]]
-) -> StatefulTransformer:
-    """The module with its weights: codes times scales, and all others as float16 holds them."""
-    with torch.device("meta"):
-        model = StatefulTransformer(config, length)
+def build(model: AnyProgram, weights: Iterator[tuple[str, StoredWeight | Palette]]) -> AnyProgram:
+    """Give a module on the meta device its weights: codes times scales, numbers of palettes, and
+    all others as float16 holds them.
+    """
+    parameters = dict(model.named_parameters())
     loaded: dict[str, Tensor] = {}
     for name, weight in weights:
-        loaded[name] = _values(name, weight)
-        if weight.format in BITS:
+        if name not in parameters:
+            raise XinslmError(f"the Core ML program has no place for weight '{name}'")
+        values = weight.decode() if isinstance(weight, Palette) else _values(name, weight)
+        loaded[name] = values.view(parameters[name].shape)
+        if isinstance(weight, StoredWeight) and weight.format in BITS:
             module = model.get_submodule(name.removesuffix(".weight"))
             for key, value in _marks(weight).items():
                 module.register_buffer(f"_COREML_/weight/{key}", value)
     model.register_buffer("_COREML_/metadata_version", torch.tensor(1))
-    own = {name for name, _ in model.named_parameters()}
-    if odd := sorted(own ^ loaded.keys()):
-        raise XinslmError(f"the Core ML program has no place for weight '{odd[0]}'")
+    if odd := sorted(parameters.keys() - loaded.keys()):
+        raise XinslmError(f"the Core ML program needs weight '{odd[0]}'")
     model.load_state_dict(loaded, strict=False, assign=True)
     return model.eval()
 
 
-def convert(model: StatefulTransformer, path: Path) -> None:
-    """Write the package `path`, whose name ends in .mlpackage."""
+def convert(model: AnyProgram, path: Path, palettes: Mapping[str, Palette] | None = None) -> None:
+    """Write the package `path`, whose name ends in .mlpackage; `palettes` by name of weight."""
     require_coremltools()
     import coremltools as ct
 
-    example = torch.zeros(1, 2, dtype=torch.int32), causal_mask(2, past=1)
-    new = ct.RangeDim(1, model.length, default=1)
-    total = ct.RangeDim(1, model.length, default=1)
+    fixed = isinstance(model, FixedTransformer)
+    example, inputs = _fixed(ct, model) if fixed else _ranged(ct, model)
     passes = ct.PassPipeline.DEFAULT
     passes.remove_passes(_PASSES_LEFT_OUT)
+    if palettes:
+        passes.append_pass(register_palettes(palettes))
     try:
         with quiet(), torch.no_grad():
             traced = torch.jit.trace(model, example, check_trace=False)
             ct.convert(
                 traced,
-                inputs=[
-                    ct.TensorType(INPUT_IDS, (1, new), np.int32),
-                    ct.TensorType(MASK, (1, 1, new, total), np.float16),
-                ],
+                inputs=inputs,
                 outputs=[ct.TensorType(LOGITS, dtype=np.float16)],
                 states=[_state(ct, model, name) for name in (KEYS, VALUES)],
                 minimum_deployment_target=ct.target.iOS18,
@@ -116,6 +118,28 @@ def convert(model: StatefulTransformer, path: Path) -> None:
             )
     except Exception as error:  # coremltools raises many types
         raise XinslmError(f"coremltools could not convert the model: {error!s:.300}") from error
+
+
+def _ranged(ct: Any, model: AnyProgram) -> tuple[tuple[Tensor, ...], list[Any]]:
+    """Example and types of the inputs of `StatefulTransformer`."""
+    example = torch.zeros(1, 2, dtype=torch.int32), causal_mask(2, past=1)
+    new = ct.RangeDim(1, model.length, default=1)
+    total = ct.RangeDim(1, model.length, default=1)
+    return example, [
+        ct.TensorType(INPUT_IDS, (1, new), np.int32),
+        ct.TensorType(MASK, (1, 1, new, total), np.float16),
+    ]
+
+
+def _fixed(ct: Any, model: AnyProgram) -> tuple[tuple[Tensor, ...], list[Any]]:
+    """Example and types of the inputs of `FixedTransformer`."""
+    ids, position = torch.zeros(1, TOKENS, dtype=torch.int32), torch.ones(1, dtype=torch.int32)
+    mask = fixed_mask(TOKENS, 1, model.length)
+    return (ids, mask, position), [
+        ct.TensorType(INPUT_IDS, tuple(ids.shape), np.int32),
+        ct.TensorType(MASK, tuple(mask.shape), np.float16),
+        ct.TensorType(POSITION, (1,), np.int32),
+    ]
 
 
 def _state(ct: Any, model: nn.Module, name: str) -> Any:
@@ -142,10 +166,16 @@ def _marks(weight: StoredWeight) -> Mapping[str, Tensor]:
 def _values(name: str, weight: StoredWeight) -> Tensor:
     """Float32 values of a weight; UsageError if float16, which Core ML computes in, holds less."""
     values = weight.dequantize()
+    half = require_half(name, values)
+    return values if weight.format in BITS else half.float()
+
+
+def require_half(name: str, values: Tensor) -> Tensor:
+    """Values in float16; UsageError if one is beyond its range."""
     half = values.half()
     if not torch.isfinite(half).all():
         raise UsageError(
             f"weight '{name}' has values beyond float16, which Core ML computes in: export the "
             "model as GGUF"
         )
-    return values if weight.format in BITS else half.float()
+    return half

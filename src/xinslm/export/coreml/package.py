@@ -29,8 +29,15 @@ _TYPES = {
 }
 QUANTIZED = "constexpr_blockwise_shift_scale"
 """Operation of a weight made of codes and scales."""
-_ENDINGS = ("", "_cast_fp16", "_to_fp16")
-"""What coremltools adds to a weight's name when it makes it float16."""
+PALETTIZED = "constexpr_lut_to_dense"
+"""Operation of a weight made of indices and tables."""
+_ENDINGS = ("", "_cast_fp16", "_to_fp16", "_palettized")
+"""What is added to a weight's name when it becomes float16 or a palette."""
+
+
+def program_names(name: str) -> list[str]:
+    """Names that a weight can have in a program."""
+    return [name.replace(".", "_") + end for end in _ENDINGS]
 
 
 class Package:
@@ -81,14 +88,26 @@ class Package:
         codes, scales = (self.array(self._argument(op, key)) for key in ("data", "scale"))
         return codes, scales
 
+    def palette(self, name: str) -> tuple[np.ndarray, np.ndarray] | None:
+        """Indices, uint8 (rows, columns), and float16 tables (groups, entries) of a weight; None
+        unless it is one of `PALETTIZED` whose tables serve groups of rows.
+        """
+        op = self._maker(name, PALETTIZED)
+        if op is None:
+            return None
+        indices, tables = (self.array(self._argument(op, key)) for key in ("indices", "lut"))
+        entries = tables.shape[-2]
+        if tables.size != tables.shape[0] * entries or tables.ndim != indices.ndim + 2:
+            return None
+        return indices.reshape(len(indices), -1), tables.reshape(-1, entries)
+
     def plain(self, name: str) -> np.ndarray | None:
         """A weight without codes; None if the program has no such constant."""
         op = self._maker(name, "const")
         return None if op is None else self.array(op.attributes["val"])
 
     def _maker(self, name: str, kind: str) -> Any:
-        stem = name.replace(".", "_")
-        found = [self._makers[stem + end] for end in _ENDINGS if stem + end in self._makers]
+        found = [self._makers[other] for other in program_names(name) if other in self._makers]
         return next((op for op in found if op.type == kind), None)
 
     @staticmethod

@@ -2,33 +2,38 @@
 
 The folder holds model.mlpackage, and next to it config.json, tokenizer and chat template. Codes and
 scales of a quantized folder, or of another model that has them, become the program's constants;
-what has none is written in float16. Before the folder is put in place the package is opened again,
-and each weight is compared with the model's. The program cannot run on Linux, so this has not run
-it. Memory: about 4 bytes a weight.
+what has none is written in float16. For the Neural Engine matrices become palettes (`fit.py`) in a
+program of fixed shapes (`neural_engine.py`). Before the folder is put in place the package is
+opened again, and each weight is compared with the model's or the palette's. The program cannot run
+on Linux, so this has not run it. Memory: about 4 bytes a weight, with palettes 5.
 
     run(CoremlConfig(model=Path("student-4bit"), output_dir=Path("student-coreml")))
 """
 
-import json
 import math
-from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import torch
 
 from xinslm.config import to_dict
-from xinslm.errors import UsageError, XinslmError
+from xinslm.errors import UsageError
 from xinslm.export.card import Export, commands, write_card
-from xinslm.export.config import CoremlConfig
+from xinslm.export.config import NEURAL_ENGINE, CoremlConfig
+from xinslm.export.coreml.compare import compare
 from xinslm.export.coreml.convert import build, convert, require_coremltools
-from xinslm.export.coreml.package import QUANTIZED, Package
-from xinslm.export.coreml.program import INPUT_IDS, KEYS, MASK, VALUES
+from xinslm.export.coreml.cost import Cost, divergence, held_out_rows, weight_errors
+from xinslm.export.coreml.describe import describe
+from xinslm.export.coreml.fit import fit_palettes
+from xinslm.export.coreml.neural_engine import FixedTransformer
+from xinslm.export.coreml.package import Package
+from xinslm.export.coreml.palettes import Palette
+from xinslm.export.coreml.program import StatefulTransformer
 from xinslm.export.kinds import EXPORT
 from xinslm.export.packed_folder import VERSION, compare_tokenizers
-from xinslm.export.packing import BITS, codes, stored_weight
+from xinslm.export.packing import stored_weight
 from xinslm.files import write_manifest
 from xinslm.folders import new_folder, refuse_existing, refuse_inside
 from xinslm.model.config import ModelConfig
@@ -36,15 +41,19 @@ from xinslm.model.files import open_model, require_context
 from xinslm.model.source import ModelSource, weight_shapes
 from xinslm.model.stored import StoredWeight
 from xinslm.progress import Listener, Progress, ignore
+from xinslm.quantize.calibration import CalibrationRows, RowShape, dataset_rows
 from xinslm.runs import add_file, require_run
 from xinslm.tokenizer.base import check_vocabulary
 from xinslm.tokenizer.load import load_tokenizer
 
 PACKAGE = "model.mlpackage"
 DEFAULT_LENGTH = 2048
-_UNITS = {"cpu-and-gpu": "cpuAndGPU", "cpu-only": "cpuOnly", "all": "all"}
-"""Cases of Swift's `MLComputeUnits`."""
-_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
+_ALIGNMENT = 32
+"""The Neural Engine fails on states whose last size is no multiple of it (apple/coremltools#2631);
+the length is kept to it as well.
+"""
+_ROW_TOKENS = 512
+_NOT_RUN = "Converted, and each weight read back and compared; not run on a Mac."
 
 
 @dataclass(frozen=True)
@@ -53,7 +62,9 @@ class Result:
 
     folder: Path
     types: dict[str, int]
-    """Number of weights by how they are stored: '4-bit', '8-bit' or 'float16'."""
+    """Number of weights by how they are stored: '4-bit', '8-bit', '4-bit palette', '8-bit palette'
+    or 'float16'.
+    """
     weights: int
     rounded: int
     """Weights outside the codes that float16 does not hold exactly."""
@@ -64,13 +75,17 @@ class Result:
     """Size of the package."""
     operations: dict[str, int]
     """Operations of the program by type, constants left out."""
+    cost: Cost | None = None
+    """Of palettes."""
 
     def describe(self) -> str:
         """Lines for the terminal."""
         census = ", ".join(f"{count} {kind}" for kind, count in sorted(self.types.items()))
         equal = f"all {self.weights:,} values equal the model's"
-        if self.rounded:
+        if self.rounded or self.cost is not None:
             others = "all codes and scales" if len(self.types) > 1 else "all others"
+            if self.cost is not None:
+                others = "all indices and tables"
             equal = (
                 f"{self.rounded:,} of {self.weights:,} values rounded to float16, {others} equal"
             )
@@ -81,7 +96,8 @@ class Result:
                 f"whose keys and values take {self.state_bytes / 2**20:.1f} MiB",
                 f"size    {self.file_bytes / 2**20:.2f} MiB",
                 f"check   read back: {equal}",
-                "reads   Core ML on macOS 15 or iOS 18; converted here, not run",
+                *(f"cost    {line}" for line in (self.cost.describe() if self.cost else ())),
+                "reads   Core ML on macOS 15 or iOS 18; converted here, not run on a Mac",
                 f"output  {self.folder}",
             ]
         )
@@ -102,25 +118,23 @@ def run(config: CoremlConfig, on_progress: Listener = ignore) -> Result:
     source.require()
     shapes = weight_shapes(shape)
     source.require_weights(shapes)
-    length = _length(config.max_seq_length, source)
+    length = _length(config, source)
     _refuse_neural_engine(config, source, shapes)
     tokenizer = load_tokenizer(config.model)
     check_vocabulary(shape.vocab_size, tokenizer, str(config.model))
     with new_folder(config.output_dir, config.force) as folder:
-        _write(source, shapes, length, folder / PACKAGE, on_progress)
+        palettized = Palettized()
+        if config.compute_units == NEURAL_ENGINE:
+            palettized = _palettize(config, source, shapes, tokenizer, on_progress)
+        _write(config, source, shapes, palettized.palettes, length, folder / PACKAGE, on_progress)
         package = Package(folder / PACKAGE)
-        types, rounded = _compare(source, shapes, package, on_progress)
-        _describe(package, config, source, length, types)
+        types, rounded = compare(source, shapes, palettized.palettes, package, on_progress)
+        describe(package, config.compute_units, source, length, types)
         source.save_config(folder, torch.float16)
         tokenizer.save(folder)
         compare_tokenizers(tokenizer, folder)
         size = _package_bytes(folder)
-        has_chat = tokenizer.chat_template is not None
-        runs = commands("coreml", None, has_chat)
-        export = Export(source, "coreml", PACKAGE, size, types, length, runs, config.run)
-        write_card(folder, export)
-        inputs, calibration = {"model": source.fingerprint}, source.calibration
-        write_manifest(folder, EXPORT, VERSION, to_dict(config), inputs, calibration=calibration)
+        _describe_folder(folder, config, source, types, length, size, palettized, tokenizer)
     result = Result(
         config.output_dir,
         types,
@@ -130,10 +144,70 @@ def run(config: CoremlConfig, on_progress: Listener = ignore) -> Result:
         _state_bytes(shape, length),
         size,
         {kind: count for kind, count in package.census.items() if kind != "const"},
+        palettized.cost,
     )
     bits = 8 * result.file_bytes / result.weights
     add_file(config.run, config.output_dir, result.file_bytes, bits)
     return result
+
+
+@dataclass(frozen=True)
+class Palettized:
+    """The palettes of a model; none unless it is for the Neural Engine."""
+
+    palettes: dict[str, Palette] = field(default_factory=dict)
+    cost: Cost | None = None
+    rows: CalibrationRows | None = None
+    """The rows that calibrated them."""
+
+
+def _palettize(
+    config: CoremlConfig,
+    source: ModelSource,
+    shapes: dict[str, tuple[int, ...]],
+    tokenizer: Any,
+    on_progress: Listener,
+) -> Palettized:
+    rows, held_out = None, []
+    if config.data_path is not None:
+        length = min(source.config.max_position_embeddings, _ROW_TOKENS)
+        shape = RowShape(config.num_calibration_samples, length)
+        rows = dataset_rows(config.data_path, tokenizer, source.config, shape, seed=0)
+        held_out = held_out_rows(config.data_path, length)
+    batches = [] if rows is None else rows.batches
+    palettes = fit_palettes(source, shapes, config.group_size, batches, on_progress)
+    cost = Cost(
+        weight_errors(source, shapes, palettes),
+        {name: palette.bits for name, palette in palettes.items()},
+        divergence(source, palettes, held_out, on_progress) if held_out else None,
+        "" if config.data_path is None else config.data_path.resolve().name,
+        _has_codes(source, shapes),
+    )
+    return Palettized(palettes, cost, rows)
+
+
+def _describe_folder(
+    folder: Path,
+    config: CoremlConfig,
+    source: ModelSource,
+    types: dict[str, int],
+    length: int,
+    size: int,
+    palettized: Palettized,
+    tokenizer: Any,
+) -> None:
+    """Write model card and manifest."""
+    has_chat = tokenizer.chat_template is not None
+    runs = commands("coreml", config.compute_units, has_chat)
+    cost, rows = palettized.cost, palettized.rows
+    measured = [*cost.describe(), _NOT_RUN] if cost is not None else []
+    export = Export(source, "coreml", PACKAGE, size, types, length, runs, config.run, measured)
+    write_card(folder, export)
+    inputs, calibration = {"model": source.fingerprint}, source.calibration
+    if rows is not None and rows.dataset is not None:
+        inputs["data"] = rows.dataset
+        calibration = sorted({*calibration, *rows.texts})
+    write_manifest(folder, EXPORT, VERSION, to_dict(config), inputs, calibration=calibration)
 
 
 def _package_bytes(folder: Path) -> int:
@@ -148,18 +222,27 @@ def _refuse_package_name(path: Path) -> None:
         )
 
 
-def _length(wanted: int | None, source: ModelSource) -> int:
-    """Tokens that the states hold; UsageError if the model has fewer positions or a window."""
-    config = source.config
-    window = config.sliding_window or config.max_position_embeddings
+def _length(config: CoremlConfig, source: ModelSource) -> int:
+    """Tokens that the states hold; UsageError if the model has fewer positions or a window, or the
+    Neural Engine does not take the number.
+    """
+    wanted, model = config.max_seq_length, source.config
+    window = model.sliding_window or model.max_position_embeddings
+    is_fixed = config.compute_units == NEURAL_ENGINE
     if wanted is None:
-        return min(DEFAULT_LENGTH, window, config.max_position_embeddings)
-    require_context(wanted, config.max_position_embeddings, source.name)
+        most = min(DEFAULT_LENGTH, window, model.max_position_embeddings)
+        wanted = most - most % _ALIGNMENT if is_fixed else most
+    require_context(wanted, model.max_position_embeddings, source.name)
     if wanted > window:
         raise UsageError(
             f"max_seq_length is {wanted}, but {source.name} has a sliding window of {window} "
             f"tokens, which the Core ML program has not; it is exact up to the window: pass "
             f"--max-seq-length {window}"
+        )
+    if is_fixed and (wanted % _ALIGNMENT or not wanted):
+        raise UsageError(
+            f"max_seq_length is {wanted}, but must be a multiple of {_ALIGNMENT} for the Neural "
+            "Engine"
         )
     return wanted
 
@@ -167,116 +250,49 @@ def _length(wanted: int | None, source: ModelSource) -> int:
 def _refuse_neural_engine(
     config: CoremlConfig, source: ModelSource, shapes: dict[str, tuple[int, ...]]
 ) -> None:
-    if config.compute_units != "all":
-        return
-    if any(source.stored(name) is not None for name in shapes if len(shapes[name]) > 1):
+    if config.compute_units == "all" and _has_codes(source, shapes):
         raise UsageError(
             "--compute-units all includes the Neural Engine, which gives wrong numbers without an "
             "error for weights with a scale per block (apple/coreai-models#279): use cpu-and-gpu, "
-            "or export the model before `xinslm quantize`"
+            f"or {NEURAL_ENGINE}, which palettizes; best from the model before `xinslm quantize`"
+        )
+    size = source.config.head_dim
+    if config.compute_units == NEURAL_ENGINE and size % _ALIGNMENT:
+        raise UsageError(
+            f"{source.name} has heads of {size} numbers, but the Neural Engine fails on states "
+            f"whose last size is no multiple of {_ALIGNMENT} (apple/coremltools#2631): use "
+            "cpu-and-gpu"
         )
 
 
+def _has_codes(source: ModelSource, shapes: dict[str, tuple[int, ...]]) -> bool:
+    return any(
+        stored is not None and stored.scales is not None
+        for stored in (source.stored(name) for name, shape in shapes.items() if len(shape) > 1)
+    )
+
+
 def _write(
+    config: CoremlConfig,
     source: ModelSource,
     shapes: dict[str, tuple[int, ...]],
+    palettes: dict[str, Palette],
     length: int,
     path: Path,
     on_progress: Listener,
 ) -> None:
-    def weights() -> Iterator[tuple[str, StoredWeight]]:
+    def weights() -> Iterator[tuple[str, StoredWeight | Palette]]:
         for done, (name, shape) in enumerate(shapes.items()):
             on_progress(Progress("read", done, len(shapes), "tensors"))
-            yield name, stored_weight(source, name, shape)
+            yield name, palettes.get(name) or stored_weight(source, name, shape)
 
-    model = build(source.config, length, weights())
+    kind = FixedTransformer if config.compute_units == NEURAL_ENGINE else StatefulTransformer
+    with torch.device("meta"):
+        model = kind(source.config, length)
+    build(model, weights())
     on_progress(Progress("convert", 0, 1, "programs"))
-    convert(model, path)
+    convert(model, path, palettes)
     on_progress(Progress("convert", 1, 1, "programs"))
-
-
-def _compare(
-    source: ModelSource, shapes: dict[str, tuple[int, ...]], package: Package, on_progress: Listener
-) -> tuple[dict[str, int], int]:
-    """Weights by how they are stored, and values that float16 rounded.
-
-    XinslmError if a code, a scale or a rounded value is not the model's, or if there are others.
-    """
-    types: Counter[str] = Counter()
-    rounded = 0
-    for done, (name, shape) in enumerate(shapes.items()):
-        on_progress(Progress("read back", done, len(shapes), "tensors"))
-        weight = stored_weight(source, name, shape)
-        if weight.format in BITS:
-            assert weight.scales is not None, "a weight with codes has scales"
-            _require_equal(f"{name}, codes", package.quantized(name), 0, codes(weight).numpy())
-            _require_equal(f"{name}, scales", package.quantized(name), 1, weight.scales.numpy())
-            types[f"{BITS[weight.format]}-bit"] += 1
-            continue
-        values = weight.dequantize()
-        half = values.half()
-        rounded += int((half.float() != values).sum())
-        found = package.plain(name)
-        if found is None and bool((half == 1).all()):
-            found = half.numpy()  # coremltools leaves out a product with ones
-        _require_equal(name, None if found is None else (found,), 0, half.numpy())
-        types["float16"] += 1
-    on_progress(Progress("read back", len(shapes), len(shapes), "tensors"))
-    packed = sum(count for kind, count in types.items() if kind.endswith("-bit"))
-    if package.census[QUANTIZED] != packed:
-        raise XinslmError(
-            f"the program has {package.census[QUANTIZED]} weights with codes, the model {packed}; "
-            "nothing is written"
-        )
-    return dict(types), rounded
-
-
-def _require_equal(
-    what: str, found: tuple[np.ndarray, ...] | None, part: int, expected: np.ndarray
-) -> None:
-    if found is None:
-        raise XinslmError(f"{what}: missing in the Core ML program; nothing is written")
-    values = found[part]
-    if values.shape != expected.shape or not np.array_equal(values, expected):
-        same = values.shape == expected.shape
-        count = f"{int((values != expected).sum()):,}" if same else "all"
-        raise XinslmError(
-            f"{what}: {count} values differ in the Core ML program; nothing is written"
-        )
-
-
-def _describe(
-    package: Package, config: CoremlConfig, source: ModelSource, length: int, types: dict[str, int]
-) -> None:
-    """Put what a program that loads the package needs into its description."""
-    description = package.spec.description
-    texts = {
-        INPUT_IDS: "Token ids, 1 x T: a prompt, or one token after those in the states.",
-        MASK: "Added to the attention scores, 1 x 1 x T x S: 0 where a token sees another, else "
-        "-65504. S counts all tokens, those in the states and the T new ones.",
-    }
-    for feature in description.input:
-        feature.shortDescription = texts[feature.name]
-    description.output[0].shortDescription = "Scores of the next token, 1 x T x vocabulary."
-    units = _UNITS[config.compute_units]
-    metadata = description.metadata
-    metadata.shortDescription = (
-        f"{source.settings.get('model_type')} language model; load it with computeUnits = .{units}"
-    )
-    settings = source.settings
-    facts = {
-        "context_length": length,
-        "vocab_size": source.config.vocab_size,
-        "states": f"{KEYS},{VALUES}",
-        "compute_units": units,
-        "weights": ", ".join(f"{count} {kind}" for kind, count in sorted(types.items())),
-        "source": source.fingerprint,
-        **{key: settings[key] for key in _TOKENS if settings.get(key) is not None},
-    }
-    for key, value in facts.items():
-        text = value if isinstance(value, str) else json.dumps(value)
-        metadata.userDefined[f"xinslm.{key}"] = text
-    package.save_spec()
 
 
 def _state_bytes(config: ModelConfig, length: int) -> int:
