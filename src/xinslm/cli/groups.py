@@ -23,7 +23,7 @@ GROUPS = {
         preset vocab_size hidden_size num_layers num_heads num_kv_heads head_dim intermediate_size
         tie_word_embeddings sliding_window max_seq_length min_frequency max_token_length
         special_tokens layers compensate bits method target_size lora_r lora_alpha lora_dropout
-        target_modules
+        target_modules group_size
     """,
     "Training": """
         num_epochs max_steps batch_size micro_batch_size learning_rate warmup_ratio decay_ratio
