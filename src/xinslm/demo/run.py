@@ -41,7 +41,7 @@ from xinslm.runs import add_row, read_rows
 COMMANDS = "commands.sh"
 PROMPTS_PER_GFLOPS = 0.38
 """Of the machine's matrix products; meant for 8 minutes, and 11 at `LEAST_PROMPTS`."""
-LEAST_PROMPTS, MOST_PROMPTS = 64, 150
+LEAST_PROMPTS, MOST_PROMPTS = 64, 120
 """With more than 400 GFLOP/s (AMX) other work than products takes most of the time."""
 BEGINNINGS = ("One sunny day", "It was a windy day in May.", "On Monday, the farmer")
 Perform = Callable[[Sequence[str], Listener], Any]
