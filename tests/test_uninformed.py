@@ -92,7 +92,10 @@ def test_the_sampled_loss_is_that_of_all_entries(world, bad_cache):
     """The records of the train split, read one by one."""
     split = Cache(bad_cache.folder).split("train")
     values = [
-        float(entry["log_label"]) for shard in split.heads for entry in shard if entry["flags"] & 1
+        float(entry["log_label"])
+        for shard in split.fixed_parts
+        for entry in shard
+        if entry["flags"] & 1
     ]
     assert teacher_nats(Cache(bad_cache.folder)) == pytest.approx(-sum(values) / len(values))
 

@@ -51,7 +51,7 @@ def grouped(world, tmp_path_factory):
 
 
 def stored(folder):
-    return np.concatenate(kind_of(Cache(folder)).splits()["train"].heads)
+    return np.concatenate(kind_of(Cache(folder)).splits()["train"].fixed_parts)
 
 
 def predicted(tops, probs, label_probs):

@@ -151,9 +151,9 @@ def test_files_give_back_every_entry_in_any_order(tmp_path, vocab):
 
 def test_more_samples_than_the_format_allows_are_refused(tmp_path):
     layout, stem = SparseLayout(CacheFormat(300, 3, 0.04, 1.0)), tmp_path / "00000"
-    heads = np.zeros(2, layout.stored)
-    heads["num_samples"] = 3, 200
-    file_of(stem, ".bin").write_bytes(heads.tobytes())
+    fixed = np.zeros(2, layout.stored)
+    fixed["num_samples"] = 3, 200
+    file_of(stem, ".bin").write_bytes(fixed.tobytes())
     file_of(stem, ".tail.bin").write_bytes(bytes(2 * 203))
     with pytest.raises(XinslmError, match="203 tail samples, at most 200 of 25"):
         layout.open(stem)[np.array([0])]

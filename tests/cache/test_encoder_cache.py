@@ -141,7 +141,7 @@ def test_texts_between_control_tokens_are_aligned_one_by_one(world, encoder, tmp
         EncoderTeacher(str(encoder), find_encoder(str(encoder))),
     )
     controls = set(student.special_tokens.values())
-    valid = np.concatenate([(np.asarray(m["scales"]) > 0).all(1) for m in source.heads])
+    valid = np.concatenate([(np.asarray(m["scales"]) > 0).all(1) for m in source.fixed_parts])
     ids = split.tokens.astype(int)
     for document in (0, 7):
         start, end = (int(x) for x in split.documents[document : document + 2])

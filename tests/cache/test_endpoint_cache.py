@@ -99,7 +99,7 @@ def test_entries_are_exact_in_the_top_k_and_have_one_bucket_for_the_tail(small, 
             torch.testing.assert_close(
                 targets.log_tail, (1 - top.values.exp().sum(1)).log(), atol=0.01, rtol=0.01
             )
-            entries = cache.split("train").heads[0][positions]
+            entries = cache.split("train").fixed_parts[0][positions]
             labels = log_p.gather(1, piece[1:, None])[:, 0]
             np.testing.assert_allclose(
                 entries["log_label"].astype(float), labels.numpy(), atol=0.01, rtol=2e-3

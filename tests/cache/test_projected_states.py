@@ -213,12 +213,12 @@ def test_positions_inside_a_nested_teachers_token_have_no_projected_state(world,
         at = 0
         for place, token in enumerate(ids[:40]):
             at += len(student.token_bytes(token)) if place else 0
-            entries = source.heads[0][start + place]
+            entries = source.fixed_parts[0][start + place]
             assert (float(entries["scales"][0]) > 0) == (at in ends)
             if at in ends:
-                found = decode_projected_states(source.heads[0][start + place : start + place + 1])[
-                    0
-                ][0, 0]
+                found = decode_projected_states(
+                    source.fixed_parts[0][start + place : start + place + 1]
+                )[0][0, 0]
                 assert float((found - expected[ends[at]]).abs().max()) < 0.05
             inside += at not in ends
     assert inside > 5

@@ -66,7 +66,7 @@ def test_entries_are_the_teachers_distributions(world):
             targets.log_tail, (1 - top.values.exp().sum(1)).log(), atol=0.01, rtol=0.02
         )
         entries = (
-            cache.heads[0][start - cache.starts[0] : start - cache.starts[0] + count]
+            cache.fixed_parts[0][start - cache.starts[0] : start - cache.starts[0] + count]
             if start < 2000
             else None
         )

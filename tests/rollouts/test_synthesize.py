@@ -245,7 +245,7 @@ def check_cache(world, folder, least):
             torch.testing.assert_close(
                 targets.log_tail[ok], (1 - found.exp().sum(1)).log(), atol=0.02, rtol=0.02
             )
-            stored = entries.heads[0][int(start) : int(end) - 1][ok]
+            stored = entries.fixed_parts[0][int(start) : int(end) - 1][ok]
             labels = log_p[:-1].gather(1, torch.from_numpy(ids[1:, None]))[:, 0].numpy()[ok]
             np.testing.assert_allclose(
                 stored["log_label"].astype(float), labels, atol=0.01, rtol=2e-3

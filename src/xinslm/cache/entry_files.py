@@ -4,7 +4,7 @@ Items of a fixed size are one file: item i is at i times its size. A sparse entr
 number of tail samples. Its fixed part is in `NAME.bin`; the samples of all entries follow each
 other in `NAME.tail.bin`, the lowest 16 bits of each token id, and ids that need more have the rest
 in `NAME.tail_high.bin`. An entry's samples begin after those of all entries before it, which are
-counted once for every `GROUP` entries when the file is opened.
+counted once for every `GROUP` entries when a sample is first read.
 """
 
 from collections.abc import Mapping
@@ -54,22 +54,22 @@ class Layout:
         """The files' contents."""
         return (items,)
 
-    def has_heads(self, stem: Path, count: int) -> bool:
+    def has_fixed_parts(self, stem: Path, count: int) -> bool:
         """Whether a shard has the fixed parts of `count` items."""
         file = file_of(stem, suffix(self.array))
         return file.is_file() and file.stat().st_size == count * self.stored.itemsize
 
     def is_complete(self, stem: Path, count: int) -> bool:
         """Whether the files of a shard hold `count` items."""
-        return self.has_heads(stem, count)
+        return self.has_fixed_parts(stem, count)
 
-    def heads(self, stem: Path) -> np.ndarray:
+    def fixed_parts(self, stem: Path) -> np.ndarray:
         """The fixed parts of a shard's items, memory-mapped: (count,)."""
         return np.memmap(file_of(stem, suffix(self.array)), dtype=self.stored, mode="r")
 
     def open(self, stem: Path) -> Items:
         """The items of a shard whose files are complete."""
-        return self.heads(stem)
+        return self.fixed_parts(stem)
 
 
 class SparseLayout(Layout):
@@ -112,27 +112,27 @@ class SparseLayout(Layout):
 
     def pack(self, items: np.ndarray) -> tuple[np.ndarray, ...]:
         """The files' contents: fixed parts, and the samples that count."""
-        heads = np.zeros(len(items), self.stored)
+        fixed = np.zeros(len(items), self.stored)
         for name in ("log_tail", "log_z", "log_label", "flags", "num_samples", "codes"):
-            heads[name] = items[name]
-        heads["ids"] = items["ids"] & 0xFFFF
+            fixed[name] = items[name]
+        fixed["ids"] = items["ids"] & 0xFFFF
         if self.high_bits:
-            heads["high"] = pack_bits(items["ids"].astype(np.int64) >> 16, self.high_bits)
+            fixed["high"] = pack_bits(items["ids"].astype(np.int64) >> 16, self.high_bits)
         if not self.format.most_samples:
-            return (heads,)
+            return (fixed,)
         counted = np.arange(self.format.most_samples) < items["num_samples"][:, None]
         samples = items["tail_ids"][counted]
         low = (samples & 0xFFFF).astype("<u2")
         if not self._has_high:
-            return heads, low
+            return fixed, low
         high = pack_bits((samples.astype(np.int64) >> 16)[None], self.sample_bits)[0]
-        return heads, low, high
+        return fixed, low, high
 
     def is_complete(self, stem: Path, count: int) -> bool:
         """Whether the files of a shard hold `count` entries and their samples."""
-        if not self.has_heads(stem, count):
+        if not self.has_fixed_parts(stem, count):
             return False
-        counts = self.heads(stem)["num_samples"] if count else np.zeros(0, np.uint8)
+        counts = self.fixed_parts(stem)["num_samples"] if count else np.zeros(0, np.uint8)
         return self.fits(stem, int(counts.sum(dtype=np.int64)))
 
     def fits(self, stem: Path, samples: int) -> bool:
@@ -153,7 +153,7 @@ class SparseItems:
     """Sparse entries of a shard, put together from its files."""
 
     def __init__(self, layout: SparseLayout, stem: Path) -> None:
-        self.layout, self.stem, self.fixed = layout, stem, layout.heads(stem)
+        self.layout, self.stem, self.fixed = layout, stem, layout.fixed_parts(stem)
 
     def __len__(self) -> int:
         return len(self.fixed)

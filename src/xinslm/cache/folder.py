@@ -41,19 +41,19 @@ class CacheSplit:
         """XinslmError if a file does not hold the number of entries that the manifest tells."""
         self.decode, self.layout = decode, layout
         self.starts = np.array([shard["start"] for shard in shards], dtype=np.int64)
-        self.shards, self.heads = [], []
+        self.shards, self.fixed_parts = [], []
         """Items of each shard, and their fixed parts, memory-mapped."""
         for shard in shards:
             path = folder / shard["file"]
             stem = path.with_name(path.name.removesuffix(suffix(ENTRIES)))
-            if not layout.has_heads(stem, shard["positions"]):
+            if not layout.has_fixed_parts(stem, shard["positions"]):
                 raise XinslmError(
                     f"{file_of(stem, layout.suffixes[0])} is missing or does not hold "
                     f"{shard['positions']:,} entries of {layout.stored.itemsize} bytes, as in the "
                     "manifest: the cache is damaged. Copy it or make it again"
                 )
             self.shards.append(layout.open(stem))
-            self.heads.append(layout.heads(stem))
+            self.fixed_parts.append(layout.fixed_parts(stem))
 
     def __len__(self) -> int:
         return sum(map(len, self.shards))
@@ -64,7 +64,7 @@ class CacheSplit:
 
     def fixed(self, positions: np.ndarray) -> np.ndarray:
         """The fixed parts of entries at stream positions (N,) int64, without tail samples."""
-        return self._look_up(self.heads, positions, self.layout.stored)
+        return self._look_up(self.fixed_parts, positions, self.layout.stored)
 
     def _look_up(
         self, shards: Sequence[Items], positions: np.ndarray, dtype: np.dtype[Any]

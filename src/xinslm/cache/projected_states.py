@@ -170,7 +170,7 @@ class CachedHiddenStates(CacheSplit):
 
     def count(self) -> int:
         """How many positions have projected hidden states."""
-        return sum(int((shard["scales"] > 0).all(axis=1).sum()) for shard in self.heads)
+        return sum(int((shard["scales"] > 0).all(axis=1).sum()) for shard in self.fixed_parts)
 
 
 class HiddenStateWriter:

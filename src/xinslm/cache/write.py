@@ -212,7 +212,7 @@ def _finish(
     covered = 0
     entries = next(layout for layout in files if layout.array == ENTRIES)
     for stem in stems:
-        covered += int(np.count_nonzero(entries.heads(folder / stem)["flags"] & VALID))
+        covered += int(np.count_nonzero(entries.fixed_parts(folder / stem)["flags"] & VALID))
     content = {
         "format": plan["format"],
         "settings": plan["settings"],
@@ -233,7 +233,7 @@ def _finish(
 
 def _summarise(cache: Cache, seconds: float) -> CacheResult:
     kind, alignment = kind_of(cache), cache.manifest["alignment"]
-    shards = [shard for split in kind.splits().values() for shard in split.heads]
+    shards = [shard for split in kind.splits().values() for shard in split.fixed_parts]
     positions = known = 0
     nats = tail = 0.0
     for shard in shards:

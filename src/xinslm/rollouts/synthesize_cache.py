@@ -172,7 +172,7 @@ def cache_log_probs(
         int((entries["flags"] & 1).sum())
         for name in cache.manifest["shards"]
         if (split := cache.split(name)) is not None
-        for entries in split.heads
+        for entries in split.fixed_parts
     )
     targets = sum(split["targets"] for split in dataset.manifest["splits"].values())
     return (

@@ -14,9 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from xinslm.export.coreml.program import KEYS, VALUES
+from xinslm.export.coreml.program import register_states
 from xinslm.model.config import ModelConfig
-from xinslm.model.transformer import rotary_frequencies
 
 TOKENS = 16
 """Tokens of a call. A shorter text is filled up behind its end: what the states get there is
@@ -176,13 +175,7 @@ class FixedTransformer(nn.Module):
         self.model = Decoder(config)
         if not config.tie_word_embeddings:
             self.lm_head = Table(config)
-        shape = config.num_hidden_layers, config.num_key_value_heads, length, config.head_dim
-        for name in (KEYS, VALUES):
-            self.register_buffer(name, torch.zeros(shape, device="cpu"))
-        positions = torch.arange(length, device="cpu").float()
-        angles = torch.outer(positions, rotary_frequencies(config)).repeat(1, 2)  # (length, D)
-        self.register_buffer("cos", angles.cos())
-        self.register_buffer("sin", angles.sin())
+        register_states(self, config, length)
 
     def forward(self, input_ids: Tensor, mask: Tensor, position: Tensor) -> Tensor:
         """Logits (1, T, vocabulary) of ids (1, T) that follow `position` (1,) tokens; `mask`

@@ -164,13 +164,7 @@ class StatefulTransformer(nn.Module):
         self.model = Decoder(config)
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        shape = config.num_hidden_layers, config.num_key_value_heads, length, config.head_dim
-        for name in (KEYS, VALUES):
-            self.register_buffer(name, torch.zeros(shape, device="cpu"))
-        positions = torch.arange(length, device="cpu").float()
-        angles = torch.outer(positions, rotary_frequencies(config)).repeat(1, 2)  # (length, D)
-        self.register_buffer("cos", angles.cos())
-        self.register_buffer("sin", angles.sin())
+        register_states(self, config, length)
 
     def forward(self, input_ids: Tensor, mask: Tensor) -> Tensor:
         """Logits (1, T, vocabulary) of ids (1, T) that follow the S - T tokens in the states;
@@ -183,6 +177,17 @@ class StatefulTransformer(nn.Module):
         tied = self.config.tie_word_embeddings
         head = self.model.embed_tokens.weight if tied else self.lm_head.weight
         return F.linear(self.model.norm(x), head)
+
+
+def register_states(module: nn.Module, config: ModelConfig, length: int) -> None:
+    """Add the states (layers, K, length, D), zero, and the rotary tables (length, D) as buffers."""
+    shape = config.num_hidden_layers, config.num_key_value_heads, length, config.head_dim
+    for name in (KEYS, VALUES):
+        module.register_buffer(name, torch.zeros(shape, device="cpu"))
+    positions = torch.arange(length, device="cpu").float()
+    angles = torch.outer(positions, rotary_frequencies(config)).repeat(1, 2)
+    module.register_buffer("cos", angles.cos())
+    module.register_buffer("sin", angles.sin())
 
 
 def causal_mask(length: int, past: int = 0) -> Tensor:
