@@ -108,6 +108,8 @@ def test_rows_and_types_equal_those_of_map(both):
     numbers = [2400, 5, 1000, 999, 2400]
     found = list(late.select(numbers))
     assert found == [plain[number] for number in numbers]
+    first = [7, 3, 999]  # of the batch that is prepared already
+    assert list(late.select(first)) == [plain[number] for number in first]
     for part in (late.select([2400, 1000]), late.select([1001]), found):
         assert {type(row["score"]) for row in part} == {float}
     assert [late[i] for i in (0, 1700, -1)] == [plain[i] for i in (0, 1700, -1)]
