@@ -120,7 +120,10 @@ ROWS: dict[str, list[Arm]] = {
         kd("KD, hidden states, InfoNCE", 0.5, "--hidden.weight", "1", "--contrast.weight", "0.05"),
     ],
     "adapted": [kd("KD from a LoRA-adapted teacher", 0.5, cache="{cache_adapted}")],
-    "gemma": [kd("KD from Gemma 3 270M", 0.5, cache="{cache_gemma}")],
+    "gemma": [
+        kd("KD from Gemma 3 270M", 0.5, cache="{cache_gemma}"),
+        kd("KD from both", 0.5, "--more-caches", "{cache_gemma}"),
+    ],
     "vocabulary": [
         Arm("cross-entropy, 49k", ("pretrain",), **EQUAL),
         kd("KD, 49k", 0.5, cache="{cache_full}", **EQUAL),

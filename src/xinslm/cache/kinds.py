@@ -7,6 +7,7 @@ Everything that depends on the kind is a method here; other modules ask the obje
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from xinslm.cache.folder import Cache, CacheSplit, Decode
 from xinslm.data.packing import Batch
 from xinslm.errors import UsageError
 from xinslm.losses.config import LossConfig
-from xinslm.losses.targets import Targets
+from xinslm.losses.targets import MixedTargets, Targets
 from xinslm.tokenizer.load import load_tokenizer
 
 
@@ -34,6 +35,19 @@ class CachedTargets:
     def targets(self, batch: Batch, chosen: np.ndarray, device: torch.device) -> Targets:
         """Look up the positions `chosen`, indices into the flattened (rows * row_length) batch."""
         return self.split.targets(batch.stream.ravel()[chosen]).to(device)
+
+
+class MixedCaches:
+    """Teacher targets from several caches of one dataset, with a weight each."""
+
+    def __init__(self, sources: Sequence[CachedTargets], weights: Sequence[float]) -> None:
+        self.splits, self.weights = [source.split for source in sources], weights
+
+    def targets(self, batch: Batch, chosen: np.ndarray, device: torch.device) -> Targets:
+        """Look up the positions `chosen`, indices into the flattened (rows * row_length) batch."""
+        positions = batch.stream.ravel()[chosen]
+        parts = [split.targets(positions) for split in self.splits]
+        return MixedTargets.of(parts, self.weights).to(device)
 
 
 class EntryKind(ABC):

@@ -7,8 +7,8 @@ group of its own.
 
 GROUPS = {
     "Input": """
-        data_path tokenizer_path teacher teacher_tokenizer_path student cache adapter init_from
-        hidden_states use_mock self_generate prompts prompt prompt_file chat system split
+        data_path tokenizer_path teacher teacher_tokenizer_path student cache more_caches adapter
+        init_from hidden_states use_mock self_generate prompts prompt prompt_file chat system split
         max_documents validation_path validation_fraction document_end max_tokens keep_duplicates
         split_documents text_field dataset_name dataset_split train_on_prompts prefix_of
         domain_weights mix_data mix_cache compare tokens built_in num_prompts
@@ -34,7 +34,7 @@ GROUPS = {
     """,
     "Sampling": """
         max_new_tokens samples temperature top_k top_p min_p repetition_penalty stop
-        tail_sample_mass cache_temperature token_temperature weights prompt_tokens
+        tail_sample_mass cache_temperature token_temperature weights cache_weights prompt_tokens
         generation_batch_size support_top_k
     """,
     "Advanced": """

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from xinslm.cache.merge_config import weight_errors
 from xinslm.distill.auxiliary_config import ContrastConfig, HiddenConfig
 from xinslm.losses.config import LossConfig
 from xinslm.ranges import Dtype
@@ -15,6 +16,14 @@ class DistillConfig(PretrainConfig):
 
     cache: Path | None = None
     """Cache folder made by `xinslm cache` from the same dataset."""
+    more_caches: tuple[Path, ...] = ()
+    """Caches of the same dataset by other teachers, of any tokenizer: the divergence is the
+    weighted mean of those from all caches.
+    """
+    cache_weights: tuple[float, ...] = ()
+    """Weight of --cache, then of each of --more-caches; only ratios count. By default all the
+    same.
+    """
     teacher: str | None = None
     """Without a cache: live teacher, any model with the dataset's tokenizer. With
     one: the teacher that the cache must be of."""
@@ -50,6 +59,7 @@ class DistillConfig(PretrainConfig):
                 "hidden_states has no effect while hidden.weight and contrast.weight are 0: "
                 "drop it, or set one"
             )
+        wrong += self._cache_errors()
         if self.use_mock and (self.cache is not None or self.teacher is not None):
             wrong.append("use_mock trains a teacher of its own: drop it, or cache and teacher")
         elif not self.use_mock and self.cache is None and self.teacher is None:
@@ -57,6 +67,18 @@ class DistillConfig(PretrainConfig):
                 "give --cache (made by `xinslm cache`), --teacher, or --use-mock for a small "
                 "stand-in teacher; to train without a teacher, use `xinslm pretrain`"
             )
+        return wrong
+
+    def _cache_errors(self) -> list[str]:
+        """What is wrong with the list of caches."""
+        if self.cache is None:
+            several = bool(self.more_caches or self.cache_weights)
+            return ["more_caches and cache_weights need --cache, the first one"] if several else []
+        wrong, caches = [], [self.cache, *self.more_caches]
+        if len({path.resolve() for path in caches}) < len(caches):
+            wrong.append("cache and more_caches name one folder twice: give it a larger weight")
+        if self.cache_weights:
+            wrong += weight_errors(self.cache_weights, len(caches), "cache_weights")
         return wrong
 
     def text_tokenizer(self) -> Path | None:

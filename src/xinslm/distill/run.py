@@ -28,12 +28,14 @@ def run(config: DistillConfig, on_progress: Listener = ignore) -> TrainResult:
     Raises UsageError if stages do not fit each other or the run folder holds something else,
     XinslmError at the first loss that is not finite, Interrupted (after a checkpoint) on Ctrl-C.
     """
-    paths = (*PATHS, "cache", "hidden_states", "teacher")
+    paths = (*PATHS, "cache", "more_caches", "hidden_states", "teacher")
     result = run_training(config, "distill", _supervise, paths, on_progress)
     if config.cache is None or config.loss.beta == 0 or result.validation is None:
         return result
-    teacher = teacher_nats(Cache(config.cache, check_hashes=False), "validation")
-    advice = mix_advice(result.validation.ce, teacher, "nats per target token")
+    caches = (config.cache, *config.more_caches)
+    each = [teacher_nats(Cache(folder, check_hashes=False), "validation") for folder in caches]
+    best = min((nats for nats in each if nats is not None), default=None)
+    advice = mix_advice(result.validation.ce, best, "nats per target token")
     return add_warning(result, advice) if advice else result
 
 

@@ -1,5 +1,6 @@
 """The supervision of a run: a cache, a live teacher or an encoder's projected hidden states."""
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch.nn.functional as F
 
 from xinslm.baseline import uninformed
 from xinslm.cache.folder import HIDDEN_STATES, Cache
-from xinslm.cache.kinds import kind_of
+from xinslm.cache.kinds import CachedTargets, MixedCaches, kind_of
 from xinslm.cache.quality import teacher_warning
 from xinslm.data.dataset import Dataset
 from xinslm.data.packing import PackedDataset
@@ -41,7 +42,7 @@ def find_supervision(
     assert isinstance(config, DistillConfig)
     if config.cache is None:
         return _live(config, dataset, device)
-    return _cached(config, dataset, config.cache, on_progress)
+    return _cached(config, dataset, (config.cache, *config.more_caches), on_progress)
 
 
 def _live(config: DistillConfig, dataset: Dataset, device: torch.device) -> Supervision:
@@ -105,36 +106,60 @@ def _sampled_nats(
 
 
 def _cached(
-    config: DistillConfig, dataset: Dataset, folder: Path, on_progress: Listener
+    config: DistillConfig, dataset: Dataset, folders: Sequence[Path], on_progress: Listener
 ) -> Supervision:
-    cache = Cache(folder)
-    cache.require_dataset(dataset.fingerprint, dataset.folder)
-    cache.verify(on_progress)
+    caches = [Cache(folder) for folder in folders]
+    for cache in caches:
+        cache.require_dataset(dataset.fingerprint, dataset.folder)
+        cache.verify(on_progress)
     if config.teacher is not None:
-        cache.require_teacher(_teachers_fingerprint(config.teacher), config.teacher)
-    hidden, inputs = find_hidden_source(config, dataset, cache)
-    inputs = (("cache", manifest_fingerprint(folder)), *inputs)
+        caches[0].require_teacher(_teachers_fingerprint(config.teacher), config.teacher)
+    hidden, inputs = find_hidden_source(config, dataset, caches[0])
+    names = ["cache", *(f"cache_{number}" for number in range(2, len(caches) + 1))]
+    inputs = (*zip(names, map(manifest_fingerprint, folders), strict=True), *inputs)
     auxiliary = auxiliary_maker(config, hidden)
-    if cache.manifest.get(HIDDEN_STATES, {}).get("alone"):
-        warnings = _encoder_warnings(config, folder, hidden)
+    if any(_is_of_encoder(cache) for cache in caches):
+        warnings = _encoder_warnings(config, caches, hidden)
         return Supervision(
             config.loss, make_auxiliary_loss=auxiliary, inputs=inputs, warnings=warnings
         )
-    kind = kind_of(cache)
-    kind.check_loss(config.loss)
-    sources = kind.sources(dataset.folder / "tokenizer")
+    for cache in caches:
+        kind_of(cache).check_loss(config.loss)
+    sources = [kind_of(cache).sources(dataset.folder / "tokenizer") for cache in caches]
     return Supervision(
         config.loss,
-        sources["train"],
-        sources.get("validation"),
+        _mixed(sources, "train", config.cache_weights),
+        _mixed(sources, "validation", config.cache_weights),
         auxiliary,
         inputs,
-        _cache_warnings(config, dataset, cache),
+        tuple(text for cache in caches for text in _cache_warnings(config, dataset, cache)),
     )
 
 
-def _encoder_warnings(config: DistillConfig, folder: Path, hidden: object) -> tuple[str, ...]:
+def _mixed(
+    sources: Sequence[Mapping[str, CachedTargets]], split: str, weights: Sequence[float]
+) -> TargetSource | None:
+    """Targets of a split, from one cache or from all; None unless each has entries of it."""
+    there = [of_cache[split] for of_cache in sources if split in of_cache]
+    if len(there) < len(sources):
+        return None
+    return there[0] if len(there) == 1 else MixedCaches(there, weights or (1.0,) * len(there))
+
+
+def _is_of_encoder(cache: Cache) -> bool:
+    return bool(cache.manifest.get(HIDDEN_STATES, {}).get("alone"))
+
+
+def _encoder_warnings(
+    config: DistillConfig, caches: Sequence[Cache], hidden: object
+) -> tuple[str, ...]:
     """Warnings for a cache that holds hidden states only; UsageError if they are not used."""
+    folder = next(cache.folder for cache in caches if _is_of_encoder(cache))
+    if len(caches) > 1:
+        raise UsageError(
+            f"cache {folder} is of an encoder and holds hidden states only, which do not mix with "
+            "other caches: pass it as --hidden-states"
+        )
     if hidden is None:
         raise UsageError(
             f"cache {folder} is of an encoder and holds hidden states only, but hidden.weight "

@@ -145,9 +145,11 @@ def _step_facts(step: Step) -> Iterator[str]:
     for role, what in (("model", "of"), ("init_from", "from"), ("teacher", "teacher")):
         if settings.get(role):
             yield f"{what} {_named(settings[role])}"
-    cache = settings.get("cache")
-    if cache and (teacher := _teacher_of(Path(str(cache)), step.inputs.get("cache"))):
-        yield f"teacher {_named(teacher)}, by its cached distributions"
+    named = (settings.get("cache"), *(settings.get("more_caches") or ()))
+    for number, cache in enumerate(filter(None, named), 1):
+        role = "cache" if number == 1 else f"cache_{number}"
+        if teacher := _teacher_of(Path(str(cache)), step.inputs.get(role)):
+            yield f"teacher {_named(teacher)}, by its cached distributions"
     if step.command == "quantize":
         kinds = set((facts.get("formats") or {}).values()) & {"q4_0", "q8_0"}
         bits = sorted(kind[1] for kind in kinds) or [str(facts.get("bits"))]

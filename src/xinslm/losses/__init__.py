@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from xinslm.losses.targets import (
         BucketTargets,
         DenseTargets,
+        MixedTargets,
         SparseTargets,
         Targets,
     )
@@ -22,6 +23,7 @@ __all__ = [
     "HeadOptions",
     "LossConfig",
     "LossMetrics",
+    "MixedTargets",
     "SparseTargets",
     "Targets",
     "fused_loss",

@@ -25,7 +25,7 @@ from xinslm.losses.buckets import bucket_loss
 from xinslm.losses.config import LossConfig
 from xinslm.losses.divergences import bucket_divergence
 from xinslm.losses.inplace import add_at_labels_, softmax_, widest
-from xinslm.losses.targets import BucketTargets, SparseTargets
+from xinslm.losses.targets import BucketTargets, MixedTargets, SparseTargets
 
 LEAST_LOG_P = -100.0
 """Floor of a dense teacher's log-probabilities, so that reversed divergences stay finite."""
@@ -38,7 +38,7 @@ DENSE_ROWS = 32
 def chunk_loss(
     z: Tensor,
     labels: Tensor,
-    targets: SparseTargets | BucketTargets | Tensor | None,
+    targets: SparseTargets | BucketTargets | MixedTargets | Tensor | None,
     config: LossConfig,
     scale: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
@@ -47,19 +47,52 @@ def chunk_loss(
 
     labels: (rows,) int64. A Tensor as `targets` is a dense teacher's logits.
     """
-    nothing = z.new_zeros((), dtype=widest(z))
     if targets is None or config.beta == 0.0:
-        return _cross_entropy(z, labels, config.alpha * scale).sum(dtype=widest(z)), nothing
+        ce = _cross_entropy(z, labels, config.alpha * scale)
+        return ce.sum(dtype=widest(z)), z.new_zeros((), dtype=widest(z))
+    ce, kd = _row_losses(z, labels, targets, config, scale)
+    return ce.sum(dtype=widest(z)), kd.sum(dtype=widest(z))
+
+
+def _row_losses(
+    z: Tensor,
+    labels: Tensor,
+    targets: SparseTargets | BucketTargets | MixedTargets | Tensor,
+    config: LossConfig,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """Turn logits into the gradient in place; return CE and KD of each row, (rows,), in nats."""
+    if isinstance(targets, MixedTargets):
+        return _mixed(z, labels, targets, config, scale)
     if isinstance(targets, BucketTargets):
         return bucket_loss(z, labels, targets, config, scale)
     if isinstance(targets, Tensor):
-        sums = torch.stack((nothing, nothing))
-        for part in (slice(at, at + DENSE_ROWS) for at in range(0, len(z), DENSE_ROWS)):
-            sums += torch.stack(_dense(z[part], labels[part], targets[part], config, scale))
-        return sums[0], sums[1]
+        parts = [slice(at, at + DENSE_ROWS) for at in range(0, len(z), DENSE_ROWS)]
+        rows = [_dense(z[part], labels[part], targets[part], config, scale) for part in parts]
+        ce, kd = zip(*rows, strict=True)
+        return torch.cat(ce), torch.cat(kd)
     if config.temperature_mode == "full" and config.temperature != 1.0:
         return _sparse_full(z, labels, targets, config, scale)
     return _sparse(z, labels, targets, config, scale)
+
+
+def _mixed(
+    z: Tensor, labels: Tensor, s: MixedTargets, config: LossConfig, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Weighted mean of the losses from several teachers' targets, and of their gradients.
+
+    CE is the same in each part, and the weights sum to 1.
+    """
+    gradient = torch.zeros_like(z)
+    ce = kd = z.new_zeros(len(z), dtype=widest(z))
+    for number, part in enumerate(s.parts):
+        own = z.clone()
+        weight = s.weights[:, number].to(z.dtype)
+        ce, of_part = _row_losses(own, labels, part, config, scale)
+        gradient.addcmul_(own, weight[:, None])
+        kd = kd + weight * of_part
+    z.copy_(gradient)
+    return ce, kd
 
 
 def _take(z: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
@@ -102,7 +135,7 @@ def _dense(
     ce = _cross_entropy(z, labels, alpha)
     slopes.sub_(log_q.exp_().mul_(slopes.sum(dim=1, keepdim=True)))
     z.add_(slopes, alpha=config.beta * t * scale)
-    return ce.sum(dtype=widest(z)), t * t * values.sum(dtype=widest(z))
+    return ce[:, 0], t * t * values.sum(dim=1)
 
 
 def _dense_forward(
@@ -129,7 +162,7 @@ def _dense_forward(
         z.mul_(alpha).add_(q, alpha=beta)
     z.sub_(p, alpha=beta)
     add_at_labels_(z, labels, -alpha)
-    return (log_total - at_label).sum(dtype=widest(z)), t * t * kd.sum(dtype=widest(z))
+    return (log_total - at_label)[:, 0], t * t * kd[:, 0]
 
 
 def _sparse(
@@ -185,7 +218,7 @@ def _sparse(
     if samples.shape[1] and lam:
         z.scatter_add_(1, s.tail_ids, -beta * samples)
     add_at_labels_(z, labels, -alpha - beta * label_weight)
-    return ce.sum(dtype=widest(z)), torch.where(s.valid_mask[:, None], kd, ce).sum(dtype=widest(z))
+    return ce[:, 0], torch.where(s.valid_mask, kd[:, 0], ce[:, 0])
 
 
 def _sample_weights(s: SparseTargets) -> Tensor:
@@ -240,5 +273,4 @@ def _sparse_full(
     q.scatter_(1, s.top_k_ids, slopes[:, :-1] - q_top_k * all_slopes)
     ce = _cross_entropy(z, labels, (config.alpha + config.beta * (1 - covered)) * scale)
     z.add_(q.mul_(config.beta * t * scale * covered))
-    values = torch.where(s.valid_mask[:, None], t * t * values.sum(dim=1, keepdim=True), ce)
-    return ce.sum(dtype=widest(z)), values.sum(dtype=widest(z))
+    return ce[:, 0], torch.where(s.valid_mask, t * t * values.sum(dim=1), ce[:, 0])

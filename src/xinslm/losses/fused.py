@@ -3,7 +3,8 @@
     loss = (alpha * CE + beta * KD) / normaliser
 
 CE is hard-label cross-entropy. KD is one of five divergences from a teacher: sparse, from a cache
-(`SparseTargets`), dense, live (`DenseTargets`), or over buckets of tokens (`BucketTargets`).
+(`SparseTargets`), dense, live (`DenseTargets`), over buckets of tokens (`BucketTargets`), or the
+weighted mean of those from several teachers (`MixedTargets`).
 Sparse targets are not renormalized: the mass outside the top k is a bucket of its own. At positions
 without teacher targets CE has the weight alpha + beta. The logits of `PIECE_ROWS` positions, few
 enough to stay in the processor's cache, become their gradient in place, so there is no graph and no
@@ -31,7 +32,7 @@ from torch import Tensor
 from xinslm.losses.chunk import chunk_loss
 from xinslm.losses.config import LossConfig
 from xinslm.losses.inplace import widest
-from xinslm.losses.targets import BucketTargets, Targets
+from xinslm.losses.targets import BucketTargets, MixedTargets, Targets
 
 PIECE_ROWS = 128
 """Positions whose logits are computed at a time."""
@@ -104,7 +105,8 @@ def fused_loss(
         config = replace(config, alpha=config.alpha + config.beta, beta=0.0)
     if wrong := config.errors():
         raise ValueError("; ".join(wrong))
-    if isinstance(targets, BucketTargets) and config.temperature != 1:
+    parts = targets.parts if isinstance(targets, MixedTargets) else (targets,)
+    if config.temperature != 1 and any(isinstance(part, BucketTargets) for part in parts):
         raise ValueError(
             "the teacher's probabilities inside a bucket of tokens are known at temperature 1 "
             "only: set loss.temperature to 1"

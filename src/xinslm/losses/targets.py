@@ -1,10 +1,11 @@
-"""Teacher targets for N positions, in the three forms that the fused head takes.
+"""Teacher targets for N positions, in the forms that the fused head takes.
 
 Sparse distributions come from a cache, dense ones from a teacher in memory. A teacher with another
-tokenizer gives buckets: student tokens that begin with the same bytes.
+tokenizer gives buckets: student tokens that begin with the same bytes. Several teachers give a
+mixture of the two that can be cached.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -107,4 +108,35 @@ class BucketTargets:
         )
 
 
-Targets = SparseTargets | DenseTargets | BucketTargets
+@dataclass(frozen=True)
+class MixedTargets:
+    """Targets of several teachers for the same N positions: KD is the weighted mean of theirs."""
+
+    parts: tuple[SparseTargets | BucketTargets, ...]
+    """One for each teacher."""
+    weights: Tensor
+    """(N, teachers) float32; rows sum to 1. Where a teacher has no targets, the others take its
+    weight; where none has, all rows of the parts fall back to the hard label.
+    """
+
+    @classmethod
+    def of(
+        cls, parts: Sequence[SparseTargets | BucketTargets], weights: Sequence[float]
+    ) -> "MixedTargets":
+        """Mix parts by one weight each, of which only ratios count."""
+        general = torch.tensor(weights, dtype=torch.float32, device=parts[0].valid_mask.device)
+        own = torch.stack([part.valid_mask for part in parts], dim=1) * general
+        there = own.sum(dim=1, keepdim=True) > 0
+        own = torch.where(there, own, general)
+        return cls(tuple(parts), own / own.sum(dim=1, keepdim=True))
+
+    def __getitem__(self, rows: Any) -> "MixedTargets":
+        return MixedTargets(tuple(part[rows] for part in self.parts), self.weights[rows])
+
+    def to(self, device: torch.device | str) -> "MixedTargets":
+        """Move all tensors to `device`."""
+        parts = tuple(part.to(device) for part in self.parts)
+        return MixedTargets(parts, self.weights.to(device))
+
+
+Targets = SparseTargets | DenseTargets | BucketTargets | MixedTargets

@@ -234,10 +234,13 @@ def claim_run(config: TrainingConfig, command: str, paths: tuple[str, ...]) -> I
     """
     folder = config.output_dir
     settings = {k: v for k, v in to_dict(config).items() if k not in CHANGEABLE}
-    for name in paths:
-        if settings.get(name) and Path(settings[name]).exists():
-            settings[name] = str(Path(settings[name]).resolve())
-    reads = tuple(getattr(config, name) for name in paths)
+    for name in set(paths) & set(settings):
+        value = settings[name]
+        settings[name] = (
+            [_resolved(x) for x in value] if isinstance(value, list) else _resolved(value)
+        )
+    named = (getattr(config, name) for name in paths)
+    reads = tuple(x for value in named for x in (value if isinstance(value, tuple) else (value,)))
     content = {"command": command, "settings": settings}
     plan = Plan(RUN, content, "run", reads=reads, also=(CONFIG,))
 
@@ -255,6 +258,11 @@ def claim_run(config: TrainingConfig, command: str, paths: tuple[str, ...]) -> I
             if not continued and not (folder / "data" / MANIFEST).is_file():
                 _remove_made(folder)
             raise
+
+
+def _resolved(name: str | None) -> str | None:
+    """A name as an absolute path, if there is such a file or folder."""
+    return str(Path(name).resolve()) if name and Path(name).exists() else name
 
 
 def begun_dtype(config: TrainingConfig, device: torch.device) -> torch.dtype:
