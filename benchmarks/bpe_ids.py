@@ -45,7 +45,8 @@ def files(places: list[Path], seed: int) -> Iterator[str]:
         if not path.is_file() or path.is_symlink():
             continue
         data = path.read_bytes()
-        data = gzip.decompress(data) if path.suffix == ".gz" else data
+        if data[:2] == b"\x1f\x8b":
+            data = gzip.decompress(data)
         if hash(data) in seen or b"\0" in data[:4096]:
             continue
         seen.add(hash(data))

@@ -103,6 +103,23 @@ def test_neon_kernels_compute_the_same_bits_on_an_emulated_processor(
 
 
 @pytest.mark.without_library
+@needs("cmake", "c++")
+def test_pieces_by_windows_are_those_one_by_one(here: Path) -> None:
+    lines = output(here / "scanner_test").splitlines()
+    assert [line.split()[0] for line in lines] == ["llama3", "gpt2", "qwen2", "smollm"]
+    assert all(int(line.split()[1]) > 2_000_000 for line in lines)
+
+
+@pytest.mark.without_library
+@needs("cmake", "c++", CROSS, "qemu-aarch64")
+def test_pieces_by_windows_are_the_same_on_an_emulated_processor(
+    tmp_path_factory: pytest.TempPathFactory, here: Path
+) -> None:
+    program = built(tmp_path_factory, "arm", TO_ARM) / "scanner_test"
+    assert output("qemu-aarch64", program) == output(here / "scanner_test")
+
+
+@pytest.mark.without_library
 @needs("cmake", "c++", "nm", x86=True)
 def test_kernel_objects_share_no_function(here: Path) -> None:
     # Of a weak function, such as an inline one of a header, the linker keeps one copy for all: it

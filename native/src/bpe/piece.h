@@ -3,7 +3,7 @@
 
 #include <cstring>
 
-#include "scanner.h"
+#include "window.h"
 
 namespace xl::bpe {
 
@@ -79,11 +79,10 @@ inline void for_each_piece(const uint8_t *at, const uint8_t *end, Prepare prepar
         size_t size;
         Key key;
         uint64_t hash;
-    } block[BLOCK];
+    } block[2 * BLOCK];
     while (at < end) {
         int count = 0;
-        while (count < BLOCK && at < end) {
-            const uint8_t *next = next_piece<RULE>(at, end);
+        const auto add = [&](const uint8_t *next) {
             auto &piece = block[count++];
             piece.at = at;
             piece.size = static_cast<size_t>(next - at);
@@ -91,6 +90,19 @@ inline void for_each_piece(const uint8_t *at, const uint8_t *end, Prepare prepar
             piece.hash = piece.key.hash();
             prepare(piece.hash);
             at = next;
+        };
+        while (count < BLOCK && at < end) {
+#if XL_BPE_WINDOWS
+            if (end - at >= 64) {
+                const uint8_t *window = at;
+                uint64_t starts = piece_starts<RULE>(at, end) & ~uint64_t{1};
+                if (starts) {
+                    for (; starts; starts &= starts - 1) add(window + trailing_zeros(starts));
+                    continue;
+                }
+            }
+#endif
+            add(next_piece<RULE>(at, end));
         }
         for (int i = 0; i < count; ++i)
             visit(block[i].at, block[i].size, block[i].key, block[i].hash);

@@ -29,6 +29,16 @@ inline unsigned trailing_zeros(uint64_t bits) {
 #endif
 }
 
+inline unsigned leading_zeros(uint64_t bits) {
+#ifdef _MSC_VER
+    unsigned long at;
+    _BitScanReverse64(&at, bits);
+    return 63 - at;
+#else
+    return static_cast<unsigned>(__builtin_clzll(bits));
+#endif
+}
+
 // How many of the 16 bytes at `at` are ASCII letters before the first that is none. A word's end
 // costs no branch this way: 1.6 times as fast as a loop over bytes on English text.
 inline unsigned letters16(const uint8_t *at) {
