@@ -1,9 +1,21 @@
-"""The share of other processes, from readings of the machine's and the process' own CPU time."""
+"""The share of other processes, from readings of the machine's and the process' own CPU time; the
+cores that affinity and control groups leave.
+"""
+
+import os
+from pathlib import Path
 
 import pytest
 
 from xinslm import machine
-from xinslm.machine import OtherLoad, _Reading, environment, is_shared
+from xinslm.machine import (
+    OtherLoad,
+    _Reading,
+    cpu_limit,
+    environment,
+    is_shared,
+    usable_cores,
+)
 
 
 def readings(monkeypatch, *values):
@@ -52,3 +64,59 @@ def test_the_environment_names_the_machine():
     found = environment()
     assert set(found) == {"date", "machine"}
     assert "cores, torch " in found["machine"] and not found["machine"].startswith(",")
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="the system has no affinity")
+def test_affinity_bounds_the_cores():
+    before = os.sched_getaffinity(0)
+    try:
+        os.sched_setaffinity(0, {min(before)})
+        assert usable_cores() == 1
+    finally:
+        os.sched_setaffinity(0, before)
+
+
+@pytest.mark.parametrize(
+    ("limit", "cores"), [(None, 4), (9.0, 4), (3.0, 3), (2.9, 2), (1.0, 1), (0.2, 1)]
+)
+def test_whole_cores_of_a_control_groups_limit(monkeypatch, limit, cores):
+    monkeypatch.setattr(machine.os, "sched_getaffinity", lambda pid: range(4), raising=False)
+    monkeypatch.setattr(machine, "cpu_limit", lambda: limit)
+    assert usable_cores() == cores
+
+
+NESTED = "0::/app.slice/job.service\n"
+CONTAINER = "12:memory:/docker/1f\n4:cpu,cpuacct:/docker/1f\n0::/docker/1f\n"
+
+
+@pytest.mark.parametrize(
+    ("own", "files", "limit"),
+    [
+        ("0::/\n", {"cpu.max": "150000 100000\n"}, 1.5),  # a container's root is its own group
+        ("0::/\n", {"cpu.max": "max 100000\n"}, None),
+        (NESTED, {"app.slice/job.service/cpu.max": "200000 100000\n"}, 2),
+        (
+            NESTED,
+            {
+                "app.slice/job.service/cpu.max": "max 100000\n",
+                "app.slice/cpu.max": "300000 100000\n",
+                "cpu.max": "800000 100000\n",
+            },
+            3,
+        ),
+        (CONTAINER, {"cpu/cpu.cfs_quota_us": "50000\n", "cpu/cpu.cfs_period_us": "100000\n"}, 0.5),
+        (CONTAINER, {"cpu/cpu.cfs_quota_us": "-1\n", "cpu/cpu.cfs_period_us": "100000\n"}, None),
+        (NESTED, {"other.slice/cpu.max": "100000 100000\n", "cpu.max": "strange\n"}, None),
+        ("", {"cpu.max": "100000 100000\n"}, None),
+        (None, {"cpu.max": "100000 100000\n"}, None),
+    ],
+)
+def test_limit_is_the_least_of_the_own_groups_and_those_above(tmp_path, own, files, limit):
+    """In both versions of control groups, as the kernel writes their files."""
+    groups: Path = tmp_path / "groups"
+    for name, text in files.items():
+        (groups / name).parent.mkdir(parents=True, exist_ok=True)
+        (groups / name).write_text(text)
+    if own is not None:
+        (tmp_path / "own").write_text(own)
+    assert cpu_limit(tmp_path / "own", groups) == limit

@@ -4,6 +4,7 @@
 machine's CPU time that other processes took.
 """
 
+import functools
 import os
 import time
 from dataclasses import dataclass
@@ -28,10 +29,54 @@ def environment(device: Any = None) -> dict[str, str]:
 
 
 def usable_cores() -> int:
-    """Cores that this process may use."""
+    """Whole cores that this process may use, by its affinity and its control groups' limits."""
     if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+        count = len(os.sched_getaffinity(0))
+    else:
+        count = os.cpu_count() or 1
+    limit = cpu_limit()
+    return count if limit is None else max(1, min(count, int(limit)))
+
+
+@functools.cache
+def cpu_limit(
+    own: Path = Path("/proc/self/cgroup"), groups: Path = Path("/sys/fs/cgroup")
+) -> float | None:
+    """Cores' worth of CPU time that Linux' control groups of this process allow, the least of all
+    levels; None if they set no limit. `own` names the groups, which are folders below `groups`.
+
+    A container often sees its own group as the root while `own` has the path outside, so the root
+    counts, too.
+    """
+    try:
+        lines = own.read_text().splitlines()
+    except OSError:
+        return None
+    limits = []
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if controllers and "cpu" not in controllers.split(","):
+            continue
+        root = groups / "cpu" if controllers else groups  # version 1, or 2
+        place = root / path.lstrip("/")
+        for folder in (place, *place.parents):
+            limits.append(_limit_of(folder))
+            if folder == root:
+                break
+    return min((limit for limit in limits if limit is not None), default=None)
+
+
+def _limit_of(folder: Path) -> float | None:
+    try:
+        if (folder / "cpu.max").exists():
+            quota, period = (folder / "cpu.max").read_text().split()
+        else:
+            quota = (folder / "cpu.cfs_quota_us").read_text()
+            period = (folder / "cpu.cfs_period_us").read_text()
+        limit = int(quota) / int(period)  # "max" is no number, and -1 says the same
+    except (OSError, ValueError, ZeroDivisionError):
+        return None
+    return limit if limit > 0 else None
 
 
 def _cpu() -> str:

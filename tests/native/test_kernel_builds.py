@@ -152,6 +152,21 @@ def test_instructions_of_newer_processors_stay_in_their_objects(here: Path) -> N
     assert has["avx512vnni"] == {"vex", "evex", "zmm", "dots"}
 
 
+@pytest.mark.without_library
+@needs("cmake", "c++", "objdump", x86=True)
+def test_dot_products_stand_without_moves_of_their_sums(here: Path) -> None:
+    # gcc 12 copies a sum before and after each intrinsic, which more than halves the speed
+    listed = output("objdump", "-d", "--no-show-raw-insn", here / "libkernels.a")
+    (kernels,) = re.findall(r"(?s)avx512vnni\.cpp\.\w+: +file format.*?(?=\n\S+: +file|\Z)", listed)
+    counts = [
+        (block.count("vpdpbusd"), len(re.findall(r"vmov\S+ +%zmm\d+,%zmm\d+\n", block)))
+        for block in re.split(r"\t(?:j|ret)", kernels)
+    ]
+    counts = [(dots, moves) for dots, moves in counts if dots]
+    assert sum(dots for dots, _ in counts) > 100
+    assert all(2 * moves < dots for dots, moves in counts), counts
+
+
 @needs("cc", "qemu-x86_64", x86=True)
 def test_an_older_processor_gets_the_kernels_that_it_runs(tmp_path: Path) -> None:
     program, sources = tmp_path / "loads", ROOT / "native"

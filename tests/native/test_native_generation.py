@@ -110,6 +110,19 @@ def test_a_window_and_a_full_context_do_not_disturb_it(tmp_path: Path) -> None:
         assert tokens_of(engine, PROMPT, temperature=0) == wanted
 
 
+@pytest.mark.parametrize("cache", ["float16", "int8"])
+def test_verify_has_the_bits_of_steps_also_after_a_rewind(models, cache) -> None:
+    ids = np.random.default_rng(6).integers(0, 320, 60).tolist()
+    steps, checked = (NativeEngine.load(models / "q", threads=2, cache=cache) for _ in range(2))
+    steps.start(ids[:20])
+    wanted = np.stack([steps.step(token) for token in ids[20:]])
+    checked.start(ids[:20])
+    assert np.array_equal(checked.verify([*ids[20:32], 3, 4])[:12], wanted[:12])
+    checked.rewind(32)
+    assert checked.position == 32
+    assert np.array_equal(checked.verify(ids[32:]), wanted[12:])
+
+
 def test_lookup_proposes_what_followed() -> None:
     drafter = LookupDrafter()
     assert drafter.propose([1, 2, 3, 4, 1, 2], 3) == [3, 4, 1]

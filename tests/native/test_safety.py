@@ -246,6 +246,28 @@ for token in IDS:
     run(code, folder)
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_threads_without_work_sleep(folder: Path) -> None:
+    """A thread that spun on would take a processor from whoever has work."""
+    code = """
+import time
+def awake():
+    places = [f"/proc/self/task/{task}/stat" for task in os.listdir("/proc/self/task")]
+    states = [open(place).read().rpartition(")")[2].split()[0] for place in places]
+    return states.count("R") - 1, len(states)  # this thread runs
+
+context = NativeContext(build(MODEL), 5)
+for ids in (IDS, IDS[:1]):
+    whole(context, ids)
+    end = time.monotonic() + 20  # on a busy machine it takes a while to get to sleep
+    while awake()[0] and time.monotonic() < end:
+        time.sleep(0.05)
+    time.sleep(0.05)
+    assert awake()[0] == 0 and awake()[1] >= 5
+"""
+    run(code, folder)
+
+
 def test_the_second_of_two_threads_on_a_context_is_refused(folder: Path) -> None:
     code = """
 context = NativeContext(build(MODEL), 2)

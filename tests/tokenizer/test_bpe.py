@@ -254,3 +254,24 @@ def test_whole_pieces_of_the_vocabulary(tmp_path, theirs):
         for text in ("abc", "abcd", "abc abc", " abc"):
             assert tokenizer.encode(text) == hf.encode(text).ids
     assert tokenizer.encode("abc") == [256, letters["c"]]
+
+
+@pytest.mark.parametrize("mode", ["auto", "off"])
+def test_two_ways_to_one_token(tmp_path, theirs, monkeypatch, mode):
+    """Trap 4: two merges make one string, so there are more merges than new ids."""
+    monkeypatch.setenv("XINSLM_NATIVE", mode)
+    content = json.loads(theirs.to_str()) | {"added_tokens": [], "post_processor": None}
+    letters = {char: index for index, char in enumerate(sorted(BYTE_TO_CHAR.values()))}
+    merges = [["b", "c"], ["a", "bc"], ["a", "b"], ["ab", "c"], ["abc", "abc"]]
+    content["model"] |= {
+        "vocab": letters | {"bc": 256, "abc": 257, "ab": 258, "abcabc": 259},
+        "merges": merges,
+        "ignore_merges": False,
+    }
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content), "utf-8")
+    hf = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    tokenizer = BPETokenizer.load(tmp_path)
+    for text in ("abc", "abcabc", "aabcb", "abab abcab", "bcabcc"):
+        assert tokenizer.encode(text) == hf.encode(text).ids
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+    assert tokenizer.encode("abcabc") == [259]

@@ -1,5 +1,6 @@
 """Learning merges, against Hugging Face's trainer and a recount by brute force."""
 
+import weakref
 from collections import Counter
 
 import pytest
@@ -103,6 +104,27 @@ def test_texts_are_a_stream_that_is_read_once(prose):
 
     assert trained(stream(), 400).merges == trained(prose, 400).merges
     assert len(seen) == len(prose)
+
+
+class Text(str):
+    """A text that can be asked whether it is still there."""
+
+
+def test_texts_are_counted_and_dropped(native_or_not):
+    """Trap 2: the text of 40 MB is not held; the library takes it in parts of 16 MB."""
+    held, most = [], 0
+
+    def stream():
+        nonlocal most
+        for _ in range(40):
+            text = Text(("x" * 999 + " ") * 1000)
+            held.append(weakref.ref(text))
+            yield text
+            del text
+            most = max(most, sum(ref() is not None for ref in held))
+
+    assert trained(stream(), 300).vocab_size > 256 + SPECIALS
+    assert most < 20
 
 
 def test_a_long_text_gives_the_same_pieces_as_a_short_one():

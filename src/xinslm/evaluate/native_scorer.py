@@ -17,7 +17,8 @@ from torch import Tensor
 from xinslm.evaluate.trie import Row
 from xinslm.inference.native_engine import CHUNK, build
 from xinslm.inference.raw_weights import RawModel
-from xinslm.native.model import NativeContext, default_threads
+from xinslm.machine import usable_cores
+from xinslm.native.model import NativeContext
 from xinslm.tokenizer.base import check_vocabulary
 from xinslm.tokenizer.load import load_tokenizer
 
@@ -125,7 +126,7 @@ class NativeScorer:
         self.positions: int = raw.config.max_position_embeddings
         keys = raw.config.num_key_value_heads * raw.config.head_dim
         self.cache_bytes_per_token = raw.config.num_hidden_layers * 2 * 2 * keys
-        self.context = NativeContext(build(raw), default_threads())
+        self.context = NativeContext(build(raw), usable_cores())
 
     def states(self, sequences: list[np.ndarray]) -> Tensor:
         """Outputs of the last layer, float32 (total tokens, hidden)."""

@@ -17,9 +17,10 @@ from xinslm.errors import UsageError, XinslmError
 from xinslm.inference.config import CacheType
 from xinslm.inference.engine import EngineBase
 from xinslm.inference.raw_weights import RawModel, open_raw
+from xinslm.machine import usable_cores
 from xinslm.model.config import ModelConfig
 from xinslm.native.bindings import Shape
-from xinslm.native.model import NativeContext, NativeModel, default_threads
+from xinslm.native.model import NativeContext, NativeModel
 
 if TYPE_CHECKING:
     from xinslm.tokenizer.base import Tokenizer
@@ -56,7 +57,7 @@ class NativeEngine(EngineBase):
     ) -> None:
         shape = model.shape
         super().__init__(name, tokenizer, context_length, shape.positions, shape.vocabulary)
-        self.context = NativeContext(model, threads or default_threads(), cache == "int8")
+        self.context = NativeContext(model, threads or usable_cores(), cache == "int8")
         self._sequence = self.context.add()
 
     @classmethod
@@ -76,7 +77,7 @@ class NativeEngine(EngineBase):
         raw = raw or open_raw(path)
         if raw is None:
             raise UsageError(f"{path}: the native engine does not read this kind of model")
-        with _Packing(raw, threads or default_threads()) as packing:
+        with _Packing(raw, threads or usable_cores()) as packing:
             tokenizer = load_tokenizer(path)
         return cls(packing.model, tokenizer, str(path), context_length, threads, cache)
 

@@ -5,9 +5,9 @@ from pathlib import Path
 
 from xinslm.inference.config import NativeConfig
 from xinslm.inference.load import native_problem
+from xinslm.machine import usable_cores
 from xinslm.native import library_path, reason
 from xinslm.native.bindings import forced_kernels, kernels
-from xinslm.native.model import default_threads
 from xinslm.progress import Listener, ignore
 
 
@@ -54,7 +54,7 @@ def run(config: NativeConfig, on_progress: Listener = ignore) -> Result:
         reason(),
         () if path is None else tuple(kernels()),
         "" if path is None else forced_kernels(),
-        default_threads(),
+        usable_cores(),
         config.model,
         problem,
     )

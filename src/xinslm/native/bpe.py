@@ -8,7 +8,6 @@ The package `tokenizer` has the twins in Python that define the results. Calls r
 
 import ctypes
 import functools
-import os
 from collections.abc import Iterable, Sequence
 from ctypes import POINTER, byref, c_char_p, c_int32, c_int64, c_uint32, c_void_p
 from dataclasses import dataclass
@@ -93,13 +92,6 @@ def bpe_library() -> ctypes.CDLL | None:
     if lib is not None:
         _declare(lib)
     return lib
-
-
-def usable_threads() -> int:
-    """Return the number of cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 class NativeEncoder:

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from xinslm.machine import usable_cores
 from xinslm.native import bindings
 from xinslm.native.bindings import Shape, checked, floats, functions, matrix_arguments
 from xinslm.native.load import free_with
@@ -221,19 +220,3 @@ def decode_row(weight: Weight, row: int) -> np.ndarray:
     arguments = matrix_arguments(weight.type, weight.shape, weight.data, weight.scales)
     checked(functions().xl_decode_row(*arguments, row, floats(out)))
     return out
-
-
-def default_threads() -> int:
-    """Processors that this process may use, by affinity and by the control group's quota."""
-    count = usable_cores()
-    return max(1, min(count, _quota() or count))
-
-
-def _quota() -> int | None:
-    """Whole processors of a control group's limit (version 2), or None."""
-    try:
-        with open("/sys/fs/cgroup/cpu.max", encoding="ascii") as file:
-            limit, period = file.read().split()
-        return None if limit == "max" else max(1, int(limit) // int(period))
-    except (OSError, ValueError):
-        return None

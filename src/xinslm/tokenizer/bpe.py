@@ -20,7 +20,8 @@ from unicodedata import is_normalized, normalize
 import numpy as np
 
 from xinslm.errors import UsageError, XinslmError
-from xinslm.native.bpe import NativeEncoder, NativeLearner, Search, Vocabulary, usable_threads
+from xinslm.machine import usable_cores
+from xinslm.native.bpe import NativeEncoder, NativeLearner, Search, Vocabulary
 from xinslm.progress import Listener, Progress, ignore
 from xinslm.tokenizer import base, files
 from xinslm.tokenizer.alphabet import ALPHABET, SPLITS, unspell
@@ -215,7 +216,7 @@ class BPETokenizer(base.Tokenizer):
         from xinslm.tokenizer.learn import MergeLearner, count_pieces
         from xinslm.tokenizer.learn_native import LibraryLearner
 
-        native = NativeLearner.make(self.split_name, self.num_threads or usable_threads())
+        native = NativeLearner.make(self.split_name, self.num_threads or usable_cores())
         if native is not None:
             learner = LibraryLearner(native).count(texts, self._split, on_text)
             if learner.start(self._min_frequency, self._longest):
@@ -247,7 +248,7 @@ class BPETokenizer(base.Tokenizer):
     ) -> tuple[np.ndarray, np.ndarray]:
         """Encode in the native library, except texts that the normalizer changes."""
         search = Search.ALL if allowed_special else Search.ADDED
-        threads = self.num_threads or usable_threads()
+        threads = self.num_threads or usable_cores()
         form = self._normalizer
         changed = [form is not None and not is_normalized(form, text) for text in texts]
         if any(changed):
