@@ -4,7 +4,7 @@ byte on held-out text.
     python benchmarks/other_tokenizers.py --data ../shared/data --work /tmp/other
 
 stories260K (512 sentencepiece tokens) and babyllama105 (105 characters) teach a student with a BPE
-trained on the text, by prefixes, and by 2,000 texts they wrote themselves,
+trained on the text, by prefixes, alone and both at once, and by 2,000 texts they wrote themselves,
 which come to the others; the same student learns without a teacher: same steps, same start, per
 seed. Only commands of the tool run; what is done already is not done again. One thread a training,
 `--jobs` of them at once. Measured is each run's best checkpoint, since the text is small and seen
@@ -39,7 +39,8 @@ WAYS = {
     "texts it wrote": (None, ""),
     "texts it wrote, prefixes": ("byte_prefix", ""),
 }
-"""Row of the table -> alignment, options of the loss; its defaults are alpha 0.1, beta 0.9."""
+"""Row of the table -> alignment, options of the loss."""
+BOTH = "both"
 
 
 def split_texts(data: Path, work: Path) -> None:
@@ -154,6 +155,14 @@ def main() -> None:
             for seed in range(args.seeds):
                 command = "pretrain" if way is None else "distill"
                 jobs.append((_run(work, teacher, row, seed), f"{command} {line} --seed {seed}"))
+    if "byte_prefix" in args.ways:
+        facts[BOTH, "byte_prefix"] = None
+        first, second = (work / f"cache-{data.name}-{teacher}-byte_prefix" for teacher in TEACHERS)
+        line = f"distill --data-path {data} {train} --cache {first} --more-caches {second}"
+        jobs += [
+            (_run(work, BOTH, "byte_prefix", seed), f"{line} --seed {seed}")
+            for seed in range(args.seeds)
+        ]
     with ThreadPoolExecutor(args.jobs) as pool:
         list(
             pool.map(
