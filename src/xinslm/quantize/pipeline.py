@@ -255,6 +255,8 @@ class Quantization:
         """Quantize one block, and pass the calibration rows through it."""
         with finished.write(index, self._tensor_names(self._prefix(index))) as out:
             self._layer(index, out)
+        if self._calibration is not None and not self._calibration.is_finite:
+            raise self._broken(f"the outputs of layer {index} are NaN or infinite")
         self._first.require_unchanged()
         states = {} if self._calibration is None else self._calibration.finish_layer()
         layer = finished.finish(index, out, previous, self._rows_hash, states)
@@ -295,16 +297,20 @@ class Quantization:
                 f"few for GPTAQ (at least {DRIFT_TOKENS} each): GPTQ was used",
             )
         if not hessian.is_finite:
-            raise XinslmError(
-                f"{self.source.path}: on the calibration text, the inputs of {name} are NaN, "
-                "infinite or too large to square in float32. The model is broken in an earlier "
-                "layer, or needs other text; --method rtn rounds without text"
+            raise self._broken(
+                f"the inputs of {name} are NaN, infinite or too large to square in float32"
             )
         # no name for either here, which would keep them from being freed
         factor = factorise(hessian.mean(), hessian.drift())
         if factor is None:
             facts.note(name, "no damping makes its inputs' Hessian invertible, rounded to nearest")
         return factor
+
+    def _broken(self, what: str) -> XinslmError:
+        return XinslmError(
+            f"{self.source.path}: on the calibration text, {what}. The model is broken there or in "
+            "an earlier layer, or needs other text; --method rtn rounds without text"
+        )
 
     def _linears(
         self,
