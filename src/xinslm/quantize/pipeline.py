@@ -132,7 +132,6 @@ class Quantization:
         count = self.model.num_hidden_layers
         self._facts = Facts()
         self._reopen()
-        self._require_tied()
         if self.batches:
             assert finished is not None, "activations need a folder"
             with_original = self.method == "gptaq"
@@ -362,23 +361,6 @@ class Quantization:
             scales[start:stop] = fit_scales(weight, Q8_0)
             codes[start:stop] = encode(weight, scales[start:stop], Q8_0)
         out.coded(stem, Q8_0, codes, scales)
-
-    def _require_tied(self) -> None:
-        """Raise XinslmError if config.json ties an LM head that the file has, and that differs."""
-        head, table = "lm_head.weight", "model.embed_tokens.weight"
-        if not self.model.tie_word_embeddings or head not in self.source.names:
-            return
-        shape = self.shapes[table]
-        is_same = self.source.shape_of(head) == shape and all(
-            torch.equal(self.source.rows(head, shape, *part), self.source.rows(table, shape, *part))
-            for part in self._parts(table)
-        )
-        if not is_same:
-            raise XinslmError(
-                f"{self.source.path}: config.json ties the LM head to the embedding, but the file "
-                f"has another '{head}'. Set tie_word_embeddings to false if that one is meant, or "
-                "delete it from the file"
-            )
 
     def _parts(self, name: str) -> list[tuple[int, int]]:
         """Ranges of rows in which a table is read."""
