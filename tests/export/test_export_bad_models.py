@@ -1,4 +1,6 @@
-"""Models that an export could turn into a silently wrong file."""
+"""Models that an export could turn into a silently wrong file, and exports that do not end."""
+
+import resource
 
 import numpy as np
 import pytest
@@ -7,12 +9,12 @@ from gguf import GGUFReader, quants
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from small_models import save_random_model
+from small_models import save_random_model, tree_hash
 from xinslm.commands import run
 from xinslm.errors import XinslmError
 from xinslm.export.config import GgufConfig, HfConfig, ImportConfig, MlxConfig
 from xinslm.inference.raw_weights import open_raw
-from xinslm.model.files import load_model, open_model
+from xinslm.model.files import load_model, open_model, read_tensors
 from xinslm.quantize.config import QuantizeConfig
 
 HEAD, TABLE = "lm_head.weight", "model.embed_tokens.weight"
@@ -96,3 +98,35 @@ def test_matrices_that_no_grid_fits_reach_every_format_exactly(tmp_path):
         assert torch.equal(found[small], expected[small]), kind
         with pytest.raises(XinslmError, match=rf"'{big}' has values beyond float16"):
             run(EXPORTS[kind](tmp_path / "q", tmp_path / f"{kind}16", dtype="float16"))
+
+
+def stop(progress):
+    if progress.done == 10:
+        raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("end", ["interrupt", "full"])
+@pytest.mark.parametrize("kind", EXPORTS)
+def test_an_end_in_the_middle_leaves_the_old_output(models, tmp_path, kind, end):
+    """Ctrl-C, and a disk that is full (a file size limit stands in); numpy gives no reason then."""
+    out = tmp_path / "out"
+    run(EXPORTS[kind](models / "q", out))
+    before = out.read_bytes() if out.is_file() else tree_hash(out)
+    config = EXPORTS[kind](models / "q", out, force=True)
+    if end == "interrupt":
+        with pytest.raises(KeyboardInterrupt):
+            run(config, on_progress=stop)
+    else:
+        error, message = OSError, "File too large"
+        if kind == "gguf":
+            error, message = XinslmError, "could not be written to its end .* the disk is full"
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+        try:
+            with pytest.raises(error, match=message):
+                run(config)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert (out.read_bytes() if out.is_file() else tree_hash(out)) == before
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert all(torch.isfinite(weight).all() for _, weight in read_tensors(out))
