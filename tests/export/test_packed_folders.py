@@ -51,6 +51,15 @@ def test_transformers_reads_the_same_weights(model, tmp_path):
     assert tokenizer.encode(TEXT) == AutoTokenizer.from_pretrained(model).encode(TEXT)
 
 
+def test_scales_have_both_signs(model):
+    """Else the tests here would not notice a runtime that takes scales for positive."""
+    formats = json.loads((model / "manifest.json").read_text())["formats"]
+    tensors = load_file(model / "quantized.safetensors")
+    found = [tensors[f"{stem}.scales"] for stem, kind in formats.items() if kind == "q4_0"]
+    assert all(scales.min() < 0 < scales.max() for scales in found)
+    assert found or "q4_0" not in formats.values()
+
+
 def test_mlx_reads_the_same_weights(model, tmp_path):
     mx = pytest.importorskip("mlx.core")
     utils = pytest.importorskip("mlx_lm.utils")

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 
 from small_models import save_quantized, save_random_model
 from xinslm.errors import UsageError, XinslmError
@@ -138,6 +139,19 @@ def test_drafts_need_the_same_tokenizer(models, tmp_path) -> None:
         load_engine(EngineConfig(model=models / "q", draft=str(tmp_path)))
     with pytest.raises(UsageError, match="--draft lookup needs the native engine"):
         load_engine(EngineConfig(model=models / "q", engine="pytorch", draft="lookup"))
+
+
+def test_rows_that_pad_the_vocabulary_are_never_written(tmp_path) -> None:
+    """The padding would win every time."""
+    save_random_model(tmp_path, vocab_size=384, vocabulary=320)
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors["model.embed_tokens.weight"][320:] *= 1000
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    engine = NativeEngine.load(tmp_path)
+    assert engine.start(PROMPT).shape == (320,)
+    assert engine.verify([5, 6, 7]).shape == (3, 320)
+    engine.reset()
+    assert max(tokens_of(engine, PROMPT, temperature=1.0)) < 320
 
 
 def test_a_draft_that_is_nothing_is_named(models) -> None:

@@ -65,6 +65,31 @@ def test_activations_that_are_not_finite_are_named(tmp_path, method, stems, wher
     run(QuantizeConfig(tmp_path / "model", tmp_path / "q", method="rtn"))
 
 
+def test_outputs_of_the_last_layer_that_are_not_finite_are_named(tmp_path):
+    """No Hessian comes after them. The inputs of down_proj are finite, and so are their squares."""
+
+    def change(tensors):
+        for stem, factor in (("up_proj", 1e15), ("down_proj", 1e25)):
+            tensors[f"model.layers.1.mlp.{stem}.weight"] *= factor
+
+    make(tmp_path, change)
+    with pytest.raises(XinslmError, match=r"the outputs of layer 1 are NaN or infinite"):
+        quantize(tmp_path, method="gptq")
+    assert not (tmp_path / "q").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "option"),
+    [({"target_size": "80KB"}, "--target-size"), ({"scale_steps": 2}, "--scale-steps")],
+    ids=["target size", "scale steps"],
+)
+def test_predictions_that_are_not_finite_are_named(tmp_path, changes, option):
+    make(tmp_path, lambda tensors: tensors["model.norm.weight"].fill_(3e38))
+    with pytest.raises(XinslmError, match=f"predictions are NaN or infinite, and {option}"):
+        quantize(tmp_path, method="gptq", **changes)
+    assert not (tmp_path / "q").exists()
+
+
 def test_an_untied_head_under_a_tied_configuration_is_refused(tmp_path):
     make(tmp_path, lambda tensors: tensors.update({HEAD: tensors[TABLE] * 1.5}))
     for changes in ({}, {"method": "rtn"}, {"bits": 8}):

@@ -77,6 +77,39 @@ def test_outputs_are_nearer_to_the_original_models():
     assert errors[0] < 0.9 * errors[1]
 
 
+@pytest.mark.parametrize("kind", ["one direction", "duplicated columns", "huge", "dead columns"])
+def test_an_awkward_drift_is_never_worse_than_none(kind):
+    """Of inputs whose covariance has no inverse, too: the error of the outputs is that of GPTQ, up
+    to rounding, or less.
+    """
+    original, inputs = drifting_inputs()
+    if kind == "one direction":
+        inputs = original + 0.5 * torch.randn(len(original), 1) @ torch.randn(1, 96)
+    elif kind == "duplicated columns":
+        original, inputs = (x[:, :48].repeat(1, 2) for x in (original, inputs))
+    elif kind == "huge":
+        original = inputs + 1e4 * (original - inputs)
+    else:
+        inputs[:, 10:40] = 0
+    weight = torch.randn(32, 96)
+    errors = []
+    for with_drift in (True, False):
+        hessian = hessian_of(original, inputs)
+        factor = factorise(hessian.mean(), hessian.drift() if with_drift else None)
+        result = quantize_weights([weight], factor)[0]
+        outputs = inputs @ decode(result.codes, result.scales).T
+        errors.append(float((original @ weight.T - outputs).square().mean()))
+    assert errors[0] <= 1.01 * errors[1]
+
+
+def test_a_drift_that_is_not_finite_is_noticed():
+    """The original model can overflow where the quantized one does not."""
+    original, inputs = drifting_inputs()
+    original[7, 3] = torch.inf
+    hessian = hessian_of(original, inputs)
+    assert not hessian.is_finite and hessian_of(inputs, inputs).is_finite
+
+
 def test_drift_is_that_of_the_two_finished_models(folders, monkeypatch):
     """What the pipeline measures for each linear equals captured inputs of the original model and
     of the finished quantized one, each document run alone.

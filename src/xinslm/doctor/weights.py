@@ -83,6 +83,7 @@ class _Side:
     def __init__(self, source: ModelSource) -> None:
         self.source = source
         source.require()
+        source.require_tied()
         self.is_tied = bool(source.settings.get("tie_word_embeddings"))
         self.names = [
             name

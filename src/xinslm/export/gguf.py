@@ -214,7 +214,16 @@ def _write_tensors(
     writer.write_ti_data_to_file()
     for done, entry in enumerate(entries):
         on_progress(Progress("export", done, len(entries), "tensors"))
-        writer.write_tensor_data(np.ascontiguousarray(entry.load()))
+        try:
+            writer.write_tensor_data(np.ascontiguousarray(entry.load()))
+        except OSError as error:
+            if error.errno is not None:
+                raise
+            # numpy's `tofile` does not say why
+            raise XinslmError(
+                f"{path.parent}: {entry.name} could not be written to its end ({error}): the disk "
+                "is full, or a limit is reached. Nothing is written"
+            ) from None
     on_progress(Progress("export", len(entries), len(entries), "tensors"))
 
 

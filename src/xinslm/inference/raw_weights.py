@@ -35,6 +35,7 @@ from xinslm.places import find
 
 LAYOUT_KEY, LAYOUT = "xinslm.layout", "tiles of 16 rows"
 """Key and value of a file of `export packed`, whose matrices are the library's tiles."""
+_TIED = ("model.embed_tokens.weight", "lm_head.weight")
 _ROPE_FACTORS = "rope_freqs.weight"
 _DTYPES = {"F32": (F32, 4), "F16": (F16, 2), "BF16": (BF16, 2), "U8": (None, 1), "I8": (None, 1)}
 _APART = {"q4_0": (Q4_APART, "U8"), "q8_0": (Q8_APART, "I8")}
@@ -101,6 +102,9 @@ def _folder(path: Path, config: ModelConfig) -> RawModel | None:
     kinds = {file.dtype(name) for file, name in tensors.values()}
     if not kinds <= {"F32", "F16", "BF16"}:
         return None
+    tables = [file.bytes_of(name) for file, name in tensors.values() if name in _TIED]
+    if config.tie_word_embeddings and len(tables) == 2 and not np.array_equal(*tables):
+        return None  # which one is meant is a question of values
 
     def read(name: str) -> Weight:
         file, tensor = tensors[name]
@@ -229,6 +233,7 @@ def _through_pytorch(name: Path | str) -> RawModel | None:
     source = open_model(name)
     if not source.is_own:
         return None
+    source.require_tied()
 
     def read(name: str) -> Weight:
         shape = _two(source.shape_of(name))

@@ -36,6 +36,8 @@ from xinslm.ranges import Activations
 
 TRAINED_FOR_Q4_0 = {"quantization_aware": "q4_0"}
 """Entry of config.json: these weights were trained with `rounded` (param_dtype.py) of them."""
+HEAD, TABLE = "lm_head.weight", "model.embed_tokens.weight"
+_TABLE_ROWS = 16_384
 _LAYER_COUNTS = {"num_hidden_layers", "num_layers", "num_decoder_layers", "n_layer", "n_layers"}
 
 
@@ -165,10 +167,11 @@ class ModelSource:
     def require_weights(self, expected: dict[str, tuple[int, ...]]) -> list[str]:
         """Return the names of the weights to read; XinslmError unless they are those expected."""
         is_tied = bool(self.settings.get("tie_word_embeddings"))
+        self.require_tied()
         found = [
             name
             for name in self.names
-            if not (name == "lm_head.weight" and is_tied) and not name.endswith(".inv_freq")
+            if not (name == HEAD and is_tied) and not name.endswith(".inv_freq")
         ]
         for name in found:
             if name not in expected:
@@ -186,6 +189,25 @@ class ModelSource:
                 f"{self.path}: {len(missing)} weights are missing, the first is '{missing[0]}'"
             )
         return found
+
+    def require_tied(self) -> None:
+        """Raise XinslmError if config.json ties an LM head that the files have, and that differs.
+
+        transformers 5 takes the files' head then, earlier versions the embedding.
+        """
+        if not self.settings.get("tie_word_embeddings") or not {HEAD, TABLE} <= {*self.names}:
+            return
+        count, *_ = shape = self.shape_of(TABLE)
+        parts = [(i, min(i + _TABLE_ROWS, count)) for i in range(0, count, _TABLE_ROWS)]
+        if self.shape_of(HEAD) != shape or not all(
+            torch.equal(self.tensor(HEAD, *part).float(), self.tensor(TABLE, *part).float())
+            for part in parts
+        ):
+            raise XinslmError(
+                f"{self.path}: {CONFIG} ties the LM head to the embedding, but the file has "
+                f"another '{HEAD}'. Set tie_word_embeddings to false if that one is meant, or "
+                "delete it from the file"
+            )
 
     def rows(self, name: str, shape: tuple[int, ...], start: int = 0, stop: int = -1) -> Tensor:
         """Read rows of a weight as float32; XinslmError if it is missing, misshapen or not

@@ -65,6 +65,11 @@ class Calibration:
         """The streams, whose `states` take the embeddings: that of the quantized model first."""
         return list(self._streams.values())
 
+    @property
+    def is_finite(self) -> bool:
+        """Whether no output that was added to the states was NaN or infinite."""
+        return all(stream.is_finite for stream in self.streams)
+
     def begin(self) -> None:
         """Start from layer 0, with states that are written by the caller."""
         for stream in self.streams:
@@ -190,6 +195,8 @@ class _Stream:
         self._shapes = [(*batch.input_ids.shape, config.hidden_size) for batch in batches]
         self._next = self._file("next")
         self._hash, self._digest = hashlib.sha256(), ""
+        self.is_finite = True
+        """Whether all states that `add` has made are finite, without padding."""
         self.states = self._file("0")
         """The states at the beginning of the present half of a layer."""
 
@@ -212,7 +219,10 @@ class _Stream:
 
     def add(self, index: int, outputs: Tensor) -> None:
         """Add one batch's outputs of a half; batches come in order."""
-        self._hash.update(self._next.write(index, self.states.read(index).add_(outputs)))
+        states = self.states.read(index).add_(outputs)
+        written = torch.from_numpy(self._batches[index].segments >= 0)
+        self.is_finite = self.is_finite and bool(torch.isfinite(states[written]).all())
+        self._hash.update(self._next.write(index, states))
 
     def turn(self) -> None:
         """Go on with the states that all `add` have made."""

@@ -68,8 +68,9 @@ class Hessian:
 
     @property
     def is_finite(self) -> bool:
-        """Whether no input was NaN, infinite, or too large to square."""
-        return bool(torch.isfinite(self._sum.sum()))
+        """Whether no input was NaN, infinite, or too large to square, and no drift either."""
+        sums = [self._sum] if self._drift_sum is None else [self._sum, self._drift_sum]
+        return all(bool(torch.isfinite(total.sum())) for total in sums)
 
     @property
     def knows_drift(self) -> bool:

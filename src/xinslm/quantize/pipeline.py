@@ -132,7 +132,6 @@ class Quantization:
         count = self.model.num_hidden_layers
         self._facts = Facts()
         self._reopen()
-        self._require_tied()
         if self.batches:
             assert finished is not None, "activations need a folder"
             with_original = self.method == "gptaq"
@@ -255,6 +254,8 @@ class Quantization:
         """Quantize one block, and pass the calibration rows through it."""
         with finished.write(index, self._tensor_names(self._prefix(index))) as out:
             self._layer(index, out)
+        if self._calibration is not None and not self._calibration.is_finite:
+            raise self._broken(f"the outputs of layer {index} are NaN or infinite")
         self._first.require_unchanged()
         states = {} if self._calibration is None else self._calibration.finish_layer()
         layer = finished.finish(index, out, previous, self._rows_hash, states)
@@ -295,16 +296,20 @@ class Quantization:
                 f"few for GPTAQ (at least {DRIFT_TOKENS} each): GPTQ was used",
             )
         if not hessian.is_finite:
-            raise XinslmError(
-                f"{self.source.path}: on the calibration text, the inputs of {name} are NaN, "
-                "infinite or too large to square in float32. The model is broken in an earlier "
-                "layer, or needs other text; --method rtn rounds without text"
+            raise self._broken(
+                f"the inputs of {name} are NaN, infinite or too large to square in float32"
             )
         # no name for either here, which would keep them from being freed
         factor = factorise(hessian.mean(), hessian.drift())
         if factor is None:
             facts.note(name, "no damping makes its inputs' Hessian invertible, rounded to nearest")
         return factor
+
+    def _broken(self, what: str) -> XinslmError:
+        return XinslmError(
+            f"{self.source.path}: on the calibration text, {what}. The model is broken there or in "
+            "an earlier layer, or needs other text; --method rtn rounds without text"
+        )
 
     def _linears(
         self,
@@ -356,23 +361,6 @@ class Quantization:
             scales[start:stop] = fit_scales(weight, Q8_0)
             codes[start:stop] = encode(weight, scales[start:stop], Q8_0)
         out.coded(stem, Q8_0, codes, scales)
-
-    def _require_tied(self) -> None:
-        """Raise XinslmError if config.json ties an LM head that the file has, and that differs."""
-        head, table = "lm_head.weight", "model.embed_tokens.weight"
-        if not self.model.tie_word_embeddings or head not in self.source.names:
-            return
-        shape = self.shapes[table]
-        is_same = self.source.shape_of(head) == shape and all(
-            torch.equal(self.source.rows(head, shape, *part), self.source.rows(table, shape, *part))
-            for part in self._parts(table)
-        )
-        if not is_same:
-            raise XinslmError(
-                f"{self.source.path}: config.json ties the LM head to the embedding, but the file "
-                f"has another '{head}'. Set tie_word_embeddings to false if that one is meant, or "
-                "delete it from the file"
-            )
 
     def _parts(self, name: str) -> list[tuple[int, int]]:
         """Ranges of rows in which a table is read."""

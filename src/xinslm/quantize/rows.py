@@ -4,6 +4,8 @@ import torch
 from torch import Tensor
 
 from xinslm.data.packing import Batch
+from xinslm.errors import XinslmError
+from xinslm.model.source import ModelSource
 from xinslm.model.transformer import Transformer
 
 
@@ -23,3 +25,13 @@ def hidden_states(model: Transformer, row: Batch) -> Tensor:
     )
     hidden: Tensor = model.hidden(ids, positions, segments)
     return hidden[segments >= 0]
+
+
+def require_finite(source: ModelSource, values: Tensor, option: str) -> None:
+    """Raise XinslmError unless what an option of `quantize` measures of predictions is finite."""
+    if not torch.isfinite(values).all():
+        raise XinslmError(
+            f"{source.path}: on the calibration text, predictions are NaN or infinite, and "
+            f"{option} measures them. The model is broken in its last norm or LM head, or needs "
+            "other text"
+        )

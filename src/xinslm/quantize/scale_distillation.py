@@ -30,7 +30,7 @@ from xinslm.model.quantized import QuantizedSource
 from xinslm.model.source import ModelSource
 from xinslm.model.transformer import Transformer
 from xinslm.progress import Listener, Progress, ignore
-from xinslm.quantize.rows import hidden_states, single_rows
+from xinslm.quantize.rows import hidden_states, require_finite, single_rows
 
 LEARNING_RATE = 1e-3
 """Largest relative change of a scale in one step."""
@@ -115,6 +115,7 @@ def distill_scales(
     trained = _parametrize(model, quantized)
     pairs = list(zip(held_out, measured, strict=True))
     before = _divergence(model, head, pairs)
+    require_finite(source, torch.tensor(before), "--scale-steps")
     optimizer = torch.optim.Adam(trained.values(), lr=LEARNING_RATE, betas=(0.9, 0.95))
     rows = _batches(len(train), max(len(batches[0].input_ids), 1))
     for step in range(steps):

@@ -26,7 +26,7 @@ from xinslm.model.quantized import QuantizedSource
 from xinslm.model.source import ModelSource, weight_shapes
 from xinslm.model.stored import StoredWeight
 from xinslm.progress import Listener, Progress, ignore
-from xinslm.quantize.rows import hidden_states, single_rows
+from xinslm.quantize.rows import hidden_states, require_finite, single_rows
 
 _MAX_ROWS = 64
 _STAGE = "measure sensitivity"
@@ -90,7 +90,7 @@ def measure_costs(
     for done, row in enumerate(rows):
         on_progress(Progress(_STAGE, done, len(rows), "rows"))
         hidden = hidden_states(model, row)
-        labels = _draw(model, hidden.detach(), generator)
+        labels = _draw(source, model, hidden.detach(), generator)
         loss, _ = fused_loss(hidden, model.head_weight, labels, None, _LIKELIHOOD, 1.0)
         loss.backward()
         for stem, value in inner.items():
@@ -147,10 +147,11 @@ def _narrow(source: ModelSource, quantized: QuantizedSource) -> dict[str, Stored
 
 
 @torch.no_grad()
-def _draw(model: Any, hidden: Tensor, generator: torch.Generator) -> Tensor:
+def _draw(source: ModelSource, model: Any, hidden: Tensor, generator: torch.Generator) -> Tensor:
     """Next tokens (n,) drawn from the model's predictions, for hidden states (n, hidden)."""
-    drawn = [
-        torch.multinomial(model.logits(rows).softmax(-1), 1, generator=generator)[:, 0]
-        for rows in hidden.split(128)
-    ]
+    drawn = []
+    for rows in hidden.split(128):
+        logits = model.logits(rows)
+        require_finite(source, logits, "--target-size")
+        drawn.append(torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0])
     return torch.cat(drawn)
