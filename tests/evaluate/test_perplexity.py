@@ -193,13 +193,3 @@ def test_golden_values_of_the_harness(shared_data: Path) -> None:
         for two, one in zip(found, score(scorer, items), strict=True)
     ]
     assert all(-14 < difference < -7 for difference in surprise)
-
-
-def test_golden_bits_per_byte(shared_data: Path) -> None:
-    """With one BOS; two of them, as in the harness, give 0.9697 on the same documents."""
-    scorer, _ = load_scorer(shared_data / "models" / "stories260K", CPU)
-    data = (str(shared_data / "text" / "tinystories_docs.jsonl"),)
-    items = read_items(data, "validation", scorer.tokenizer, 60)
-    total = -sum(s.log_likelihood for s in score(scorer, items))
-    bits = total / np.log(2) / sum(item.num_bytes for item in items)
-    assert bits == pytest.approx(0.9463, abs=5e-5)
