@@ -110,10 +110,28 @@ def test_a_changed_branch_leaves_the_others_alone(folder):
 
 def test_results_follow_the_order_of_the_pairs(folder):
     pairs, scorer = make_pairs(5), LikelihoodScorer(load(folder))
-    values, _ = scorer(pairs)
+    pairs += [Pair(pair.context.copy(), pair.continuation.copy()) for pair in pairs[:9]]
+    values, flags = scorer(pairs)
+    assert values[-9:].tolist() == values[:9].tolist()
     order = np.random.default_rng(0).permutation(len(pairs))
-    again, _ = scorer([pairs[i] for i in order])
+    again, flags_again = scorer([pairs[i] for i in order])
     assert again == pytest.approx(values[order], abs=1e-12)
+    assert flags_again.tolist() == flags[order].tolist()
+
+
+def test_log_probabilities_of_a_bfloat16_model_are_float32(folder, monkeypatch):
+    teacher = OwnTeacher(open_model(folder), "bfloat16")
+    original, seen = teacher.model.logits, []
+    monkeypatch.setattr(teacher.model, "logits", lambda x: seen.append(original(x)) or seen[-1])
+    pair = Pair(np.arange(20), np.arange(30, 70))
+    values, _ = LikelihoodScorer(teacher)([pair])
+    (logits,) = seen
+    assert logits.dtype == torch.bfloat16
+    target = torch.from_numpy(pair.continuation)[:, None]
+    exact = logits.double().log_softmax(-1).gather(1, target).sum().item()
+    rounded = logits.log_softmax(-1).gather(1, target).sum().item()
+    assert values[0] == pytest.approx(exact, abs=1e-4)
+    assert abs(rounded - exact) > 1e-2
 
 
 def test_empty_parts_are_refused(folder):

@@ -129,6 +129,27 @@ def test_damaged_weights_name_the_document(folder: Path) -> None:
         score(scorer, items)
 
 
+def test_log_probabilities_of_a_bfloat16_model_are_float32(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scorer, _ = load_scorer(folder, CPU, "bfloat16")
+    seen: list[torch.Tensor] = []
+    original = scorer.model.logits
+    monkeypatch.setattr(
+        scorer.model, "logits", lambda states: seen.append(original(states)) or seen[-1]
+    )
+    tokens = np.arange(31)
+    item = Item("x", tokens, tokens > 0, 1)
+    (found,) = score(scorer, [item])
+    (logits,) = seen
+    assert logits.dtype == torch.bfloat16
+    target = torch.from_numpy(tokens[1:, None])
+    exact = logits.double().log_softmax(-1).gather(1, target).sum().item()
+    rounded = logits.log_softmax(-1).gather(1, target).sum().item()
+    assert found.log_likelihood == pytest.approx(exact, abs=1e-4)
+    assert abs(rounded - exact) > 1e-2
+
+
 def test_padding_of_the_vocabulary_has_no_probability(tmp_path: Path) -> None:
     model = save_random_model(tmp_path, vocab_size=400)  # the tokenizer has 320 ids
     scorer, _ = load_scorer(tmp_path, CPU)

@@ -312,6 +312,19 @@ def test_compared_runs_stand_beside_it(folder: Path, tmp_path: Path) -> None:
     )
 
 
+def test_perplexity_is_not_compared_across_tokenizers(folder: Path) -> None:
+    """The same text in another number of tokens: another tokenizer."""
+    (table,) = summary(read_run(folder), [])
+    assert "Perplexity" in table.head and "within one tokenizer only." in table.note
+    row = evaluation_row("student", 1.25, tokens=4100, perplexity=1.234)
+    add_row(folder, "evaluation.json", row)
+    text, markdown, _ = make(folder)
+    for content in (text, markdown):
+        assert "1.234" not in content and "7.389" not in content
+        assert "within one tokenizer only; these have several" in content
+        assert "+0.25" in content, "bits per byte are compared"
+
+
 def test_the_teacher_is_also_found_by_its_folder(folder: Path) -> None:
     (folder / "evaluation.json").unlink()
     add_row(folder, "evaluation.json", evaluation_row("big one", 1.0, model="runs/big"))

@@ -72,8 +72,12 @@ def _summary(run: RunData, found: list[tuple[RunData, Row]]) -> Table:
     if baseline := next((row.get("unigram_bits_per_byte") for row in every), None):
         rows.append(["token frequencies alone", f"{baseline:.4f}"] + [DASH] * (len(head) - 2))
     dropped = {2, 3, 4} if teacher is None else set() if gap else {4}
+    if several_tokenizers := len({row.get("tokens") for row in every}) > 1:
+        dropped |= {5}
     kept = [i for i in range(len(head)) if i not in dropped]
-    notes = [_data(every[0]), "Perplexity is per token, so it compares within one tokenizer only."]
+    per_token = "Perplexity is per token, so it compares within one tokenizer only"
+    notes = [_data(every[0])]
+    notes.append(f"{per_token}; these have several." if several_tokenizers else f"{per_token}.")
     if gap and undistilled is not None:
         notes.append(f"Gap closed: 100 % is the teacher, 0 % is {undistilled['name']}.")
     notes += _where("Measured", every)
@@ -115,8 +119,8 @@ def training(runs: Sequence[RunData]) -> Table | None:
     rows = [cells for run in runs if (cells := _trained(run))]
     head = ["Run", "Steps", "Target tokens", "Last CE", "Best validation", "Last validation"]
     notes = [
-        "CE is the hard-label cross-entropy in nats per token; tokens/s is the median over the "
-        "steps."
+        "CE is the hard-label cross-entropy in nats per token, so it compares within one tokenizer "
+        "only; tokens/s is the median over the steps."
     ]
     notes += [SHARED] * any("shared" in cells for cells in rows)
     notes += _where("Trained", [run.about for run in runs])

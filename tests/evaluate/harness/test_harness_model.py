@@ -210,6 +210,10 @@ def test_a_time_limit_leaves_a_stratified_sample(ours, data):
     loaded = load_tasks(["hellaswag"], data)
     (score,) = score_tasks(ours, loaded, seconds=1e-3)
     assert 0 < len(score.items) < score.total == 12
+    chosen = [item.index for item in score.items]
+    assert chosen != list(range(len(chosen))), "not the first ones"
+    assert chosen == [i.index for i in score_tasks(ours, loaded, seconds=1e-3)[0].items]
+    assert chosen != [i.index for i in score_tasks(ours, loaded, 1e-3, seed=1)[0].items]
     (all_items,) = score_tasks(ours, loaded, seconds=600.0)
     assert len(all_items.items) == 12
     (everything,) = score_tasks(ours, loaded)

@@ -47,22 +47,34 @@ def _of_one_item(owners: set[tuple[str, int]]) -> set[tuple[str, int]]:
 
 
 def training_folders(model: Path) -> list[Path]:
-    """Datasets that a run folder's config.yaml names, and those that calibrated a quantized folder;
-    those of the models that folders were made from, too; none for other models.
+    """Datasets that trained a run folder or calibrated a quantized or pruned folder, those of the
+    models that it was made from, too; none for other models.
     """
     found: list[Path] = []
     seen: set[Path] = set()
-    while model.resolve() not in seen:
+    waiting = [model]
+    while waiting:
+        model = waiting.pop(0)
+        if model.resolve() in seen:
+            continue
         seen.add(model.resolve())
         folder = model.parent.parent if model.parent.name == "checkpoints" else model
-        made = _made_by(model)
-        named = _run_settings(folder).get("data_path") or []
-        if "dataset" in made["inputs"]:  # without it, rounding had no use for --data-path
-            named = made["config"].get("data_path") or []
-        paths = [Path(path) for path in ([named] if isinstance(named, str) else named)]
-        found += [path for path in paths if (path / MANIFEST).is_file() and path not in found]
-        model = Path(made["config"].get("model") or model)
+        settings, made = _run_settings(folder), _made_by(model)
+        named = _paths(settings, "data_path", "mix_data", "prompts")
+        if settings:
+            named.append(folder / "data")  # raw text is prepared into the run folder
+        elif "dataset" in made["inputs"]:  # without it, rounding had no use for --data-path
+            named = _paths(made["config"], "data_path")
+        found += [path for path in named if (path / MANIFEST).is_file() and path not in found]
+        waiting += _paths(settings, "init_from", "student")
+        waiting += _paths(made["config"], "model", "teacher")
     return found
+
+
+def _paths(settings: Mapping[str, Any], *names: str) -> list[Path]:
+    """The paths, one or several, under some names of a configuration."""
+    values = [settings.get(name) or [] for name in names]
+    return [Path(p) for value in values for p in ([value] if isinstance(value, str) else value)]
 
 
 def _run_settings(folder: Path) -> dict[str, Any]:

@@ -120,7 +120,7 @@ def _tasks(config: BenchmarkConfig, on_progress: Listener) -> dict[str, Any]:
             "apply_chat_template": config.apply_chat_template,
             "files": tasks.files,
         },
-        "notes": notes(config, own.scores),
+        "notes": notes(config, own.scores, other.scores if other else None),
     }
 
 

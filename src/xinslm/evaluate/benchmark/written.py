@@ -61,11 +61,12 @@ def write_and_score(
     began = time.perf_counter()
     left = list(chosen or stratified_order([0] * len(task.prompts), seed).tolist())
     limited = seconds is not None and chosen is None
-    batch, items, asked = FIRST_BATCH if limited else BATCH, [], 0
+    batch, items, asked, cut = FIRST_BATCH if limited else BATCH, [], 0, 0
     while left:
         part, left = left[:batch], left[batch:]
         items += _answer(lm, task, part, max_new_tokens)
         asked += len(part)
+        cut += len(lm.truncated)
         spent = time.perf_counter() - began
         batch = BATCH
         if limited and seconds is not None:
@@ -83,7 +84,7 @@ def write_and_score(
         metrics=means(items),
         items=items,
         seconds=time.perf_counter() - began,
-        truncated=0,
+        truncated=cut,
         strata={task.name: total},
         unscored=f"{asked - len(items)} answers have no score: {task.unscored}"
         if asked > len(items)

@@ -14,6 +14,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+
 from xinslm.errors import XinslmError
 from xinslm.evaluate.harness.tasks import LoadedTasks, build_requests, num_docs, quiet
 from xinslm.evaluate.statistics.order import stratified_order
@@ -190,12 +192,35 @@ class _Unit:
             doc = requests[0].doc
             metrics: dict[str, Any] = {}
             for key in requests[0].filtered_resps:
-                found = task.process_results(doc, [r.filtered_resps[key] for r in requests])
+                responses = [r.filtered_resps[key] for r in requests]
+                found = _results(task, doc, responses)
                 label = "" if key == "none" else f" ({key})"
                 metrics |= {metric + label: value for metric, value in found.items()}
             for metric, value in metrics.items():
                 values.setdefault(metric, []).append(value)
             yield _item(name, index, metrics, task, doc, requests)
+
+
+def _results(task: Any, doc: Any, responses: list[Any]) -> dict[str, Any]:
+    """The task's own metrics of an item, also if the probabilities of all its choices are 0.
+
+    TruthfulQA mc2 divides probabilities by their sum. `exp` of a log-likelihood below -745 is 0,
+    and 0 / 0 is NaN; the quotients do not change if all log-likelihoods are given relative to the
+    highest.
+    """
+    with np.errstate(invalid="ignore"):
+        found: dict[str, Any] = task.process_results(doc, responses)
+        lost = [metric for metric, value in found.items() if _is_nan(value)]
+        if lost and task.OUTPUT_TYPE == "multiple_choice":
+            highest = max(value for value, _ in responses)
+            relative = [(value - highest, greedy) for value, greedy in responses]
+            again = task.process_results(doc, relative)
+            found |= {metric: again[metric] for metric in lost}
+    return found
+
+
+def _is_nan(value: Any) -> bool:
+    return isinstance(value, float) and math.isnan(value)
 
 
 def _item(
