@@ -39,9 +39,18 @@ def test_commands_were_found():
 
 @pytest.mark.parametrize(
     "runtime",
-    "llama.cpp|Ollama|LM Studio|OpenVINO|transformers|vLLM|mlx-lm|iOS|Core ML|Neural Engine".split(
-        "|"
-    ),
+    [
+        "llama.cpp",
+        "Ollama",
+        "LM Studio",
+        "OpenVINO",
+        "transformers",
+        "vLLM",
+        "mlx-lm",
+        "iOS",
+        "Core ML",
+        "Neural Engine",
+    ],
 )
 def test_the_guide_names_a_file_and_a_command_for_each_runtime(runtime):
     rows = [row.split(" | ") for row in RUNTIMES.splitlines() if row.startswith("| ")]
