@@ -103,7 +103,7 @@ def _folder(path: Path, config: ModelConfig) -> RawModel | None:
     if not kinds <= {"F32", "F16", "BF16"}:
         return None
     tables = [file.bytes_of(name) for file, name in tensors.values() if name in _TIED]
-    if config.tie_word_embeddings and len(tables) == 2 and not np.array_equal(*tables):
+    if config.tie_word_embeddings and len(tables) == 2 and not np.array_equal(tables[0], tables[1]):
         return None  # which one is meant is a question of values
 
     def read(name: str) -> Weight:
