@@ -44,6 +44,22 @@ def test_a_quantized_folder_runs_without_the_library(tmp_path: Path) -> None:
     assert run(code, XINSLM_NATIVE="off").stdout == "5\n"
 
 
+def test_a_library_that_is_lost_is_told(tmp_path: Path) -> None:
+    save_quantized(tmp_path, "tied")
+    junk = tmp_path / "junk.so"
+    junk.write_bytes(b"no library")
+    code = (
+        "from xinslm.cli.main import main\n"
+        f"main(['generate', {str(tmp_path / 'q')!r}, '--prompt', 'The', '--max-new-tokens', '3'])\n"
+        f"main(['chat', {str(tmp_path / 'q')!r}])"
+    )
+    said = run(code, XINSLM_NATIVE="auto", XINSLM_NATIVE_LIBRARY=str(junk))
+    everything = said.stdout + said.stderr
+    assert everything.count("PyTorch runs the model") == 2 and "cannot be loaded" in everything
+    asked = run(code, XINSLM_NATIVE="off")
+    assert "PyTorch runs the model" not in asked.stdout + asked.stderr
+
+
 def test_running_a_model_imports_no_pytorch(tmp_path: Path) -> None:
     if library() is None:
         pytest.skip(f"the native library is not there: {reason()}")

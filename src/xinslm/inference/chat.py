@@ -102,7 +102,7 @@ def run(
 
     `read` receives the prompt to show and returns a line; `write` receives text as it is generated.
     """
-    from xinslm.inference.load import load_engine
+    from xinslm.inference.load import load_engine, missing_library
 
     config.check()
     engine = load_engine(config)
@@ -111,6 +111,8 @@ def run(
         f"{engine.name}, context {engine.context_length:,} tokens. /reset starts anew, /quit "
         "ends.\n"
     )
+    if note := missing_library(config):
+        write(f"note: {note}\n")
     turns = new_tokens = 0
     while True:
         try:

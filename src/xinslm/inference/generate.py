@@ -196,21 +196,23 @@ class Result:
     tokens_per_second: float
     prompt_tokens_per_second: float
     summary: str
+    note: str = ""
+    """Why the fast engine did not run it, if it could not."""
 
     def describe(self) -> str:
-        """One line for the terminal; the text was streamed already."""
+        """A line for the terminal, and the note; the text was streamed already."""
         reasons = {
             "end token": "the model ended the text",
             "stop text": "a stop text was reached",
             "length": "--max-new-tokens was reached",
             "context": "the model's context is full",
         }
-        return f"{self.summary} ({reasons[self.stop]})"
+        return f"{self.summary} ({reasons[self.stop]})" + f"\nnote: {self.note}" * bool(self.note)
 
 
 def run(config: GenerateConfig, on_text: Callable[[str], None] = lambda text: None) -> Result:
     """Continue a prompt; `on_text` receives the continuation piece by piece."""
-    from xinslm.inference.load import load_engine
+    from xinslm.inference.load import load_engine, missing_library
     from xinslm.runs import add_row, require_run
 
     config.check()
@@ -243,7 +245,9 @@ def run(config: GenerateConfig, on_text: Callable[[str], None] = lambda text: No
         }
         add_row(config.run, "samples.json", {**row, "settings": settings})
     speeds = clock.tokens_per_second, clock.prompt_tokens_per_second
-    return Result(prompt, text, piece.stop, len(ids), clock.new_tokens, *speeds, clock.describe())
+    counts = len(ids), clock.new_tokens
+    note = missing_library(config)
+    return Result(prompt, text, piece.stop, *counts, *speeds, clock.describe(), note)
 
 
 def prompt_ids(tokenizer: "Tokenizer", prompt: str, chat: bool) -> list[int]:

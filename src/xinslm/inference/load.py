@@ -46,6 +46,20 @@ def load_engine(config: EngineConfig) -> Engine:
     return Speculative(target, ModelDrafter(drafter))
 
 
+def missing_library(config: EngineConfig) -> str:
+    """A note if PyTorch's slower engine runs a model because there is no native library; empty if
+    that is not why, or was asked for.
+    """
+    from xinslm.native import reason, wanted
+
+    if config.engine != "auto" or config.device not in ("auto", "cpu") or not wanted():
+        return ""
+    why = reason()
+    return (
+        f"PyTorch runs the model, several times more slowly: {why} (xinslm native)" if why else ""
+    )
+
+
 def native_problem(
     model: Path | str,
     device: Device = "auto",

@@ -4,6 +4,6 @@
 twin in Python that defines it and that serves where there is no library.
 """
 
-from xinslm.native.load import library, library_path, reason
+from xinslm.native.load import library, library_path, reason, wanted
 
-__all__ = ["library", "library_path", "reason"]
+__all__ = ["library", "library_path", "reason", "wanted"]

@@ -44,6 +44,11 @@ def reason() -> str:
     return _loaded(os.environ.get("XINSLM_NATIVE_LIBRARY", ""))[1]
 
 
+def wanted() -> bool:
+    """Whether the environment lets the library be used."""
+    return _mode() != "off"
+
+
 def library_path() -> Path | None:
     """The file that is loaded; None if there is none."""
     found = library()
