@@ -107,8 +107,17 @@ CONTAINER = "12:memory:/docker/1f\n4:cpu,cpuacct:/docker/1f\n0::/docker/1f\n"
         (CONTAINER, {"cpu/cpu.cfs_quota_us": "50000\n", "cpu/cpu.cfs_period_us": "100000\n"}, 0.5),
         (CONTAINER, {"cpu/cpu.cfs_quota_us": "-1\n", "cpu/cpu.cfs_period_us": "100000\n"}, None),
         (NESTED, {"other.slice/cpu.max": "100000 100000\n", "cpu.max": "strange\n"}, None),
-        ("", {"cpu.max": "100000 100000\n"}, None),
-        (None, {"cpu.max": "100000 100000\n"}, None),
+        ("", {"cpu.max": "100000 100000\n"}, 1),
+        (None, {"cpu.max": "100000 100000\n"}, 1),  # a masked /proc
+        ("strange\n", {"cpu.max": "100000 100000\n"}, 1),
+        (
+            CONTAINER,
+            {
+                "cpu,cpuacct/docker/1f/cpu.cfs_quota_us": "250000\n",
+                "cpu,cpuacct/docker/1f/cpu.cfs_period_us": "100000\n",
+            },
+            2.5,
+        ),
     ],
 )
 def test_limit_is_the_least_of_the_own_groups_and_those_above(tmp_path, own, files, limit):

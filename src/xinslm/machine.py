@@ -49,20 +49,22 @@ def cpu_limit(
     counts, too.
     """
     try:
-        lines = own.read_text().splitlines()
+        lines = own.read_text(errors="replace").splitlines()
     except OSError:
-        return None
-    limits = []
+        lines = []
+    limits = [_limit_of(groups), _limit_of(groups / "cpu")]
     for line in lines:
-        _, controllers, path = line.split(":", 2)
+        _, controllers, path = f"{line}::".split(":", 2)
+        path = path.removesuffix("::")
         if controllers and "cpu" not in controllers.split(","):
             continue
-        root = groups / "cpu" if controllers else groups  # version 1, or 2
-        place = root / path.lstrip("/")
-        for folder in (place, *place.parents):
-            limits.append(_limit_of(folder))
-            if folder == root:
-                break
+        # version 1 in one of two usual places, or 2
+        for root in (groups / "cpu", groups / controllers) if controllers else (groups,):
+            place = root / path.lstrip("/")
+            for folder in (place, *place.parents):
+                limits.append(_limit_of(folder))
+                if folder == root:
+                    break
     return min((limit for limit in limits if limit is not None), default=None)
 
 

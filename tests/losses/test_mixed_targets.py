@@ -113,3 +113,19 @@ def test_one_teacher_with_all_the_weight_is_alone():
     )
     torch.testing.assert_close(mixed, alone)
     assert same.kd == pytest.approx(metrics.kd) and same.ce == pytest.approx(metrics.ce)
+
+
+@pytest.mark.parametrize("weights", [(1.0,), (1.0, 1.0, 1.0), (0.0, 0.0), (2.0, -1.0), (1e400, 1)])
+def test_weights_that_mean_nothing_are_refused(weights):
+    teacher = problem()[3]
+    parts = (sparsify(teacher), sparsify(teacher))
+    with pytest.raises(ValueError, match="targets of 2 teachers"):
+        MixedTargets.of(parts, weights)
+
+
+def test_only_ratios_of_weights_count_however_large_they_are():
+    teacher = problem()[3]
+    parts = (sparsify(teacher), sparsify(teacher))
+    for scale in (1e-46, 1.0, 1e39):
+        found = MixedTargets.of(parts, (3 * scale, scale)).weights
+        torch.testing.assert_close(found, torch.tensor([[0.75, 0.25]]).expand(ROWS, 2))

@@ -4,7 +4,7 @@
 
 #include "scanner.h"
 
-#if defined(__SSE2__) || defined(_M_X64) || defined(__ARM_NEON)
+#if defined(__SSE2__) || defined(_M_X64) || defined(__aarch64__)
 #define XL_BPE_WINDOWS 1
 #else
 #define XL_BPE_WINDOWS 0
@@ -37,7 +37,7 @@ constexpr bool ascii_is_as_expected() {
 }
 static_assert(ascii_is_as_expected());
 
-#if defined(__ARM_NEON)
+#if defined(__aarch64__)
 // One bit for each byte that is 0xFF, of four registers.
 inline uint64_t bits(const uint8x16_t (&masks)[4]) {
     static const uint8_t POWERS[16] = {1, 2, 4, 8, 16, 32, 64, 128, 1, 2, 4, 8, 16, 32, 64, 128};

@@ -141,8 +141,7 @@ class Cache:
         if not self.over_tokens:
             raise UsageError(
                 f"cache {self.folder} holds masses of buckets of tokens (--alignment "
-                "byte_prefix), not distributions over single tokens. `xinslm distill "
-                "--more-caches` learns from both kinds at once"
+                "byte_prefix), not distributions over single tokens"
             )
         shards = self.manifest["shards"].get(name)
         read = partial(decode, fmt=self.format)

@@ -96,6 +96,12 @@ def _require_fit(caches: list[Cache], dataset: Dataset, on_progress: Listener) -
     for cache in caches:
         cache.require_dataset(dataset.fingerprint, dataset.folder)
         cache.verify(on_progress)
+        if not cache.over_tokens:
+            raise UsageError(
+                f"cache {cache.folder} holds masses of buckets of tokens (--alignment "
+                "byte_prefix), which do not merge: give it to `xinslm distill --more-caches`, "
+                "which learns from several caches at once"
+            )
         strange = set(cache.manifest.get("arrays", [ENTRIES])) - {ENTRIES, HIDDEN_STATES}
         if strange or cache.manifest.get(HIDDEN_STATES, {}).get("alone"):
             what = ", ".join(sorted(strange)) or "hidden states alone"

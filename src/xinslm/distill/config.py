@@ -77,7 +77,9 @@ class DistillConfig(PretrainConfig):
         wrong, caches = [], [self.cache, *self.more_caches]
         if len({path.resolve() for path in caches}) < len(caches):
             wrong.append("cache and more_caches name one folder twice: give it a larger weight")
-        if self.cache_weights:
+        if self.cache_weights and not self.more_caches:
+            wrong.append("cache_weights has no effect without more_caches")
+        elif self.cache_weights:
             wrong += weight_errors(self.cache_weights, len(caches), "cache_weights")
         return wrong
 

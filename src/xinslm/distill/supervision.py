@@ -126,6 +126,11 @@ def _cached(
     for cache in caches:
         kind_of(cache).check_loss(config.loss)
     sources = [kind_of(cache).sources(dataset.folder / "tokenizer") for cache in caches]
+    for cache, found in zip(caches, sources, strict=True):
+        if "train" not in found:
+            raise UsageError(
+                f"cache {cache.folder} has no entries of the split 'train'; make it again"
+            )
     return Supervision(
         config.loss,
         _mixed(sources, "train", config.cache_weights),
@@ -181,8 +186,8 @@ def _cache_warnings(config: DistillConfig, dataset: Dataset, cache: Cache) -> tu
     cached_length = cache.manifest["config"]["max_seq_length"]
     if cached_length != config.max_seq_length:
         warnings.append(
-            f"the cached teacher saw contexts of {cached_length} tokens, the student sees "
-            f"{config.max_seq_length}"
+            f"the teacher of {cache.folder} saw contexts of {cached_length} tokens, the student "
+            f"sees {config.max_seq_length}"
         )
     return tuple(warnings)
 

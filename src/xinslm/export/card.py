@@ -146,10 +146,12 @@ def _step_facts(step: Step) -> Iterator[str]:
         if settings.get(role):
             yield f"{what} {_named(settings[role])}"
     named = (settings.get("cache"), *(settings.get("more_caches") or ()))
+    weights = settings.get("cache_weights") or ()
     for number, cache in enumerate(filter(None, named), 1):
         role = "cache" if number == 1 else f"cache_{number}"
         if teacher := _teacher_of(Path(str(cache)), step.inputs.get(role)):
-            yield f"teacher {_named(teacher)}, by its cached distributions"
+            weight = f" (weight {weights[number - 1]:g})" if number <= len(weights) else ""
+            yield f"teacher {_named(teacher)}, by its cached distributions{weight}"
     if step.command == "quantize":
         kinds = set((facts.get("formats") or {}).values()) & {"q4_0", "q8_0"}
         bits = sorted(kind[1] for kind in kinds) or [str(facts.get("bits"))]

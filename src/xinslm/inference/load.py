@@ -52,12 +52,13 @@ def missing_library(config: EngineConfig) -> str:
     """
     from xinslm.native import reason, wanted
 
-    if config.engine != "auto" or config.device not in ("auto", "cpu") or not wanted():
+    if config.engine != "auto" or not wanted() or not reason():
         return ""
-    why = reason()
-    return (
-        f"PyTorch runs the model, several times more slowly: {why} (xinslm native)" if why else ""
-    )
+    if config.device not in ("auto", "cpu") or config.dtype != "auto":
+        return ""
+    if _readable(config.model, config.device, config.activations)[1]:
+        return ""
+    return f"PyTorch runs the model, several times more slowly: {reason()} (xinslm native)"
 
 
 def native_problem(
@@ -82,6 +83,13 @@ def _native(
         return None, f"--dtype {dtype} is a setting of PyTorch's engine"
     if library() is None:
         return None, reason()
+    return _readable(model, device, activations)
+
+
+def _readable(
+    model: Path | str, device: Device, activations: Activations | None
+) -> "tuple[RawModel | None, str]":
+    """As `_native`, where there is a library."""
     from xinslm.inference.raw_weights import open_raw
 
     raw = open_raw(model)

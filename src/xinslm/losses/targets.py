@@ -123,12 +123,17 @@ class MixedTargets:
     def of(
         cls, parts: Sequence[SparseTargets | BucketTargets], weights: Sequence[float]
     ) -> "MixedTargets":
-        """Mix parts by one weight each, of which only ratios count."""
-        general = torch.tensor(weights, dtype=torch.float32, device=parts[0].valid_mask.device)
+        """Mix parts by one weight each, of which only ratios count. ValueError for other weights
+        than one number of at least 0 for each part, one of them above 0.
+        """
+        if len(weights) != len(parts) or not (min(weights) >= 0 and 0 < sum(weights) < torch.inf):
+            raise ValueError(f"weights {tuple(weights)} for the targets of {len(parts)} teachers")
+        shares = torch.tensor(weights, dtype=torch.float64, device=parts[0].valid_mask.device)
+        general = shares / shares.max()
         own = torch.stack([part.valid_mask for part in parts], dim=1) * general
         there = own.sum(dim=1, keepdim=True) > 0
         own = torch.where(there, own, general)
-        return cls(tuple(parts), own / own.sum(dim=1, keepdim=True))
+        return cls(tuple(parts), (own / own.sum(dim=1, keepdim=True)).float())
 
     def __getitem__(self, rows: Any) -> "MixedTargets":
         return MixedTargets(tuple(part[rows] for part in self.parts), self.weights[rows])

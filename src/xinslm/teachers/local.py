@@ -74,6 +74,7 @@ def load_pretrained(cls: Any, source: ModelSource, dtype: str, who: str, **optio
     from transformers.utils import logging
 
     source.require()
+    source.require_tied()
     logging.disable_progress_bar()
     arguments = source.pretrained_arguments()
     if "config" in arguments:  # an Auto class needs a folder to choose from

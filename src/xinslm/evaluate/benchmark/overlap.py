@@ -98,8 +98,8 @@ def _made_by(folder: Path) -> dict[str, dict[str, Any]]:
 
 def _documents(folders: Iterable[Path]) -> Iterator[str]:
     for folder in folders:
-        tokenizer = load_tokenizer(folder / "tokenizer")
         try:
+            tokenizer = load_tokenizer(folder / "tokenizer")
             stored = open_dataset(folder).split("train")
         except XinslmError:
             continue
