@@ -93,13 +93,14 @@ def _open(name: Path | str) -> RawModel | None:
     return _folder(path, config)
 
 
-def _same(a: np.ndarray, b: np.ndarray, block: int = 1 << 24) -> bool:
-    """Whether two arrays of bytes are equal; compares 16 MiB at a time."""
-    if len(a) != len(b):
-        return False
-    return all(
-        np.array_equal(a[at : at + block], b[at : at + block]) for at in range(0, len(a), block)
-    )
+_COMPARED = 1 << 24
+"""Bytes of two arrays that are compared at a time."""
+
+
+def _same(a: np.ndarray, b: np.ndarray) -> bool:
+    """Whether two arrays of bytes are equal."""
+    parts = (slice(at, at + _COMPARED) for at in range(0, len(a), _COMPARED))
+    return len(a) == len(b) and all(np.array_equal(a[part], b[part]) for part in parts)
 
 
 def _folder(path: Path, config: ModelConfig) -> RawModel | None:
@@ -112,7 +113,7 @@ def _folder(path: Path, config: ModelConfig) -> RawModel | None:
     if not kinds <= {"F32", "F16", "BF16"}:
         return None
     tables = [file.bytes_of(name) for file, name in tensors.values() if name in _TIED]
-    if config.tie_word_embeddings and len(tables) == 2 and not _same(*tables):
+    if config.tie_word_embeddings and len(tables) == 2 and not _same(tables[0], tables[1]):
         return None  # which one is meant is a question of values
 
     def read(name: str) -> Weight:
