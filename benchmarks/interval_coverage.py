@@ -7,7 +7,8 @@
 The items that were scored stand for all items of the task, so the value of all is known. A part of
 them is drawn 200 times in the order of `--max-minutes`; printed are the share of the intervals that
 hold that value, and the median of half their width. The sizes of the parts: 10, 25 and 50 %, and
-what would fit into --minutes, shared by the tasks, at the run's own speed.
+what would fit into --minutes, shared by the tasks, at the run's own speed. Several files may come
+from several runs of one model.
 """
 
 import argparse
@@ -40,15 +41,15 @@ def coverage(values: np.ndarray, strata: list[str], size: int, repeats: int) -> 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("scores", type=Path)
+    parser.add_argument("scores", type=Path, nargs="+")
     parser.add_argument("--minutes", type=float, default=10)
     parser.add_argument("--repeats", type=int, default=200)
     args = parser.parse_args()
-    result = json.loads(args.scores.read_text())
-    print(describe(), result["model"]["name"], flush=True)
-    tasks = {row["task"] for row in result["tasks"]}
-    for row in result["tasks"]:
-        items = result["items"][row["task"]]
+    results = [json.loads(path.read_text()) for path in args.scores]
+    print(describe(), results[0]["model"]["name"], flush=True)
+    rows = [(row, result["items"][row["task"]]) for result in results for row in result["tasks"]]
+    tasks = {row["task"] for row, _ in rows}
+    for row, items in rows:
         values = [item["metrics"].get(row["metric"]) for item in items]
         if not all(isinstance(value, int | float) and 0 <= value <= 1 for value in values):
             continue
