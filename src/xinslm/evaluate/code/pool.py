@@ -1,12 +1,12 @@
 """Runs many programs at once, and finds out how long they may take on this machine."""
 
-import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import replace
 
 from xinslm.errors import UsageError, XinslmError
 from xinslm.evaluate.code.sandbox import Limits, Outcome, run_program
+from xinslm.machine import usable_cores
 
 _CALIBRATION_SECONDS = 120.0
 
@@ -17,12 +17,12 @@ def run_programs(
     num_workers: int | None = None,
     on_outcome: Callable[[Outcome], None] = lambda outcome: None,
 ) -> list[Outcome]:
-    """Run programs, `num_workers` at a time, by default and at most as many as there are cores.
+    """Run programs, `num_workers` at a time, by default and at most as many as it has cores.
 
     Outcomes are in the order of the sources; `on_outcome` gets them in the order of their ends. A
     thread for each worker is enough, because the work is done in the programs' own processes.
     """
-    cores = os.cpu_count() or 1
+    cores = usable_cores()
     if num_workers is not None and num_workers < 1:
         raise UsageError(f"number of workers is {num_workers}; it must be at least 1")
     with ThreadPoolExecutor(min(num_workers or cores, cores)) as pool:
