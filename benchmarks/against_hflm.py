@@ -23,8 +23,10 @@ from pathlib import Path
 import numpy as np
 from machine import describe
 
+MANY = ["anatomy", "astronomy", "college_biology", "high_school_psychology", "virology"]
 SETS = {
     "hellaswag": (["hellaswag"], None),
+    "mmlu_many": ([f"mmlu_{subject}" for subject in MANY], 5),
     "mmlu": (["mmlu_anatomy", "mmlu_virology"], 5),
     "truthfulqa": (["truthfulqa_mc1", "truthfulqa_mc2"], None),
     "all": (["hellaswag", "mmlu_anatomy", "mmlu_virology", "truthfulqa_mc1", "truthfulqa_mc2"], 5),

@@ -34,6 +34,8 @@ PREFIX_FACTOR = 8
 
 Tell = Callable[[int, int, str], None]
 """Receives what is done, what there is to do, and the unit: "tokens" or "answers"."""
+Keep = Callable[[np.ndarray, np.ndarray, np.ndarray], None]
+"""Receives numbers of pairs, their log-likelihoods and whether they are greedy, (n,) each."""
 
 
 @dataclass(frozen=True)
@@ -70,12 +72,16 @@ class LikelihoodScorer:
         """Numbers of the last call's pairs whose beginning was cut off to fit the context."""
 
     def __call__(
-        self, pairs: Sequence[Pair], tell: Tell = lambda done, total, unit: None
+        self,
+        pairs: Sequence[Pair],
+        tell: Tell = lambda done, total, unit: None,
+        keep: Keep = lambda numbers, values, greedy: None,
     ) -> tuple[np.ndarray, np.ndarray]:
         """Log-likelihoods in nats, float64 (n,), and whether each is greedy, bool (n,).
 
-        A likelihood that is not finite is returned as it is. ValueError for an empty context or
-        continuation, or a continuation longer than the model's context.
+        `keep` receives the same of the pairs that are finished, from time to time. A likelihood
+        that is not finite is returned as it is. ValueError for an empty context or continuation, or
+        a continuation longer than the model's context.
         """
         began = time.perf_counter()
         table = _Table(self._counted(pairs), pairs)
@@ -87,11 +93,11 @@ class LikelihoodScorer:
                 del held[group.level - 1 :]
                 states, prefix = self._prefix(group.prefix, held[-1] if held else None)
                 held.append(prefix)
-                self._finish(table, [group.prefix], states[None])
+                self._finish(table, [group.prefix], states[None], keep)
                 tell(done := done + len(group.prefix.tokens), total, "tokens")
             for rows in self._batches(group, held):
                 states = self._states(rows, held[-1] if group.level else None)
-                self._finish(table, rows, states)
+                self._finish(table, rows, states, keep)
                 tell(done := done + sum(len(row.tokens) for row in rows), total, "tokens")
         self.counts.seconds += time.perf_counter() - began
         return table.sums, table.greedy
@@ -154,7 +160,7 @@ class LikelihoodScorer:
         )
         return read_rows(self.model.model, ids, depths, limits, prefix)
 
-    def _finish(self, table: "_Table", rows: list[Row], states: Tensor) -> None:
+    def _finish(self, table: "_Table", rows: list[Row], states: Tensor, keep: Keep) -> None:
         """Store what is asked for of the rows' distributions."""
         width = states.shape[1]
         flat = states.reshape(len(rows) * width, -1)
@@ -169,6 +175,8 @@ class LikelihoodScorer:
             low, high = np.searchsorted(inverse, [begin, begin + step])
             table.fill(slots[low:high], inverse[low:high] - begin, self.model.outputs(flat[chosen]))
         self.counts.computed_tokens += sum(len(row.tokens) for row in rows)
+        if len(finished := table.finished()):
+            keep(finished, table.sums[finished], table.greedy[finished])
 
 
 class _Table:
@@ -203,6 +211,7 @@ class _Table:
         order = np.argsort(entry_slots, kind="stable")
         self._slots, self._targets, self._pairs = entry_slots[order], targets[order], pair[order]
         self.sums, self.greedy = np.zeros(len(pairs)), np.ones(len(pairs), bool)
+        self._left, self._filled = scored, np.zeros(0, np.int64)
 
     def fill(self, slots: np.ndarray, rows: np.ndarray, logits: Tensor) -> None:
         """Look up the entries of `slots` in rows `rows` of the logits (n, V), which are lost: in
@@ -219,6 +228,13 @@ class _Table:
         values = chosen - logits.sub_(highest[:, None]).exp_().sum(1).log_()[row]
         np.add.at(self.sums, self._pairs[entries], values.double().cpu().numpy())
         np.logical_and.at(self.greedy, self._pairs[entries], hits)
+        np.subtract.at(self._left, self._pairs[entries], 1)
+        self._filled = np.union1d(self._filled, self._pairs[entries])
+
+    def finished(self) -> np.ndarray:
+        """Numbers of the pairs that were finished since the last call."""
+        numbers, self._filled = self._filled, np.zeros(0, np.int64)
+        return numbers[self._left[numbers] == 0]
 
 
 def _inputs(pairs: Sequence[Pair], limit: int) -> Iterator[np.ndarray]:

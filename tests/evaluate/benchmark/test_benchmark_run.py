@@ -147,9 +147,9 @@ def test_with_a_time_limit_the_model_scores_the_items_of_the_other_one(world, mo
 
     calls, score = [], models.score_model
 
-    def recorded(path, *rest):
+    def recorded(path, *rest, **options):
         calls.append((path.name, *rest[3:5]))
-        return score(path, *rest)
+        return score(path, *rest, **options)
 
     monkeypatch.setattr(models, "score_model", recorded)
     result = run(limited(world))

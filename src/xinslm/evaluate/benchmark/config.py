@@ -69,13 +69,26 @@ class BenchmarkConfig(Settings):
     seed: int = 0
     """Of the order of the items with --max-minutes, and of the bootstrap."""
     output_path: Annotated[Path | None, Alias("-o")] = None
-    """JSON file to write: all results, with every item of every task."""
+    """JSON file to write: all results, with every item of every task. Until then FILE.partial keeps
+    the answers, and the same command goes on from them after a stop.
+    """
     run: Path | None = None
     """Run folder whose benchmark.json receives the results, for `xinslm report`."""
     name: str | None = None
     """What the row is called in the report; by default the model's name."""
     force: bool = False
     """Replace the output file."""
+
+    @property
+    def journal_path(self) -> Path | None:
+        """Where answers are kept until the result is written, so that a stopped run goes on; not
+        with a time limit, whose items depend on the speed.
+        """
+        if self.max_minutes is not None or not self.tasks:
+            return None
+        if self.output_path is not None:
+            return self.output_path.with_name(f"{self.output_path.name}.partial")
+        return None if self.run is None else self.run / "benchmark.partial"
 
     def errors(self) -> list[str]:
         """What cannot work, a sentence each."""

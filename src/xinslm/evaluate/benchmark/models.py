@@ -11,6 +11,7 @@ from xinslm.evaluate.benchmark.config import BenchmarkConfig
 from xinslm.evaluate.benchmark.generated import is_written, open_task
 from xinslm.evaluate.benchmark.written import Written, write_and_score
 from xinslm.evaluate.harness.run import TaskScore
+from xinslm.evaluate.journal import Journal
 from xinslm.progress import Listener, Progress
 from xinslm.ranges import Activations
 from xinslm.runs import row_name
@@ -75,8 +76,12 @@ def score_model(
     seconds: float | None = None,
     chosen: Mapping[str, Sequence[tuple[str, int]]] | None = None,
     activations: Activations = "float",
+    journal: Journal | None = None,
 ) -> ModelScores:
-    """Score a model on tasks: on all items, on those that fit into `seconds`, or on `chosen`."""
+    """Score a model on tasks: on all items, on those that fit into `seconds`, or on `chosen`.
+
+    Answers in `journal` are not asked for again; new ones are added to it.
+    """
     require_harness()
     from xinslm.evaluate.harness.model import XinslmLM
     from xinslm.evaluate.harness.run import score_tasks
@@ -90,6 +95,7 @@ def score_model(
         batch_tokens=config.batch_tokens,
         activations=activations,
     )
+    lm.journal = journal
     facts = {
         "name": row_name(path, activations),
         "path": str(path),

@@ -11,6 +11,7 @@ from xinslm.errors import UsageError
 from xinslm.evaluate.benchmark.config import BenchmarkConfig
 from xinslm.evaluate.benchmark.describe import describe
 from xinslm.evaluate.harness.start import no_collection
+from xinslm.evaluate.journal import Journal, kept
 from xinslm.files import write_json
 from xinslm.machine import environment
 from xinslm.progress import Listener, Progress, ignore
@@ -59,17 +60,20 @@ def run(config: BenchmarkConfig, on_progress: Listener = ignore) -> Result:
         raise UsageError(f"{config.output_path} exists; pass --force to replace it")
     if config.run is not None:
         require_run(config.run)
-    measured = _tasks(config, on_progress) if config.tasks else _paths(config)
-    result = Result(
-        name=config.name or row_name(config.model, config.activations),
-        speed=_speed(config, on_progress) if config.speed else [],
-        environment=environment(pick_device(config.device)),
-        **measured,
-    )
+    with kept(config.journal_path) as journal:
+        measured = _tasks(config, on_progress, journal) if config.tasks else _paths(config)
+        result = Result(
+            name=config.name or row_name(config.model, config.activations),
+            speed=_speed(config, on_progress) if config.speed else [],
+            environment=environment(pick_device(config.device)),
+            **measured,
+        )
     if config.output_path is not None:
         write_json(config.output_path, asdict(result))
     if config.run is not None:
         add_row(config.run, "benchmark.json", result.row())
+    if journal is not None:
+        journal.remove()
     return result
 
 
@@ -81,7 +85,9 @@ def _paths(config: BenchmarkConfig) -> dict[str, Any]:
     }
 
 
-def _tasks(config: BenchmarkConfig, on_progress: Listener) -> dict[str, Any]:
+def _tasks(
+    config: BenchmarkConfig, on_progress: Listener, journal: Journal | None
+) -> dict[str, Any]:
     """Scores of the model, and of the other one on the same items."""
     on_progress(Progress("read tasks"))
     with no_collection():
@@ -94,13 +100,15 @@ def _tasks(config: BenchmarkConfig, on_progress: Listener) -> dict[str, Any]:
     other, chosen = None, None
     if config.against is not None:
         half = None if seconds is None else seconds / 2
-        other = score_model(config.against, tasks, config, on_progress, half)
+        other = score_model(config.against, tasks, config, on_progress, half, journal=journal)
         chosen = {
             name: [(item.task, item.index) for item in score.items]
             for name, score in other.scores.items()
         }
     limit = seconds if chosen is None else None  # the same items, whatever they take
-    own = score_model(config.model, tasks, config, on_progress, limit, chosen, config.activations)
+    own = score_model(
+        config.model, tasks, config, on_progress, limit, chosen, config.activations, journal
+    )
     pairs = {
         name: (score, other.scores[name] if other else None) for name, score in own.scores.items()
     }
@@ -120,8 +128,17 @@ def _tasks(config: BenchmarkConfig, on_progress: Listener) -> dict[str, Any]:
             "apply_chat_template": config.apply_chat_template,
             "files": tasks.files,
         },
-        "notes": notes(config, own.scores, other.scores if other else None),
+        "notes": notes(config, own.scores, other.scores if other else None) + _reused(journal),
     }
+
+
+def _reused(journal: Journal | None) -> list[str]:
+    if journal is None or not journal.reused:
+        return []
+    return [
+        f"{journal.reused:,} answers are those of an earlier run that was stopped; the seconds of "
+        "the tasks do not include them"
+    ]
 
 
 def _speed(config: BenchmarkConfig, on_progress: Listener) -> list[dict[str, Any]]:

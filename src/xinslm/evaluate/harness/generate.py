@@ -29,9 +29,11 @@ def answer(
     settings: Sequence[dict[str, Any]],
     end: str,
     tell: Tell,
+    draws: Sequence[int] | None = None,
 ) -> tuple[list[str], list[int]]:
     """Continue prompts (ids) with a teacher's or student's adapter.
 
+    Texts that are sampled differ by the numbers `draws`, by default the prompts' places.
     Return the texts in the same order, and the numbers of the prompts that were cut on the left, as
     in `HFLM`, because they leave no room for the answer.
     """
@@ -62,7 +64,7 @@ def answer(
         written = generate_batch(
             model.open_decoder,
             chosen,
-            numbers,
+            numbers if draws is None else [draws[number] for number in numbers],
             sampling,
             limits,
             partial(_tell, tell, finished, len(prompts)),

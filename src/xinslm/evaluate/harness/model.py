@@ -11,8 +11,10 @@ generated in batches with a key-value cache (`teachers/generate.py`); greedy tex
 transformers up to rounding.
 """
 
+import json
 import tempfile
 from collections.abc import Iterable, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +24,11 @@ from lm_eval.api.registry import register_model
 from lm_eval.models.utils import has_bos_prefix
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
+from xinslm import __version__
 from xinslm.device import pick_device
 from xinslm.evaluate.harness.generate import answer
 from xinslm.evaluate.harness.start import no_collection
+from xinslm.evaluate.journal import Journal
 from xinslm.evaluate.likelihood import LikelihoodScorer, Pair, Tell
 from xinslm.evaluate.scorers import load_scorer
 from xinslm.ranges import Activations
@@ -32,6 +36,8 @@ from xinslm.tokenizer.base import Tokenizer
 
 ENCODE_AT_ONCE = 1024
 """Strings in one call of the tokenizer."""
+WRITE_AT_ONCE = 128
+"""Texts that are written before they are kept."""
 
 
 @register_model("xinslm")
@@ -68,11 +74,13 @@ class XinslmLM(TemplateLM):
             self.model, self.facts = load_scorer(path, place, dtype, context, activations)
             self.tokenizer = _tokenizer(self.model.tokenizer)
         self.scorer = LikelihoodScorer(self.model, int(batch_tokens))
-        self.add_bos_token, self._device = add_bos_token, place
+        self.add_bos_token, self._device, self.dtype = add_bos_token, place, dtype
         self.tell: Tell = lambda done, total, unit: None
         """Receives the progress of the present call."""
         self.truncated: list[int] = []
         """Numbers of the last call's requests that lost their beginning."""
+        self.journal: Journal | None = None
+        """Where answers are kept and looked up, if the run may have to go on after a stop."""
 
     @property
     def eot_token_id(self) -> int:
@@ -171,9 +179,37 @@ class XinslmLM(TemplateLM):
         return self._scores([Pair(np.array(c), np.array(t)) for _, c, t in requests])
 
     def _scores(self, pairs: list[Pair]) -> list[tuple[float, bool]]:
+        if self.journal is not None:
+            return self._kept_scores(pairs, self.journal)
         values, greedy = self.scorer(pairs, self.tell)
         self.truncated = self.scorer.truncated
         return list(zip(values.tolist(), greedy.tolist(), strict=True))
+
+    def _kept_scores(self, pairs: list[Pair], journal: Journal) -> list[tuple[float, bool]]:
+        """The same; pairs of the journal are not scored again, and others are added to it."""
+        keys = [
+            journal.key(self._identity, pair.context.tobytes(), pair.continuation.tobytes())
+            for pair in pairs
+        ]
+        found = [journal.get(key) for key in keys]
+        missing = [number for number, answer in enumerate(found) if answer is None]
+
+        def keep(numbers: np.ndarray, values: np.ndarray, greedy: np.ndarray) -> None:
+            cut = set(self.scorer.truncated)
+            for n, value, flag in zip(numbers, values.tolist(), greedy.tolist(), strict=True):
+                found[missing[n]] = [value, flag, n in cut]
+            finite = [missing[n] for n in numbers[np.isfinite(values)]]
+            journal.add((keys[n], found[n]) for n in finite)
+
+        self.scorer([pairs[number] for number in missing], self.tell, keep)
+        self.truncated = [number for number, (*_, cut) in enumerate(found) if cut]
+        return [(value, flag) for value, flag, _ in found]
+
+    @cached_property
+    def _identity(self) -> bytes:
+        """Everything but a request that answers depend on."""
+        facts = [self.facts["activations"], self.model.max_length, str(self._device), self.dtype]
+        return json.dumps([__version__, self.model.fingerprint, *facts]).encode()
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
         """Log-likelihood of whole texts, in windows that score each token once.
@@ -201,8 +237,35 @@ class XinslmLM(TemplateLM):
         prompts = [contexts[request.args[0]] for request in requests]
         settings = [request.args[1] for request in requests]
         end = self.tokenizer.decode([self.eot_token_id], skip_special_tokens=False)
+        if self.journal is not None:
+            return self._kept_texts(prompts, settings, end, self.journal)
         texts, self.truncated = answer(self.model, prompts, settings, end, self.tell)
         return texts
+
+    def _kept_texts(
+        self, prompts: list[np.ndarray], settings: list[dict], end: str, journal: Journal
+    ) -> list[str]:
+        """The same; texts of the journal are not written again, and others are added to it."""
+        keys = []
+        for number, (prompt, setting) in enumerate(zip(prompts, settings, strict=True)):
+            draw = number if setting.get("do_sample", setting.get("temperature")) else None
+            options = json.dumps([setting, draw], sort_keys=True).encode()
+            keys.append(journal.key(self._identity, prompt.tobytes(), options))
+        found = [journal.get(key) for key in keys]
+        missing = [number for number, answer in enumerate(found) if answer is None]
+        for at in range(0, len(missing), WRITE_AT_ONCE):
+            part = missing[at : at + WRITE_AT_ONCE]
+
+            def tell(done: int, total: int, unit: str, at: int = at) -> None:
+                self.tell(at + done, len(missing), unit)
+
+            chosen = [prompts[n] for n in part], [settings[n] for n in part]
+            texts, cut = answer(self.model, *chosen, end, tell, part)
+            for place, (number, text) in enumerate(zip(part, texts, strict=True)):
+                found[number] = [text, place in cut]
+            journal.add((keys[number], found[number]) for number in part)
+        self.truncated = [number for number, (_, cut) in enumerate(found) if cut]
+        return [text for text, _ in found]
 
 
 def _move_spaces(context: str, continuation: str) -> tuple[str, str]:
