@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from xinslm.alignment.nested import NestedProjection, is_nested, number_prefixes
-from xinslm.cache import score
+from xinslm.cache import score, scorers
 from xinslm.cache.config import CacheConfig
 from xinslm.cache.folder import PLAN, Cache
 from xinslm.data.dataset import open_dataset
@@ -98,7 +98,7 @@ import os, signal
 from pathlib import Path, PosixPath
 import torch
 torch.set_num_threads(1)
-from xinslm.cache import score
+from xinslm.cache import score, scorers
 from xinslm.cache.config import CacheConfig
 from xinslm.teachers.endpoint_config import EndpointConfig
 def listen(progress):
@@ -163,6 +163,12 @@ def test_scoring_twice_gives_the_same_bytes(world, tmp_path):
     (folder / "config.json").write_text(json.dumps({**settings, "attention_dropout": 0.5}))
     assert AutoModelForCausalLM.from_pretrained(folder).config.attention_dropout == 0.5
     score.run(config(world, tmp_path / "c", teacher=str(folder)))
+    assert shards(tmp_path / "c") == shards(world.cache)
+
+
+def test_entries_do_not_depend_on_how_many_rows_are_encoded_together(world, tmp_path, monkeypatch):
+    monkeypatch.setattr(scorers, "ROWS_AT_ONCE", 5)
+    score.run(config(world, tmp_path / "c"))
     assert shards(tmp_path / "c") == shards(world.cache)
 
 

@@ -30,6 +30,10 @@ from xinslm.teachers.local import batches_by_length
 
 LOGITS_AT_ONCE = 1 << 23
 """Numbers in one block of logits (32 MiB of float32)."""
+ROWS_AT_ONCE = 32
+"""Rows of it that are encoded together: what they become stays in the processor's cache, and the
+memory of the last ones is used again.
+"""
 
 
 class Scorer(Protocol):
@@ -161,19 +165,22 @@ class DenseScorer:
             for at in range(0, len(which), chunk):
                 part = which[at : at + chunk]
                 rows = torch.from_numpy(of_state[at : at + chunk]).to(states.device)
-                probs = torch.softmax(self.teacher.logits(states[rows]), dim=1)
-                if self.projection is not None and work.prefixes is not None:
-                    probs = self.projection(probs, work.prefixes[part])
-                chosen = None if support is None else support[part]
-                arrays[ENTRIES][work.positions[part] - work.start] = self._encode(
-                    probs, work, part, chosen
-                )
+                logits = self.teacher.logits(states[rows])
+                size = ROWS_AT_ONCE if logits.device.type == "cpu" else chunk
+                for begin in range(0, len(part), size):
+                    few = part[begin : begin + size]
+                    entries = self._encode(logits[begin : begin + size], work, few, support)
+                    arrays[ENTRIES][work.positions[few] - work.start] = entries
         except FloatingPointError as error:
             raise not_finite(self.teacher.name, str(error)) from None
 
     def _encode(
-        self, probs: Tensor, work: Work, part: np.ndarray, support: np.ndarray | None
+        self, logits: Tensor, work: Work, part: np.ndarray, support: np.ndarray | None
     ) -> np.ndarray:
+        """Entries of the positions `part`; `support` holds the student's tokens for all."""
+        probs = torch.softmax(logits, dim=1)
+        if self.projection is not None and work.prefixes is not None:
+            probs = self.projection(probs, work.prefixes[part])
         if probs.device.type == "mps":  # no float64 there, which the tail samples need
             probs = probs.cpu()
         device = probs.device
@@ -181,7 +188,7 @@ class DenseScorer:
         positions = torch.from_numpy(work.positions[part]).to(device)
         ids = None
         if support is not None:
-            of_student = torch.from_numpy(support.astype(np.int64)).to(device)
+            of_student = torch.from_numpy(support[part].astype(np.int64)).to(device)
             ids = top_k_ids(probs, of_student, labels, self.format.top_k)
         return encode(probs, labels, positions, self.format, self.config.seed, ids)
 
