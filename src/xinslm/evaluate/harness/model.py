@@ -17,13 +17,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from lm_eval.api.model import TemplateLM
-from lm_eval.api.registry import register_model
-from lm_eval.models.utils import has_bos_prefix
-from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from xinslm.device import pick_device
 from xinslm.evaluate.harness.generate import answer
+from xinslm.evaluate.harness.library import (
+    TemplateLM,
+    get_rolling_token_windows,
+    has_bos_prefix,
+    make_disjoint_window,
+    register_model,
+)
 from xinslm.evaluate.harness.start import no_collection
 from xinslm.evaluate.likelihood import LikelihoodScorer, Pair, Tell
 from xinslm.evaluate.scorers import load_scorer
