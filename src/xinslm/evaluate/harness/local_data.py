@@ -235,7 +235,7 @@ def local_datasets(folder: Path, late: bool = False) -> Iterator[LocalDatasets]:
         if original is not None:
             datasets.load_dataset = original
         elif isinstance(datasets, LateModule):
-            del datasets.load_dataset
+            del vars(datasets)["load_dataset"]
         else:  # it was imported inside
             from datasets.load import load_dataset
 

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from xinslm.device import pick_device
+from xinslm.errors import XinslmError
 from xinslm.evaluate.harness.encoder import Encoder
 from xinslm.evaluate.harness.generate import answer
 from xinslm.evaluate.harness.library import (
@@ -78,14 +79,17 @@ class XinslmLM(TemplateLM):
 
     @property
     def eot_token_id(self) -> int:
-        """Id of EOS."""
-        return int(self.tokenizer.eos_token_id)
+        """Id of EOS; XinslmError if the tokenizer has none."""
+        found = self.tokenizer.eos_token_id
+        if found is None:
+            raise XinslmError(f"{self.model.name}: the tokenizer names no end token (eos_token)")
+        return found
 
     @property
     def prefix_token_id(self) -> int:
         """What a text without context is predicted from: BOS, else EOS."""
         bos = self.tokenizer.bos_token_id
-        return self.eot_token_id if bos is None else int(bos)
+        return self.eot_token_id if bos is None else bos
 
     @property
     def max_length(self) -> int:

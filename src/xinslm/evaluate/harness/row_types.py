@@ -7,11 +7,11 @@ no library.
     kind = common(map(kind_of, rows))       # MixedTypesError if they do not agree
 """
 
-from collections.abc import Hashable, Iterable
+from collections.abc import Iterable
 from functools import reduce
 from typing import Any
 
-Kind = Hashable
+Kind = Any
 """A type; (list, kind of its entries); (dict, ((key, kind of its value), ...))."""
 NOTHING = type(None)
 """The kind of null, which agrees with any other."""

@@ -38,7 +38,7 @@ class LateModule(ModuleType):
         spec = self.__spec__
         assert spec is not None and isinstance(spec.loader, _LateLoader)
         given = {key: value for key, value in vars(self).items() if key not in spec.loader.first}
-        self.__class__ = ModuleType
+        object.__setattr__(self, "__class__", ModuleType)
         spec.loader = self.__loader__ = spec.loader.loader
         if spec.submodule_search_locations is not None:
             self.__path__ = list(spec.submodule_search_locations)
@@ -59,8 +59,8 @@ class _LateLoader(importlib.machinery.SourceFileLoader):
     def exec_module(self, module: ModuleType) -> None:
         vars(module).pop("__path__", None)  # an import of a submodule asks for it
         if module.__name__ == DATASETS:
-            module.__version__ = importlib.metadata.version(DATASETS)  # type: ignore[attr-defined]
-            module.Dataset = LateClass  # type: ignore[attr-defined]
+            version = importlib.metadata.version(DATASETS)
+            vars(module).update(__version__=version, Dataset=LateClass)
         self.first = frozenset(vars(module))
         module.__class__ = LateModule
 
