@@ -31,6 +31,7 @@ from xinslm.evaluate.harness.library import (
 from xinslm.evaluate.harness.start import no_collection
 from xinslm.evaluate.likelihood import LikelihoodScorer, Pair, Tell
 from xinslm.evaluate.scorers import load_scorer
+from xinslm.machine import return_free_memory
 from xinslm.ranges import Activations
 
 ENCODE_AT_ONCE = 1024
@@ -70,6 +71,7 @@ class XinslmLM(TemplateLM):
         with no_collection():
             self.model, self.facts = load_scorer(path, place, dtype, context, activations)
             self.tokenizer = Encoder(self.model.tokenizer)
+        return_free_memory()
         self.scorer = LikelihoodScorer(self.model, int(batch_tokens))
         self.add_bos_token, self._device = add_bos_token, place
         self.tell: Tell = lambda done, total, unit: None
