@@ -314,13 +314,14 @@ def require_equal(ours, theirs, texts) -> None:
 
 
 def test_named_tokens_are_added_as_transformers_does(folder, tmp_path):
-    """Tokens with a role that tokenizer.json does not list: one of the vocabulary, one new."""
+    """Tokens with a role that tokenizer.json does not list: one of the vocabulary, two new."""
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (tmp_path / name).write_bytes((folder / name).read_bytes())
     config = json.loads((tmp_path / "tokenizer_config.json").read_text())
-    config |= {"pad_token": "<new>", "unk_token": "th"}
+    content = json.loads((tmp_path / "tokenizer.json").read_text())
+    known = max(content["model"]["vocab"], key=content["model"]["vocab"].get)
+    config |= {"pad_token": "<new>", "unk_token": "<other>", "bos_token": known}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
-    texts = ["the th<new> fox", "<new><|endoftext|>th"]
+    texts = ["the <other> fox<new>", f"<new><|endoftext|>{known}<other>"]
     theirs = AutoTokenizer.from_pretrained(tmp_path)
-    assert theirs.encode("<new>")[-1] >= 0
     require_equal(Encoder(load_tokenizer(tmp_path)), theirs, texts)

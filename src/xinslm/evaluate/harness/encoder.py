@@ -21,6 +21,9 @@ from tokenizers import Tokenizer as Backend
 from xinslm.tokenizer.base import Tokenizer
 from xinslm.tokenizer.files import TOKENIZER
 
+ROLES = ("bos_token", "eos_token", "unk_token", "pad_token")
+"""In the order in which transformers adds tokens that the vocabulary does not have."""
+
 
 class Encoder:
     """Turns texts into the ids that `AutoTokenizer` gives for what `tokenizer.save` writes."""
@@ -32,7 +35,7 @@ class Encoder:
             tokenizer.save(Path(folder))
             self._backend = Backend.from_file(f"{folder}/{TOKENIZER}")
         known = {token.content for token in self._backend.get_added_tokens_decoder().values()}
-        named = dict.fromkeys(tokenizer.named_tokens.values())
+        named = dict.fromkeys(filter(None, map(tokenizer.named_tokens.get, ROLES)))
         missing = [AddedToken(token, special=True) for token in named if token not in known]
         self._backend.add_tokens(missing)
 
