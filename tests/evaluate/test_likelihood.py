@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
 from small_models import FAMILIES, save_random_model
-from xinslm.evaluate import trie
+from xinslm.evaluate import likelihood, trie
 from xinslm.evaluate.likelihood import LikelihoodScorer, Pair
 from xinslm.model.files import open_model
 from xinslm.teachers.huggingface import HuggingFaceTeacher
@@ -117,6 +117,24 @@ def test_results_follow_the_order_of_the_pairs(folder):
     again, flags_again = scorer([pairs[i] for i in order])
     assert again == pytest.approx(values[order], abs=1e-12)
     assert flags_again.tolist() == flags[order].tolist()
+
+
+def test_logits_are_computed_in_blocks(folder, monkeypatch):
+    # glibc returns a larger block when it is freed, and takes new memory for the next
+    assert 4 * likelihood.CHUNK_LOGITS < 32 << 20
+    scorer, pairs = LikelihoodScorer(load(folder), 4096), make_pairs(3)
+    expected, _ = scorer(pairs)
+    rows, outputs = [], scorer.model.outputs
+
+    def recorded(states):
+        rows.append(len(states))
+        return outputs(states)
+
+    monkeypatch.setattr(likelihood, "CHUNK_LOGITS", 7 * VOCABULARY + 1)
+    monkeypatch.setattr(scorer.model, "outputs", recorded)
+    values, _ = scorer(pairs)
+    assert 5 <= max(rows) <= 7
+    assert values == pytest.approx(expected, abs=1e-12)
 
 
 def test_log_probabilities_of_a_bfloat16_model_are_float32(folder, monkeypatch):

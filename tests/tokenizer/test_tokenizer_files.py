@@ -176,6 +176,13 @@ def test_files_that_are_no_tokenizer(tmp_path, folder):
             load_tokenizer(bad)
 
 
+def test_merges_hold_no_copies_of_tokens(folder):
+    definition = BPETokenizer.load(folder).definition
+    own = {id(token) for token in definition.vocab}
+    assert len(definition.merges) > 500
+    assert {id(part) for merge in definition.merges for part in merge} <= own
+
+
 def test_a_merge_without_its_token_is_found(folder):
     content = json.loads((folder / "tokenizer.json").read_text("utf-8"))
     content["model"]["merges"].insert(3, ["q", "~"])

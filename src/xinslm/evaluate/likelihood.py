@@ -11,6 +11,7 @@ computed in at least float32.
     values, greedy = LikelihoodScorer(teacher)(pairs)
 """
 
+import itertools
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -21,13 +22,16 @@ import torch
 from torch import Tensor
 
 from xinslm.evaluate.native_scorer import NativeScorer
-from xinslm.evaluate.perplexity import CHUNK_LOGITS
 from xinslm.evaluate.trie import Group, Row, plan, size
 from xinslm.model.transformer import Transformer
 from xinslm.model.tree import read_prefix, read_rows
 
 BATCH_TOKENS = 1024
 """Most tokens in a forward pass, padding included; a single longer row is a pass of its own."""
+CHUNK_LOGITS = 1 << 22
+"""Most logits at once, 16 MB in float32: they stay in a processor's cache, and fit into memory that
+the layers have left, which a block of more than 32 MB does not (glibc takes new pages for it).
+"""
 PREFIX_FACTOR = 8
 """The keys of a pass, prefixes included, are at most this many times `BATCH_TOKENS`."""
 
@@ -169,10 +173,12 @@ class LikelihoodScorer:
         different, inverse = np.unique(places, return_inverse=True)
         order = np.argsort(inverse, kind="stable")
         slots, inverse = slots[order], inverse[order]
-        step = max(1, CHUNK_LOGITS // self.model.output_size)
-        for begin in range(0, len(different), step):
-            chosen = torch.from_numpy(different[begin : begin + step]).to(flat.device)
-            low, high = np.searchsorted(inverse, [begin, begin + step])
+        most = max(1, CHUNK_LOGITS // self.model.output_size)
+        # of even sizes: products of few rows are slower, and round in another order
+        bounds = np.linspace(0, len(different), -(-len(different) // most) + 1).astype(int)
+        for begin, end in itertools.pairwise(bounds.tolist()):
+            chosen = torch.from_numpy(different[begin:end]).to(flat.device)
+            low, high = np.searchsorted(inverse, [begin, end])
             table.fill(slots[low:high], inverse[low:high] - begin, self.model.outputs(flat[chosen]))
         self.counts.computed_tokens += sum(len(row.tokens) for row in rows)
         if len(finished := table.finished()):

@@ -16,10 +16,12 @@ lm_eval = pytest.importorskip("lm_eval")
 
 from lm_eval.models.huggingface import HFLM  # noqa: E402
 
+from xinslm.evaluate.harness.encoder import Encoder  # noqa: E402
 from xinslm.evaluate.harness.local_data import local_datasets  # noqa: E402
 from xinslm.evaluate.harness.model import XinslmLM  # noqa: E402
 from xinslm.evaluate.harness.run import score_tasks  # noqa: E402
 from xinslm.evaluate.harness.tasks import load_tasks  # noqa: E402
+from xinslm.tokenizer.load import load_tokenizer  # noqa: E402
 
 TEXT = "the quick brown fox naïve café 3.14 reasons jumps over lazy dogs while we learn"
 WORDS = TEXT.split()
@@ -288,6 +290,38 @@ def test_a_tokenizer_that_cuts_texts_is_refused(folder, tmp_path):
 
 def test_the_tokenizer_is_that_of_auto_tokenizer(ours, folder):
     theirs = AutoTokenizer.from_pretrained(folder)
-    assert type(ours.tokenizer) is type(theirs)
     texts = ["The fox <|endoftext|> and", " two  spaces\n", "é漢", ""]
-    assert ours.tokenizer(texts)["input_ids"] == theirs(texts)["input_ids"]
+    require_equal(ours.tokenizer, theirs, texts)
+    chat = [{"role": "user", "content": "the fox"}]
+    options = {"tokenize": False, "add_generation_prompt": True}
+    written = ours.tokenizer.apply_chat_template(chat, **options)
+    assert written == theirs.apply_chat_template(chat, **options)
+
+
+def require_equal(ours, theirs, texts) -> None:
+    """The same ids and texts from our encoder and transformers' tokenizer."""
+    for option in ({}, {"add_special_tokens": False}, {"add_special_tokens": True}):
+        found = ours(texts, **option)["input_ids"]
+        assert found == theirs(texts, **option)["input_ids"]
+        assert ours.encode(texts[0], **option) == found[0]
+    for ids in found:
+        for skip in (False, True):
+            text = theirs.decode(ids, skip_special_tokens=skip)
+            assert ours.decode(ids, skip_special_tokens=skip) == text
+    assert ours.decode(3) == theirs.decode(3)
+    names = ("bos_token_id", "eos_token_id", "chat_template")
+    assert [getattr(ours, n) for n in names] == [getattr(theirs, n) for n in names]
+
+
+def test_named_tokens_are_added_as_transformers_does(folder, tmp_path):
+    """Tokens with a role that tokenizer.json does not list: one of the vocabulary, two new."""
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / name).write_bytes((folder / name).read_bytes())
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    content = json.loads((tmp_path / "tokenizer.json").read_text())
+    known = max(content["model"]["vocab"], key=content["model"]["vocab"].get)
+    config |= {"pad_token": "<new>", "unk_token": "<other>", "bos_token": known}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    texts = ["the <other> fox<new>", f"<new><|endoftext|>{known}<other>"]
+    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    require_equal(Encoder(load_tokenizer(tmp_path)), theirs, texts)

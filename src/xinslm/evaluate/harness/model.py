@@ -4,35 +4,39 @@
     lm_eval.simple_evaluate(model=XinslmLM("SmolLM2.gguf"), tasks=["hellaswag"])
 
 or `python -m xinslm.evaluate.harness --model xinslm --model_args pretrained=SmolLM2.gguf ...`,
-which is the command line of the harness. Tokens are those of `HFLM` 0.4.13: the same tokenizer
-class encodes the same strings, context and continuation are cut apart as there, and a text that
-begins with BOS gets no second one. All requests of a call form one tree (`likelihood.py`). Text is
-generated in batches with a key-value cache (`teachers/generate.py`); greedy text equals that of
-transformers up to rounding.
+which is the command line of the harness. Tokens are those of `HFLM` 0.4.13: the same library
+encodes the same strings (`encoder.py`), context and continuation are cut apart as there, and a text
+that begins with BOS gets no second one. All requests of a call form one tree (`likelihood.py`).
+Text is generated in batches with a key-value cache (`teachers/generate.py`); greedy text equals
+that of transformers up to rounding.
 """
 
 import json
-import tempfile
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from lm_eval.api.model import TemplateLM
-from lm_eval.api.registry import register_model
-from lm_eval.models.utils import has_bos_prefix
-from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from xinslm import __version__
 from xinslm.device import pick_device
+from xinslm.errors import XinslmError
+from xinslm.evaluate.harness.encoder import Encoder
 from xinslm.evaluate.harness.generate import answer
+from xinslm.evaluate.harness.library import (
+    TemplateLM,
+    get_rolling_token_windows,
+    has_bos_prefix,
+    make_disjoint_window,
+    register_model,
+)
 from xinslm.evaluate.harness.start import no_collection
 from xinslm.evaluate.journal import Journal
 from xinslm.evaluate.likelihood import LikelihoodScorer, Pair, Tell
 from xinslm.evaluate.scorers import load_scorer
+from xinslm.machine import return_free_memory
 from xinslm.ranges import Activations
-from xinslm.tokenizer.base import Tokenizer
 
 ENCODE_AT_ONCE = 1024
 """Strings in one call of the tokenizer."""
@@ -72,7 +76,8 @@ class XinslmLM(TemplateLM):
         path = Path(pretrained)
         with no_collection():
             self.model, self.facts = load_scorer(path, place, dtype, context, activations)
-            self.tokenizer = _tokenizer(self.model.tokenizer)
+            self.tokenizer = Encoder(self.model.tokenizer)
+        return_free_memory()
         self.scorer = LikelihoodScorer(self.model, int(batch_tokens))
         self.add_bos_token, self._device, self.dtype = add_bos_token, place, dtype
         self.tell: Tell = lambda done, total, unit: None
@@ -84,14 +89,17 @@ class XinslmLM(TemplateLM):
 
     @property
     def eot_token_id(self) -> int:
-        """Id of EOS."""
-        return int(self.tokenizer.eos_token_id)
+        """Id of EOS; XinslmError if the tokenizer has none."""
+        found = self.tokenizer.eos_token_id
+        if found is None:
+            raise XinslmError(f"{self.model.name}: the tokenizer names no end token (eos_token)")
+        return found
 
     @property
     def prefix_token_id(self) -> int:
         """What a text without context is predicted from: BOS, else EOS."""
         bos = self.tokenizer.bos_token_id
-        return self.eot_token_id if bos is None else int(bos)
+        return self.eot_token_id if bos is None else bos
 
     @property
     def max_length(self) -> int:
@@ -272,16 +280,3 @@ def _move_spaces(context: str, continuation: str) -> tuple[str, str]:
     """Move trailing spaces of the context to the continuation; tokens begin with a space."""
     kept = context.rstrip()
     return (kept, context[len(kept) :] + continuation) if context else (context, continuation)
-
-
-def _tokenizer(tokenizer: Tokenizer) -> Any:
-    """A tokenizer as transformers' class; one that cuts texts was refused before.
-
-    It is the class that `AutoTokenizer` takes for what `save` writes; that one imports the
-    configurations of all models first, which takes half a second.
-    """
-    from transformers import PreTrainedTokenizerFast
-
-    with tempfile.TemporaryDirectory() as folder:
-        tokenizer.save(Path(folder))
-        return PreTrainedTokenizerFast.from_pretrained(folder)

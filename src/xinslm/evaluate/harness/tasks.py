@@ -8,16 +8,21 @@ ask and how they score stays the harness's own code.
 import contextlib
 import io
 import logging
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import datasets
-
 from xinslm.errors import UsageError, XinslmError
 from xinslm.evaluate.harness.local_data import local_datasets
-from xinslm.evaluate.harness.start import late_modules, no_collection, quick_templates
+from xinslm.evaluate.harness.start import (
+    DATASETS,
+    LateModule,
+    late_modules,
+    no_collection,
+    quick_templates,
+)
 
 FEWSHOT_SEED = 1234
 """The harness's own."""
@@ -47,10 +52,9 @@ def load_tasks(names: Sequence[str], data: Path | None = None) -> LoadedTasks:
     """
     shots = {name: number for name, number in map(_parse, names)}
     names = list(shots)
-    with quick_templates(), quiet(), no_collection():
+    with late_modules(), quick_templates(), quiet(), no_collection():
         manager = _manager(names)
         with contextlib.ExitStack() as stack:
-            stack.enter_context(late_modules())
             local = None if data is None else stack.enter_context(local_datasets(data, late=True))
             try:
                 loaded = manager.load(list(names))
@@ -106,7 +110,7 @@ def _rows(docs: Any, numbers: Sequence[int]) -> Any:
 
 def _draws_examples(task: Any) -> bool:
     """Whether the examples in the prompts come from one random sequence."""
-    from lm_eval.api.samplers import FirstNSampler
+    from xinslm.evaluate.harness.library import FirstNSampler
 
     return bool(task.get_config("num_fewshot")) and not isinstance(
         getattr(task, "sampler", None), FirstNSampler
@@ -126,7 +130,8 @@ def _parse(name: str) -> tuple[str, int | None]:
 def _manager(names: Sequence[str]) -> Any:
     """A `TaskManager` that knows `names`; UsageError if there is no such task."""
     import lm_eval
-    from lm_eval.tasks import TaskManager
+
+    from xinslm.evaluate.harness.library import TaskManager
 
     root = Path(lm_eval.__file__).parent / "tasks"
     folders = {folder for name in names for folder in _folders(root, name)}
@@ -191,13 +196,22 @@ def _set_fewshot(name: str, task: Any, number: int | None) -> None:
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """No progress bars and no log lines of the harness inside."""
-    level, bars = logging.getLogger("lm_eval").level, datasets.are_progress_bars_disabled()
+    level, bars = logging.getLogger("lm_eval").level, _progress_bars()
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    datasets.disable_progress_bars()
+    if bars is not None:
+        bars.disable_progress_bars()
     try:
         with contextlib.redirect_stderr(io.StringIO()):
             yield
     finally:
         logging.getLogger("lm_eval").setLevel(level)
-        if not bars:
-            datasets.enable_progress_bars()
+        if bars is not None:
+            bars.enable_progress_bars()
+
+
+def _progress_bars() -> Any:
+    """`datasets`, if it is imported and shows progress bars."""
+    library = sys.modules.get(DATASETS)
+    if library is None or isinstance(library, LateModule):
+        return None
+    return None if library.are_progress_bars_disabled() else library
