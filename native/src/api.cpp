@@ -211,13 +211,13 @@ int32_t xl_product(const char *kernels, int32_t type, int64_t rows, int64_t colu
         if (count >= xl::kMostProducts) throw std::runtime_error("a product of " + std::to_string(count) + " tokens");
         auto values = xl::allocate<float>(count * width), steps = xl::allocate<float>(count * blocks);
         auto codes = xl::allocate<int8_t>(count * width);
-        auto sums = xl::allocate<int32_t>(count * blocks);
+        auto offsets = xl::allocate<int32_t>(count * blocks);
         for (size_t t = 0; t < count; t++) {
             std::memcpy(values.get() + t * width, x + t * m.columns, m.columns * sizeof(float));
             k.quantize(values.get() + t * width, width, codes.get() + t * width, steps.get() + t * blocks,
-                       sums.get() + t * blocks);
+                       offsets.get() + t * blocks);
         }
-        const xl::Inputs inputs{codes.get(), steps.get(), sums.get(), values.get(), width};
+        const xl::Inputs inputs{codes.get(), steps.get(), offsets.get(), values.get(), width};
         std::vector<float> tile(count * xl::kTileRows);
         for (size_t i = 0; i < m.tiles(); i++) {
             k.tile[static_cast<int>(m.format)](m.tile(i), m.columns, inputs, 0, static_cast<int>(count), tile.data());

@@ -1,7 +1,7 @@
 // The part of Context that deals with heads: biases, norms, rotary positions, and attention.
 //
-// Softmax runs over pages in order inside a span of 512 positions, and over spans in order. Spans
-// begin at multiples of 512, so the bits of a result do not depend on threads or chunks.
+// Softmax runs over spans of 512 positions, and spans are joined in order. They begin at multiples of
+// 512, so the bits of a result do not depend on threads or chunks.
 #include <algorithm>
 #include <cmath>
 #include <cstring>
@@ -27,11 +27,6 @@ void rotate(float *head, const float *table, size_t size, bool interleaved) {
 void add_bias(float *head, const std::vector<float> &bias, size_t at, size_t size) {
     if (!bias.empty())
         for (size_t i = 0; i < size; i++) head[i] += bias[at + i];
-}
-
-void clear(SoftmaxState *states, float *outputs, size_t rows, size_t size) {
-    for (size_t r = 0; r < rows; r++) states[r] = {-std::numeric_limits<float>::infinity(), 0.0f};
-    std::memset(outputs, 0, rows * size * sizeof(float));
 }
 
 bool is_empty(const SoftmaxState &state) {
@@ -133,7 +128,6 @@ void Context::attend_unit(const Unit &unit, int layer, float *scratch) {
     SoftmaxState states[kMostRows], later[kMostRows];
     if (unit.span >= 0) {
         float *to = partial_.data() + static_cast<size_t>(&unit - units_.data()) * partial_stride_;
-        clear(states, outputs, rows, size);
         attend_span(unit, layer, unit.span, queries, states, outputs);
         std::memcpy(to, outputs, rows * size * sizeof(float));
         std::memcpy(to + rows * size, states, rows * sizeof(SoftmaxState));
@@ -141,10 +135,8 @@ void Context::attend_unit(const Unit &unit, int layer, float *scratch) {
     }
     const auto first = static_cast<int>(cache.first_seen(unit.position) / kSpanTokens);
     const auto last = static_cast<int>((unit.position + unit.count - 1) / kSpanTokens);
-    clear(states, outputs, rows, size);
     attend_span(unit, layer, first, queries, states, outputs);
     for (int span = first + 1; span <= last; span++) {
-        clear(later, partial, rows, size);
         attend_span(unit, layer, span, queries, later, partial);
         join_rows(kernels, rows, size, states, outputs, later, partial);
     }
@@ -155,19 +147,20 @@ void Context::attend_span(const Unit &unit, int layer, int span, const float *qu
                           float *outputs) {
     const int group = model_.shape.heads / model_.shape.key_heads, rows = unit.count * group;
     const int64_t last = unit.position + unit.count - 1;
-    const int64_t begin = std::max<int64_t>(static_cast<int64_t>(span) * kSpanTokens, cache.first_seen(unit.position));
-    const int64_t end = std::min<int64_t>(static_cast<int64_t>(span + 1) * kSpanTokens, last + 1);
+    const int64_t start = static_cast<int64_t>(span) * kSpanTokens;
+    const int64_t begin = std::max<int64_t>(start, cache.first_seen(unit.position));
+    const int64_t end = std::min<int64_t>(start + kSpanTokens, last + 1);
+    PageView pages[kSpanTokens / kPageTokens] = {};
+    for (int64_t at = begin / kPageTokens * kPageTokens; at < end; at += kPageTokens)
+        pages[(at - start) / kPageTokens] = cache.page(unit.sequence, at, layer, unit.key_head);
     Range seen[kMostRows];
-    for (int64_t at = begin / kPageTokens * kPageTokens; at < end; at += kPageTokens) {
-        for (int t = 0; t < unit.count; t++) {
-            const int64_t p = unit.position + t;
-            const auto from = static_cast<int>(std::max<int64_t>(cache.first_seen(p) - at, 0));
-            const auto to = static_cast<int>(std::min<int64_t>(p + 1 - at, kPageTokens));
-            for (int g = 0; g < group; g++) seen[t * group + g] = {from, to};
-        }
-        kernels.attend[cache.int8()](cache.page(unit.sequence, at, layer, unit.key_head), cache.head_size(), rows,
-                                     queries, seen, states, outputs);
+    for (int t = 0; t < unit.count; t++) {
+        const int64_t p = unit.position + t;
+        const auto from = static_cast<int>(std::max<int64_t>(cache.first_seen(p) - start, 0));
+        const auto to = static_cast<int>(std::min<int64_t>(p + 1 - start, kSpanTokens));
+        for (int g = 0; g < group; g++) seen[t * group + g] = {from, to};
     }
+    kernels.attend[cache.int8()](pages, cache.head_size(), rows, queries, seen, states, outputs);
 }
 
 void Context::join_spans(int thread) {

@@ -17,7 +17,8 @@ namespace xl {
 namespace {
 
 constexpr int kChunkTokens = 256;  // tokens that go through a layer at once
-constexpr int kQueryRows = 32;     // queries that share the keys of a unit
+constexpr int kQueryRows = 48;     // queries that share the keys of a unit
+constexpr int kGatedTokens = 48;   // tokens whose gates stay in the first-level cache
 
 long process_id() {
 #if defined(_WIN32)
@@ -33,29 +34,28 @@ size_t padded(int32_t size) { return round_up(static_cast<size_t>(size), kBlock)
 
 Context::Buffer::Buffer(size_t tokens, size_t columns)
     : codes(allocate<int8_t>(tokens * columns)), scales(allocate<float>(tokens * columns / kBlock)),
-      values(allocate<float>(tokens * columns)), sums(allocate<int32_t>(tokens * columns / kBlock)) {}
+      values(allocate<float>(tokens * columns)), offsets(allocate<int32_t>(tokens * columns / kBlock)) {}
 
 Inputs Context::Buffer::view(size_t columns) const {
-    return {codes.get(), scales.get(), sums.get(), values.get(), columns};
+    return {codes.get(), scales.get(), offsets.get(), values.get(), columns};
 }
 
 Context::Context(const Model &model, int threads, const char *names, bool int8_cache, int64_t max_tokens)
     : cache(model.shape, int8_cache, max_tokens), kernels(kernels_named(names)), model_(model), threads_(threads),
       hidden_(padded(model.shape.hidden_size)), queries_(padded(model.shape.heads * model.shape.head_size)),
-      keys_(static_cast<size_t>(model.shape.key_heads * model.shape.head_size)), ffn_(padded(model.shape.ffn_size)),
-      width_(std::max(std::max(hidden_, ffn_), queries_)) {
+      keys_(static_cast<size_t>(model.shape.key_heads * model.shape.head_size)), ffn_(padded(model.shape.ffn_size)) {
     if (threads < 1 || threads > 1024) throw std::runtime_error("threads must be 1 to 1024");
     if (max_tokens < 1) throw std::runtime_error("the cache must hold at least one token");
     model.require_complete();
     x_ = allocate<float>(kChunkTokens * hidden_);
     qkv_ = allocate<float>(kChunkTokens * (queries_ + 2 * keys_));
     attended_ = allocate<float>(kChunkTokens * queries_);
-    gates_ = allocate<float>(kChunkTokens * ffn_);
-    shared_.reset(new Buffer(kChunkTokens, width_));
+    shared_.reset(new Buffer(kChunkTokens, std::max(hidden_, queries_)));
+    gated_.reset(new Buffer(kChunkTokens, ffn_));
     const auto group = static_cast<size_t>(model.shape.heads / model.shape.key_heads);
     const size_t rows = std::max(group, static_cast<size_t>(kQueryRows));
     for (int i = 0; i < threads; i++) {
-        own_.emplace_back(new Buffer(1, width_));
+        own_.emplace_back(new Buffer(1, std::max(hidden_, queries_)));
         scratch_.push_back(allocate<float>(3 * rows * static_cast<size_t>(cache.head_size())));
     }
     start_team();
@@ -255,27 +255,24 @@ void Context::forward(int thread) {
     const size_t stride = queries_ + 2 * keys_;
     for (int i = 0; i < s.layers; i++) {
         const Layer &layer = model_.layers[static_cast<size_t>(i)];
-        normalized(thread, x_.get(), layer.attention_norm, count_);
+        const Inputs x = normalized(thread, layer.attention_norm, count_);
         const Product qkv[] = {{&layer.q, qkv_.get(), stride, false},
                                {&layer.k, qkv_.get() + queries_, stride, false},
                                {&layer.v, qkv_.get() + queries_ + keys_, stride, false}};
-        products(thread, qkv, 3, count_);
+        products(thread, qkv, 3, x, count_);
         team_->barrier();
         prepare_heads(thread, i);
         if (thread == 0) next_unit_.store(0, std::memory_order_relaxed);
         team_->barrier();
         attention(thread, i);
         team_->barrier();
-        rounded(thread, attended_.get(), queries_, queries_, count_);
         const Product out{&layer.o, x_.get(), hidden_, true};
-        products(thread, &out, 1, count_);
+        products(thread, &out, 1, rounded(thread), count_);
         team_->barrier();
-        normalized(thread, x_.get(), layer.ffn_norm, count_);
-        gated(thread, layer, count_);
+        gated(layer, Part(ffn_ / kBlock, thread, threads_), normalized(thread, layer.ffn_norm, count_));
         team_->barrier();
-        rounded(thread, gates_.get(), ffn_, ffn_, count_);
         const Product down{&layer.down, x_.get(), hidden_, true};
-        products(thread, &down, 1, count_);
+        products(thread, &down, 1, gated_->view(ffn_), count_);
         team_->barrier();
     }
     if (states_) {
@@ -288,35 +285,42 @@ void Context::forward(int thread) {
     head(thread, logits_);
 }
 
-// Norm and rounding of some tokens; the barrier is for those of other threads.
-void Context::normalized(int thread, const float *x, const std::vector<float> &norm, int count) {
+// Tokens that a thread normalizes or rounds. A single one is every thread's own.
+Part Context::own_part(int thread, int count) const {
+    return count_ == 1 ? Part(1, 0, 1) : Part(static_cast<size_t>(count), thread, threads_);
+}
+
+// Norm and rounding of the first tokens, or of those at `places`; the barrier is for other threads'.
+Inputs Context::normalized(int thread, const std::vector<float> &norm, int count, const int *places) {
     const Inputs to = inputs(thread, hidden_);
-    const bool alone = count_ == 1;
-    const Part part(static_cast<size_t>(count), alone ? 0 : thread, alone ? 1 : threads_);
-    const auto size = static_cast<size_t>(model_.shape.hidden_size);
-    for (size_t t = part.begin; t < part.end; t++)
-        kernels.rms_norm(x + t * hidden_, norm.data(), size, model_.shape.eps, to.values + t * hidden_);
-    round_tokens(to, to.values, hidden_, hidden_, part);
-    if (!alone) team_->barrier();
+    const Part part = own_part(thread, count);
+    for (size_t t = part.begin; t < part.end; t++) {
+        const size_t from = places ? static_cast<size_t>(places[t]) : t;
+        kernels.rms_norm(x_.get() + from * hidden_, norm.data(), static_cast<size_t>(model_.shape.hidden_size),
+                         model_.shape.eps, to.values + t * hidden_);
+        round(to, t, 0, hidden_, to.values + t * hidden_);
+    }
+    if (count_ != 1) team_->barrier();
+    return to;
 }
 
-void Context::rounded(int thread, const float *x, size_t stride, size_t columns, int count) {
-    const Inputs to = inputs(thread, columns);
-    const bool alone = count_ == 1;
-    const Part part(static_cast<size_t>(count), alone ? 0 : thread, alone ? 1 : threads_);
-    for (size_t t = part.begin; t < part.end; t++)
-        std::memcpy(to.values + t * columns, x + t * stride, columns * sizeof(float));
-    round_tokens(to, x, stride, columns, part);
-    if (!alone) team_->barrier();
+// What attention gave, rounded. Float weights read it where it is.
+Inputs Context::rounded(int thread) {
+    Inputs to = inputs(thread, queries_);
+    to.values = attended_.get();
+    const Part part = own_part(thread, count_);
+    for (size_t t = part.begin; t < part.end; t++) round(to, t, 0, queries_, to.values + t * queries_);
+    if (count_ != 1) team_->barrier();
+    return to;
 }
 
-void Context::round_tokens(const Inputs &to, const float *x, size_t stride, size_t columns, Part part) {
-    const size_t blocks = columns / kBlock;
-    for (size_t t = part.begin; t < part.end; t++)
-        kernels.quantize(x + t * stride, columns, to.codes + t * columns, to.scales + t * blocks, to.sums + t * blocks);
+// Codes of `size` inputs of a token, from column `first` on.
+void Context::round(const Inputs &to, size_t token, size_t first, size_t size, const float *values) const {
+    const size_t at = token * to.columns + first;
+    kernels.quantize(values, size, to.codes + at, to.scales + at / kBlock, to.offsets + at / kBlock);
 }
 
-void Context::products(int thread, const Product *list, size_t size, int count) {
+void Context::products(int thread, const Product *list, size_t size, const Inputs &x, int count) {
     size_t total = 0;
     for (size_t i = 0; i < size; i++) total += list[i].matrix->tiles();
     const Part part(total, thread, threads_);
@@ -324,8 +328,7 @@ void Context::products(int thread, const Product *list, size_t size, int count) 
     for (size_t i = 0; i < size; i++) {
         const Matrix &m = *list[i].matrix;
         const size_t begin = std::max(part.begin, first), end = std::min(part.end, first + m.tiles());
-        if (begin < end)
-            tiles(list[i], begin - first, end - first, inputs(thread, round_up(m.columns, kBlock)), count);
+        if (begin < end) tiles(list[i], begin - first, end - first, x, count);
         first += m.tiles();
     }
 }
@@ -348,18 +351,34 @@ void Context::tiles(const Product &product, size_t begin, size_t end, const Inpu
     }
 }
 
-// silu(gate x) * (up x), tile by tile
-void Context::gated(int thread, const Layer &layer, int count) {
-    const Inputs x = inputs(thread, hidden_);
-    alignas(64) float gate[kChunkTokens * kTileRows], up[kChunkTokens * kTileRows];
-    const Part part(layer.gate.tiles(), thread, threads_);
-    for (size_t tile = part.begin; tile < part.end; tile++) {
-        kernels.tile[static_cast<int>(layer.gate.format)](layer.gate.tile(tile), layer.gate.columns, x, 0, count, gate);
-        kernels.tile[static_cast<int>(layer.up.format)](layer.up.tile(tile), layer.up.columns, x, 0, count, up);
-        const size_t row = tile * kTileRows, rows = std::min<size_t>(kTileRows, layer.gate.rows - row);
-        for (int t = 0; t < count; t++) {
-            kernels.silu_product(gate + kTileRows * t, up + kTileRows * t);
-            std::memcpy(gates_.get() + static_cast<size_t>(t) * ffn_ + row, gate + kTileRows * t, rows * sizeof(float));
+// silu(gate x) * (up x), 32 rows at a time: a block of the down projection's inputs, which is rounded
+// while it is in the cache.
+void Context::gated(const Layer &layer, Part blocks, const Inputs &x) const {
+    const Inputs to = gated_->view(ffn_);
+    const auto gate_kernel = kernels.tile[static_cast<int>(layer.gate.format)];
+    const auto up_kernel = kernels.tile[static_cast<int>(layer.up.format)];
+    alignas(64) float gate[kGatedTokens * kTileRows], up[kGatedTokens * kTileRows], values[kGatedTokens][kBlock] = {};
+    for (size_t block = blocks.begin; block < blocks.end; block++) {
+        const size_t first = block * kBlock, end = std::min(first + kBlock, layer.gate.rows);
+        if (end < first + kBlock) std::memset(values, 0, sizeof values);
+        for (int done = 0; done < count_; done += kGatedTokens) {
+            const int count = std::min(kGatedTokens, count_ - done);
+            for (size_t row = first; row < end; row += kTileRows) {
+                gate_kernel(layer.gate.tile(row / kTileRows), layer.gate.columns, x, done, count, gate);
+                up_kernel(layer.up.tile(row / kTileRows), layer.up.columns, x, done, count, up);
+                for (int t = 0; t < count; t++) {
+                    kernels.silu_product(gate + kTileRows * t, up + kTileRows * t);
+                    std::memcpy(values[t] + (row - first), gate + kTileRows * t,
+                                std::min<size_t>(kTileRows, end - row) * sizeof(float));
+                }
+            }
+            for (int t = 0; t < count; t++) {
+                const auto token = static_cast<size_t>(done + t);
+                if (layer.down.is_float())
+                    std::memcpy(to.values + token * ffn_ + first, values[t], sizeof values[t]);
+                else
+                    round(to, token, first, kBlock, values[t]);
+            }
         }
     }
 }
@@ -367,18 +386,9 @@ void Context::gated(int thread, const Layer &layer, int count) {
 // The last layer's outputs at the wanted tokens, through the norm and the head.
 void Context::head(int thread, float *logits) {
     if (!wanted_count_) return;
-    const auto size = static_cast<size_t>(model_.shape.hidden_size);
-    const auto vocabulary = static_cast<size_t>(model_.shape.vocabulary);
-    const Inputs to = inputs(thread, hidden_);
-    const bool alone = count_ == 1;
-    const Part part(static_cast<size_t>(wanted_count_), alone ? 0 : thread, alone ? 1 : threads_);
-    for (size_t i = part.begin; i < part.end; i++)
-        kernels.rms_norm(x_.get() + static_cast<size_t>(wanted_[i]) * hidden_, model_.final_norm.data(), size,
-                         model_.shape.eps, to.values + i * hidden_);
-    round_tokens(to, to.values, hidden_, hidden_, part);
-    if (!alone) team_->barrier();
-    const Product product{&model_.head(), logits, vocabulary, false};
-    products(thread, &product, 1, wanted_count_);
+    const Inputs x = normalized(thread, model_.final_norm, wanted_count_, wanted_.data());
+    const Product product{&model_.head(), logits, static_cast<size_t>(model_.shape.vocabulary), false};
+    products(thread, &product, 1, x, wanted_count_);
 }
 
 }  // namespace xl

@@ -14,8 +14,6 @@
 
 namespace xl {
 
-constexpr int kSpanTokens = 8 * kPageTokens;  // keys of one partial softmax
-
 class Context {
   public:
     Context(const Model &model, int threads, const char *kernels, bool int8_cache, int64_t max_tokens);
@@ -53,7 +51,7 @@ class Context {
     struct Buffer {
         Memory<int8_t> codes;
         Memory<float> scales, values;
-        Memory<int32_t> sums;
+        Memory<int32_t> offsets;
         Buffer(size_t tokens, size_t columns);
         Inputs view(size_t columns) const;
     };
@@ -82,12 +80,13 @@ class Context {
     void chunk(int count, const int32_t *tokens, const int32_t *sequences, const uint8_t *wanted);
     void plan_attention();
     void forward(int thread);
-    void normalized(int thread, const float *x, const std::vector<float> &norm, int count);
-    void rounded(int thread, const float *x, size_t stride, size_t columns, int count);
-    void round_tokens(const Inputs &to, const float *x, size_t stride, size_t columns, Part part);
-    void products(int thread, const Product *list, size_t size, int count);
+    Part own_part(int thread, int count) const;
+    Inputs normalized(int thread, const std::vector<float> &norm, int count, const int *places = nullptr);
+    Inputs rounded(int thread);
+    void round(const Inputs &to, size_t token, size_t first, size_t size, const float *values) const;
+    void products(int thread, const Product *list, size_t size, const Inputs &x, int count);
     void tiles(const Product &product, size_t begin, size_t end, const Inputs &x, int count) const;
-    void gated(int thread, const Layer &layer, int count);
+    void gated(const Layer &layer, Part blocks, const Inputs &x) const;
     void prepare_heads(int thread, int layer);
     void attention(int thread, int layer);
     void attend_unit(const Unit &unit, int layer, float *scratch);
@@ -100,7 +99,7 @@ class Context {
 
     const Model &model_;
     const int threads_;
-    const size_t hidden_, queries_, keys_, ffn_, width_;  // width_: the widest input of a product
+    const size_t hidden_, queries_, keys_, ffn_;
     std::unique_ptr<Team> team_;
     long process_;
     std::atomic<long> holder_{0};        // the process whose thread is in a call, or 0
@@ -108,8 +107,8 @@ class Context {
     std::vector<std::pair<int, int64_t>> before_;  // sequences of the call, and their lengths before it
 
     std::vector<float> rotations_;  // [position][cosines of head_size / 2, then sines]
-    Memory<float> x_, qkv_, attended_, gates_;
-    std::unique_ptr<Buffer> shared_;                // inputs of all tokens of a chunk
+    Memory<float> x_, qkv_, attended_;
+    std::unique_ptr<Buffer> shared_, gated_;        // inputs of all tokens of a chunk; of `down`
     std::vector<std::unique_ptr<Buffer>> own_;      // one token, for each thread
     std::vector<Memory<float>> scratch_;            // attention, for each thread
 

@@ -121,20 +121,20 @@ size_t tile_bytes(Format format, size_t columns) {
 struct Tokens {
     Tokens(const Kernels &kernels, size_t count, size_t columns, const std::string &kind, Random &random)
         : width((columns + kBlock - 1) / kBlock * kBlock), codes(count * width), scales(count * width / kBlock),
-          values(count * width), sums(count * width / kBlock) {
+          values(count * width), offsets(count * width / kBlock) {
         for (size_t t = 0; t < count; t++) {
             fill(random, kind, values.get() + t * width, columns);
             const size_t at = t * (width / kBlock);
             kernels.quantize(values.get() + t * width, width, codes.get() + t * width, scales.get() + at,
-                             sums.get() + at);
+                             offsets.get() + at);
         }
     }
-    Inputs view() const { return {codes.get(), scales.get(), sums.get(), values.get(), width}; }
+    Inputs view() const { return {codes.get(), scales.get(), offsets.get(), values.get(), width}; }
 
     size_t width;
     Guarded<int8_t> codes;
     Guarded<float> scales, values;
-    Guarded<int32_t> sums;
+    Guarded<int32_t> offsets;
 };
 
 void quantize(const Kernels &kernels) {
@@ -145,7 +145,7 @@ void quantize(const Kernels &kernels) {
             const Tokens tokens(kernels, 3, columns, kind, random);
             hash.add(tokens.codes.get(), tokens.codes.size());
             hash.add(tokens.scales.get(), tokens.scales.size());
-            hash.add(tokens.sums.get(), tokens.sums.size());
+            hash.add(tokens.offsets.get(), tokens.offsets.size());
         }
         hash.print(std::string("quantize ") + kind);
     }
@@ -240,31 +240,38 @@ void attention(const Kernels &kernels, const char *name, const std::string &kind
     for (int size : {16, 48, 64, 80, 128}) {
         Hash hash;
         const auto width = static_cast<size_t>(size), numbers = kPageTokens * width;
-        for (int rows = 1; rows <= 9; rows++) {
+        for (int rows : {1, 2, 3, 4, 5, 9, 13, 24}) {
             Random random(static_cast<uint64_t>(size * 10 + rows));
-            Guarded<T> keys(numbers), values(numbers);
-            Guarded<float> key_scales(kPageTokens), value_scales(kPageTokens);
+            constexpr int kPages = kSpanTokens / kPageTokens;
+            Guarded<T> keys(kPages * numbers), values(kPages * numbers);
+            Guarded<float> key_scales(kSpanTokens), value_scales(kSpanTokens);
             const auto count = static_cast<size_t>(rows);
             Guarded<float> queries(count * width), outputs(count * width);
-            std::vector<SoftmaxState> states(count, {-INFINITY, 0.0f});
+            std::vector<SoftmaxState> states(count);
             fill(random, kind, queries.get(), queries.size());
-            for (int page = 0; page < 3; page++) {
-                fill_cache(random, odd, keys.get(), numbers);
-                fill_cache(random, odd, values.get(), numbers);
-                for (size_t i = 0; i < kPageTokens; i++) {
-                    key_scales[i] = 0.01f + 0.005f * random.uniform();
-                    value_scales[i] = 0.02f * random.uniform();
-                }
-                if (odd) key_scales[static_cast<size_t>(random.below(kPageTokens))] = NAN;
+            fill_cache(random, odd, keys.get(), keys.size());
+            fill_cache(random, odd, values.get(), values.size());
+            for (size_t i = 0; i < kSpanTokens; i++) {
+                key_scales[i] = 0.01f + 0.005f * random.uniform();
+                value_scales[i] = 0.02f * random.uniform();
+            }
+            if (odd) key_scales[static_cast<size_t>(random.below(kSpanTokens))] = NAN;
+            const bool int8 = sizeof(T) == 1;
+            PageView pages[kPages];
+            for (size_t i = 0; i < kPages; i++)
+                pages[i] = {keys.get() + i * numbers, values.get() + i * numbers,
+                            int8 ? key_scales.get() + i * kPageTokens : nullptr,
+                            int8 ? value_scales.get() + i * kPageTokens : nullptr};
+            // all rows alike, a step apart as in a prompt, or anything
+            for (int way = 0; way < 3; way++) {
                 std::vector<Range> seen;
                 for (int r = 0; r < rows; r++) {
-                    const int begin = random.below(kPageTokens), end = random.below(kPageTokens + 1);
-                    seen.push_back(page ? Range{begin, end} : Range{0, kPageTokens});
+                    const int begin = random.below(kSpanTokens), end = random.below(kSpanTokens + 1);
+                    seen.push_back(way == 0 ? Range{0, kSpanTokens} : way == 1 ? Range{r, 200 + r} : Range{begin, end});
                 }
-                const bool int8 = sizeof(T) == 1;
-                const PageView view{keys.get(), values.get(), int8 ? key_scales.get() : nullptr,
-                                    int8 ? value_scales.get() : nullptr};
-                kernels.attend[int8](view, size, rows, queries.get(), seen.data(), states.data(), outputs.get());
+                kernels.attend[int8](pages, size, rows, queries.get(), seen.data(), states.data(), outputs.get());
+                for (const SoftmaxState &state : states) hash.add(&state.largest, 1), hash.add(&state.total, 1);
+                hash.add(outputs.get(), outputs.size());
             }
             for (size_t r = 0; r + 1 < count; r++)
                 kernels.join(states[r], outputs.get() + r * width, states[r + 1], outputs.get() + (r + 1) * width,

@@ -15,6 +15,7 @@ struct Avx2Base {
     struct I { __m256i a, b; };
     struct Bytes { __m256i a, b; };
     using Dword = __m256i;
+    static constexpr int kRows = 4, kSums = 4;  // attention: 8 of 16 registers
 
     static F zero() { return {_mm256_setzero_ps(), _mm256_setzero_ps()}; }
     static F set(float x) { return {_mm256_set1_ps(x), _mm256_set1_ps(x)}; }

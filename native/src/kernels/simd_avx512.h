@@ -20,6 +20,8 @@ struct Avx512Vnni {
     using Signed = __m512i;
     static constexpr int kTokens = 12;  // 24 sums of 32 registers
     static constexpr int kOffset = 128;
+    // attention: 12 queries times 2 vectors are 24 sums of 32 registers
+    static constexpr int kRows = 12, kSums = 24;
 
     static F zero() { return _mm512_setzero_ps(); }
     static F set(float x) { return _mm512_set1_ps(x); }

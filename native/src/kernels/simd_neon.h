@@ -17,6 +17,7 @@ struct NeonBase {
     using Signed = Bytes;
     using Dword = int8x16_t;
     static constexpr int kOffset = 0;
+    static constexpr int kRows = 4, kSums = 4;  // attention: 16 of 32 registers
 
     template <class Op>
     static F each(Op op) {

@@ -19,6 +19,7 @@ struct Scalar {
     using Large = I;
     static constexpr int kTokens = 4;
     static constexpr int kOffset = 0;
+    static constexpr int kRows = 4, kSums = 4;
 
     template <class Op>
     static F each(Op op) {

@@ -33,16 +33,18 @@ struct Count {
     static constexpr int value = G;
 };
 
-template <class S, class Body>
+template <int kMost, class Body>
 inline void in_groups(int count, Body body) {
-    // Tokens that share a load of weights. More hide the latency of the integer sums and the cost
-    // of unpacking, until registers run out.
+    // Tokens that share a load of weights, or queries that share keys. More hide the latency of the
+    // sums and the cost of unpacking, until registers run out.
     int done = 0;
-    for (; count - done >= S::kTokens; done += S::kTokens) body(Count<S::kTokens>(), done);
-    if constexpr (S::kTokens > 8)
+    for (; count - done >= kMost; done += kMost) body(Count<kMost>(), done);
+    if constexpr (kMost > 8)
         for (; count - done >= 8; done += 8) body(Count<8>(), done);
-    if constexpr (S::kTokens > 4)
+    if constexpr (kMost > 4)
         for (; count - done >= 4; done += 4) body(Count<4>(), done);
+    if constexpr (kMost > 3)
+        if (count - done == 3) return body(Count<3>(), done);
     for (; count - done >= 2; done += 2) body(Count<2>(), done);
     if (done < count) body(Count<1>(), done);
 }
@@ -56,13 +58,13 @@ struct Group {
             codes[g] = x.codes + (first + g) * x.columns;
         }
         scales = x.scales + first * stride;
-        totals = x.sums + first * stride;
+        offsets = x.offsets + first * stride;
     }
 
     // Four codes of block `b`, from column `c` of it on.
     typename S::Dword dword(int g, size_t b, int c) const { return S::dword(codes[g] + kBlock * b + c); }
     float scale(int g, size_t b) const { return scales[g * stride + b]; }
-    int32_t total(int g, size_t b) const { return totals[g * stride + b]; }
+    int32_t offset(int g, size_t b) const { return offsets[g * stride + b]; }
 
     // Adds the integer sums of block `b`, whose weights have the scales `weight_scale`.
     void add(int g, size_t b, typename S::I sum, typename S::F weight_scale) {
@@ -78,7 +80,7 @@ struct Group {
   private:
     const int8_t *codes[G];
     const float *scales;
-    const int32_t *totals;
+    const int32_t *offsets;
     const size_t stride;
 };
 
@@ -101,10 +103,10 @@ inline void q4_group(const uint8_t *w, size_t blocks, const Inputs &x, int first
         const typename S::F scale = S::load_half(w + 256);
         for (int g = 0; g < G; g++) {
             typename S::I sum = S::small_total(small[g]);
-            if (!kMinima) sum = S::add_int(sum, -8 * group.total(g, b));  // codes are stored plus 8
+            if (!kMinima) sum = S::add_int(sum, group.offset(g, b));
             group.add(g, b, sum, scale);
             if (kMinima) {
-                const float along = group.scale(g, b) * static_cast<float>(group.total(g, b));
+                const float along = group.scale(g, b) * (static_cast<float>(group.offset(g, b)) * -0.125f);
                 group.sums[g] = S::fma(S::load_half(w + 288), S::set(along), group.sums[g]);
             }
         }
@@ -126,7 +128,7 @@ inline void q8_group(const uint8_t *w, size_t blocks, const Inputs &x, int first
         const typename S::F scale = S::load_half(w + 512);
         for (int g = 0; g < G; g++) {
             typename S::I sum = S::large_total(large[g]);
-            if (S::kOffset) sum = S::add_int(sum, -S::kOffset * group.total(g, b));
+            if (S::kOffset) sum = S::add_int(sum, S::kOffset / 8 * group.offset(g, b));
             group.add(g, b, sum, scale);
         }
     }
@@ -151,7 +153,7 @@ inline void float_group(const uint8_t *w, size_t columns, const Inputs &x, int f
 
 template <class S, bool kMinima>
 void q4_tile(const uint8_t *w, size_t columns, const Inputs &x, int first, int count, float *out) {
-    in_groups<S>(count, [&](auto g, int at) {
+    in_groups<S::kTokens>(count, [&](auto g, int at) {
         q4_group<S, kMinima, decltype(g)::value>(w, columns / kBlock, x, first + at,
                                                  out + kTileRows * at);
     });
@@ -159,7 +161,7 @@ void q4_tile(const uint8_t *w, size_t columns, const Inputs &x, int first, int c
 
 template <class S>
 void q8_tile(const uint8_t *w, size_t columns, const Inputs &x, int first, int count, float *out) {
-    in_groups<S>(count, [&](auto g, int at) {
+    in_groups<S::kTokens>(count, [&](auto g, int at) {
         q8_group<S, decltype(g)::value>(w, columns / kBlock, x, first + at, out + kTileRows * at);
     });
 }
@@ -167,13 +169,13 @@ void q8_tile(const uint8_t *w, size_t columns, const Inputs &x, int first, int c
 template <class S, bool kHalf>
 void float_tile(const uint8_t *w, size_t columns, const Inputs &x, int first, int count,
                 float *out) {
-    in_groups<S>(count, [&](auto g, int at) {
+    in_groups<S::kTokens>(count, [&](auto g, int at) {
         float_group<S, kHalf, decltype(g)::value>(w, columns, x, first + at, out + kTileRows * at);
     });
 }
 
 template <class S>
-void quantize_row(const float *x, size_t columns, int8_t *codes, float *scales, int32_t *sums) {
+void quantize_row(const float *x, size_t columns, int8_t *codes, float *scales, int32_t *offsets) {
     for (size_t b = 0; b < columns / kBlock; b++, x += kBlock, codes += kBlock) {
         const typename S::F a = S::load(x), c = S::load(x + 16);
         const float largest = S::largest(S::max(S::abs(a), S::abs(c)));
@@ -182,13 +184,13 @@ void quantize_row(const float *x, size_t columns, int8_t *codes, float *scales, 
         const float scale = half_to_float(float_to_half(largest / 127.0f));
         if (!(odd == 0.0f) || scale == 0.0f) {
             scales[b] = odd == 0.0f ? 0.0f : NAN;
-            sums[b] = 0;
+            offsets[b] = 0;
             std::memset(codes, 0, kBlock);
             continue;
         }
         const typename S::F by = S::set(127.0f / largest);
         scales[b] = scale;
-        sums[b] = S::store_codes(codes, S::mul(a, by)) + S::store_codes(codes + 16, S::mul(c, by));
+        offsets[b] = -8 * (S::store_codes(codes, S::mul(a, by)) + S::store_codes(codes + 16, S::mul(c, by)));
     }
 }
 
@@ -241,110 +243,124 @@ inline typename S::F load_cached(const int8_t *from) {
     return S::load_int8(from);
 }
 
-// Scores of R queries for 64 keys. A key's lane sums over the head in order.
-template <class S, class T, int R>
-inline void page_scores(const T *keys, int size, const float *queries, float (*scores)[kPageTokens]) {
-    for (int block = 0; block < kPageTokens / 16; block++, keys += 16 * size) {
-        typename S::F sums[R];
-        for (int r = 0; r < R; r++) sums[r] = S::zero();
-        for (int d = 0; d < size; d++) {
-            const typename S::F key = load_cached<S>(keys + 16 * d);
-            for (int r = 0; r < R; r++)
-                sums[r] = S::fma(key, S::set(queries[r * size + d]), sums[r]);
+// Vectors of 16 that R queries take at once, so that enough sums are in flight.
+template <class S, int R>
+constexpr int kWide = 4 * R <= S::kSums ? 4 : 2 * R <= S::kSums ? 2 : 1;
+
+// Scores of R queries for 16 B keys of a page. A key's lane sums over the head in order.
+template <class S, class T, int R, int B>
+inline void key_scores(const T *keys, int size, const float *queries, float (*scores)[kSpanTokens], int at) {
+    typename S::F sums[R][B], key[B];
+    for (int r = 0; r < R; r++)
+        for (int b = 0; b < B; b++) sums[r][b] = S::zero();
+    for (int d = 0; d < size; d++) {
+        for (int b = 0; b < B; b++) key[b] = load_cached<S>(keys + 16 * (b * size + d));
+        for (int r = 0; r < R; r++) {
+            const typename S::F query = S::set(queries[r * size + d]);
+            for (int b = 0; b < B; b++) sums[r][b] = S::fma(key[b], query, sums[r][b]);
         }
-        for (int r = 0; r < R; r++) S::store(scores[r] + 16 * block, sums[r]);
     }
+    for (int r = 0; r < R; r++)
+        for (int b = 0; b < B; b++) S::store(scores[r] + at + 16 * b, sums[r][b]);
 }
 
-// Turns scores into exp(score - largest), updates the state, returns the factor of earlier outputs.
-template <class S>
-inline float page_softmax(float *scores, const float *key_scales, const Range &seen,
-                          SoftmaxState &state) {
-    typename S::F largest = S::set(-INFINITY);
-    for (int i = 0; i < kPageTokens; i += 16) {
+// Turns the scores that a query sees into its weights: exp(score - largest), times the value's scale.
+template <class S, bool kScaled>
+inline SoftmaxState span_softmax(float *scores, const PageView *pages, const Range &seen) {
+    const int first = seen.begin / 16 * 16;
+    typename S::F most = S::set(-INFINITY), total = S::zero();
+    for (int i = first; i < seen.end; i += 16) {
         typename S::F score = S::load(scores + i);
-        if (key_scales) score = S::mul(score, S::load(key_scales + i));
-        score = S::inside(score, seen.begin - i, seen.end - i);  // -infinity elsewhere
-        largest = S::max(largest, score);
+        if (kScaled) score = S::mul(score, S::load(pages[i / kPageTokens].key_scales + i % kPageTokens));
+        if (i < seen.begin || i + 16 > seen.end)
+            score = S::inside(score, seen.begin - i, seen.end - i);  // -infinity elsewhere
+        most = S::max(most, score);
         S::store(scores + i, score);
     }
-    const float most = greater(state.largest, S::largest(largest));
-    typename S::F total = S::zero();
-    for (int i = 0; i < kPageTokens; i += 16) {
-        const typename S::F e = exponential<S>(S::sub(S::load(scores + i), S::set(most)));
+    const float largest = S::largest(most);
+    for (int i = first; i < seen.end; i += 16) {
+        const typename S::F e = exponential<S>(S::sub(S::load(scores + i), S::set(largest)));
         total = S::add(total, e);
-        S::store(scores + i, e);
+        if (kScaled)
+            S::store(scores + i, S::mul(e, S::load(pages[i / kPageTokens].value_scales + i % kPageTokens)));
+        else
+            S::store(scores + i, e);
     }
-    float before[16];
-    S::store(before, exponential<S>(S::set(state.largest - most)));
-    state.largest = most;
-    state.total = state.total * before[0] + S::sum(total);
-    return before[0];
+    return {largest, S::sum(total)};
 }
 
-// A row's values from `begin` to `end`, in order.
-template <class S, class T>
-inline typename S::F add_values(typename S::F sum, const T *values, int size, const float *weights, int begin,
-                                int end) {
-    for (int i = begin; i < end; i++) sum = S::fma(load_cached<S>(values + i * size), S::set(weights[i]), sum);
-    return sum;
+// Adds the values from `begin` to `end`, in order, to 16 B columns of R outputs.
+template <class S, class T, int R, int B>
+inline void add_values(typename S::F (*sums)[B], const PageView *pages, int size, int column,
+                       const float (*weights)[kSpanTokens], int begin, int end) {
+    typename S::F value[B];
+    while (begin < end) {
+        const T *values = static_cast<const T *>(pages[begin / kPageTokens].values) + column;
+        for (const int stop = lesser(end, begin / kPageTokens * kPageTokens + kPageTokens); begin < stop; begin++) {
+            for (int b = 0; b < B; b++) value[b] = load_cached<S>(values + begin % kPageTokens * size + 16 * b);
+            for (int r = 0; r < R; r++) {
+                const typename S::F weight = S::set(weights[r][begin]);
+                for (int b = 0; b < B; b++) sums[r][b] = S::fma(value[b], weight, sums[r][b]);
+            }
+        }
+    }
 }
 
 // No row reads a value that it does not see: 0 times what is infinite or NaN is NaN.
-template <class S, class T, int R>
-inline void page_values(const T *values, int size, const float (*weights)[kPageTokens], const float *before,
+template <class S, class T, int R, int B>
+inline void span_values(const PageView *pages, int size, int column, const float (*weights)[kSpanTokens],
                         const Range *seen, const Range &shared, float *outputs) {
-    for (int d = 0; d < size; d += 16) {
-        typename S::F sums[R];
-        for (int r = 0; r < R; r++) {
-            sums[r] = S::mul(S::load(outputs + r * size + d), S::set(before[r]));
-            sums[r] = add_values<S>(sums[r], values + d, size, weights[r], seen[r].begin, shared.begin);
-        }
-        for (int i = shared.begin; i < shared.end; i++) {
-            const typename S::F value = load_cached<S>(values + i * size + d);
-            for (int r = 0; r < R; r++) sums[r] = S::fma(value, S::set(weights[r][i]), sums[r]);
-        }
-        for (int r = 0; r < R; r++) {
-            sums[r] = add_values<S>(sums[r], values + d, size, weights[r], shared.end, seen[r].end);
-            S::store(outputs + r * size + d, sums[r]);
-        }
+    typename S::F sums[R][B];
+    for (int r = 0; r < R; r++) {
+        for (int b = 0; b < B; b++) sums[r][b] = S::zero();
+        add_values<S, T, 1, B>(sums + r, pages, size, column, weights + r, seen[r].begin, shared.begin);
+    }
+    add_values<S, T, R, B>(sums, pages, size, column, weights, shared.begin, shared.end);
+    for (int r = 0; r < R; r++) {
+        add_values<S, T, 1, B>(sums + r, pages, size, column, weights + r, shared.end, seen[r].end);
+        for (int b = 0; b < B; b++) S::store(outputs + r * size + column + 16 * b, sums[r][b]);
     }
 }
 
 template <class S, class T, int R>
-inline void attend_rows(const PageView &page, int size, const float *queries, const Range *seen,
+inline void attend_rows(const PageView *pages, int size, const float *queries, const Range *seen,
                         SoftmaxState *states, float *outputs) {
-    Range shared{0, kPageTokens};  // what all rows see
+    constexpr int B = kWide<S, R>;
+    Range shared{0, kSpanTokens}, any{kSpanTokens, 0};  // what all rows see, what one of them does
     for (int r = 0; r < R; r++) {
-        shared.begin = greater(shared.begin, seen[r].begin);
-        shared.end = lesser(shared.end, seen[r].end);
+        shared = {greater(shared.begin, seen[r].begin), lesser(shared.end, seen[r].end)};
+        any = {lesser(any.begin, seen[r].begin), greater(any.end, seen[r].end)};
     }
     if (shared.begin >= shared.end) {
-        if constexpr (R > 1)
+        if constexpr (R > 1) {
             for (int r = 0; r < R; r++)
-                attend_rows<S, T, 1>(page, size, queries + r * size, seen + r, states + r, outputs + r * size);
+                attend_rows<S, T, 1>(pages, size, queries + r * size, seen + r, states + r, outputs + r * size);
+        } else {
+            states[0] = {-INFINITY, 0.0f};
+            std::memset(outputs, 0, static_cast<size_t>(size) * sizeof(float));
+        }
         return;
     }
-    float scores[R][kPageTokens], before[R] = {};  // gcc 12 takes it for uninitialized
-    page_scores<S, T, R>(static_cast<const T *>(page.keys), size, queries, scores);
-    for (int r = 0; r < R; r++) {
-        before[r] = page_softmax<S>(scores[r], page.key_scales, seen[r], states[r]);
-        if (page.value_scales)
-            for (int i = 0; i < kPageTokens; i++) scores[r][i] *= page.value_scales[i];
+    alignas(64) float scores[R][kSpanTokens];
+    for (int at = any.begin / (16 * B) * (16 * B); at < any.end; at += 16 * B) {
+        const T *keys = static_cast<const T *>(pages[at / kPageTokens].keys) + at % kPageTokens * size;
+        key_scores<S, T, R, B>(keys, size, queries, scores, at);
     }
-    page_values<S, T, R>(static_cast<const T *>(page.values), size, scores, before, seen, shared, outputs);
+    for (int r = 0; r < R; r++) states[r] = span_softmax<S, sizeof(T) == 1>(scores[r], pages, seen[r]);
+    int column = 0;
+    for (; column + 16 * B <= size; column += 16 * B)
+        span_values<S, T, R, B>(pages, size, column, scores, seen, shared, outputs);
+    for (; column < size; column += 16)
+        span_values<S, T, R, 1>(pages, size, column, scores, seen, shared, outputs);
 }
 
 template <class S, class T>
-void attend(const PageView &page, int size, int rows, const float *queries, const Range *seen,
+void attend(const PageView *pages, int size, int rows, const float *queries, const Range *seen,
             SoftmaxState *states, float *outputs) {
-    int r = 0;
-    for (; r + 4 <= rows; r += 4)
-        attend_rows<S, T, 4>(page, size, queries + r * size, seen + r, states + r, outputs + r * size);
-    queries += r * size, outputs += r * size, seen += r, states += r;
-    if (rows - r == 3) attend_rows<S, T, 3>(page, size, queries, seen, states, outputs);
-    if (rows - r == 2) attend_rows<S, T, 2>(page, size, queries, seen, states, outputs);
-    if (rows - r == 1) attend_rows<S, T, 1>(page, size, queries, seen, states, outputs);
+    in_groups<S::kRows>(rows, [&](auto r, int at) {
+        attend_rows<S, T, decltype(r)::value>(pages, size, queries + at * size, seen + at, states + at,
+                                              outputs + at * size);
+    });
 }
 
 template <class S>
