@@ -290,11 +290,12 @@ class Transformer(nn.Module):
         head = "model.embed_tokens" if self.config.tie_word_embeddings else "lm_head"
         self.int8_head = f"{head}.weight" in names
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """(..., hidden) -> (..., vocabulary)."""
+    def logits(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
+        """(..., hidden) -> (..., vocabulary); rows (n, hidden) may go into memory `out`."""
         if self.int8_head:
             return int8_product(hidden, self.head_weight)
-        return F.linear(hidden, self.head_weight.to(hidden.dtype))
+        weight = self.head_weight.to(hidden.dtype)
+        return F.linear(hidden, weight) if out is None else torch.mm(hidden, weight.T, out=out)
 
     def rotary(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Cosine and sine tables (B or 1, 1, T, D) for positions (B or 1, T)."""
