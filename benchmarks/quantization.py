@@ -107,10 +107,10 @@ def _half(scales: Tensor) -> Tensor:
     return torch.where(scales < 0, -rounded, rounded)
 
 
-def _largest_over_eight(blocks: Tensor, weights: Tensor) -> Tensor:
+def _largest_over_eight(blocks: Tensor, weights: Tensor, grid: grids.Grid) -> Tensor:
     """`search_scales` without a search."""
     position = blocks.abs().argmax(dim=1, keepdim=True)
-    return grids.storable(blocks.gather(1, position) / -8).expand(-1, weights.shape[1], -1)
+    return grids.storable(blocks.gather(1, position) / grid.lowest).expand(-1, weights.shape[1], -1)
 
 
 SWITCHED_OFF: dict[str, tuple[Any, str, Callable[..., Tensor]]] = {
