@@ -14,6 +14,7 @@ from small_models import save_dataset, save_random_model
 from xinslm.errors import UsageError, XinslmError
 from xinslm.export import gguf_tensors
 from xinslm.export.config import GgufConfig
+from xinslm.export.cost import divergence, held_out_rows
 from xinslm.export.gguf import run
 from xinslm.model.files import load_model, open_model
 from xinslm.model.k_quants import SUPER_BLOCK
@@ -311,6 +312,16 @@ def test_an_interrupted_run_leaves_the_old_file(model, tmp_path, stage):
     assert {path.name for path in tmp_path.iterdir()} == {"data", "m.gguf", "m.gguf.md"}
     assert (tmp_path / "m.gguf").read_text() == "old"
     assert (tmp_path / "m.gguf.md").read_text() == "old card"
+
+
+def test_measuring_leaves_the_weights_of_the_source(model, tmp_path):
+    """They are a map of its file, which a model that was loaded from it shares."""
+    data = save_dataset(tmp_path / "data", load_tokenizer(model).fingerprint())
+    source, name = open_model(model), f"{UP}.weight"
+    before = source.tensor(name).clone()
+    stored = [(name, torch.zeros_like(before))]
+    found = divergence(source, stored, held_out_rows(data, 64), lambda _: None)
+    assert found.kl > 0.01 and torch.equal(source.tensor(name), before)
 
 
 def test_a_modelfile_and_a_run_folder_go_with_it(model, tmp_path):

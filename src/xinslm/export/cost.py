@@ -99,9 +99,10 @@ def divergence(
     """
     model = source.transformer()
     before = list(_states(model, rows, 0, on_progress))
-    head = model.head_weight.detach().clone()
+    head = model.head_weight.detach()
     for name, weight in stored:
-        model.get_parameter(name).data.copy_(weight)
+        # not in place: the parameters may be the source's own map of its file
+        model.get_parameter(name).data = weight.float()
     kl = same = 0.0
     tokens = 0
     for expected, found in zip(before, _states(model, rows, len(rows), on_progress), strict=True):

@@ -165,7 +165,7 @@ def _round_levels(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Codes, scales, minimums, d and dmin of rows, as in `Q4K`, for unrounded steps and offsets."""
     supers = (-1, _BLOCKS, 1)
-    least, best = torch.tensor(torch.inf), (torch.tensor(0.0),) * 4
+    least, best = torch.tensor(torch.inf), [torch.tensor(0.0)] * 4
     for divisor in _DIVISORS:
         halves = [_half(x.unflatten(0, supers[:2]).amax(1) / divisor) for x in (steps, offsets)]
         halves[0].clamp_(min=_LEAST_D)
@@ -173,13 +173,12 @@ def _round_levels(
         found, error = _round_integers(blocks, weights, (steps, offsets), (d, dmin))
         error = error.unflatten(0, supers[:2]).sum(1).repeat_interleave(_BLOCKS, 0)
         pairs = zip((*found, d, dmin), best, strict=True)
-        best = tuple(torch.where(error < least, *pair) for pair in pairs)
+        best = [torch.where(error < least, *pair) for pair in pairs]
         least = torch.minimum(error, least)
     scales, minimums, d, dmin = best
     codes = _round(blocks, d * scales, dmin * minimums).to(torch.int8).flatten(0, 1)
     scales, minimums = (x.to(torch.uint8)[:, 0].T for x in (scales, minimums))
-    halves = [x.half()[::_BLOCKS, 0].T for x in (d, dmin)]
-    return (codes.T, scales, minimums, *halves)
+    return (codes.T, scales, minimums, d.half()[::_BLOCKS, 0].T, dmin.half()[::_BLOCKS, 0].T)
 
 
 def _half(values: Tensor) -> Tensor:
