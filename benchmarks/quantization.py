@@ -10,6 +10,7 @@ variant choose other calibration rows.
 
 Palettes are those of the Core ML export for the Neural Engine: 16 float16 numbers for 16 or 32 rows
 of a matrix, 4.03 or 4.01 bits a weight with 576 columns; their embedding is a palette of 8 bits.
+Q4_K is that of `export gguf --outtype q4_k`, with Q5_0 for rows that are no multiple of 256.
 
 Rows of llama.cpp come from its own quantizer (`ggml_quantize_chunk` in the library of xllamacpp),
 with the importance matrix that llama-imatrix computes: mean squares of the unquantized model's
@@ -38,6 +39,7 @@ from torch import Tensor
 
 from xinslm.data.dataset import open_dataset
 from xinslm.data.packing import Batch, PackedDataset
+from xinslm.export.calibrated import fit_body
 from xinslm.export.coreml.fit import fit_palettes
 from xinslm.model import grids
 from xinslm.model.files import open_model
@@ -63,8 +65,8 @@ class Variant:
 
     name: str
     method: str
-    """gptaq, gptq, rtn, absmax; kmeans or palette (k-means with error feedback); or llama.cpp's
-    name of a type.
+    """gptaq, gptq, rtn, absmax; kmeans or palette (k-means with error feedback); q4_k_rtn or q4_k
+    (with error feedback); or llama.cpp's name of a type.
     """
     bits: int = 4
     off: tuple[str, ...] = ()
@@ -78,7 +80,7 @@ class Variant:
     @property
     def calibrates(self) -> bool:
         """Whether it reads calibration rows."""
-        return self.method in ("gptaq", "gptq", "palette") or self.has_importance
+        return self.method in ("gptaq", "gptq", "palette", "q4_k") or self.has_importance
 
 
 VARIANTS = [
@@ -88,6 +90,7 @@ VARIANTS = [
     Variant("llama.cpp Q4_0", "Q4_0"),
     Variant("llama.cpp Q4_0, importance matrix", "Q4_0", has_importance=True),
     Variant("llama.cpp IQ4_NL, importance matrix", "IQ4_NL", has_importance=True),
+    Variant("llama.cpp Q4_K", "Q4_K"),
     Variant("llama.cpp Q4_K, importance matrix", "Q4_K", has_importance=True),
     Variant("GPTQ, largest weight / -8", "gptq", off=("search", "act_order")),
     Variant("GPTQ, largest weight / -8, act-order", "gptq", off=("search",)),
@@ -95,6 +98,8 @@ VARIANTS = [
     Variant("GPTQ, searched scales, act-order", "gptq"),
     Variant("GPTAQ (the default)", "gptaq"),
     Variant("GPTAQ, 100 scale steps", "gptaq", scale_steps=100),
+    Variant("Q4_K, nearest (export gguf --outtype q4_k)", "q4_k_rtn"),
+    Variant("GPTAQ on Q4_K (the same with --data-path)", "q4_k"),
     Variant("palettes of 16 rows, k-means", "kmeans"),
     Variant("palettes of 16 rows, k-means and GPTAQ", "palette"),
     Variant("palettes of 32 rows, k-means and GPTAQ", "palette", group_size=32),
@@ -107,10 +112,10 @@ def _half(scales: Tensor) -> Tensor:
     return torch.where(scales < 0, -rounded, rounded)
 
 
-def _largest_over_eight(blocks: Tensor, weights: Tensor) -> Tensor:
+def _largest_over_eight(blocks: Tensor, weights: Tensor, grid: grids.Grid) -> Tensor:
     """`search_scales` without a search."""
     position = blocks.abs().argmax(dim=1, keepdim=True)
-    return grids.storable(blocks.gather(1, position) / -8).expand(-1, weights.shape[1], -1)
+    return grids.storable(blocks.gather(1, position) / grid.lowest).expand(-1, weights.shape[1], -1)
 
 
 SWITCHED_OFF: dict[str, tuple[Any, str, Callable[..., Tensor]]] = {
@@ -209,6 +214,8 @@ def quantize(variant: Variant, folder: Path, calibration: list[Batch]) -> tuple[
         return by_llama_cpp(variant, source.transformer(), calibration)
     if variant.method in ("kmeans", "palette"):
         return with_palettes(variant, source, calibration)
+    if variant.method in ("q4_k_rtn", "q4_k"):
+        return with_block_types(source, calibration)
     with tempfile.TemporaryDirectory() as name, without(*variant.off):
         path = Path(name)
         rows = calibration if variant.calibrates else []
@@ -244,6 +251,17 @@ def with_palettes(
     return model, size
 
 
+@torch.no_grad()
+def with_block_types(source: ModelSource, calibration: list[Batch]) -> tuple[Transformer, int]:
+    """What `export gguf --outtype q4_k` holds; without rows, rounded to nearest."""
+    body = fit_body(source, weight_shapes(source.config), "q8_0", calibration, ignore)
+    model = source.transformer()
+    for name, coded in body.coded.items():
+        model.get_parameter(name).copy_(coded.decode())
+    _round_table(model)
+    return model, sum(coded.pack().nbytes for coded in body.coded.values())
+
+
 def by_llama_cpp(
     variant: Variant, model: Transformer, calibration: list[Batch]
 ) -> tuple[Transformer, int]:
@@ -263,10 +281,15 @@ def by_llama_cpp(
         size += blocks.nbytes
         values = gguf.quants.dequantize(blocks, kind)
         module.weight.data = torch.from_numpy(values)
+    _round_table(model)
+    return model, size
+
+
+def _round_table(model: Transformer) -> None:
+    """Round the embedding to Q8_0 in place."""
     table = model.model.embed_tokens.weight
     scales = fit_scales(table.detach(), Q8_0)
     table.data = decode(encode(table.detach(), scales, Q8_0), scales)
-    return model, size
 
 
 @torch.no_grad()

@@ -12,7 +12,7 @@ from llama_cpp import LlamaCpp
 from small_models import save_random_model
 from xinslm.commands import run
 from xinslm.errors import XinslmError
-from xinslm.export import gguf as export_gguf
+from xinslm.export import gguf_tensors
 from xinslm.export.config import AllConfig, GgufConfig, HfConfig, MlxConfig
 from xinslm.model.files import load_model, read_tensors
 from xinslm.quantize.config import QuantizeConfig
@@ -160,7 +160,7 @@ def test_codes_that_llama_cpp_has_no_block_for_are_written_as_values(quantized, 
 
 
 def test_a_wrong_block_is_found_before_the_file_is_there(quantized, tmp_path, monkeypatch):
-    plain = export_gguf._reordered
+    plain = gguf_tensors.reordered
     calls = []
 
     def broken(rows, name, model):
@@ -171,7 +171,7 @@ def test_a_wrong_block_is_found_before_the_file_is_there(quantized, tmp_path, mo
             calls.append(name)
         return rows
 
-    monkeypatch.setattr(export_gguf, "_reordered", broken)
+    monkeypatch.setattr(gguf_tensors, "reordered", broken)
     with pytest.raises(XinslmError, match=r"up_proj.weight: 1 values differ.*nothing is written"):
         run(GgufConfig(quantized / "q", tmp_path / "m.gguf"))
     assert calls and not any(tmp_path.iterdir())

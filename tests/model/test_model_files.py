@@ -19,7 +19,8 @@ from transformers import (
 )
 
 from xinslm.errors import UsageError, XinslmError
-from xinslm.export.gguf import _entries
+from xinslm.export.config import GgufConfig
+from xinslm.export.gguf import run as export_gguf
 from xinslm.model.config import ModelConfig, UnsupportedModelError
 from xinslm.model.files import load_config, load_model, open_model, save_model
 from xinslm.model.transformer import Transformer
@@ -161,7 +162,7 @@ def test_a_shape_that_its_weights_cannot_fill_is_refused_before_it_is_built(
     for build in (
         lambda: load_model(folder),
         lambda: Quantization(open_model(folder), 4, [], lambda _: None),
-        lambda: list(_entries(open_model(folder), "f16", lambda _: None)),
+        lambda: export_gguf(GgufConfig(folder, folder / "m.gguf")),
     ):
         with pytest.raises(XinslmError, match=rf"config\.json has .*{message}"):
             build()

@@ -22,6 +22,8 @@ _QUANTIZED = {
     "4-bit palette": "4-bit",
     "8-bit palette": "8-bit",
     "Q4_0": "4-bit",
+    "Q4_K": "4-bit",
+    "Q5_0": "5-bit",
     "Q8_0": "8-bit",
 }
 
@@ -49,13 +51,14 @@ class Export:
 
 def commands(library: str, method: str | None, has_chat: bool) -> dict[str, str]:
     """Commands that run an export, by runtime; `method` is that of transformers' quantization, of
-    Core ML the compute units.
+    Core ML the compute units, of GGUF the name of the file.
     """
     if library == "gguf":
+        file = method or "model.gguf"
         return {
-            "llama.cpp": "llama-cli -m model.gguf --no-mmap",
+            "llama.cpp": f"llama-cli -m {file} --no-mmap",
             "Ollama": "ollama create NAME -f Modelfile\nollama run NAME",
-            "LM Studio": "lms import model.gguf",
+            "LM Studio": f"lms import {file}",
         }
     if library == "coreml":
         units = {"cpu-only": "CPU_ONLY", "all": "ALL", NEURAL_ENGINE: "CPU_AND_NE"}

@@ -1,4 +1,5 @@
-"""What goes with a GGUF file: a Modelfile for Ollama, a link in LM Studio's folder.
+"""What goes with a GGUF file: a Modelfile for Ollama, a link in LM Studio's folder; a model card if
+the export chose the codes.
 
 Whether they can be written is checked before the GGUF is, so that a long export does not end with
 an error.
@@ -7,7 +8,8 @@ an error.
 from dataclasses import dataclass
 from pathlib import Path
 
-from xinslm.export.config import GgufConfig
+from xinslm.errors import UsageError
+from xinslm.export.config import CALIBRATED, GgufConfig
 from xinslm.export.lmstudio import destination, place
 from xinslm.export.modelfile import MODELFILE, Modelfile, make_modelfile, require_writable
 from xinslm.files import write_text
@@ -41,10 +43,27 @@ class Companions:
         return tuple(written)
 
 
+def card_path(file: Path) -> Path:
+    """Where the model card of a file goes; README.md would be that of the folder."""
+    return file.with_name(f"{file.name}.md")
+
+
+def write_card(file: Path, text: str) -> Path:
+    """Write the model card next to a file, and return its path."""
+    write_text(card_path(file), text)
+    return card_path(file)
+
+
 def check_places(config: GgufConfig) -> Path | None:
     """Raise UsageError if something is in the way; return where LM Studio's link goes."""
     if config.ollama:
         require_writable(config.output_path.with_name(MODELFILE), config.force)
+    card = card_path(config.output_path)
+    if config.outtype == CALIBRATED and card.exists() and not config.force:
+        raise UsageError(
+            f"{card} exists, where the model card goes. Choose another --output-path, or add "
+            "--force to replace it"
+        )
     if config.lmstudio is None:
         return None
     return destination(config.output_path, config.lmstudio, config.lmstudio_dir)

@@ -4,70 +4,52 @@ The codes and scales of a quantized folder, and of any other model that has code
 (`ModelSource.stored`), become llama.cpp's Q4_0 and Q8_0 blocks bit for bit, without rounding again.
 The query and key rows of LLaMA and Mistral are reordered, because llama.cpp rotates neighbouring
 pairs there and Hugging Face rotates (i, i + D/2); blocks run along columns, so this works on packed
-bytes. The file is read back by llama.cpp's own package before it is put in place. Memory holds one
-tensor at a time.
+bytes. With `--outtype q4_k` linears get new codes (`calibrated.py`). The file is read back by
+llama.cpp's own package before it is put in place. Memory holds one tensor at a time.
 
     run(GgufConfig(model=Path("model-4bit"), output_path=Path("model.gguf")))
 """
 
-import math
 from collections import Counter
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
-from gguf import GGMLQuantizationType, GGUFWriter, LlamaFileType, quants
-from torch import Tensor
+from gguf import GGUFWriter, LlamaFileType
 
 from xinslm.errors import UsageError, XinslmError
-from xinslm.export import companions, tables
-from xinslm.export.config import GgufConfig
+from xinslm.export import calibrated, companions, tables
+from xinslm.export.calibrated import Body
+from xinslm.export.config import CALIBRATED, GgufConfig
+from xinslm.export.gguf_check import compare
+from xinslm.export.gguf_tensors import (
+    Entry,
+    Shapes,
+    architecture,
+    entries,
+    fitted_entries,
+    num_weights,
+    rope_factors,
+)
 from xinslm.export.vocabulary import read_vocabulary
 from xinslm.files import new_file
-from xinslm.gguf_file import GgufFile
 from xinslm.model.config import ModelConfig
 from xinslm.model.files import open_model
 from xinslm.model.gguf import CALIBRATION
-from xinslm.model.gguf_families import FAMILIES
-from xinslm.model.grids import BLOCK, GRIDS
+from xinslm.model.grids import GRIDS
 from xinslm.model.source import ModelSource, weight_shapes
-from xinslm.model.transformer import rotary_frequencies
 from xinslm.progress import Listener, Progress, ignore
 from xinslm.runs import add_file, require_run
 
-_DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 _FILE_TYPES = {
     "f32": LlamaFileType.ALL_F32,
     "f16": LlamaFileType.MOSTLY_F16,
     "bf16": LlamaFileType.MOSTLY_BF16,
     "q4_0": LlamaFileType.MOSTLY_Q4_0,
+    "q4_k": LlamaFileType.MOSTLY_Q4_K_S,
+    "q5_0": LlamaFileType.MOSTLY_Q5_0,
     "q8_0": LlamaFileType.MOSTLY_Q8_0,
 }
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One tensor of the file."""
-
-    weight: str
-    """Its Hugging Face name; empty for what no weight of the model is."""
-    name: str
-    kind: GGMLQuantizationType
-    shape: tuple[int, ...]
-    """Rows and columns as written: blocks counted in bytes (uint8), or values."""
-    dtype: np.dtype
-    load: Callable[[], np.ndarray]
-    rounding: Callable[[Tensor], Tensor] = lambda values: values
-    """From the model's values to those that the type holds."""
-    hashes: list[str] = field(default_factory=list)
-    """Hash of the values that were written in blocks, after `load`."""
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes in the file, without padding."""
-        return math.prod(self.shape) * self.dtype.itemsize
 
 
 @dataclass(frozen=True)
@@ -82,10 +64,12 @@ class Result:
     context_length: int
     weights: int
     rounded: int
-    """Values that the types of the file do not hold exactly; none has codes."""
+    """Values that the types of the file do not hold exactly; codes that the model had are exact."""
     notes: tuple[str, ...]
     written: tuple[Path, ...] = ()
-    """What was written with it: the Modelfile, LM Studio's link."""
+    """What was written with it: the Modelfile, LM Studio's link, the model card."""
+    measured: tuple[str, ...] = ()
+    """What codes cost that were chosen here, a sentence each."""
 
     def describe(self) -> str:
         """A few lines for the terminal."""
@@ -93,6 +77,8 @@ class Result:
         equal = f"all {self.weights:,} values equal the model's"
         if self.rounded:
             equal = f"{self.rounded:,} of {self.weights:,} values rounded, all others equal"
+        if self.measured:
+            equal = f"all {self.weights:,} values are those of the codes that were chosen"
         return "\n".join(
             [
                 f"tensors {census}",
@@ -100,6 +86,7 @@ class Result:
                 "weight",
                 f"context {self.context_length:,} tokens",
                 f"check   read back: {equal}",
+                *(f"cost    {line}" for line in self.measured),
                 *(f"note    {note}" for note in self.notes),
                 *(f"output  {path}" for path in (self.path, *self.written)),
             ]
@@ -109,6 +96,91 @@ class Result:
 def run(config: GgufConfig, on_progress: Listener = ignore) -> Result:
     """Write a GGUF file of any model; without `outtype`, what has codes keeps them bit for bit."""
     config.check()
+    _refuse_existing(config)
+    if config.run is not None:
+        require_run(config.run)
+    linked = companions.check_places(config)
+    source = open_model(config.model)
+    model = source.config
+    _require_known_rotation(model, source.name)
+    tables.require_blocks(model, config.embedding_type)
+    source.require()
+    shapes = weight_shapes(model)
+    source.require_weights(shapes)
+    vocabulary = read_vocabulary(source.path, model)
+    context, notes = _context(model)
+    others = companions.plan(config, source, context, vocabulary.add_bos, linked)
+    plan = _plan(config, source, shapes, on_progress)
+    types = Counter(entry.kind.name for entry in plan.entries)
+    with new_file(config.output_path) as partial:
+        writer = GGUFWriter(None, architecture(model))
+        writer.add_name(config.output_path.stem)
+        writer.add_file_type(_file_type(types, config.outtype))
+        writer.add_quantization_version(2)
+        _write_shape(writer, model, context)
+        vocabulary.write(writer)
+        if plan.calibration:
+            writer.add_array(CALIBRATION, plan.calibration)
+        try:
+            _write_tensors(writer, partial, plan.entries, on_progress)
+        finally:
+            writer.close()
+        check = compare(source, plan.entries, partial, on_progress)
+        measured = plan.measure(config, source, partial, on_progress)
+    written = others.write()
+    if measured:
+        lines = (*measured, *plan.notes, *check.notes)
+        card = calibrated.compose_card(config, source, types, context, lines)
+        written += (companions.write_card(config.output_path, card),)
+    weights = sum(num_weights(entry) for entry in plan.entries)
+    result = Result(
+        config.output_path,
+        config.output_path.stat().st_size,
+        dict(types),
+        sum(entry.nbytes for entry in plan.entries) * 8 / weights,
+        context,
+        weights,
+        check.rounded,
+        (*notes, *plan.notes, *check.notes, *vocabulary.notes, *others.notes),
+        written,
+        measured,
+    )
+    add_file(config.run, result.path, result.file_bytes, result.bits_per_weight)
+    return result
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What is to be written, and what is known of it."""
+
+    entries: list[Entry]
+    calibration: list[str]
+    """Ids of the texts that calibrated the model's codes, before or now."""
+    notes: tuple[str, ...]
+    body: Body | None = None
+    """Linears whose codes were chosen here."""
+
+    def measure(
+        self, config: GgufConfig, source: ModelSource, file: Path, on_progress: Listener
+    ) -> tuple[str, ...]:
+        """Sentences on what codes cost that were chosen here, measured on the written file."""
+        if self.body is None:
+            return ()
+        return calibrated.measure(config, source, self.body, file, on_progress)
+
+
+def _plan(config: GgufConfig, source: ModelSource, shapes: Shapes, on_progress: Listener) -> _Plan:
+    factors = rope_factors(source.config)
+    if config.outtype != CALIBRATED:
+        planned = list(entries(source, shapes, config, on_progress))
+        return _Plan(factors + planned, source.calibration, _code_notes(planned, config))
+    body = calibrated.choose_body(config, source, shapes, on_progress)
+    planned = list(fitted_entries(source, shapes, config, body))
+    texts = sorted({*source.calibration, *body.texts})
+    return _Plan(factors + planned, texts, tuple(body.facts.notes), body)
+
+
+def _refuse_existing(config: GgufConfig) -> None:
     if config.output_path.is_dir():
         raise UsageError(
             f"--output-path {config.output_path} is a folder; name a file, such as model.gguf in it"
@@ -118,55 +190,10 @@ def run(config: GgufConfig, on_progress: Listener = ignore) -> Result:
             f"{config.output_path} exists. Choose another --output-path, or add "
             "--force to replace it"
         )
-    if config.run is not None:
-        require_run(config.run)
-    linked = companions.check_places(config)
-    source = open_model(config.model)
-    model = source.config
-    _require_known_rotation(model, source.name)
-    tables.require_blocks(model, config.embedding_type)
-    entries = _rope_factors(model) + list(_entries(source, config, on_progress))
-    types = Counter(entry.kind.name for entry in entries)
-    vocabulary = read_vocabulary(source.path, model)
-    context, notes = _context(model)
-    others = companions.plan(config, source, context, vocabulary.add_bos, linked)
-    with new_file(config.output_path) as partial:
-        writer = GGUFWriter(None, _architecture(model))
-        writer.add_name(config.output_path.stem)
-        writer.add_file_type(_file_type(types, config.outtype))
-        writer.add_quantization_version(2)
-        _write_shape(writer, model, context)
-        vocabulary.write(writer)
-        if source.calibration:
-            writer.add_array(CALIBRATION, source.calibration)
-        try:
-            _write_tensors(writer, partial, entries, on_progress)
-        finally:
-            writer.close()
-        check = _compare(source, entries, partial, on_progress)
-    weights = sum(_num_weights(entry) for entry in entries)
-    result = Result(
-        config.output_path,
-        config.output_path.stat().st_size,
-        dict(types),
-        sum(entry.nbytes for entry in entries) * 8 / weights,
-        context,
-        weights,
-        check.rounded,
-        (*notes, *_code_notes(entries, config), *check.notes, *vocabulary.notes, *others.notes),
-        others.write(),
-    )
-    add_file(config.run, result.path, result.file_bytes, result.bits_per_weight)
-    return result
-
-
-def _architecture(model: ModelConfig) -> str:
-    """llama.cpp's name of the family; Mistral is a llama there."""
-    return model.model_type if model.model_type in FAMILIES else "llama"
 
 
 def _require_known_rotation(model: ModelConfig, name: str) -> None:
-    if model.rope_scaling is not None and _architecture(model) != "llama":
+    if model.rope_scaling is not None and architecture(model) != "llama":
         raise UsageError(
             f"{name} is a {model.model_type} with LLaMA-3's rescaling of frequencies "
             "(rope_scaling), which llama.cpp reads in llama models alone: export hf"
@@ -203,17 +230,17 @@ def _context(model: ModelConfig) -> tuple[int, tuple[str, ...]]:
 
 
 def _write_tensors(
-    writer: GGUFWriter, path: Path, entries: list[Entry], on_progress: Listener
+    writer: GGUFWriter, path: Path, planned: list[Entry], on_progress: Listener
 ) -> None:
-    for entry in entries:
+    for entry in planned:
         writer.add_tensor_info(
             entry.name, entry.shape, entry.dtype, entry.nbytes, raw_dtype=entry.kind
         )
     writer.write_header_to_file(path)
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
-    for done, entry in enumerate(entries):
-        on_progress(Progress("export", done, len(entries), "tensors"))
+    for done, entry in enumerate(planned):
+        on_progress(Progress("export", done, len(planned), "tensors"))
         try:
             writer.write_tensor_data(np.ascontiguousarray(entry.load()))
         except OSError as error:
@@ -224,177 +251,25 @@ def _write_tensors(
                 f"{path.parent}: {entry.name} could not be written to its end ({error}): the disk "
                 "is full, or a limit is reached. Nothing is written"
             ) from None
-    on_progress(Progress("export", len(entries), len(entries), "tensors"))
-
-
-def _entries(source: ModelSource, config: GgufConfig, on_progress: Listener) -> Iterator[Entry]:
-    """Entries of all weights: codes and scales where the model has them in the type asked for, or
-    none is; else matrices in that type, by default float16, and norms in float32.
-    """
-    source.require()
-    shapes = weight_shapes(source.config)
-    source.require_weights(shapes)
-    for done, (name, shape) in enumerate(shapes.items()):
-        on_progress(Progress("read", done, len(shapes), "tensors"))
-        kind: str | None = config.outtype
-        if name in tables.TABLES:
-            kind = config.embedding_type or kind
-        weight = source.stored(name) if kind in (None, *GRIDS) else None
-        if weight is not None and kind in (None, weight.format):
-            yield _stored(source, name, shape, weight.format)
-        else:
-            yield _plain(source, name, shape, "f32" if len(shape) == 1 else kind or "f16")
-
-
-def _stored(source: ModelSource, name: str, shape: tuple[int, ...], kind: str) -> Entry:
-    """A weight as it is stored: blocks are copied."""
-
-    def load() -> np.ndarray:
-        weight = source.stored(name)
-        assert weight is not None, "it had codes when the file was planned"
-        return _reordered(weight.ggml_rows(), name, source.config)
-
-    dtype = np.dtype(np.float16 if kind == "f16" else np.float32)
-    if kind in GRIDS:
-        shape = (shape[0], shape[1] // BLOCK * GRIDS[kind].block_bytes)
-        dtype = np.dtype(np.uint8)
-    theirs = FAMILIES[_architecture(source.config)].gguf_name(name)
-    return Entry(name, theirs, GGMLQuantizationType[kind.upper()], shape, dtype, load)
-
-
-def _plain(source: ModelSource, name: str, shape: tuple[int, ...], kind: str) -> Entry:
-    """A weight as values of a type, or as codes of a table's type."""
-    hashes: list[str] = []
-
-    def load() -> np.ndarray:
-        rows = source.rows(name, shape)
-        if kind not in tables.BLOCKS:
-            return _reordered(_convert(rows, kind, name), name, source.config)
-        blocks, values = tables.to_blocks(rows, kind, name)
-        hashes[:] = [tables.hash_values(_reordered(values.numpy(), name, source.config))]
-        return _reordered(blocks, name, source.config)
-
-    def rounding(values: Tensor) -> Tensor:
-        if kind in tables.BLOCKS:
-            return tables.rounded(values, kind, name)
-        return values.to(_DTYPES[kind]).float()
-
-    dtype, written = np.dtype(np.float16 if kind == "f16" else np.float32), shape
-    if kind == "bf16" or kind in tables.BLOCKS:
-        size, width = tables.BLOCKS.get(kind, (1, 2))
-        dtype, written = np.dtype(np.uint8), (shape[0], shape[1] // size * width)
-    ggml = GGMLQuantizationType[kind.upper()]
-    theirs = FAMILIES[_architecture(source.config)].gguf_name(name)
-    return Entry(name, theirs, ggml, written, dtype, load, rounding, hashes)
+    on_progress(Progress("export", len(planned), len(planned), "tensors"))
 
 
 def _file_type(types: Counter[str], outtype: str | None) -> LlamaFileType:
     """llama.cpp's name for the whole: the type asked for, else that of most codes."""
+    if outtype == CALIBRATED and types["Q5_0"] >= types["Q4_K"]:
+        outtype = "q5_0" if types["Q5_0"] else "f16"
     if outtype is None and types["Q4_0"] + types["Q8_0"] > types["F16"]:
         outtype = "q4_0" if types["Q4_0"] > types["Q8_0"] else "q8_0"
     return _FILE_TYPES[outtype or "f16"]
 
 
-def _code_notes(entries: list[Entry], config: GgufConfig) -> tuple[str, ...]:
+def _code_notes(planned: list[Entry], config: GgufConfig) -> tuple[str, ...]:
     """Matrices without codes next to others that have them, unless their type was asked for."""
     asked = tables.TABLES if config.embedding_type else ()
-    matrices = [e for e in entries if len(e.shape) == 2 and e.weight not in asked]
+    matrices = [e for e in planned if len(e.shape) == 2 and e.weight not in asked]
     coded = {*GRIDS, *tables.BLOCKS}
     plain = [entry.weight for entry in matrices if entry.kind.name.lower() not in coded]
     if not plain or len(plain) == len(matrices):
         return ()
     more = f" and {len(plain) - 1} more" if len(plain) > 1 else ""
     return (f"{plain[0]}{more}: no codes of Q4_0 or Q8_0 in the model, written as values",)
-
-
-@dataclass(frozen=True)
-class _Check:
-    """What reading a file back found."""
-
-    rounded: int
-    """Values that the types of the file do not hold exactly."""
-    notes: tuple[str, ...]
-
-
-def _compare(
-    source: ModelSource, entries: list[Entry], path: Path, on_progress: Listener
-) -> _Check:
-    """Read the file back; XinslmError if a value is not the model's, rounded to its type."""
-    written = GgufFile(path).tensors
-    rounded, notes = 0, []
-    for done, entry in enumerate(entries):
-        on_progress(Progress("read back", done, len(entries), "tensors"))
-        if not entry.weight:
-            continue
-        tensor = written[entry.name]
-        found = quants.dequantize(tensor.data, tensor.tensor_type).astype(np.float32)
-        values = source.rows(entry.weight, source.shape_of(entry.weight))
-        _require_written(entry, found, values, source.config)
-        original = _reordered(values.numpy(), entry.weight, source.config)
-        changed = int((found != original).sum())
-        rounded += changed
-        if changed and entry.kind.name.lower() in tables.BLOCKS:
-            error = tables.relative_error(found, original)
-            notes.append(
-                f"{entry.weight}: rounded to {entry.kind.name}, relative error {error:.2%}"
-            )
-    on_progress(Progress("read back", len(entries), len(entries), "tensors"))
-    return _Check(rounded, tuple(notes))
-
-
-def _require_written(entry: Entry, found: np.ndarray, values: Tensor, model: ModelConfig) -> None:
-    """Raise XinslmError if values that were read back are not the model's, rounded to the type."""
-    if entry.hashes == [tables.hash_values(found)]:
-        return  # codes that are searched for need no second search
-    expected = _reordered(entry.rounding(values).numpy(), entry.weight, model)
-    if not np.array_equal(found, expected):
-        count = int((found != expected).sum()) if found.shape == expected.shape else "all"
-        raise XinslmError(
-            f"{entry.weight}: {count} values differ after the export; nothing is written"
-        )
-
-
-def _convert(weight: Tensor, kind: str, name: str) -> np.ndarray:
-    if kind == "bf16":
-        return weight.bfloat16().view(torch.uint8).numpy()
-    if kind == "f16" and not torch.isfinite(weight.half()).all():
-        raise XinslmError(
-            f"weight '{name}' has values beyond 65,504, more than float16 holds: use --outtype bf16"
-        )
-    return (weight.half() if kind == "f16" else weight).numpy()
-
-
-def _rope_factors(model: ModelConfig) -> list[Entry]:
-    """LLaMA-3's frequency rescaling as the divisors that llama.cpp reads, float32 (head_dim /
-    2,).
-    """
-    if model.rope_scaling is None:
-        return []
-    factors = (
-        rotary_frequencies(replace(model, rope_scaling=None)) / rotary_frequencies(model)
-    ).numpy()
-    return [
-        Entry(
-            "",
-            "rope_freqs.weight",
-            GGMLQuantizationType.F32,
-            factors.shape,
-            factors.dtype,
-            lambda: factors,
-        )
-    ]
-
-
-def _reordered(rows: np.ndarray, name: str, model: ModelConfig) -> np.ndarray:
-    return FAMILIES[_architecture(model)].for_rotation(rows, name, model.head_dim)
-
-
-def _num_weights(entry: Entry) -> int:
-    from gguf import quant_shape_from_byte_shape
-
-    values = (
-        quant_shape_from_byte_shape(entry.shape, entry.kind)
-        if entry.dtype == np.uint8
-        else entry.shape
-    )
-    return math.prod(values)

@@ -7,6 +7,7 @@ Q8_0 has one scale for 32 weights, Q6_K (`model/k_quants.py`) a scale of 8 bits 
 import hashlib
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from xinslm.errors import UsageError, XinslmError
@@ -17,6 +18,7 @@ from xinslm.model.k_quants import Q6_K_BYTES, SUPER_BLOCK, quantize_q6_k
 TABLES = ("model.embed_tokens.weight", "lm_head.weight")
 BLOCKS = {"q8_0": (BLOCK, Q8_0.block_bytes), "q6_k": (SUPER_BLOCK, Q6_K_BYTES)}
 """Weights and bytes of a block of each type."""
+DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 _MAX_ERROR = 0.05
 
 

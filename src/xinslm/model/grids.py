@@ -1,5 +1,5 @@
-"""The two grids: Q4_0 and Q8_0 of llama.cpp, symmetric codes with one fp16 scale per 32 neighbours
-of a row.
+"""Grids of llama.cpp, symmetric codes with one fp16 scale per 32 neighbours of a row: Q4_0 and Q8_0
+of quantized folders, and Q5_0 of GGUF files alone.
 
     weight = scale * code        Q4_0: code in [-8, 7]        Q8_0: code in [-127, 127]
 
@@ -19,7 +19,7 @@ from torch import Tensor
 BLOCK = 32
 SMALLEST_SCALE = 2.0**-14
 LARGEST_SCALE = 65280.0
-_SEARCH_DIVISORS = [6.0 + 0.1 * i for i in range(41)]
+_CANDIDATES = 41
 _CHUNK_BLOCKS = 16_384  # a chunk stays in the CPU's caches
 
 
@@ -41,8 +41,10 @@ class Grid:
 
 
 Q4_0 = Grid("q4_0", -8, 7, 18)
+Q5_0 = Grid("q5_0", -16, 15, 22)
 Q8_0 = Grid("q8_0", -127, 127, 34)
 GRIDS = {grid.name: grid for grid in (Q4_0, Q8_0)}
+"""Those of quantized folders, by name."""
 
 
 def storable(scales: Tensor) -> Tensor:
@@ -78,7 +80,7 @@ def largest_scales(weight: Tensor) -> Tensor:
 def fit_scales(weight: Tensor, grid: Grid, importance: Tensor | None = None) -> Tensor:
     """Choose storable scales, float32 (rows, columns / 32), for float32 weights (rows, columns).
 
-    Q8_0 takes the largest magnitude over 127, Q4_0 the result of `search_scales` with each column
+    Q8_0 takes the largest magnitude over 127, others the result of `search_scales` with each column
     weighted by `importance` (columns,). Importances (n, columns) give (n, rows, columns / 32), for
     little more than the time of one.
     """
@@ -94,30 +96,31 @@ def fit_scales(weight: Tensor, grid: Grid, importance: Tensor | None = None) -> 
         for start in range(0, len(weights), step):
             stop = min(start + step, len(weights))
             blocks = rows[:, start * BLOCK : stop * BLOCK].T.contiguous()
-            scales = search_scales(blocks.unflatten(0, (-1, BLOCK)), weights[start:stop])
+            scales = search_scales(blocks.unflatten(0, (-1, BLOCK)), weights[start:stop], grid)
             best[:, top : top + len(rows), start:stop] = scales.permute(1, 2, 0)
     return best.view(*importance.shape[:-1], *best.shape[1:])
 
 
-def search_scales(blocks: Tensor, weights: Tensor) -> Tensor:
-    """Choose the Q4_0 scales with the least weighted squared error for blocks (groups, 32, rows);
-    weights (groups, n, 32) give scales (groups, n, rows).
+def search_scales(blocks: Tensor, weights: Tensor, grid: Grid = Q4_0) -> Tensor:
+    """Choose the scales with the least weighted squared error for blocks (groups, 32, rows);
+    weights (groups, n, 32) give scales (groups, n, rows). For Q4_0 and Q5_0.
 
     Candidates are 41 fractions of the signed largest weight of a block, with both signs.
     """
     low, high = blocks.aminmax(dim=1, keepdim=True)
     extreme = torch.where(high >= -low, high, low)
     wanted, nearest, error = (torch.empty_like(blocks) for _ in range(3))
-    best = storable(extreme / -8).repeat(1, weights.shape[1], 1)
+    best = storable(extreme / grid.lowest).repeat(1, weights.shape[1], 1)
     least = torch.full_like(best, torch.inf)
-    for divisor in _SEARCH_DIVISORS:
+    smallest = -grid.lowest - 2.0
+    for divisor in (smallest + 0.1 * i for i in range(_CANDIDATES)):
         scale = storable(extreme * (-1 / divisor))
         torch.div(blocks, scale, out=wanted)
         torch.round(wanted, out=nearest)
-        # of a scale of the other sign all codes are negated, and so is their range; below 7.5 no
-        # code is clamped, and both signs have the same error
-        for sign in (1, -1) if divisor > 7.45 else (1,):
-            limits = sorted((sign * Q4_0.lowest, sign * Q4_0.highest))
+        # of a scale of the other sign all codes are negated, and so is their range; below the
+        # highest code + .5 none is clamped, and both signs have the same error
+        for sign in (1, -1) if divisor > grid.highest + 0.45 else (1,):
+            limits = sorted((sign * grid.lowest, sign * grid.highest))
             torch.clamp(nearest, *limits, out=error).sub_(wanted).square_()
             sums = torch.bmm(weights, error).mul_(scale.square())
             lesser = torch.minimum(sums, least)
@@ -176,3 +179,15 @@ def to_ggml(stored_codes: Tensor, scales: Tensor) -> np.ndarray:
     codes = stored_codes.numpy().view(np.uint8).reshape(rows, groups, -1)
     heads = scales.numpy().astype("<f2").view(np.uint8).reshape(rows, groups, 2)
     return np.concatenate((heads, codes), axis=2).reshape(rows, -1)
+
+
+def pack_q5_0(codes: Tensor) -> Tensor:
+    """Pack int8 codes in [-16, 15] (rows, columns) into uint8 (rows, columns / 32 * 20) in Q5_0's
+    order: the fifth bits of 32 codes, then the others as in Q4_0.
+    """
+    stored = (codes - Q5_0.lowest).to(torch.uint8).unflatten(-1, (-1, 4, 8))
+    places = 2 ** torch.arange(8, dtype=torch.uint8)
+    fifth = ((stored >> 4) * places).sum(-1, dtype=torch.uint8)
+    halves = (stored.flatten(-2) & 15).unflatten(-1, (2, BLOCK // 2))
+    low = halves[..., 0, :] | (halves[..., 1, :] << 4)
+    return torch.cat((fifth, low), dim=-1).flatten(-2)

@@ -10,6 +10,7 @@ at a time: memory holds one batch, and what the system caches it can take back.
 import contextlib
 import hashlib
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from xinslm.data.packing import Batch
 from xinslm.files import sha256_file
 from xinslm.model.config import ModelConfig
+from xinslm.model.source import ModelSource
 from xinslm.model.transformer import Block, Transformer
 from xinslm.quantize.gptq import Hessian
 
@@ -32,6 +34,21 @@ class Blocks:
 
     quantized: Block
     original: Block
+
+
+def load_blocks(source: ModelSource, shapes: Mapping[str, tuple[int, ...]], index: int) -> Blocks:
+    """One layer twice, with the same float32 tensors, until one is replaced."""
+    prefix = f"model.layers.{index}."
+    with torch.device("meta"):
+        blocks = Blocks(Block(source.config, index), Block(source.config, index))
+    weights = {
+        name.removeprefix(prefix): source.rows(name, shape)
+        for name, shape in shapes.items()
+        if name.startswith(prefix)
+    }
+    for block in (blocks.quantized, blocks.original):
+        block.load_state_dict(weights, assign=True)
+    return blocks
 
 
 def working_bytes(config: ModelConfig, batches: list[Batch], with_original: bool) -> int:

@@ -1,4 +1,4 @@
-"""GPTQ (Frantar et al., arXiv:2210.17323) on llama.cpp's Q4_0 grid.
+"""GPTQ (Frantar et al., arXiv:2210.17323) on llama.cpp's Q4_0 grid, or another one of blocks.
 
 Columns are rounded one after another; each column's error is moved onto the remaining columns by
 the inverse Hessian of the layer's squared output error. Scales are fixed beforehand from the
@@ -237,38 +237,58 @@ def quantize_weights(weights: Sequence[Tensor], factor: Factor | None) -> list[Q
     return results
 
 
-def feed_back_errors(weight: Tensor, scales: Tensor, factor: Factor) -> Tensor:
-    """Choose int8 codes (rows, columns) for fixed scales."""
+def feed_back_errors(
+    weight: Tensor,
+    scales: Tensor,
+    factor: Factor,
+    grid: Grid = Q4_0,
+    offsets: Tensor | None = None,
+) -> Tensor:
+    """Choose int8 codes (rows, columns) for fixed scales, float32 (rows, columns / 32), none 0.
+
+    `offsets`, of the same shape, are subtracted from the products of codes and scales.
+    """
     order = factor.order
     work = weight.T[order].contiguous()  # (columns, rows): a column's weights lie together
-    groups, codes = scales.T[order // BLOCK], torch.empty_like(work, dtype=torch.int8)
-    _round_columns(work, groups, factor.upper, codes)
+    places, codes = order // BLOCK, torch.empty_like(work, dtype=torch.int8)
+    groups = [x.T[places] for x in (scales, offsets) if x is not None]
+    _round_columns(work, groups, factor.upper, codes, grid)
     restored = torch.empty_like(codes)
     restored[order] = codes
     return restored.T.contiguous()
 
 
-def _round_columns(work: Tensor, scales: Tensor, upper: Tensor, codes: Tensor) -> None:
-    """Fill `codes` for columns of weights `work` (columns, rows), which becomes their errors.
+def _round_columns(
+    work: Tensor, groups: list[Tensor], upper: Tensor, codes: Tensor, grid: Grid
+) -> None:
+    """Fill `codes` for columns of weights `work` (columns, rows), which becomes their errors;
+    `groups` are the scales of all weights, and the offsets if there are any.
 
     By halves: the errors of the first half reach the second in one matrix product.
     """
     if len(work) > _FEW_COLUMNS:
         half = len(work) // 2
-        _round_columns(work[:half], scales[:half], upper[:half, :half], codes[:half])
+        first, second = [part[:half] for part in groups], [part[half:] for part in groups]
+        _round_columns(work[:half], first, upper[:half, :half], codes[:half], grid)
         work[half:].addmm_(upper[:half, half:].T, work[:half], alpha=-1)
-        _round_columns(work[half:], scales[half:], upper[half:, half:], codes[half:])
+        _round_columns(work[half:], second, upper[half:, half:], codes[half:], grid)
         return
-    _round_few(work.numpy(), scales.numpy(), upper.numpy(), codes.numpy())
+    arrays = [part.numpy() for part in groups]
+    _round_few(work.numpy(), arrays, upper.numpy(), codes.numpy(), grid)
 
 
-def _round_few(work: np.ndarray, scales: np.ndarray, upper: np.ndarray, codes: np.ndarray) -> None:
+def _round_few(
+    work: np.ndarray, groups: list[np.ndarray], upper: np.ndarray, codes: np.ndarray, grid: Grid
+) -> None:
     """`_round_columns` one by one, in numpy: for a single column calls of torch take longer."""
     chosen = np.empty_like(work)
+    scales, *offsets = groups
     for i, (column, scale, code) in enumerate(zip(work, scales, chosen, strict=True)):
         column -= upper[:i, i] @ work[:i]
+        for offset in offsets:
+            column += offset[i]
         np.rint(column / scale, out=code)
-        np.clip(code, Q4_0.lowest, Q4_0.highest, out=code)
+        np.clip(code, grid.lowest, grid.highest, out=code)
         column -= code * scale
     codes[:] = chosen
 

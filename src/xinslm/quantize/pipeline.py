@@ -33,9 +33,8 @@ from xinslm.model.grids import (
 from xinslm.model.names import QUANTIZED_WEIGHTS
 from xinslm.model.safetensors_writer import SafetensorsWriter
 from xinslm.model.source import FolderSource, ModelSource, weight_shapes
-from xinslm.model.transformer import Block
 from xinslm.progress import Listener, Progress, ignore
-from xinslm.quantize.activations import Blocks, Calibration
+from xinslm.quantize.activations import Blocks, Calibration, load_blocks
 from xinslm.quantize.calibration import hash_rows
 from xinslm.quantize.finished_layers import FinishedLayers, Found, Layer
 from xinslm.quantize.gptq import (
@@ -227,19 +226,8 @@ class Quantization:
                     stream.states.write(index, state)
 
     def _blocks(self, index: int) -> Blocks:
-        """One layer twice, with the same tensors, until one is replaced."""
         self._reopen()
-        prefix = self._prefix(index)
-        with torch.device("meta"):
-            blocks = Blocks(Block(self.model, index), Block(self.model, index))
-        weights = {
-            name.removeprefix(prefix): self.source.rows(name, shape)
-            for name, shape in self.shapes.items()
-            if name.startswith(prefix)
-        }
-        for block in (blocks.quantized, blocks.original):
-            block.load_state_dict(weights, assign=True)
-        return blocks
+        return load_blocks(self.source, self.shapes, index)
 
     def _reopen(self) -> None:
         """Map the source's files anew: pages that were read of a map count as memory in use.

@@ -6,28 +6,22 @@ of the weights that GPTAQ aims at, each column weighed by 1 / diag(H^-1), and ea
 moves onto the remaining columns. Without rows it is k-means and the nearest number.
 """
 
-import tempfile
 from collections.abc import Mapping
-from pathlib import Path
-from typing import cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from xinslm.data.packing import Batch
-from xinslm.errors import XinslmError
 from xinslm.export.coreml.convert import require_half
 from xinslm.export.coreml.palettes import Palette, fit_palette
-from xinslm.model.source import ModelSource
-from xinslm.model.transformer import Block
-from xinslm.progress import Listener, Progress
-from xinslm.quantize.activations import Blocks, Calibration
-from xinslm.quantize.gptq import Factor, factorise, layer_loss
-from xinslm.quantize.pipeline import LINEARS
+from xinslm.export.tables import TABLES
+from xinslm.model.source import TABLE, ModelSource
+from xinslm.progress import Listener
+from xinslm.quantize.gptq import Factor, layer_loss
+from xinslm.quantize.sequential import Walk, fit_linears
 
 _TABLE_ROWS = 8192
 _FEW_COLUMNS = 32
-_STAGE = "palettize"
 
 
 @torch.no_grad()
@@ -43,24 +37,21 @@ def fit_palettes(
     `batches` calibrate; none for k-means alone. UsageError if float16 does not hold a weight.
     """
     palettes = {}
-    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+    for name in TABLES:
         if name in shapes and shapes[name][0] % group_size == 0:
             palettes[name] = _fit_table(source, name, shapes[name], group_size)
-    count = source.config.num_hidden_layers
-    with tempfile.TemporaryDirectory() as folder:
-        calibration = None
-        if batches:
-            calibration = Calibration(source.config, batches, Path(folder), with_original=True)
-            _begin(calibration, source, shapes, palettes, batches)
-        for index in range(count):
-            on_progress(Progress(_STAGE, index, count, "layers"))
-            prefix = f"model.layers.{index}."
-            fitted = _fit_layer(_blocks(source, shapes, index), prefix, group_size, calibration)
-            palettes |= fitted
-            if calibration is not None:
-                calibration.finish_layer()
-                calibration.forget_before(index + 1)
-    on_progress(Progress(_STAGE, count, count, "layers"))
+
+    def fit(name: str, weight: Tensor, factor: Factor | None) -> Tensor:
+        require_half(name, weight)
+        if len(weight) % group_size:
+            return weight.half().float()
+        palettes[name] = fit_linear(weight, group_size, factor)
+        return palettes[name].decode()
+
+    def stored_table(table: Tensor) -> Tensor:
+        return palettes[TABLE].decode() if TABLE in palettes else table.half().float()
+
+    fit_linears(Walk(source, shapes, batches, stored_table, "palettize"), fit, on_progress)
     return palettes
 
 
@@ -74,70 +65,6 @@ def _fit_table(source: ModelSource, name: str, shape: tuple[int, ...], group_siz
         parts.append(fit_palette(rows, 8, group_size))
     indices, tables = (torch.cat([getattr(p, key) for p in parts]) for key in ("indices", "tables"))
     return Palette(indices, tables)
-
-
-def _begin(
-    calibration: Calibration,
-    source: ModelSource,
-    shapes: Mapping[str, tuple[int, ...]],
-    palettes: Mapping[str, Palette],
-    batches: list[Batch],
-) -> None:
-    """Write the rows' embeddings: those of the palette, and those before."""
-    name = "model.embed_tokens.weight"
-    original = source.rows(name, shapes[name])
-    stored = palettes[name].decode() if name in palettes else original.half().float()
-    calibration.begin()
-    for stream, table in zip(calibration.streams, (stored, original), strict=True):
-        for index, batch in enumerate(batches):
-            stream.states.write(index, table[torch.from_numpy(batch.input_ids)])
-
-
-def _blocks(source: ModelSource, shapes: Mapping[str, tuple[int, ...]], index: int) -> Blocks:
-    """One layer twice, with the same tensors, until one is replaced."""
-    prefix = f"model.layers.{index}."
-    with torch.device("meta"):
-        blocks = Blocks(Block(source.config, index), Block(source.config, index))
-    weights = {
-        name.removeprefix(prefix): source.rows(name, shape)
-        for name, shape in shapes.items()
-        if name.startswith(prefix)
-    }
-    for block in (blocks.quantized, blocks.original):
-        block.load_state_dict(weights, assign=True)
-    return blocks
-
-
-def _fit_layer(
-    blocks: Blocks, prefix: str, group_size: int, calibration: Calibration | None
-) -> dict[str, Palette]:
-    """Palettes of one block's linears, whose numbers are put in place."""
-    palettes = {}
-    for part, groups in LINEARS.items():
-        half = blocks.quantized.get_submodule(part)
-        for group in groups:
-            factor = None
-            if calibration is not None:
-                is_last = group == groups[-1]
-                hessian = calibration.hessian(blocks, part, group[0], is_last)
-                if not hessian.is_finite:
-                    raise XinslmError(
-                        f"on the calibration text, the inputs of {prefix}{part}.{group[0]} are "
-                        "NaN, infinite or too large to square in float32: leave out --data-path"
-                    )
-                factor = factorise(hessian.mean(), hessian.drift())
-            for stem in group:
-                name = f"{prefix}{part}.{stem}.weight"
-                linear = cast(nn.Linear, half.get_submodule(stem))
-                require_half(name, linear.weight)
-                if linear.out_features % group_size:
-                    linear.weight = nn.Parameter(linear.weight.half().float())
-                    continue
-                palettes[name] = fit_linear(linear.weight.data, group_size, factor)
-                linear.weight = nn.Parameter(palettes[name].decode())
-        if calibration is not None:
-            calibration.advance(blocks, part, groups[-1][-1])
-    return palettes
 
 
 def fit_linear(weight: Tensor, group_size: int, factor: Factor | None) -> Palette:

@@ -24,13 +24,13 @@ from xinslm.export.card import Export, commands, write_card
 from xinslm.export.config import NEURAL_ENGINE, CoremlConfig
 from xinslm.export.coreml.compare import compare
 from xinslm.export.coreml.convert import build, convert, require_coremltools
-from xinslm.export.coreml.cost import Cost, divergence, held_out_rows, weight_errors
 from xinslm.export.coreml.describe import describe
 from xinslm.export.coreml.fit import fit_palettes
 from xinslm.export.coreml.neural_engine import FixedTransformer
 from xinslm.export.coreml.package import Package
 from xinslm.export.coreml.palettes import Palette
 from xinslm.export.coreml.program import StatefulTransformer
+from xinslm.export.cost import ROW_TOKENS, Cost, divergence, held_out_rows, squared_error
 from xinslm.export.kinds import EXPORT
 from xinslm.export.packed_folder import VERSION, compare_tokenizers
 from xinslm.export.packing import stored_weight
@@ -52,7 +52,6 @@ _ALIGNMENT = 32
 """The Neural Engine fails on states whose last size is no multiple of it (apple/coremltools#2631);
 the length is kept to it as well.
 """
-_ROW_TOKENS = 512
 _NOT_RUN = "Converted, and each weight read back and compared; not run on a Mac."
 
 
@@ -170,16 +169,20 @@ def _palettize(
 ) -> Palettized:
     rows, held_out = None, []
     if config.data_path is not None:
-        length = min(source.config.max_position_embeddings, _ROW_TOKENS)
+        length = min(source.config.max_position_embeddings, ROW_TOKENS)
         shape = RowShape(config.num_calibration_samples, length)
         rows = dataset_rows(config.data_path, tokenizer, source.config, shape, seed=0)
         held_out = held_out_rows(config.data_path, length)
     batches = [] if rows is None else rows.batches
     palettes = fit_palettes(source, shapes, config.group_size, batches, on_progress)
+    found = None
+    if held_out:
+        stored = ((name, palette.decode()) for name, palette in palettes.items())
+        found = divergence(source, stored, held_out, on_progress)
     cost = Cost(
-        weight_errors(source, shapes, palettes),
-        {name: palette.bits for name, palette in palettes.items()},
-        divergence(source, palettes, held_out, on_progress) if held_out else None,
+        {n: squared_error(p.decode(), source.rows(n, shapes[n])) for n, p in palettes.items()},
+        {name: f"palettes of {palette.bits} bits" for name, palette in palettes.items()},
+        found,
         "" if config.data_path is None else config.data_path.resolve().name,
         _has_codes(source, shapes),
     )

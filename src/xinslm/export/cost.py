@@ -1,7 +1,9 @@
-"""What palettes cost: squared error of the weights, and divergence on held-out text."""
+"""What an export that chooses codes anew costs: squared error of the weights, and divergence on
+held-out text.
+"""
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +14,6 @@ from torch import Tensor
 from xinslm.data.dataset import open_dataset
 from xinslm.data.packing import Batch, PackedDataset
 from xinslm.errors import UsageError
-from xinslm.export.coreml.palettes import Palette
 from xinslm.model.source import ModelSource
 from xinslm.model.transformer import Transformer
 from xinslm.progress import Listener, Progress
@@ -20,6 +21,8 @@ from xinslm.quantize.rows import hidden_states
 
 HELD_OUT_ROWS = 16
 """Rows of the validation split that the divergence is measured on."""
+ROW_TOKENS = 512
+"""Tokens of a row, of calibration and of validation, of models with a longer context."""
 _STAGE = "measure"
 _CHUNK_ROWS = 256
 
@@ -39,10 +42,10 @@ class Divergence:
 class Cost:
     """What was measured."""
 
-    errors: dict[str, float]
+    errors: Mapping[str, float]
     """By weight: squared error over the squared weights."""
-    bits: dict[str, int]
-    """By weight: bits of its indices."""
+    kinds: Mapping[str, str]
+    """By weight: what it became, such as 'palettes of 4 bits'."""
     divergence: Divergence | None = None
     text: str = ""
     """Name of the dataset that the divergence was measured on."""
@@ -53,12 +56,12 @@ class Cost:
         """Sentences for the terminal and the model card."""
         what = "the quantized weights" if self.was_quantized else "the unquantized weights"
         lines = []
-        for bits in sorted(set(self.bits.values())):
-            found = {n: e for n, e in self.errors.items() if self.bits[n] == bits}
+        for kind in sorted(set(self.kinds.values())):
+            found = {n: e for n, e in self.errors.items() if self.kinds[n] == kind}
             worst = max(found, key=lambda name: found[name])
             mean = sum(found.values()) / len(found)
             lines.append(
-                f"{len(found)} palettes of {bits} bits: squared error {mean:.2e} of {what} squared "
+                f"{len(found)} {kind}: squared error {mean:.2e} of {what} squared "
                 f"on average, at most {found[worst]:.2e} ({worst})"
             )
         if self.divergence is not None:
@@ -78,32 +81,28 @@ def held_out_rows(data: Path, length: int) -> list[Batch]:
     return [rows.batch(np.array([i])) for i in range(min(HELD_OUT_ROWS, len(rows)))]
 
 
-def weight_errors(
-    source: ModelSource, shapes: Mapping[str, tuple[int, ...]], palettes: Mapping[str, Palette]
-) -> dict[str, float]:
-    """By weight: squared error over the squared weights."""
-    found = {}
-    for name, palette in palettes.items():
-        weight = source.rows(name, shapes[name])
-        error = (palette.decode() - weight).square().sum(dtype=torch.float64)
-        total = weight.square().sum(dtype=torch.float64)
-        found[name] = float(error / total.clamp(min=1e-30))
-    return found
+def squared_error(stored: Tensor, weight: Tensor) -> float:
+    """Squared error over the squared weights."""
+    error = (stored - weight).square().sum(dtype=torch.float64)
+    return float(error / weight.square().sum(dtype=torch.float64).clamp(min=1e-30))
 
 
 @torch.no_grad()
 def divergence(
     source: ModelSource,
-    palettes: Mapping[str, Palette],
+    stored: Iterable[tuple[str, Tensor]],
     rows: list[Batch],
     on_progress: Listener,
 ) -> Divergence:
-    """KL divergence of the model with palettes from the model, both computed in float32."""
+    """KL divergence of the model with the `stored` weights, by name, from the model, both computed
+    in float32. Memory: 4 bytes a weight.
+    """
     model = source.transformer()
     before = list(_states(model, rows, 0, on_progress))
-    head = model.head_weight.detach().clone()
-    for name, palette in palettes.items():
-        model.get_parameter(name).data.copy_(palette.decode())
+    head = model.head_weight.detach()
+    for name, weight in stored:
+        # not in place: the parameters may be the source's own map of its file
+        model.get_parameter(name).data = weight.float()
     kl = same = 0.0
     tokens = 0
     for expected, found in zip(before, _states(model, rows, len(rows), on_progress), strict=True):
