@@ -140,7 +140,7 @@ def test_logits_are_computed_in_blocks(folder, monkeypatch):
 def test_log_probabilities_of_a_bfloat16_model_are_float32(folder, monkeypatch):
     teacher = OwnTeacher(open_model(folder), "bfloat16")
     original, seen = teacher.model.logits, []
-    monkeypatch.setattr(teacher.model, "logits", lambda x: seen.append(original(x)) or seen[-1])
+    monkeypatch.setattr(teacher.model, "logits", lambda *x: seen.append(original(*x)) or seen[-1])
     pair = Pair(np.arange(20), np.arange(30, 70))
     values, _ = LikelihoodScorer(teacher)([pair])
     (logits,) = seen
