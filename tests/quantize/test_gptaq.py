@@ -179,6 +179,6 @@ def test_one_block_at_a_time_is_in_memory(folders, monkeypatch):
         return block
 
     monkeypatch.setattr(Quantization, "_layer", counted)
-    monkeypatch.setattr("xinslm.quantize.pipeline.Block", made)
+    monkeypatch.setattr("xinslm.quantize.activations.Block", made)
     run(options(folders, folders / "memory"))
     assert seen == [0, 0]
