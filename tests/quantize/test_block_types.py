@@ -10,22 +10,12 @@ import torch
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, quants
 
 from ggml import library, pointer
+from linear_layers import correlated_inputs, weights
 from xinslm.model.q4_k import Q4K, fit_q4_k
 from xinslm.quantize.block_types import Q50, block_type, fit_linear, fit_nearest
 from xinslm.quantize.gptq import Hessian, factorise, feed_back_errors, layer_loss
 
 KINDS = {"Q4_K": Q4K, "Q5_0": Q50}
-
-
-def correlated_inputs(tokens, columns, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    mix = torch.randn(columns, columns, generator=generator) / columns**0.5
-    spread = torch.logspace(-1, 1, columns)[torch.randperm(columns, generator=generator)]
-    return torch.randn(tokens, columns, generator=generator) @ mix * spread
-
-
-def weights(rows, columns, seed=1):
-    return torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed)) * 0.1
 
 
 def hessian_of(inputs):

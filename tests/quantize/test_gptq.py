@@ -5,6 +5,7 @@ made to break it.
 import pytest
 import torch
 
+from linear_layers import correlated_inputs, weights
 from xinslm.model.grids import Q4_0, decode, encode, fit_scales
 from xinslm.quantize import gptq
 from xinslm.quantize.gptq import (
@@ -15,17 +16,6 @@ from xinslm.quantize.gptq import (
     quantize_weights,
     round_to_nearest,
 )
-
-
-def correlated_inputs(tokens, columns, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    mix = torch.randn(columns, columns, generator=generator) / columns**0.5
-    spread = torch.logspace(-1, 1, columns)[torch.randperm(columns, generator=generator)]
-    return torch.randn(tokens, columns, generator=generator) @ mix * spread
-
-
-def weights(rows, columns, seed=1):
-    return torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed)) * 0.1
 
 
 def quantize_weight(weight, factor):

@@ -179,3 +179,23 @@ def test_a_full_disk_is_told(tmp_path: Path) -> None:
 
 def test_keys_tell_borders_of_parts_apart() -> None:
     assert Journal.key(b"ab", b"c") != Journal.key(b"a", b"bc") != Journal.key(b"abc")
+
+
+def test_rolling_likelihoods_and_sampled_texts_are_kept(config, tmp_path) -> None:
+    from types import SimpleNamespace
+
+    from xinslm.evaluate.harness.model import XinslmLM
+
+    lm = XinslmLM(str(config.model), device="cpu", dtype="float64")
+    texts = [SimpleNamespace(args=(" ".join(WORDS * 9),)), SimpleNamespace(args=("one two",))]
+    sampled = {"max_gen_toks": 5, "do_sample": True, "temperature": 1.0, "until": []}
+    prompts = [SimpleNamespace(args=("one two", sampled))] * 2
+    expected = lm.loglikelihood_rolling(texts), lm.generate_until(prompts)
+    lm.journal = Journal(tmp_path / "kept")
+    assert (lm.loglikelihood_rolling(texts), lm.generate_until(prompts)) == expected
+    lm.journal.flush()
+    lm.journal = Journal(tmp_path / "kept")
+    before = lm.scorer.counts.computed_tokens
+    assert (lm.loglikelihood_rolling(texts), lm.generate_until(prompts)) == expected
+    assert lm.scorer.counts.computed_tokens == before
+    assert lm.journal.reused == len(lm.journal.known)

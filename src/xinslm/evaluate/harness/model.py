@@ -235,7 +235,7 @@ class XinslmLM(TemplateLM):
             for context, target in map(make_disjoint_window, windows):
                 pairs.append(Pair(np.array(context), np.array(target)))
                 owners.append(number)
-        values, _ = self.scorer(pairs, self.tell)
+        values = [value for value, _ in self._scores(pairs)]
         self.truncated = []
         return np.bincount(owners, values, minlength=len(requests)).tolist()
 
@@ -257,7 +257,7 @@ class XinslmLM(TemplateLM):
         keys = []
         for number, (prompt, setting) in enumerate(zip(prompts, settings, strict=True)):
             draw = number if setting.get("do_sample", setting.get("temperature")) else None
-            options = json.dumps([setting, draw], sort_keys=True).encode()
+            options = json.dumps([setting, end, draw], sort_keys=True).encode()
             keys.append(journal.key(self._identity, prompt.tobytes(), options))
         found = [journal.get(key) for key in keys]
         missing = [number for number, answer in enumerate(found) if answer is None]
