@@ -108,7 +108,8 @@ class _Watch:
         found = descendants(init)
         if sum(process.num_threads for process in found) > self.job["processes"]:
             self.stopped = ("processes", f"more than {self.job['processes']} processes and threads")
-        if sum(process.resident_bytes for process in found) > self.job["memory_bytes"]:
+        # a page that processes share counts in each of them, so a fork bomb is over both limits
+        elif sum(process.resident_bytes for process in found) > self.job["memory_bytes"]:
             limit = self.job["memory_bytes"] >> 20
             self.stopped = ("memory", f"its processes used more than {limit} MiB")
 
