@@ -6,10 +6,15 @@ import sys
 import torch
 
 from xinslm.errors import UsageError
+from xinslm.precision import use_fast_float32
 
 
 def pick_device(name: str) -> torch.device:
-    """'auto' takes cuda, then mps, then cpu; a device that is requested by name must be there."""
+    """'auto' takes cuda, then mps, then cpu; a device that is requested by name must be there.
+
+    Products on CPU run in the fastest library from then on (`use_fast_float32`).
+    """
+    use_fast_float32()
     available = {
         "cuda": torch.cuda.is_available(),
         "mps": torch.backends.mps.is_available(),

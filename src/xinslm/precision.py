@@ -2,11 +2,17 @@
 
 Some processors multiply bfloat16 several times faster than float32 (AVX512-BF16, AMX, CUDA), others
 slower. `auto` measures which, once per process and in a third of a second.
+
+On CPU PyTorch multiplies float32 matrices with MKL, which leaves AVX512 unused on processors that
+are not Intel's, or with oneDNN if `torch.backends.mkldnn.matmul.fp32_precision` is "bf16". That
+setting allows oneDNN to round the factors to bfloat16, which it does with AMX and not without.
 """
 
 import math
+import platform
 import time
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,6 +32,44 @@ def compute_dtype(name: str, device: torch.device) -> torch.dtype:
         name = "bfloat16" if has_fast_bfloat16(device.type) else "float32"
     dtype: torch.dtype = getattr(torch, name)
     return dtype
+
+
+def use_fast_float32() -> None:
+    """Let the float32 products of this process on CPU run in the library that is faster here.
+
+    On an EPYC of the fifth generation oneDNN multiplies 2.2 times as fast as MKL. The rule looks at
+    the processor, not at a clock: equal runs give equal bits.
+    """
+    torch.backends.mkldnn.matmul.fp32_precision = float32_setting()  # type: ignore[attr-defined]
+
+
+@cache
+def float32_setting() -> str:
+    """The setting with which float32 products on CPU are exact and fastest."""
+    is_wide = torch.backends.cpu.get_cpu_capability() == "AVX512"
+    return "bf16" if is_wide and not _is_intel() and not rounds_on_request() else "none"
+
+
+def _is_intel() -> bool:
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:  # not Linux
+        text = platform.processor()
+    return "GenuineIntel" in text
+
+
+@cache
+def rounds_on_request() -> bool:
+    """Whether oneDNN rounds the factors of float32 products to bfloat16 if it may."""
+    left, right = torch.rand(2, 64, 64, generator=torch.Generator().manual_seed(0)) + 1
+    matmul: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    before = matmul.fp32_precision
+    products = []
+    for setting in ("none", "bf16"):
+        matmul.fp32_precision = setting
+        products.append(left @ right)
+    matmul.fp32_precision = before
+    return not torch.allclose(products[0], products[1], rtol=1e-5)
 
 
 @cache
@@ -93,9 +137,14 @@ def weight_dtype(name: str, device: torch.device | str) -> torch.dtype:
     return dtype
 
 
+def has_narrow_products(name: str, device: torch.device | str) -> bool:
+    """Whether `auto` means a CPU here whose bfloat16 products are faster."""
+    return name == "auto" and torch.device(device).type == "cpu" and has_fast_bfloat16("cpu")
+
+
 def rounds_products(name: str, device: torch.device | str) -> bool:
     """Whether `auto` means float32 weights whose products are rounded here."""
-    return name == "auto" and torch.device(device).type == "cpu" and has_fast_bfloat16("cpu")
+    return has_narrow_products(name, device) and rounds_on_request()
 
 
 def round_products(model: nn.Module) -> None:
@@ -117,4 +166,4 @@ def _round(module: nn.Module, inputs: Any) -> None:
 
 
 def _restore(module: nn.Module, inputs: Any, output: Tensor | None) -> None:
-    torch.backends.mkldnn.matmul.fp32_precision = "none"  # type: ignore[attr-defined]
+    use_fast_float32()

@@ -35,21 +35,9 @@ def test_the_real_models_distributions_are_those_of_float32(monkeypatch):
     assert kl["bfloat16"] > 2 * kl["auto"]
 
 
-def rounds_on_request() -> bool:
-    """Whether oneDNN rounds the factors of float32 products here. It does with AMX, and does not
-    with AVX512-BF16 alone, whose bfloat16 products are fast as well.
-    """
-    left, right = torch.randn(2, 64, 64, generator=torch.Generator().manual_seed(0))
-    exact = torch.nn.functional.linear(left, right)
-    torch.backends.mkldnn.matmul.fp32_precision = "bf16"
-    rounded = torch.nn.functional.linear(left, right)
-    torch.backends.mkldnn.matmul.fp32_precision = "none"
-    return (rounded - exact).abs().max().item() > 1e-3
-
-
 @pytest.mark.parametrize("fast", [True, False])
 def test_auto_rounds_only_where_it_pays(world, monkeypatch, fast):
     monkeypatch.setattr(xinslm.precision, "has_fast_bfloat16", lambda device: fast)
     source = open_model(str(world.teacher))
     equal = torch.equal(log_probs(source, "auto"), log_probs(source, "float32"))
-    assert equal == (not fast or not rounds_on_request())
+    assert equal == (not fast or not xinslm.precision.rounds_on_request())

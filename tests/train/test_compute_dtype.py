@@ -11,7 +11,13 @@ from xinslm.files import read_json
 from xinslm.model.config import ModelConfig
 from xinslm.model.param_dtype import forget_copies
 from xinslm.model.transformer import Transformer
-from xinslm.precision import best_seconds, compute_dtype, product_rate, round_products
+from xinslm.precision import (
+    best_seconds,
+    compute_dtype,
+    float32_setting,
+    product_rate,
+    round_products,
+)
 
 CPU = torch.device("cpu")
 
@@ -106,7 +112,7 @@ def test_rounded_products_are_closer_to_float32_than_a_bfloat16_model():
         narrow_error = (narrow.hidden(ids).float() - exact).norm()
         round_products(model)
         error = (model.hidden(ids) - exact).norm()
-    assert torch.backends.mkldnn.matmul.fp32_precision == "none"
+    assert torch.backends.mkldnn.matmul.fp32_precision == float32_setting()
     assert error < 0.5 * narrow_error
 
 

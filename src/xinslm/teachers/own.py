@@ -10,7 +10,12 @@ from torch import Tensor
 from xinslm.model.decode import RowDecoder, token_bytes
 from xinslm.model.source import ModelSource
 from xinslm.model.transformer import Transformer
-from xinslm.precision import round_products, rounds_products, weight_dtype
+from xinslm.precision import (
+    has_narrow_products,
+    round_products,
+    rounds_products,
+    weight_dtype,
+)
 from xinslm.ranges import Activations
 from xinslm.teachers.local import LocalTeacher
 from xinslm.tokenizer.base import check_vocabulary
@@ -42,8 +47,8 @@ class OwnTeacher(LocalTeacher):
         self.model = model.to(self.device).eval().requires_grad_(False)
         self._writer: Transformer | None = None
         self._outputs: Tensor | None = None
-        self._is_rounded = rounds_products(dtype, device)
-        if self._is_rounded:
+        self._writes_narrow = has_narrow_products(dtype, device)
+        if rounds_products(dtype, device):
             round_products(self.model)
         self.cache_bytes_per_token = token_bytes(self.model)
 
@@ -85,6 +90,6 @@ class OwnTeacher(LocalTeacher):
         """A cache for `rows` texts of `length` tokens."""
         if self._writer is None:
             # few rows are bound by memory, and rounding needs the weights in float32
-            narrow = self._is_rounded
+            narrow = self._writes_narrow
             self._writer = self.source.transformer(torch.bfloat16) if narrow else self.model
         return RowDecoder(self._writer, rows, length, self.vocab_size)
