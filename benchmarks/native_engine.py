@@ -53,13 +53,19 @@ class Side:
             text=True,
             env=env,
         )
-        self.name, self.load_seconds = name, self._answer()["ready"]
+        self.name = name
+        self.load_seconds = self._answer()["ready"]
 
     def ask(self, **command: object) -> object:
         assert self.process.stdin is not None
         self.process.stdin.write(json.dumps(command) + "\n")
         self.process.stdin.flush()
         return self._answer()
+
+    def end(self) -> None:
+        """Stop the process."""
+        self.process.kill()
+        self.process.wait()
 
     def _answer(self) -> dict:
         assert self.process.stdout is not None
@@ -94,10 +100,31 @@ def compare(sides: list[Side], ids_of_text: list[int]) -> None:
             print(f"greedy tokens: {side.name} has the first {same} of 16")
 
 
+def print_loads(commands: dict[str, list[str]], options: argparse.Namespace) -> None:
+    """Print the median seconds until each engine can compute, and those of our packed file."""
+    starts = {name: (command, options.file) for name, command in commands.items()}
+    if options.packed:
+        starts["xinslm, packed file"] = (commands["xinslm"], options.packed)
+    seconds: dict[str, list[float]] = {name: [] for name in starts}
+    for _ in range(options.loads):
+        for name, (command, file) in starts.items():
+            side = Side(name.partition(",")[0], command, file, options.threads)
+            seconds[name].append(side.load_seconds)
+            size = side.ask(do="memory")
+            side.end()
+            if len(seconds[name]) == options.loads:
+                median = statistics.median(seconds[name])
+                print(
+                    f"{name}: ready after {median:.3f} s, {int(size) / 2**20:.0f} MiB", flush=True
+                )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("file", type=Path)
     parser.add_argument("--peer", action="append", default=[], help="NAME=PYTHON")
+    parser.add_argument("--packed", type=Path, help="the same model by `xinslm export packed`")
+    parser.add_argument("--loads", type=int, default=5, help="times that each engine is started")
     parser.add_argument("--kernels", help="kernels to force on our side")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=7)
@@ -111,9 +138,8 @@ def main() -> None:
     for peer in options.peer:
         name, _, python = peer.partition("=")
         commands[name] = shlex.split(python)
+    print_loads(commands, options)
     sides = [Side(n, c, options.file, options.threads) for n, c in commands.items()]
-    for side in sides:
-        print(f"{side.name}: ready after {side.load_seconds:.2f} s", flush=True)
     text = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
     compare(sides, load_tokenizer(options.file).encode(text))
     print(f"| row | {' | '.join(s.name for s in sides)} | best peer / ours | verdict |")

@@ -9,7 +9,7 @@ import argparse
 from pathlib import Path
 
 import numpy as np
-from gguf import GGMLQuantizationType, GGUFWriter
+from gguf import GGML_QUANT_VERSION, GGMLQuantizationType, GGUFWriter, LlamaFileType
 
 from xinslm.gguf_file import GgufFile
 from xinslm.model.config import PRESETS
@@ -49,7 +49,9 @@ def main() -> None:
     writer.add_token_list(keys["tokenizer.ggml.tokens"])
     writer.add_token_types(keys["tokenizer.ggml.token_type"])
     writer.add_token_merges(keys["tokenizer.ggml.merges"])
-    for role in ("bos", "eos"):
+    writer.add_file_type(LlamaFileType.MOSTLY_Q4_0)
+    writer.add_quantization_version(GGML_QUANT_VERSION)
+    for role in ("bos", "eos", "unknown", "padding"):
         if f"tokenizer.ggml.{role}_token_id" in keys:
             writer.add_uint32(
                 f"tokenizer.ggml.{role}_token_id", keys[f"tokenizer.ggml.{role}_token_id"]
