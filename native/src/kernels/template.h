@@ -49,46 +49,77 @@ inline void in_groups(int count, Body body) {
     if (done < count) body(Count<1>(), done);
 }
 
-// G tokens with rounded inputs: where these are, and the tokens' sums so far.
+// Hides from the compiler how a value was made, so that it does not keep others made from it.
+template <class T>
+inline void opaque(T &x) {
+#if defined(__GNUC__)
+    __asm__("" : "+r"(x));
+#else
+    (void)x;
+#endif
+}
+
+// Pointers to G rows at a distance of `stride`. x86 reaches base + {0, 1, 2} * stride in one address;
+// GCC makes G pointers instead, most of them on the stack, and loads more pointers than codes.
+template <class T, int G>
+struct Rows {
+    Rows(const T *first, size_t distance) : stride(distance) {
+        for (int k = 0; k < kBases; k++) bases[k] = first + 3 * k * stride;
+    }
+    const T *operator[](int g) const { return bases[g / 3] + g % 3 * stride; }
+    void advance(size_t by) {
+        for (auto &base : bases) {
+            base += by;
+            opaque(base);
+        }
+        opaque(stride);
+    }
+    static constexpr int kBases = (G + 2) / 3;
+    const T *bases[kBases];
+    size_t stride;
+};
+
+// G tokens with rounded inputs: where those of the block at hand are, and the tokens' sums so far.
 template <class S, int G>
 struct Group {
-    Group(const Inputs &x, int first) : stride(x.columns / kBlock) {
-        for (int g = 0; g < G; g++) {
-            sums[g] = S::zero();
-            codes[g] = x.codes + (first + g) * x.columns;
-        }
-        scales = x.scales + first * stride;
-        offsets = x.offsets + first * stride;
+    Group(const Inputs &x, int first)
+        : codes(x.codes + first * x.columns, x.columns),
+          scales(x.scales + first * (x.columns / kBlock), x.columns / kBlock),
+          offsets(x.offsets + first * (x.columns / kBlock), x.columns / kBlock) {
+        for (int g = 0; g < G; g++) sums[g] = S::zero();
     }
 
-    // Four codes of block `b`, from column `c` of it on.
-    typename S::Dword dword(int g, size_t b, int c) const { return S::dword(codes[g] + kBlock * b + c); }
-    float scale(int g, size_t b) const { return scales[g * stride + b]; }
-    int32_t offset(int g, size_t b) const { return offsets[g * stride + b]; }
+    // Four codes, from column `c` of the block on.
+    typename S::Dword dword(int g, int c) const { return S::dword(codes[g] + c); }
+    float scale(int g) const { return *scales[g]; }
+    int32_t offset(int g) const { return *offsets[g]; }
 
-    // Adds the integer sums of block `b`, whose weights have the scales `weight_scale`.
-    void add(int g, size_t b, typename S::I sum, typename S::F weight_scale) {
-        sums[g] = S::fma(S::to_float(sum), S::mul(weight_scale, S::set(scale(g, b))), sums[g]);
+    // Adds the integer sums of the block, whose weights have the scales `weight_scale`.
+    void add(int g, typename S::I sum, typename S::F weight_scale) {
+        sums[g] = S::fma(S::to_float(sum), S::mul(weight_scale, S::set(scale(g))), sums[g]);
+    }
+
+    void next_block() {
+        codes.advance(kBlock);
+        scales.advance(1);
+        offsets.advance(1);
     }
 
     void store(float *out) const {
         for (int g = 0; g < G; g++) S::store(out + kTileRows * g, sums[g]);
     }
 
+    Rows<int8_t, G> codes;
+    Rows<float, G> scales;
+    Rows<int32_t, G> offsets;
     typename S::F sums[G];
-
-  private:
-    const int8_t *codes[G];
-    const float *scales;
-    const int32_t *offsets;
-    const size_t stride;
 };
 
 template <class S, bool kMinima, int G>
 inline void q4_group(const uint8_t *w, size_t blocks, const Inputs &x, int first, float *out) {
     constexpr size_t bytes = kMinima ? 320 : 288;
     Group<S, G> group(x, first);
-    for (size_t b = 0; b < blocks; b++, w += bytes) {
+    for (size_t b = 0; b < blocks; b++, w += bytes, group.next_block()) {
         if (G == 1) S::prefetch(w + 4 * bytes);
         typename S::Small small[G];
         for (int g = 0; g < G; g++) small[g] = S::small_zero();
@@ -96,17 +127,17 @@ inline void q4_group(const uint8_t *w, size_t blocks, const Inputs &x, int first
             const typename S::Bytes pair = S::load_bytes(w + 64 * c);
             const typename S::Bytes low = S::low_halves(pair), high = S::high_halves(pair);
             for (int g = 0; g < G; g++) {
-                small[g] = S::small_dot(small[g], low, group.dword(g, b, 4 * c));
-                small[g] = S::small_dot(small[g], high, group.dword(g, b, 4 * c + 16));
+                small[g] = S::small_dot(small[g], low, group.dword(g, 4 * c));
+                small[g] = S::small_dot(small[g], high, group.dword(g, 4 * c + 16));
             }
         }
         const typename S::F scale = S::load_half(w + 256);
         for (int g = 0; g < G; g++) {
             typename S::I sum = S::small_total(small[g]);
-            if (!kMinima) sum = S::add_int(sum, group.offset(g, b));
-            group.add(g, b, sum, scale);
+            if (!kMinima) sum = S::add_int(sum, group.offset(g));
+            group.add(g, sum, scale);
             if (kMinima) {
-                const float along = group.scale(g, b) * (static_cast<float>(group.offset(g, b)) * -0.125f);
+                const float along = group.scale(g) * (static_cast<float>(group.offset(g)) * -0.125f);
                 group.sums[g] = S::fma(S::load_half(w + 288), S::set(along), group.sums[g]);
             }
         }
@@ -117,19 +148,19 @@ inline void q4_group(const uint8_t *w, size_t blocks, const Inputs &x, int first
 template <class S, int G>
 inline void q8_group(const uint8_t *w, size_t blocks, const Inputs &x, int first, float *out) {
     Group<S, G> group(x, first);
-    for (size_t b = 0; b < blocks; b++, w += 544) {
+    for (size_t b = 0; b < blocks; b++, w += 544, group.next_block()) {
         if (G == 1) S::prefetch(w + 2 * 544);
         typename S::Large large[G];
         for (int g = 0; g < G; g++) large[g] = S::large_zero();
         for (int c = 0; c < 8; c++) {
             const typename S::Signed bytes = S::load_signed(w + 64 * c);
-            for (int g = 0; g < G; g++) large[g] = S::large_dot(large[g], bytes, group.dword(g, b, 4 * c));
+            for (int g = 0; g < G; g++) large[g] = S::large_dot(large[g], bytes, group.dword(g, 4 * c));
         }
         const typename S::F scale = S::load_half(w + 512);
         for (int g = 0; g < G; g++) {
             typename S::I sum = S::large_total(large[g]);
-            if (S::kOffset) sum = S::add_int(sum, S::kOffset / 8 * group.offset(g, b));
-            group.add(g, b, sum, scale);
+            if (S::kOffset) sum = S::add_int(sum, S::kOffset / 8 * group.offset(g));
+            group.add(g, sum, scale);
         }
     }
     group.store(out);
