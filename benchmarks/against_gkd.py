@@ -212,8 +212,11 @@ def speed(
         if abs(a - b) > 1e-4 * max(1, abs(b)):
             sys.exit(f"the losses differ before training: {a} and {b}")
         print(f"forward KL of the first rows: {a:.6f} and {b:.6f}", flush=True)
-    sides = {"ours": ours, "gkd": peer}
-    if name == "equal":
+    sides = {"ours": [*ours, "--compute-dtype", "float32"], "gkd": peer}
+    if args.bfloat16:
+        sides = {"ours": [*ours, "--compute-dtype", "bfloat16"], "gkd": [*peer, "--bf16"]}
+        sides["gkd, float32"] = peer
+    elif name == "equal":
         sides["gkd, its default gradient checkpointing"] = [*peer, "--gradient-checkpointing"]
     else:  # as many tokens a step as ours has: more padding, fewer optimiser steps
         sides["gkd, longer steps"] = [*peer[:-1], str(3 * args.batch_size)]
@@ -308,6 +311,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--teacher", type=Path, help="a real teacher; takes --student too")
     parser.add_argument("--student", type=Path)
+    parser.add_argument("--bfloat16", action="store_true", help="mixed precision on both sides")
     parser.add_argument("--chats", type=int, help="chats for ragged rows; all if not given")
     parser.add_argument("--parts", nargs="+", default=PARTS, choices=PARTS, help="what to measure")
     args = parser.parse_args()

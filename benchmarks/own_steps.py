@@ -22,10 +22,12 @@ from xinslm.cache.folder import Cache
 from xinslm.cache.kinds import CachedTargets
 from xinslm.data.dataset import open_dataset
 from xinslm.data.packing import PackedDataset
+from xinslm.device import pick_device
 from xinslm.distill.target_sources import LiveTargets
 from xinslm.losses.config import LossConfig
 from xinslm.losses.fused import fused_loss
 from xinslm.model.files import load_model, open_model
+from xinslm.precision import compute_dtype
 from xinslm.teachers.huggingface import HuggingFaceTeacher
 from xinslm.train.config import PretrainConfig
 from xinslm.train.packed import packed_trainer
@@ -50,11 +52,13 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--length", type=int, default=511)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--compute-dtype", default="auto", choices=("auto", "float32", "bfloat16"))
     parser.add_argument(
         "--both", action="store_true", help="time each step with the cache(s) and without, in turn"
     )
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
+    dtype = compute_dtype(args.compute_dtype, pick_device("cpu"))
     rows = PackedDataset(open_dataset(args.data).split("train"), args.length)
     figures: dict = {"fill": rows.fill}
     sources = []
@@ -83,13 +87,14 @@ def main() -> None:
         output_dir=Path("unused"),
         max_seq_length=args.length,
         batch_size=args.batch_size,
+        compute_dtype=args.compute_dtype,
     )
     trainers = []
     for source in sources:
         loss = LossConfig(0.1, 0.9) if source is not None else LossConfig(1.0, 0.0)
-        trainers.append(
-            packed_trainer(load_model(args.model), config, Source(rows, source, loss), args.steps)
-        )
+        model = load_model(args.model)
+        model.compute_dtype = dtype
+        trainers.append(packed_trainer(model, config, Source(rows, source, loss), args.steps))
     seconds: list[list[float]] = [[] for _ in trainers]
     tokens: list[int] = []
     for number in range(args.steps):

@@ -113,6 +113,7 @@ def main() -> None:
     parser.add_argument(
         "--gradient-checkpointing", action="store_true", help="what GKDConfig does unless told"
     )
+    parser.add_argument("--bf16", action="store_true", help="mixed precision")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
@@ -151,7 +152,7 @@ def main() -> None:
             beta=0.0,
             temperature=1.0,
             gradient_checkpointing=args.gradient_checkpointing,
-            bf16=False,
+            bf16=args.bf16,
             use_cpu=True,
             report_to=[],
             save_strategy="no",
