@@ -19,6 +19,7 @@ from small_models import TEMPLATE, save_dataset, save_random_model, save_tokeniz
 from xinslm.data.packing import Batch
 from xinslm.errors import Interrupted, UsageError, XinslmError
 from xinslm.model.files import open_model
+from xinslm.precision import float32_setting
 from xinslm.quantize import finished_layers
 from xinslm.quantize.activations import BatchFile
 from xinslm.quantize.calibration import CalibrationRows
@@ -611,3 +612,11 @@ def test_the_codes_of_the_layers_are_those_of_the_folder(folders, tmp_path):
         assert len(layer) == 16
         for name, tensor in layer.items():
             assert torch.equal(tensor, whole[name]), name
+
+
+def test_an_earlier_computation_in_the_process_changes_no_code(folders, tmp_path):
+    """The library of float32 products is chosen by each run, not left over from another."""
+    torch.backends.mkldnn.matmul.fp32_precision = "none"
+    run(options(folders, tmp_path / "q"))
+    assert torch.backends.mkldnn.matmul.fp32_precision == float32_setting()
+    assert same_codes(tmp_path / "q", folders / "gptaq")

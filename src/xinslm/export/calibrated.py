@@ -24,6 +24,7 @@ from xinslm.export.cost import squared_error as error_of
 from xinslm.model.files import open_model
 from xinslm.model.grids import BLOCK
 from xinslm.model.source import TABLE, ModelSource
+from xinslm.precision import use_fast_float32
 from xinslm.progress import Listener
 from xinslm.quantize.block_types import Coded, block_type, fit_linear
 from xinslm.quantize.calibration import CalibrationRows, RowShape, dataset_rows
@@ -101,6 +102,7 @@ def fit_body(
     """Choose the codes of all linears, with calibration rows or without, for an embedding of type
     `table`.
     """
+    use_fast_float32()
     body = Body(is_calibrated=bool(batches))
 
     def fit(name: str, weight: Tensor, factor: Factor | None) -> Tensor:

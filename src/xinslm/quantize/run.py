@@ -21,6 +21,7 @@ from xinslm.model.grids import GRIDS
 from xinslm.model.names import QUANTIZED_WEIGHTS, parameter_name
 from xinslm.model.quantized import KIND, VERSION
 from xinslm.model.source import TRAINED_FOR_Q4_0, ModelSource
+from xinslm.precision import use_fast_float32
 from xinslm.progress import Listener, Progress, ignore
 from xinslm.quantize.calibration import CalibrationRows, RowShape, dataset_rows
 from xinslm.quantize.config import QuantizeConfig
@@ -91,6 +92,7 @@ def run(config: QuantizeConfig, on_progress: Listener = ignore) -> Result:
         is_trained = TRAINED_FOR_Q4_0.items() <= source.settings.items()
         config = replace(config, method="absmax" if is_trained else "gptaq")
     config.check()
+    use_fast_float32()
     # for rounding alone, too: no later stage has a use for a folder without one
     tokenizer = load_tokenizer(config.model)
     check_vocabulary(source.config.vocab_size, tokenizer, str(source.path))

@@ -40,6 +40,7 @@ from xinslm.model.config import ModelConfig
 from xinslm.model.files import open_model, require_context
 from xinslm.model.source import ModelSource, weight_shapes
 from xinslm.model.stored import StoredWeight
+from xinslm.precision import use_fast_float32
 from xinslm.progress import Listener, Progress, ignore
 from xinslm.quantize.calibration import CalibrationRows, RowShape, dataset_rows
 from xinslm.runs import add_file, require_run
@@ -105,6 +106,7 @@ class Result:
 def run(config: CoremlConfig, on_progress: Listener = ignore) -> Result:
     """Write a folder with the program and what is needed next to it."""
     config.check()
+    use_fast_float32()
     _refuse_package_name(config.output_dir)
     refuse_existing(config.output_dir, config.force)
     if config.force:
