@@ -3,7 +3,10 @@
 import re
 from importlib import metadata
 
+import pytest
+
 from xinslm.demo.package import find_gguf
+from xinslm.demo.run import LEAST_PROMPTS, MOST_PROMPTS, prompts_for
 from xinslm.demo.stages import SHARE, shape_for
 from xinslm.demo.texts import (
     expand,
@@ -112,3 +115,16 @@ def test_the_student_has_its_share_of_the_parameters():
     assert parameters(**sizes) <= SHARE * parameters()
     assert parameters(**(sizes | {"intermediate_size": small[1] + 64})) > SHARE * parameters()
     assert shape_for(teacher, 32768, 3) == (3, 1536)
+
+
+@pytest.mark.parametrize(
+    ("rate", "float32_rate", "expected"),
+    [
+        (117, 117, LEAST_PROMPTS),  # AVX2
+        (255, 255, 97),  # AVX512
+        (2022, 230, MOST_PROMPTS),  # AMX
+        (980, 460, 221),  # AVX512-BF16 with fast float32
+    ],
+)
+def test_the_number_of_prompts_follows_the_machine(rate, float32_rate, expected):
+    assert prompts_for(rate, float32_rate) == expected

@@ -42,7 +42,9 @@ COMMANDS = "commands.sh"
 PROMPTS_PER_GFLOPS = 0.38
 """Of the machine's matrix products; meant for 8 minutes, and 11 at `LEAST_PROMPTS`."""
 LEAST_PROMPTS, MOST_PROMPTS = 64, 120
-"""With more than 400 GFLOP/s (AMX) other work than products takes most of the time."""
+"""With more than 400 GFLOP/s (AMX) other work than products in bfloat16 takes most of the time."""
+FLOAT32_GFLOPS = 250
+"""Rate of float32 products for which `MOST_PROMPTS` is meant; faster ones allow more."""
 BEGINNINGS = ("One sunny day", "It was a windy day in May.", "On Monday, the farmer")
 Perform = Callable[[Sequence[str], Listener], Any]
 """Runs one command line quietly; raises what the command raises."""
@@ -137,8 +139,9 @@ def _prepare(config: DemoConfig, perform: Perform, write: Callable[[str], None])
         stages = built_in_stages(config)
     else:
         assert config.teacher is not None
-        rate = _gflops()
-        train, held_out = texts.prompts(config.num_prompts or _prompts_for(rate))
+        rate = _gflops("auto")
+        prompts = config.num_prompts or prompts_for(rate, _gflops("float32"))
+        train, held_out = texts.prompts(prompts)
         texts.write_chats(folder / "prompts.jsonl", train)
         texts.write_chats(folder / "held-out.jsonl", held_out)
         texts.write_chats(folder / "questions.jsonl", texts.read_lines("questions.txt"))
@@ -156,15 +159,16 @@ def _prepare(config: DemoConfig, perform: Perform, write: Callable[[str], None])
     return stages
 
 
-def _gflops() -> float:
-    """Billions of operations per second in matrix products, in the number type of training."""
+def _gflops(dtype: str) -> float:
+    """Billions of operations per second in matrix products; `auto` is the type of training."""
     device = pick_device("auto")
-    return product_rate(compute_dtype("auto", device), device.type) / 1e9
+    return product_rate(compute_dtype(dtype, device), device.type) / 1e9
 
 
-def _prompts_for(rate: float) -> int:
-    """Number of prompts that suits a machine of `rate` GFLOP/s."""
-    return min(MOST_PROMPTS, max(LEAST_PROMPTS, round(PROMPTS_PER_GFLOPS * rate)))
+def prompts_for(rate: float, float32_rate: float) -> int:
+    """Number of prompts that suits a machine of so many GFLOP/s, in training and in float32."""
+    most = round(MOST_PROMPTS * max(1.0, float32_rate / FLOAT32_GFLOPS))
+    return min(most, max(LEAST_PROMPTS, round(PROMPTS_PER_GFLOPS * rate)))
 
 
 def _teacher_folder(config: DemoConfig, perform: Perform, write: Callable[[str], None]) -> Path:
