@@ -41,6 +41,12 @@ def choose(name: str) -> None:
         torch.backends.mkldnn.matmul.fp32_precision = "none"
 
 
+def peak(name: str, dtype: torch.dtype) -> float:
+    """Operations a second of products in a type, with the library of that side."""
+    choose(name)
+    return product_rate.__wrapped__(dtype, "cpu")
+
+
 def in_turn(sides: dict[str, Callable[[], None]], rounds: int) -> dict[str, float]:
     """Median seconds of each side; the first round does not count."""
     seconds: dict[str, list[float]] = {name: [] for name in sides}
@@ -74,7 +80,7 @@ def training(student: Path, data: Path, rounds: int) -> list[str]:
     found = in_turn(sides, rounds)
     return [
         f"| train, {name} | {BATCH * LENGTH / seconds:,.0f} | {found['MKL'] / seconds:.2f} | "
-        f"{work / seconds / product_rate(NAMES[name], 'cpu'):.0%} | |"
+        f"{work / seconds / peak(name, NAMES[name]):.0%} | |"
         for name, seconds in found.items()
     ]
 
@@ -105,10 +111,9 @@ def scoring(name: str, data: Path, rounds: int) -> list[str]:
     kl = divergences(teachers, split, LOGIT_ROWS)
     lines = []
     for dtype, seconds in found.items():
-        peak = product_rate(NAMES.get(dtype, torch.bfloat16), "cpu")
         lines.append(
             f"| score, {dtype} | {count / seconds:,.0f} | {found['MKL'] / seconds:.2f} | "
-            f"{work / seconds / peak:.0%} | {kl[dtype]:.1e} |"
+            f"{work / seconds / peak(dtype, NAMES.get(dtype, torch.bfloat16)):.0%} | {kl[dtype]:.1e} |"
         )
     return lines
 

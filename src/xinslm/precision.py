@@ -143,13 +143,13 @@ def has_narrow_products(name: str, device: torch.device | str) -> bool:
 
 
 def rounds_products(name: str, device: torch.device | str) -> bool:
-    """Whether `auto` means float32 weights whose products are rounded here."""
+    """Whether `auto` means float32 weights whose products are rounded here: a CPU with AMX."""
     return has_narrow_products(name, device) and rounds_on_request()
 
 
 def round_products(model: nn.Module) -> None:
-    """Make the linear layers of `model` multiply in bfloat16 on CPU, and sum in float32, except for
-    the last tenth of them.
+    """Make the linear layers of `model` multiply in bfloat16 on a CPU with AMX, and sum in float32,
+    except for the last tenth of them.
 
     Only the factors of a product are rounded; weights, activations, attention, norms and the head
     stay float32. The last layers matter more than others: exact ones there bring the KL divergence

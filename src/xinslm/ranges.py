@@ -14,7 +14,8 @@ from xinslm.errors import UsageError
 Device = Literal["auto", "cpu", "cuda", "mps"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 """Of a model's weights and activations. auto: float32, with the factors of matrix products rounded
-to bfloat16 where the processor multiplies that faster; text is generated in bfloat16 there.
+to bfloat16 on CPUs with AMX; text is generated in bfloat16 where the processor multiplies that
+faster.
 """
 Activations = Literal["float", "int8"]
 """Inputs of linear layers with codes: as they are, or rounded to 8 bits as llama.cpp does."""

@@ -614,9 +614,10 @@ def test_the_codes_of_the_layers_are_those_of_the_folder(folders, tmp_path):
             assert torch.equal(tensor, whole[name]), name
 
 
-def test_an_earlier_computation_in_the_process_changes_no_code(folders, tmp_path):
+@pytest.mark.parametrize("left", ["none", "bf16"])
+def test_an_earlier_computation_in_the_process_changes_no_code(folders, tmp_path, left):
     """The library of float32 products is chosen by each run, not left over from another."""
-    torch.backends.mkldnn.matmul.fp32_precision = "none"
+    torch.backends.mkldnn.matmul.fp32_precision = left
     run(options(folders, tmp_path / "q"))
     assert torch.backends.mkldnn.matmul.fp32_precision == float32_setting()
     assert same_codes(tmp_path / "q", folders / "gptaq")

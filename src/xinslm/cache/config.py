@@ -88,7 +88,7 @@ class CacheConfig(Settings):
     shard_positions: int = 1 << 18
     """Approximate number of positions in a shard file."""
     dtype: Dtype = "auto"
-    """The teacher's number type; auto: float32, products in bfloat16 where those are faster."""
+    """The teacher's number type; auto: float32, products in bfloat16 on CPUs with AMX."""
     device: Device = "auto"
     """Where the teacher runs; auto takes cuda, then mps, then cpu."""
     adapter: Path | None = None

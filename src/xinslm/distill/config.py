@@ -32,7 +32,7 @@ class DistillConfig(PretrainConfig):
     without a real teacher.
     """
     teacher_dtype: Dtype = "auto"
-    """Type of a live teacher; auto: float32, products in bfloat16 where those are faster."""
+    """Type of a live teacher; auto: float32, products in bfloat16 on CPUs with AMX."""
     trust_remote_code: bool = False
     """Run Python code that the teacher's repository brings."""
     hidden_states: Path | None = None

@@ -31,7 +31,7 @@ class EvaluateConfig(Settings):
     device: Device = "auto"
     """Where to compute; auto takes cuda, then mps, then cpu."""
     dtype: Dtype = "auto"
-    """Type to compute in; auto: float32, with products in bfloat16 where those are faster."""
+    """Type to compute in; auto: float32, with products in bfloat16 on CPUs with AMX."""
     activations: Activations = "float"
     """Inputs of linear layers: as they are, or rounded to int8 blocks, as llama.cpp does to those
     of 4-bit and 8-bit weights; the model needs such weights. Computed in the native engine, or,

@@ -96,7 +96,7 @@ class OnPolicyConfig(TrainingConfig):
     max_eval_samples: int = 64
     """Packed validation rows of --prompts to use at most after each round; 0 for all."""
     teacher_dtype: Dtype = "auto"
-    """Data type of the teacher; auto: float32, with products in bfloat16 where those are faster."""
+    """Data type of the teacher; auto: float32, products in bfloat16 on CPUs with AMX."""
     trust_remote_code: bool = False
     """Run Python code from the teacher's repository."""
     seed: int = 0

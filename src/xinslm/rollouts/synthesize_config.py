@@ -95,7 +95,7 @@ class SynthesizeConfig(Settings):
     """Longest context in tokens for the cache; use the student's. At most the teacher's."""
     dtype: Dtype = "auto"
     """Data type of the teacher; auto: it writes in bfloat16 where that is faster, and scores in
-    float32 with products in bfloat16.
+    float32, products in bfloat16 on CPUs with AMX.
     """
     device: Device = "auto"
     """Where the teacher runs; auto takes cuda, then mps, then cpu."""

@@ -8,7 +8,7 @@ from xinslm.hints import POSITIONAL, Alias
 from xinslm.ranges import POSITIVE, SEED, Activations, Device, Range, Settings, range_errors
 
 TaskDtype = Literal["float32", "float64", "auto", "bfloat16"]
-"""auto: float32, with the factors of matrix products in bfloat16 where those are faster."""
+"""auto: float32, with the factors of matrix products in bfloat16 on CPUs with AMX."""
 INSTRUCTIONS, CODE, OWN_TASKS = "ifeval", "humaneval", ".jsonl"
 
 _RANGES = {
