@@ -19,9 +19,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from xinslm.model.attention import LONG, Tile, attend, cut_into_tiles, document_lengths
 from xinslm.model.config import ModelConfig
 from xinslm.model.int8_inputs import int8_product
 from xinslm.model.param_dtype import Linear, embed
+
+Mask = Tensor | tuple[Tile, ...] | None
+"""What limits attention: a mask, the tiles of rows on a CPU, or nothing but the tokens' order."""
 
 
 class RMSNorm(nn.Module):
@@ -158,11 +162,15 @@ class Attention(nn.Module):
         return (self.q_norm(q), self.k_norm(k)) if self.has_norms else (q, k)
 
     def forward(
-        self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: KVCache | None
+        self, x: Tensor, cos: Tensor, sin: Tensor, mask: Mask, cache: KVCache | None
     ) -> Tensor:
         """(B, T, hidden) -> (B, T, hidden); without a mask, causal."""
         b, t, _ = x.shape
         q, k, v = self.project(x, cos, sin)
+        if isinstance(mask, tuple):
+            if cache is not None:
+                cache.extend(self.layer, k, v)
+            return self.o_proj(attend(q, k, v, mask).transpose(1, 2).reshape(b, t, -1))
         if cache is not None:
             k, v = cache.extend(self.layer, k, v)
         y = F.scaled_dot_product_attention(
@@ -202,7 +210,7 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(
-        self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: KVCache | None = None
+        self, x: Tensor, cos: Tensor, sin: Tensor, mask: Mask, cache: KVCache | None = None
     ) -> Tensor:
         """(B, T, hidden) -> (B, T, hidden)."""
         x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask, cache)
@@ -323,6 +331,17 @@ class Transformer(nn.Module):
             return allowed[None, None]
         return (allowed & (segments[:, :, None] == segments[:, None, :]))[:, None]
 
+    def attended(self, ids: Tensor, segments: Tensor | None, past: int = 0) -> Mask:
+        """Return the `mask` of blocks for ids (B, T): on a CPU, tiles if nothing comes before."""
+        rows, length = ids.shape
+        if past or length == 1 or ids.device.type != "cpu" or torch.compiler.is_compiling():
+            return self.mask(length, past, segments, ids.device)
+        lengths = [[length]] * rows if segments is None else document_lengths(segments)
+        window = self.config.sliding_window
+        if length >= LONG and all(len(row) == 1 for row in lengths) and window is None:
+            return None
+        return cut_into_tiles(lengths, window, self.config.num_attention_heads)
+
     def hidden(
         self,
         input_ids: Tensor,
@@ -345,11 +364,11 @@ class Transformer(nn.Module):
         length = input_ids.shape[1]
         if positions is None:
             positions = torch.arange(past, past + length, device=input_ids.device)[None]
-        mask = self.mask(length, past, segments, input_ids.device)
+        mask = self.attended(input_ids, segments, past)
         weight = self.model.embed_tokens.weight
         x = embed(input_ids, weight, self.compute_dtype or weight.dtype)
-        # otherwise attention allocates and keeps a float mask per block
-        if mask is not None and self.training and x.device.type == "cpu":
+        # otherwise a compiled attention allocates and keeps a float mask per block
+        if isinstance(mask, Tensor) and self.training and x.device.type == "cpu":
             mask = torch.zeros(mask.shape, dtype=x.dtype).masked_fill_(~mask, -torch.inf)
         cos, sin = self.rotary(positions, x.dtype)
         outputs = {}

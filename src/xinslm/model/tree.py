@@ -18,7 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from xinslm.model.transformer import Attention, Transformer
+from xinslm.model.attention import attend, masked_tiles
+from xinslm.model.transformer import Attention, Mask, Transformer
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class Prefix:
 class _Layers:
     """Attends to the prefix and the rows; keeps their keys and values if asked to."""
 
-    def __init__(self, mask: Tensor | None, prefix: Prefix | None, keep: bool) -> None:
+    def __init__(self, mask: Mask, prefix: Prefix | None, keep: bool) -> None:
         self.mask, self.prefix, self.keep = mask, prefix, keep
         self.keys: list[Tensor] = []
         self.values: list[Tensor] = []
@@ -59,9 +60,11 @@ class _Layers:
         return attention.o_proj(_attention(q, k, v, self.mask).transpose(1, 2).reshape(b, t, -1))
 
 
-def _attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+def _attention(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
     """Queries (B, H, T, D), keys and values (B, K, S, D) -> (B, H, T, D); causal without a mask."""
     b, heads, t, size = q.shape
+    if isinstance(mask, tuple):
+        return attend(q, k, v, mask)
     if mask is None:
         return F.scaled_dot_product_attention(
             q, k, v, is_causal=t > 1, enable_gqa=heads != k.shape[1]
@@ -72,10 +75,9 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     return y.reshape(b, heads, t, size)
 
 
-def _mask(
-    positions: Tensor, ends: Tensor, past: int, window: int | None, dtype: torch.dtype
-) -> Tensor:
-    """What is added to the scores, (B, 1, T, P + T)."""
+def _mask(model: Transformer, positions: Tensor, ends: Tensor, past: int) -> Mask:
+    """What limits attention: tiles on a CPU, else what is added to the scores, (B, 1, T, P + T)."""
+    window, dtype = model.config.sliding_window, model.model.embed_tokens.weight.dtype
     t = ends.shape[1]
     order = torch.arange(t, device=ends.device)
     allowed = (order <= order[:, None]) & (order[:, None] < ends[:, None, :])  # (B, T, T)
@@ -85,7 +87,9 @@ def _mask(
         keys = torch.cat((columns, positions), dim=1)
         allowed &= keys[:, None, :] > positions[:, :, None] - window
     mask = torch.zeros(allowed.shape, dtype=dtype, device=ends.device)
-    return mask.masked_fill_(~allowed, -torch.inf)[:, None]
+    mask = mask.masked_fill_(~allowed, -torch.inf)
+    is_cpu = mask.device.type == "cpu"
+    return masked_tiles(mask, model.config.num_attention_heads) if is_cpu else mask[:, None]
 
 
 def _run(model: Transformer, ids: Tensor, positions: Tensor, layers: _Layers) -> Tensor:
@@ -104,10 +108,10 @@ def read_prefix(model: Transformer, ids: Tensor, prefix: Prefix | None) -> tuple
     """Append ids (T,) to a prefix: their hidden states (T, hidden), and the longer prefix."""
     past = prefix.length if prefix is not None else 0
     positions = torch.arange(past, past + len(ids), device=ids.device)[None]
-    mask = None
-    if past or model.config.sliding_window is not None:
+    mask = model.attended(ids[None], None)
+    if past:
         ends = torch.full((1, len(ids)), len(ids), device=ids.device)
-        mask = _mask(positions, ends, past, model.config.sliding_window, _dtype(model))
+        mask = _mask(model, positions, ends, past)
     layers = _Layers(mask, prefix, keep=True)
     hidden = _run(model, ids[None], positions, layers)[0]
     return hidden, Prefix(layers.keys, layers.values)
@@ -126,12 +130,7 @@ def read_rows(
         ends: Where each token's descendants end in the row, (B, T) int64; T for pads.
         prefix: Keys and values of what comes before all rows.
     """
-    t, window = tokens.shape[1], model.config.sliding_window
     past = prefix.length if prefix is not None else 0
-    is_causal = not past and bool((ends >= t).all()) and (window is None or t <= window)
-    mask = None if is_causal else _mask(positions, ends, past, window, _dtype(model))
+    is_causal = not past and bool((ends >= tokens.shape[1]).all())
+    mask = model.attended(tokens, None) if is_causal else _mask(model, positions, ends, past)
     return _run(model, tokens, positions, _Layers(mask, prefix, keep=False))
-
-
-def _dtype(model: Transformer) -> torch.dtype:
-    return model.model.embed_tokens.weight.dtype

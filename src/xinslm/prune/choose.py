@@ -45,7 +45,7 @@ def _losses_without(teacher: Transformer, kept: Sequence[int], passage: Passage)
     with passage.forward():
         x = teacher.model.embed_tokens(passage.ids)
         cos, sin = teacher.rotary(passage.positions, x.dtype)
-        mask = teacher.mask(x.shape[1], 0, passage.segments, x.device)
+        mask = teacher.attended(passage.ids, passage.segments)
 
         def through(layers: Sequence[int], states: Tensor) -> Tensor:
             for layer in layers:

@@ -101,7 +101,7 @@ def mixed(model: Transformer, block: Block, normed: Tensor, passage: Passage) ->
     )
     try:
         cos, sin = model.rotary(passage.positions, normed.dtype)
-        mask = model.mask(normed.shape[1], 0, passage.segments, normed.device)
+        mask = model.attended(passage.ids, passage.segments)
         with passage.forward():
             block.self_attn(normed, cos, sin, mask, None)
     finally:

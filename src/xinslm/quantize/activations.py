@@ -283,5 +283,5 @@ class _Stream:
             return block.mlp(block.post_attention_layernorm(states))
         positions, segments = torch.from_numpy(batch.positions), torch.from_numpy(batch.segments)
         cos, sin = self._model.rotary(positions, states.dtype)
-        mask = self._model.mask(states.shape[1], 0, segments, states.device)
+        mask = self._model.attended(segments, segments)
         return block.self_attn(block.input_layernorm(states), cos, sin, mask, None)
