@@ -25,7 +25,8 @@ import xinslm
 from xinslm.export.config import GgufConfig
 from xinslm.model.files import load_model, open_model
 from xinslm.model.int8_inputs import int8_product, quantize_inputs
-from xinslm.model.transformer import RMSNorm, Transformer
+from xinslm.model.rms_norm import RMSNorm
+from xinslm.model.transformer import Transformer
 from xinslm.ranges import Activations
 from xinslm.tokenizer.load import load_tokenizer
 

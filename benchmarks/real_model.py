@@ -100,6 +100,7 @@ def live(name: str, top: int = 0) -> Arm:
 
 
 FULL = {"data": "data_full", "start": "start_full"}
+LARGE = {"data": "data_full", "start": "start_large"}
 EQUAL = {"data": "data_full", "start": "start_equal"}
 WRITTEN = {"data": "answers/data"}
 CE = Arm("cross-entropy", ("pretrain",))
@@ -127,6 +128,7 @@ ROWS: dict[str, list[Arm]] = {
     "vocabulary": [
         Arm("cross-entropy, 49k", ("pretrain",), **EQUAL),
         kd("KD, 49k", 0.5, cache="{cache_full}", **EQUAL),
+        kd("KD, 49k, as long as 16k", 0.5, cache="{cache_full}", longer=1.2, **EQUAL),
     ],
     "onpolicy": [
         kd("full: KD", 0.5, cache="{cache_full}", **FULL),
@@ -137,20 +139,18 @@ ROWS: dict[str, list[Arm]] = {
         live("full: KD, alpha 0, live"),
         kd("full: KD, alpha 0, 39 bytes", 0, cache="{cache_full}", **FULL),
         kd("full: KD, alpha 0, 30 bytes", 0, cache="{cache30}", **FULL),
-        kd("full: KD, alpha 0, ten samples everywhere", 0, cache="{cacheten}", **FULL),
         live("full: top 12 renormalised", top=12),
         live("full: top 128 renormalised", top=128),
     ],
+    "ten": [kd("full: KD, alpha 0, ten samples everywhere", 0, cache="{cacheten}", **FULL)],
     "large": [
-        Arm("large: cross-entropy", ("pretrain",), data="data_full", start="start_large"),
-        kd(
-            "large: KD",
-            0.5,
-            cache="{cache_full}",
-            data="data_full",
-            start="start_large",
-            quantized=True,
-        ),
+        Arm("large: cross-entropy", ("pretrain",), **LARGE),
+        kd("large: KD", 0.5, cache="{cache_full}", quantized=True, **LARGE),
+    ],
+    "live": [Arm("large: KD, live", ("distill", "--teacher", "{teacher}"), **LARGE)],
+    "long": [
+        Arm("large: cross-entropy, longer", ("pretrain",), longer=2.5, **LARGE),
+        kd("large: KD, longer", 0.5, cache="{cache_full}", longer=2.5, **LARGE),
     ],
 }
 

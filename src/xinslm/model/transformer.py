@@ -23,44 +23,10 @@ from xinslm.model.attention import LONG, Tile, attend, cut_into_tiles, document_
 from xinslm.model.config import ModelConfig
 from xinslm.model.int8_inputs import int8_product
 from xinslm.model.param_dtype import Linear, embed
+from xinslm.model.rms_norm import RMSNorm
 
 Mask = Tensor | tuple[Tile, ...] | None
 """What limits attention: a mask, the tiles of rows on a CPU, or nothing but the tokens' order."""
-
-
-class RMSNorm(nn.Module):
-    """Root-mean-square norm (Zhang and Sennrich 2019), computed in float32."""
-
-    def __init__(self, size: int, eps: float) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(size))
-        self.eps = eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(..., size) -> (..., size), in x's dtype."""
-        result: Tensor = _Normalize.apply(x, self.weight, self.eps)
-        return result
-
-
-class _Normalize(torch.autograd.Function):
-    """Keeps its input and one number a row; autograd would keep three tensors of x's size."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        wide = x.float()
-        scale = wide.square().mean(-1, keepdim=True).add_(eps).rsqrt_()  # (..., 1)
-        ctx.save_for_backward(x, weight, scale)
-        return (wide * scale).to(x.dtype).mul_(weight)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        x, weight, scale = ctx.saved_tensors
-        unit, grad = x.float() * scale, grad.float()
-        product = grad * unit
-        grad_weight = product.flatten(0, -2).sum(0).to(weight.dtype)
-        along = product.mul_(weight).mean(-1, keepdim=True)
-        grad_x = (grad * weight).sub_(unit.mul_(along)).mul_(scale)
-        return grad_x.to(x.dtype), grad_weight, None
 
 
 def _scaled(x: Tensor, by: Tensor) -> Tensor:
@@ -87,9 +53,28 @@ def rotary_frequencies(config: ModelConfig) -> Tensor:
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate each pair (i, i + D/2) of a head by its position's angle; tables (B or 1, 1, T, D)."""
+    result: Tensor = _Rotate.apply(x, cos, sin)
+    return result
+
+
+class _Rotate(torch.autograd.Function):
+    """The gradient is rotated back; autograd would pad and add halves, and keep two tensors."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        return _turned(x, sin).add_(x * cos)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        cos, sin = ctx.saved_tensors
+        return (grad * cos).sub_(_turned(grad, sin)), None, None
+
+
+def _turned(x: Tensor, sin: Tensor) -> Tensor:
+    """A quarter turn of each pair, times its sine."""
     half = x.shape[-1] // 2
-    turned = torch.cat((-x[..., half:], x[..., :half]), dim=-1)
-    return x * cos + turned * sin
+    return torch.cat((-x[..., half:], x[..., :half]), dim=-1).mul_(sin)
 
 
 class KVCache:

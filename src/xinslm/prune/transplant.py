@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 from xinslm.model.config import ModelConfig
-from xinslm.model.transformer import Block, RMSNorm, Transformer
+from xinslm.model.rms_norm import RMSNorm
+from xinslm.model.transformer import Block, Transformer
 from xinslm.prune.cuts import EMBEDDING, HEAD, NORM, Weights, assemble
 from xinslm.prune.measure import Passage, Statistics, advance, mixed, neurons, products, unit
 
