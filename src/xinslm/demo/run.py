@@ -43,8 +43,8 @@ PROMPTS_PER_GFLOPS = 0.38
 """Of the machine's matrix products; meant for 8 minutes, and 11 at `LEAST_PROMPTS`."""
 LEAST_PROMPTS, MOST_PROMPTS = 64, 120
 """With more than 400 GFLOP/s (AMX) other work than products in bfloat16 takes most of the time."""
-FLOAT32_GFLOPS = 250
-"""Rate of float32 products for which `MOST_PROMPTS` is meant; faster ones allow more."""
+PROMPTS_PER_FLOAT32_GFLOPS = 0.6
+"""Float32 products, which the teacher's answers take, allow more than `MOST_PROMPTS`."""
 BEGINNINGS = ("One sunny day", "It was a windy day in May.", "On Monday, the farmer")
 Perform = Callable[[Sequence[str], Listener], Any]
 """Runs one command line quietly; raises what the command raises."""
@@ -167,7 +167,7 @@ def _gflops(dtype: str) -> float:
 
 def prompts_for(rate: float, float32_rate: float) -> int:
     """Number of prompts that suits a machine of so many GFLOP/s, in training and in float32."""
-    most = round(MOST_PROMPTS * max(1.0, float32_rate / FLOAT32_GFLOPS))
+    most = max(MOST_PROMPTS, round(PROMPTS_PER_FLOAT32_GFLOPS * float32_rate))
     return min(most, max(LEAST_PROMPTS, round(PROMPTS_PER_GFLOPS * rate)))
 
 
