@@ -25,13 +25,13 @@ KILLED_AT = 5
 def calls(monkeypatch):
     """Tokens of each forward pass of a teacher."""
     sizes = []
-    real = OwnTeacher.states
+    real = OwnTeacher.states_and_hidden
 
-    def counted(self, texts):
+    def counted(self, texts, depths):
         sizes.append(sum(map(len, texts)))
-        return real(self, texts)
+        return real(self, texts, depths)
 
-    monkeypatch.setattr(OwnTeacher, "states", counted)
+    monkeypatch.setattr(OwnTeacher, "states_and_hidden", counted)
     return sizes
 
 
@@ -75,13 +75,13 @@ from xinslm.cache.config import CacheConfig
 from xinslm.teachers.endpoint_config import EndpointConfig
 from xinslm.teachers.own import OwnTeacher
 journal.SAVE_SECONDS = 0.0
-real, calls = OwnTeacher.states, []
-def states(self, *given):
+real, calls = OwnTeacher.states_and_hidden, []
+def counted(self, *given):
     calls.append(1)
     if len(calls) == {KILLED_AT}:
         os.kill(os.getpid(), signal.SIGKILL)
     return real(self, *given)
-OwnTeacher.states = states
+OwnTeacher.states_and_hidden = counted
 score.run({killed!r})
 """
     done = subprocess.run([sys.executable, "-c", code], check=False)

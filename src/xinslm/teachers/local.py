@@ -111,6 +111,16 @@ class LocalTeacher:
     open_decoder: Callable[[int, int], Decoder]
     cache_bytes_per_token: int
 
+    def check_lengths(self, sequences: list[np.ndarray]) -> int:
+        """Length of the longest sequence; UsageError if it exceeds the context."""
+        longest = max(len(s) for s in sequences)
+        if longest > self.max_length:
+            raise UsageError(
+                f"teacher {self.name} has a context of {self.max_length} tokens, "
+                f"{longest} are asked for"
+            )
+        return longest
+
     def padded(self, sequences: list[np.ndarray]) -> tuple[Tensor, Tensor]:
         """Right-pad sequences of ids into one batch: ids (B, T) int64 and which of them are real,
         (B, T) bool.
@@ -118,12 +128,7 @@ class LocalTeacher:
         Causal attention makes right pads harmless. Raises UsageError for a sequence longer than the
         context.
         """
-        longest = max(len(s) for s in sequences)
-        if longest > self.max_length:
-            raise UsageError(
-                f"teacher {self.name} has a context of {self.max_length} tokens, "
-                f"{longest} are asked for"
-            )
+        longest = self.check_lengths(sequences)
         batch = np.zeros((len(sequences), longest), dtype=np.int64)
         real = np.zeros((len(sequences), longest), dtype=bool)
         for row, ids in enumerate(sequences):

@@ -1,7 +1,9 @@
-"""Teachers in our transformer: they score padded batches and generate with a key-value cache.
+"""Teachers in our transformer: they score batches of texts and generate with a key-value cache.
 
 Results equal those of transformers within float32 rounding, without importing it.
 """
+
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -60,9 +62,32 @@ class OwnTeacher(LocalTeacher):
     @torch.no_grad()
     def states(self, sequences: list[np.ndarray]) -> Tensor:
         """Hidden states of all tokens of the sequences, concatenated: (total tokens, hidden)."""
-        inputs, real = self.padded(sequences)
-        hidden: Tensor = self.model.hidden(inputs)
-        return hidden[real]
+        states, _ = self.states_and_hidden(sequences, ())
+        return states
+
+    @torch.no_grad()
+    def states_and_hidden(
+        self, sequences: list[np.ndarray], depths: Sequence[int]
+    ) -> tuple[Tensor, list[Tensor]]:
+        """`states`, and the outputs of blocks `depths` (from 1), each (total tokens, hidden)."""
+        positions: Tensor | None = None
+        segments: Tensor | None = None
+        if self.device.type == "cpu":
+            # attention by tiles costs nothing between sequences: one row holds all, without pads
+            self.check_lengths(sequences)
+            lengths = [len(ids) for ids in sequences]
+            arrays = (
+                np.concatenate(sequences).astype(np.int64),
+                np.concatenate([np.arange(length) for length in lengths]),
+                np.repeat(np.arange(len(lengths)), lengths),
+            )
+            inputs, positions, segments = (torch.from_numpy(array)[None] for array in arrays)
+            real = torch.ones_like(inputs, dtype=torch.bool)
+        else:
+            inputs, real = self.padded(sequences)
+        found = self.model.hidden(inputs, positions, segments, layers=tuple(depths))
+        hidden, outputs = found if depths else (found, [])
+        return hidden[real], [output[real] for output in outputs]
 
     @torch.no_grad()
     def logits(self, states: Tensor) -> Tensor:
