@@ -108,10 +108,10 @@ def real_stages(
     )
     plan.add(
         f"prune the teacher to {shape[0]} layers of {shape[1]:,} neurons",
-        (20 + 1.2 * min(prompts, 128)) * slow,
+        (30 + 1.3 * min(prompts, 288)) * slow,
         f"prune {teacher} --data-path {path('answers/data')} --output-dir {path('pruned')}",
         f"--num-layers {shape[0]} --intermediate-size {shape[1]} --layers influence",
-        "--num-calibration-samples 32 --num-search-samples 4 --max-eval-samples 4",
+        "--num-calibration-samples 96 --ridge 0.3 --num-search-samples 4 --max-eval-samples 4",
         "--max-seq-length 512",
     )
     _train(plan, 1.5 * prompts * slow, f"--max-seq-length 512 --batch-size 2 {seed}")
