@@ -91,6 +91,18 @@ def test_narrow_types_are_computed_in_float32(dtype, error):
         assert (ours.grad - theirs.grad).abs().max() < 4 * error * theirs.grad.abs().max()
 
 
+def test_autocast_does_not_narrow_the_products():
+    tensors = [x.bfloat16().requires_grad_() for x in inputs(40, 1)]
+    tiles = cut_into_tiles([[40]], None, 6)
+    found = []
+    for enabled in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            y = attend(*tensors, tiles)
+            found.append([y, *torch.autograd.grad(y, tensors, torch.ones_like(y))])
+    for plain, under in zip(*found, strict=True):
+        assert torch.equal(plain, under)
+
+
 def test_keys_of_a_past_come_before_the_queries(monkeypatch):
     monkeypatch.setattr(attention, "SCORES", 1)
     monkeypatch.setattr(attention, "FEWEST", 5)

@@ -156,36 +156,45 @@ class _Attend(torch.autograd.Function):
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, tiles: tuple[Tile, ...]) -> Tensor:
         ctx.save_for_backward(q, k, v)
         ctx.tiles = tiles
-        y, scratch = _like_rows(q), _Scratch(q, k, tiles)
-        past = k.shape[2] - q.shape[2]
-        for tile in tiles:
-            _, keys, weights = scratch.weights(q, k, tile)
-            values = _rows(v[tile.row, :, tile.first : tile.end], len(keys))
-            mixed = torch.bmm(weights, values)
-            y[tile.row, :, tile.start - past : tile.end - past] = mixed.view(
-                q.shape[1], -1, q.shape[3]
-            )
-        return y
+        return _mix(q, k, v, tiles)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
-        q, k, v = ctx.saved_tensors
-        scratch = _Scratch(q, k, ctx.tiles)
-        grad_q, past = _like_rows(q), k.shape[2] - q.shape[2]
-        grad_k, grad_v = (_like_rows(x, scratch.dtype).zero_() for x in (k, v))
-        for tile in ctx.tiles:
-            seen = tile.row, slice(None), slice(tile.first, tile.end)
-            asked = tile.row, slice(None), slice(tile.start - past, tile.end - past)
-            queries, keys, weights = scratch.weights(q, k, tile)
-            values, grads = _rows(v[seen], len(keys)), _rows(grad[asked], len(keys))
-            grad_v[seen] += torch.bmm(weights.transpose(1, 2), grads)
-            grad_scores = scratch.grad_scores(grads, values, weights)
-            grad_k[seen] += torch.bmm(grad_scores.transpose(1, 2), queries)
-            part = torch.bmm(grad_scores, keys).view(q.shape[1], -1, q.shape[3])
-            torch.mul(part, scratch.scale, out=part)
-            grad_q[asked] = part
-        return grad_q, grad_k.to(k.dtype), grad_v.to(v.dtype), None
+        return *_gradients(*ctx.saved_tensors, grad, ctx.tiles), None
+
+
+# under autocast, too, the products stay in float32, as those inside PyTorch's attention do
+@torch.autocast("cpu", enabled=False)
+def _mix(q: Tensor, k: Tensor, v: Tensor, tiles: tuple[Tile, ...]) -> Tensor:
+    y, scratch = _like_rows(q), _Scratch(q, k, tiles)
+    past = k.shape[2] - q.shape[2]
+    for tile in tiles:
+        _, keys, weights = scratch.weights(q, k, tile)
+        mixed = torch.bmm(weights, _rows(v[tile.row, :, tile.first : tile.end], len(keys)))
+        asked = slice(tile.start - past, tile.end - past)
+        y[tile.row, :, asked] = mixed.view(q.shape[1], -1, q.shape[3])
+    return y
+
+
+@torch.autocast("cpu", enabled=False)
+def _gradients(
+    q: Tensor, k: Tensor, v: Tensor, grad: Tensor, tiles: tuple[Tile, ...]
+) -> tuple[Tensor, Tensor, Tensor]:
+    scratch = _Scratch(q, k, tiles)
+    grad_q, past = _like_rows(q), k.shape[2] - q.shape[2]
+    grad_k, grad_v = (_like_rows(x, scratch.dtype).zero_() for x in (k, v))
+    for tile in tiles:
+        seen = tile.row, slice(None), slice(tile.first, tile.end)
+        asked = tile.row, slice(None), slice(tile.start - past, tile.end - past)
+        queries, keys, weights = scratch.weights(q, k, tile)
+        values, grads = _rows(v[seen], len(keys)), _rows(grad[asked], len(keys))
+        grad_v[seen] += torch.bmm(weights.transpose(1, 2), grads)
+        grad_scores = scratch.grad_scores(grads, values, weights)
+        grad_k[seen] += torch.bmm(grad_scores.transpose(1, 2), queries)
+        part = torch.bmm(grad_scores, keys).mul_(scratch.scale)
+        grad_q[asked] = part.view(q.shape[1], -1, q.shape[3])
+    return grad_q, grad_k.to(k.dtype), grad_v.to(v.dtype)
 
 
 class _Scratch:
