@@ -12,6 +12,7 @@ import torch
 from small_models import save_dataset, save_random_model
 from xinslm.cli.arguments import parse
 from xinslm.errors import UsageError
+from xinslm.model.attention import cut_into_tiles
 from xinslm.model.config import PRESETS, ModelConfig
 from xinslm.model.param_dtype import cast_matrices_to_bfloat16
 from xinslm.model.transformer import Transformer
@@ -54,14 +55,15 @@ def test_weights_and_states_are_those_of_a_built_model(
 
 @pytest.mark.parametrize("parts", [{}, {"attention_bias": True}, {"qk_norm": True}], ids=str)
 @pytest.mark.parametrize("kv_heads", [4, 2])
+@pytest.mark.parametrize("by_tiles", [True, False])
 def test_a_block_keeps_for_its_backward_pass_what_the_formula_says(
-    kv_heads: int, parts: dict[str, bool]
+    by_tiles: bool, kv_heads: int, parts: dict[str, bool]
 ) -> None:
     shape, rows, length = ModelConfig(640, 96, 160, 1, 4, kv_heads, 32, **parts), 2, 64
     model = Transformer(shape).train()
     cos, sin = model.rotary(torch.arange(length)[None], torch.float32)
-    mask = torch.zeros(rows, 1, length, length)
-    given = {t.data_ptr() for t in (cos, sin, mask, *model.parameters())}
+    mask = None if not by_tiles else cut_into_tiles([[40, 24]] * rows, None, 4)
+    given = {t.data_ptr() for t in (cos, sin, *model.parameters())}
     kept: dict[int, torch.Tensor] = {}
 
     def note(tensor: torch.Tensor) -> torch.Tensor:
@@ -72,15 +74,15 @@ def test_a_block_keeps_for_its_backward_pass_what_the_formula_says(
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         model.model.layers[0](torch.randn(rows, length, 96, requires_grad=True), cos, sin, mask)
     counted = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
-    assert counted == kept_by_block(shape, rows * length, 4)
+    sums = 4 * 4 * rows * length  # a number for each query, which tiles do not need
+    assert counted == kept_by_block(shape, rows * length, 4) - by_tiles * sums
 
 
 def test_operations_are_those_that_pytorch_counts() -> None:
-    from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
 
     model, length = Transformer(SMALL), 64
-    with FlopCounterMode(display=False) as counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
         model.logits(model.hidden(torch.zeros(1, length, dtype=torch.int64)))
     blocks, head = forward_operations(SMALL, length)
     counted = counter.get_total_flops()

@@ -26,6 +26,8 @@ MERGED = 96
 SCORES = 2**21
 """Scores of a tile, if that leaves at least `FEWEST` queries: 8 MB in float32."""
 FEWEST = 16
+SHORT = 16
+"""Tokens of a row below which the products are all overhead."""
 LONG = 768
 """Tokens from which PyTorch's causal attention takes larger blocks and is as fast."""
 
@@ -40,7 +42,7 @@ class Tile(NamedTuple):
     start: int
     end: int
     mask: Tensor
-    """Added to the scores of the last keys: float32 (queries, at most `end - first`)."""
+    """Added to the scores of the last keys: (queries, at most `end - first`)."""
 
 
 def cut_into_tiles(
@@ -156,16 +158,18 @@ class _Attend(torch.autograd.Function):
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, tiles: tuple[Tile, ...]) -> Tensor:
         ctx.save_for_backward(q, k, v)
         ctx.tiles = tiles
-        return _mix(q, k, v, tiles)
+        # under autocast, too, the products stay in float32, as those inside PyTorch's attention do
+        with torch.autocast("cpu", enabled=False):
+            return _mix(q, k, v, tiles)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
-        return *_gradients(*ctx.saved_tensors, grad, ctx.tiles), None
+        with torch.autocast("cpu", enabled=False):
+            q, k, v = ctx.saved_tensors
+            return *_gradients(q, k, v, grad, ctx.tiles), None
 
 
-# under autocast, too, the products stay in float32, as those inside PyTorch's attention do
-@torch.autocast("cpu", enabled=False)
 def _mix(q: Tensor, k: Tensor, v: Tensor, tiles: tuple[Tile, ...]) -> Tensor:
     y, scratch = _like_rows(q), _Scratch(q, k, tiles)
     past = k.shape[2] - q.shape[2]
@@ -177,7 +181,6 @@ def _mix(q: Tensor, k: Tensor, v: Tensor, tiles: tuple[Tile, ...]) -> Tensor:
     return y
 
 
-@torch.autocast("cpu", enabled=False)
 def _gradients(
     q: Tensor, k: Tensor, v: Tensor, grad: Tensor, tiles: tuple[Tile, ...]
 ) -> tuple[Tensor, Tensor, Tensor]:

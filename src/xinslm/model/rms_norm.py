@@ -53,6 +53,9 @@ class _Normalize(torch.autograd.Function):
 
 
 def _pieces(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Rows of tensors of one shape (..., size), 512 kB in float32 at a time."""
-    size = tensors[0].shape[-1]
-    return zip(*(x.reshape(-1, size).split(max(1, 2**17 // size)) for x in tensors), strict=True)
+    """Rows of tensors of one shape (..., size), on a CPU 512 kB in float32 at a time."""
+    flat = [x.reshape(-1, x.shape[-1]) for x in tensors]
+    size = flat[0].shape[1]
+    if flat[0].device.type != "cpu" or torch.compiler.is_compiling():
+        return iter([tuple(flat)])
+    return zip(*(x.split(max(1, 2**17 // size)) for x in flat), strict=True)

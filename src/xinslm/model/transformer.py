@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from xinslm.model.attention import LONG, Tile, attend, cut_into_tiles, document_lengths
+from xinslm.model.attention import LONG, SHORT, Tile, attend, cut_into_tiles, document_lengths
 from xinslm.model.config import ModelConfig
 from xinslm.model.int8_inputs import int8_product
 from xinslm.model.param_dtype import Linear, embed
@@ -58,12 +58,12 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class _Rotate(torch.autograd.Function):
-    """The gradient is rotated back; autograd would pad and add halves, and keep two tensors."""
+    """The gradient is rotated back; autograd would pad and add halves."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         ctx.save_for_backward(cos, sin)
-        return _turned(x, sin).add_(x * cos)
+        return (x * cos).add_(_turned(x, sin))  # x's layout, which attention keeps
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
@@ -319,10 +319,12 @@ class Transformer(nn.Module):
     def attended(self, ids: Tensor, segments: Tensor | None, past: int = 0) -> Mask:
         """Return the `mask` of blocks for ids (B, T): on a CPU, tiles if nothing comes before."""
         rows, length = ids.shape
-        if past or length == 1 or ids.device.type != "cpu" or torch.compiler.is_compiling():
+        assert segments is None or segments.shape == ids.shape, "a number for each token"
+        if past or length < SHORT or ids.device.type != "cpu" or torch.compiler.is_compiling():
             return self.mask(length, past, segments, ids.device)
         lengths = [[length]] * rows if segments is None else document_lengths(segments)
         window = self.config.sliding_window
+        window = None if window is None or window >= length else window
         if length >= LONG and all(len(row) == 1 for row in lengths) and window is None:
             return None
         return cut_into_tiles(lengths, window, self.config.num_attention_heads)
@@ -338,9 +340,9 @@ class Transformer(nn.Module):
         """Run the blocks and the final norm: ids (B, T) -> (B, T, hidden).
 
         In a packed sequence, `positions` (B, T) restart at each document and `segments` (B, T)
-        number the documents, which attention does not cross. With a `cache`, the ids continue its
-        content; it cannot be used with `segments`. With `layers` (numbers of blocks from 1), return
-        a pair: the hidden states, and a list of the outputs of those blocks.
+        number the documents, each in one run, which attention does not cross. With a `cache`, the
+        ids continue its content; it cannot be used with `segments`. With `layers` (numbers of
+        blocks from 1), return a pair: the hidden states, and a list of the outputs of those blocks.
         """
         assert cache is None or segments is None, (
             "packed sequences are for training, a cache is for generation"

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from xinslm.model.attention import attend, masked_tiles
+from xinslm.model.attention import SHORT, attend, masked_tiles
 from xinslm.model.transformer import Attention, Mask, Transformer
 
 
@@ -88,8 +88,9 @@ def _mask(model: Transformer, positions: Tensor, ends: Tensor, past: int) -> Mas
         allowed &= keys[:, None, :] > positions[:, :, None] - window
     mask = torch.zeros(allowed.shape, dtype=dtype, device=ends.device)
     mask = mask.masked_fill_(~allowed, -torch.inf)
-    is_cpu = mask.device.type == "cpu"
-    return masked_tiles(mask, model.config.num_attention_heads) if is_cpu else mask[:, None]
+    if mask.device.type != "cpu" or ends.shape[1] < SHORT:
+        return mask[:, None]
+    return masked_tiles(mask, model.config.num_attention_heads)
 
 
 def _run(model: Transformer, ids: Tensor, positions: Tensor, layers: _Layers) -> Tensor:
@@ -108,10 +109,11 @@ def read_prefix(model: Transformer, ids: Tensor, prefix: Prefix | None) -> tuple
     """Append ids (T,) to a prefix: their hidden states (T, hidden), and the longer prefix."""
     past = prefix.length if prefix is not None else 0
     positions = torch.arange(past, past + len(ids), device=ids.device)[None]
-    mask = model.attended(ids[None], None)
     if past:
         ends = torch.full((1, len(ids)), len(ids), device=ids.device)
         mask = _mask(model, positions, ends, past)
+    else:
+        mask = model.attended(ids[None], None)
     layers = _Layers(mask, prefix, keep=True)
     hidden = _run(model, ids[None], positions, layers)[0]
     return hidden, Prefix(layers.keys, layers.values)

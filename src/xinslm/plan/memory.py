@@ -13,6 +13,7 @@ compares with measured peaks.
 
 from dataclasses import dataclass
 
+from xinslm.device import pick_device
 from xinslm.losses.fused import CHUNK_ROWS, NARROW_CHUNK_ROWS, PIECE_ROWS
 from xinslm.model.config import ModelConfig
 from xinslm.train.config import PretrainConfig
@@ -160,7 +161,8 @@ def _activations(shape: ModelConfig, config: PretrainConfig, tokens: int) -> tup
     d, f, layers = shape.hidden_size, shape.intermediate_size, shape.num_hidden_layers
     width = _width(config)
     block = kept_by_block(shape, tokens, width)
-    mask = tokens * config.max_seq_length * width
+    has_mask = config.compile or pick_device(config.device).type != "cpu"
+    mask = tokens * config.max_seq_length * width if has_mask else 0
     # gradients inside a block
     passing = tokens * max(width * (2 * d + 3 * f), 3 * 4 * d)
     # the float32 copy of a bfloat16 matrix that is multiplied

@@ -70,24 +70,31 @@ class OwnTeacher(LocalTeacher):
         self, sequences: list[np.ndarray], depths: Sequence[int]
     ) -> tuple[Tensor, list[Tensor]]:
         """`states`, and the outputs of blocks `depths` (from 1), each (total tokens, hidden)."""
-        positions: Tensor | None = None
-        segments: Tensor | None = None
-        if self.device.type == "cpu":
-            # attention by tiles costs nothing between sequences: one row holds all, without pads
-            self.check_lengths(sequences)
-            lengths = [len(ids) for ids in sequences]
-            arrays = (
-                np.concatenate(sequences).astype(np.int64),
-                np.concatenate([np.arange(length) for length in lengths]),
-                np.repeat(np.arange(len(lengths)), lengths),
-            )
-            inputs, positions, segments = (torch.from_numpy(array)[None] for array in arrays)
-            real = torch.ones_like(inputs, dtype=torch.bool)
-        else:
+        if self.device.type != "cpu":
             inputs, real = self.padded(sequences)
-        found = self.model.hidden(inputs, positions, segments, layers=tuple(depths))
-        hidden, outputs = found if depths else (found, [])
-        return hidden[real], [output[real] for output in outputs]
+            states, outputs = self._read(inputs, None, None, depths)
+            return states[real], [output[real] for output in outputs]
+        # attention by tiles costs nothing between sequences: one row holds all, without pads
+        self.check_lengths(sequences)
+        lengths = [len(ids) for ids in sequences]
+        arrays = (
+            np.concatenate(sequences).astype(np.int64),
+            np.concatenate([np.arange(length) for length in lengths]),
+            np.repeat(np.arange(len(lengths)), lengths),
+        )
+        ids, positions, segments = (torch.from_numpy(array)[None] for array in arrays)
+        states, outputs = self._read(ids, positions, segments, depths)
+        return states[0], [output[0] for output in outputs]
+
+    def _read(
+        self,
+        ids: Tensor,
+        positions: Tensor | None,
+        segments: Tensor | None,
+        depths: Sequence[int],
+    ) -> tuple[Tensor, list[Tensor]]:
+        found = self.model.hidden(ids, positions, segments, layers=tuple(depths))
+        return found if depths else (found, [])
 
     @torch.no_grad()
     def logits(self, states: Tensor) -> Tensor:
