@@ -318,10 +318,10 @@ def test_a_kl_term_that_is_not_zero_for_equal_distributions(healthy, wrong_gradi
 
 
 def test_attention_across_documents_and_onto_pads(healthy, monkeypatch):
-    def leaky(self, length, past, segments, device):
+    def leaky(self, ids, segments, past=0):
         return None
 
-    monkeypatch.setattr(Transformer, "mask", leaky)
+    monkeypatch.setattr(Transformer, "attended", leaky)
     assert "packing" in examine(healthy, teacher=None).failed
     monkeypatch.undo()
     real = Transformer.hidden
