@@ -147,7 +147,7 @@ ROWS: dict[str, list[Arm]] = {
         Arm("large: cross-entropy", ("pretrain",), **LARGE),
         kd("large: KD", 0.5, cache="{cache_full}", quantized=True, **LARGE),
     ],
-    "equal": [
+    "wall": [
         Arm("large: cross-entropy, the cache's time too", ("pretrain",), longer=1.62, **LARGE)
     ],
     "live": [Arm("large: KD, live", ("distill", "--teacher", "{teacher}"), **LARGE)],

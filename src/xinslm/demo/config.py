@@ -34,7 +34,7 @@ class DemoConfig(Settings):
     """Generate stories and train a small teacher on them: needs no download."""
     num_prompts: int | None = None
     """Prompts that the teacher answers, those that are held out included; if not given, by the
-    machine's speed: from 64 without bfloat16 instructions to about 250."""
+    machine's speed: from 64 without bfloat16 instructions to about 280."""
     samples: int = 1
     """Answers to each prompt."""
     max_new_tokens: int = 160

@@ -114,7 +114,7 @@ def real_stages(
         "--num-calibration-samples 96 --ridge 0.3 --num-search-samples 4 --max-eval-samples 4",
         "--max-seq-length 512",
     )
-    _train(plan, 1.5 * prompts * slow, f"--max-seq-length 512 --batch-size 2 {seed}")
+    _train(plan, 1.25 * prompts * slow, f"--max-seq-length 512 --batch-size 2 {seed}")
     _small(plan, 40 * slow)
     texts = (("held-out answers", "held-out/text.jsonl"), ("other text", "paragraphs.jsonl"))
     models = ((TEACHER, teacher), *_models(path))

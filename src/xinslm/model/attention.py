@@ -1,14 +1,14 @@
 """Causal attention of whole rows on a CPU, computed only where a token sees another.
 
 `scaled_dot_product_attention` on a CPU takes as long for a row of four documents as for one, with a
-mask or with `is_causal`. Here a row is cut into tiles, each some queries of a
-document with the keys before them, and a tile's scores are one matrix product for all queries of a
-key head. The scores are not kept: the backward pass computes them again, as in FlashAttention
-(arXiv:2205.14135, section 3.1), so memory grows with the tokens of a row and not with their square.
+mask or with `is_causal`. Here a row is cut into tiles, each some queries of a document with the
+keys before them, and a tile's scores are one matrix product for all queries of a key head. The
+scores are not kept: the backward pass computes them again, as in FlashAttention (arXiv:2205.14135,
+section 3.1), so memory grows with the tokens of a row and not with their square.
 Shapes: B rows, T tokens of a row, H query heads, K key heads, D head dimension.
 
-    tiles = cut_into_tiles(segments, window=None, heads=9)  # once for all layers
-    y = attend(q, k, v, tiles)                              # (B, H, T, D)
+    tiles = cut_into_tiles([[150, 362]], window=None, heads=9)  # once for all layers
+    y = attend(q, k, v, tiles)                                  # (B, H, T, D)
 """
 
 import math
@@ -46,22 +46,22 @@ class Tile(NamedTuple):
 
 
 def cut_into_tiles(
-    segments: Sequence[Sequence[int]], window: int | None, heads: int
+    lengths: Sequence[Sequence[int]], window: int | None, heads: int
 ) -> tuple[Tile, ...]:
     """Cut rows into tiles.
 
     Args:
-        segments: Lengths of the documents of each row, in order; together T.
+        lengths: Of the documents of each row, in order; together T.
         window: Keys that a query sees, its own included; None for all before it.
         heads: H, which limits the number of queries of a tile.
     """
-    triangles: dict[tuple[int, ...], Tensor] = {}
+    masks: dict[tuple[int, ...], Tensor] = {}
     tiles = []
-    for row, lengths in enumerate(segments):
+    for row, documents in enumerate(lengths):
         first = 0
-        for together in _merged(lengths):
+        for together in _merged(documents):
             end = first + sum(together)
-            tiles += _tiles(row, first, together, window, heads, triangles)
+            tiles += _tiles(row, first, together, window, heads, masks)
             first = end
     return tuple(tiles)
 
@@ -103,7 +103,7 @@ def _tiles(
 
 def masked_tiles(mask: Tensor, heads: int) -> tuple[Tile, ...]:
     """Tiles for keys (S) of which the last T are the queries' own, by what is added to the scores,
-    (B, T, S); nobody sees what comes after him.
+    (B, T, S), which hides what comes after a query.
     """
     rows, length, keys = mask.shape
     parts = -(-length // _most_queries(heads, keys))
