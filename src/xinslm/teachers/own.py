@@ -53,6 +53,8 @@ class OwnTeacher(LocalTeacher):
         if rounds_products(dtype, device):
             round_products(self.model)
         self.cache_bytes_per_token = token_bytes(self.model)
+        self.packs = self.device.type == "cpu"
+        """Whether texts share a row: tiles cost nothing between them, a mask would."""
 
     @property
     def fingerprint(self) -> str:
@@ -70,11 +72,10 @@ class OwnTeacher(LocalTeacher):
         self, sequences: list[np.ndarray], depths: Sequence[int]
     ) -> tuple[Tensor, list[Tensor]]:
         """`states`, and the outputs of blocks `depths` (from 1), each (total tokens, hidden)."""
-        if self.device.type != "cpu":
+        if not self.packs:
             inputs, real = self.padded(sequences)
             states, outputs = self._read(inputs, None, None, depths)
             return states[real], [output[real] for output in outputs]
-        # attention by tiles costs nothing between sequences: one row holds all, without pads
         self.check_lengths(sequences)
         lengths = [len(ids) for ids in sequences]
         arrays = (
