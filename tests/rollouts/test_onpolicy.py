@@ -62,6 +62,7 @@ def make(world, student):
         settings = {
             **SMALL,
             "compute_dtype": "float32",
+            "engine": "pytorch",  # test_native_writer.py has the native one
             "student": student,
             "teacher": str(world.teacher),
             "prompts": world.data,

@@ -6,7 +6,7 @@ beginnings.
 """
 
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from xinslm.evaluate.trie import Row
-from xinslm.inference.native_engine import CHUNK, build
+from xinslm.inference.native_batch import NativeDecoder, in_parts, kept_bytes, remove_all
+from xinslm.inference.native_engine import build
 from xinslm.inference.raw_weights import RawModel
 from xinslm.machine import usable_cores
 from xinslm.native.model import NativeContext
@@ -33,83 +34,6 @@ class NativePrefix:
         weakref.finalize(self, context.remove, self.sequence)
 
 
-class NativeDecoder:
-    """A `Decoder` of `teachers/generate.py` on the native library."""
-
-    refills = True
-
-    def __init__(self, context: NativeContext, rows: int, vocab_size: int, most: int) -> None:
-        """`most`: tokens that the model reads of a text."""
-        self.context, self.vocab_size, self.most = context, vocab_size, most
-        self.token_forwards = 0
-        self.sequences = [context.add() for _ in range(rows)]
-        weakref.finalize(self, _remove, context, self.sequences)
-
-    def read(self, rows: Sequence[int], prompts: Sequence[np.ndarray]) -> tuple[Tensor, np.ndarray]:
-        """Read prompts into rows, whole, what they all begin with once; return the next logits
-        (n, V) and the prompts' lengths.
-        """
-        lengths = np.array([len(prompt) for prompt in prompts], np.int64)
-        shared = _shared(prompts) if len(prompts) > 1 else 0
-        beginning = self.context.add()
-        try:
-            if shared:
-                self._extend(prompts[0][:shared], np.full(shared, beginning), np.zeros(0, np.int64))
-            for row in rows:
-                self.context.remove(self.sequences[row])
-                self.sequences[row] = self.context.add(beginning, shared)
-        finally:
-            self.context.remove(beginning)
-        owners = np.repeat([self.sequences[row] for row in rows], lengths - shared)
-        tokens = np.concatenate([prompt[shared:] for prompt in prompts])
-        return self._extend(tokens, owners, (lengths - shared).cumsum() - 1), lengths
-
-    def step(self, tokens: Tensor) -> Tensor:
-        """Append a token to each row, (B,); return the next logits (B, V)."""
-        for sequence in self.sequences:  # a row whose text has ended may be full
-            if self.context.length(sequence) >= self.most:
-                self.context.rewind(sequence, self.most - 1)
-        return self._extend(tokens.numpy(), np.array(self.sequences), np.arange(len(tokens)))
-
-    def keep(self, rows: np.ndarray) -> None:
-        """Keep only these rows, in this order."""
-        kept = [self.sequences[row] for row in rows]
-        _remove(self.context, [number for number in self.sequences if number not in set(kept)])
-        self.sequences[:] = kept
-
-    def _extend(self, tokens: np.ndarray, owners: np.ndarray, wanted: np.ndarray) -> Tensor:
-        self.token_forwards += len(tokens)
-        logits = _in_parts(self.context.extend, tokens, owners, wanted)
-        return torch.from_numpy(logits)[:, : self.vocab_size]
-
-
-def _in_parts(
-    extend: Callable[..., np.ndarray], tokens: np.ndarray, owners: np.ndarray, wanted: np.ndarray
-) -> np.ndarray:
-    """What `extend` gives for the rising indices `wanted`, in calls that Ctrl-C does not wait for
-    long.
-    """
-    parts = []
-    for at in range(0, len(tokens), CHUNK):
-        chosen = wanted[(wanted >= at) & (wanted < at + CHUNK)] - at
-        part = slice(at, at + CHUNK)
-        parts.append(extend(tokens[part].tolist(), owners[part].tolist(), chosen.tolist()))
-    return np.concatenate(parts)
-
-
-def _shared(prompts: Sequence[np.ndarray]) -> int:
-    """Number of first tokens that all prompts share, less than any has."""
-    least = min(map(len, prompts)) - 1
-    first = np.asarray(prompts[0][:least])
-    same = np.all([first == prompt[:least] for prompt in prompts], axis=0)
-    return least if same.all() else int(same.argmin())
-
-
-def _remove(context: NativeContext, sequences: list[int]) -> None:
-    for number in sequences:
-        context.remove(number)
-
-
 class NativeScorer:
     """A `DenseTeacher` on the native library; it also reads trees and writes batches."""
 
@@ -124,8 +48,7 @@ class NativeScorer:
         self.output_size: int = raw.config.vocab_size
         self.hidden_size: int = raw.config.hidden_size
         self.positions: int = raw.config.max_position_embeddings
-        keys = raw.config.num_key_value_heads * raw.config.head_dim
-        self.cache_bytes_per_token = raw.config.num_hidden_layers * 2 * 2 * keys
+        self.cache_bytes_per_token = kept_bytes(raw)
         self.context = NativeContext(build(raw), usable_cores())
 
     def states(self, sequences: list[np.ndarray]) -> Tensor:
@@ -135,7 +58,7 @@ class NativeScorer:
             number = self.context.add()
             try:
                 owners, wanted = np.full(len(ids), number), np.arange(len(ids))
-                parts.append(_in_parts(self.context.extend_states, ids, owners, wanted))
+                parts.append(in_parts(self.context.extend_states, ids, owners, wanted))
             finally:
                 self.context.remove(number)
         return torch.from_numpy(np.concatenate(parts))
@@ -159,7 +82,7 @@ class NativeScorer:
         longer = NativePrefix(self.context, prefix)
         longer.length += len(row.tokens)
         owners, places = np.full(len(row.tokens), longer.sequence), np.unique(row.places)
-        states = _in_parts(self.context.extend_states, row.tokens, owners, places)
+        states = in_parts(self.context.extend_states, row.tokens, owners, places)
         found = torch.zeros(len(row.tokens), self.hidden_size)
         found[torch.from_numpy(places)] = torch.from_numpy(states)
         return found, longer
@@ -187,7 +110,7 @@ class NativeScorer:
                     sequences.append(chain.sequence)
                 self._read_chains(now, rows, found)
         finally:
-            _remove(self.context, sequences)
+            remove_all(self.context, sequences)
         return found
 
     def _read_chains(self, chains: "list[_Chain]", rows: Sequence[Row], found: Tensor) -> None:
@@ -204,7 +127,7 @@ class NativeScorer:
                 tokens.append(int(row.tokens[place]))
                 owners.append(chain.sequence)
         numbers = (np.array(list_, np.int64) for list_ in (tokens, owners, wanted))
-        states = _in_parts(self.context.extend_states, *numbers)
+        states = in_parts(self.context.extend_states, *numbers)
         if where:
             places = torch.tensor(where)
             found[places[:, 0], places[:, 1]] = torch.from_numpy(states)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from xinslm.errors import UsageError
 from xinslm.inference.config import EngineConfig
 from xinslm.inference.engine import Engine
-from xinslm.ranges import Activations, Device, Dtype
+from xinslm.ranges import Activations
 
 if TYPE_CHECKING:
     from xinslm.inference.raw_weights import RawModel
@@ -17,7 +17,7 @@ def load_engine(config: EngineConfig) -> Engine:
     """Load a model with its tokenizer; UsageError if the engine that is asked for cannot run it."""
     raw, problem = None, ""
     if config.engine != "pytorch":
-        raw, problem = _native(config.model, config.device, config.dtype, config.activations)
+        raw, problem = native_model(config.model, config.device, config.dtype, config.activations)
     if config.engine == "native" and problem:
         raise UsageError(f"--engine native: {problem}")
     if raw is None or problem:
@@ -63,16 +63,19 @@ def missing_library(config: EngineConfig) -> str:
 
 def native_problem(
     model: Path | str,
-    device: Device = "auto",
-    dtype: Dtype = "auto",
+    device: str = "auto",
+    dtype: str = "auto",
     activations: Activations | None = None,
 ) -> str:
     """Why the native engine does not run a model with these options; empty if it does."""
-    return _native(model, device, dtype, activations)[1]
+    return native_model(model, device, dtype, activations)[1]
 
 
-def _native(
-    model: Path | str, device: Device, dtype: Dtype, activations: Activations | None
+def native_model(
+    model: Path | str,
+    device: str = "auto",
+    dtype: str = "auto",
+    activations: Activations | None = None,
 ) -> "tuple[RawModel | None, str]":
     """The model as the native engine reads it, and why that does not run it."""
     from xinslm.native import library, reason
@@ -87,9 +90,9 @@ def _native(
 
 
 def _readable(
-    model: Path | str, device: Device, activations: Activations | None
+    model: Path | str, device: str, activations: Activations | None
 ) -> "tuple[RawModel | None, str]":
-    """As `_native`, where there is a library."""
+    """As `native_model`, where there is a library."""
     from xinslm.inference.raw_weights import open_raw
 
     raw = open_raw(model)

@@ -33,13 +33,15 @@ from xinslm.device import pick_device
 from xinslm.errors import UsageError
 from xinslm.files import MANIFEST, manifest_fingerprint, read_json, write_json
 from xinslm.folders import locked, remove_partials
+from xinslm.inference.config import EngineName
 from xinslm.model.decode import RowDecoder, token_bytes
 from xinslm.model.files import load_model, open_model, read_tensors, require_context
 from xinslm.progress import Listener, Progress, ignore
+from xinslm.rollouts.native_writer import open_batch
 from xinslm.rollouts.onpolicy_config import OnPolicyConfig
 from xinslm.rollouts.student_texts import Prompts, find_prompts, write_texts
 from xinslm.teachers.endpoint import is_endpoint
-from xinslm.teachers.generate import Limits, generate_batch
+from xinslm.teachers.generate import Limits, OpenDecoder, generate_batch
 from xinslm.teachers.open import teacher_fingerprint
 from xinslm.tokenizer.chat import end_ids
 from xinslm.tokenizer.load import load_tokenizer
@@ -209,11 +211,6 @@ def _write(inputs: _Inputs, number: int, folder: Path, on_progress: Listener) ->
         return
     config, prompts = inputs.config, inputs.prompts
     student = last_checkpoint(config.output_dir) or config.student
-    model = (
-        load_model(student, begun_dtype(config, inputs.device))
-        .to(inputs.device)
-        .requires_grad_(False)
-    )
     vocab_size = inputs.tokenizer.vocab_size
     chosen = prompts.take(indices_of_step(number, config.completions, len(prompts), config.seed))
 
@@ -222,18 +219,19 @@ def _write(inputs: _Inputs, number: int, folder: Path, on_progress: Listener) ->
             Progress(f"round {number + 1}: write", done, len(chosen), "texts", {"tokens": tokens})
         )
 
+    engine, open_decoder, context, bytes_per_token = _writer(inputs, student)
     limits = Limits(
         config.max_new_tokens,
-        model.config.max_position_embeddings,
+        context,
         end_ids(inputs.tokenizer),
         config.generation_batch_size,
-        token_bytes(model),
+        bytes_per_token,
         top=min(config.support_top_k, vocab_size - TEACHERS - 2),
         name=f"student {student}",
     )
     first = number * config.completions
     written = generate_batch(
-        lambda rows, length: RowDecoder(model, rows, length, vocab_size),
+        open_decoder,
         chosen,
         range(first, first + len(chosen)),
         config.sampling(),
@@ -247,8 +245,25 @@ def _write(inputs: _Inputs, number: int, folder: Path, on_progress: Listener) ->
     settings = {
         "round": number + 1,
         **{k: v for k, v in to_dict(config).items() if k not in ("loss", "mix_loss")},
+        "engine": engine,
     }
     write_texts(folder, chosen, written, inputs.tokenizer, made_from, settings)
+
+
+def _writer(inputs: _Inputs, student: Path) -> tuple[EngineName, OpenDecoder, int, int]:
+    """What writes with a student: the engine's name, its decoders, the context, and the bytes of a
+    token's keys and values.
+    """
+    config, vocab_size, device = inputs.config, inputs.tokenizer.vocab_size, inputs.device
+    batch = open_batch(config.engine, student, vocab_size, device.type, "auto")
+    if batch is not None:
+        return "native", batch.open_decoder, batch.max_length, batch.cache_bytes_per_token
+    model = load_model(student, begun_dtype(config, device)).to(device).requires_grad_(False)
+
+    def open_decoder(rows: int, length: int) -> RowDecoder:
+        return RowDecoder(model, rows, length, vocab_size)
+
+    return "pytorch", open_decoder, model.config.max_position_embeddings, token_bytes(model)
 
 
 def _score(inputs: _Inputs, folder: Path, on_progress: Listener) -> None:

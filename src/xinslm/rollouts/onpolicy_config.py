@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from xinslm.inference.config import EngineName
 from xinslm.losses.config import LossConfig
 from xinslm.ranges import POSITIVE, SHARE, Dtype, Range, range_errors
 from xinslm.sampling import Sampling
@@ -95,6 +96,11 @@ class OnPolicyConfig(TrainingConfig):
     """Weight decay of the optimizer, on matrices only."""
     max_eval_samples: int = 64
     """Packed validation rows of --prompts to use at most after each round; 0 for all."""
+    engine: EngineName = "auto"
+    """What writes the student's texts. native: C++, weights and activations in 8 bits; pytorch:
+    --compute-dtype. auto takes native where it can run the student on a CPU. Both models score the
+    texts, and the student learns, in floats in any case.
+    """
     teacher_dtype: Dtype = "auto"
     """Data type of the teacher; auto: float32, products in bfloat16 on CPUs with AMX."""
     trust_remote_code: bool = False

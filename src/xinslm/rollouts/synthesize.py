@@ -14,6 +14,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from xinslm.cache.config import default_top_k
 from xinslm.config import to_dict
 from xinslm.device import pick_device
@@ -21,11 +23,13 @@ from xinslm.errors import UsageError, XinslmError
 from xinslm.files import MANIFEST, sha256_json, write_manifest
 from xinslm.folders import Plan, claim, locked
 from xinslm.progress import Listener, Progress, ignore
+from xinslm.rollouts.native_writer import NativeWriter, open_writer
 from xinslm.rollouts.prompts import read_prompts
 from xinslm.rollouts.synthesize_answers import answer_prompts
 from xinslm.rollouts.synthesize_cache import DATA, cache_log_probs, score_answers
 from xinslm.rollouts.synthesize_config import SynthesizeConfig
 from xinslm.rollouts.synthesize_data import (
+    Answer,
     split_answers,
     write_dataset,
     write_text_file,
@@ -69,6 +73,8 @@ class SynthesizeResult:
     data: bool
     cached: str
     """Content of the cache, or why there is none."""
+    engine: str
+    """What wrote the answers."""
     seconds: float
 
     def describe(self) -> str:
@@ -81,6 +87,7 @@ class SynthesizeResult:
         ]
         if dropped:
             lines.append(f"dropped     {' and '.join(dropped)}")
+        lines.append(f"written by  {self.engine}")
         lines.append(f"text        {self.folder / TEXT}")
         if self.data:
             lines.append(f"dataset     {self.folder / DATA}")
@@ -112,7 +119,7 @@ def run(
         top=default_top_k(config.top_k, 0),
         api_key=api_key,
     )
-    teacher: Any = open_teacher(config.teacher, options)
+    teacher = _open(config, options)
     if not isinstance(teacher, EndpointTeacher):
         config = _within(config, teacher.max_length, on_progress)
     plan = {
@@ -125,64 +132,84 @@ def run(
     with locked(config.output_dir):
         with claim(config.output_dir, begin, config.force):
             pass
-        return _synthesize(config, teacher, prompts, plan, no_log_probs, on_progress)
-
-
-def _synthesize(
-    config: SynthesizeConfig,
-    teacher: Any,
-    prompts: list[Prompt],
-    plan: dict[str, Any],
-    no_log_probs: str | None,
-    on_progress: Listener,
-) -> SynthesizeResult:
-    """Write the answers, their dataset and their cache into the claimed folder; `no_log_probs` says
-    why an endpoint gives no cache.
-    """
-    began = time.monotonic()
-    folder = config.output_dir
-    written, refused, empty = answer_prompts(
-        config, teacher, prompts, folder / ANSWERS, on_progress
-    )
-    if not written:
-        raise XinslmError(
-            f"teacher {config.teacher} answered none of {len(prompts):,} prompts: {refused:,} "
-            f"refused, {empty:,} "
-            f"empty. Look at the prompts; what came is in {folder / ANSWERS}"
+        began = time.monotonic()
+        written, refused, empty = answer_prompts(
+            config, teacher, prompts, config.output_dir / ANSWERS, on_progress
         )
-    write_text_file(folder / TEXT, written)
-    tokenizer = _tokenizer(config, teacher)
-    splits = split_answers(written, config.validation_fraction, config.seed)
-    cached = (
-        "none, because the endpoint's tokens are unknown: give its model's tokenizer with "
-        "--teacher-tokenizer-path"
-    )
-    if tokenizer is not None:
-        if not (folder / DATA / MANIFEST).is_file():
-            write_dataset(folder / DATA, splits, tokenizer, config.document_end, to_dict(config))
-        if not config.keep_cache:
-            cached = "none was asked for"
-        elif isinstance(teacher, EndpointTeacher):
-            cached = no_log_probs or cache_log_probs(
-                config, teacher, tokenizer, splits, on_progress
+        if not written:
+            raise XinslmError(
+                f"teacher {config.teacher} answered none of {len(prompts):,} prompts: {refused:,} "
+                f"refused, {empty:,} empty. Look at the prompts; what came is in "
+                f"{config.output_dir / ANSWERS}"
             )
-        else:
-            teacher = None  # free its memory: the cache stage opens it again
-            cached = score_answers(config, on_progress)
-    _finish(config, plan)
-    tokens = sum(len(answer.written.token_bytes) for answer in written)
-    unfinished = sum(not answer.written.finished for answer in written)
+        tokenizer, engine = _tokenizer(config, teacher), _engine(teacher)
+        endpoint = teacher if isinstance(teacher, EndpointTeacher) else None
+        del teacher  # its memory is free when the cache stage opens it again
+        cached = _keep(config, written, tokenizer, endpoint, no_log_probs, on_progress)
+        _finish(config, plan, engine)
     return SynthesizeResult(
-        folder,
+        config.output_dir,
         len(written),
-        tokens,
-        unfinished,
+        sum(len(answer.written.token_bytes) for answer in written),
+        sum(not answer.written.finished for answer in written),
         refused,
         empty,
         tokenizer is not None,
         cached,
+        engine,
         time.monotonic() - began,
     )
+
+
+def _keep(
+    config: SynthesizeConfig,
+    written: list[Answer],
+    tokenizer: Any,
+    endpoint: EndpointTeacher | None,
+    no_log_probs: str | None,
+    on_progress: Listener,
+) -> str:
+    """Write the answers' text, dataset and cache into the claimed folder; return what the cache
+    holds. `no_log_probs` says why an endpoint gives none.
+    """
+    folder = config.output_dir
+    write_text_file(folder / TEXT, written)
+    if tokenizer is None:
+        return (
+            "none, because the endpoint's tokens are unknown: give its model's tokenizer with "
+            "--teacher-tokenizer-path"
+        )
+    splits = split_answers(written, config.validation_fraction, config.seed)
+    if not (folder / DATA / MANIFEST).is_file():
+        write_dataset(folder / DATA, splits, tokenizer, config.document_end, to_dict(config))
+    if not config.keep_cache:
+        return "none was asked for"
+    if endpoint is None:
+        return score_answers(config, on_progress)
+    return no_log_probs or cache_log_probs(config, endpoint, tokenizer, splits, on_progress)
+
+
+def _open(config: SynthesizeConfig, options: TeacherOptions) -> Any:
+    """The teacher: an endpoint, or what writes on this machine."""
+    name, engine = config.teacher, config.engine
+    if is_endpoint(name):
+        if engine != "auto":
+            raise UsageError(f"--engine {engine} is for local teachers, and {name} is an endpoint")
+        return open_teacher(name, options)
+    if config.trust_remote_code:
+        if engine == "native":
+            raise UsageError("--engine native runs no code of --trust-remote-code: leave one out")
+        engine = "pytorch"
+    device = torch.device(options.device).type
+    writer = open_writer(engine, name, device, options.dtype, options.revision, options.tokenizer)
+    return writer or open_teacher(name, options)
+
+
+def _engine(teacher: Any) -> str:
+    if isinstance(teacher, NativeWriter):
+        kernels = teacher.batch.context.kernels
+        return f"the native engine ({kernels}), activations in 8 bits"
+    return "the endpoint" if isinstance(teacher, EndpointTeacher) else "PyTorch"
 
 
 def _within(config: SynthesizeConfig, context: int, on_progress: Listener) -> SynthesizeConfig:
@@ -224,8 +251,16 @@ def _tokenizer(config: SynthesizeConfig, teacher: Any) -> Any:
     )
 
 
-def _finish(config: SynthesizeConfig, plan: dict[str, Any]) -> None:
+def _finish(config: SynthesizeConfig, plan: dict[str, Any], engine: str) -> None:
     folder = config.output_dir
-    write_manifest(folder, KIND, VERSION, to_dict(config), plan["inputs"], skip=(PLAN, ANSWERS))
+    write_manifest(
+        folder,
+        KIND,
+        VERSION,
+        to_dict(config),
+        plan["inputs"],
+        skip=(PLAN, ANSWERS),
+        written_by=engine,
+    )
     (folder / ANSWERS).unlink(missing_ok=True)
     (folder / PLAN).unlink()

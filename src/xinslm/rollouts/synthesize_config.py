@@ -6,6 +6,7 @@ from typing import Annotated
 
 from xinslm.data.config import DocumentEnd
 from xinslm.hints import POSITIONAL, Alias
+from xinslm.inference.config import EngineName
 from xinslm.ranges import (
     CONTEXT,
     SEED,
@@ -93,9 +94,14 @@ class SynthesizeConfig(Settings):
     """Temperature whose normaliser the cache stores; endpoints support 1 only."""
     max_seq_length: int = 512
     """Longest context in tokens for the cache; use the student's. At most the teacher's."""
+    engine: EngineName = "auto"
+    """What writes the answers of a local teacher. native: C++, weights in 4 or 8 bits, activations
+    in 8; pytorch: floats. auto takes native where it can run the model. The cache's distributions
+    are computed in floats in any case.
+    """
     dtype: Dtype = "auto"
-    """Data type of the teacher; auto: it writes in bfloat16 where that is faster, and scores in
-    float32, products in bfloat16 on CPUs with AMX.
+    """Data type of the teacher in PyTorch; auto: it writes in bfloat16 where that is faster, and
+    scores in float32, products in bfloat16 on CPUs with AMX.
     """
     device: Device = "auto"
     """Where the teacher runs; auto takes cuda, then mps, then cpu."""

@@ -96,20 +96,54 @@ def load_pretrained(cls: Any, source: ModelSource, dtype: str, who: str, **optio
     return model
 
 
-class LocalTeacher:
-    """Base of teachers in memory; a subclass sets the fields and has `states`, `logits`,
-    `open_decoder` and `cache_bytes_per_token`.
-    """
+class LocalWriter:
+    """Base of what answers prompts here; a subclass sets the fields and has `open_decoder`."""
 
     name: str
     tokenizer: Any
     max_length: int
+    open_decoder: Callable[[int, int], Decoder]
+    cache_bytes_per_token: int
+
+    def generate(
+        self,
+        prompts: Sequence[Prompt],
+        keys: Sequence[int],
+        sampling: Sampling,
+        max_new_tokens: int = 256,
+        rows: int | None = None,
+        tell: Tell = lambda texts, tokens: None,
+    ) -> list[Generation]:
+        """Answer prompts, `rows` at a time; different `keys` give a prompt different answers.
+
+        The answers depend on prompts, keys and settings alone, up to rounding. UsageError for a
+        prompt that does not fit the context.
+        """
+        limits = Limits(
+            max_new_tokens,
+            self.max_length,
+            end_ids(self.tokenizer),
+            rows,
+            self.cache_bytes_per_token,
+            name=f"teacher {self.name}",
+        )
+        ids = [np.array(prompt_ids(self.tokenizer, prompt)) for prompt in prompts]
+        written = generate_batch(self.open_decoder, ids, keys, sampling, limits, tell)
+        return [
+            to_generation(self.tokenizer, prompt, text)
+            for prompt, text in zip(prompts, written.texts, strict=True)
+        ]
+
+
+class LocalTeacher(LocalWriter):
+    """Base of teachers in memory; a subclass sets the fields and has `states`, `logits`,
+    `open_decoder` and `cache_bytes_per_token`.
+    """
+
     device: torch.device
     model: Any
     num_layers: int
     states: Callable[[list[np.ndarray]], Tensor]
-    open_decoder: Callable[[int, int], Decoder]
-    cache_bytes_per_token: int
 
     def check_lengths(self, sequences: list[np.ndarray]) -> int:
         """Length of the longest sequence; UsageError if it exceeds the context."""
@@ -144,32 +178,3 @@ class LocalTeacher:
             states = self.states(sequences)
         real = torch.arange(int(lengths.max()), device=self.device) < lengths[:, None]
         return states, [outputs[depth][real] for depth in depths]
-
-    def generate(
-        self,
-        prompts: Sequence[Prompt],
-        keys: Sequence[int],
-        sampling: Sampling,
-        max_new_tokens: int = 256,
-        rows: int | None = None,
-        tell: Tell = lambda texts, tokens: None,
-    ) -> list[Generation]:
-        """Answer prompts, `rows` at a time; different `keys` give a prompt different answers.
-
-        The answers depend on prompts, keys and settings alone, up to rounding. UsageError for a
-        prompt that does not fit the context.
-        """
-        limits = Limits(
-            max_new_tokens,
-            self.max_length,
-            end_ids(self.tokenizer),
-            rows,
-            self.cache_bytes_per_token,
-            name=f"teacher {self.name}",
-        )
-        ids = [np.array(prompt_ids(self.tokenizer, prompt)) for prompt in prompts]
-        written = generate_batch(self.open_decoder, ids, keys, sampling, limits, tell)
-        return [
-            to_generation(self.tokenizer, prompt, text)
-            for prompt, text in zip(prompts, written.texts, strict=True)
-        ]
