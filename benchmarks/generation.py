@@ -2,7 +2,8 @@
 
     python benchmarks/generation.py MODEL_FOLDER --new-tokens 128
 
-Each side writes one batch of each size in one process, in turns; every text has all new tokens
+`--native` adds the native engine with weights rounded to 8 bits, what `synthesize` and `onpolicy`
+write with. Each side writes one batch of each size in one process, in turns; every text has all new tokens
 (no end token), so the work is equal. Greedy texts are compared before anything is timed. The
 seconds are the process's own processor time, so that a busy machine disturbs less, with wall time
 beside it. The last columns are the ratios to transformers one prompt at a time and at its best.
@@ -20,13 +21,15 @@ import torch
 import transformers
 from machine import describe
 
+from xinslm.inference.native_batch import NativeBatch, with_8_bit_weights
+from xinslm.inference.raw_weights import open_raw
 from xinslm.model.decode import RowDecoder
 from xinslm.model.files import load_model
 from xinslm.model.transformer import Transformer
 from xinslm.sampling import Sampling
-from xinslm.teachers.generate import Limits, generate_batch
+from xinslm.teachers.generate import Decoder, Limits, generate_batch
 from xinslm.tokenizer.load import load_tokenizer
-from xinslm.tokenizer.start import document_start
+from xinslm.tokenizer.start import text_ids
 
 SUBJECTS = "the sea|a good teacher|bread|small computers|the moon|winter|music|honest people"
 BEGINNINGS = "The most important thing about {} is|Once there was a story of {}, and|Why {}"
@@ -38,21 +41,27 @@ def make_prompts(tokenizer: object, count: int, length: int) -> list[np.ndarray]
     prompts = []
     for number in range(count):
         text = ". ".join(starts[(number * 7 + k * 5) % len(starts)] for k in range(length))
-        ids = document_start(tokenizer) + tokenizer.encode(f"{number}. {text}")
+        ids = text_ids(tokenizer, f"{number}. {text}")
         prompts.append(np.array(ids[:length]))
     return prompts
 
 
 def ours(
-    model: Transformer, prompts: list[np.ndarray], new: int, temperature: float
+    model: Transformer | NativeBatch, prompts: list[np.ndarray], new: int, temperature: float
 ) -> list[list[int]]:
     """Texts of our loop in one batch."""
+
+    def open_decoder(rows: int, length: int) -> Decoder:
+        if isinstance(model, NativeBatch):
+            return model.open_decoder(rows, length)
+        return RowDecoder(model, rows, length)
+
     written = generate_batch(
-        lambda rows, length: RowDecoder(model, rows, length),
+        open_decoder,
         prompts,
         range(len(prompts)),
         Sampling(temperature=temperature, top_k=0, top_p=1.0, min_p=0.0, seed=0),
-        Limits(new, model.config.max_position_embeddings, frozenset(), len(prompts)),
+        Limits(new, len(prompts[0]) + new, frozenset(), len(prompts)),
     )
     return [text.tokens.tolist() for text in written.texts]
 
@@ -96,10 +105,16 @@ def measure(args: argparse.Namespace, dtype: str) -> None:
     print(f"\n{dtype}: greedy texts of 4 prompts agree for {same} of 32 tokens", flush=True)
     if dtype == "float32" and min(same) < 32:
         raise SystemExit("the sides do not do the same work")
+    sides = {"xinslm": (ours, model), "transformers": (theirs, peer)}
+    if args.native:
+        batch = NativeBatch(with_8_bit_weights(open_raw(args.model)), model.config.vocab_size)
+        sides["xinslm, native"] = (ours, batch)
+        pairs = zip(ours(batch, some, 32, 0), theirs(peer, some, 32, 0), strict=True)
+        same = [next((i for i in range(32) if a[i] != b[i]), 32) for a, b in pairs]
+        print(f"native, 8 bits: {same} of 32", flush=True)
     found: dict[tuple[str, int], list[tuple[float, float]]] = {}
     for turn in range(args.rounds):
         for size in args.sizes:
-            sides = {"xinslm": (ours, model), "transformers": (theirs, peer)}
             for name in sorted(sides, reverse=turn % 2 == 1):
                 write, net = sides[name]
                 took = timed(lambda: write(net, prompts[:size], args.new_tokens, args.temperature))  # noqa: B023
@@ -128,6 +143,7 @@ def main() -> None:
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
     parser.add_argument("--temperature", type=float, default=1.0)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--native", action="store_true", help="the native engine too")
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)

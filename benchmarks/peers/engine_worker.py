@@ -2,7 +2,7 @@
 
     python benchmarks/peers/engine_worker.py ENGINE FILE THREADS
 
-ENGINE: xinslm, pytorch, llama.cpp, openvino, mistralrs. Runs in the engine's own environment and imports
+ENGINE: xinslm, xinslm-int8-cache, pytorch, llama.cpp, openvino, mistralrs. Runs in the engine's own environment and imports
 nothing of xinslm for the others. Commands:
     {"do": "prefill", "ids": [...]}                     seconds to the logits after ids
     {"do": "decode", "ids": [...], "count": n}          seconds for n greedy tokens after the first
@@ -25,10 +25,12 @@ import time
 class Xinslm:
     """Our native engine."""
 
+    cache = "float16"
+
     def __init__(self, path, threads):
         from xinslm.inference.native_engine import NativeEngine
 
-        self.engine = NativeEngine.load(path, threads=threads)
+        self.engine = NativeEngine.load(path, threads=threads, cache=self.cache)
 
     def prefill(self, ids):
         self.engine.reset()
@@ -81,6 +83,12 @@ class Xinslm:
         while len(found) < count:
             found.append(int(self.engine.step(found[-1]).argmax()))
         return found
+
+
+class XinslmInt8Cache(Xinslm):
+    """The same with keys and values in 8 bits."""
+
+    cache = "int8"
 
 
 class PyTorch(Xinslm):
@@ -282,6 +290,7 @@ def _normalized(logits):
 
 ENGINES = {
     "xinslm": Xinslm,
+    "xinslm-int8-cache": XinslmInt8Cache,
     "pytorch": PyTorch,
     "llama.cpp": LlamaCpp,
     "openvino": OpenVino,
@@ -291,6 +300,7 @@ ENGINES = {
 
 MODULES = {
     "xinslm": "xinslm.inference.native_engine",
+    "xinslm-int8-cache": "xinslm.inference.native_engine",
     "pytorch": "xinslm.inference.torch_engine",
     "llama.cpp": "llama_cpp",
     "openvino": "openvino_genai",

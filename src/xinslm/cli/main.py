@@ -20,6 +20,7 @@ from xinslm.cli.terminal import say
 from xinslm.cli.threads import FreeCores
 from xinslm.commands import COMMANDS, Command
 from xinslm.errors import Interrupted, UsageError, XinslmError
+from xinslm.machine import keep_free_memory
 from xinslm.progress import Listener
 
 SEE_HELP = "See `xinslm --help`."
@@ -98,6 +99,8 @@ def _run(name: str, command: Command, words: list[str]) -> int:
         print(render(name, command))
         return 0
     config = _parse(name, command, words)
+    if name.startswith("export "):
+        keep_free_memory()
     if name != "plan":  # which has the settings of a run, but writes nothing
         _require_output(config)
     if command.present:

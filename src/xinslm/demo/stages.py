@@ -95,7 +95,7 @@ def real_stages(
     )
     plan.add(
         "the teacher answers prompts",
-        (0.2 + 1.4 * slow) * prompts,
+        (0.2 + 0.8 * slow) * prompts,
         f"synthesize {teacher} --prompts {path('prompts.jsonl')} --output-dir {path('answers')}",
         f"--tokenizer-path {path('tokenizer')} --samples {config.samples} {answers}",
         "--max-seq-length 512",

@@ -36,6 +36,7 @@ from xinslm.files import damaged_files
 from xinslm.losses.targets import SparseTargets
 from xinslm.model.config import ModelConfig
 from xinslm.model.files import load_model
+from xinslm.model.finite import all_finite
 from xinslm.model.transformer import Transformer
 from xinslm.progress import Listener, ignore
 from xinslm.tokenizer.load import load_tokenizer
@@ -274,11 +275,7 @@ def _sound_student(
 
     def weights() -> str:
         loaded.append(load_model(folder))
-        bad = [
-            name
-            for name, weight in loaded[0].named_parameters()
-            if not bool(torch.isfinite(weight).all())
-        ]
+        bad = [name for name, weight in loaded[0].named_parameters() if not all_finite(weight)]
         named = f": {', '.join(bad[:3])}" if bad else ""
         detail = (
             f"{loaded[0].config.num_parameters:,} parameters, {len(bad)} tensors not finite{named}"

@@ -18,6 +18,7 @@ from xinslm.export.config import ImportConfig
 from xinslm.files import write_manifest
 from xinslm.folders import new_folder, refuse_existing, refuse_inside
 from xinslm.model.files import open_model
+from xinslm.model.finite import all_finite
 from xinslm.model.names import WEIGHTS
 from xinslm.model.safetensors_writer import SafetensorsWriter
 from xinslm.model.source import ModelSource, weight_shapes
@@ -126,7 +127,7 @@ def _exact_dtypes(source: ModelSource, shapes: dict[str, tuple[int, ...]]) -> li
 
 def _cast(source: ModelSource, name: str, dtype: torch.dtype) -> torch.Tensor:
     values = source.tensor(name).to(dtype)
-    if not torch.isfinite(values).all():
+    if not all_finite(values):
         raise XinslmError(
             f"weight '{name}' has values that {str(dtype).removeprefix('torch.')} does not hold: "
             "use --dtype float32"

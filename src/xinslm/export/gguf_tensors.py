@@ -18,6 +18,7 @@ from xinslm.export import tables
 from xinslm.export.calibrated import Body, table_type
 from xinslm.export.config import GgufConfig
 from xinslm.model.config import ModelConfig
+from xinslm.model.finite import all_finite
 from xinslm.model.gguf_families import FAMILIES
 from xinslm.model.grids import BLOCK, GRIDS
 from xinslm.model.source import ModelSource
@@ -141,7 +142,7 @@ def _plain(source: ModelSource, name: str, shape: tuple[int, ...], kind: str) ->
 def _convert(weight: Tensor, kind: str, name: str) -> np.ndarray:
     if kind == "bf16":
         return weight.bfloat16().view(torch.uint8).numpy()
-    if kind == "f16" and not torch.isfinite(weight.half()).all():
+    if kind == "f16" and not all_finite(weight.half()):
         raise XinslmError(
             f"weight '{name}' has values beyond 65,504, more than float16 holds: use --outtype bf16"
         )

@@ -11,6 +11,7 @@ from torch import Tensor
 from xinslm.errors import UsageError
 from xinslm.export.packing import BITS, by_input, words
 from xinslm.model import words as layouts
+from xinslm.model.finite import all_finite
 from xinslm.model.grids import BLOCK
 from xinslm.model.stored import StoredWeight
 
@@ -159,7 +160,7 @@ class Mlx:
         """Words along each row; codes are unsigned, so the bias is that of code 0."""
         scales = _scales(weight, dtype)
         biases = -scales * (1 << (BITS[weight.format] - 1))
-        if not torch.isfinite(biases).all():
+        if not all_finite(biases):
             raise UsageError(f"{stem}: a scale is too large for float16: use --dtype float32")
         return {
             f"{stem}.weight": words(weight).view(torch.uint32),

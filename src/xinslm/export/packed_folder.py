@@ -24,6 +24,7 @@ from xinslm.export.packing import BITS, stored_weight
 from xinslm.files import read_json, write_json, write_manifest
 from xinslm.folders import new_folder, refuse_existing, refuse_inside
 from xinslm.model.files import open_model
+from xinslm.model.finite import all_finite
 from xinslm.model.names import CONFIG, WEIGHTS
 from xinslm.model.safetensors_writer import SafetensorsWriter
 from xinslm.model.source import ModelSource, open_tensors, weight_shapes
@@ -208,7 +209,7 @@ def _write(source: _Source, dtype: torch.dtype, folder: Path, on_progress: Liste
 
 def _plain(values: Tensor, dtype: torch.dtype, name: str) -> Tensor:
     stored = values.to(dtype)
-    if not torch.isfinite(stored).all():
+    if not all_finite(stored):
         raise UsageError(f"weight '{name}' has values beyond float16: use --dtype float32")
     return stored
 

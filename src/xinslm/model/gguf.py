@@ -18,6 +18,7 @@ from xinslm.errors import UsageError, XinslmError
 from xinslm.files import sha256_file
 from xinslm.gguf_file import GgufFile, Strings
 from xinslm.model.config import ModelConfig
+from xinslm.model.finite import all_finite
 from xinslm.model.gguf_families import FAMILIES, Family, read_settings
 from xinslm.model.grids import GRIDS, Q4_0
 from xinslm.model.source import ModelSource
@@ -127,7 +128,7 @@ class GgufSource(ModelSource):
         scales = torch.from_numpy(blocks[..., :2].copy().view(np.float16)[..., 0])
         data = torch.from_numpy(np.ascontiguousarray(blocks[..., 2:])).flatten(1)
         data = data if grid is Q4_0 else data.view(torch.int8)
-        if not torch.isfinite(scales).all():
+        if not all_finite(scales):
             raise XinslmError(f"{self.path}: weight '{name}' holds NaN or infinity")
         return StoredWeight(grid.name, self.shape_of(name), data.contiguous(), scales.contiguous())
 

@@ -13,6 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from xinslm.model.finite import all_finite
+
 SUPER_BLOCK = 256
 Q6_K_BYTES = 210
 """Bytes of 256 weights."""
@@ -55,7 +57,7 @@ def quantize_q6_k(weight: Tensor) -> Q6K:
     ValueError for values that are not finite, or too large for any scale.
     """
     blocks = weight.reshape(-1, SUPER_BLOCK // _GROUP, _GROUP)
-    if not torch.isfinite(blocks).all():
+    if not all_finite(blocks):
         raise ValueError("values that are NaN or infinite")
     parts = [_quantize(chunk) for chunk in blocks.split(_CHUNK_BLOCKS)]
     return Q6K(*(torch.cat(kind) for kind in zip(*parts, strict=True)))

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from xinslm.model.finite import all_finite
 from xinslm.model.grids import BLOCK, Grid
 
 Q4_K = Grid("q4_k", 0, 15, 18)
@@ -91,7 +92,7 @@ def fit_q4_k(weight: Tensor, importance: Tensor | None = None) -> Q4K:
     `importance` (columns,), above 0, weighs the squared error of each column; None weighs all
     alike. ValueError for values that are not finite, or too large for float16's d or dmin.
     """
-    if not torch.isfinite(weight).all():
+    if not all_finite(weight):
         raise ValueError("values that are NaN or infinite")
     if importance is None:
         importance = torch.ones(weight.shape[1])
@@ -183,7 +184,7 @@ def _round_levels(
 
 def _half(values: Tensor) -> Tensor:
     half = values.half().float()
-    if not torch.isfinite(half).all():
+    if not all_finite(half):
         raise ValueError("values that no float16 scale reaches")
     return half
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from xinslm.errors import XinslmError
 from xinslm.files import MANIFEST, read_json, read_manifest
+from xinslm.model.finite import all_finite
 from xinslm.model.grids import BLOCK, GRIDS, Q4_0
 from xinslm.model.names import (
     CONFIG,
@@ -78,7 +79,7 @@ class QuantizedSource(FolderSource):
 
     def tensor(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
         """Dequantize one weight, or its rows [start, stop), to float32."""
-        return self.stored(name).dequantize()[start:stop]
+        return self.stored(name).dequantize(start, stop)
 
     def pretrained_arguments(self) -> dict[str, Any]:
         """Return the arguments with which `from_pretrained` of transformers' class loads this."""
@@ -96,7 +97,7 @@ class QuantizedSource(FolderSource):
         if kind not in GRIDS:
             raise XinslmError(f"{self.path / MANIFEST}: '{stem}' has the unknown format '{kind}'")
         scales = self._tensor(f"{stem}.scales", torch.float16, (shape[0], shape[1] // BLOCK))
-        if not torch.isfinite(scales).all():
+        if not all_finite(scales):
             raise XinslmError(
                 f"{self._path}: '{stem}.scales' holds NaN or infinity; quantize again"
             )

@@ -28,6 +28,7 @@ from xinslm.files import (
     write_json,
 )
 from xinslm.model.config import ModelConfig, UnsupportedModelError
+from xinslm.model.finite import all_finite
 from xinslm.model.names import CONFIG, GENERATION
 from xinslm.model.stored import StoredWeight
 from xinslm.model.transformer import Transformer
@@ -221,7 +222,7 @@ class ModelSource:
                 f"requires {shape}"
             )
         rows = self.tensor(name, start, shape[0] if stop < 0 else stop).float()
-        if not torch.isfinite(rows).all():
+        if not all_finite(rows):
             raise XinslmError(
                 f"{self.path}: weight '{name}' holds NaN or infinity; the model is broken"
             )

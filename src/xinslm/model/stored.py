@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from xinslm.model.finite import all_finite
 from xinslm.model.grids import Q4_0, Q8_0, Grid, decode, pack_nibbles, to_ggml, unpack_nibbles
 
 
@@ -26,9 +27,13 @@ class StoredWeight:
         """Signed codes of a weight that has them, int8 (rows, columns)."""
         return unpack_nibbles(self.data) if self.format == Q4_0.name else self.data
 
-    def dequantize(self) -> Tensor:
-        """The weight in float32."""
-        return self.data.float() if self.scales is None else decode(self.codes(), self.scales)
+    def dequantize(self, start: int = 0, stop: int | None = None) -> Tensor:
+        """The weight in float32, or its rows [start, stop)."""
+        if self.scales is None:
+            return self.data[start:stop].float()
+        rows = self.data[start:stop]
+        codes = unpack_nibbles(rows) if self.format == Q4_0.name else rows
+        return decode(codes, self.scales[start:stop])
 
     def ggml_rows(self) -> np.ndarray:
         """Codes and scales as llama.cpp's blocks, uint8 (rows, bytes), or the plain array."""
@@ -40,7 +45,7 @@ class StoredWeight:
         grid does not hold a code, or float16 a scale, exactly.
         """
         half = scales.half()
-        if not torch.equal(half.float(), scales.float()) or not torch.isfinite(half).all():
+        if not torch.equal(half.float(), scales.float()) or not all_finite(half):
             return None
         if codes.min() < grid.lowest or codes.max() > grid.highest or grid not in (Q4_0, Q8_0):
             return None

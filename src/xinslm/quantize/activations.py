@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from xinslm.data.packing import Batch
 from xinslm.files import sha256_file
 from xinslm.model.config import ModelConfig
+from xinslm.model.finite import all_finite
 from xinslm.model.source import ModelSource
 from xinslm.model.transformer import Block, Transformer
 from xinslm.quantize.gptq import Hessian
@@ -238,7 +239,7 @@ class _Stream:
         """Add one batch's outputs of a half; batches come in order."""
         states = self.states.read(index).add_(outputs)
         written = torch.from_numpy(self._batches[index].segments >= 0)
-        self.is_finite = self.is_finite and bool(torch.isfinite(states[written]).all())
+        self.is_finite = self.is_finite and all_finite(states[written])
         self._hash.update(self._next.write(index, states))
 
     def turn(self) -> None:

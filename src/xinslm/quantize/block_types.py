@@ -14,9 +14,9 @@ from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 import numpy as np
-import torch
 from torch import Tensor
 
+from xinslm.model.finite import all_finite
 from xinslm.model.grids import (
     BLOCK,
     Q5_0,
@@ -90,7 +90,7 @@ def fit_nearest(weight: Tensor, kind: type[Coded], importance: Tensor | None = N
         if error > _MAX_ERROR * weight.double().square().sum():
             raise ValueError("values that are too small for a float16 scale")
         return found
-    if not torch.isfinite(weight).all() or not check_range(weight, Q5_0).fits:
+    if not all_finite(weight) or not check_range(weight, Q5_0).fits:
         raise ValueError("values that no float16 scale holds")
     scales = fit_scales(weight, Q5_0, importance)
     return Q50(encode(weight, scales, Q5_0), scales)

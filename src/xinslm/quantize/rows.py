@@ -5,6 +5,7 @@ from torch import Tensor
 
 from xinslm.data.packing import Batch
 from xinslm.errors import XinslmError
+from xinslm.model.finite import all_finite
 from xinslm.model.source import ModelSource
 from xinslm.model.transformer import Transformer
 
@@ -29,7 +30,7 @@ def hidden_states(model: Transformer, row: Batch) -> Tensor:
 
 def require_finite(source: ModelSource, values: Tensor, option: str) -> None:
     """Raise XinslmError unless what an option of `quantize` measures of predictions is finite."""
-    if not torch.isfinite(values).all():
+    if not all_finite(values):
         raise XinslmError(
             f"{source.path}: on the calibration text, predictions are NaN or infinite, and "
             f"{option} measures them. The model is broken in its last norm or LM head, or needs "

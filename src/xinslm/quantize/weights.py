@@ -9,9 +9,9 @@ out.facts.formats  # {"lm_head": "q8_0"}
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor
 
+from xinslm.model.finite import all_finite
 from xinslm.model.grids import BLOCK, Grid, check_range
 from xinslm.model.safetensors_writer import SafetensorsWriter
 
@@ -75,7 +75,7 @@ class WeightWriter:
         """
         half = weight.half()
         lost = (half.float() - weight).double().square().sum()
-        if not torch.isfinite(half).all() or lost > 1e-6 * weight.double().square().sum():
+        if not all_finite(half) or lost > 1e-6 * weight.double().square().sum():
             self.plain(name, weight)
             return weight
         self.facts.formats[name.removesuffix(".weight")] = "f16"

@@ -33,6 +33,7 @@ from xinslm.export.coreml.program import (
     causal_mask,
 )
 from xinslm.export.packing import BITS
+from xinslm.model.finite import all_finite
 from xinslm.model.stored import StoredWeight
 
 AnyProgram = StatefulTransformer | FixedTransformer
@@ -173,7 +174,7 @@ def _values(name: str, weight: StoredWeight) -> Tensor:
 def require_half(name: str, values: Tensor) -> Tensor:
     """Values in float16; UsageError if one is beyond its range."""
     half = values.half()
-    if not torch.isfinite(half).all():
+    if not all_finite(half):
         raise UsageError(
             f"weight '{name}' has values beyond float16, which Core ML computes in: export the "
             "model as GGUF"
