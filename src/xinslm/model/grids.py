@@ -66,7 +66,8 @@ def encode(weight: Tensor, scales: Tensor, grid: Grid) -> Tensor:
 
 def decode(codes: Tensor, scales: Tensor) -> Tensor:
     """Float32 weights of codes (rows, columns) and scales (rows, columns / 32)."""
-    return (codes.unflatten(-1, (-1, BLOCK)).float() * scales.float()[..., None]).flatten(-2)
+    values = codes.unflatten(-1, (-1, BLOCK)).to(torch.float32, copy=True)
+    return values.mul_(scales.float()[..., None]).flatten(-2)
 
 
 def largest_scales(weight: Tensor) -> Tensor:

@@ -23,11 +23,16 @@ Read = Callable[[str], Tensor]
 
 
 def unpack(words: Tensor, bits: int) -> Tensor:
-    """The codes in words (rows, n), int32 or uint32: int64 (rows, n * 32 / bits)."""
-    values = words.contiguous().view(torch.int32).numpy().view(np.uint32)
-    shifts = np.arange(0, 32, bits, dtype=np.uint32)
-    parts = (values[..., None] >> shifts) & np.uint32((1 << bits) - 1)
-    return torch.from_numpy(parts.reshape(*values.shape[:-1], -1).astype(np.int64))
+    """The codes in words (rows, n), int32 or uint32: int16 (rows, n * 32 / bits); 2, 4 or 8 bits.
+
+    The first code is in the lowest bits, so codes are in the order of the words' bytes.
+    """
+    values = words.contiguous().view(torch.int32).numpy().astype("<i4", copy=False)
+    octets, count = values.view(np.uint8), 8 // bits
+    codes = np.empty((*octets.shape, count), np.int16)
+    for place in range(count):
+        codes[..., place] = (octets >> (place * bits)) & ((1 << bits) - 1)
+    return torch.from_numpy(codes.reshape(*values.shape[:-1], -1))
 
 
 def compressed_tensors(read: Read, stem: str, bits: int, is_ordered: bool = True) -> Tensor:
@@ -46,6 +51,10 @@ def gptq(read: Read, stem: str, bits: int, version: int = 1) -> Tensor:
     zeros = unpack(read(f"{stem}.qzeros"), bits) + (version == 1)  # (groups, rows)
     groups = read(f"{stem}.g_idx").long()
     scales = read(f"{stem}.scales").float()
+    size = len(groups) // max(1, len(scales))
+    if len(groups) == size * len(scales) and torch.equal(groups, torch.arange(len(groups)) // size):
+        signed = values.unflatten(1, (-1, size)) - zeros.T[..., None]
+        return _scaled(signed.flatten(1), scales.T)
     return ((values - zeros[groups].T).float() * scales[groups].T).contiguous()
 
 
@@ -53,10 +62,12 @@ def mlx(read: Read, stem: str, bits: int) -> Tensor:
     """One weight of an MLX file, float32 (rows, columns)."""
     scaled = _scaled(unpack(read(f"{stem}.weight"), bits), read(f"{stem}.scales"))
     biases = read(f"{stem}.biases").float()
-    group = scaled.shape[1] // biases.shape[1]
-    return scaled + biases.repeat_interleave(group, dim=1)
+    scaled.unflatten(1, (biases.shape[1], -1)).add_(biases[..., None])
+    return scaled
 
 
 def _scaled(values: Tensor, scales: Tensor) -> Tensor:
-    group = values.shape[1] // scales.shape[1]
-    return values.float() * scales.float().repeat_interleave(group, dim=1)
+    """Each value times the scale of its group, in the memory of the result."""
+    result = values.to(torch.float32, copy=True)
+    result.unflatten(1, (scales.shape[1], -1)).mul_(scales.float()[..., None])
+    return result
