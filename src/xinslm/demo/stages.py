@@ -102,7 +102,7 @@ def real_stages(
     )
     plan.add(
         "the teacher answers held-out prompts",
-        24 * slow,
+        12 * slow,
         f"synthesize {teacher} --prompts {path('held-out.jsonl')} --output-dir {path('held-out')}",
         f"{answers} --no-keep-cache",
     )
@@ -121,7 +121,7 @@ def real_stages(
     for title, file in texts:
         for name, model in models:
             _evaluate(plan, 3 + 4 * slow, f"{name} on {title}", model, name, f"{path(file)}")
-    _answer(plan, 25 * slow, teacher)
+    _answer(plan, 10 * slow, teacher)
     return plan.stages
 
 
@@ -245,7 +245,7 @@ def _answer(plan: Plan, seconds: float, teacher: str) -> None:
     if not plan.config.built_in and find_spec("lm_eval"):
         plan.add(
             "teacher and 4-bit student follow instructions",
-            seconds,
+            2 * seconds,
             f"benchmark {path('student.gguf')} --against {teacher} --run {path('student')}",
             f"--tasks {path(INSTRUCTIONS)} --max-new-tokens 40 --name {shlex.quote(SMALL)}",
         )
