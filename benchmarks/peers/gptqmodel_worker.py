@@ -1,9 +1,9 @@
 """The peer of `quantize`: GPTQModel, on given rows; prints one JSON line.
 
-Runs in an environment of its own (GPTQModel's metadata asks for an older numpy):
+Runs in an environment of its own (GPTQModel's metadata asks for an older numpy and for torchao):
     python3 -m venv gptqmodel && gptqmodel/bin/pip install torch==2.13.0 transformers==5.23.0
     accelerate datasets device-smi tokenicer logbar defuser pypcre threadpoolctl ninja pillow
-    python-dateutil && gptqmodel/bin/pip install --no-deps optimum==2.3.0 gptqmodel==7.5.0
+    python-dateutil requests && gptqmodel/bin/pip install --no-deps optimum==2.3.0 gptqmodel==7.5.0
     gptqmodel/bin/python gptqmodel_worker.py --model DIR --rows rows.npz --output DIR
     --settings '{"mse": 2.4}'
 
