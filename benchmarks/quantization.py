@@ -15,6 +15,10 @@ Q4_K is that of `export gguf --outtype q4_k`, with Q5_0 for rows that are no mul
 Rows of llama.cpp come from its own quantizer (`ggml_quantize_chunk` in the library of xllamacpp),
 with the importance matrix that llama-imatrix computes: mean squares of the unquantized model's
 activations, here over the same calibration rows. Their embedding is ours, at 8 bits.
+
+Rows of GPTQModel and AutoRound run with `--peer gptqmodel=PYTHON autoround=PYTHON`, each PYTHON
+that of the environment which its script in peers/ describes. They get the tokens of the same
+calibration rows; their embedding is ours too.
 """
 
 import argparse
@@ -26,7 +30,7 @@ import platform
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -35,6 +39,7 @@ import gguf
 import numpy as np
 import torch
 import xllamacpp
+from peer_quantizers import WORKERS, by_peer
 from torch import Tensor
 
 from xinslm.data.dataset import open_dataset
@@ -66,7 +71,7 @@ class Variant:
     name: str
     method: str
     """gptaq, gptq, rtn, absmax; kmeans or palette (k-means with error feedback); q4_k_rtn or q4_k
-    (with error feedback); or llama.cpp's name of a type.
+    (with error feedback); gptqmodel or autoround; or llama.cpp's name of a type.
     """
     bits: int = 4
     off: tuple[str, ...] = ()
@@ -76,13 +81,20 @@ class Variant:
     """Of llama.cpp: whether it gets the importance matrix."""
     group_size: int = 16
     """Of palettes: rows that share a table."""
+    settings: dict[str, Any] = field(default_factory=dict)
+    """Of GPTQModel and AutoRound: what differs from their defaults."""
 
     @property
     def calibrates(self) -> bool:
         """Whether it reads calibration rows."""
-        return self.method in ("gptaq", "gptq", "palette", "q4_k") or self.has_importance
+        return self.method in ("gptaq", "gptq", "palette", "q4_k", *WORKERS) or self.has_importance
 
 
+GPTAQ, MSE = {"gptaq": True}, {"mse": 2.4}
+ACT_ORDER = {"desc_act": True, "static_groups": True}
+"""Settings of GPTQModel. Its own default order keeps groups together (`act_group_aware`); act-order
+needs groups that are fixed before, or each group's columns would lie apart.
+"""
 VARIANTS = [
     Variant("Q8_0", "rtn", 8),
     Variant("Q4_0, nearest, largest weight / -8 (llama.cpp's rule)", "absmax"),
@@ -103,6 +115,13 @@ VARIANTS = [
     Variant("palettes of 16 rows, k-means", "kmeans"),
     Variant("palettes of 16 rows, k-means and GPTAQ", "palette"),
     Variant("palettes of 32 rows, k-means and GPTAQ", "palette", group_size=32),
+    Variant("GPTQModel (its default)", "gptqmodel"),
+    Variant("GPTQModel, mse", "gptqmodel", settings=MSE),
+    Variant("GPTQModel, mse, act-order", "gptqmodel", settings=MSE | ACT_ORDER),
+    Variant("GPTQModel, its GPTAQ", "gptqmodel", settings=GPTAQ),
+    Variant("GPTQModel, its GPTAQ, mse, act-order", "gptqmodel", settings=GPTAQ | MSE | ACT_ORDER),
+    Variant("AutoRound (its default)", "autoround"),
+    Variant("AutoRound, batches of 4", "autoround", settings={"batch_size": 4}),
 ]
 
 
@@ -147,6 +166,8 @@ def main() -> None:
     for variant in VARIANTS:
         if not any(text in variant.name for text in options.only):
             continue
+        if variant.method in WORKERS and variant.method not in options.peer:
+            continue
         for seed in range(options.seeds if variant.name.startswith("GPTAQ") else 1):
             calibration: list[Batch] = []
             if variant.calibrates:
@@ -155,7 +176,7 @@ def main() -> None:
                     options.data[0], fingerprint, source.config, count, length, seed
                 )
             start = time.perf_counter()
-            model, size = quantize(variant, options.model, calibration)
+            model, size = quantize(variant, options.model, calibration, options.peer)
             facts = {
                 "variant": variant.name,
                 "seed": seed,
@@ -184,7 +205,16 @@ def _options() -> argparse.Namespace:
     parser.add_argument(
         "--only", default=[""], nargs="+", help="measure variants whose name holds one of these"
     )
-    return parser.parse_args()
+    parser.add_argument(
+        "--peer",
+        default=[],
+        nargs="+",
+        metavar="NAME=PYTHON",
+        help=f"interpreters of the peers' environments; NAME is {' or '.join(WORKERS)}",
+    )
+    options = parser.parse_args()
+    options.peer = dict(entry.split("=", 1) for entry in options.peer)
+    return options
 
 
 @dataclass(frozen=True)
@@ -207,9 +237,16 @@ def _held_out(folder: Path, length: int, limit: int) -> HeldOut:
     return HeldOut(batches, int(split.document_bytes.sum()) if count == len(rows) else None)
 
 
-def quantize(variant: Variant, folder: Path, calibration: list[Batch]) -> tuple[Transformer, int]:
+def quantize(
+    variant: Variant, folder: Path, calibration: list[Batch], pythons: dict[str, str]
+) -> tuple[Transformer, int]:
     """The dequantized model of a variant, and the bytes of its linear layers."""
     source = open_model(folder)
+    if variant.method in WORKERS:
+        model, python = source.transformer(), pythons[variant.method]
+        size = by_peer(variant.method, python, variant.settings, folder, model, calibration)
+        _round_table(model)
+        return model, size
     if variant.method in ("Q4_0", "IQ4_NL", "Q4_K"):
         return by_llama_cpp(variant, source.transformer(), calibration)
     if variant.method in ("kmeans", "palette"):
