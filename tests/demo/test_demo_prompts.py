@@ -121,7 +121,8 @@ def test_the_student_has_its_share_of_the_parameters():
     ("rate", "float32_rate", "expected"),
     [
         (117, 117, LEAST_PROMPTS),  # AVX2
-        (255, 255, 97),  # AVX512
+        (255, 255, 128),  # AVX512
+        (186, 186, 93),  # AVX2, the fastest measured
         (420, 195, MOST_PROMPTS),  # AVX512-BF16
         (2022, 230, 138),  # AMX
         (980, 460, 276),  # AVX512-BF16 with fast float32

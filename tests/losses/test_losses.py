@@ -188,8 +188,9 @@ def test_divergence_is_never_negative_and_needs_no_clamp(
     targets = sparsify(teacher, temperature) if sparse else teacher
     for row in range(8):
         part, z = slice(row, row + 1), student[row : row + 1].clone()
+        rounding = 4e-7 * max(25.0, z.abs().max().item())  # float32's, of logits up to 100
         _, kd = chunk_loss(z, torch.zeros(1, dtype=torch.long), targets[part], config)
-        assert kd.item() >= -1e-5 * temperature**2
+        assert kd.item() >= -rounding * temperature**2
         assert torch.isfinite(z).all()
         assert z.sum().abs() < 1e-3 * max(1.0, far)
 

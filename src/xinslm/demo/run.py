@@ -39,8 +39,8 @@ from xinslm.progress import Listener
 from xinslm.runs import add_row, read_rows
 
 COMMANDS = "commands.sh"
-PROMPTS_PER_GFLOPS = 0.38
-"""Of the machine's matrix products; meant for 8 minutes, and 11 at `LEAST_PROMPTS`."""
+PROMPTS_PER_GFLOPS = 0.5
+"""Of the machine's matrix products; meant for 7 minutes, and more at `LEAST_PROMPTS`."""
 LEAST_PROMPTS, MOST_PROMPTS = 64, 120
 """With more than 400 GFLOP/s (AMX) other work than products in bfloat16 takes most of the time."""
 PROMPTS_PER_FLOAT32_GFLOPS = 0.6
