@@ -1,5 +1,5 @@
-"""`distill` from a cache against TRL's GKDTrainer: speed on full and on ragged rows, and the memory
-of the loss.
+"""`distill` from a cache against TRL's GKDTrainer and DistillationTrainer: speed on full and on ragged
+rows, and the memory of the loss.
 
     python benchmarks/against_gkd.py --data ../shared/data --work /tmp/core --peer-python
     trl-venv/bin/python
@@ -202,20 +202,24 @@ def speed(
         "--batch-size",
         str(args.batch_size),
     ]
+    distillation = [args.peer_python, str(HERE / "peers" / "trl_distillation.py"), *peer[2:]]
     if name == "equal":
         first = export_documents(
             data, documents_of_first(data, length, args.batch_size), args.work / "first.npz"
         )
-        check = [*peer[:7], str(first), "--steps", "1", "--batch-size", str(args.batch_size)]
         a = figures_of([*ours, "--teacher", str(teacher)])["first_loss"]
-        b = figures_of(check)["first_loss"]
-        if abs(a - b) > 1e-4 * max(1, abs(b)):
-            sys.exit(f"the losses differ before training: {a} and {b}")
-        print(f"forward KL of the first rows: {a:.6f} and {b:.6f}", flush=True)
+        for side in (peer, distillation):
+            check = [*side[:7], str(first), "--steps", "1", "--batch-size", str(args.batch_size)]
+            b = figures_of(check)["first_loss"]
+            if abs(a - b) > 1e-4 * max(1, abs(b)):
+                sys.exit(f"the losses differ before training: {a} and {b} ({side[1]})")
+            print(f"forward KL of the first rows: {a:.6f} and {b:.6f}", flush=True)
     sides = {"ours": [*ours, "--compute-dtype", "float32"], "gkd": peer}
+    sides["distillation trainer"] = distillation
     if args.bfloat16:
         sides = {"ours": [*ours, "--compute-dtype", "bfloat16"], "gkd": [*peer, "--bf16"]}
         sides["gkd, float32"] = peer
+        sides["distillation trainer"] = [*distillation, "--bf16"]
     elif name == "equal":
         sides["gkd, its default gradient checkpointing"] = [*peer, "--gradient-checkpointing"]
     else:  # as many tokens a step as ours has: more padding, fewer optimiser steps

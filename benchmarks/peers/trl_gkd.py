@@ -96,24 +96,73 @@ class Clock(TrainerCallback):
             self.away += time.perf_counter() - now
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+def word_tokenizer(size: int) -> PreTrainedTokenizerFast:
+    """A tokenizer of `size` words, for a trainer that asks for one."""
+    words = {f"t{i}": i for i in range(size)}
+    return PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.WordLevel(words, unk_token="t0")),
+        pad_token="t0",
+        eos_token="t0",
     )
+
+
+def report(
+    rows: list[dict[str, list[int]]],
+    args: argparse.Namespace,
+    clock: Clock,
+    began: float,
+    loss: float,
+) -> None:
+    """Print the figures of a run that began at `began`."""
+    counts = [
+        sum(
+            sum(label >= 0 for label in row["labels"][1:])
+            for row in rows[at : at + args.batch_size]
+        )
+        for at in range(0, args.steps * args.batch_size, args.batch_size)
+    ]
+    steady = (
+        np.array(counts[2:]) / np.diff(clock.marks)[1:] if len(clock.marks) > 2 else np.zeros(1)
+    )
+    print(
+        json.dumps(
+            {
+                "first_loss": loss,
+                "tokens_per_second": float(np.median(steady)),
+                "overall": sum(counts[1:]) / (clock.marks[-1] - clock.marks[0])
+                if len(clock.marks) > 1
+                else 0.0,
+                "peak_mib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
+                "seconds": clock.marks[-1] - began,
+                "curve": [(step, mark - began, value) for step, mark, value in clock.curve],
+            }
+        )
+    )
+
+
+def arguments() -> argparse.ArgumentParser:
+    """Options of a run."""
+    parser = argparse.ArgumentParser(formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--teacher", required=True)
     parser.add_argument("--student", required=True)
     parser.add_argument("--rows", required=True)
-    parser.add_argument("--valid")
-    parser.add_argument("--eval-steps", type=int, default=50)
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--warmup", type=int, default=1)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument(
-        "--gradient-checkpointing", action="store_true", help="what GKDConfig does unless told"
+        "--gradient-checkpointing", action="store_true", help="what TRL does unless told"
     )
     parser.add_argument("--bf16", action="store_true", help="mixed precision")
+    return parser
+
+
+def main() -> None:
+    parser = arguments()
+    parser.description = __doc__
+    parser.add_argument("--valid")
+    parser.add_argument("--eval-steps", type=int, default=50)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
@@ -123,12 +172,7 @@ def main() -> None:
     if args.steps == 0:
         print(json.dumps({"validation": cross_entropy(student, load(args.valid))}))
         return
-    words = {f"t{i}": i for i in range(student.config.vocab_size)}
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer(models.WordLevel(words, unk_token="t0")),
-        pad_token="t0",
-        eos_token="t0",
-    )
+    tokenizer = word_tokenizer(student.config.vocab_size)
     first = collate(rows[: args.batch_size])
     with torch.no_grad():
         sides = [
@@ -176,30 +220,7 @@ def main() -> None:
         )
         began = time.perf_counter()
         trainer.train()
-    counts = [
-        sum(
-            sum(label >= 0 for label in row["labels"][1:])
-            for row in rows[at : at + args.batch_size]
-        )
-        for at in range(0, args.steps * args.batch_size, args.batch_size)
-    ]
-    steady = (
-        np.array(counts[2:]) / np.diff(clock.marks)[1:] if len(clock.marks) > 2 else np.zeros(1)
-    )
-    print(
-        json.dumps(
-            {
-                "first_loss": loss,
-                "tokens_per_second": float(np.median(steady)),
-                "overall": sum(counts[1:]) / (clock.marks[-1] - clock.marks[0])
-                if len(clock.marks) > 1
-                else 0.0,
-                "peak_mib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
-                "seconds": clock.marks[-1] - began,
-                "curve": [(step, mark - began, value) for step, mark, value in clock.curve],
-            }
-        )
-    )
+    report(rows, args, clock, began, loss)
 
 
 if __name__ == "__main__":

@@ -341,13 +341,15 @@ void Context::tiles(const Product &product, size_t begin, size_t end, const Inpu
         kernel(m.tile(tile), m.columns, x, 0, count, out);
         const size_t row = tile * kTileRows, rows = std::min<size_t>(kTileRows, m.rows - row);
         float *to = product.out + row;
-        for (int t = 0; t < count; t++, to += product.stride) {
-            const float *from = out + kTileRows * t;
-            if (product.add)
-                for (size_t r = 0; r < rows; r++) to[r] += from[r];
-            else
-                for (size_t r = 0; r < rows; r++) to[r] = from[r];
-        }
+        const auto write = [&](size_t size) {
+            const float *from = out;
+            for (int t = 0; t < count; t++, to += product.stride, from += kTileRows)
+                for (size_t r = 0; r < size; r++) to[r] = product.add ? to[r] + from[r] : from[r];
+        };
+        if (rows == kTileRows)
+            write(kTileRows);  // a constant, after which the loop is vector instructions
+        else
+            write(rows);
     }
 }
 

@@ -21,7 +21,7 @@ namespace xl {
 namespace {
 
 struct Features {
-    bool avx2 = false, avxvnni = false, avx512vnni = false, neon = false, dotprod = false;
+    bool avx2 = false, avxvnni = false, avx512vnni = false, amx = false, neon = false, dotprod = false;
 };
 
 #ifdef XL_X86
@@ -60,11 +60,13 @@ Features detect() {
     if ((c & (fma | osxsave | avx | f16c)) != (fma | osxsave | avx | f16c)) return f;
     const uint64_t saved = saved_state();
     cpuid(7, 0, r);
-    const uint32_t b7 = r[1], c7 = r[2], parts = r[0];
+    const uint32_t b7 = r[1], c7 = r[2], d7 = r[3], parts = r[0];
     f.avx2 = (saved & 6) == 6 && (b7 & 1u << 5);
     // AVX512F, DQ, BW, VL and VNNI
     constexpr uint32_t wide = 1u << 16 | 1u << 17 | 1u << 30 | 1u << 31;
     f.avx512vnni = f.avx2 && (saved & 0xe6) == 0xe6 && (b7 & wide) == wide && (c7 & 1u << 11);
+    constexpr uint32_t tiles = 1u << 24 | 1u << 25;  // AMX-TILE and AMX-INT8
+    f.amx = f.avx512vnni && (saved & 0x60000) == 0x60000 && (d7 & tiles) == tiles;
     if (parts >= 1) {
         cpuid(7, 1, r);
         f.avxvnni = f.avx2 && (r[0] & 1u << 4);
@@ -87,6 +89,7 @@ const std::vector<const Kernels *> &available() {
         const auto add = [&](bool supported, const Kernels *kernels) {
             if (supported && kernels) list.push_back(kernels);
         };
+        add(f.amx, f.amx ? amx_kernels() : nullptr);  // which asks the system
         add(f.avx512vnni, avx512vnni_kernels());
         add(f.avxvnni, avxvnni_kernels());
         add(f.avx2, avx2_kernels());

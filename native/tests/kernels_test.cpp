@@ -154,7 +154,7 @@ void quantize(const Kernels &kernels) {
 // Fails if a token's result depends on how many tokens go through the kernel.
 bool tiles(const Kernels &kernels) {
     const char *const formats[] = {"q4_0", "q4_1", "q8_0", "f16", "f32"};
-    constexpr int kMost = 25;
+    constexpr int kMost = 53;
     bool same = true;
     for (int f = 0; f < static_cast<int>(Format::kCount); f++) {
         const auto format = static_cast<Format>(f);
@@ -300,7 +300,7 @@ void halves(const Kernels &kernels) {
 
 int main(int argc, char **argv) {
     const Kernels *sets[] = {scalar_kernels(),     avx2_kernels(), avxvnni_kernels(),
-                             avx512vnni_kernels(), neon_kernels(), neon_dot_kernels()};
+                             avx512vnni_kernels(), amx_kernels(),  neon_kernels(), neon_dot_kernels()};
     const Kernels *chosen = nullptr;
     for (const Kernels *set : sets) {
         if (!set) continue;

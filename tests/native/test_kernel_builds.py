@@ -19,7 +19,7 @@ from xinslm.native import library_path
 from xinslm.native.bindings import kernels
 
 ROOT = Path(__file__).parents[2]
-SETS = ["scalar", "avx2", "avxvnni", "avx512vnni", "neon", "neon_dot"]
+SETS = ["scalar", "avx2", "avxvnni", "avx512vnni", "amx", "neon", "neon_dot"]
 ON_X86 = platform.machine() == "x86_64" and sys.platform == "linux"
 CROSS = "aarch64-linux-gnu-g++"
 TO_ARM = [
@@ -86,8 +86,8 @@ def test_vnni_kernels_compute_the_same_bits_with_emulated_instructions(
     here: Path, definition: str
 ) -> None:
     program = here / "kernels_emulated"
-    assert output(program).split() == ["scalar", "avx2", "avxvnni", "avx512vnni"]
-    for name in ("avxvnni", "avx512vnni"):
+    assert output(program).split() == ["scalar", "avx2", "avxvnni", "avx512vnni", "amx"]
+    for name in ("avxvnni", "avx512vnni", "amx"):
         assert output(program, name) == definition, name
 
 
@@ -134,7 +134,7 @@ def test_kernel_objects_share_no_function(here: Path) -> None:
 @needs("cmake", "c++", "objdump", x86=True)
 def test_instructions_of_newer_processors_stay_in_their_objects(here: Path) -> None:
     listed = output("objdump", "-d", here / "libkernels.a")
-    found = {name: dict.fromkeys(("vex", "evex", "zmm", "dots"), 0) for name in SETS}
+    found = {name: dict.fromkeys(("vex", "evex", "zmm", "dots", "tiles"), 0) for name in SETS}
     for line in listed.splitlines():
         if member := re.match(r"(\w+)\.cpp\.\w+: +file format", line):
             counts = found[member[1]]
@@ -143,6 +143,7 @@ def test_instructions_of_newer_processors_stay_in_their_objects(here: Path) -> N
             counts["evex" if code[1] == "62" else "vex"] += 1
             counts["zmm"] += "%zmm" in line
             counts["dots"] += "vpdpbusd" in line
+            counts["tiles"] += "tdpbssd" in line
     has = {
         name: {kind for kind, count in counts.items() if count} for name, counts in found.items()
     }
@@ -150,6 +151,7 @@ def test_instructions_of_newer_processors_stay_in_their_objects(here: Path) -> N
     assert has["avx2"] == {"vex"}
     assert has["avxvnni"] == {"vex", "dots"}
     assert has["avx512vnni"] == {"vex", "evex", "zmm", "dots"}
+    assert has["amx"] == {"vex", "evex", "zmm", "dots", "tiles"}
 
 
 @pytest.mark.without_library

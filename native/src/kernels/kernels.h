@@ -82,6 +82,7 @@ const Kernels *scalar_kernels();
 const Kernels *avx2_kernels();
 const Kernels *avxvnni_kernels();
 const Kernels *avx512vnni_kernels();
+const Kernels *amx_kernels();
 const Kernels *neon_kernels();
 const Kernels *neon_dot_kernels();
 

@@ -203,6 +203,10 @@ inline int _mm512_reduce_add_epi32(__m512i a) {
     for (int i = 0; i < 16; i++) sum += emulated::at<int32_t>(a.v, i);
     return sum;
 }
+inline __m512i _mm512_sub_epi8(__m512i a, __m512i b) {
+    return emulated::integers<uint8_t>([&](int i) { return a.v[i] - b.v[i]; });
+}
+inline void _mm512_storeu_si512(void *p, __m512i a) { std::memcpy(p, a.v, 64); }
 inline __m512i _mm512_loadu_si512(const void *p) {
     __m512i out;
     std::memcpy(out.v, p, 64);
@@ -214,5 +218,59 @@ inline __m512i _mm512_dpbusd_epi32(__m512i sum, __m512i a, __m512i b) {
                              reinterpret_cast<const int8_t *>(b.v) + 4 * i);
     });
 }
+
+namespace emulated {
+
+// AMX: eight registers of up to 16 rows of 64 bytes, whose shapes are set before their use.
+struct Tile {
+    int rows = 0, bytes = 0;
+    uint8_t v[16][64] = {};
+};
+
+inline Tile &tile(int n) {
+    static Tile tiles[8];
+    return tiles[n];
+}
+
+inline void shape_tiles(const uint16_t *row_bytes, const uint8_t *rows) {
+    for (int n = 0; n < 16; n++) {
+        if (n > 7 ? row_bytes[n] || rows[n] : row_bytes[n] > 64 || rows[n] > 16) std::abort();
+        if (n < 8) tile(n) = Tile(), tile(n).rows = rows[n], tile(n).bytes = row_bytes[n];
+    }
+}
+
+inline void release_tiles() {
+    for (int n = 0; n < 8; n++) tile(n) = Tile();
+}
+
+inline void load_tile(int n, const void *from, size_t stride) {
+    Tile &to = tile(n);
+    if (!to.rows) std::abort();
+    for (int r = 0; r < to.rows; r++)
+        std::memcpy(to.v[r], static_cast<const uint8_t *>(from) + static_cast<size_t>(r) * stride,
+                    static_cast<size_t>(to.bytes));
+}
+
+inline void store_tile(int n, void *to, size_t stride) {
+    const Tile &from = tile(n);
+    for (int r = 0; r < from.rows; r++)
+        std::memcpy(static_cast<uint8_t *>(to) + static_cast<size_t>(r) * stride, from.v[r],
+                    static_cast<size_t>(from.bytes));
+}
+
+// tilezero and tdpbssd: row m of `a` times the bytes that stand below each other in `b`, 4 to a row.
+inline void multiply_tiles(int sums, int a, int b) {
+    Tile &c = tile(sums);
+    if (c.rows != tile(a).rows || c.bytes != tile(b).bytes || tile(a).bytes != 4 * tile(b).rows) std::abort();
+    for (int m = 0; m < c.rows; m++)
+        for (int n = 0; n < c.bytes / 4; n++) {
+            int32_t sum = 0;
+            for (int k = 0; k < tile(a).bytes; k++)
+                sum += static_cast<int8_t>(tile(a).v[m][k]) * static_cast<int8_t>(tile(b).v[k / 4][4 * n + k % 4]);
+            std::memcpy(c.v[m] + 4 * n, &sum, 4);
+        }
+}
+
+}  // namespace emulated
 
 #endif
