@@ -18,7 +18,7 @@ namespace {
 
 constexpr int kChunkTokens = 256;  // tokens that go through a layer at once
 constexpr int kQueryRows = 48;     // queries that share the keys of a unit
-constexpr int kGatedTokens = 48;   // tokens whose gates stay in the first-level cache
+constexpr int kGatedTokens = 64;   // tokens whose gates stay in the first-level cache
 
 long process_id() {
 #if defined(_WIN32)
