@@ -224,3 +224,18 @@ def _noted(begin, opened):
         begin(self, *arguments, **more)
 
     return init
+
+
+def test_a_lost_library_is_told(world, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr("xinslm.native.reason", lambda: "libxinslm.so cannot be loaded")
+    monkeypatch.setattr("xinslm.native.library", lambda: None)
+    notes = []
+
+    def listen(progress):
+        notes.append(progress.note)
+
+    synthesize.run(settings(world, tmp_path), listen)
+    assert sum("PyTorch runs the model" in note for note in notes if note) == 1
+    notes.clear()
+    synthesize.run(settings(world, tmp_path, engine="pytorch", force=True), listen)
+    assert not any("PyTorch runs the model" in note for note in notes if note)

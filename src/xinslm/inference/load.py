@@ -50,13 +50,20 @@ def missing_library(config: EngineConfig) -> str:
     """A note if PyTorch's slower engine runs a model because there is no native library; empty if
     that is not why, or was asked for.
     """
+    if config.engine != "auto":
+        return ""
+    return library_note(config.model, config.device, config.dtype, config.activations)
+
+
+def library_note(
+    model: Path | str, device: str, dtype: str, activations: Activations | None = None
+) -> str:
+    """The note of `missing_library`, where the engine is left open."""
     from xinslm.native import reason, wanted
 
-    if config.engine != "auto" or not wanted() or not reason():
+    if not wanted() or not reason() or device not in ("auto", "cpu") or dtype != "auto":
         return ""
-    if config.device not in ("auto", "cpu") or config.dtype != "auto":
-        return ""
-    if _readable(config.model, config.device, config.activations)[1]:
+    if _readable(model, device, activations)[1]:
         return ""
     return f"PyTorch runs the model, several times more slowly: {reason()} (xinslm native)"
 

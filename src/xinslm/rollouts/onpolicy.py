@@ -34,6 +34,7 @@ from xinslm.errors import UsageError
 from xinslm.files import MANIFEST, manifest_fingerprint, read_json, write_json
 from xinslm.folders import locked, remove_partials
 from xinslm.inference.config import EngineName
+from xinslm.inference.load import library_note
 from xinslm.model.decode import RowDecoder, token_bytes
 from xinslm.model.files import load_model, open_model, read_tensors, require_context
 from xinslm.progress import Listener, Progress, ignore
@@ -115,6 +116,9 @@ def run(config: OnPolicyConfig, on_progress: Listener = ignore) -> OnPolicyResul
             note = (
                 f"{inputs.prompts.skipped:,} documents have no prompt that fits; they are left out"
             )
+            on_progress(Progress("onpolicy", note=note))
+        asked = config.engine != "auto"
+        if note := "" if asked else library_note(config.student, inputs.device.type, "auto"):
             on_progress(Progress("onpolicy", note=note))
         return _run_rounds(inputs, on_progress)
 

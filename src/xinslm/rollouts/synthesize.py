@@ -22,6 +22,8 @@ from xinslm.device import pick_device
 from xinslm.errors import UsageError, XinslmError
 from xinslm.files import MANIFEST, sha256_json, write_manifest
 from xinslm.folders import Plan, claim, locked
+from xinslm.inference.load import library_note
+from xinslm.model.files import open_model
 from xinslm.progress import Listener, Progress, ignore
 from xinslm.rollouts.native_writer import NativeWriter, open_writer
 from xinslm.rollouts.prompts import read_prompts
@@ -122,6 +124,8 @@ def run(
     teacher = _open(config, options)
     if not isinstance(teacher, EndpointTeacher):
         config = _within(config, teacher.max_length, on_progress)
+        if _engine(teacher) == "PyTorch" and config.engine == "auto":
+            _tell_of_library(config, options, on_progress)
     plan = {
         "settings": {key: value for key, value in to_dict(config).items() if key not in _PLACES},
         "inputs": {"prompts": sha256_json(prompts), "teacher": teacher.fingerprint},
@@ -210,6 +214,16 @@ def _engine(teacher: Any) -> str:
         kernels = teacher.batch.context.kernels
         return f"the native engine ({kernels}), activations in 8 bits"
     return "the endpoint" if isinstance(teacher, EndpointTeacher) else "PyTorch"
+
+
+def _tell_of_library(
+    config: SynthesizeConfig, options: TeacherOptions, on_progress: Listener
+) -> None:
+    """A note if only the missing library makes PyTorch write."""
+    path, device = open_model(config.teacher, options.revision).path, torch.device(options.device)
+    note = "" if config.trust_remote_code else library_note(path, device.type, options.dtype)
+    if note:
+        on_progress(Progress("synthesize", note=note))
 
 
 def _within(config: SynthesizeConfig, context: int, on_progress: Listener) -> SynthesizeConfig:
