@@ -15,13 +15,14 @@ from xinslm.export.config import GgufConfig
 from xinslm.export.gguf import run as export_gguf
 from xinslm.model.files import load_model, open_model, read_tensors
 from xinslm.model.grids import Q4_0, storable
+from xinslm.model.param_dtype import Linear
 from xinslm.model.quantized import QuantizedSource
 from xinslm.quantize import scale_distillation
 from xinslm.quantize.config import QuantizeConfig, parse_size
 from xinslm.quantize.pipeline import Quantization
 from xinslm.quantize.rows import single_rows
 from xinslm.quantize.run import run
-from xinslm.quantize.scale_distillation import _Decode
+from xinslm.quantize.scale_distillation import _Scales
 from xinslm.quantize.sensitivity import Cost, choose_wide, fit, measure_costs
 from xinslm.tokenizer.load import load_tokenizer
 
@@ -44,16 +45,21 @@ def manifest(folder):
 
 
 def test_the_gradient_of_a_scale_is_autograds():
+    """After two passes, whose gradients add up."""
     torch.manual_seed(0)
     codes = torch.randint(-8, 8, (6, 64), dtype=torch.int8)
     scales = storable(torch.randn(6, 2))
-    change = torch.zeros(6, 2, requires_grad=True)
+    layer = _Scales(Linear(64, 6, bias=False), codes, scales)
+    layer.decode()
     other = torch.zeros(6, 2, requires_grad=True)
-    weight = torch.randn(6, 64)
-    (_Decode.apply(change, codes, scales) * weight).sum().backward()
-    plain = (scales * other.exp())[..., None] * codes.unflatten(1, (2, 32)).float()
-    (plain.flatten(1) * weight).sum().backward()
-    torch.testing.assert_close(change.grad, other.grad)
+    plain = ((scales * other.exp())[..., None] * codes.unflatten(1, (2, 32)).float()).flatten(1)
+    torch.testing.assert_close(layer.module.weight.detach(), plain.detach(), rtol=0, atol=0)
+    for _ in range(2):
+        x, by = torch.randn(5, 64), torch.randn(5, 6)
+        (layer.module(x) * by).sum().backward()
+        ((x @ plain.T) * by).sum().backward(retain_graph=True)
+    assert layer.module.weight.grad is None
+    torch.testing.assert_close(layer.change.grad, other.grad)
 
 
 def test_trained_scales_bring_the_model_nearer_and_leave_the_codes(folders):

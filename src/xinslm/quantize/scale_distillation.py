@@ -15,20 +15,21 @@ as they were.
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import cast
 
 import torch
-from torch import Tensor, nn
-from torch.nn.utils import parametrize
+from torch import Tensor
 
 from xinslm.data.packing import Batch
 from xinslm.losses.config import LossConfig
 from xinslm.losses.fused import fused_loss
 from xinslm.losses.targets import DenseTargets
 from xinslm.model.grids import BLOCK, GRIDS, Q4_0, decode, storable, unpack_nibbles
+from xinslm.model.param_dtype import Linear, forget_copies
 from xinslm.model.quantized import QuantizedSource
 from xinslm.model.source import ModelSource
 from xinslm.model.transformer import Transformer
+from xinslm.precision import compute_dtype
 from xinslm.progress import Listener, Progress, ignore
 from xinslm.quantize.rows import hidden_states, require_finite, single_rows
 
@@ -54,40 +55,32 @@ class TunedScales:
     """Positions that both were measured on."""
 
 
-class _Decode(torch.autograd.Function):
-    """Weights from codes and relative changes of scales; keeps no float copy of the codes."""
+class _Scales:
+    """A linear layer whose weight follows from fixed codes and a relative change of each scale."""
 
-    @staticmethod
-    def forward(ctx: Any, change: Tensor, codes: Tensor, scales: Tensor) -> Tensor:
-        stored = storable(scales * change.exp())
-        ctx.save_for_backward(codes, stored)
-        return decode(codes, stored)
+    def __init__(self, module: Linear, codes: Tensor, scales: Tensor) -> None:
+        self.module, self.codes, self.scales = module, codes, scales
+        self.change = torch.zeros_like(scales)
+        """What is trained, (rows, columns / 32)."""
+        self.module.weight.requires_grad_(True)
+        self.module.weight.register_post_accumulate_grad_hook(self._take)
 
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        codes, stored = ctx.saved_tensors
-        by_code = grad.unflatten(-1, (-1, BLOCK)).mul(codes.unflatten(-1, (-1, BLOCK)))
-        return by_code.sum(-1).mul_(stored), None, None
+    def stored(self) -> Tensor:
+        """The scales as they are stored, float32."""
+        return storable(self.scales * self.change.exp())
 
+    @torch.no_grad()
+    def decode(self) -> None:
+        """Write the weight that codes and scales stand for."""
+        self.module.weight.data = decode(self.codes, self.stored())
 
-class _Scales(nn.Module):
-    """Parametrization of a linear's weight by one relative change for each of its scales."""
-
-    codes: Tensor
-    scales: Tensor
-
-    def __init__(self, codes: Tensor, scales: Tensor) -> None:
-        super().__init__()
-        self.register_buffer("codes", codes, persistent=False)
-        self.register_buffer("scales", scales, persistent=False)
-
-    def forward(self, change: Tensor) -> Tensor:
-        """Changes (rows, columns / 32) -> weights (rows, columns), float32."""
-        return cast(Tensor, _Decode.apply(change, self.codes, self.scales))
-
-    def right_inverse(self, _: Tensor) -> Tensor:
-        """No change, whatever the weight."""
-        return torch.zeros_like(self.scales)
+    def _take(self, weight: Tensor) -> None:
+        """Turn the weight's gradient into that of the change, and free it."""
+        assert weight.grad is not None, "the hook comes after the gradient"
+        by_code = weight.grad.unflatten(-1, (-1, BLOCK)).mul_(self.codes.unflatten(-1, (-1, BLOCK)))
+        grad = by_code.sum(-1).mul_(self.stored())
+        self.change.grad = grad if self.change.grad is None else self.change.grad.add_(grad)
+        weight.grad = None
 
 
 def distill_scales(
@@ -99,7 +92,8 @@ def distill_scales(
 ) -> TunedScales:
     """Train the scales of the linear layers for `steps` steps of AdamW.
 
-    A step takes one batch of `batches`, in turn; the rate falls to 0 along a cosine. One model is
+    A step takes one batch of `batches`, in turn; the rate falls to 0 along a cosine. Steps compute
+    in bfloat16 where the processor multiplies that faster, the divergences in float32. One model is
     in memory at a time, in float32, and the original's last hidden states of all rows, of which
     there must be at least `HELD_OUT`.
     """
@@ -112,28 +106,38 @@ def distill_scales(
         measured = [hidden_states(teacher, row) for row in held_out]
     del teacher
     model = quantized.transformer().requires_grad_(False).train()
-    trained = _parametrize(model, quantized)
+    trained = _trained(model, quantized)
     pairs = list(zip(held_out, measured, strict=True))
     before = _divergence(model, head, pairs)
     require_finite(source, torch.tensor(before), "--scale-steps")
-    optimizer = torch.optim.Adam(trained.values(), lr=LEARNING_RATE, betas=(0.9, 0.95))
+    changes = [layer.change for layer in trained.values()]
+    optimizer = torch.optim.Adam(changes, lr=LEARNING_RATE, betas=(0.9, 0.95))
     rows = _batches(len(train), max(len(batches[0].input_ids), 1))
+    model.compute_dtype = compute_dtype("auto", torch.device("cpu"))
     for step in range(steps):
         for group in optimizer.param_groups:
             group["lr"] = LEARNING_RATE * 0.5 * (1 + math.cos(math.pi * step / steps))
-        optimizer.zero_grad()
         chosen = next(rows)
         count = sum(len(learned[row]) for row in chosen)
         for row in chosen:
-            loss = _loss(model, head, train[row], learned[row], count)
-            loss.backward()
+            _loss(model, head, train[row], learned[row], count).backward()
         optimizer.step()
+        optimizer.zero_grad()
+        _decode(model, trained)
         on_progress(Progress(_STAGE, step + 1, steps, "steps"))
+    model.compute_dtype = None
     after = _divergence(model, head, pairs)
     tokens = sum(map(len, measured))
     if not after < before:
         return TunedScales({}, before, after, tokens)
-    return TunedScales(_stored(model, trained), before, after, tokens)
+    scales = {stem: layer.stored().half() for stem, layer in trained.items()}
+    return TunedScales(scales, before, after, tokens)
+
+
+def _decode(model: Transformer, trained: dict[str, _Scales]) -> None:
+    for layer in trained.values():
+        layer.decode()
+    forget_copies(model)
 
 
 def _split(batches: list[Batch]) -> tuple[list[Batch], list[Batch]]:
@@ -170,9 +174,9 @@ def _divergence(model: Transformer, head: Tensor, pairs: list[tuple[Batch, Tenso
     return sum(float(_loss(model, head, row, teacher, count)) for row, teacher in pairs)
 
 
-def _parametrize(model: Transformer, quantized: QuantizedSource) -> dict[str, nn.Parameter]:
-    """Replace the weights of the quantized linears in the blocks; returns their changes by name."""
-    trained: dict[str, nn.Parameter] = {}
+def _trained(model: Transformer, quantized: QuantizedSource) -> dict[str, _Scales]:
+    """The quantized linear layers of the blocks by name."""
+    trained: dict[str, _Scales] = {}
     for name, kind in quantized.formats.items():
         stem = name.removesuffix(".weight")
         if kind not in GRIDS or not stem.startswith("model.layers."):
@@ -180,17 +184,6 @@ def _parametrize(model: Transformer, quantized: QuantizedSource) -> dict[str, nn
         weight = quantized.stored(name)
         assert weight.scales is not None, "a weight with codes has scales"
         codes = unpack_nibbles(weight.data) if kind == Q4_0.name else weight.data
-        module = model.get_submodule(stem)
-        scales = _Scales(codes, weight.scales.float())
-        parametrize.register_parametrization(module, "weight", scales, unsafe=True)
-        change = cast(Any, module).parametrizations.weight.original
-        trained[stem] = change.requires_grad_(True)
+        module = cast(Linear, model.get_submodule(stem))
+        trained[stem] = _Scales(module, codes, weight.scales.float())
     return trained
-
-
-def _stored(model: Transformer, trained: dict[str, nn.Parameter]) -> dict[str, Tensor]:
-    scales = {}
-    for stem, change in trained.items():
-        module = cast(Any, model.get_submodule(stem)).parametrizations.weight[0]
-        scales[stem] = storable(module.scales * change.detach().exp()).half()
-    return scales
