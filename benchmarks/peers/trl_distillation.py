@@ -16,7 +16,7 @@ import torch
 from datasets import Dataset
 from transformers import AutoModelForCausalLM
 from trl import DistillationConfig, DistillationTrainer
-from trl_gkd import Clock, arguments, load, report, word_tokenizer
+from trl_gkd import Clock, arguments, load, report, settings, word_tokenizer
 
 
 class GivenAnswers(DistillationTrainer):
@@ -54,25 +54,7 @@ def main() -> None:
     teacher = AutoModelForCausalLM.from_pretrained(args.teacher, dtype=torch.float32)
     clock = Clock([], 1)
     with tempfile.TemporaryDirectory() as out:
-        config = DistillationConfig(
-            output_dir=out,
-            max_steps=args.steps,
-            per_device_train_batch_size=args.batch_size,
-            learning_rate=args.learning_rate,
-            warmup_steps=args.warmup,
-            lr_scheduler_type="cosine",
-            weight_decay=0.0,
-            beta=0.0,
-            temperature=1.0,
-            shuffle_dataset=False,
-            gradient_checkpointing=args.gradient_checkpointing,
-            bf16=args.bf16,
-            use_cpu=True,
-            report_to=[],
-            save_strategy="no",
-            logging_strategy="no",
-            disable_tqdm=True,
-        )
+        config = DistillationConfig(output_dir=out, shuffle_dataset=False, **settings(args))
         trainer = GivenAnswers(
             model=student,
             teacher_model=teacher,

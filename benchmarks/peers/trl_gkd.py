@@ -18,6 +18,7 @@ import json
 import resource
 import tempfile
 import time
+from typing import Any
 
 import numpy as np
 import torch
@@ -140,6 +141,27 @@ def report(
     )
 
 
+def settings(args: argparse.Namespace) -> dict[str, Any]:
+    """What both of TRL's trainers are told: the forward KL, AdamW along a cosine, nothing written."""
+    return {
+        "max_steps": args.steps,
+        "per_device_train_batch_size": args.batch_size,
+        "learning_rate": args.learning_rate,
+        "warmup_steps": args.warmup,
+        "lr_scheduler_type": "cosine",
+        "weight_decay": 0.0,
+        "beta": 0.0,
+        "temperature": 1.0,
+        "gradient_checkpointing": args.gradient_checkpointing,
+        "bf16": args.bf16,
+        "use_cpu": True,
+        "report_to": [],
+        "save_strategy": "no",
+        "logging_strategy": "no",
+        "disable_tqdm": True,
+    }
+
+
 def arguments() -> argparse.ArgumentParser:
     """Options of a run."""
     parser = argparse.ArgumentParser(formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -184,25 +206,7 @@ def main() -> None:
         ).item()
     clock = Clock(load(args.valid) if args.valid else [], args.eval_steps)
     with tempfile.TemporaryDirectory() as out:
-        config = GKDConfig(
-            output_dir=out,
-            max_steps=args.steps,
-            per_device_train_batch_size=args.batch_size,
-            learning_rate=args.learning_rate,
-            warmup_steps=args.warmup,
-            lr_scheduler_type="cosine",
-            weight_decay=0.0,
-            lmbda=0.0,
-            beta=0.0,
-            temperature=1.0,
-            gradient_checkpointing=args.gradient_checkpointing,
-            bf16=args.bf16,
-            use_cpu=True,
-            report_to=[],
-            save_strategy="no",
-            logging_strategy="no",
-            disable_tqdm=True,
-        )
+        config = GKDConfig(output_dir=out, lmbda=0.0, **settings(args))
         trainer = GKDTrainer(
             model=student,
             teacher_model=teacher,

@@ -21,9 +21,9 @@ import time
 import numpy as np
 import torch
 from datasets import Dataset
-from tokenizers import Tokenizer, models
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, TrainerCallback
+from transformers import AutoModelForCausalLM, TrainerCallback
 from trl.experimental.gkd import GKDConfig, GKDTrainer
+from trl_gkd import word_tokenizer
 
 
 def collate(rows: list[np.ndarray]) -> dict[str, torch.Tensor]:
@@ -103,12 +103,7 @@ def main() -> None:
         print(json.dumps({"greedy": out[:, ids.shape[1] :].tolist()}))
         return
     teacher = AutoModelForCausalLM.from_pretrained(args.teacher, dtype=torch.float32)
-    words = {f"t{i}": i for i in range(student.config.vocab_size)}
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer(models.WordLevel(words, unk_token="t0")),
-        pad_token="t0",
-        eos_token="t0",
-    )
+    tokenizer = word_tokenizer(student.config.vocab_size)
     clock = Clock()
     rows = list(prompts[: args.steps * args.batch_size])
     with tempfile.TemporaryDirectory() as out_dir:

@@ -175,12 +175,16 @@ def test_weights_that_are_not_finite_are_an_error(world, tmp_path) -> None:
         synthesize.run(settings(world, tmp_path, teacher=str(broken), engine="native"))
 
 
-@needs_library
-def test_a_student_writes_its_rounds_natively(world, tmp_path) -> None:
+def rounds(world, folder, **changes):
     fields = {"max_new_tokens": 12, "prompt_tokens": 6, "completions": 16, "rounds": 2}
     fields |= {"max_seq_length": 64, "support_top_k": 8, "batch_size": 4, "device": "cpu"}
     fields |= {"student": world.teacher, "teacher": str(world.teacher), "prompts": world.data}
-    config = OnPolicyConfig(output_dir=tmp_path / "n", engine="native", **fields)
+    return OnPolicyConfig(output_dir=folder, **(fields | changes))
+
+
+@needs_library
+def test_a_student_writes_its_rounds_natively(world, tmp_path) -> None:
+    config = rounds(world, tmp_path / "n", engine="native")
     result = onpolicy.run(config)
     assert result.texts == 32 and result.state.step > 0
     native = open_dataset(tmp_path / "n" / "round-001" / "data").split("train")
@@ -226,16 +230,20 @@ def _noted(begin, opened):
     return init
 
 
-def test_a_lost_library_is_told(world, tmp_path, monkeypatch) -> None:
+@pytest.mark.parametrize("command", ["synthesize", "onpolicy"])
+def test_a_lost_library_is_told(world, tmp_path, monkeypatch, command) -> None:
     monkeypatch.setattr("xinslm.native.reason", lambda: "libxinslm.so cannot be loaded")
     monkeypatch.setattr("xinslm.native.library", lambda: None)
-    notes = []
 
-    def listen(progress):
-        notes.append(progress.note)
+    def told(engine: str) -> int:
+        notes = []
+        if command == "synthesize":
+            config = settings(world, tmp_path, engine=engine, force=True)
+            synthesize.run(config, lambda progress: notes.append(progress.note))
+        else:
+            config = rounds(world, tmp_path / engine, engine=engine)
+            onpolicy.run(config, lambda progress: notes.append(progress.note))
+        return sum("PyTorch runs the model" in (note or "") for note in notes)
 
-    synthesize.run(settings(world, tmp_path), listen)
-    assert sum("PyTorch runs the model" in note for note in notes if note) == 1
-    notes.clear()
-    synthesize.run(settings(world, tmp_path, engine="pytorch", force=True), listen)
-    assert not any("PyTorch runs the model" in note for note in notes if note)
+    assert told("auto") == 1
+    assert told("pytorch") == 0

@@ -44,7 +44,7 @@ PROMPTS_PER_GFLOPS = 0.5
 LEAST_PROMPTS, MOST_PROMPTS = 64, 120
 """With more than 400 GFLOP/s (AMX) other work than products in bfloat16 takes most of the time."""
 PROMPTS_PER_FLOAT32_GFLOPS = 0.6
-"""Float32 products, which the teacher's answers take, allow more than `MOST_PROMPTS`."""
+"""Float32 products, which scores and the pruned start take, allow more than `MOST_PROMPTS`."""
 BEGINNINGS = ("One sunny day", "It was a windy day in May.", "On Monday, the farmer")
 Perform = Callable[[Sequence[str], Listener], Any]
 """Runs one command line quietly; raises what the command raises."""

@@ -23,17 +23,18 @@ class StoredWeight:
     scales: Tensor | None
     """Float16 (rows, columns / 32); None for a plain tensor."""
 
-    def codes(self) -> Tensor:
-        """Signed codes of a weight that has them, int8 (rows, columns)."""
-        return unpack_nibbles(self.data) if self.format == Q4_0.name else self.data
+    def codes(self, start: int = 0, stop: int | None = None) -> Tensor:
+        """Signed codes of a weight that has them, or of its rows [start, stop): int8 (rows,
+        columns).
+        """
+        rows = self.data[start:stop]
+        return unpack_nibbles(rows) if self.format == Q4_0.name else rows
 
     def dequantize(self, start: int = 0, stop: int | None = None) -> Tensor:
         """The weight in float32, or its rows [start, stop)."""
         if self.scales is None:
             return self.data[start:stop].float()
-        rows = self.data[start:stop]
-        codes = unpack_nibbles(rows) if self.format == Q4_0.name else rows
-        return decode(codes, self.scales[start:stop])
+        return decode(self.codes(start, stop), self.scales[start:stop])
 
     def ggml_rows(self) -> np.ndarray:
         """Codes and scales as llama.cpp's blocks, uint8 (rows, bytes), or the plain array."""

@@ -24,7 +24,7 @@ from xinslm.data.packing import Batch
 from xinslm.losses.config import LossConfig
 from xinslm.losses.fused import fused_loss
 from xinslm.losses.targets import DenseTargets
-from xinslm.model.grids import BLOCK, GRIDS, Q4_0, decode, storable, unpack_nibbles
+from xinslm.model.grids import BLOCK, GRIDS, decode, storable
 from xinslm.model.param_dtype import Linear, forget_copies
 from xinslm.model.quantized import QuantizedSource
 from xinslm.model.source import ModelSource
@@ -183,7 +183,6 @@ def _trained(model: Transformer, quantized: QuantizedSource) -> dict[str, _Scale
             continue
         weight = quantized.stored(name)
         assert weight.scales is not None, "a weight with codes has scales"
-        codes = unpack_nibbles(weight.data) if kind == Q4_0.name else weight.data
         module = cast(Linear, model.get_submodule(stem))
-        trained[stem] = _Scales(module, codes, weight.scales.float())
+        trained[stem] = _Scales(module, weight.codes(), weight.scales.float())
     return trained

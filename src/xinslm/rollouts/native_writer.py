@@ -5,12 +5,13 @@ nats away from itself in float32 (SmolLM2-135M, docs/results.md): the texts are 
 and what a teacher thinks of them is computed in float32 afterwards.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from xinslm.errors import UsageError
 from xinslm.inference.config import EngineName
-from xinslm.inference.load import native_model
+from xinslm.inference.load import library_note, native_model
 from xinslm.inference.native_batch import NativeBatch, with_8_bit_weights
 from xinslm.model.files import open_model
 from xinslm.teachers.local import LocalWriter
@@ -56,8 +57,10 @@ def open_writer(
     dtype: str,
     revision: str | None = None,
     tokenizer: str | None = None,
+    tell: Callable[[str], None] = lambda note: None,
 ) -> NativeWriter | None:
-    """A teacher that writes in the native engine; None if `engine` leaves it to PyTorch.
+    """A teacher that writes in the native engine; None if `engine` leaves it to PyTorch, which
+    `tell` hears if only the library is missing.
 
     `tokenizer` names the one that replaces the model's own.
     """
@@ -67,6 +70,8 @@ def open_writer(
     own = load_tokenizer(source.path if tokenizer is None else tokenizer)
     batch = open_batch(engine, source.path, own.vocab_size, device, dtype)
     if batch is None:
+        if note := library_note(source.path, device, dtype):
+            tell(note)
         return None
     check_vocabulary(batch.context.model.shape.vocabulary, own, source.name)
     return NativeWriter(batch, own, source.name, source.fingerprint)

@@ -117,9 +117,9 @@ def run(config: OnPolicyConfig, on_progress: Listener = ignore) -> OnPolicyResul
                 f"{inputs.prompts.skipped:,} documents have no prompt that fits; they are left out"
             )
             on_progress(Progress("onpolicy", note=note))
-        asked = config.engine != "auto"
-        if note := "" if asked else library_note(config.student, inputs.device.type, "auto"):
-            on_progress(Progress("onpolicy", note=note))
+        lost = library_note(config.student, inputs.device.type, "auto")
+        if lost and config.engine == "auto":
+            on_progress(Progress("onpolicy", note=lost))
         return _run_rounds(inputs, on_progress)
 
 

@@ -22,8 +22,6 @@ from xinslm.device import pick_device
 from xinslm.errors import UsageError, XinslmError
 from xinslm.files import MANIFEST, sha256_json, write_manifest
 from xinslm.folders import Plan, claim, locked
-from xinslm.inference.load import library_note
-from xinslm.model.files import open_model
 from xinslm.progress import Listener, Progress, ignore
 from xinslm.rollouts.native_writer import NativeWriter, open_writer
 from xinslm.rollouts.prompts import read_prompts
@@ -121,11 +119,9 @@ def run(
         top=default_top_k(config.top_k, 0),
         api_key=api_key,
     )
-    teacher = _open(config, options)
+    teacher = _open(config, options, on_progress)
     if not isinstance(teacher, EndpointTeacher):
         config = _within(config, teacher.max_length, on_progress)
-        if _engine(teacher) == "PyTorch" and config.engine == "auto":
-            _tell_of_library(config, options, on_progress)
     plan = {
         "settings": {key: value for key, value in to_dict(config).items() if key not in _PLACES},
         "inputs": {"prompts": sha256_json(prompts), "teacher": teacher.fingerprint},
@@ -193,7 +189,7 @@ def _keep(
     return no_log_probs or cache_log_probs(config, endpoint, tokenizer, splits, on_progress)
 
 
-def _open(config: SynthesizeConfig, options: TeacherOptions) -> Any:
+def _open(config: SynthesizeConfig, options: TeacherOptions, on_progress: Listener) -> Any:
     """The teacher: an endpoint, or what writes on this machine."""
     name, engine = config.teacher, config.engine
     if is_endpoint(name):
@@ -204,8 +200,15 @@ def _open(config: SynthesizeConfig, options: TeacherOptions) -> Any:
         if engine == "native":
             raise UsageError("--engine native runs no code of --trust-remote-code: leave one out")
         engine = "pytorch"
-    device = torch.device(options.device).type
-    writer = open_writer(engine, name, device, options.dtype, options.revision, options.tokenizer)
+    writer = open_writer(
+        engine,
+        name,
+        torch.device(options.device).type,
+        options.dtype,
+        options.revision,
+        options.tokenizer,
+        lambda note: on_progress(Progress("synthesize", note=note)),
+    )
     return writer or open_teacher(name, options)
 
 
@@ -214,16 +217,6 @@ def _engine(teacher: Any) -> str:
         kernels = teacher.batch.context.kernels
         return f"the native engine ({kernels}), activations in 8 bits"
     return "the endpoint" if isinstance(teacher, EndpointTeacher) else "PyTorch"
-
-
-def _tell_of_library(
-    config: SynthesizeConfig, options: TeacherOptions, on_progress: Listener
-) -> None:
-    """A note if only the missing library makes PyTorch write."""
-    path, device = open_model(config.teacher, options.revision).path, torch.device(options.device)
-    note = "" if config.trust_remote_code else library_note(path, device.type, options.dtype)
-    if note:
-        on_progress(Progress("synthesize", note=note))
 
 
 def _within(config: SynthesizeConfig, context: int, on_progress: Listener) -> SynthesizeConfig:
