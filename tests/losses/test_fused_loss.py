@@ -22,6 +22,7 @@ from loss_oracle import (
 )
 from xinslm.losses.config import LossConfig
 from xinslm.losses.fused import HeadOptions, fused_loss
+from xinslm.losses.memory import HeadMemory
 from xinslm.losses.targets import DenseTargets
 
 
@@ -87,6 +88,26 @@ def test_bfloat16_head_gradient_does_not_drift_over_64_chunks():
         weight,
     )[2]
     assert F.cosine_similarity(exact.flatten().double(), half.flatten().double(), dim=0) > 0.99999
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_kept_memory_changes_nothing_and_holds_no_gradient(dtype):
+    head = HeadOptions(memory=HeadMemory(), chunk_rows=16)
+    results = []
+    for rows in (40, 24, 56):
+        hidden, weight, labels, teacher = problem(rows=rows)
+        sparse = sparsify(teacher)
+
+        def ours(h, w, head=head, labels=labels, sparse=sparse):
+            return fused_loss(h.to(dtype), w, labels, sparse, LossConfig(), head=head)[0]
+
+        def fresh(h, w, labels=labels, sparse=sparse):
+            alone = HeadOptions(chunk_rows=16)
+            return fused_loss(h.to(dtype), w, labels, sparse, LossConfig(), head=alone)[0]
+
+        results += zip(grads(ours, hidden, weight), grads(fresh, hidden, weight), strict=True)
+    for kept, alone in results:  # after the last, so that nothing may have been written over
+        assert torch.equal(torch.as_tensor(kept), torch.as_tensor(alone))
 
 
 def test_scaled_loss_scales_gradients_and_evaluation_needs_none():

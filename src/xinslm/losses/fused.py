@@ -32,14 +32,19 @@ from torch import Tensor
 from xinslm.losses.chunk import chunk_loss
 from xinslm.losses.config import LossConfig
 from xinslm.losses.inplace import widest
+from xinslm.losses.memory import HeadMemory
 from xinslm.losses.targets import BucketTargets, MixedTargets, Targets
 
-PIECE_ROWS = 128
-"""Positions whose logits are computed at a time."""
-CHUNK_ROWS, NARROW_CHUNK_ROWS = 256, 1024
+PIECE_ROWS = 64
+"""Positions whose logits become their gradient at a time."""
+CHUNK_ROWS = 256
 """Default of `HeadOptions.chunk_rows` in float32, where products add to the head's gradient in
-place, and in bfloat16 or float16, where each product is a matrix of its own to add.
+place.
 """
+NARROW_CHUNK_BYTES = 2**28
+"""Logits of a chunk in bfloat16 or float16, where each product is a matrix of its own to add."""
+SUM_ROWS = 4096
+"""Rows of a narrow product that are added at a time: PyTorch widens them in memory first."""
 
 
 @dataclass(frozen=True)
@@ -78,9 +83,11 @@ class HeadOptions:
     softcap: float | None = None
     """c of logits c * tanh(x / c), as in Gemma 2."""
     chunk_rows: int | None = None
-    """Positions whose logit gradients are kept until they are multiplied; by default 256, and 1024
-    if `hidden` is bfloat16 or float16.
+    """Positions whose logit gradients are kept until they are multiplied; by default 256, and as
+    many as take 256 MB if `hidden` is bfloat16 or float16.
     """
+    memory: HeadMemory | None = None
+    """Kept from one loss to the next; by default the logits' memory is given back."""
 
 
 def fused_loss(
@@ -146,25 +153,26 @@ class _FusedHead(torch.autograd.Function):
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, work: _Work
     ) -> tuple[Tensor, Tensor]:
         wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
-        matrix = weight.to(hidden.dtype)  # (V, d)
+        memory = work.head.memory or HeadMemory()
+        matrix = weight.detach()  # (V, d)
+        if matrix.dtype != hidden.dtype:
+            narrow = memory.take("matrix", tuple(matrix.shape), hidden.dtype, matrix.device)
+            matrix = narrow.copy_(matrix)
         exact = torch.float64 if hidden.dtype == torch.float64 else torch.float32
         grad_hidden = torch.empty_like(hidden) if wants_hidden else None
-        grad_weight = torch.zeros_like(weight, dtype=exact) if wants_weight else None
+        grad_weight = _Sum(weight, exact, memory) if wants_weight else None
         grad_bias = torch.zeros_like(bias, dtype=exact) if bias is not None and wants_bias else None
         sums = torch.zeros(2, dtype=widest(hidden), device=hidden.device)
-        for rows, g in _logit_gradients(hidden, matrix, bias, work, sums, grad_bias):
+        for rows, g in _logit_gradients(hidden, matrix, bias, work, memory, sums, grad_bias):
             if grad_hidden is not None:
                 torch.mm(g, matrix, out=grad_hidden[rows])
             if grad_weight is not None:
-                if g.dtype == exact:
-                    grad_weight.addmm_(g.t(), hidden[rows])
-                else:
-                    grad_weight += torch.mm(g.t(), hidden[rows])
+                grad_weight.add_product(g.t(), hidden[rows])
         alpha, beta = work.config.alpha, work.config.beta
         loss = ((alpha * sums[0] + beta * sums[1]) / work.count).to(exact)
         ctx.grads = (
             grad_hidden,
-            None if grad_weight is None else grad_weight.to(weight.dtype),
+            None if grad_weight is None else grad_weight.total.to(weight.dtype),
             None if grad_bias is None or bias is None else grad_bias.to(bias.dtype),
         )
         ctx.mark_non_differentiable(sums)
@@ -185,11 +193,50 @@ class _FusedHead(torch.autograd.Function):
         return *grads, None
 
 
+def chunk_positions(vocabulary: int, dtype: torch.dtype) -> int:
+    """Default of `HeadOptions.chunk_rows` for hidden states of this type."""
+    if dtype.itemsize > 2:
+        return CHUNK_ROWS
+    return max(1, NARROW_CHUNK_BYTES // (vocabulary * dtype.itemsize))
+
+
+class _Sum:
+    """A sum of products (V, d) in float32 or float64; narrow ones are rounded before they are
+    added.
+    """
+
+    def __init__(self, like: Tensor, dtype: torch.dtype, memory: HeadMemory) -> None:
+        self._total, self._memory = torch.empty_like(like, dtype=dtype), memory
+        self._is_empty = True
+
+    @property
+    def total(self) -> Tensor:
+        """The sum so far."""
+        return self._total.zero_() if self._is_empty else self._total
+
+    def add_product(self, left: Tensor, right: Tensor) -> None:
+        """Add (V, rows) times (rows, d)."""
+        total = self._total
+        if left.dtype == total.dtype:
+            total.addmm_(left, right, beta=0 if self._is_empty else 1)
+        else:
+            shape = tuple(total.shape)
+            product = self._memory.take("product", shape, left.dtype, total.device)
+            torch.mm(left, right, out=product)
+            if self._is_empty:
+                total.copy_(product)
+            else:
+                for rows, more in zip(total.split(SUM_ROWS), product.split(SUM_ROWS), strict=True):
+                    rows.add_(more)
+        self._is_empty = False
+
+
 def _logit_gradients(
     hidden: Tensor,
     matrix: Tensor,
     bias: Tensor | None,
     work: _Work,
+    memory: HeadMemory,
     sums: Tensor,
     grad_bias: Tensor | None,
 ) -> Iterator[tuple[slice, Tensor]]:
@@ -200,17 +247,19 @@ def _logit_gradients(
     """
     exact = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     is_exact, total = hidden.dtype == exact, hidden.shape[0]
-    chunk = work.head.chunk_rows or (CHUNK_ROWS if is_exact else NARROW_CHUNK_ROWS)
-    shape = (min(chunk, total), len(matrix))
-    gradients = torch.empty(shape, dtype=hidden.dtype, device=hidden.device)
-    wide = gradients if is_exact else gradients.new_empty((PIECE_ROWS, shape[1]), dtype=exact)
+    device, vocabulary = hidden.device, len(matrix)
+    chunk = work.head.chunk_rows or chunk_positions(vocabulary, hidden.dtype)
+    gradients = memory.take("logits", (min(chunk, total), vocabulary), hidden.dtype, device)
+    wide = gradients
+    if not is_exact:
+        wide = memory.take("piece", (PIECE_ROWS, vocabulary), exact, device)
     for start in range(0, total, chunk):
         end = min(start + chunk, total)
+        torch.mm(hidden[start:end], matrix.t(), out=gradients[: end - start])
         for at in range(start, end, PIECE_ROWS):
             rows = slice(at, min(at + PIECE_ROWS, end))
             kept = gradients[rows.start - start : rows.stop - start]
             z = kept if is_exact else wide[: len(kept)]  # becomes the gradient
-            torch.mm(hidden[rows], matrix.t(), out=kept)
             if not is_exact:
                 z.copy_(kept)
             if bias is not None:

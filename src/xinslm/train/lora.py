@@ -30,6 +30,7 @@ from xinslm.files import MANIFEST, write_manifest
 from xinslm.folders import locked
 from xinslm.losses.config import LossConfig
 from xinslm.losses.fused import HeadOptions, LossMetrics, fused_loss
+from xinslm.losses.memory import HeadMemory
 from xinslm.model.files import open_model, require_context
 from xinslm.progress import Listener, ignore
 from xinslm.teachers.adapter import KIND, VERSION, WEIGHTS, require_peft
@@ -182,6 +183,7 @@ class LoraObjective:
         self.teacher, self.data, self.config = teacher, data, config
         self.auxiliary: AuxiliaryLoss | None = None
         self.operations: Operations | None = None
+        self._memory = HeadMemory()
 
     @property
     def model(self) -> nn.Module:
@@ -236,7 +238,7 @@ class LoraObjective:
                 None,
                 text_only,
                 normaliser,
-                HeadOptions(bias),
+                HeadOptions(bias, memory=self._memory),
             )[0]
         logits = teacher.model(input_ids=ids, use_cache=False).logits
         logits = logits.reshape(-1, logits.shape[-1])[chosen.to(device), :vocab_size]

@@ -13,7 +13,8 @@ from torch import Tensor
 from xinslm.data.dataset import Dataset
 from xinslm.data.packing import Batch, PackedDataset
 from xinslm.losses.config import LossConfig
-from xinslm.losses.fused import LossMetrics, fused_loss
+from xinslm.losses.fused import HeadOptions, LossMetrics, fused_loss
+from xinslm.losses.memory import HeadMemory
 from xinslm.model.operations import training_operations
 from xinslm.model.transformer import Transformer
 from xinslm.train.config import PretrainConfig, TrainingConfig
@@ -61,6 +62,8 @@ class PackedObjective:
         self.model, self.config, self.plan, self.device = model, config, plan, device
         self.auxiliary = auxiliary
         self._validation = validation
+        saves_memory = model.gradient_checkpointing
+        self._head = HeadOptions(memory=None if saves_memory else HeadMemory())
         self._forward: Callable[..., Any] = torch.compile(model.hidden) if compile else model.hidden
 
     @property
@@ -133,7 +136,13 @@ class PackedObjective:
         source = micro.source.targets
         targets = None if source is None else source.targets(batch, micro.chosen, self.device)
         loss, metrics = fused_loss(
-            hidden, self.model.head_weight, labels, targets, micro.loss, normaliser
+            hidden,
+            self.model.head_weight,
+            labels,
+            targets,
+            micro.loss,
+            normaliser,
+            self._head,
         )
         return loss + extra, metrics, terms
 
