@@ -1,10 +1,11 @@
 """The norm of the student's blocks and heads."""
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from xinslm.model.pieces import pieces
 
 
 class RMSNorm(nn.Module):
@@ -30,7 +31,7 @@ class _Normalize(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         y = torch.empty_like(x, memory_format=torch.contiguous_format)
         scales = []
-        for rows, out in _pieces(x, y):
+        for rows, out in pieces(x, y):
             wide = rows.float()
             scales.append(wide.square().mean(-1, keepdim=True).add_(eps).rsqrt_())  # (n, 1)
             out.copy_(wide * scales[-1]).mul_(weight)
@@ -42,7 +43,7 @@ class _Normalize(torch.autograd.Function):
         x, weight, scales = ctx.saved_tensors
         grad_x = torch.empty_like(x, memory_format=torch.contiguous_format)
         grad_weight, start = torch.zeros_like(weight, dtype=torch.float32), 0
-        for rows, upstream, out in _pieces(x, grad, grad_x):
+        for rows, upstream, out in pieces(x, grad, grad_x):
             scale = scales[start : (start := start + len(rows))]
             unit, wide = rows.float() * scale, upstream.float()
             product = wide * unit
@@ -50,12 +51,3 @@ class _Normalize(torch.autograd.Function):
             along = product.mul_(weight).mean(-1, keepdim=True)
             out.copy_((wide * weight).sub_(unit.mul_(along)).mul_(scale))
         return grad_x, grad_weight.to(weight.dtype), None
-
-
-def _pieces(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Rows of tensors of one shape (..., size), on a CPU 512 kB in float32 at a time."""
-    flat = [x.reshape(-1, x.shape[-1]) for x in tensors]
-    size = flat[0].shape[1]
-    if flat[0].device.type != "cpu" or torch.compiler.is_compiling():
-        return iter([tuple(flat)])
-    return zip(*(x.split(max(1, 2**17 // size)) for x in flat), strict=True)

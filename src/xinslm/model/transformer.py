@@ -21,17 +21,13 @@ from torch.utils.checkpoint import checkpoint
 
 from xinslm.model.attention import LONG, SHORT, Tile, attend, cut_into_tiles, document_lengths
 from xinslm.model.config import ModelConfig
+from xinslm.model.gate import gated
 from xinslm.model.int8_inputs import int8_product
 from xinslm.model.param_dtype import Linear, embed
 from xinslm.model.rms_norm import RMSNorm
 
 Mask = Tensor | tuple[Tile, ...] | None
 """What limits attention: a mask, the tiles of rows on a CPU, or nothing but the tokens' order."""
-
-
-def _scaled(x: Tensor, by: Tensor) -> Tensor:
-    """Return x * by, in place if autograd is off: allocating memory costs more than the product."""
-    return x * by if torch.is_grad_enabled() or x.dtype != by.dtype else x.mul_(by)
 
 
 def rotary_frequencies(config: ModelConfig) -> Tensor:
@@ -180,8 +176,7 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., hidden) -> (..., hidden)."""
-        gate = F.silu(self.gate_proj(x), inplace=not torch.is_grad_enabled())
-        return self.down_proj(_scaled(gate, self.up_proj(x)))
+        return self.down_proj(gated(self.gate_proj(x), self.up_proj(x)))
 
 
 class Block(nn.Module):

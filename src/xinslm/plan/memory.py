@@ -81,7 +81,7 @@ def kept_by_block(shape: ModelConfig, tokens: int, width: int) -> int:
     """Bytes that autograd keeps of one block for `tokens` positions.
 
     width: bytes per element of the activations. Norms keep their input, one float32 number and, for
-    the products, their output; attention keeps q, k, v and its output; SwiGLU keeps four times its
+    the products, their output; attention keeps q, k, v and its output; SwiGLU keeps three times its
     width.
     """
     d, f = shape.hidden_size, shape.intermediate_size
@@ -92,7 +92,7 @@ def kept_by_block(shape: ModelConfig, tokens: int, width: int) -> int:
             shape.num_attention_heads + shape.num_key_value_heads
         )
     attention = width * (2 * query + 2 * shared) + 4 * shape.num_attention_heads
-    return tokens * (norms + attention + width * 4 * f)
+    return tokens * (norms + attention + width * 3 * f)
 
 
 def step_memory(shape: ModelConfig, config: PretrainConfig) -> Memory:
