@@ -1,23 +1,31 @@
-"""`xinslm plan` against measured peaks: real optimiser steps, each configuration in a process of
-its own.
+"""`xinslm plan` against measured peaks and times: real optimiser steps, each configuration in a
+process of its own.
 
     python benchmarks/plan_accuracy.py
     python benchmarks/plan_accuracy.py --only "10m 8x512" "1m 32x256"
+    python benchmarks/plan_accuracy.py --steps 6 --threads 2 --only "135m 4x512"
 
 Measured is the kernel's high-water mark of resident memory (VmHWM) after two steps, less what the
 process held when everything was imported and nothing built but a weight of 64 x 64 and its
-optimiser; planned is the formula's peak without its constant for the interpreter.
+optimiser; planned is the formula's peak without its constant for the interpreter. Planned seconds
+of a step are what `plan` finds by timing one and two blocks, measured ones the median of the steps
+after the first; they mean something if the machine is idle.
 """
 
 import argparse
 import json
 import subprocess
 import sys
+from dataclasses import replace
 
+import torch
 from machine import describe
 
 from xinslm.model.config import PRESETS, ModelConfig
+from xinslm.plan.measured import measure_speed
 from xinslm.plan.memory import step_memory
+from xinslm.plan.work import training_operations
+from xinslm.precision import compute_dtype
 from xinslm.train.config import PretrainConfig
 
 VOCABULARY = 8192
@@ -92,6 +100,19 @@ CONFIGURATIONS: dict[str, dict] = {
         "optimizer_in_backward": True,
         "gradient_checkpointing": True,
     },
+    "10m 4x512 auto": {
+        "preset": "10m",
+        "batch_size": 4,
+        "max_seq_length": 512,
+        "compute_dtype": "auto",
+    },
+    "135m 4x512": {"preset": "135m", "batch_size": 4, "max_seq_length": 512},
+    "135m 4x512 auto": {
+        "preset": "135m",
+        "batch_size": 4,
+        "max_seq_length": 512,
+        "compute_dtype": "auto",
+    },
     "135m 2x512 bfloat16": {
         "preset": "135m",
         "batch_size": 2,
@@ -101,9 +122,10 @@ CONFIGURATIONS: dict[str, dict] = {
     },
 }
 STEPS = """
-import json, sys
+import json, statistics, sys, time
 from pathlib import Path
 import numpy as np, torch
+from xinslm.precision import compute_dtype, use_fast_float32
 from xinslm.data.dataset import Split
 from xinslm.data.packing import PackedDataset
 from xinslm.device import return_freed_memory
@@ -120,8 +142,9 @@ def resident(key):
     line = next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith(key))
     return int(line.split()[1]) * 1024
 
-settings, vocabulary = json.loads(sys.argv[1]), int(sys.argv[2])
-torch.set_num_threads(1)
+settings, (vocabulary, steps, threads) = json.loads(sys.argv[1]), map(int, sys.argv[2:])
+torch.set_num_threads(threads)
+use_fast_float32()
 idle = torch.nn.Parameter(torch.randn(64, 64))
 (idle @ torch.randn(64, 64)).sum().backward()
 torch.randn(512, 1024) @ torch.randn(1024, 1024)  # the library of products takes its buffers
@@ -144,11 +167,14 @@ model.frequencies = rotary_frequencies(model.config)
 model.initialise(torch.Generator().manual_seed(0))
 if config.param_dtype == "bfloat16":
     cast_matrices_to_bfloat16(model)
-model.compute_dtype = getattr(torch, config.compute_dtype)
-trainer = packed_trainer(model, config, Source(PackedDataset(split, length), None, LossConfig(1.0, 0.0)), 2)
-for number in range(2):
+model.compute_dtype = compute_dtype(config.compute_dtype, torch.device("cpu"))
+trainer = packed_trainer(model, config, Source(PackedDataset(split, length), None, LossConfig(1.0, 0.0)), steps)
+seconds = []
+for number in range(steps):
+    began = time.perf_counter()
     trainer.step(number)
-print(json.dumps([before, resident("VmHWM")]))
+    seconds.append(time.perf_counter() - began)
+print(json.dumps([before, resident("VmHWM"), statistics.median(seconds[1:])]))
 """
 
 
@@ -157,21 +183,36 @@ def with_dtype(settings: dict) -> dict:
     return {"compute_dtype": "float32", **settings}
 
 
+def inputs(settings: dict) -> tuple[ModelConfig, PretrainConfig]:
+    """The shape and the configuration of a run."""
+    config = PretrainConfig(data_path="d", output_dir="o", **with_dtype(settings))
+    return ModelConfig(vocab_size=VOCABULARY, **vars(PRESETS[config.preset])), config
+
+
 def planned(settings: dict) -> int:
     """Bytes of the formula's peak."""
-    config = PretrainConfig(data_path="d", output_dir="o", **with_dtype(settings))
-    shape = ModelConfig(vocab_size=VOCABULARY, **vars(PRESETS[config.preset]))
-    return step_memory(shape, config).peak
+    shape, config = inputs(settings)
+    dtype = compute_dtype(config.compute_dtype, torch.device("cpu"))
+    return step_memory(shape, replace(config, compute_dtype=str(dtype)[len("torch.") :])).peak
 
 
-def measured(settings: dict) -> int:
-    """Bytes above the idle process that two steps took at most."""
-    command = [sys.executable, "-c", STEPS, json.dumps(with_dtype(settings)), str(VOCABULARY)]
+def planned_seconds(settings: dict) -> float:
+    """Seconds of a step, by `plan`'s measurement in this process."""
+    shape, config = inputs(settings)
+    of_token = training_operations(shape, config)
+    operations = of_token * config.batch_size * config.max_seq_length
+    return operations / (measure_speed(shape, config).training * 1e12)
+
+
+def measured(settings: dict, steps: int = 2, threads: int = 1) -> tuple[int, float]:
+    """Bytes above the idle process that steps took at most, and seconds of a step."""
+    numbers = map(str, (VOCABULARY, steps, threads))
+    command = [sys.executable, "-c", STEPS, json.dumps(with_dtype(settings)), *numbers]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         sys.exit(done.stderr)
-    before, peak = json.loads(done.stdout)
-    return peak - before
+    before, peak, seconds = json.loads(done.stdout)
+    return peak - before, seconds
 
 
 def main() -> None:
@@ -181,15 +222,24 @@ def main() -> None:
     parser.add_argument(
         "--only", nargs="+", choices=list(CONFIGURATIONS), default=list(CONFIGURATIONS)
     )
+    parser.add_argument("--steps", type=int, default=2, help="2 for memory, more for seconds")
+    parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
+    torch.set_num_threads(args.threads)
     print(
-        f"{describe()}, vocabulary {VOCABULARY:,}\n\n| run | planned MiB | measured MiB | planned "
-        "/ measured |\n|---|---|---|---|"
+        f"{describe()}, {args.threads} threads, vocabulary {VOCABULARY:,}\n\n| run | planned MiB | "
+        "measured MiB | ratio | planned s a step | measured | ratio |\n|---|---|---|---|---|---|---|"
     )
     for name in args.only:
         settings = CONFIGURATIONS[name]
-        ours, theirs = planned(settings) / 2**20, measured(settings) / 2**20
-        print(f"| {name} | {ours:,.0f} | {theirs:,.0f} | {ours / theirs:.2f} |", flush=True)
+        ours, guess = planned(settings) / 2**20, planned_seconds(settings)
+        size, seconds = measured(settings, args.steps, args.threads)
+        theirs = size / 2**20
+        print(
+            f"| {name} | {ours:,.0f} | {theirs:,.0f} | {ours / theirs:.2f} | {guess:.2f} | "
+            f"{seconds:.2f} | {guess / seconds:.2f} |",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

@@ -148,7 +148,7 @@ import json, sys
 sys.path.insert(0, sys.argv[1])
 import plan_accuracy
 settings = json.loads(sys.argv[2])
-print(json.dumps([plan_accuracy.planned(settings), plan_accuracy.measured(settings)]))
+print(json.dumps([plan_accuracy.planned(settings), plan_accuracy.measured(settings)[0]]))
 """
 
 
@@ -173,7 +173,7 @@ def planned(**changes) -> plan_run.PlanResult:
 
 
 def test_a_plan_says_what_fits_and_what_would(monkeypatch) -> None:
-    monkeypatch.setattr(plan_run, "measure_here", lambda dtype: DEVICES[0])
+    monkeypatch.setattr(plan_run, "measure_here", lambda shape, config: DEVICES[0])
     result = planned(preset="1b", batch_size=4, max_seq_length=2048, memory=12.0, vocab_size=32_000)
     assert "does not fit in 12 GiB; with --" in result.advice
     wanted = result.advice.partition("with ")[2].partition(" it needs")[0].split()
@@ -199,7 +199,7 @@ def test_a_plan_says_what_fits_and_what_would(monkeypatch) -> None:
 
 
 def test_a_plan_knows_dataset_teacher_and_cache(tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr(plan_run, "measure_here", lambda dtype: DEVICES[0])
+    monkeypatch.setattr(plan_run, "measure_here", lambda shape, config: DEVICES[0])
     data = save_dataset(tmp_path / "data", "a tokenizer")
     teacher = save_random_model(tmp_path / "teacher")
     cached = planned(

@@ -16,10 +16,11 @@ from xinslm.errors import UsageError
 from xinslm.files import MANIFEST
 from xinslm.model.config import ModelConfig
 from xinslm.plan.config import PlanConfig
+from xinslm.plan.measured import measure_here
 from xinslm.plan.memory import RUNTIME_GIB, Memory, step_memory
-from xinslm.plan.work import DEVICES, Device, measure_here, training_operations
+from xinslm.plan.work import DEVICES, Device, training_operations
 from xinslm.precision import compute_dtype, weight_dtype
-from xinslm.progress import Listener, ignore
+from xinslm.progress import Listener, Progress, ignore
 from xinslm.train.inputs import shape
 
 GIB = 1 << 30
@@ -46,6 +47,10 @@ class Stage:
     operations: float
     dtype: str
     written: int
+
+    def seconds(self, device: Device) -> float:
+        """Time on this device."""
+        return device.seconds(self.operations, self.dtype, is_scoring=self.name == "cache")
 
 
 @dataclass(frozen=True)
@@ -100,7 +105,7 @@ class PlanResult:
             f"  {'time':<{width}}{''.join(f'{s.name:>12}' for s in self.stages)}  of peak  fits",
         ]
         for device in self.devices:
-            seconds = [device.seconds(stage.operations, stage.dtype) for stage in self.stages]
+            seconds = [stage.seconds(device) for stage in self.stages]
             fits = (
                 "-"
                 if device.memory_gib is None
@@ -150,6 +155,9 @@ def run(config: PlanConfig, on_progress: Listener = ignore) -> PlanResult:
     operations = training_operations(student, config) * trained
     stages.append(Stage("train", operations, config.compute_dtype, written))
     needed = step_memory(student, config)
+    on_progress(Progress("measure this machine", 0, 1, "models"))
+    here = measure_here(student, config)
+    on_progress(Progress("measure this machine", 1, 1, "models"))
     result = PlanResult(
         config,
         student,
@@ -157,7 +165,7 @@ def run(config: PlanConfig, on_progress: Listener = ignore) -> PlanResult:
         needed,
         other_models,
         tuple(stages),
-        (measure_here(config.compute_dtype), *DEVICES),
+        (here, *DEVICES),
         "",
         notes,
     )

@@ -1,25 +1,20 @@
 """Floating-point operations of each stage, and the time they take on named devices.
 
 `model.operations` counts the forward and the backward pass; gradient checkpointing costs one more
-forward pass through the blocks. The devices' numbers are the vendors' published dense peaks; the
-share of the peak that training reaches is an assumption, printed in the table.
+forward pass through the blocks. This machine is measured (`measured.py`). The other devices'
+numbers are the vendors' published dense peaks; the share of the peak that training reaches there is
+an assumption, printed in the table.
 """
 
 from dataclasses import dataclass
 
-import torch
-
-from xinslm.device import pick_device
 from xinslm.model import operations
 from xinslm.model.config import ModelConfig
 from xinslm.model.operations import forward_operations
 from xinslm.plan.memory import matrices
-from xinslm.precision import product_rate
 from xinslm.train.config import PretrainConfig
 
 NEWTON_SCHULZ_STEPS = 5
-SHARE_HERE = {"float32": 0.7, "bfloat16": 0.2}
-"""Share of the measured peak that training reached where it was measured (docs/results.md)."""
 
 
 @dataclass(frozen=True)
@@ -32,13 +27,16 @@ class Device:
     bfloat16: float
     """Peak of bfloat16 matrix products, in the same unit."""
     share: float
-    """Assumed share of the peak that training reaches."""
+    """Share of the peak that training reaches."""
     memory_gib: float | None = None
+    scoring_share: float | None = None
+    """The same of scoring, if it was measured; otherwise that of training."""
 
-    def seconds(self, operations: float, dtype: str) -> float:
+    def seconds(self, operations: float, dtype: str, is_scoring: bool = False) -> float:
         """Time for this number of operations."""
         peak = self.float32 if dtype == "float32" else self.bfloat16
-        return operations / (peak * 1e12 * self.share)
+        share = self.scoring_share if is_scoring and self.scoring_share else self.share
+        return operations / (peak * 1e12 * share)
 
 
 DEVICES = (
@@ -67,15 +65,3 @@ def training_operations(shape: ModelConfig, config: PretrainConfig) -> float:
             )
         total += step / (config.batch_size * config.max_seq_length)
     return total
-
-
-def measure_here(dtype: str = "float32") -> Device:
-    """Measure this machine's peak on matrix products."""
-    device = pick_device("auto").type
-    rate = product_rate(getattr(torch, dtype), device) / 1e12
-    return Device(
-        f"this machine ({device}, {torch.get_num_threads()} threads, measured)",
-        rate,
-        rate,
-        SHARE_HERE[dtype],
-    )
