@@ -128,7 +128,7 @@ import numpy as np, torch
 from xinslm.precision import compute_dtype, use_fast_float32
 from xinslm.data.dataset import Split
 from xinslm.data.packing import PackedDataset
-from xinslm.device import return_freed_memory
+from xinslm.heap import return_large_blocks
 from xinslm.train import run as train
 from xinslm.train.config import PretrainConfig
 from xinslm.train.packed import packed_trainer
@@ -152,7 +152,7 @@ torch.optim.AdamW([idle], fused=True).step()  # the first optimiser of a process
 before = resident("VmRSS")
 config = PretrainConfig(data_path=Path("d"), output_dir=Path("o"), **settings)
 if config.gradient_checkpointing:
-    return_freed_memory()  # as the stage does
+    return_large_blocks()  # as the stage does
 length = config.max_seq_length
 rng = np.random.default_rng(0)
 documents = np.concatenate(([0], np.cumsum(rng.integers(length // 3, length, 4 * config.batch_size * 2 + 8))))

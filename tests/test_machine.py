@@ -3,7 +3,6 @@ cores that affinity and control groups leave.
 """
 
 import os
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,7 +14,6 @@ from xinslm.machine import (
     cpu_limit,
     environment,
     is_shared,
-    return_free_memory,
     usable_cores,
 )
 
@@ -131,22 +129,3 @@ def test_limit_is_the_least_of_the_own_groups_and_those_above(tmp_path, own, fil
     if own is not None:
         (tmp_path / "own").write_text(own)
     assert cpu_limit(tmp_path / "own", groups) == limit
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_freed_memory_is_returned():
-    kept, freed = [], []
-    for _ in range(100_000):  # small blocks between which others stay are not returned by free()
-        freed.append(bytearray(1000))
-        if len(freed) % 50 == 0:
-            kept.append(bytearray(1000))
-    before = resident_bytes()
-    del freed[:]
-    return_free_memory()
-    assert before - resident_bytes() > 60_000_000
-    assert len(kept) == 2000
-
-
-def resident_bytes() -> int:
-    fields = Path("/proc/self/statm").read_text().split()
-    return int(fields[1]) * os.sysconf("SC_PAGE_SIZE")

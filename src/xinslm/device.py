@@ -1,7 +1,4 @@
-"""Where tensors live, and what becomes of their memory."""
-
-import ctypes
-import sys
+"""Where tensors live."""
 
 import torch
 
@@ -28,15 +25,3 @@ def pick_device(name: str) -> torch.device:
             f"{', '.join(k for k, v in available.items() if v)}"
         )
     return torch.device(name)
-
-
-def return_freed_memory() -> None:
-    """Make glibc give tensors of 300 kB and more back to the system when they are freed.
-
-    It would keep blocks of up to 32 MiB and leave gaps between them: twice the memory where
-    activations are recomputed. The price is fresh pages for each tensor, but not for the
-    optimizer's pieces, which are smaller. Elsewhere than on Linux with glibc nothing happens.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt is not None:
-        mallopt(ctypes.c_int(-3), ctypes.c_int(300_000))  # M_MMAP_THRESHOLD, fixed from here on

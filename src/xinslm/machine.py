@@ -4,10 +4,8 @@
 machine's CPU time that other processes took.
 """
 
-import ctypes
 import functools
 import os
-import sys
 import time
 from dataclasses import dataclass
 from datetime import datetime
@@ -28,32 +26,6 @@ def environment(device: Any = None) -> dict[str, str]:
         parts.append(torch.cuda.get_device_name(device))
     now = datetime.now().astimezone().isoformat(timespec="seconds")
     return {"date": now, "machine": ", ".join([*parts, f"torch {torch.__version__}"])}
-
-
-def return_free_memory() -> None:
-    """Return freed memory to the system, which glibc keeps; 20 MB after a tokenizer is read."""
-    if sys.platform == "linux":
-        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # other C libraries have none
-        if trim is not None:
-            trim(0)
-
-
-_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
-"""glibc's numbers of these settings (malloc.h)."""
-
-
-def keep_free_memory() -> None:
-    """Let glibc keep freed blocks of any size for the next ones, instead of giving those above 32
-    MB back to the system, which then zeroes the pages of the next block one by one.
-
-    For a process that reads, converts and frees one matrix after the other: half the time of an
-    export of 1B weights, for up to a quarter more memory.
-    """
-    if sys.platform == "linux":
-        mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-        if mallopt is not None:
-            mallopt(_MMAP_THRESHOLD, 1 << 30)
-            mallopt(_TRIM_THRESHOLD, (1 << 31) - 1)
 
 
 def usable_cores() -> int:

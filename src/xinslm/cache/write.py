@@ -26,6 +26,7 @@ from xinslm.config import to_dict
 from xinslm.data.dataset import Dataset, Split
 from xinslm.files import new_file, read_json, write_manifest
 from xinslm.folders import Plan, claim, locked
+from xinslm.heap import HeapKeeper
 from xinslm.progress import Listener, Progress
 from xinslm.teachers.base import DenseTeacher
 from xinslm.teachers.encoder import EncoderTeacher
@@ -148,7 +149,7 @@ def _write(
     """Let the scorer fill every missing shard, then write the manifest."""
     splits = [dataset.split(name) for name in dataset.manifest["splits"]]
     total = sum(int(split.documents[-1]) for split in splits)
-    done = 0
+    done, heap = 0, HeapKeeper()
     listed: dict[str, list[dict[str, Any]]] = {split.name: [] for split in splits}
     files = layouts(scorer.arrays, CacheFormat(**fmt))
     for split in splits:
@@ -160,6 +161,7 @@ def _write(
             listed[split.name].append({"file": file, "start": start, "positions": end - start})
 
             def report(positions: int, base: int = done) -> None:
+                heap.after_step()
                 on_progress(Progress("cache", base + positions, total, "tokens"))
 
             _write_shard(config.output_dir / stem, scorer, files, split, (first, last), report)

@@ -20,7 +20,7 @@ from xinslm.cli.terminal import say
 from xinslm.cli.threads import FreeCores
 from xinslm.commands import COMMANDS, Command
 from xinslm.errors import Interrupted, UsageError, XinslmError
-from xinslm.machine import keep_free_memory
+from xinslm.heap import keep_free_memory
 from xinslm.progress import Listener
 
 SEE_HELP = "See `xinslm --help`."

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from xinslm.errors import XinslmError
+from xinslm.heap import HeapKeeper
 from xinslm.teachers.base import DenseTeacher
 
 CHUNK_LOGITS = 1 << 24
@@ -93,7 +94,7 @@ def score(
     # longest first: little padding, and an out-of-memory error comes at once
     jobs.sort(key=lambda job: job[1].begin - job[1].end)
     sums = np.zeros(len(items))
-    at = 0
+    at, heap = 0, HeapKeeper()
     while at < len(jobs):
         longest = jobs[at][1].end - jobs[at][1].begin
         batch = jobs[at : at + max(1, batch_tokens // longest)]
@@ -107,6 +108,7 @@ def score(
                     "or its numbers overflow (try --dtype float32 and float activations)"
                 )
             sums[index] += value
+        heap.after_step()
         on_tokens(sum(window.end - window.begin for _, window in batch))
     return [
         Score(float(total), int(item.scored.sum())) for total, item in zip(sums, items, strict=True)

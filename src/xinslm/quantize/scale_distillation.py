@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from xinslm.data.packing import Batch
+from xinslm.heap import HeapKeeper
 from xinslm.losses.config import LossConfig
 from xinslm.losses.fused import fused_loss
 from xinslm.losses.targets import DenseTargets
@@ -114,6 +115,7 @@ def distill_scales(
     optimizer = torch.optim.Adam(changes, lr=LEARNING_RATE, betas=(0.9, 0.95))
     rows = _batches(len(train), max(len(batches[0].input_ids), 1))
     model.compute_dtype = compute_dtype("auto", torch.device("cpu"))
+    heap = HeapKeeper()
     for step in range(steps):
         for group in optimizer.param_groups:
             group["lr"] = LEARNING_RATE * 0.5 * (1 + math.cos(math.pi * step / steps))
@@ -124,6 +126,7 @@ def distill_scales(
         optimizer.step()
         optimizer.zero_grad()
         _decode(model, trained)
+        heap.after_step()
         on_progress(Progress(_STAGE, step + 1, steps, "steps"))
     model.compute_dtype = None
     after = _divergence(model, head, pairs)

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 
 from xinslm.errors import Interrupted, XinslmError
+from xinslm.heap import HeapKeeper
 from xinslm.model.param_dtype import forget_copies
 from xinslm.train.checkpoint import TrainingState
 from xinslm.train.config import TrainingConfig
@@ -88,6 +89,7 @@ class Trainer:
         """`rate` gives the learning rate of a step, by default the schedule over `total_steps`."""
         self.objective, self.config, self.total_steps = objective, config, total_steps
         self.optimizer = make_optimizer(objective.model, config)
+        self._heap = HeapKeeper()
         self.backward = (
             BackwardSteps(self.optimizer, config.max_grad_norm) if optimizer_in_backward else None
         )
@@ -131,6 +133,7 @@ class Trainer:
             total, ce, kd = total + loss.item(), ce + metrics.ce, kd + metrics.kd
             terms = add_metrics(terms, of_micro)
         norm = self._update(number, rate, work)
+        self._heap.after_step()
         means = {name: value / positions for name, (value, positions) in terms.items()}
         return Step(
             number + 1, count, total, ce / max(count, 1), kd / max(count, 1), rate, norm, means

@@ -20,10 +20,11 @@ import torch
 from xinslm.config import to_dict, to_yaml
 from xinslm.data.dataset import Dataset
 from xinslm.data.packing import PackedDataset
-from xinslm.device import pick_device, return_freed_memory
+from xinslm.device import pick_device
 from xinslm.errors import UsageError
 from xinslm.files import MANIFEST, read_json, write_json, write_text
 from xinslm.folders import Plan, claim, differing_keys, locked, refuse_output_in
+from xinslm.heap import return_large_blocks
 from xinslm.machine import environment
 from xinslm.model.files import open_model, read_tensors, require_context, save_model
 from xinslm.model.param_dtype import cast_matrices_to_bfloat16, round_in_forward
@@ -154,7 +155,7 @@ def _set_up(
         1, round(config.num_epochs * len(rows) / config.batch_size)
     )
     if config.gradient_checkpointing and device.type == "cpu":
-        return_freed_memory()
+        return_large_blocks()
     model = _make_model(config, dataset, tokenizer)
     if config.param_dtype == "bfloat16":
         cast_matrices_to_bfloat16(model)

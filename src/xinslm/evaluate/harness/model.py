@@ -35,7 +35,7 @@ from xinslm.evaluate.harness.start import no_collection
 from xinslm.evaluate.journal import Journal
 from xinslm.evaluate.likelihood import LikelihoodScorer, Pair, Tell
 from xinslm.evaluate.scorers import load_scorer
-from xinslm.machine import return_free_memory
+from xinslm.heap import return_free_memory
 from xinslm.ranges import Activations
 
 ENCODE_AT_ONCE = 1024
