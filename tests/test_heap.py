@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from xinslm import heap
-from xinslm.heap import SLACK, HeapKeeper, free_bytes, return_free_memory
+from xinslm.heap import HeapKeeper, free_bytes, return_free_memory
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 
@@ -37,8 +37,9 @@ def test_memory_is_returned_each_time_that_much_more_than_usual_has_become_free(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     usual, returned = 1 << 30, []
-    free = [usual, 0, usual, 2 * usual + SLACK, *(2 * usual + SLACK + step for step in (1, 2))]
-    free += [3 * usual + 2 * SLACK + 1, 3 * usual + 2 * SLACK + 2]
+    more = usual // 2
+    free = [usual, 0, usual, usual + more, *(usual + more + step for step in (1, 2))]
+    free += [usual + 2 * more + 1, usual + 2 * more + 2]
     rounds = iter(free)
     monkeypatch.setattr(heap, "free_bytes", lambda: next(rounds))
     monkeypatch.setattr(heap, "return_free_memory", lambda: returned.append(number))

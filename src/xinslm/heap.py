@@ -7,7 +7,9 @@ from typing import Any
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
 """glibc's numbers of these settings (malloc.h)."""
 SLACK = 1 << 28
-"""Free bytes that `HeapKeeper` allows to come on top of the usual number."""
+"""Free bytes that `HeapKeeper` allows to come on top of the usual number, if half of that is less:
+what is returned has to be touched anew, so it should not be returned in every round.
+"""
 
 
 def return_free_memory() -> None:
@@ -63,7 +65,8 @@ class HeapKeeper:
             return_free_memory()
         else:
             return
-        self._limit = free + self._usual + SLACK  # holes count as free after their return, too
+        # holes count as free after their return, too
+        self._limit = free + max(SLACK, self._usual // 2)
 
 
 def free_bytes() -> int:
