@@ -103,9 +103,11 @@ def _times(
 ) -> tuple[float, float, float]:
     """Seconds of forward and backward pass, of the optimizer, and of a forward pass alone."""
     device = pick_device(config.device)
-    model = Transformer(shape, config.gradient_checkpointing).to(device).train()
-    optimizer, head = make_optimizer(model, config), HeadOptions(memory=HeadMemory())
     generator = torch.Generator().manual_seed(0)
+    model = Transformer(shape, config.gradient_checkpointing)
+    model.initialise(generator)  # with larger weights probabilities would be denormal, and slow
+    model = model.to(device).train()
+    optimizer, head = make_optimizer(model, config), HeadOptions(memory=HeadMemory())
     ids = torch.randint(0, shape.vocab_size, size, generator=generator).to(device)
     labels = ids.flatten()
 
