@@ -47,10 +47,10 @@ def keep_free_memory() -> None:
 class HeapKeeper:
     """Returns free memory to the system when a loop has left too much of it in pieces.
 
-    PyTorch's tensors begin at multiples of 64 bytes. glibc (2.36 and before, bug 14581) cuts such a
-    block out of a larger one, small objects settle in the cuttings, and between them a freed block
-    is a few bytes too small for the next tensor of its size. A training step of 113M parameters
-    leaves 70 to 130 MB of such holes, 20 GB after 245 steps.
+    PyTorch's tensors begin at multiples of 64 bytes. glibc (seen with 2.36; its bug 30723) cuts
+    such a block out of a larger one, small objects settle in the cuttings, and between them a freed
+    block is a few bytes too small for the next tensor of its size. A training step of 113M
+    parameters leaves 70 to 130 MB of such holes, 20 GB after 245 steps.
     """
 
     def __init__(self) -> None:

@@ -6,10 +6,10 @@ CE is hard-label cross-entropy. KD is one of five divergences from a teacher: sp
 (`SparseTargets`), dense, live (`DenseTargets`), over buckets of tokens (`BucketTargets`), or the
 weighted mean of those from several teachers (`MixedTargets`).
 Sparse targets are not renormalized: the mass outside the top k is a bucket of its own. At positions
-without teacher targets CE has the weight alpha + beta. The logits of `PIECE_ROWS` positions, few
-enough to stay in the processor's cache, become their gradient in place, so there is no graph and no
-second copy; a chunk of them is multiplied at once, and the gradient of the LM head is summed in
-float32. A pure function for any training loop:
+without teacher targets CE has the weight alpha + beta. The logits of a
+chunk of positions are one product; those of `PIECE_ROWS` at a time, few enough to stay in the
+processor's cache, become their gradient in place, so there is no graph and no second copy. The
+gradient of the LM head is summed in float32. A pure function for any training loop:
 
     states = model.model(input_ids).last_hidden_state
     rows, labels, _ = next_tokens(states, input_ids_with_minus_100)
@@ -172,7 +172,7 @@ class _FusedHead(torch.autograd.Function):
         loss = ((alpha * sums[0] + beta * sums[1]) / work.count).to(exact)
         ctx.grads = (
             grad_hidden,
-            None if grad_weight is None else grad_weight.total.to(weight.dtype),
+            None if grad_weight is None else grad_weight.total().to(weight.dtype),
             None if grad_bias is None or bias is None else grad_bias.to(bias.dtype),
         )
         ctx.mark_non_differentiable(sums)
@@ -193,11 +193,9 @@ class _FusedHead(torch.autograd.Function):
         return *grads, None
 
 
-def chunk_positions(vocabulary: int, dtype: torch.dtype) -> int:
-    """Default of `HeadOptions.chunk_rows` for hidden states of this type."""
-    if dtype.itemsize > 2:
-        return CHUNK_ROWS
-    return max(1, NARROW_CHUNK_BYTES // (vocabulary * dtype.itemsize))
+def chunk_positions(vocabulary: int, width: int) -> int:
+    """Default of `HeadOptions.chunk_rows` for hidden states of `width` bytes a number."""
+    return CHUNK_ROWS if width > 2 else max(1, NARROW_CHUNK_BYTES // (vocabulary * width))
 
 
 class _Sum:
@@ -209,9 +207,8 @@ class _Sum:
         self._total, self._memory = torch.empty_like(like, dtype=dtype), memory
         self._is_empty = True
 
-    @property
     def total(self) -> Tensor:
-        """The sum so far."""
+        """The sum, of no products too."""
         return self._total.zero_() if self._is_empty else self._total
 
     def add_product(self, left: Tensor, right: Tensor) -> None:
@@ -248,7 +245,7 @@ def _logit_gradients(
     exact = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     is_exact, total = hidden.dtype == exact, hidden.shape[0]
     device, vocabulary = hidden.device, len(matrix)
-    chunk = work.head.chunk_rows or chunk_positions(vocabulary, hidden.dtype)
+    chunk = work.head.chunk_rows or chunk_positions(vocabulary, hidden.dtype.itemsize)
     gradients = memory.take("logits", (min(chunk, total), vocabulary), hidden.dtype, device)
     wide = gradients
     if not is_exact:

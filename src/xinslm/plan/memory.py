@@ -13,8 +13,6 @@ compares with measured peaks.
 
 from dataclasses import dataclass
 
-import torch
-
 from xinslm.device import pick_device
 from xinslm.losses.fused import PIECE_ROWS, chunk_positions
 from xinslm.model.config import ModelConfig
@@ -125,8 +123,7 @@ def _moments(shape: ModelConfig, config: PretrainConfig) -> dict[str, dict[str, 
     # the head's gradient in float32, the head in the type of the products, and a product of that
     # type where it cannot be added in place
     head = 4 * embedding + (stored != width) * width * embedding + (width == 2) * 2 * embedding
-    dtype = torch.float32 if width == 4 else torch.bfloat16
-    chunk = min(chunk_positions(shape.vocab_size, dtype), tokens)
+    chunk = min(chunk_positions(shape.vocab_size, width), tokens)
     loss = tokens * (2 * width * d + TARGET_BYTES)
     loss += (width * chunk + 4 * PIECE_ROWS) * shape.vocab_size
     head_gradient = embedding * stored

@@ -155,9 +155,8 @@ def run(config: PlanConfig, on_progress: Listener = ignore) -> PlanResult:
     operations = training_operations(student, config) * trained
     stages.append(Stage("train", operations, config.compute_dtype, written))
     needed = step_memory(student, config)
-    on_progress(Progress("measure this machine", 0, 1, "models"))
+    on_progress(Progress("measure this machine"))
     here = measure_here(student, config)
-    on_progress(Progress("measure this machine", 1, 1, "models"))
     result = PlanResult(
         config,
         student,

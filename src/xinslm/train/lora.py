@@ -183,7 +183,7 @@ class LoraObjective:
         self.teacher, self.data, self.config = teacher, data, config
         self.auxiliary: AuxiliaryLoss | None = None
         self.operations: Operations | None = None
-        self._memory = HeadMemory()
+        self._memory = None if config.gradient_checkpointing else HeadMemory()
 
     @property
     def model(self) -> nn.Module:

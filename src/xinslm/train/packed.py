@@ -62,8 +62,7 @@ class PackedObjective:
         self.model, self.config, self.plan, self.device = model, config, plan, device
         self.auxiliary = auxiliary
         self._validation = validation
-        saves_memory = model.gradient_checkpointing
-        self._head = HeadOptions(memory=None if saves_memory else HeadMemory())
+        self._head = HeadOptions(memory=None if model.gradient_checkpointing else HeadMemory())
         self._forward: Callable[..., Any] = torch.compile(model.hidden) if compile else model.hidden
 
     @property
