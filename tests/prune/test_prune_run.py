@@ -416,3 +416,23 @@ def test_a_real_teachers_student_has_part_of_its_skill(shared_data, tmp_path) ->
     losses = {name.partition(" ")[0]: value for name, _, value in result.losses}
     assert losses["teacher"] < losses["fitted"] < losses["width"] - 0.05
     assert losses["width"] < 4.2 < 8 < losses["random"]
+
+
+def test_cutting_layers_alone_measures_influence_on_a_part_of_the_text(
+    workshop, tmp_path, monkeypatch
+) -> None:
+    from xinslm.prune import run as module
+
+    read = []
+    real = module.measure
+
+    def counted(model, passages, *args, **kwargs):
+        read.append(sum(passage.ids.numel() for passage in passages))
+        return real(model, passages, *args, **kwargs)
+
+    monkeypatch.setattr(module, "measure", counted)
+    monkeypatch.setattr(module, "_TOKENS_FOR_INFLUENCE", 1)
+    monkeypatch.setattr("xinslm.prune.measure._TOKENS_A_PASSAGE", 1)
+    run(workshop.config(tmp_path / "layers", num_layers=1))
+    run(workshop.config(tmp_path / "neurons", num_layers=1, intermediate_size=8))
+    assert 0 < read[0] < read[1]

@@ -13,6 +13,7 @@ from xinslm.model.files import load_model, read_tensors
 from xinslm.model.grids import decode
 from xinslm.model.transformer import Block
 from xinslm.quantize import gptq
+from xinslm.quantize.activations import Calibration
 from xinslm.quantize.gptq import Hessian, factorise, layer_loss, quantize_weights
 from xinslm.quantize.pipeline import Quantization
 from xinslm.quantize.run import run
@@ -142,11 +143,22 @@ def test_drift_is_that_of_the_two_finished_models(folders, monkeypatch):
         assert recorded[name]["loss"] <= recorded[name]["rtn_loss"], name
 
 
-def test_few_tokens_are_not_trusted(folders):
-    """With fewer than 8 tokens for each column, the codes are GPTQ's, and a note says so."""
+def test_few_tokens_are_not_trusted(folders, monkeypatch):
+    """With fewer than 8 tokens for each column, the codes are GPTQ's, a note says so, and the
+    original model does not run along for nothing.
+    """
+    made = []
+    real = Calibration.__init__
+
+    def counted(self, *args):
+        real(self, *args)
+        made.append(len(self.streams))
+
+    monkeypatch.setattr(Calibration, "__init__", counted)
     rows = {"num_calibration_samples": 2}
     result = run(options(folders, folders / "few", **rows))
     assert any("too few for GPTAQ" in note for note in result.notes)
+    assert made == [1]
     run(options(folders, folders / "few-gptq", method="gptq", **rows))
     other = dict(read_tensors(folders / "few-gptq"))
     for name, tensor in read_tensors(folders / "few"):

@@ -19,9 +19,9 @@ TEACHER, PRUNED, STUDENT, PLAIN, SMALL = (
     "distilled student, 4-bit",
 )
 """Names of the models in the report."""
-SHARE = 0.83
+SHARE = 0.88
 """Parameters of the student as a share of the teacher's, at most."""
-SHARE_OF_LAYERS = 26 / 30
+SHARE_OF_LAYERS = 28 / 30
 NEURONS_STEP = 64
 VOCAB_SIZE = 32768
 WRITING = "--temperature 0.3 --top-p 0.9 --repetition-penalty 1.1 --max-new-tokens 120"
@@ -108,14 +108,14 @@ def real_stages(
     )
     plan.add(
         f"prune the teacher to {shape[0]} layers of {shape[1]:,} neurons",
-        (30 + 1.3 * min(prompts, 288)) * slow,
+        (25 + 1.1 * min(prompts, 288)) * slow,
         f"prune {teacher} --data-path {path('answers/data')} --output-dir {path('pruned')}",
         f"--num-layers {shape[0]} --intermediate-size {shape[1]} --layers influence",
         "--num-calibration-samples 96 --ridge 0.3 --num-search-samples 4 --max-eval-samples 4",
         "--max-seq-length 512",
     )
-    _train(plan, 1.25 * prompts * slow, f"--max-seq-length 512 --batch-size 2 {seed}")
-    _small(plan, 40 * slow)
+    _train(plan, 1.5 * prompts * slow, f"--max-seq-length 512 --batch-size 2 {seed}")
+    _small(plan, 70 * slow)
     texts = (("held-out answers", "held-out/text.jsonl"), ("other text", "paragraphs.jsonl"))
     models = ((TEACHER, teacher), *_models(path))
     for title, file in texts:
@@ -204,7 +204,7 @@ LOSS = "--loss.alpha 0.5 --loss.beta 0.5"
 
 def _small(plan: Plan, seconds: float) -> None:
     path = plan.path
-    rows = min(32, max(1, (plan.config.num_prompts or 256) // 8))
+    rows = min(24, max(1, (plan.config.num_prompts or 256) // 8))
     run = f"--run {path('student')}"
     plan.add(
         "4-bit weights",

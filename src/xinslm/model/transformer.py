@@ -146,12 +146,16 @@ class Attention(nn.Module):
         self, x: Tensor, cos: Tensor, sin: Tensor, mask: Mask, cache: KVCache | None
     ) -> Tensor:
         """(B, T, hidden) -> (B, T, hidden); without a mask, causal."""
+        return self.o_proj(self.mix(x, cos, sin, mask, cache))
+
+    def mix(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Mask, cache: KVCache | None) -> Tensor:
+        """(B, T, hidden) -> outputs of all heads next to each other, (B, T, H * D)."""
         b, t, _ = x.shape
         q, k, v = self.project(x, cos, sin)
         if isinstance(mask, tuple):
             if cache is not None:
                 cache.extend(self.layer, k, v)
-            return self.o_proj(attend(q, k, v, mask).transpose(1, 2).reshape(b, t, -1))
+            return attend(q, k, v, mask).transpose(1, 2).reshape(b, t, -1)
         if cache is not None:
             k, v = cache.extend(self.layer, k, v)
         y = F.scaled_dot_product_attention(
@@ -162,7 +166,7 @@ class Attention(nn.Module):
             is_causal=mask is None and t > 1,
             enable_gqa=q.shape[1] != k.shape[1],
         )
-        return self.o_proj(y.transpose(1, 2).reshape(b, t, -1))
+        return y.transpose(1, 2).reshape(b, t, -1)
 
 
 class FeedForward(nn.Module):

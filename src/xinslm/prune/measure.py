@@ -95,18 +95,10 @@ def unit(x: Tensor, eps: float) -> Tensor:
 
 def mixed(model: Transformer, block: Block, normed: Tensor, passage: Passage) -> Tensor:
     """Input of the attention's output projection: (rows, length, heads * head_dim)."""
-    caught: list[Tensor] = []
-    hook = block.self_attn.o_proj.register_forward_pre_hook(
-        lambda _, inputs: caught.append(inputs[0])
-    )
-    try:
-        cos, sin = model.rotary(passage.positions, normed.dtype)
-        mask = model.attended(passage.ids, passage.segments)
-        with passage.forward():
-            block.self_attn(normed, cos, sin, mask, None)
-    finally:
-        hook.remove()
-    return caught[0].to(normed.dtype)
+    cos, sin = model.rotary(passage.positions, normed.dtype)
+    mask = model.attended(passage.ids, passage.segments)
+    with passage.forward():
+        return block.self_attn.mix(normed, cos, sin, mask, None).to(normed.dtype)
 
 
 def neurons(block: Block, normed: Tensor, passage: Passage) -> Tensor:

@@ -50,6 +50,8 @@ from xinslm.prune.transplant import CutModel, compensate, narrow, principal_dire
 from xinslm.tokenizer.load import load_tokenizer
 
 KIND, VERSION = "model", 1
+_TOKENS_FOR_INFLUENCE = 16384
+"""The influence of SmolLM2's layers on 8,192 and on 25,000 tokens differs by less than 3 %."""
 
 
 @dataclass(frozen=True)
@@ -195,14 +197,7 @@ class _Cutting:
         student = replace(student, **{role: getattr(shape, role) for role in roles})
         if student == shape:
             return teacher
-        progress = self._progress("measure", shape.num_hidden_layers, "layers")
-        found = measure(
-            teacher,
-            self.text.calibration,
-            progress,
-            with_inputs=merged_heads(shape, student) > 1,
-            with_stream=student.hidden_size < shape.hidden_size,
-        )
+        found = self._measured(teacher, student)
         kept = self._layers(teacher, student, found)
         self.facts["influence"] = [layer.influence for layer in found.layers]
         self.facts["layers"] = kept
@@ -233,6 +228,19 @@ class _Cutting:
             "random weights of that shape", random.to(made.model.embed_tokens.weight.device).eval()
         )
         return made
+
+    def _measured(self, teacher: Transformer, student: ModelConfig) -> Statistics:
+        shape = teacher.config
+        text = self.text.calibration
+        if student == replace(shape, num_hidden_layers=student.num_hidden_layers):
+            text = text[: max(1, _TOKENS_FOR_INFLUENCE // text[0].ids.numel())]
+        return measure(
+            teacher,
+            text,
+            self._progress("measure", shape.num_hidden_layers, "layers"),
+            with_inputs=merged_heads(shape, student) > 1,
+            with_stream=student.hidden_size < shape.hidden_size,
+        )
 
     def _layers(self, teacher: Transformer, student: ModelConfig, found: Statistics) -> list[int]:
         total, wanted = teacher.config.num_hidden_layers, student.num_hidden_layers

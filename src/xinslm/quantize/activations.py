@@ -24,7 +24,7 @@ from xinslm.model.config import ModelConfig
 from xinslm.model.finite import all_finite
 from xinslm.model.source import ModelSource
 from xinslm.model.transformer import Block, Transformer
-from xinslm.quantize.gptq import Hessian
+from xinslm.quantize.gptq import DRIFT_TOKENS, Hessian
 
 _STREAMS = ("quantized", "original")
 
@@ -56,8 +56,23 @@ def working_bytes(config: ModelConfig, batches: list[Batch], with_original: bool
     """Size of all files of a `Calibration`: each stream twice, and the widest linear's inputs."""
     tokens = sum(batch.input_ids.size for batch in batches)
     streams = 2 * (2 if with_original else 1)
+    return 4 * tokens * (streams * config.hidden_size + max(_inputs_of_linears(config)))
+
+
+def _inputs_of_linears(config: ModelConfig) -> tuple[int, int, int]:
     heads = config.num_attention_heads * config.head_dim
-    return 4 * tokens * (streams * config.hidden_size + max(config.intermediate_size, heads))
+    return config.hidden_size, config.intermediate_size, heads
+
+
+def needs_original(method: str, config: ModelConfig, batches: list[Batch]) -> bool:
+    """Whether the original model has to run along: for GPTAQ, if there are tokens enough for it in
+    any linear.
+    """
+    return method == "gptaq" and _measures_drift(batches, min(_inputs_of_linears(config)))
+
+
+def _measures_drift(batches: list[Batch], columns: int) -> bool:
+    return sum(int((batch.segments >= 0).sum()) for batch in batches) >= DRIFT_TOKENS * columns
 
 
 class Calibration:
@@ -109,13 +124,14 @@ class Calibration:
 
     def hessian(self, blocks: Blocks, part: str, stem: str, is_last: bool) -> Hessian:
         """Run the rows through half `part` of the block up to linear `stem`; return X^T X of its
-        inputs, with their drift if the original model runs along.
+        inputs, with their drift if the original model runs along and there are tokens enough.
 
         If the linear is the last of the half, its inputs are kept for `advance`, and the original
         model, whose weights do not change, advances at once.
         """
         linear = cast(nn.Linear, blocks.quantized.get_submodule(f"{part}.{stem}"))
         hessian = Hessian(linear.in_features)
+        with_drift = _measures_drift(self._batches, linear.in_features)
         kept = None
         if is_last:
             shapes = [(*batch.input_ids.shape, linear.in_features) for batch in self._batches]
@@ -127,9 +143,10 @@ class Calibration:
             written = torch.from_numpy(batch.segments >= 0)
             rows = inputs.flatten(0, 1) if written.all() else inputs[written]
             hessian.add(rows)
-            if self._original is not None:
+            if self._original is not None and (with_drift or is_last):
                 originals = self._original.inputs(blocks.original, part, stem, index)
-                hessian.add_drift(originals[written] - rows, rows)
+                if with_drift:
+                    hessian.add_drift(originals[written] - rows, rows)
                 if is_last:
                     original = blocks.original.get_submodule(f"{part}.{stem}")
                     self._original.add(index, original(originals))

@@ -34,7 +34,7 @@ from xinslm.model.names import QUANTIZED_WEIGHTS
 from xinslm.model.safetensors_writer import SafetensorsWriter
 from xinslm.model.source import FolderSource, ModelSource, weight_shapes
 from xinslm.progress import Listener, Progress, ignore
-from xinslm.quantize.activations import Blocks, Calibration, load_blocks
+from xinslm.quantize.activations import Blocks, Calibration, load_blocks, needs_original
 from xinslm.quantize.calibration import hash_rows
 from xinslm.quantize.finished_layers import FinishedLayers, Found, Layer
 from xinslm.quantize.gptq import (
@@ -59,8 +59,8 @@ class Quantization:
     """One run: reads weights from `source`, quantizes them, writes `quantized.safetensors`.
 
     `batches` are the calibration rows; without any, weights are rounded to nearest, straight into
-    the file. `method` is gptq, gptaq, which runs the original model along, rtn or absmax.
-    `finished` has the layers of a stopped run and gets those of this one; without it, calibrated
+    the file. `method` is gptq, gptaq, which runs the original model along if there are tokens
+    enough, rtn or absmax. `finished` has the layers of a stopped run and gets those of this one; without it, calibrated
     ones are kept in a temporary folder.
     """
 
@@ -133,7 +133,7 @@ class Quantization:
         self._reopen()
         if self.batches:
             assert finished is not None, "activations need a folder"
-            with_original = self.method == "gptaq"
+            with_original = needs_original(self.method, self.model, self.batches)
             self._calibration = Calibration(
                 self.model, self.batches, finished.folder, with_original
             )

@@ -16,7 +16,7 @@ from xinslm.errors import UsageError, XinslmError
 from xinslm.files import sha256_json
 from xinslm.model.config import ModelConfig
 from xinslm.model.source import ModelSource
-from xinslm.quantize.activations import working_bytes
+from xinslm.quantize.activations import needs_original, working_bytes
 from xinslm.quantize.calibration import RowShape
 from xinslm.quantize.config import QuantizeConfig
 from xinslm.quantize.pipeline import Quantization
@@ -71,7 +71,8 @@ def require_disk(folder: Path, work: Quantization) -> None:
     codes = work.model.num_parameters * 5 // 8
     needed, found, remedy = codes, 0, "free some"
     if len(work.found.layers) < work.model.num_hidden_layers:
-        needed += codes + working_bytes(work.model, work.batches, work.method == "gptaq")
+        with_original = needs_original(work.method, work.model, work.batches)
+        needed += codes + working_bytes(work.model, work.batches, with_original)
         found = sum(file.stat().st_size for file in folder.iterdir())
         remedy = "free some, choose another --output-dir, or take fewer --num-calibration-samples"
     free = shutil.disk_usage(folder).free
