@@ -60,8 +60,8 @@ class Quantization:
 
     `batches` are the calibration rows; without any, weights are rounded to nearest, straight into
     the file. `method` is gptq, gptaq, which runs the original model along if there are tokens
-    enough, rtn or absmax. `finished` has the layers of a stopped run and gets those of this one; without it, calibrated
-    ones are kept in a temporary folder.
+    enough, rtn or absmax. `finished` has the layers of a stopped run and gets those of this one;
+    without it, calibrated ones are kept in a temporary folder.
     """
 
     def __init__(
