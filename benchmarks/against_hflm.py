@@ -85,26 +85,30 @@ def run_hflm(args: argparse.Namespace, names: list[str], shots: int | None) -> d
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=getattr(torch, args.dtype))
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=args.batch)
-    with local_datasets(args.data):
-        found = lm_eval.simple_evaluate(
-            model=lm,
-            tasks=names,
-            num_fewshot=shots if names[0].startswith("mmlu") else None,
-            samples=json.loads(args.items),
-            bootstrap_iters=0,
-            task_manager=lm_eval.tasks.TaskManager(
-                include_defaults=False, include_path=task_folders()
-            ),
-        )
+    items, samples, results = json.loads(args.items), {}, {}
+    for wanted in (True, False):  # `num_fewshot` holds for all tasks of a call
+        part = [name for name in names if name.startswith("mmlu") == wanted]
+        if not part:
+            continue
+        with local_datasets(args.data):
+            found = lm_eval.simple_evaluate(
+                model=lm,
+                tasks=part,
+                num_fewshot=shots if wanted else None,
+                samples={name: items[name] for name in part},
+                bootstrap_iters=0,
+                task_manager=lm_eval.tasks.TaskManager(
+                    include_defaults=False, include_path=task_folders()
+                ),
+            )
+        samples |= found["samples"]
+        results |= found["results"]
     values = {
-        name: {
-            str(row["doc_id"]): [float(r[0][0]) for r in row["resps"]]
-            for row in found["samples"][name]
-        }
+        name: {str(row["doc_id"]): [float(r[0][0]) for r in row["resps"]] for row in samples[name]}
         for name in names
     }
     metrics = {
-        name: {k.removesuffix(",none"): v for k, v in found["results"][name].items() if "," in k}
+        name: {k.removesuffix(",none"): v for k, v in results[name].items() if "," in k}
         for name in names
     }
     return {"values": values, "metrics": metrics, "seconds": time.perf_counter() - began}

@@ -16,6 +16,7 @@ import shutil
 import subprocess
 import sys
 import time
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -145,6 +146,9 @@ def main() -> None:
         own += ["--rows", str(args.rows), "--length", str(args.length)]
         figures["quantize"] = measured(own)
     for name, (kind, out, *options) in EXPORTS.items():
+        if kind == "coreml" and find_spec("coremltools") is None:
+            print("export coreml: not run, coremltools is not installed")
+            continue
         words = ["export", kind, str(work / "4bit"), "-o", str(work / out), "--force", *options]
         figures[name] = measured([*xinslm, *words])
     print("\n| step | seconds | peak, GB |\n|---|---|---|")

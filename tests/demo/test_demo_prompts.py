@@ -104,14 +104,14 @@ def test_the_student_has_its_share_of_the_parameters():
         "tie_word_embeddings": True,
     }
     layers, neurons = shape_for(teacher, 32768)
-    assert (layers, neurons) == (26, 1536)
+    assert (layers, neurons) == (28, 1536)
 
     def parameters(**changed):
         return ModelConfig(**(teacher | changed)).num_parameters
 
     small = shape_for(teacher, 49152)
-    assert small[0] == 26 and small[1] < 1536
-    sizes = {"num_hidden_layers": 26, "intermediate_size": small[1]}
+    assert small[0] == 28 and small[1] < 1536
+    sizes = {"num_hidden_layers": 28, "intermediate_size": small[1]}
     assert parameters(**sizes) <= SHARE * parameters()
     assert parameters(**(sizes | {"intermediate_size": small[1] + 64})) > SHARE * parameters()
     assert shape_for(teacher, 32768, 3) == (3, 1536)
@@ -121,8 +121,8 @@ def test_the_student_has_its_share_of_the_parameters():
     ("rate", "float32_rate", "expected"),
     [
         (117, 117, LEAST_PROMPTS),  # AVX2
-        (255, 255, 128),  # AVX512
-        (186, 186, 93),  # AVX2, the fastest measured
+        (255, 255, 107),  # AVX512
+        (186, 186, 78),  # AVX2, the fastest measured
         (420, 195, MOST_PROMPTS),  # AVX512-BF16
         (2022, 230, MOST_PROMPTS),  # AMX
         (821, 187, MOST_PROMPTS),  # the same, measured in a bad moment
