@@ -23,6 +23,9 @@ from xinslm.teachers.local import LocalTeacher
 from xinslm.tokenizer.base import check_vocabulary
 from xinslm.tokenizer.load import load_tokenizer
 
+KEPT_OUTPUTS = 1 << 21
+"""Outputs that memory is kept for from the first call of `outputs` on, 8 MB in float32."""
+
 
 class OwnTeacher(LocalTeacher):
     """Gives distributions, hidden states and text; a `DenseTeacher` and `HiddenTeacher`."""
@@ -115,7 +118,9 @@ class OwnTeacher(LocalTeacher):
         Fresh memory for each block costs a third of the product, and stays with the process.
         """
         if self._outputs is None or len(self._outputs) < len(states):
-            self._outputs = states.new_empty(len(states), self.output_size)
+            # a larger block later would leave this one's place empty; untouched memory is free
+            rows = max(len(states), KEPT_OUTPUTS // self.output_size)
+            self._outputs = states.new_empty(rows, self.output_size)
         logits = self.model.logits(states, self._outputs[: len(states)])
         return logits if logits.dtype == torch.float64 else logits.float()
 

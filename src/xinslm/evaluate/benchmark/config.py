@@ -56,7 +56,7 @@ class BenchmarkConfig(Settings):
     """Longest answer in humaneval, ifeval and instructions of your own."""
     max_seq_length: int | None = None
     """Longest input in tokens; by default the model's context."""
-    batch_tokens: int = 1024
+    batch_tokens: int = 512
     """Most tokens in one forward pass; fewer need less memory."""
     device: Device = "auto"
     """Where to compute; auto takes cuda, then mps, then cpu."""

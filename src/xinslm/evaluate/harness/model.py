@@ -33,7 +33,7 @@ from xinslm.evaluate.harness.library import (
 )
 from xinslm.evaluate.harness.start import no_collection
 from xinslm.evaluate.journal import Journal
-from xinslm.evaluate.likelihood import LikelihoodScorer, Pair, Tell
+from xinslm.evaluate.likelihood import BATCH_TOKENS, LikelihoodScorer, Pair, Tell
 from xinslm.evaluate.scorers import load_scorer
 from xinslm.heap import return_free_memory
 from xinslm.ranges import Activations
@@ -66,7 +66,7 @@ class XinslmLM(TemplateLM):
         dtype: str = "float32",
         max_length: int | None = None,
         add_bos_token: bool | None = None,
-        batch_tokens: int = 1024,
+        batch_tokens: int = BATCH_TOKENS,
         activations: Activations = "float",
         **ignored: Any,
     ) -> None:
