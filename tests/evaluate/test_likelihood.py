@@ -137,6 +137,13 @@ def test_logits_are_computed_in_blocks(folder, monkeypatch):
     assert values == pytest.approx(expected, abs=1e-12)
 
 
+def test_blocks_of_growing_size_share_one_memory(folder):
+    teacher = load(folder)
+    states = teacher.states([np.arange(20)])
+    places = {teacher.outputs(states[:count]).data_ptr() for count in (1, 5, 20)}
+    assert len(places) == 1
+
+
 def test_log_probabilities_of_a_bfloat16_model_are_float32(folder, monkeypatch):
     teacher = OwnTeacher(open_model(folder), "bfloat16")
     original, seen = teacher.model.logits, []
