@@ -60,7 +60,7 @@ def shape_for(
     """Layers and feed-forward neurons of a student with at most `SHARE` of its teacher's
     parameters.
 
-    Depth and width are cut together, because that costs less than either alone (docs/diary.md).
+    Neurons are cut where the layers alone leave too many parameters.
     """
     hidden, heads = teacher["hidden_size"], teacher["num_attention_heads"]
     head_dim = teacher.get("head_dim") or hidden // heads

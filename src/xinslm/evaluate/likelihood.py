@@ -35,7 +35,7 @@ CHUNK_LOGITS = KEPT_OUTPUTS
 """Most logits at once, 8 MB in float32: they stay in a processor's cache, and fit into memory that
 the layers have left, which a block of more than 32 MB does not (glibc takes new pages for it).
 """
-PREFIX_FACTOR = 8
+PREFIX_FACTOR = 16
 """The keys of a pass, prefixes included, are at most this many times `BATCH_TOKENS`."""
 
 

@@ -24,7 +24,7 @@ from xinslm.model.config import ModelConfig
 from xinslm.model.finite import all_finite
 from xinslm.model.source import ModelSource
 from xinslm.model.transformer import Block, Transformer
-from xinslm.quantize.gptq import DRIFT_TOKENS, Hessian
+from xinslm.quantize.gptq import Hessian, suffice_for_drift
 
 _STREAMS = ("quantized", "original")
 
@@ -68,11 +68,12 @@ def needs_original(method: str, config: ModelConfig, batches: list[Batch]) -> bo
     """Whether the original model has to run along: for GPTAQ, if there are tokens enough for it in
     any linear.
     """
-    return method == "gptaq" and _measures_drift(batches, min(_inputs_of_linears(config)))
+    fewest = min(_inputs_of_linears(config))
+    return method == "gptaq" and suffice_for_drift(_number_of_tokens(batches), fewest)
 
 
-def _measures_drift(batches: list[Batch], columns: int) -> bool:
-    return sum(int((batch.segments >= 0).sum()) for batch in batches) >= DRIFT_TOKENS * columns
+def _number_of_tokens(batches: list[Batch]) -> int:
+    return sum(int((batch.segments >= 0).sum()) for batch in batches)
 
 
 class Calibration:
@@ -131,7 +132,7 @@ class Calibration:
         """
         linear = cast(nn.Linear, blocks.quantized.get_submodule(f"{part}.{stem}"))
         hessian = Hessian(linear.in_features)
-        with_drift = _measures_drift(self._batches, linear.in_features)
+        with_drift = suffice_for_drift(_number_of_tokens(self._batches), linear.in_features)
         kept = None
         if is_last:
             shapes = [(*batch.input_ids.shape, linear.in_features) for batch in self._batches]

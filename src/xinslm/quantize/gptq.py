@@ -39,6 +39,11 @@ _FEW_COLUMNS = 32
 _SMALL_TRIANGLE = 128
 
 
+def suffice_for_drift(tokens: int, columns: int) -> bool:
+    """Whether so many calibration tokens tell the drift of so many inputs well enough."""
+    return tokens >= DRIFT_TOKENS * columns
+
+
 class Hessian:
     """Sum of X^T X over a layer's inputs: chunks are computed in float32 and summed in float64.
 
@@ -75,7 +80,7 @@ class Hessian:
     @property
     def knows_drift(self) -> bool:
         """Whether drift was added, of at least `DRIFT_TOKENS` tokens for each column."""
-        return self._drift_sum is not None and self.tokens >= DRIFT_TOKENS * self.columns
+        return self._drift_sum is not None and suffice_for_drift(self.tokens, self.columns)
 
     def drift(self) -> Tensor | None:
         """Mean over tokens of drift^T X, float32 (columns, columns); None if it is not known well
