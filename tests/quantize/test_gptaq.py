@@ -3,6 +3,7 @@
 import gc
 import json
 import weakref
+from dataclasses import replace
 
 import pytest
 import torch
@@ -26,6 +27,10 @@ def folders(tmp_path_factory):
     save_random_model(root / "model")
     save_dataset(root / "data", load_tokenizer(root / "model").fingerprint())
     return root
+
+
+STREAMS = {"o_proj": "input_layernorm", "down_proj": "post_attention_layernorm"}
+"""Which norm reads the residual stream that a linear adds its outputs to."""
 
 
 def drifting_inputs(tokens=1000, columns=96):
@@ -60,9 +65,30 @@ def test_the_weights_move_to_the_least_squares_solution():
     factor = factorise(hessian.mean(), hessian.drift())
     weight = torch.randn(32, 96)
     expected = least_squares(weight, original, inputs, factor.damping)
-    torch.testing.assert_close(
-        (weight + weight @ factor.shift).double(), expected, rtol=1e-4, atol=1e-4
-    )
+    torch.testing.assert_close(factor.aim(weight).double(), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_the_outputs_make_up_for_what_the_stream_has_lost():
+    """Half of the least-squares solution, as far as the inputs tell."""
+    original, inputs = drifting_inputs()
+    lost = 0.2 * inputs @ torch.randn(96, 32) + torch.randn(len(inputs), 32)
+    hessian = hessian_of(original, inputs)
+    for start in range(0, len(inputs), 250):
+        rows = slice(start, start + 250)
+        hessian.add_stream_drift(lost[rows], inputs[rows])
+    factor = factorise(hessian.mean(), hessian.drift())
+    weight, x = torch.randn(32, 96), inputs.double()
+    h = x.T @ x / len(x)
+    h += factor.damping * h.diagonal().mean() * torch.eye(96, dtype=torch.float64)
+    expected = least_squares(weight, original, inputs, factor.damping)
+    expected = expected + lost.double().T @ x / len(x) @ torch.linalg.inv(h) / 2
+    torch.testing.assert_close(factor.aim(weight).double(), expected, rtol=1e-4, atol=1e-4)
+    errors = []
+    for owed in (factor.owed, None):
+        result = quantize_weights([weight], replace(factor, owed=owed))[0]
+        outputs = inputs @ decode(result.codes, result.scales).T
+        errors.append(float((original @ weight.T + lost - outputs).square().mean()))
+    assert errors[0] < errors[1]
 
 
 def output_errors(original, inputs):
@@ -111,22 +137,23 @@ def test_a_drift_that_is_not_finite_is_noticed():
 
 
 def test_drift_is_that_of_the_two_finished_models(folders, monkeypatch):
-    """What the pipeline measures for each linear equals captured inputs of the original model and
-    of the finished quantized one, each document run alone.
+    """What the pipeline measures for each linear equals captured inputs and residual streams of the
+    original model and of the finished quantized one, each document run alone.
     """
     seen = []
     real = gptq.factorise
     monkeypatch.setattr(
         "xinslm.quantize.pipeline.factorise",
-        lambda hessian, drift: (
-            seen.append((hessian.clone(), drift.double())) or real(hessian, drift)
-        ),
+        lambda hessian, drift: seen.append((hessian.clone(), drift)) or real(hessian, drift),
     )
     run(options(folders, folders / "drift"))
     quantized, original = load_model(folders / "drift"), load_model(folders / "model")
     batches = calibration_batches(folders, original.config)
     weights = dict(original.named_parameters())
-    a, b = linear_inputs(original, batches), linear_inputs(quantized, batches)
+    a, b = (
+        linear_inputs(model, batches) | linear_inputs(model, batches, "layernorm")
+        for model in (original, quantized)
+    )
     firsts = [name for name in a if name.endswith(("q_proj", "o_proj", "gate_proj", "down_proj"))]
     assert len(firsts) == len(seen) == 8
     recorded = json.loads((folders / "drift" / "manifest.json").read_text())["layers"]
@@ -135,9 +162,17 @@ def test_drift_is_that_of_the_two_finished_models(folders, monkeypatch):
         x = b[name].double()
         torch.testing.assert_close(hessian, x.T @ x / len(x), rtol=1e-4, atol=1e-5)
         expected = (a[name].double() - x).T @ x / len(x)
-        torch.testing.assert_close(drift, expected, rtol=1e-3, atol=1e-5)
+        torch.testing.assert_close(drift.inputs.double(), expected, rtol=1e-3, atol=1e-5)
         factor = real(hessian, drift)
         wanted = least_squares(weights[f"{name}.weight"].detach(), a[name], b[name], factor.damping)
+        if stream := STREAMS.get(name.rpartition(".")[2]):
+            norm = ".".join((*name.split(".")[:3], stream))
+            lost = (a[norm].double() - b[norm].double()).T @ x / len(x)
+            torch.testing.assert_close(drift.stream.double(), lost, rtol=1e-3, atol=1e-5)
+            damped = hessian.clone()
+            damped.diagonal().add_(factor.damping * hessian.diagonal().mean())
+            wanted += lost @ torch.linalg.inv(damped) / 2
+        assert (drift.stream is None) == (stream is None), name
         loss = layer_loss(wanted.float(), stored[f"{name}.weight"], hessian.float())
         assert recorded[name]["loss"] == pytest.approx(loss, rel=1e-2), name
         assert recorded[name]["loss"] <= recorded[name]["rtn_loss"], name

@@ -55,13 +55,13 @@ def calibration_batches(folders, config, rows=ROWS):
     return calibration.read_rows(folders / "data", fingerprint, config, rows, LENGTH, 0)[0]
 
 
-def linear_inputs(model, batches):
-    """Inputs of every linear, by name, from a plain run of each document on its own: no packing, no
-    padding.
+def linear_inputs(model, batches, kind="_proj"):
+    """Inputs of every linear, or of modules with another end of their name, from a plain run of
+    each document on its own: no packing, no padding.
     """
     seen = {}
     for name, module in model.named_modules():
-        if name.endswith("_proj"):
+        if name.endswith(kind):
             module.register_forward_pre_hook(
                 lambda _, inputs, name=name: seen.setdefault(name, []).append(
                     inputs[0].flatten(0, 1)
@@ -205,10 +205,21 @@ def test_calibration_rows_are_drawn_from_all_of_the_text(folders):
 
 
 def test_more_rows_than_there_are(folders, tmp_path):
-    with pytest.raises(
-        UsageError, match=r"has \d+ rows of 96 tokens to train on, 9,999 are asked for"
-    ):
-        run(options(folders, tmp_path / "out", num_calibration_samples=9999))
+    """All are taken, as if so many had been asked for, and a note says so."""
+    result = run(options(folders, tmp_path / "out", num_calibration_samples=9999))
+    count = json.loads((tmp_path / "out" / "manifest.json").read_text())["calibration_rows"]["rows"]
+    assert any(f"has only {count} rows of 96 tokens" in note for note in result.notes)
+    other = run(options(folders, tmp_path / "other", num_calibration_samples=count))
+    assert not any("has only" in note for note in other.notes)
+    tensors = dict(read_tensors(tmp_path / "other"))
+    for name, tensor in read_tensors(tmp_path / "out"):
+        assert torch.equal(tensor, tensors[name]), name
+
+
+def test_a_dataset_without_text_to_train_on(folders, tmp_path, monkeypatch):
+    monkeypatch.setattr(calibration.PackedDataset, "__len__", lambda self: 0)
+    with pytest.raises(UsageError, match="has no row of 96 tokens to train on"):
+        run(options(folders, tmp_path / "out"))
     assert not (tmp_path / "out").exists()
 
 

@@ -23,6 +23,8 @@ SHARE = 0.88
 """Parameters of the student as a share of the teacher's, at most."""
 SHARE_OF_LAYERS = 28 / 30
 NEURONS_STEP = 64
+SMALL_ROWS = 64
+"""Rows of 256 tokens that calibrate the 4-bit student, at most; a prompt gives about one."""
 VOCAB_SIZE = 32768
 WRITING = "--temperature 0.3 --top-p 0.9 --repetition-penalty 1.1 --max-new-tokens 120"
 
@@ -115,7 +117,8 @@ def real_stages(
         "--max-seq-length 512",
     )
     _train(plan, 1.5 * prompts * slow, f"--max-seq-length 512 --batch-size 2 {seed}")
-    _small(plan, 70 * slow)
+    rows = max(1, min(prompts // 2, SMALL_ROWS))
+    _small(plan, (20 + 2.2 * rows) * slow, rows)
     texts = (("held-out answers", "held-out/text.jsonl"), ("other text", "paragraphs.jsonl"))
     models = ((TEACHER, teacher), *_models(path))
     for title, file in texts:
@@ -163,7 +166,7 @@ def built_in_stages(config: DemoConfig) -> list[Stage]:
         "--num-calibration-samples 16 --num-search-samples 4",
     )
     _train(plan, 15, f"{train} --max-steps {config.student_steps or 300}")
-    _small(plan, 20)
+    _small(plan, 20, 24)
     for name, model in ((TEACHER, teacher), *_models(path)):
         _evaluate(plan, 3, name, model, name, path("answers/data"))
     _answer(plan, 3, teacher)
@@ -202,9 +205,8 @@ RECIPE = (
 LOSS = "--loss.alpha 0.5 --loss.beta 0.5"
 
 
-def _small(plan: Plan, seconds: float) -> None:
+def _small(plan: Plan, seconds: float, rows: int) -> None:
     path = plan.path
-    rows = min(24, max(1, (plan.config.num_prompts or 256) // 8))
     run = f"--run {path('student')}"
     plan.add(
         "4-bit weights",

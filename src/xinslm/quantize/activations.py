@@ -125,7 +125,8 @@ class Calibration:
 
     def hessian(self, blocks: Blocks, part: str, stem: str, is_last: bool) -> Hessian:
         """Run the rows through half `part` of the block up to linear `stem`; return X^T X of its
-        inputs, with their drift if the original model runs along and there are tokens enough.
+        inputs, with their drift if the original model runs along and there are tokens enough, and
+        for the last linear that of the residual stream.
 
         If the linear is the last of the half, its inputs are kept for `advance`, and the original
         model, whose weights do not change, advances at once.
@@ -148,6 +149,9 @@ class Calibration:
                 originals = self._original.inputs(blocks.original, part, stem, index)
                 if with_drift:
                     hessian.add_drift(originals[written] - rows, rows)
+                if with_drift and is_last:
+                    lost = self._original.states.read(index) - self._quantized.states.read(index)
+                    hessian.add_stream_drift(lost[written], rows)
                 if is_last:
                     original = blocks.original.get_submodule(f"{part}.{stem}")
                     self._original.add(index, original(originals))

@@ -101,7 +101,7 @@ def fit_linear(weight: Tensor, kind: type[Coded], factor: Factor | None) -> Fitt
     nearest = fit_nearest(weight, kind)
     if factor is None:
         return Fitted(nearest, "rtn")
-    wanted = weight if factor.shift is None else weight + weight @ factor.shift
+    wanted = factor.aim(weight)
     fed_back = fit_nearest(wanted, kind, factor.importance)
     codes = feed_back_errors(wanted, fed_back.steps, factor, fed_back.grid, fed_back.offsets)
     fed_back = replace(fed_back, codes=codes)

@@ -53,36 +53,38 @@ def dataset_rows(
     batches, fingerprint = read_rows(
         data, tokenizer.fingerprint(), config, shape.rows, shape.length, seed
     )
-    facts = {
-        "method": "dataset",
-        "rows": shape.rows,
-        "max_seq_length": shape.length,
-        "seed": seed,
-    }
-    return CalibrationRows(batches, facts, text_ids_of(data, batches, tokenizer), fingerprint)
+    count = sum(len(batch.input_ids) for batch in batches)
+    facts = {"method": "dataset", "rows": count, "max_seq_length": shape.length, "seed": seed}
+    notes = []
+    if count < shape.rows:
+        notes.append(
+            f"{data} has only {count:,} rows of {shape.length} tokens to calibrate on, not "
+            f"{shape.rows:,}: all of them were used, and more text would lose less"
+        )
+    texts = text_ids_of(data, batches, tokenizer)
+    return CalibrationRows(batches, facts, texts, fingerprint, notes)
 
 
 def read_rows(
     data: Path, tokenizer: str, config: ModelConfig, num_rows: int, length: int, seed: int
 ) -> tuple[list[Batch], str]:
-    """Draw `num_rows` packed rows of `length` tokens, in batches of about 2,048 tokens.
+    """Draw `num_rows` packed rows of `length` tokens, or take all where there are fewer, in batches
+    of about 2,048 tokens.
 
     Returns the batches and the dataset's fingerprint. `tokenizer` is the fingerprint of the model's
-    own; a dataset with another tokenizer or with too few rows is a UsageError.
+    own; a dataset with another tokenizer or without any row is a UsageError.
     """
     dataset = open_dataset(data)
     require_tokenizer(dataset, tokenizer, "the model to quantize")
     rows = PackedDataset(dataset.split("train"), length)
-    if num_rows > len(rows):
-        raise UsageError(
-            f"{data} has {len(rows):,} rows of {length} tokens to train on, "
-            f"{num_rows:,} are asked for. Set --num-calibration-samples to {len(rows):,} or less"
-        )
+    if not len(rows):
+        raise UsageError(f"{data} has no row of {length} tokens to train on. Add text")
     if rows.split.vocab_size > config.vocab_size:
         raise UsageError(
             f"{data} has {rows.split.vocab_size:,} token ids, the model only {config.vocab_size:,}"
         )
-    chosen = np.sort(np.random.default_rng(seed).choice(len(rows), num_rows, replace=False))
+    count = min(num_rows, len(rows))
+    chosen = np.sort(np.random.default_rng(seed).choice(len(rows), count, replace=False))
     return in_batches(rows, chosen), dataset.fingerprint
 
 

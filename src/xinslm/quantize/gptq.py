@@ -3,7 +3,8 @@
 Columns are rounded one after another; each column's error is moved onto the remaining columns by
 the inverse Hessian of the layer's squared output error. Scales are fixed beforehand from the
 original weights ("static groups"), so columns can be rounded in order of importance ("act-order").
-If rounding to nearest has the smaller layer loss, its result is kept instead.
+Codes and scales are then improved in turn (`descent.py`). If rounding to nearest has the smaller
+layer loss, its result is kept instead.
 
     hessian = Hessian(columns); hessian.add(inputs)
     results = quantize_weights([query, key, value], factorise(hessian.mean()))
@@ -11,20 +12,23 @@ If rounding to nearest has the smaller layer loss, its result is kept instead.
 GPTAQ (Li et al., arXiv:2504.02692) aims at the outputs of the original model instead of those of
 the original weights on the quantized model's inputs, which have drifted: with the drift of the
 inputs known, `quantize_weights` moves the weights to the least-squares solution for them first.
+A linear whose outputs are added to the residual stream is also aimed at what the stream itself has
+lost by then, as far as its inputs tell.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, cast
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from xinslm.model.grids import BLOCK, Q4_0, Grid, decode, encode, fit_scales, largest_scales
+from xinslm.quantize.descent import descend
 
 DRIFT_SHARE = 0.5
-"""Share of the measured drift that GPTAQ corrects (alpha in its paper): it is estimated from few
+"""Share of the measured drift that is corrected (alpha in GPTAQ's paper): it is estimated from few
 tokens. On SmolLM2-135M with 64 rows, the KL divergence of two texts is .087 and .148 nats with 0,
 .047 and .112 with a half, .052 and .129 with 1.
 """
@@ -54,6 +58,7 @@ class Hessian:
         self.columns, self.tokens = columns, 0
         self._sum = torch.zeros(columns, columns, dtype=torch.float64)
         self._drift_sum: Tensor | None = None
+        self._stream_sum: Tensor | None = None
 
     def add(self, inputs: Tensor) -> None:
         """Add inputs (tokens, columns), without padding."""
@@ -71,24 +76,34 @@ class Hessian:
             for strip in _strips(self.columns):
                 self._drift_sum[strip] += rows[:, strip].T @ others
 
+    def add_stream_drift(self, drift: Tensor, inputs: Tensor) -> None:
+        """Add how far the original model's residual stream (tokens, hidden), to which the linear
+        adds its outputs, is from the quantized one's.
+        """
+        if self._stream_sum is None:
+            self._stream_sum = torch.zeros(drift.shape[1], self.columns, dtype=torch.float64)
+        for rows, others in zip(drift.split(_CHUNK_ROWS), inputs.split(_CHUNK_ROWS), strict=True):
+            self._stream_sum += rows.float().T @ others.float()
+
     @property
     def is_finite(self) -> bool:
         """Whether no input was NaN, infinite, or too large to square, and no drift either."""
-        sums = [self._sum] if self._drift_sum is None else [self._sum, self._drift_sum]
-        return all(bool(torch.isfinite(total.sum())) for total in sums)
+        sums = (self._sum, self._drift_sum, self._stream_sum)
+        return all(bool(torch.isfinite(total.sum())) for total in sums if total is not None)
 
     @property
     def knows_drift(self) -> bool:
         """Whether drift was added, of at least `DRIFT_TOKENS` tokens for each column."""
         return self._drift_sum is not None and suffice_for_drift(self.tokens, self.columns)
 
-    def drift(self) -> Tensor | None:
-        """Mean over tokens of drift^T X, float32 (columns, columns); None if it is not known well
-        enough.
-        """
-        is_known, total = self.knows_drift, self._drift_sum
-        self._drift_sum = None
-        return total.div_(self.tokens).float() if total is not None and is_known else None
+    def drift(self) -> "Drift | None":
+        """What was added of drift; None if it is not known well enough."""
+        is_known, inputs, stream = self.knows_drift, self._drift_sum, self._stream_sum
+        self._drift_sum = self._stream_sum = None
+        if inputs is None or not is_known:
+            return None
+        means = [None if x is None else x.div_(self.tokens).float() for x in (inputs, stream)]
+        return Drift(cast(Tensor, means[0]), means[1])
 
     def mean(self) -> Tensor:
         """Mean over tokens, float64 (columns, columns)."""
@@ -96,6 +111,18 @@ class Hessian:
         for strip in _strips(self.columns):
             total[strip.stop :, strip] = total[strip, strip.stop :].T
         return total.div_(max(self.tokens, 1))
+
+
+@dataclass(frozen=True)
+class Drift:
+    """What the original model has over the quantized one, times the quantized one's inputs X, as a
+    mean over tokens.
+    """
+
+    inputs: Tensor
+    """Of the linear's inputs: drift^T X, float32 (columns, columns)."""
+    stream: Tensor | None = None
+    """Of the residual stream that the linear adds its outputs to, (hidden, columns)."""
 
 
 @dataclass(frozen=True)
@@ -114,7 +141,24 @@ class Factor:
     damping: float
     """Fraction of the mean diagonal that was added to make the Hessian invertible."""
     shift: Tensor | None = None
-    """Half of drift^T X H^-1, float32 (columns, columns): GPTAQ's weights are W + W shift."""
+    """`DRIFT_SHARE` of the inputs' drift^T X H^-1, float32 (columns, columns)."""
+    owed: Tensor | None = None
+    """The same of the residual stream's drift, float32 (hidden, columns)."""
+
+    def damped(self) -> Tensor:
+        """The Hessian with the damping that made it invertible, float32 (columns, columns)."""
+        damped = self.hessian.clone()
+        diagonal = damped.diagonal()
+        diagonal += self.damping * diagonal.mean()
+        return damped
+
+    def aim(self, weight: Tensor) -> Tensor:
+        """The weights whose outputs are to be reproduced: W + W shift + owed for weights W (rows,
+        columns), and W itself if no drift is known.
+        """
+        if self.shift is not None:
+            weight = weight + weight @ self.shift
+        return weight if self.owed is None else weight + self.owed
 
 
 def rounding_order(diagonal: Tensor) -> Tensor:
@@ -122,7 +166,7 @@ def rounding_order(diagonal: Tensor) -> Tensor:
     return diagonal.argsort(descending=True, stable=True)
 
 
-def factorise(hessian: Tensor, drift: Tensor | None = None) -> Factor | None:
+def factorise(hessian: Tensor, drift: Drift | None = None) -> Factor | None:
     """Invert and factorize a float64 Hessian (columns, columns); None if no damping suffices.
 
     `drift` is that of the inputs, by `Hessian.drift`. Matrices are deleted as soon as they were
@@ -154,18 +198,19 @@ def factorise(hessian: Tensor, drift: Tensor | None = None) -> Factor | None:
         upper = (inverse / inverse.diagonal()[:, None]).flip(0, 1)
         if torch.isfinite(upper.sum()) and torch.isfinite(importance.sum()):
             del damped
-            shift = None if drift is None else _shift(drift, inverse, backwards)
-            return Factor(narrow, order, upper, importance, damping, shift)
+            drifts = (None, None) if drift is None else (drift.inputs, drift.stream)
+            shift, owed = (x if x is None else _regressed(x, inverse, backwards) for x in drifts)
+            return Factor(narrow, order, upper, importance, damping, shift, owed)
     return None
 
 
-def _shift(drift: Tensor, inverse: Tensor, backwards: Tensor) -> Tensor:
+def _regressed(drift: Tensor, inverse: Tensor, backwards: Tensor) -> Tensor:
     """Return `DRIFT_SHARE` of drift H^-1, from the inverse of H's Cholesky factor in that order."""
     product = drift[:, backwards].float() @ inverse.T
     product = (product @ inverse).mul_(DRIFT_SHARE)
-    shift = torch.empty_like(product)
-    shift[:, backwards] = product
-    return shift
+    regressed = torch.empty_like(product)
+    regressed[:, backwards] = product
+    return regressed
 
 
 def invert_triangle(lower: Tensor) -> Tensor:
@@ -219,14 +264,14 @@ def quantize_weights(weights: Sequence[Tensor], factor: Factor | None) -> list[Q
         return [round_to_nearest(weight) for weight in weights]
     stacked, importance = torch.cat(list(weights)), factor.importance
     even = torch.ones_like(importance)
-    wanted = stacked
-    if factor.shift is None:
+    wanted = factor.aim(stacked)
+    if wanted is stacked:
         nearest, scales = fit_scales(stacked, Q4_0, torch.stack((even, importance)))
     else:
-        wanted = stacked + stacked @ factor.shift
         nearest = fit_scales(stacked, Q4_0, even)
         scales = fit_scales(wanted, Q4_0, importance)
     codes = feed_back_errors(wanted, scales, factor)
+    codes, scales = descend(wanted, codes, scales, factor.damped())
     results, start = [], 0
     for weight in weights:
         rows = slice(start, start := start + len(weight))

@@ -73,7 +73,7 @@ def fit_linear(weight: Tensor, group_size: int, factor: Factor | None) -> Palett
     """
     if factor is None:
         return fit_palette(weight, 4, group_size)
-    wanted = weight if factor.shift is None else weight + weight @ factor.shift
+    wanted = factor.aim(weight)
     nearest = fit_palette(wanted, 4, group_size, factor.hessian.diagonal())
     tables = fit_palette(wanted, 4, group_size, factor.importance).tables
     fed_back = Palette(feed_back_errors(wanted, tables, factor), tables)
