@@ -1,17 +1,15 @@
-"""Descent of codes and scales against brute force and float64 least squares."""
-
-import itertools
+"""Descent of codes and scales against brute force in float64."""
 
 import pytest
 import torch
 
 from xinslm.model.grids import Q4_0, decode, encode, fit_scales, storable
-from xinslm.quantize.descent import descend, solve_scales, sweep
+from xinslm.quantize.descent import best_scale, descend, sweep
 from xinslm.quantize.gptq import Hessian, factorise, feed_back_errors
 
 
 def problem(rows=24, columns=96, tokens=400, seed=0):
-    """Weights, GPTQ's codes and scales for them, and the damped Hessian."""
+    """Weights, GPTQ's codes and scales for them, and the factor of their inputs."""
     generator = torch.Generator().manual_seed(seed)
     inputs = torch.randn(tokens, 32, generator=generator) @ torch.randn(
         32, columns, generator=generator
@@ -29,47 +27,55 @@ def losses(weight, codes, scales, hessian):
     return ((error @ hessian.double()) * error).sum(1)
 
 
-def swept(weight, codes, scales, hessian):
-    """Codes after one sweep; what it says of H (W - Q)^T is checked."""
-    chosen = codes.T.float()
-    pull = hessian @ (weight - decode(codes, scales)).T
-    sweep(pull, chosen, scales.T.contiguous(), hessian)
-    found = chosen.T.to(torch.int8)
-    expected = hessian @ (weight - decode(found, scales)).T
-    torch.testing.assert_close(pull, expected, rtol=1e-3, atol=1e-3)
-    return found
+def neighbours(scale, count=40):
+    """Storable scales around each of the given ones, (count, rows)."""
+    return torch.stack([storable(scale * (1 + i / 256)) for i in range(-count // 2, count // 2)])
 
 
-def test_a_sweep_is_exact_coordinate_descent():
-    """Each code against all 16, one column after another, by the loss itself in float64."""
-    weight, codes, scales, factor = problem(rows=4, columns=64)
-    hessian, expected = factor.damped(), codes.clone()
-    for column in range(64):
+def by_brute_force(weight, codes, scales, hessian):
+    """One sweep: each scale against 40 near it, each code against all 16, by the loss itself."""
+    codes, scales = codes.clone(), scales.clone()
+    rows = torch.arange(len(weight))
+    for block in range(codes.shape[1] // 32):
+        candidates = torch.cat([scales[None, :, block], neighbours(scales[:, block])])
         tries = []
-        for code in range(-8, 8):
-            other = expected.clone()
-            other[:, column] = code
-            tries.append(losses(weight, other, scales, hessian))
-        expected[:, column] = torch.stack(tries).argmin(0).to(torch.int8) - 8
-    found = swept(weight, codes, scales, hessian)
-    assert torch.equal(found, expected) and not torch.equal(found, codes)
+        for candidate in candidates:
+            other = scales.clone()
+            other[:, block] = candidate
+            tries.append(losses(weight, codes, other, hessian))
+        scales[:, block] = candidates[torch.stack(tries).argmin(0), rows]
+        for column in range(32 * block, 32 * block + 32):
+            tries = []
+            for code in range(-8, 8):
+                other = codes.clone()
+                other[:, column] = code
+                tries.append(losses(weight, other, scales, hessian))
+            codes[:, column] = torch.stack(tries).argmin(0).to(torch.int8) - 8
+    return codes, scales
 
 
-def test_scales_are_the_least_squares_solution():
-    """Against a normal least-squares problem, whose rows are those of a Cholesky factor."""
-    weight, codes, scales, factor = problem()
+def test_a_sweep_finds_what_brute_force_finds():
+    weight, codes, scales, factor = problem(rows=6, columns=96)
     hessian = factor.damped()
-    root = torch.linalg.cholesky(hessian.double())
-    target = hessian @ weight.T
-    found = solve_scales(target, codes.T.float(), scales.T, hessian).T
-    for row, (target, code) in enumerate(zip(weight.double(), codes.double(), strict=True)):
-        by_scale = torch.stack(
-            [torch.cat([code[32 * g :][:32] * (g == k) for g in range(3)]) for k in range(3)]
-        )
-        solution = torch.linalg.lstsq((by_scale @ root).T, (target @ root)[:, None]).solution
-        expected = storable(solution[:, 0].float())
-        torch.testing.assert_close(found[row], expected, rtol=2**-7, atol=0)
-    assert torch.equal(storable(found), found)
+    expected = by_brute_force(weight, codes, scales, hessian)
+    chosen, steps = codes.T.float(), scales.T.contiguous()
+    pull = hessian @ (weight - decode(codes, scales)).T
+    sweep(pull, chosen, steps, hessian)
+    found = chosen.T.to(torch.int8), steps.T
+    assert torch.equal(found[0], expected[0]) and torch.equal(found[1], expected[1])
+    assert not torch.equal(found[0], codes) and not torch.equal(found[1], scales)
+    after = hessian @ (weight - decode(*found)).T
+    torch.testing.assert_close(pull, after, rtol=1e-3, atol=1e-3)
+
+
+def test_a_scale_keeps_its_sign_and_is_not_made_worse():
+    """Codes that point away from the weights ask for a scale of the other sign."""
+    codes = torch.ones(32, 3)
+    codes[:, 2] = 0  # no code, so any scale is as good
+    scale, hessian = torch.full((3,), 0.5), torch.eye(32)
+    wanted = torch.tensor([0.75, -0.75, 0.1]).expand(32, 3)
+    found = best_scale(hessian @ (wanted - codes * scale), codes, scale, hessian)
+    assert found.tolist() == [0.75, 0.5, 0.5]
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -78,27 +84,17 @@ def test_no_row_gets_worse_and_all_together_better(seed):
     hessian = factor.damped()
     better = descend(weight, codes, scales, hessian)
     before, after = (losses(weight, *x, hessian) for x in ((codes, scales), better))
-    assert (after <= before * (1 + 1e-5)).all() and after.sum() < 0.97 * before.sum()
+    assert (after <= before * (1 + 1e-5)).all() and after.sum() < 0.95 * before.sum()
     assert better[0].min() >= -8 and better[0].max() <= 7 and better[0].dtype == torch.int8
     assert torch.equal(storable(better[1]), better[1])
 
 
-def test_it_ends_near_the_best_of_all_codes():
-    """One block of a row with 4 columns that matter: all 16^4 codes are tried."""
-    generator = torch.Generator().manual_seed(1)
-    root = torch.zeros(32, 32)
-    root[:4, :4] = torch.randn(4, 4, generator=generator)
-    hessian = root @ root.T + 1e-6 * torch.eye(32)
-    weight = torch.zeros(1, 32)
-    weight[0, :4] = torch.randn(4, generator=generator)
-    scales = fit_scales(weight, Q4_0)
-    codes = encode(weight, scales, Q4_0)
-    tries = torch.zeros(16**4, 32, dtype=torch.int8)
-    tries[:, :4] = torch.tensor(list(itertools.product(range(-8, 8), repeat=4)))
-    best = losses(weight, tries, scales.expand(len(tries), 1), hessian).min()
-    found = swept(weight, codes, scales, hessian)
-    first, last = (float(losses(weight, x, scales, hessian)[0]) for x in (codes, found))
-    assert float(best) <= last * (1 + 1e-6) and last <= first
+def test_rows_in_parts_get_what_they_get_together(monkeypatch):
+    weight, codes, scales, factor = problem(rows=50)
+    whole = descend(weight, codes, scales, factor.damped())
+    monkeypatch.setattr("xinslm.quantize.descent._ROWS", 16)
+    parts = descend(weight, codes, scales, factor.damped())
+    assert (whole[0] == parts[0]).float().mean() > 0.99, "float32 may decide a near-tie otherwise"
 
 
 @pytest.mark.parametrize("kind", ["zero block", "zero row", "dead columns"])

@@ -41,7 +41,7 @@ from xinslm.runs import add_row, read_rows
 COMMANDS = "commands.sh"
 PROMPTS_PER_GFLOPS = 0.42
 """Of the machine's matrix products; meant for 7 minutes, and more at `LEAST_PROMPTS`."""
-LEAST_PROMPTS, MOST_PROMPTS = 64, 170
+LEAST_PROMPTS, MOST_PROMPTS = 60, 170
 """With more than 400 GFLOP/s (AMX) other work than products in bfloat16 takes most of the time."""
 PROMPTS_PER_FLOAT32_GFLOPS = 0.6
 """Float32 products, which scores and the pruned start take, allow more than `MOST_PROMPTS`."""
