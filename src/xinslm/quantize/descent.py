@@ -1,5 +1,5 @@
-"""Improve a layer's 4-bit codes and scales by coordinate descent on its loss (QuantEase, Behdin et
-al., arXiv:2309.01885, section 3): GPTQ fixes scales beforehand and looks at each column once.
+"""Improve a layer's 4-bit codes and scales by coordinate descent on its loss (codes: QuantEase,
+Behdin et al., arXiv:2309.01885); GPTQ fixes scales beforehand and looks at each column once.
 
 Each block of 32 columns in turn gets, in every row, the scale that suits its codes best with all
 other weights as they are, rounded to what is stored, and then each of its columns the best codes.
