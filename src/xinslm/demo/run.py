@@ -39,7 +39,7 @@ from xinslm.progress import Listener
 from xinslm.runs import add_row, read_rows
 
 COMMANDS = "commands.sh"
-PROMPTS_PER_GFLOPS = 0.42
+PROMPTS_PER_GFLOPS = 0.38
 """Of the machine's matrix products; meant for 7 minutes, and more at `LEAST_PROMPTS`."""
 LEAST_PROMPTS, MOST_PROMPTS = 60, 170
 """With more than 400 GFLOP/s (AMX) other work than products in bfloat16 takes most of the time."""
