@@ -270,9 +270,6 @@ def test_bad_requests(model, tmp_path):
     other = save_dataset(tmp_path / "other", "another tokenizer")
     with pytest.raises(UsageError, match="tokenizer"):
         run(wrong(outtype="q4_k", data_path=other))
-    data = save_dataset(tmp_path / "data", load_tokenizer(model).fingerprint())
-    with pytest.raises(UsageError, match="Set --num-calibration-samples"):
-        run(wrong(outtype="q4_k", data_path=data, num_calibration_samples=10_000))
     (tmp_path / "m.gguf.md").write_text("notes of mine")
     with pytest.raises(UsageError, match=r"m\.gguf\.md exists, where the model card goes"):
         run(wrong(outtype="q4_k"))
