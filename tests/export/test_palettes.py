@@ -6,7 +6,7 @@ import torch
 
 from xinslm.export.coreml.fit import feed_back_errors, fit_linear
 from xinslm.export.coreml.palettes import fit_palette
-from xinslm.quantize.gptq import factorise
+from xinslm.quantize.gptq import Drift, factorise
 
 
 def exact_error(values: np.ndarray, weights: np.ndarray, entries: int) -> float:
@@ -120,7 +120,7 @@ def test_calibration_lowers_the_error_of_the_outputs():
     # inputs that have drifted: the weights move to the least-squares solution
     drift = torch.randn(400, 48, generator=torch.Generator().manual_seed(3)) * 0.3
     seen = inputs + drift
-    moments = (seen.T @ seen / 400).double(), (-drift.T @ seen / 400).double()
+    moments = (seen.T @ seen / 400).double(), Drift(-drift.T @ seen / 400)
     without, with_drift = factorise(moments[0].clone()), factorise(*moments)
     results = [
         float((seen @ fit_linear(weight, 16, factor).decode().T - wanted).square().mean())
