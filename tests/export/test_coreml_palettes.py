@@ -173,7 +173,7 @@ def test_calibration_lowers_the_divergence_and_the_card_has_it(tmp_path):
     model = tmp_path / "m"
     save_random_model(model)
     data = save_dataset(tmp_path / "data", load_tokenizer(model).fingerprint())
-    options = {"data_path": data, "num_calibration_samples": 18}
+    options = {"data_path": data, "num_calibration_samples": 10_000}  # more than there are
     result = coreml.run(config(model, tmp_path / "out", **options))
     plain = coreml.run(config(model, tmp_path / "plain"))
     found = [divergence(model, stored_weights(tmp_path / name), data) for name in ("out", "plain")]
@@ -181,7 +181,9 @@ def test_calibration_lowers_the_divergence_and_the_card_has_it(tmp_path):
     assert result.cost.divergence.kl == pytest.approx(found[0], rel=1e-3)
     card = (tmp_path / "out" / "README.md").read_text()
     assert f"KL divergence from the unquantized weights {found[0]:.4f} nats" in card
-    assert plain.cost.divergence is None
+    assert plain.cost.divergence is None and plain.notes == ()
+    (note,) = result.notes
+    assert "all of them were used" in note and note in card and note in result.describe()
     manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
     assert manifest["inputs"]["data"] and manifest["calibration"]
 

@@ -311,6 +311,13 @@ def test_an_interrupted_run_leaves_the_old_file(model, tmp_path, stage):
     assert (tmp_path / "m.gguf.md").read_text() == "old card"
 
 
+def test_fewer_rows_than_asked_for_are_told(model, tmp_path):
+    data = save_dataset(tmp_path / "data", load_tokenizer(model).fingerprint())
+    result = run(config(model, tmp_path / "m.gguf", data_path=data, num_calibration_samples=10_000))
+    assert any("all of them were used" in note for note in result.notes)
+    assert "all of them were used" in (tmp_path / "m.gguf.md").read_text()
+
+
 def test_measuring_leaves_the_weights_of_the_source(model, tmp_path):
     """They are a map of its file, which a model that was loaded from it shares."""
     data = save_dataset(tmp_path / "data", load_tokenizer(model).fingerprint())

@@ -57,6 +57,11 @@ class Body:
     """Validation rows, one a batch."""
 
     @property
+    def notes(self) -> tuple[str, ...]:
+        """What was done otherwise than asked, a sentence each."""
+        return (*(self.rows.notes if self.rows is not None else ()), *self.facts.notes)
+
+    @property
     def texts(self) -> list[str]:
         """Ids of the texts that calibrated."""
         return [] if self.rows is None else self.rows.texts

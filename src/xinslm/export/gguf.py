@@ -177,7 +177,7 @@ def _plan(config: GgufConfig, source: ModelSource, shapes: Shapes, on_progress: 
     body = calibrated.choose_body(config, source, shapes, on_progress)
     planned = list(fitted_entries(source, shapes, config, body))
     texts = sorted({*source.calibration, *body.texts})
-    return _Plan(factors + planned, texts, tuple(body.facts.notes), body)
+    return _Plan(factors + planned, texts, body.notes, body)
 
 
 def _refuse_existing(config: GgufConfig) -> None:

@@ -149,10 +149,11 @@ class Calibration:
                 originals = self._original.inputs(blocks.original, part, stem, index)
                 if with_drift:
                     hessian.add_drift(originals[written] - rows, rows)
-                if with_drift and is_last:
-                    lost = self._original.states.read(index) - self._quantized.states.read(index)
-                    hessian.add_stream_drift(lost[written], rows)
                 if is_last:
+                    if with_drift:
+                        lost = self._original.states.read(index)
+                        lost -= self._quantized.states.read(index)
+                        hessian.add_stream_drift(lost[written], rows)
                     original = blocks.original.get_submodule(f"{part}.{stem}")
                     self._original.add(index, original(originals))
         self._kept = kept

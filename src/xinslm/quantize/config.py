@@ -38,11 +38,11 @@ class QuantizeConfig(Settings):
     """
     method: Literal["gptaq", "gptq", "rtn", "absmax", "keep"] | None = None
     """gptaq is the default. gptq feeds rounding errors forward (needs --data-path or
-    --self-generate); gptaq also corrects what earlier layers' errors did to a layer's inputs, in
-    twice the time; rtn, and 8 bits, only round; absmax gives the largest of 32 weights the code -8,
-    as llama.cpp does, and is the default for a model that was trained with --quantization-aware,
-    which it suits; keep takes over the codes of a GGUF of Q4_0 or Q8_0, or of a folder of
-    compressed-tensors, GPTQ or MLX with symmetric groups of 32.
+    --self-generate); gptaq also corrects what earlier layers' errors did to a layer's inputs and
+    to the residual stream, in twice the time; rtn, and 8 bits, only round; absmax gives the largest
+    of 32 weights the code -8, as llama.cpp does, and is the default for a model that was trained
+    with --quantization-aware, which it suits; keep takes over the codes of a GGUF of Q4_0 or Q8_0,
+    or of a folder of compressed-tensors, GPTQ or MLX with symmetric groups of 32.
     """
     target_size: str | None = None
     """Size of the weights, such as 80MB: the matrices that lose most by 4 bits get 8 instead, as

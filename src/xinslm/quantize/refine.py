@@ -43,7 +43,7 @@ def require_room(config: QuantizeConfig, source: ModelSource, batches: list[Batc
     if config.scale_steps and (count := len(single_rows(batches))) < HELD_OUT:
         raise UsageError(
             f"training scales needs at least {HELD_OUT} calibration rows, there are {count}: "
-            "raise --num-calibration-samples, or leave out --scale-steps"
+            "raise --num-calibration-samples, add text, or leave out --scale-steps"
         )
     if config.target_size is not None:
         budget = parse_size(config.target_size)

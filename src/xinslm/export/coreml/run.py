@@ -77,6 +77,8 @@ class Result:
     """Operations of the program by type, constants left out."""
     cost: Cost | None = None
     """Of palettes."""
+    notes: tuple[str, ...] = ()
+    """What was done otherwise than asked, a sentence each."""
 
     def describe(self) -> str:
         """Lines for the terminal."""
@@ -97,6 +99,7 @@ class Result:
                 f"size    {self.file_bytes / 2**20:.2f} MiB",
                 f"check   read back: {equal}",
                 *(f"cost    {line}" for line in (self.cost.describe() if self.cost else ())),
+                *(f"note    {note}" for note in self.notes),
                 "reads   Core ML on macOS 15 or iOS 18; converted here, not run on a Mac",
                 f"output  {self.folder}",
             ]
@@ -146,6 +149,7 @@ def run(config: CoremlConfig, on_progress: Listener = ignore) -> Result:
         size,
         {kind: count for kind, count in package.census.items() if kind != "const"},
         palettized.cost,
+        palettized.notes,
     )
     bits = 8 * result.file_bytes / result.weights
     add_file(config.run, config.output_dir, result.file_bytes, bits)
@@ -160,6 +164,11 @@ class Palettized:
     cost: Cost | None = None
     rows: CalibrationRows | None = None
     """The rows that calibrated them."""
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What is wrong with the rows, a sentence each."""
+        return () if self.rows is None else tuple(self.rows.notes)
 
 
 def _palettize(
@@ -205,7 +214,7 @@ def _describe_folder(
     has_chat = tokenizer.chat_template is not None
     runs = commands("coreml", config.compute_units, has_chat)
     cost, rows = palettized.cost, palettized.rows
-    measured = [*cost.describe(), _NOT_RUN] if cost is not None else []
+    measured = [*cost.describe(), *palettized.notes, _NOT_RUN] if cost is not None else []
     export = Export(source, "coreml", PACKAGE, size, types, length, runs, config.run, measured)
     write_card(folder, export)
     inputs, calibration = {"model": source.fingerprint}, source.calibration
